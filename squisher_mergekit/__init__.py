@@ -1,0 +1,40 @@
+"""Fisher-weighted model merging, with the squared gradients that Adam left in the checkpoint.
+
+Importing the package costs milliseconds: it makes the merge methods ``squisher`` and ``ubgm_squisher``
+known to mergekit (whenever mergekit is imported) and loads torch only when a public name is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from squisher_mergekit import _autoload
+
+if TYPE_CHECKING:
+    from squisher_mergekit.fisher.config import FisherConfig
+    from squisher_mergekit.fisher.mapping import Fisher
+    from squisher_mergekit.optimizers.load import extract, load_fisher
+
+__version__ = "0.1.0"
+__all__ = ["Fisher", "FisherConfig", "__version__", "extract", "load_fisher"]
+
+_HOMES = {
+    "Fisher": "squisher_mergekit.fisher.mapping",
+    "FisherConfig": "squisher_mergekit.fisher.config",
+    "extract": "squisher_mergekit.optimizers.load",
+    "load_fisher": "squisher_mergekit.optimizers.load",
+}
+
+_autoload.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

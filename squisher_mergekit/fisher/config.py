@@ -1,0 +1,227 @@
+"""The metadata of a Fisher, and the scale that follows from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from squisher_mergekit.errors import ConfigError, CorruptFileError
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "fisher_config.json"
+
+Estimator = Literal[
+    "squisher", "empirical", "sampled", "exact", "predicted", "joint_empirical", "joint_sampled", "ema_empirical"
+]
+Statistic = Literal["ema", "sum", "mean"]
+Scaling = Literal["raw", "debiased", "per_example"]
+
+T = TypeVar("T")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OptimizerInfo(_Frozen):
+    """The optimizer whose accumulator a Squisher is; ``None`` where the checkpoint does not tell.
+
+    ``beta2`` is the decay of the moving average (RMSprop's alpha, Adadelta's rho), a number or a mapping
+    ``{"default": ..., parameter name: ...}``. ``initial_accumulator_value`` is Adagrad's start, written only
+    where it is not 0.
+    """
+
+    class_: str | None = Field(default=None, alias="class")
+    beta2: float | dict[str, float] | None = None
+    decoupled_weight_decay: bool | None = None
+    amsgrad: bool | None = None
+    max_grad_norm: float | None = None
+    initial_accumulator_value: float | None = None
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class SourceInfo(_Frozen):
+    """Where a Fisher came from: layout, file names (relative), versions, model id."""
+
+    layout: str | None = None
+    files: tuple[str, ...] = ()
+    versions: dict[str, str] = Field(default_factory=dict)
+    model: str | None = None
+
+
+class Coverage(_Frozen):
+    """How many tensors have a Fisher, and why each of the others has none."""
+
+    with_: int = Field(default=0, alias="with")
+    without: dict[str, str] = Field(default_factory=dict)
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class FisherConfig(_Frozen):
+    """Everything known about a Fisher beside its tensors (``fisher_config.json``).
+
+    Example:
+        >>> config = FisherConfig(estimator="squisher", statistic="ema", steps=1, optimizer={"beta2": 0.999})
+        >>> round(config.factor("w", "debiased"), 3)
+        1000.0
+    """
+
+    format_version: int = FORMAT_VERSION
+    estimator: Estimator | None = None
+    statistic: Statistic | None = None
+    parameters: Literal["model", "adapter"] = "model"
+    optimizer: OptimizerInfo | None = None
+    steps: int | dict[str, int] | None = None
+    bias_corrected: bool | None = None
+    examples_per_step: float | None = None
+    tokens_per_step: float | None = None
+    clipped_share: float | None = None
+    loss_reduction: str | None = None
+    datum: str | None = None
+    num_examples: int | None = None
+    mean: float | None = None
+    norm: float | None = None
+    encoding: dict[str, str] = Field(default_factory=lambda: {"default": "float32"})
+    source: SourceInfo = Field(default_factory=SourceInfo)
+    coverage: Coverage = Field(default_factory=Coverage)
+    weights_fingerprint: str | None = None
+
+    @property
+    def from_optimizer(self) -> bool:
+        """Whether this is an optimizer's accumulator (a Squisher)."""
+        return self.estimator == "squisher"
+
+    def steps_of(self, name: str) -> int | None:
+        """Return how many optimizer steps the accumulator of one parameter has seen."""
+        return of_parameter(self.steps, name)
+
+    def beta2_of(self, name: str) -> float | None:
+        """Return the decay of the moving average of one parameter."""
+        return of_parameter(self.optimizer.beta2, name) if self.optimizer else None
+
+    def offset(self, scaling: Scaling) -> float:
+        """Return what has to be taken off every entry before :meth:`factor` is applied (Adagrad's start)."""
+        start = self.optimizer.initial_accumulator_value if self.optimizer else None
+        return 0.0 if scaling == "raw" or self.statistic != "sum" or start is None else start
+
+    def factor(self, name: str, scaling: Scaling) -> float:
+        """Return the number that turns raw entries (less :meth:`offset`) into the wanted estimate.
+
+        ``raw``: 1. ``debiased``, the mean square per step: ``1 / (1 - beta2^t)`` for a moving average that is not
+        corrected yet, ``1 / t`` for an optimizer's sum, ``1 / num_examples`` for a computed sum, 1 for a mean.
+        ``per_example``: that times ``examples_per_step`` for an optimizer's statistic (PAPER Eq. 12: a mean loss
+        over B examples gives ``v ~ g^2 / B``), and as ``debiased`` for a computed one.
+
+        Args:
+            name: Parameter name (steps and decay may differ between parameters).
+            scaling: Which scale is wanted.
+
+        Returns:
+            A positive factor.
+
+        Raises:
+            ConfigError: A number that the scaling needs is not recorded.
+        """
+        if scaling == "raw":
+            return 1.0
+        debiased = self._debias(name)
+        if scaling == "debiased" or not self.from_optimizer:
+            return debiased
+        if not self.examples_per_step:
+            raise ConfigError(
+                "scaling per_example needs examples_per_step, which this Fisher does not record; "
+                "extract it again with --examples-per-step N, or use scaling: debiased"
+            )
+        return debiased * self.examples_per_step
+
+    def _debias(self, name: str) -> float:
+        if self.statistic in ("mean", None):
+            return 1.0
+        if self.statistic == "sum":
+            count = self.steps_of(name) if self.from_optimizer else self.num_examples
+            if not count:
+                what = "steps" if self.from_optimizer else "num_examples"
+                raise ConfigError(f"scaling debiased of a sum needs {what}, which this Fisher does not record; use raw")
+            return 1.0 / count
+        if self.bias_corrected:
+            return 1.0
+        steps, beta2 = self.steps_of(name), self.beta2_of(name)
+        if not steps or beta2 is None:
+            missing = "steps" if not steps else "beta2"
+            raise ConfigError(
+                f"scaling debiased needs the {missing} of {name}, which this Fisher does not record; use scaling: raw"
+            )
+        return 1.0 / (1.0 - float(beta2) ** steps)
+
+    def to_json(self) -> str:
+        """Return the text of ``fisher_config.json``: all keys, unknown ones ``null``."""
+        data = self.model_dump(mode="json", by_alias=True)
+        if self.optimizer is not None and self.optimizer.initial_accumulator_value is None:
+            del data["optimizer"]["initial_accumulator_value"]
+        return json.dumps(data, indent=2) + "\n"
+
+    @classmethod
+    def from_file(cls, path: Path) -> FisherConfig:
+        """Read ``fisher_config.json``.
+
+        Args:
+            path: The file.
+
+        Returns:
+            Its content.
+
+        Raises:
+            CorruptFileError: It is no JSON object.
+            ConfigError: It was written by a later version, or a value does not fit.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CorruptFileError(f"{path} must be JSON, but {error}; extract the Fisher again") from error
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ConfigError(
+                f"{path} must have a format_version of at most {FORMAT_VERSION}, found {version!r}; "
+                "upgrade squisher-mergekit"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from error
+
+
+def of_parameter(value: T | dict[str, T] | None, name: str) -> T | None:
+    """Return the entry of one parameter in ``value``, a number for all or ``{"default": ..., name: ...}``.
+
+    Example:
+        >>> of_parameter({"default": 1200, "head.weight": 900}, "head.weight")
+        900
+    """
+    if isinstance(value, dict):
+        return value.get(name, value.get("default"))
+    return value
+
+
+def per_parameter(values: dict[str, T]) -> T | dict[str, T] | None:
+    """Return the short form of one value a parameter: the value alone where all agree.
+
+    Example:
+        >>> per_parameter({"a": 5, "b": 5, "c": 3})
+        {'default': 5, 'c': 3}
+    """
+    if not values:
+        return None
+    counts: dict[Any, int] = {}
+    for value in values.values():
+        counts[value] = counts.get(value, 0) + 1
+    common = max(counts, key=lambda value: counts[value])
+    if len(counts) == 1:
+        return common  # type: ignore[no-any-return]
+    return {"default": common} | {name: value for name, value in values.items() if value != common}

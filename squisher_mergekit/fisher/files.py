@@ -1,0 +1,292 @@
+"""The portable file: tensors in safetensors, sharded as Hugging Face shards weights, and ``fisher_config.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
+from squisher_mergekit.fisher.config import CONFIG_NAME, Coverage, FisherConfig
+from squisher_mergekit.fisher.mapping import Fisher, Moments, TensorInfo
+
+BASENAME = "fisher"
+SHARD_BYTES = 5_000_000_000
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class MemoryStore:
+    """Tensors that are in memory already."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], location: str = "memory") -> None:
+        self._tensors = dict(tensors)
+        self.location = location
+        self.infos = {name: info_of(tensor) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor."""
+        return self._tensors[name]
+
+
+class SafetensorsStore:
+    """Tensors in one or several safetensors files, memory-mapped when read."""
+
+    def __init__(self, files: Iterable[Path], location: str) -> None:
+        self.location = location
+        self.infos: dict[str, TensorInfo] = {}
+        self._file_of: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for file in files:
+            for name, info in tensor_infos(file).items():
+                self.infos[name] = info
+                self._file_of[name] = file
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, a view of the mapped file."""
+        from safetensors import safe_open
+
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = safe_open(str(file), framework="pt", device="cpu")
+        tensor: torch.Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+
+def info_of(tensor: torch.Tensor) -> TensorInfo:
+    """Return what a header would say of a tensor."""
+    return TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.element_size())
+
+
+def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Read the header of a safetensors file: name -> entry, and where the data begin.
+
+    Raises:
+        CorruptFileError: The file is truncated or no safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError(f"its header claims {length} of {size} bytes")
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"it has {size} bytes where its header promises {8 + length + end}")
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{file} must be a whole safetensors file, but {error}; copy it again") from error
+    return header, 8 + length
+
+
+def tensor_infos(file: Path) -> dict[str, TensorInfo]:
+    """Return name -> shape, dtype and bytes of a safetensors file, from its header alone."""
+    header, _ = safetensors_header(file)
+    infos = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        infos[name] = TensorInfo(tuple(entry["shape"]), _DTYPES.get(entry["dtype"], torch.float32), end - begin)
+    return infos
+
+
+def safetensors_files(folder: Path, basename: str) -> list[Path]:
+    """Return the files of ``basename.safetensors`` or of its shards; empty if there is neither.
+
+    Raises:
+        CorruptFileError: The index cannot be read, or names a file that is missing or outside the folder.
+    """
+    index = folder / f"{basename}.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptFileError(f"{index} must be an index with a weight_map, but {error!r}") from error
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise CorruptFileError(f"{index} names {name}, which is not a file beside it; copy the missing shard")
+        return [folder / name for name in names]
+    single = folder / f"{basename}.safetensors"
+    return [single] if single.is_file() else []
+
+
+def has_fisher(folder: Path) -> bool:
+    """Return whether a folder holds a portable Fisher."""
+    return any((folder / f"{BASENAME}.safetensors{end}").is_file() for end in ("", ".index.json"))
+
+
+def read_fisher(source: Path) -> Fisher:
+    """Open a portable Fisher.
+
+    Args:
+        source: Its folder, or its ``fisher.safetensors`` or index file.
+
+    Returns:
+        The Fisher; tensors are read when asked for.
+
+    Raises:
+        NotFoundError: There is none, or its ``fisher_config.json`` is missing.
+        CorruptFileError: A file is truncated or no safetensors file.
+        ConfigError: The metadata do not fit, or an encoding is unknown to this version.
+    """
+    folder = source if source.is_dir() else source.parent
+    if source.is_file() and source.suffix == ".safetensors":
+        files = [source]
+    else:
+        files = safetensors_files(folder, BASENAME)
+    if not files:
+        raise NotFoundError(f"no {BASENAME}.safetensors in {folder}; make one with: squisher extract CHECKPOINT -o OUT")
+    if not (folder / CONFIG_NAME).is_file():
+        raise NotFoundError(f"{CONFIG_NAME} must lie beside {files[0].name}, but {folder} has none; copy it as well")
+    config = FisherConfig.from_file(folder / CONFIG_NAME)
+    unknown = {code for code in config.encoding.values() if code not in ("float32", "float64", "bfloat16")}
+    if unknown:
+        raise ConfigError(f"{folder} is encoded as {', '.join(sorted(unknown))}, which this version cannot decode")
+    return Fisher(SafetensorsStore(files, str(source)), config, tied_aliases(config))
+
+
+TIED = "tied to "
+
+
+def tied_aliases(config: FisherConfig) -> dict[str, str]:
+    """Return other name -> kept name of the tied tensors that the coverage lists."""
+    reasons = config.coverage.without
+    return {name: why.removeprefix(TIED) for name, why in reasons.items() if why.startswith(TIED)}
+
+
+def write_fisher(
+    fisher: Fisher,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    progress: Iterable[str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> FisherConfig:
+    """Write a portable Fisher; nothing stays under the final name unless all of it was written.
+
+    Args:
+        fisher: What to write.
+        out: The folder to make; it may exist, but must hold no Fisher yet.
+        dtype: float32 or bfloat16. Never float16, which flushes entries below 6e-8 to zero.
+        progress: The names of ``fisher``, wrapped in a progress bar.
+        shard_bytes: Largest size of one file.
+
+    Returns:
+        The metadata as written, with mean and norm over all entries.
+
+    Raises:
+        ConfigError: ``dtype`` is neither float32 nor bfloat16, or ``out`` holds a Fisher already.
+        ValuesError: An entry is NaN, infinite or negative.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"a Fisher is written as float32 or bfloat16, not {dtype}: float16 loses small entries")
+    if out.exists() and (not out.is_dir() or has_fisher(out)):
+        raise ConfigError(f"{out} must not hold a Fisher yet; remove it or choose another folder")
+    moments = Moments()
+    with written_beside(out) as folder:
+        shards = _write_shards(fisher, folder, dtype, progress or list(fisher), shard_bytes, moments)
+        config = fisher.config.model_copy(
+            update={
+                "mean": moments.mean,
+                "norm": moments.norm,
+                "encoding": {"default": str(dtype).removeprefix("torch.")},
+                "coverage": Coverage(**{"with": len(fisher)}, without=fisher.config.coverage.without),
+            }
+        )
+        _name_shards(folder, shards)
+        (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+    return config
+
+
+def _write_shards(
+    fisher: Fisher, folder: Path, dtype: torch.dtype, names: Iterable[str], shard_bytes: int, moments: Moments
+) -> list[dict[str, int]]:
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, int]] = []
+    shard: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        save_file(shard, str(folder / f"{len(shards)}.safetensors"), metadata={"format": "pt"})
+        shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
+        shard.clear()
+
+    size = 0
+    for name in names:
+        moments.add(fisher, name)
+        tensor = fisher[name].to(dtype).contiguous()
+        nbytes = tensor.numel() * tensor.element_size()
+        if shard and size + nbytes > shard_bytes:
+            flush()
+            size = 0
+        shard[name] = tensor
+        size += nbytes
+    if shard or not shards:
+        flush()
+    return shards
+
+
+def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
+    """Give the shards Hugging Face's names, and write their index if there are several."""
+    if len(shards) == 1:
+        (folder / "0.safetensors").rename(folder / f"{BASENAME}.safetensors")
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        name = f"{BASENAME}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / name)
+        weight_map.update(dict.fromkeys(shard, name))
+    index = {"metadata": {"total_size": sum(sum(shard.values()) for shard in shards)}, "weight_map": weight_map}
+    (folder / f"{BASENAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def written_beside(out: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``out``; on success its files move there, synced to disk; else it vanishes.
+
+    The new folder bears the name of ``out`` (inside a temporary one), for those who write it into a text.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    parent = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    folder = parent / out.name
+    try:
+        folder.mkdir()
+        yield folder
+        for path in folder.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        if out.is_dir():
+            for path in folder.iterdir():
+                path.replace(out / path.name)
+        else:
+            folder.rename(out)
+        _sync(out.parent)
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,60 @@
+"""A short digest that ties a Fisher to the weights it was made at."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from squisher_mergekit.fisher.files import safetensors_files, safetensors_header
+
+_BLOCKS, _BLOCK = 8, 128
+
+
+def fingerprint(folder: Path, basename: str = "model") -> str | None:
+    """Return the fingerprint of the weights in a folder, or None where they are not safetensors.
+
+    ``fp1:<names, shapes and dtypes>-<sampled bytes>``: two BLAKE2b digests over the tensors in the order of
+    their names. Of each tensor eight blocks of 128 bytes are read, evenly spread, the first and last included (all
+    of a small tensor); the cost does not grow with the size of the tensors.
+
+    Args:
+        folder: A model folder, or one ``.safetensors`` file.
+        basename: ``model``, or ``adapter_model`` for an adapter.
+    """
+    files = [folder] if folder.is_file() else safetensors_files(folder, basename)
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        return None
+    structure, content = hashlib.blake2b(digest_size=6), hashlib.blake2b(digest_size=12)
+    for name, shape, dtype, sample in sorted(_samples(files)):
+        structure.update(f"{name}\0{shape}\0{dtype}\0".encode())
+        content.update(name.encode() + b"\0" + sample)
+    return f"fp1:{structure.hexdigest()}-{content.hexdigest()}"
+
+
+def difference(made_at: str | None, used_with: str | None) -> str | None:
+    """Say what differs between two fingerprints; None where they agree or one is unknown."""
+    if made_at is None or used_with is None or made_at == used_with:
+        return None
+    if made_at.split("-")[0] != used_with.split("-")[0]:
+        return f"names, shapes or dtypes of the weights differ ({made_at} against {used_with})"
+    return f"same names, shapes and dtypes, but other values ({made_at} against {used_with})"
+
+
+def _samples(files: Iterable[Path]) -> Iterable[tuple[str, list[int], str, bytes]]:
+    for file in files:
+        header, start = safetensors_header(file)
+        with file.open("rb") as stream:
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                sample = b""
+                for offset in _offsets(end - begin):
+                    stream.seek(start + begin + offset)
+                    sample += stream.read(min(_BLOCK, end - begin))
+                yield name, entry["shape"], entry["dtype"], sample
+
+
+def _offsets(size: int) -> list[int]:
+    if size <= _BLOCKS * _BLOCK:
+        return list(range(0, size, _BLOCK))
+    return [block * (size - _BLOCK) // (_BLOCKS - 1) for block in range(_BLOCKS)]

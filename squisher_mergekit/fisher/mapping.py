@@ -1,0 +1,209 @@
+"""A diagonal Fisher in memory: parameter name -> tensor, loaded when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from squisher_mergekit.errors import MismatchError, ValuesError
+from squisher_mergekit.fisher.config import FisherConfig, Scaling
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor: shape, dtype as stored, bytes on disk."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+
+class TensorStore(Protocol):
+    """Where the tensors of a Fisher lie; headers are read at once, tensors one at a time."""
+
+    @property
+    def location(self) -> str:
+        """Where it is, for messages."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Name -> header, in the order of the file."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, memory-mapped where possible; it must not be written to."""
+
+
+class Fisher(Mapping[str, torch.Tensor]):
+    """A diagonal Fisher: a lazy mapping from parameter name (as in ``model.safetensors``) to the raw estimate.
+
+    ``fisher[name]`` is the tensor as it was stored, shaped like the parameter, in units of one squared gradient;
+    :meth:`scaled` applies the scale that the metadata imply. Other names of a stored tensor (``lm_head.weight`` of
+    tied embeddings) are found too, but are not iterated over.
+
+    Args:
+        store: Where the tensors lie.
+        config: The metadata.
+        aliases: Other name -> name in the store.
+
+    Example:
+        >>> from squisher_mergekit.fisher.files import MemoryStore
+        >>> store = MemoryStore({"w": torch.tensor([1.0, 4.0])})
+        >>> config = FisherConfig(estimator="squisher", statistic="ema", steps=1, optimizer={"beta2": 0.75})
+        >>> Fisher(store, config).scaled("w")
+        tensor([ 4., 16.])
+    """
+
+    def __init__(self, store: TensorStore, config: FisherConfig, aliases: Mapping[str, str] | None = None) -> None:
+        self._store = store
+        self.config = config
+        self.aliases = dict(aliases or {})
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        found = self.resolve(name)
+        if found is None:
+            raise KeyError(name)
+        return self._store.read(found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store.infos)
+
+    def __len__(self) -> int:
+        return len(self._store.infos)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.resolve(name) is not None
+
+    def __repr__(self) -> str:
+        return f"Fisher({self.config.estimator}, {len(self)} tensors, from {self.location})"
+
+    @property
+    def location(self) -> str:
+        """Where the tensors lie, for messages."""
+        return self._store.location
+
+    def resolve(self, name: str) -> str | None:
+        """Return the stored name of a parameter, through ties and aliases; None if there is none."""
+        if name in self._store.infos:
+            return name
+        alias = self.aliases.get(name)
+        return alias if alias in self._store.infos else None
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape, dtype and bytes of a tensor without reading it."""
+        found = self.resolve(name)
+        if found is None:
+            raise KeyError(name)
+        return self._store.infos[found]
+
+    def factor(self, name: str, scaling: Scaling = "debiased") -> float:
+        """Return the scale factor of one parameter (see :meth:`FisherConfig.factor`)."""
+        return self.config.factor(self.resolve(name) or name, scaling)
+
+    def scaled(self, name: str, scaling: Scaling = "debiased") -> torch.Tensor:
+        """Return one tensor at the wanted scale.
+
+        Args:
+            name: Parameter name.
+            scaling: ``raw``, ``debiased`` (mean square per step) or ``per_example``.
+
+        Returns:
+            A new float32 tensor (float64 if stored so), shaped like the parameter.
+
+        Raises:
+            KeyError: There is no such parameter.
+            ConfigError: A number that the scaling needs is not recorded.
+        """
+        raw = self[name]
+        dtype = torch.promote_types(raw.dtype, torch.float32)
+        # The factor of an early step can leave float32 at the ends of its range; one rounding, at the end.
+        wide = raw.to(torch.float64).sub_(self.config.offset(scaling)).mul_(self.factor(name, scaling))
+        return wide.to(dtype)
+
+    def moments(self, scaling: Scaling = "debiased") -> tuple[float, float]:
+        """Return mean and L2 norm over all entries, summed in float64; the recorded ones where they exist.
+
+        Raises:
+            ValuesError: An entry is NaN, infinite or negative.
+        """
+        config = self.config
+        if scaling == "debiased" and config.mean is not None and config.norm is not None:
+            return config.mean, config.norm
+        sums = Moments()
+        for name in self:
+            sums.add(self, name, scaling)
+        return sums.mean, sums.norm
+
+
+class Moments:
+    """Running mean and L2 norm of a Fisher, in float64, a block at a time."""
+
+    BLOCK = 1 << 22
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.squares = 0.0
+        self.count = 0
+
+    def add(self, fisher: Fisher, name: str, scaling: Scaling = "debiased") -> None:
+        """Add one tensor, and check its entries.
+
+        Raises:
+            ConfigError: A number that the scaling needs is not recorded.
+            ValuesError: An entry is NaN, infinite or negative.
+        """
+        offset, factor = fisher.config.offset(scaling), fisher.factor(name, scaling)
+        flat = fisher[name].reshape(-1)
+        check_values(flat, name, fisher.location)
+        for start in range(0, flat.numel(), self.BLOCK):
+            block = flat[start : start + self.BLOCK].to(torch.float64)
+            if offset:
+                block = block - offset
+            self.total += block.sum().item() * factor
+            self.squares += block.square().sum().item() * factor**2
+        self.count += flat.numel()
+
+    @property
+    def mean(self) -> float:
+        """Mean over all entries added."""
+        return self.total / self.count if self.count else 0.0
+
+    @property
+    def norm(self) -> float:
+        """L2 norm over all entries added."""
+        return self.squares**0.5
+
+
+def check_values(tensor: torch.Tensor, name: str, location: str) -> None:
+    """Refuse NaN, infinite and negative entries.
+
+    Raises:
+        ValuesError: There is one; the message says which kind and how many.
+    """
+    if tensor.numel() == 0:
+        return
+    low, high = torch.aminmax(tensor)
+    if low.item() >= 0 and high.item() < float("inf"):
+        return
+    wide = tensor.to(torch.float32)
+    kinds = {"NaN": wide.isnan(), "infinite": wide.isinf(), "negative": wide < 0}
+    found = ", ".join(f"{int(mask.sum())} {kind}" for kind, mask in kinds.items() if bool(mask.any()))
+    raise ValuesError(
+        f"a Fisher must be finite and not negative; {name} in {location} has {found} of {tensor.numel()} entries; "
+        "use a checkpoint from before training broke"
+    )
+
+
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], location: str) -> None:
+    """Refuse a Fisher tensor that is not shaped like its parameter.
+
+    Raises:
+        MismatchError: The shapes differ.
+    """
+    if tuple(found) != tuple(wanted):
+        raise MismatchError(
+            f"the Fisher of {name} must have the weight's shape {list(wanted)}, but {location} has {list(found)}; "
+            "take the Fisher that was made with these weights"
+        )
