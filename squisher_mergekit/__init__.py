@@ -4,13 +4,13 @@ Importing the package costs milliseconds: it makes the merge methods ``squisher`
 known to mergekit (whenever mergekit is imported) and loads torch only when a public name is first used.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 from squisher_mergekit import _autoload
 
+# Every interpreter of the environment runs this file at its start: it must import nothing more, typing included.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from squisher_mergekit.fisher.config import FisherConfig
     from squisher_mergekit.fisher.mapping import Fisher
     from squisher_mergekit.optimizers.load import extract, load_fisher
@@ -28,7 +28,7 @@ _HOMES = {
 _autoload.install()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""The start-up hook that makes the merge methods known to mergekit; standard library only.
+"""The start-up hook that makes the merge methods known to mergekit; ``sys`` alone is imported.
 
 mergekit 0.1.5 loads no plug-ins, so :func:`install` puts a finder on ``sys.meta_path`` that answers for a few of
 mergekit's modules alone: it lets the other finders locate the module and, right after its code has run, calls
@@ -6,11 +6,10 @@ mergekit's modules alone: it lets the other finders locate the module and, right
 A plug-in must not break stock merges: whatever fails in there becomes a warning.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING, Any
 
+# Every interpreter of the environment runs this file at its start: it must import nothing more, typing included.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
@@ -29,8 +28,8 @@ class _PostImportFinder:
     """Finds nothing itself; wraps the loader that another finder gives for a watched module."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         if name not in WATCHED:
             return None
         for finder in sys.meta_path:
@@ -43,29 +42,37 @@ class _PostImportFinder:
         return None
 
 
-def _wrap(loader: Any, name: str) -> None:
+def _wrap(loader: object, name: str) -> None:
+    """Make a loader activate the plug-in once it has run the module ``name``."""
     execute = getattr(loader, "exec_module", None)
     if execute is None:
         return
 
-    def exec_module(module: ModuleType) -> None:
+    def exec_module(module: "ModuleType") -> None:
         execute(module)
-        _activate(name, module)
+        if module.__name__ == name:  # the loader of a zip file serves all its modules
+            _activate(name, module)
 
-    loader.exec_module = exec_module
+    try:
+        loader.exec_module = exec_module  # type: ignore[attr-defined]
+    except Exception as error:  # a loader that takes no attributes
+        _warn(error)
 
 
-def _activate(name: str, module: ModuleType) -> None:
+def _activate(name: str, module: "ModuleType") -> None:
     try:
         from squisher_mergekit.merging.integration import activate
 
         activate(name, module)
     except Exception as error:
-        import warnings
+        _warn(error)
 
-        warnings.warn(
-            f"squisher-mergekit is not active in mergekit, stock merges are not affected: {error!r}", stacklevel=2
-        )
+
+def _warn(error: Exception) -> None:
+    import warnings
+
+    text = f"squisher-mergekit is not active in mergekit, stock merges are not affected: {error!r}"
+    warnings.warn(text, stacklevel=1)  # one place, so that five failing modules warn once
 
 
 def installed() -> bool:
@@ -77,7 +84,7 @@ def install() -> None:
     """Watch for mergekit's modules, and activate the plug-in in those imported already; a second call does nothing."""
     if installed():
         return
-    sys.meta_path.insert(0, _PostImportFinder())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _PostImportFinder())
     for name in WATCHED:
         module = sys.modules.get(name)
         if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):

@@ -11,7 +11,7 @@ def start() -> None:
     """Make the merge methods known to mergekit, unless switched off; never raise."""
     if os.environ.get("SQUISHER_MERGEKIT_AUTOLOAD") == "0":
         return
-    try:
+    try:  # noqa: SIM105 - contextlib is not imported yet when an interpreter starts
         import squisher_mergekit  # noqa: F401
     except Exception:
         pass
