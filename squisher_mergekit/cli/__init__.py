@@ -1,0 +1,1 @@
+"""The program ``squisher``: one module a verb or two, no logic."""
