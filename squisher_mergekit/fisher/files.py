@@ -150,10 +150,8 @@ def read_fisher(source: Path) -> Fisher:
         ConfigError: The metadata do not fit, or an encoding is unknown to this version.
     """
     folder = source if source.is_dir() else source.parent
-    if source.is_file() and source.suffix == ".safetensors":
-        files = [source]
-    else:
-        files = safetensors_files(folder, BASENAME)
+    single = source.is_file() and source.suffix == ".safetensors"
+    files = [source] if single else safetensors_files(folder, BASENAME)
     if not files:
         raise NotFoundError(f"no {BASENAME}.safetensors in {folder}; make one with: squisher extract CHECKPOINT -o OUT")
     if not (folder / CONFIG_NAME).is_file():

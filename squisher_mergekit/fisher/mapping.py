@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -173,7 +174,7 @@ class Moments:
     @property
     def norm(self) -> float:
         """L2 norm over all entries added."""
-        return self.squares**0.5
+        return math.sqrt(self.squares)
 
 
 def check_values(tensor: torch.Tensor, name: str, location: str) -> None:

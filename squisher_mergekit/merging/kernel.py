@@ -1,0 +1,360 @@
+"""How an equation is run over whole tensors: in chunks over a pool on the CPU, in one fused pass on an accelerator.
+
+On the CPU the intermediate results of a chunk stay in the cache, so that a merge costs little more than touching its
+inputs once. torch's own threads would spin at the end of every small operation; the pool's workers run with one
+thread each, and there are as many of them as torch has threads, so that mergekit's ``-j`` keeps its meaning.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.fisher.mapping import check_values
+from squisher_mergekit.merging import equations
+from squisher_mergekit.merging.equations import Merged
+
+CHUNK = 1 << 17
+COMPILE_FROM = 1 << 20
+
+LOG = logging.getLogger("squisher_mergekit")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One model's part in a merge.
+
+    ``theta``: its weight. ``fisher``: its raw Fisher, shaped alike, or None where every model has none (UBGM's base
+    may have none on its own). ``weight``: w_i. ``scale``: factor on the Fisher. ``label``: name for messages, such as
+    ``layers.0.weight in /models/a/optimizer.pt``.
+    """
+
+    theta: Tensor
+    fisher: Tensor | None
+    weight: float = 1.0
+    scale: float = 1.0
+    label: tuple[str, str] = ("", "")
+
+
+@dataclass
+class Outcome:
+    """A merged tensor and what is to be reported of it.
+
+    ``shares``: for each input the mean over the entries of the coefficient it entered with. ``pending``: on an
+    accelerator, flags not yet looked at; one is true where a Fisher has invalid entries.
+    """
+
+    values: Tensor
+    shares: list[float | Tensor]
+    fell_back: int | Tensor
+    pending: list[tuple[Tensor, Tensor, tuple[str, str]]] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Look at the pending flags (this waits for the accelerator).
+
+        Raises:
+            ValuesError: A Fisher has NaN, infinite or negative entries.
+        """
+        for flag, fisher, label in self.pending:
+            if bool(flag):
+                check_values(fisher, *label)
+        self.pending = []
+
+
+def merge_squisher(inputs: Sequence[Input], out_dtype: torch.dtype) -> Outcome:
+    """Fisher merging of one weight; without Fishers, the weighted mean.
+
+    Args:
+        inputs: The models; all shaped alike, on one device. At least one weight is positive.
+        out_dtype: dtype of the result; the arithmetic is in float32, or float64 if an input is.
+
+    Returns:
+        The merged weight.
+
+    Raises:
+        ValuesError: A Fisher has NaN, infinite or negative entries (CPU; see ``Outcome.pending`` for accelerators).
+    """
+    weights = [item.weight for item in inputs]
+    if any(item.fisher is None for item in inputs):
+        return _mean(inputs, weights, None, out_dtype)
+    scales = [item.scale for item in inputs]
+    operands = _Operands.of(inputs)
+    if operands.on_accelerator:
+        used = tuple(i for i, weight in enumerate(weights) if weight > 0)
+        factors = [[weights[i] for i in used], equations.relative([weights[i] * scales[i] for i in used])]
+        return _run_fused(_squisher_pass, operands, used, operands.tensor(factors), len(inputs), out_dtype)
+
+    def step(thetas: list[Tensor], fishers: list[Tensor], positive: bool) -> Merged:
+        return equations.squisher(thetas, fishers, weights, scales, positive)
+
+    return _run_chunks(step, operands, len(inputs), out_dtype)
+
+
+def merge_ubgm(base: Input, inputs: Sequence[Input], prior: float, out_dtype: torch.dtype) -> Outcome:
+    """Uncertainty-based gradient matching of one weight; without Fishers, base plus the weighted mean difference.
+
+    Args:
+        base: theta_0 and F_0 (None for 0); its ``weight`` is not used.
+        inputs: The other models.
+        prior: d, relative to the mean over the tensor of ``F_0 + sum_i w_i F_i``.
+        out_dtype: dtype of the result.
+
+    Returns:
+        The merged weight; its shares are those of ``inputs``.
+
+    Raises:
+        ValuesError: A Fisher has NaN, infinite or negative entries (CPU).
+    """
+    weights = [item.weight for item in inputs]
+    if any(item.fisher is None for item in inputs):
+        return _mean(inputs, weights, base, out_dtype)
+    scales = [item.scale for item in inputs]
+    known = base.fisher is not None
+    operands = _Operands.of([*inputs, base])
+    absolute = _absolute_prior(base, inputs, prior)
+    if operands.on_accelerator:
+        used = tuple(i for i, weight in enumerate(weights) if weight > 0)
+        unit = max([scales[i] for i in used] + ([base.scale] if known else []))
+        relative = [[weights[i] for i in used], [scales[i] / unit for i in used]]
+        factors = torch.cat([operands.tensor(relative).flatten(), operands.tensor([base.scale / unit])])
+        extra = torch.as_tensor(absolute, dtype=torch.float64, device=base.theta.device) / unit
+        return _run_fused(_ubgm_pass, operands, used, (factors, extra, known), len(inputs), out_dtype)
+
+    def step(thetas: list[Tensor], fishers: list[Tensor], positive: bool) -> Merged:
+        *others, origin = thetas
+        return equations.ubgm_squisher(
+            origin,
+            fishers[-1] if known else None,
+            others,
+            fishers[: len(others)],
+            weights,
+            scales,
+            base.scale,
+            absolute,
+        )
+
+    return _run_chunks(step, operands, len(inputs), out_dtype)
+
+
+def _absolute_prior(base: Input, inputs: Sequence[Input], prior: float) -> Tensor | float:
+    """Return d in the units of the scaled Fishers, summed in float64, without waiting for an accelerator."""
+    if prior == 0:
+        return 0.0
+    parts = [(item.fisher, item.scale * item.weight) for item in inputs] + [(base.fisher, base.scale)]
+    sums = [fisher.sum(dtype=torch.float64) * factor for fisher, factor in parts if fisher is not None]
+    return prior * torch.stack(sums).sum() / max(base.theta.numel(), 1)
+
+
+def _mean(inputs: Sequence[Input], weights: list[float], base: Input | None, out_dtype: torch.dtype) -> Outcome:
+    count = len(inputs)
+
+    def step(thetas: list[Tensor], fishers: list[Tensor], positive: bool) -> Merged:
+        values = equations.weighted_mean(thetas[:count], weights, None if base is None else thetas[count])
+        shares = [values.new_full((), w / sum(weights) * values.numel()) for w in weights]
+        return Merged(values, shares, torch.tensor(values.numel()))
+
+    bare = [Input(item.theta, None) for item in [*inputs, *([] if base is None else [base])]]
+    operands = _Operands.of(bare)
+    if not operands.on_accelerator:
+        return _run_chunks(step, operands, count, out_dtype)
+    with torch.no_grad():
+        merged = step([theta.to(operands.work) for theta in operands.thetas], [], False)
+    shares = [weight / sum(weights) for weight in weights]
+    return Outcome(merged.values.to(out_dtype), list(shares), merged.values.numel())
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """The tensors of a merge side by side; ``work`` is the dtype of the arithmetic."""
+
+    thetas: list[Tensor]
+    fishers: list[Tensor]
+    labels: list[tuple[str, str]]
+    work: torch.dtype
+
+    @classmethod
+    def of(cls, inputs: Sequence[Input]) -> "_Operands":
+        thetas = [item.theta.detach() for item in inputs]
+        known = [(item.fisher.detach(), item.label) for item in inputs if item.fisher is not None]
+        double = any(t.dtype == torch.float64 for t in [*thetas, *(fisher for fisher, _ in known)])
+        work = torch.float64 if double else torch.float32
+        return cls(thetas, [fisher for fisher, _ in known], [label for _, label in known], work)
+
+    @property
+    def on_accelerator(self) -> bool:
+        return self.thetas[0].device.type != "cpu"
+
+    @property
+    def size(self) -> int:
+        return self.thetas[0].numel()
+
+    def tensor(self, values: Sequence[object]) -> Tensor:
+        return torch.tensor(values, dtype=self.work, device=self.thetas[0].device)
+
+
+Step = Callable[[list[Tensor], list[Tensor], bool], Merged]
+
+
+def _run_chunks(step: Step, operands: _Operands, count: int, out_dtype: torch.dtype) -> Outcome:
+    thetas = [theta.reshape(-1) for theta in operands.thetas]
+    fishers = [fisher.reshape(-1) for fisher in operands.fishers]
+    size, work = operands.size, operands.work
+    out = torch.empty(size, dtype=out_dtype)
+
+    def chunk(start: int) -> tuple[list[float], int]:
+        part = slice(start, min(start + CHUNK, size))
+        pieces = [fisher[part].to(work) for fisher in fishers]
+        positive = False
+        for fisher, piece, label in zip(fishers, pieces, operands.labels, strict=True):
+            low, high = (value.item() for value in torch.aminmax(piece))
+            if not (low >= 0 and high < float("inf")):
+                check_values(fisher, *label)
+            positive = positive or low > 0
+        merged = step([theta[part].to(work) for theta in thetas], pieces, positive)
+        out[part] = merged.values
+        return [float(share) for share in merged.shares], int(merged.fell_back)
+
+    results = _map(chunk, size)
+    shares = [sum(shares[i] for shares, _ in results) / max(size, 1) for i in range(count)]
+    fell_back = sum(fell_back for _, fell_back in results)
+    return Outcome(out.reshape(operands.thetas[0].shape), list(shares), fell_back)
+
+
+def _run_fused(
+    function: Callable[..., tuple[Tensor, list[Tensor], Tensor, list[Tensor]]],
+    operands: _Operands,
+    used: tuple[int, ...],
+    factors: object,
+    count: int,
+    out_dtype: torch.dtype,
+) -> Outcome:
+    """Run a pass over flattened tensors; nothing here waits for the accelerator."""
+    shape = operands.thetas[0].shape
+    thetas = [theta.reshape(-1) for theta in operands.thetas]
+    fishers = [fisher.reshape(-1) for fisher in operands.fishers]
+    with torch.no_grad():
+        run = fused(function, operands.size)
+        values, sums, fell_back, bad = run(thetas, fishers, used, factors, operands.work, out_dtype)
+    shares: list[float | Tensor] = [0.0] * count
+    for i, total in zip(used, sums, strict=True):
+        shares[i] = total / max(operands.size, 1)
+    pending = list(zip(bad, fishers, operands.labels, strict=True))
+    return Outcome(values.reshape(shape), shares, fell_back, pending)
+
+
+# The two passes take their factors as tensors: a compiled pass then serves every layer, whatever its weights.
+def _squisher_pass(
+    thetas: list[Tensor],
+    fishers: list[Tensor],
+    used: tuple[int, ...],
+    factors: Tensor,
+    work: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    wide = [theta.to(work) for theta in thetas]
+    merged = equations.fisher_mean(
+        [wide[i] for i in used], [fishers[i].to(work) for i in used], list(factors[0]), list(factors[1]), False
+    )
+    low, high = equations.bounds(wide)
+    values = merged.values.clamp(low, high)
+    return values.to(out_dtype), merged.shares, merged.fell_back, [_invalid(fisher) for fisher in fishers]
+
+
+def _ubgm_pass(
+    thetas: list[Tensor],
+    fishers: list[Tensor],
+    used: tuple[int, ...],
+    factors: tuple[Tensor, Tensor, bool],
+    work: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    numbers, prior, known = factors
+    n = len(used)
+    merged = equations.matched_step(
+        thetas[-1].to(work),
+        fishers[-1].to(work) if known else None,
+        [thetas[i].to(work) for i in used],
+        [fishers[i].to(work) for i in used],
+        list(numbers[:n]),
+        list(numbers[n : 2 * n]),
+        numbers[2 * n],
+        prior,
+    )
+    return merged.values.to(out_dtype), merged.shares, merged.fell_back, [_invalid(fisher) for fisher in fishers]
+
+
+def _invalid(fisher: Tensor) -> Tensor:
+    return ~((fisher >= 0) & (fisher < float("inf"))).all()
+
+
+_COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}
+_COMPILER_MISSING = threading.Event()
+
+
+def fused(function: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """Return ``function`` compiled into one pass where that pays; eager where small or where no compiler is found."""
+    if size < COMPILE_FROM or _COMPILER_MISSING.is_set():
+        return function
+    compiled = _COMPILED.setdefault(function, torch.compile(function, dynamic=True))
+
+    def attempt(*arguments: Any) -> Any:
+        try:
+            return compiled(*arguments)
+        except (RuntimeError, ImportError, OSError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            _COMPILER_MISSING.set()
+            LOG.warning("torch.compile is not usable here (%s); merging in eager mode", type(error).__name__)
+            return function(*arguments)
+
+    return attempt
+
+
+class _Pool:
+    """Workers of one torch thread each, made again when torch's thread count changes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._size = 0
+
+    def get(self, size: int) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._executor is None or self._size != size:
+                if self._executor is not None:
+                    self._executor.shutdown(wait=False)
+                started = threading.Barrier(size + 1)
+                self._executor = ThreadPoolExecutor(size, thread_name_prefix="squisher")
+
+                def single() -> None:
+                    torch.set_num_threads(1)
+                    started.wait()
+
+                for _ in range(size):
+                    self._executor.submit(single)
+                started.wait()
+                # The number set in a worker becomes torch's default for threads to come.
+                torch.set_num_threads(size)
+                self._size = size
+            return self._executor
+
+
+_POOL = _Pool()
+
+
+def _map(function: Callable[[int], Any], size: int) -> list[Any]:
+    starts = range(0, size, CHUNK)
+
+    def without_grad(start: int) -> Any:
+        with torch.no_grad():
+            return function(start)
+
+    threads = torch.get_num_threads()
+    if threads == 1 or size < 1 << 15:
+        return [without_grad(start) for start in starts]
+    return list(_POOL.get(threads).map(without_grad, starts))
