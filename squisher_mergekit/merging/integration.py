@@ -1,0 +1,576 @@
+"""The one place that knows mergekit's internals; everything is checked when mergekit is imported.
+
+``activate`` is called by the start-up hook right after one of mergekit's modules has run. It changes classes in place,
+so that it works in any order of imports:
+
+* the registry gets the two methods;
+* ``ExecuteMergeMethodTask`` gets one more dependency, the Fishers of its tensor, and hands them to the method;
+* ``MergePlanner`` refuses what headers can tell before any file is written, and leaves a base that ``squisher`` is
+  only given for its tokenizer out of the sum;
+* the executors remove what a failed merge has written, and report at the end.
+
+Merges by other methods pass through unchanged.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from squisher_mergekit.errors import ConfigError, SquisherError, UnsupportedMergekitError
+from squisher_mergekit.fisher.mapping import Fisher, TensorInfo
+from squisher_mergekit.merging.parameters import METHODS, SQUISHER, Block, check_blocks
+
+SUPPORTED = ">=0.1.5,<0.2"
+_DONE = "_squisher_mergekit"
+
+
+def activate(name: str, module: ModuleType) -> None:
+    """Change one of mergekit's modules, right after it was imported; a second call does nothing.
+
+    Args:
+        name: The module's name.
+        module: The module.
+
+    Raises:
+        UnsupportedMergekitError: A class or function that is needed is not there, or is called differently.
+    """
+    if getattr(module, _DONE, False):
+        return
+    try:
+        _ACTIVATORS[name.removeprefix("mergekit.")](module)
+    except (AttributeError, ImportError, TypeError, UnsupportedMergekitError) as error:
+        _explain_unsupported(error)
+        raise
+    setattr(module, _DONE, True)
+
+
+def _need(owner: Any, name: str, *parameters: str) -> Any:
+    """Return an attribute; raise unless it is there and takes the parameters."""
+    found = getattr(owner, name, None)
+    taken = inspect.signature(found).parameters if callable(found) and parameters else {}
+    if found is None or any(parameter not in taken for parameter in parameters):
+        raise UnsupportedMergekitError(f"{_unsupported()} ({getattr(owner, '__name__', owner)}.{name} differs)")
+    return found
+
+
+def _unsupported() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("mergekit")
+    except PackageNotFoundError:
+        found = "of unknown version"
+    return (
+        f"the methods {' and '.join(METHODS)} need mergekit {SUPPORTED}, found mergekit {found}; "
+        f"pip install 'mergekit{SUPPORTED}'"
+    )
+
+
+def _explain_unsupported(error: Exception) -> None:
+    """Make a request for our methods say which versions are supported; all others go on as they are."""
+    import sys
+
+    message = getattr(error, "message", None) or f"{_unsupported()} ({error})"
+    registry = sys.modules.get("mergekit.merge_methods.registry")
+    for owner in (registry, sys.modules.get("mergekit.merge_methods")):
+        stock = getattr(owner, "get", None)
+        if stock is None or getattr(stock, _DONE, False):
+            continue
+
+        @functools.wraps(stock)
+        def get(name: str, *args: Any, _stock: Callable[..., Any] = stock, **kwargs: Any) -> Any:
+            if name in METHODS:
+                raise UnsupportedMergekitError(message)
+            return _stock(name, *args, **kwargs)
+
+        setattr(get, _DONE, True)
+        setattr(owner, "get", get)  # noqa: B010
+
+
+# ---- the registry
+
+
+def _register(registry: ModuleType) -> None:
+    base = __import__("mergekit.merge_methods.base", fromlist=["base"])
+    for name in ("GroupMergeMethod", "InputContract", "OptionalTensorPolicy", "ParameterScope", "TensorGroup"):
+        _need(base, name)
+    _need(base, "MergeMethodSpec", "name", "parameters", "contract", "optional_tensor_policy")
+    _need(base, "ParameterSpec", "name", "value_type", "scope", "default")
+    register = _need(registry, "register", "method")
+    from squisher_mergekit.merging.methods import SQUISHER, UBGM_SQUISHER
+
+    present = {method.spec.name for method in _need(registry, "registered_methods")()}
+    for method in (SQUISHER, UBGM_SQUISHER):
+        if method.spec.name not in present:
+            register(method)
+
+
+# ---- one tensor
+
+
+def _extend_tasks(adapter: ModuleType) -> None:
+    from mergekit import graph
+    from mergekit.io import tasks as io_tasks
+
+    task = _need(adapter, "ExecuteMergeMethodTask")
+    for field in ("method_name", "gather_tensors", "model_order", "base_model", "output_weight", "input_parameters"):
+        if field not in task.model_fields:
+            raise UnsupportedMergekitError(f"{_unsupported()} (ExecuteMergeMethodTask.{field} is gone)")
+    arguments, execute = _need(task, "arguments"), _need(task, "execute", "tensors")
+    _need(io_tasks.LoadTensor, "_resolve_name", "loader")
+    _need(io_tasks.GatherTensors, "group_label")
+    _need(io_tasks, "LoaderCache")
+
+    @functools.wraps(arguments)
+    def with_fishers(self: Any) -> Any:
+        found = arguments(self)
+        if self.method_name in METHODS:
+            found["fishers"] = _gather_fishers(self)
+        return found
+
+    @functools.wraps(execute)
+    def execute_with_fishers(self: Any, tensors: Any, fishers: Any = None, **rest: Any) -> Any:
+        if self.method_name not in METHODS or not fishers:
+            return execute(self, tensors, **rest)
+        from squisher_mergekit.merging.methods import INJECTED
+
+        injected = {model: {**self.input_parameters[model], INJECTED: fishers.get(model)} for model in self.model_order}
+        return execute(self.model_copy(update={"input_parameters": injected}), tensors, **rest)
+
+    task.arguments, task.execute = with_fishers, execute_with_fishers
+    _extend_writer(io_tasks)
+    _extend_executor(graph.Executor)
+
+
+def _gather_fishers(task: Any) -> Any:
+    from squisher_mergekit.merging.tasks import FisherRequest, GatherFishers, hold
+
+    plan = plan_task(task)
+    source = task.gather_tensors
+    none = plan.inputs if plan.missing else ()
+    requests = [
+        FisherRequest(
+            model=use.input.key,
+            number=None if use.opened is None else hold(use.opened.fisher),
+            name=use.name,
+            scaling=plan.settings.scaling,
+            normalize=plan.normalize,
+            floor=plan.settings.floor,
+            fisher_scale=use.input.fisher_scale,
+            model_type=_model_type(use.input.key) if use.converted else None,
+        )
+        for use in plan.uses
+    ] + [
+        FisherRequest(
+            model=item.key, number=None, name=plan.name, scaling="raw", normalize="none", floor=0.0, fisher_scale=1.0
+        )
+        for item in none
+    ]
+    return GatherFishers(
+        requests=tuple(requests),
+        label=source.group_label(),
+        tokenizer_task=getattr(source, "tokenizer_task", None),
+        vocabulary_axis=task.output_weight.vocabulary_axis or 0,
+        pad_to_multiple_of=getattr(source, "pad_to_multiple_of", None),
+        truncate=hasattr(source, "weight_info") and hasattr(source, "gather_tensors"),
+    )
+
+
+def plan_task(task: Any) -> Any:
+    """Plan one ``ExecuteMergeMethodTask`` (a :class:`~squisher_mergekit.merging.plan.TensorPlan`).
+
+    Raises:
+        RefusedError: The Fishers cannot be found, read, or do not fit.
+    """
+    from squisher_mergekit.merging.plan import Settings, plan_tensor
+
+    inputs = [item for model in task.model_order if (item := _weight_input(task, model)) is not None]
+    given = dict(task.parameters.items())
+    settings = Settings(**{key: given[key] for key in Settings.__dataclass_fields__ if key in given})
+    base = None
+    if task.base_model is not None and Path(task.base_model.model.path).is_dir():
+        base = Path(task.base_model.model.path)
+    return plan_tensor(
+        task.method_name,
+        task.output_weight.name,
+        inputs,
+        settings,
+        _sources(),
+        base=base,
+        optional=task.output_weight.optional,
+        can_convert=_can_convert,
+        cache_dir=_cache_dir(),
+    )
+
+
+@functools.cache
+def _sources() -> Any:
+    from squisher_mergekit.merging.sources import Sources
+
+    return Sources()
+
+
+def _cache_dir() -> str | None:
+    from mergekit.io.tasks import LoaderCache
+
+    found: str | None = LoaderCache().hf_cache_dir
+    return found
+
+
+def _weight_input(task: Any, model: Any) -> Any:
+    """Describe one model's weight, or return None where it has none (mergekit then leaves the model out)."""
+    from mergekit.io.tasks import LoaderCache, LoadTensor
+
+    from squisher_mergekit.merging.plan import WeightInput
+
+    gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+    if hasattr(gather, "weight_info"):
+        weight = gather.weight_info[model]
+        load = LoadTensor(model=model, tensor=weight.name, aliases=weight.aliases, tied_names=weight.tied_names)
+        loader = LoaderCache().get(model)
+        stored = load._resolve_name(loader)
+        own = (weight.name, *(weight.aliases or ()))
+        # A tied name is another tensor's, which stands in for this one: its Fisher is that tensor's.
+        aliases = own if stored is None or stored in own else ()
+        if stored is None and weight.optional and not _weight_converts(model, loader, own):
+            return None
+    else:
+        loader, stored, aliases = _raw_loader(gather, model), gather.tensors[model].tensor_name, ()
+        if stored not in loader.index.tensor_paths:
+            return None
+    files = _model_files(model, loader)
+    values = task.input_parameters[model]
+    return WeightInput(
+        key=model,
+        model=files,
+        stored=stored,
+        aliases=tuple(name for name in aliases if name != stored),
+        info=_tensor_info(Path(loader.index.base_path) / loader.index.tensor_paths[stored], stored) if stored else None,
+        fisher=values["fisher"],
+        weight=values["weight"],
+        fisher_scale=values["fisher_scale"],
+        is_base=model == task.base_model,
+    )
+
+
+def _raw_loader(gather: Any, model: Any) -> Any:
+    from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
+
+    return SimpleLoaderCache().get(gather.tensors[model].model)
+
+
+def _model_files(model: Any, loader: Any) -> Any:
+    from squisher_mergekit.merging.sources import ModelFiles
+
+    local = Path(model.model.path)
+    return ModelFiles(
+        label=str(model),
+        folder=Path(loader.index.base_path or "."),
+        names=frozenset(loader.index.tensor_paths),
+        file=local if local.is_file() else None,
+        repo=None if local.exists() else (model.model.path, model.model.revision),
+        adapter=model.lora is not None,
+        convertible=not local.is_file() and _converts(_model_type(model)),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _infos(file: Path, stamp: int) -> dict[str, TensorInfo]:
+    from squisher_mergekit.fisher.files import tensor_infos
+
+    return tensor_infos(file)
+
+
+def _tensor_info(file: Path, name: str) -> TensorInfo | None:
+    """Read a weight's header; None for pickled weights, whose headers cannot be read apart."""
+    if file.suffix != ".safetensors":
+        return None
+    return _infos(file, file.stat().st_mtime_ns).get(name)
+
+
+@functools.cache
+def _model_type(model: Any) -> str | None:
+    from mergekit.io.tasks import LoaderCache
+
+    found: str | None = model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
+    return found
+
+
+@functools.cache
+def _converts(model_type: str | None) -> bool:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return bool(model_type and get_checkpoint_conversion_mapping(model_type))
+
+
+def _weight_converts(model: Any, loader: Any, names: tuple[str, ...]) -> bool:
+    from mergekit.architecture.conversion import can_convert_checkpoint_keys
+
+    stored = set(loader.index.tensor_paths)
+    return any(can_convert_checkpoint_keys(_model_type(model), stored, name) for name in names)
+
+
+def _can_convert(model: Any, fisher: Fisher, name: str) -> bool:
+    if Path(model.model.path).is_file() or not _converts(_model_type(model)):
+        return False
+    from mergekit.architecture.conversion import can_convert_checkpoint_keys
+
+    return bool(can_convert_checkpoint_keys(_model_type(model), set(fisher), name))
+
+
+# ---- the whole merge
+
+
+def read_config(text: str) -> Any:
+    """Parse the YAML of a merge as mergekit does.
+
+    Raises:
+        ConfigError: It is no valid merge configuration.
+    """
+    import yaml
+    from mergekit.config import MergeConfiguration
+
+    try:
+        return MergeConfiguration.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the configuration must be one that mergekit reads, but {error}") from error
+
+
+def plan_config(config: Any, options: Any) -> Any:
+    """Plan a merge as ``mergekit-yaml`` would, and stop there (a :class:`~squisher_mergekit.merging.plan.MergePlan`).
+
+    Raises:
+        RefusedError: The merge would be refused.
+    """
+    from mergekit.architecture import get_architecture_info
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import _model_out_config
+    from mergekit.plan import MergePlanner
+
+    from squisher_mergekit.merging.run import current_run
+
+    if config.merge_method not in METHODS:
+        raise ConfigError(
+            f"merge_method must be {' or '.join(METHODS)} here, found {config.merge_method}; use mergekit-yaml for it"
+        )
+    with mergekit_errors():
+        architecture = get_architecture_info(config, options)
+        LoaderCache().setup(options=options)
+        output = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+        MergePlanner(config, architecture, options=options, out_model_config=output).plan_in_memory()
+    return current_run().plan
+
+
+def run_config(config: Any, text: str, folder: Path, options: Any) -> Any:
+    """Merge as ``mergekit-yaml`` does, and write a model card that needs no network.
+
+    Returns:
+        The finished :class:`~squisher_mergekit.merging.run.Run`.
+
+    Raises:
+        RefusedError: The merge is refused.
+    """
+    from mergekit.card import generate_card
+    from mergekit.merge import run_merge
+
+    from squisher_mergekit.merging.report import bare_card, provenance
+    from squisher_mergekit.merging.run import current_run
+
+    with mergekit_errors():
+        run_merge(config, str(folder), options.model_copy(update={"write_model_card": False}), config_source=text)
+    run = current_run()
+    if options.write_model_card:
+        try:
+            card = generate_card(config=config, config_yaml=text, name=folder.name)
+        except (OSError, RuntimeError, ValueError):
+            # mergekit asks the Hub whether a relative path is a repository, and cannot without a network.
+            card = bare_card(folder.name, run.method, text)
+        (folder / "README.md").write_text(card + provenance(run), encoding="utf-8")
+        (folder / "mergekit_config.yml").write_text(text, encoding="utf-8")
+    return run
+
+
+@contextmanager
+def mergekit_errors() -> Iterator[None]:
+    """Turn what mergekit and transformers raise for a wrong configuration into one line.
+
+    Raises:
+        ConfigError: In their stead.
+    """
+    try:
+        yield
+    except SquisherError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise ConfigError(f"mergekit cannot do this merge: {error or type(error).__name__}") from error
+
+
+def _extend_planner(plan_module: ModuleType) -> None:
+    planner = _need(plan_module, "MergePlanner")
+    plan, normalize = _need(planner, "_plan"), _need(planner, "normalize_config")
+
+    @functools.wraps(normalize)
+    def normalize_config(self: Any) -> Any:
+        listed = _listed_models(self.config)
+        result = normalize(self)
+        base = self.config.base_model
+        if self.config.merge_method == SQUISHER and base is not None and base not in listed:
+            for module in self.config.modules.values():
+                for part in module.slices:
+                    part.sources = [source for source in part.sources if source.model != base]
+        return result
+
+    @functools.wraps(plan)
+    def checked_plan(self: Any) -> Any:
+        if self.config.merge_method not in METHODS:
+            return plan(self)
+        check_blocks(self.config.merge_method, _blocks(self.config))
+        run = _begin(self.config.merge_method, self.options)
+        result = plan(self)
+        tasks = [task for _, task in self._tensors]
+        _conclude(run, tasks, self.config.out_dtype or self.config.dtype, self.options.out_shard_size)
+        return result
+
+    planner.normalize_config, planner._plan = normalize_config, checked_plan
+
+
+def _begin(method: str, options: Any) -> Any:
+    from squisher_mergekit.merging.run import start_run
+
+    return start_run(method, options.quiet)
+
+
+def _conclude(run: Any, tasks: list[Any], dtype: str | None, shard_bytes: int) -> None:
+    """Work out the plan, refuse what cannot be, and say where the Fishers come from."""
+    import logging
+
+    from mergekit.common import dtype_from_name
+
+    from squisher_mergekit.errors import MismatchError
+    from squisher_mergekit.merging.plan import MergePlan, describe_model
+
+    width = dtype_from_name(dtype).itemsize if dtype else 4
+    run.plan = MergePlan(run.method, width, shard_bytes, [plan_task(task) for task in tasks])
+    run.plan.check()
+    for warning in run.plan.warnings():
+        if run.strict:
+            raise MismatchError(f"{warning}; merge without --strict if that is meant")
+        logging.getLogger("squisher_mergekit").warning(warning)
+    for model in run.plan.models():
+        run.log(f"{run.method}: {model['model']}: {describe_model(model)}")
+
+
+def _listed_models(config: Any) -> set[Any]:
+    parts = [config, *(config.modules or {}).values()]
+    listed = {item.model for part in parts for item in (part.models or [])}
+    return listed | {source.model for part in parts for piece in (part.slices or []) for source in piece.sources}
+
+
+def _blocks(config: Any) -> Iterator[Block]:
+    yield from _block("parameters", False, config.parameters)
+    modules = [("", config)] + [(f"modules.{name}.", module) for name, module in (config.modules or {}).items()]
+    for prefix, part in modules:
+        if part is not config:
+            yield from _block(f"{prefix}parameters", False, part.parameters)
+        for i, item in enumerate(part.models or []):
+            yield from _block(f"{prefix}models[{i}].parameters", True, item.parameters)
+        for i, piece in enumerate(getattr(part, "slices", None) or []):
+            yield from _block(f"{prefix}slices[{i}].parameters", False, piece.parameters)
+            for j, source in enumerate(piece.sources):
+                yield from _block(f"{prefix}slices[{i}].sources[{j}].parameters", True, source.parameters)
+
+
+def _block(place: str, of_model: bool, settings: Any) -> Iterator[Block]:
+    if settings:
+        yield Block(place, of_model, settings)
+
+
+def _extend_raw(module: ModuleType) -> None:
+    plan_flat_merge = _need(module, "plan_flat_merge", "config", "options")
+    signature = inspect.signature(plan_flat_merge)
+
+    @functools.wraps(plan_flat_merge)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs).arguments
+        config, options = bound["config"], bound["options"]
+        if config.merge_method not in METHODS:
+            return plan_flat_merge(**bound)
+        blocks = list(_block("parameters", False, config.parameters))
+        for i, item in enumerate(config.models):
+            blocks += _block(f"models[{i}].parameters", True, item.parameters)
+        check_blocks(config.merge_method, blocks)
+        listed = {item.model for item in config.models}
+        if config.merge_method == SQUISHER and config.base_model not in listed:
+            bound["config"] = config.model_copy(update={"base_model": None})
+        run = _begin(config.merge_method, options)
+        tasks = plan_flat_merge(**bound)
+        merges = [task.tensor_task for task in tasks if hasattr(task, "tensor_task")]
+        _conclude(run, merges, config.out_dtype or config.dtype, options.out_shard_size)
+        return tasks
+
+    module.plan_flat_merge = checked  # type: ignore[attr-defined]
+
+
+def _extend_writer(io_tasks: ModuleType) -> None:
+    writer_task = _need(io_tasks, "TensorWriterTask")
+    execute = _need(writer_task, "execute")
+
+    @functools.wraps(execute)
+    def noted(self: Any, **rest: Any) -> Any:
+        from squisher_mergekit.merging.output import Output
+        from squisher_mergekit.merging.run import current_run
+
+        output = Output(Path(self.out_path))
+        writer = execute(self, **rest)
+        output.settle = functools.partial(_settle, writer)
+        current_run().output = output
+        return writer
+
+    writer_task.execute = noted
+
+
+def _settle(writer: Any) -> None:
+    """Wait for shards that are being written in the background."""
+    executor = getattr(writer, "_executor", None) if getattr(writer, "use_async", False) else None
+    if executor is not None:
+        executor.shutdown(wait=True)
+
+
+def _extend_executor(executor: Any) -> None:
+    run_graph = _need(executor, "run", "quiet")
+
+    @functools.wraps(run_graph)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        if not _has_our_tasks(self):
+            yield from run_graph(self, *args, **kwargs)
+            return
+        from squisher_mergekit.merging.run import current_run
+
+        run = current_run()
+        try:
+            yield from run_graph(self, *args, **kwargs)
+            run.check()
+        except BaseException:
+            if run.output is not None:
+                run.output.remove()
+            raise
+        run.log_summary()
+
+    executor.run = guarded
+
+
+def _has_our_tasks(executor: Any) -> bool:
+    return any(getattr(task, "method_name", None) in METHODS for task in executor.universe.tasks)
+
+
+_ACTIVATORS: dict[str, Callable[[ModuleType], None]] = {
+    "merge_methods.registry": _register,
+    "merge_methods.task_adapter": _extend_tasks,
+    "plan": _extend_planner,
+    "multigpu_executor": lambda module: _extend_executor(_need(module, "MultiGPUExecutor")),
+    "scripts.merge_raw_pytorch": _extend_raw,
+}

@@ -1,0 +1,83 @@
+"""One tensor of a Fisher, read and brought to the scale that a merge wants."""
+
+import threading
+from collections.abc import Mapping
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.fisher.config import FisherConfig, Scaling
+from squisher_mergekit.fisher.files import MemoryStore
+from squisher_mergekit.fisher.mapping import Fisher
+
+
+class LoadedFisher(TypedDict):
+    """A raw tensor (None: no information) and the factor that brings it to the scale of the merge."""
+
+    tensor: Tensor | None
+    scale: float
+    name: str
+    location: str
+
+
+def load_tensor(
+    source: Mapping[str, Tensor] | None,
+    name: str,
+    *,
+    scaling: Scaling,
+    normalize: str,
+    floor: float,
+    fisher_scale: float,
+) -> LoadedFisher:
+    """Read one tensor of a Fisher.
+
+    The factor is ``fisher_scale * debiasing / normalizer``; it stays apart from the tensor, which is a view of the
+    mapped file unless an offset or a floor has to be applied: ``max(F, floor * mean(F))``.
+
+    Args:
+        source: A Fisher, or a plain mapping of tensors that are taken as they are; None for no information.
+        name: The tensor's name in ``source``.
+        scaling: As in the YAML.
+        normalize: ``none``, ``mean`` or ``l2`` of the whole model.
+        floor: Relative to the mean over the tensor.
+        fisher_scale: Factor on this model's Fisher.
+
+    Returns:
+        The tensor and its factor.
+
+    Raises:
+        ConfigError: The normalizer is 0, or a number that the scaling needs is not recorded.
+    """
+    if source is None:
+        return LoadedFisher(tensor=None, scale=1.0, name=name, location="")
+    fisher = source if isinstance(source, Fisher) else Fisher(MemoryStore(source), FisherConfig(statistic="mean"))
+    stored = fisher.resolve(name) or name
+    scale = fisher_scale * fisher.factor(stored, scaling)
+    if normalize != "none":
+        scale /= _normalizer(fisher, scaling, normalize)
+    tensor = fisher[stored]
+    offset = fisher.config.offset(scaling)
+    if offset:
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) - offset
+    if floor > 0 and tensor.numel():
+        tensor = tensor.clamp_min(floor * tensor.mean(dtype=torch.float64).item())
+    return LoadedFisher(tensor=tensor, scale=scale, name=stored, location=fisher.location)
+
+
+_NORMALIZERS: dict[tuple[int, Scaling], tuple[Fisher, tuple[float, float]]] = {}
+_LOCK = threading.Lock()
+
+
+def _normalizer(fisher: Fisher, scaling: Scaling, normalize: str) -> float:
+    with _LOCK:
+        key = (id(fisher), scaling)
+        if key not in _NORMALIZERS:
+            # The Fisher is kept with its moments, so that its id cannot be taken by another one.
+            _NORMALIZERS[key] = (fisher, fisher.moments(scaling))
+        mean, norm = _NORMALIZERS[key][1]
+    value = mean if normalize == "mean" else norm
+    if not value > 0:
+        raise ConfigError(f"normalize: {normalize} needs a positive Fisher, but all of {fisher.location} is 0")
+    return value

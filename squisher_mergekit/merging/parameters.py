@@ -1,0 +1,145 @@
+"""The parameters of the two merge methods: names, defaults, what each accepts, and where each may stand."""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from squisher_mergekit.errors import ConfigError
+
+SQUISHER = "squisher"
+UBGM_SQUISHER = "ubgm_squisher"
+METHODS = (SQUISHER, UBGM_SQUISHER)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: ``check`` returns the value to use or raises a ``ValueError`` that says what it must be."""
+
+    name: str
+    default: Any
+    check: Callable[[Any], Any]
+    per_model: bool = False
+    methods: tuple[str, ...] = METHODS
+    meaning: str = ""
+
+    def validate(self, value: Any) -> Any:
+        """Return the checked value.
+
+        Raises:
+            ConfigError: It is none that the parameter accepts.
+        """
+        try:
+            return self.check(value)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"parameter {self.name} must be {error}, found {value!r}") from None
+
+
+def _number(lowest: float, inclusive: bool, value: Any) -> float:
+    wanted = f"a finite number {'>=' if inclusive else '>'} {lowest:g}"
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError):
+        raise ValueError(wanted) from None
+    if not math.isfinite(number) or number < lowest or (number == lowest and not inclusive):
+        raise ValueError(wanted)
+    return number
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise ValueError("one of " + ", ".join(choices))
+        return str(value)
+
+    return check
+
+
+def _fisher(value: Any) -> Any:
+    if isinstance(value, Mapping) or (isinstance(value, str) and value.strip()):
+        return value
+    raise ValueError("auto, none, a path or a Hub id (in memory: a mapping name -> tensor)")
+
+
+PARAMETERS = (
+    Parameter("fisher", "auto", _fisher, per_model=True, meaning="where the model's Fisher is"),
+    Parameter("weight", 1.0, lambda v: _number(0, True, v), per_model=True, meaning="w_i"),
+    Parameter("fisher_scale", 1.0, lambda v: _number(0, False, v), per_model=True, meaning="factor on the Fisher"),
+    Parameter("scaling", "debiased", _one_of("debiased", "raw", "per_example"), meaning="which scale of the Fisher"),
+    Parameter("normalize", "auto", _one_of("auto", "none", "mean", "l2"), meaning="per-model normalization"),
+    Parameter("floor", 0.0, lambda v: _number(0, True, v), meaning="relative to the tensor's mean Fisher"),
+    Parameter("missing", "error", _one_of("error", "average"), meaning="a tensor without a Fisher"),
+    Parameter("prior", 0.0, lambda v: _number(0, True, v), methods=(UBGM_SQUISHER,), meaning="d, relative"),
+)
+
+
+def of_method(method: str) -> tuple[Parameter, ...]:
+    """Return the parameters of a method."""
+    return tuple(parameter for parameter in PARAMETERS if method in parameter.methods)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A ``parameters:`` block of a merge configuration: where it stands, and whether it belongs to one model."""
+
+    place: str
+    of_model: bool
+    settings: Mapping[str, Any]
+
+
+def check_blocks(method: str, blocks: Iterable[Block]) -> None:
+    """Refuse keys and values that mergekit would accept silently.
+
+    Args:
+        method: Name of the merge method.
+        blocks: All ``parameters:`` blocks of the configuration.
+
+    Raises:
+        ConfigError: A key is unknown (the nearest valid one is named), stands in the wrong place, or a value is none
+            that the parameter accepts.
+    """
+    known = {parameter.name: parameter for parameter in of_method(method)}
+    for block in blocks:
+        for key, setting in block.settings.items():
+            place = f"{block.place}.{key}"
+            parameter = known.get(key)
+            if parameter is None:
+                raise ConfigError(_unknown(method, key, block.place, known))
+            if block.of_model and not parameter.per_model:
+                raise ConfigError(
+                    f"{place} must stand under the top-level parameters: {key} is one for all models; move it there"
+                )
+            for value in _values(setting, place, gradient=key in ("weight", "fisher_scale", "floor", "prior")):
+                try:
+                    parameter.validate(value)
+                except ConfigError as error:
+                    raise ConfigError(f"{place}: {error.message}") from None
+
+
+def _unknown(method: str, key: str, place: str, known: Mapping[str, Parameter]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    elsewhere = [p.name for p in PARAMETERS if p.name == key]
+    hint = f"did you mean {nearest[0]}?" if nearest else f"valid are {', '.join(known)}"
+    if elsewhere:
+        hint = f"it belongs to {UBGM_SQUISHER}; remove it"
+    return f"{place}: {method} has no parameter {key!r}; {hint}"
+
+
+def _values(setting: Any, place: str, gradient: bool) -> Iterator[Any]:
+    """Yield the scalars of a setting: a scalar, a gradient over the layers, or filters with either."""
+    if hasattr(setting, "value") and hasattr(setting, "filter"):
+        yield from _values(setting.value, place, gradient)
+    elif isinstance(setting, Mapping) and "value" in setting:
+        yield from _values(setting["value"], place, gradient)
+    elif isinstance(setting, list | tuple):
+        scalars = [item for item in setting if not hasattr(item, "filter") and not isinstance(item, Mapping)]
+        if scalars and not gradient:
+            raise ConfigError(
+                f"{place} must be one value, found the list {scalars!r}, which mergekit reads as a gradient over the "
+                "layers; give each model its own parameters"
+            )
+        for item in setting:
+            yield from _values(item, place, gradient)
+    else:
+        yield setting

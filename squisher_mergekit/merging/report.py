@@ -1,0 +1,67 @@
+"""The report of a merge: a table for the terminal, a section for the model card."""
+
+from pathlib import PurePath
+from typing import Any
+
+from squisher_mergekit.merging.run import Run
+
+
+def as_text(report: dict[str, Any], rows: int = 40) -> str:
+    """Return the report as a table: effective weight of each model overall and per kind of layer.
+
+    Args:
+        report: What :meth:`Run.report` gave.
+        rows: How many kinds of layer to show at most.
+    """
+    labels = list(report["effective_weight"])
+    columns = [chr(ord("A") + i % 26) for i in range(len(labels))]
+    lines = [f"{report['method']}: {report['fell_back']:.3%} of {report['entries']:,} entries fell back"]
+    lines += [f"  {column} = {label}" for column, label in zip(columns, labels, strict=True)]
+    kinds = list(report["kinds"].items())
+    width = max([len("effective weight"), *(len(kind) for kind, _ in kinds[:rows])])
+    lines.append(f"{'effective weight':<{width}}" + "".join(f"{column:>9}" for column in columns) + "  fell back")
+
+    def row(kind: str, entry: dict[str, Any]) -> str:
+        shares = "".join(f"{entry['effective_weight'].get(label, 0.0):>9.1%}" for label in labels)
+        return f"{kind:<{width}}{shares}{entry['fell_back']:>11.2%}"
+
+    lines.append(row("overall", report))
+    lines += [row(kind, entry) for kind, entry in kinds[:rows]]
+    if len(kinds) > rows:
+        lines.append(f"... and {len(kinds) - rows} more kinds of layer (--json FILE has all)")
+    return "\n".join(lines)
+
+
+def provenance(run: Run) -> str:
+    """Return the model card's section: whose Fisher, how made, how much each model weighed. No path of a machine."""
+    from importlib.metadata import version
+
+    report = run.report()
+    lines = [
+        "",
+        "## Fisher provenance",
+        "",
+        f"Merged by `{run.method}` of squisher-mergekit {version('squisher-mergekit')} with mergekit "
+        f"{version('mergekit')}; {report['fell_back']:.2%} of the entries fell back to the "
+        + ("base value." if run.method == "ubgm_squisher" else "weighted mean."),
+        "",
+        "| model | Fisher | estimator | optimizer | steps | beta2 | scale | effective weight |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model in run.plan.models() if run.plan else []:
+        share = report["effective_weight"].get(model["model"])
+        cells = [
+            PurePath(model["model"]).name,
+            PurePath(str(model["fisher"])).name,
+            *(model[key] for key in ("estimator", "optimizer", "steps", "beta2")),
+            None if model["scale"] is None else f"{model['scaling']} x{model['scale']:.4g}",
+            "base" if share is None else f"{share:.1%}",
+        ]
+        lines.append("| " + " | ".join("unknown" if cell is None else str(cell) for cell in cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def bare_card(name: str, method: str, text: str) -> str:
+    """Return a model card without links to the Hub, for where it cannot be asked."""
+    header = "---\ntags:\n- mergekit\n- merge\nlibrary_name: transformers\n---\n"
+    return f"{header}# {name}\n\nA merge by the method `{method}`, made with mergekit.\n\n```yaml\n{text.rstrip()}\n```\n"

@@ -1,0 +1,153 @@
+"""From the parameter ``fisher:`` of a model to an open Fisher that fits its weights."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from squisher_mergekit.errors import MismatchError, NotFoundError
+from squisher_mergekit.fisher import hub
+from squisher_mergekit.fisher.files import has_fisher, read_fisher
+from squisher_mergekit.fisher.fingerprint import difference, fingerprint
+from squisher_mergekit.fisher.mapping import Fisher, TensorInfo
+from squisher_mergekit.optimizers.load import find_state, load_fisher
+
+LOG = logging.getLogger("squisher_mergekit")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model as a merge sees it.
+
+    ``label``: as the configuration names it. ``folder``: where its weights lie; ``file``: the one file, for single-file
+    models. ``names``: all tensor names in its files. ``repo``: id and revision if it comes from the Hub. ``adapter``:
+    it is a base with a LoRA applied. ``convertible``: says whether stored names give a tensor that is not stored.
+    """
+
+    label: str
+    folder: Path
+    names: frozenset[str]
+    file: Path | None = None
+    repo: tuple[str, str | None] | None = None
+    adapter: bool = False
+    convertible: bool = False
+
+    def __hash__(self) -> int:
+        return hash((self.label, self.folder))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An open Fisher and what has to be said about it."""
+
+    fisher: Fisher
+    path: Path
+    warning: str | None
+
+
+class Sources:
+    """Opens each Fisher once; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._opened: dict[tuple[object, ...], Opened] = {}
+
+    def open(self, value: str, model: ModelFiles, base: Path | None = None, cache_dir: str | None = None) -> Opened:
+        """Find, open and check the Fisher of a model.
+
+        Args:
+            value: ``auto``, a path or a Hub id.
+            model: The model.
+            base: The base model's folder, which tells frozen parameters apart.
+            cache_dir: Where Hub files are kept.
+
+        Returns:
+            The Fisher, its names those of the model's weights.
+
+        Raises:
+            NotFoundError: There is none.
+            MismatchError: It belongs to other weights, by its names, or to an adapter.
+            RefusedError: Whatever reading it raises.
+        """
+        with self._lock:
+            path = locate(value, model, cache_dir)
+            key = (value, model, base, path, _stamp(path))
+            if key not in self._opened:
+                self._opened[key] = _open(path, model, base)
+            return self._opened[key]
+
+
+def locate(value: str, model: ModelFiles, cache_dir: str | None = None) -> Path:
+    """Return the file or folder that ``fisher: value`` means for a model.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    if value != "auto":
+        path = Path(value).expanduser()
+        return path if path.exists() else hub.resolve(value, cache_dir)
+    if model.adapter:
+        raise NotFoundError(
+            f"{model.label} is a model with a LoRA applied, whose Fisher cannot be found beside it: the adapter's "
+            "second moments say nothing of the merged weights; give fisher: PATH, made for the merged weights"
+        )
+    if has_fisher(model.folder) or find_state(model.folder) is not None:
+        return model.folder
+    if model.repo is not None:
+        found = hub.find_beside(*model.repo, cache_dir)
+        if found is not None:
+            return found
+    raise NotFoundError(
+        f"no Fisher for {model.label}: {model.folder} has neither fisher.safetensors nor optimizer state "
+        "(optimizer.pt of checkpoint-N); give the model fisher: PATH, or train with the optimizer state saved"
+    )
+
+
+def _stamp(path: Path) -> tuple[object, ...]:
+    """Change whenever the files do, so that a second merge in one process sees new ones."""
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
+def _open(path: Path, model: ModelFiles, base: Path | None) -> Opened:
+    portable = path.suffix in (".safetensors", ".json") if path.is_file() else has_fisher(path)
+    fisher = read_fisher(path) if portable else load_fisher(path, model=model.folder, base=base)
+    if fisher.config.parameters == "adapter":
+        raise MismatchError(
+            f"the Fisher for {model.label} must be of full weights, but {fisher.location} is of a LoRA adapter, whose "
+            "second moments say nothing of the merged weights; merge adapters, or estimate a Fisher of the full model"
+        )
+    unknown = [] if model.convertible else [name for name in fisher if name not in model.names]
+    if unknown:
+        raise MismatchError(
+            f"the names of a Fisher must be those of the weights, but {len(unknown)} of {len(fisher)} in "
+            f"{fisher.location} are not in {model.label}, {unknown[0]} among them; give the Fisher of this model"
+        )
+    now = fingerprint(model.file or model.folder)
+    changed = difference(fisher.config.weights_fingerprint, now)
+    warning = None
+    if changed:
+        warning = f"the Fisher for {model.label}, {fisher.location}, was made at other weights: {changed}"
+    return Opened(fisher, path, warning)
+
+
+def find_name(fisher: Fisher, stored: str, aliases: tuple[str, ...]) -> str | None:
+    """Return under which name a Fisher has the tensor that a model stores as ``stored``.
+
+    ``aliases`` are other names of the same tensor in the architecture's eyes; tied names are no aliases: only the
+    Fisher itself may say that it counts two uses together.
+    """
+    for name in (stored, *aliases):
+        found = fisher.resolve(name)
+        if found is not None:
+            return found
+    return None
+
+
+Convert = Callable[[Mapping[str, object], str], object]
+
+
+def shapes_fit(fisher: Fisher, name: str, weight: TensorInfo | None) -> bool:
+    """Return whether the Fisher's tensor is shaped like the weight, as far as headers tell."""
+    return weight is None or fisher.info(name).shape == weight.shape
