@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 
+_TINY = 1e-37
+
+
 class Merged(NamedTuple):
     """A merged tensor, and how it came about.
 
@@ -66,7 +69,7 @@ def squisher(
     values, shares, fell_back = fisher_mean(
         [thetas[i] for i in used],
         [fishers[i] for i in used],
-        [weights[i] for i in used],
+        relative([weights[i] for i in used]),
         relative([weights[i] * scales[i] for i in used]),
         positive,
     )
@@ -115,7 +118,7 @@ def ubgm_squisher(
         base_fisher,
         [thetas[i] for i in used],
         [fishers[i] for i in used],
-        [weights[i] for i in used],
+        [max(weights[i], _TINY) for i in used],
         [scales[i] / unit for i in used],
         base_scale / unit,
         torch.as_tensor(prior, dtype=torch.float64) / unit,
@@ -235,6 +238,6 @@ def _spread(shares: Sequence[Tensor], used: Sequence[int], count: int) -> list[T
 
 
 def relative(factors: Sequence[float]) -> list[float]:
-    """Return the factors divided by the largest of them."""
+    """Return the factors divided by the largest of them, none so small that float32 would make it 0."""
     largest = max(factors)
-    return [factor / largest for factor in factors]
+    return [max(factor / largest, _TINY) for factor in factors]

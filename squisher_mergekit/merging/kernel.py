@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import mul
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def merge_squisher(inputs: Sequence[Input], out_dtype: torch.dtype) -> Outcome:
     operands = _Operands.of(inputs)
     if operands.on_accelerator:
         used = tuple(i for i, weight in enumerate(weights) if weight > 0)
-        factors = [[weights[i] for i in used], equations.relative([weights[i] * scales[i] for i in used])]
+        factors = [equations.relative([part[i] for i in used]) for part in (weights, list(map(mul, weights, scales)))]
         return _run_fused(_squisher_pass, operands, used, operands.tensor(factors), len(inputs), out_dtype)
 
     def step(thetas: list[Tensor], fishers: list[Tensor], positive: bool) -> Merged:

@@ -64,4 +64,6 @@ def provenance(run: Run) -> str:
 def bare_card(name: str, method: str, text: str) -> str:
     """Return a model card without links to the Hub, for where it cannot be asked."""
     header = "---\ntags:\n- mergekit\n- merge\nlibrary_name: transformers\n---\n"
-    return f"{header}# {name}\n\nA merge by the method `{method}`, made with mergekit.\n\n```yaml\n{text.rstrip()}\n```\n"
+    return (
+        f"{header}# {name}\n\nA merge by the method `{method}`, made with mergekit.\n\n```yaml\n{text.rstrip()}\n```\n"
+    )

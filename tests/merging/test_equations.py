@@ -1,0 +1,137 @@
+"""The equations, against float64 and by their properties."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from squisher_mergekit.merging.equations import squisher, ubgm_squisher, weighted_mean
+from tests.merging.reference import assert_within, draw_fisher, largest, squisher_reference, ubgm_reference
+
+SHAPE = (7, 13)
+WEIGHTS = (1.0, 0.3, 2.0, 0.7, 1.3)
+
+
+def _models(count: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    thetas = [torch.randn(*SHAPE, generator=generator).to(dtype) for _ in range(count)]
+    return thetas, [draw_fisher(SHAPE, generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed", range(5))
+def test_squisher_is_eq_13(count: int, seed: int) -> None:
+    """For any number of models and F from 1e-38 to 1e+30, Fisher merging agrees with float64."""
+    thetas, fishers = _models(count, seed)
+    result = squisher(thetas, fishers, WEIGHTS[:count], [1.0] * count).values
+    assert_within(result, squisher_reference(thetas, fishers, WEIGHTS[:count]), largest(thetas))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("prior", [0.0, 1e-3, 1.0])
+def test_ubgm_is_its_formula(count: int, prior: float) -> None:
+    """Gradient matching agrees with float64, with and without a prior."""
+    (base, *thetas), (base_fisher, *fishers) = _models(count + 1, seed=count)
+    known = base_fisher.double() + sum(w * f.double() for w, f in zip(WEIGHTS, fishers, strict=False))
+    d = prior * known.mean()
+    weights = WEIGHTS[:count]
+    result = ubgm_squisher(base, base_fisher, thetas, fishers, weights, [1.0] * count, prior=d).values
+    size = base.double().abs() + sum(w * (t.double() - base).abs() for w, t in zip(weights, thetas, strict=True))
+    assert_within(result, ubgm_reference(base, base_fisher, thetas, fishers, weights, prior), size)
+
+
+@given(factor=st.floats(1e-6, 1e6), seed=st.integers(0, 10**6))
+@settings(deadline=None, max_examples=40)
+def test_a_common_factor_changes_nothing(factor: float, seed: int) -> None:
+    """One factor on all Fishers cancels, in both methods."""
+    thetas, fishers = _models(3, seed)
+    weights, ones = WEIGHTS[:3], [1.0] * 3
+    assert torch.equal(
+        squisher(thetas, fishers, weights, ones).values, squisher(thetas, fishers, weights, [factor] * 3).values
+    )
+    plain = ubgm_squisher(thetas[0], fishers[0], thetas[1:], fishers[1:], weights[1:], ones[1:]).values
+    scaled = ubgm_squisher(thetas[0], fishers[0], thetas[1:], fishers[1:], weights[1:], [factor] * 2, factor).values
+    torch.testing.assert_close(plain, scaled, rtol=1e-6, atol=1e-7)
+
+
+@given(order=st.permutations(range(4)), seed=st.integers(0, 10**6))
+@settings(deadline=None, max_examples=40)
+def test_the_order_of_models_does_not_matter(order: list[int], seed: int) -> None:
+    """Permuting the models changes the merge by rounding at most."""
+    thetas, fishers = _models(4, seed)
+    result = squisher(thetas, fishers, WEIGHTS[:4], [1.0] * 4).values
+    permuted = squisher(
+        [thetas[i] for i in order], [fishers[i] for i in order], [WEIGHTS[i] for i in order], [1.0] * 4
+    ).values
+    torch.testing.assert_close(result, permuted, rtol=1e-5, atol=1e-6)
+
+
+@given(seed=st.integers(0, 10**6), weights=st.lists(st.floats(0.0, 3.0), min_size=3, max_size=3))
+@settings(deadline=None, max_examples=60)
+def test_between_smallest_and_largest_input(seed: int, weights: list[float]) -> None:
+    """Every entry of a Fisher merge lies between the smallest and the largest input."""
+    if not any(weight > 0 for weight in weights):
+        weights = [1.0, *weights[1:]]
+    thetas, fishers = _models(3, seed)
+    result = squisher(thetas, fishers, weights, [1.0, 0.1, 7.0]).values
+    stacked = torch.stack(thetas)
+    assert bool((result >= stacked.amin(0)).all())
+    assert bool((result <= stacked.amax(0)).all())
+
+
+def test_equal_fishers_give_the_weighted_mean() -> None:
+    """With one Fisher for all models, Fisher merging is the weighted mean."""
+    thetas, (fisher, *_) = _models(3, seed=2)
+    result = squisher(thetas, [fisher] * 3, WEIGHTS[:3], [1.0] * 3).values
+    torch.testing.assert_close(result, weighted_mean(thetas, WEIGHTS[:3]), rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_of_weight_zero_does_not_enter() -> None:
+    """A model of weight 0 changes nothing, even where its Fisher is 1e60 times the others'."""
+    thetas, fishers = _models(3, seed=3)
+    fishers[0] = torch.full(SHAPE, 1e30)
+    with_it = squisher(thetas, fishers, [0.0, 1.0, 1.0], [1.0] * 3)
+    without = squisher(thetas[1:], fishers[1:], [1.0, 1.0], [1.0] * 2)
+    torch.testing.assert_close(with_it.values, without.values, rtol=0, atol=0)
+    assert float(with_it.shares[0]) == 0.0
+
+
+def _task_vectors(seed: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    (base, *thetas), (_, *fishers) = _models(4, seed)
+    return base.double(), [theta.double() for theta in thetas], [fisher.double() for fisher in fishers]
+
+
+def test_ubgm_identity_equal_fishers() -> None:
+    """With F_0 = F_t = F, gradient matching is the base plus 2 / (M + 1) times the sum of the task vectors."""
+    base, thetas, _ = _task_vectors(5)
+    fisher = torch.rand(SHAPE, dtype=torch.float64) + 0.1
+    result = ubgm_squisher(base, fisher, thetas, [fisher] * 3, [1.0] * 3, [1.0] * 3).values
+    torch.testing.assert_close(result, base + 2 / 4 * sum(theta - base for theta in thetas), rtol=1e-12, atol=1e-12)
+
+
+def test_ubgm_identity_vanishing_task_fishers() -> None:
+    """As F_t goes to 0 beside F_0, gradient matching goes to task arithmetic with factor 1."""
+    base, thetas, _ = _task_vectors(6)
+    one = torch.ones(SHAPE, dtype=torch.float64)
+    result = ubgm_squisher(base, one, thetas, [1e-14 * one] * 3, [1.0] * 3, [1.0] * 3).values
+    torch.testing.assert_close(result, base + sum(theta - base for theta in thetas), rtol=1e-12, atol=1e-12)
+
+
+def test_ubgm_identity_without_base_fisher() -> None:
+    """With F_0 = 0 and no prior, gradient matching is the base plus the Fisher average of the task vectors."""
+    base, thetas, fishers = _task_vectors(7)
+    result = ubgm_squisher(base, None, thetas, fishers, WEIGHTS[:3], [1.0] * 3).values
+    average = squisher_reference([theta - base for theta in thetas], fishers, WEIGHTS[:3])
+    known = sum(fishers) > 0
+    torch.testing.assert_close(result[known], (base + average)[known], rtol=1e-12, atol=1e-12)
+    assert torch.equal(result[~known], base[~known])
+
+
+def test_shares_and_fallback_are_counted() -> None:
+    """The reported shares add up to the number of entries, and entries without information are counted."""
+    thetas, fishers = _models(3, seed=8)
+    for fisher in fishers:
+        fisher[0] = 0
+    merged = squisher(thetas, fishers, WEIGHTS[:3], [1.0] * 3)
+    assert int(merged.fell_back) == int((sum(f.double() for f in fishers) == 0).sum()) >= SHAPE[1]
+    assert float(sum(merged.shares)) == pytest.approx(thetas[0].numel(), rel=1e-6)
