@@ -18,7 +18,6 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-
 _TINY = 1e-37
 
 

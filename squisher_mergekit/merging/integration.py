@@ -201,7 +201,7 @@ def plan_task(task: Any) -> Any:
         settings,
         _sources(),
         base=base,
-        optional=task.output_weight.optional,
+        passed_through=task.output_weight.optional and len(inputs) == 1 < len(task.model_order),
         can_convert=_can_convert,
         cache_dir=_cache_dir(),
     )

@@ -87,7 +87,7 @@ def plan_tensor(
     sources: Sources,
     *,
     base: Path | None,
-    optional: bool,
+    passed_through: bool,
     can_convert: CanConvert,
     cache_dir: str | None = None,
 ) -> TensorPlan:
@@ -100,7 +100,7 @@ def plan_tensor(
         settings: Parameters for all models.
         sources: Opens the Fishers.
         base: Folder of the base model, for Fishers of partly frozen models.
-        optional: Whether a model may lack the weight.
+        passed_through: Whether mergekit copies the tensor, as one model alone has it.
         can_convert: Whether a Fisher's tensors give a weight by transformers' conversion.
         cache_dir: Where Hub files are kept.
 
@@ -121,7 +121,7 @@ def plan_tensor(
 
     if any(item.info is not None and not item.info.dtype.is_floating_point for item in inputs):
         return plan()
-    if optional and len(inputs) == 1:
+    if passed_through:
         return plan()
     merged = [item for item in inputs if not (method == UBGM_SQUISHER and item.is_base)]
     if not any(item.weight > 0 for item in merged):

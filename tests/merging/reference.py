@@ -75,10 +75,11 @@ def llama(folder: Path, seed: int, dtype: torch.dtype = torch.float32, **changes
     """Write a random Llama with odd shapes; return its tensors as they are on disk."""
     settings: dict[str, object] = {
         "vocab_size": 29,
-        "hidden_size": 26,
+        "hidden_size": 33,
+        "head_dim": 6,
         "intermediate_size": 17,
         "num_hidden_layers": 3,
-        "num_attention_heads": 2,
+        "num_attention_heads": 3,
         "num_key_value_heads": 1,
     }
     torch.manual_seed(seed)
