@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from squisher_mergekit.errors import NotFoundError
-from squisher_mergekit.fisher.files import BASENAME, CONFIG_NAME, has_fisher
+from squisher_mergekit.fisher.config import CONFIG_NAME
+from squisher_mergekit.fisher.files import BASENAME, has_fisher
 
 PATTERNS = [f"{BASENAME}.safetensors", f"{BASENAME}-*.safetensors", f"{BASENAME}.safetensors.index.json", CONFIG_NAME]
 STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]

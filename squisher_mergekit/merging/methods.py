@@ -26,7 +26,7 @@ from squisher_mergekit.merging.run import current_run
 INJECTED = "_fisher"
 
 
-class _Spec(ParameterSpec):
+class _Spec(ParameterSpec):  # type: ignore[misc]
     """A parameter whose refusals are this package's own one-line errors."""
 
     def validate(self, value: Any) -> Any:

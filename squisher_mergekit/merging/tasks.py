@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
+from mergekit.tokenizer import BuildTokenizer
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -104,7 +105,7 @@ class GatherFishers(Task[dict[ModelReference, LoadedFisher]]):  # type: ignore[m
 
     requests: tuple[FisherRequest, ...]
     label: str | None
-    tokenizer_task: Task[Any] | None = None
+    tokenizer_task: BuildTokenizer | None = None
     vocabulary_axis: int = 0
     pad_to_multiple_of: int | None = None
     truncate: bool = False
