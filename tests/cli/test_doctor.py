@@ -1,0 +1,169 @@
+"""``squisher doctor``: what it says of a sound environment, and the line it prints for each thing that is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from squisher_mergekit.cli import doctor
+from squisher_mergekit.cli.main import main
+
+GOOD = {
+    "started": True,
+    "methods": {"squisher": None, "ubgm_squisher": None},
+    "devices": ["cpu"],
+    "errors": [],
+}
+UNKNOWN = {
+    "squisher": "Unimplemented merge method squisher",
+    "ubgm_squisher": "Unimplemented merge method ubgm_squisher",
+}
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    """Let a test say what the fresh interpreter answers."""
+
+    def answer(**changes):
+        monkeypatch.delenv(doctor.SWITCH, raising=False)
+        monkeypatch.setattr(doctor, "probe", lambda: GOOD | changes)
+
+    answer()
+    return answer
+
+
+def _run(*arguments):
+    return CliRunner().invoke(main, ["doctor", *arguments])
+
+
+def _problems(result):
+    return [line for line in result.stdout.splitlines() if line.startswith("problem: ")]
+
+
+def test_a_sound_environment_is_reported_in_full(tmp_path):
+    """The real command, with a fresh interpreter, exits with 0 here and reports versions, hook, methods and disk."""
+    report = tmp_path / "report.json"
+    environment = {key: value for key, value in os.environ.items() if key != doctor.SWITCH}
+    code = "from squisher_mergekit.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor", "--json", report],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a merge can run here" in done.stdout
+    found = json.loads(report.read_text())
+    assert found["methods"] == {"squisher": True, "ubgm_squisher": True}
+    assert found["hook_started"] is True
+    assert [name.rpartition("/")[2] for name in found["hook_files"]] == list(doctor.HOOK_FILES)
+    assert set(found["versions"]) == {*doctor.PACKAGES, "python"}
+    assert None not in found["versions"].values()
+    assert found["devices"][0] == "cpu"
+    assert found["free_disk_bytes"] > 0
+    assert found["problems"] == []
+
+
+def test_the_switch_is_named(tmp_path):
+    """With the hook switched off the real command exits with 1, and names the variable and both cures."""
+    environment = os.environ | {doctor.SWITCH: "0"}
+    code = "from squisher_mergekit.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor", "--quiet"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 1
+    [line] = done.stdout.splitlines()
+    assert f"{doctor.SWITCH} is 0" in line
+    assert "unset it" in line
+    assert "squisher-mergekit-yaml" in line
+
+
+def test_a_missing_hook_file_is_named(probe, monkeypatch):
+    """Where no start-up file lies in site-packages, the line says which and how to get it back."""
+    probe(started=False, methods=UNKNOWN)
+    monkeypatch.setattr(doctor, "hook_files", list)
+    result = _run("--quiet")
+    assert result.exit_code == 1
+    [line] = _problems(result)
+    assert "squisher_mergekit.pth is in no site-packages folder" in line
+    assert "--force-reinstall" in line
+
+
+def test_a_hook_file_that_cannot_import_the_package_is_named(probe):
+    """Where the start-up file is there but the package was not imported by it, the line names the file."""
+    probe(started=False, methods=UNKNOWN)
+    [line] = _problems(_run("--quiet"))
+    assert "squisher_mergekit.pth could not import the package" in line
+
+
+def test_what_mergekit_answers_is_passed_on(probe):
+    """Where the hook ran, and mergekit still refuses a method, its own words are in the line."""
+    probe(methods={"squisher": None, "ubgm_squisher": "the methods need mergekit >=0.1.5,<0.2"})
+    assert _problems(_run("--quiet")) == [
+        "problem: mergekit-yaml does not know ubgm_squisher: the methods need mergekit >=0.1.5,<0.2"
+    ]
+
+
+def test_an_error_is_said_once(probe):
+    """The same failure in several of mergekit's modules is one line."""
+    probe(errors=["boom", "boom"])
+    assert len(_problems(_run("--quiet"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (None, "mergekit must be installed, but this Python has none"),
+        ("0.1.4", "mergekit must be <0.2,>=0.1.5, found 0.1.4"),
+    ],
+)
+def test_a_wrong_mergekit_is_named(found, words):
+    """A mergekit that is missing or out of range is one line with the command that cures it."""
+    versions = {"squisher-mergekit": "0.1.0", "mergekit": found}
+    [problem] = doctor.version_problems(versions, "<0.2,>=0.1.5")
+    assert words in problem
+    assert problem.endswith('pip install "mergekit<0.2,>=0.1.5"')
+
+
+def test_the_supported_range_is_the_one_installed_for():
+    """The range comes from the installed metadata, and is the one that the plug-in checks."""
+    from packaging.specifiers import SpecifierSet
+
+    from squisher_mergekit.merging.integration import SUPPORTED
+
+    assert SpecifierSet(doctor.supported_mergekit()) == SpecifierSet(SUPPORTED)
+
+
+def test_little_disk_is_a_problem(probe, monkeypatch):
+    """A folder with less than 100 MB free is named with what is left."""
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5_000_000}))
+    result = _run("--quiet")
+    assert result.exit_code == 1
+    assert "has 5 MB free" in _problems(result)[0]
+
+
+def test_a_probe_that_dies_is_a_problem_and_no_traceback(monkeypatch):
+    """An interpreter that gives no answer is reported in one line."""
+    monkeypatch.setattr(doctor, "PROBE", "raise SystemExit(3)")
+    result = _run("--quiet")
+    assert result.exit_code == 1
+    assert "gave no answer" in _problems(result)[0]
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_a_report_that_cannot_be_written_is_one_line(probe, tmp_path):
+    """``--json`` into a folder that does not exist exits with 1, says so in one line, and leaves nothing."""
+    result = _run("--quiet", "--json", str(tmp_path / "absent" / "report.json"))
+    assert result.exit_code == 1
+    assert "cannot be written" in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,79 @@
+"""The group ``squisher``: help without imports, exit codes, and the verbs that it promises."""
+
+import resource
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from squisher_mergekit import __version__
+from squisher_mergekit.cli.main import VERBS, main
+
+PROGRAM = Path(sysconfig.get_path("scripts")) / "squisher"
+HELP_SECONDS = 0.3
+
+
+def _cpu_seconds(command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_answers_within_0_3_seconds():
+    """``squisher --help`` takes less than 0.3 s of CPU, the best of three runs."""
+    assert min(_cpu_seconds([PROGRAM, "--help"]) for _ in range(3)) < HELP_SECONDS
+
+
+def test_help_imports_no_verb_and_nothing_heavy():
+    """Neither torch nor mergekit nor any verb is imported to print the help."""
+    code = (
+        "import sys; from squisher_mergekit.cli.main import VERBS, main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "verbs = {f'squisher_mergekit.cli.{module}' for module, _ in VERBS.values()}\n"
+        "print('imported:', sorted({'torch', 'mergekit', 'transformers', 'pydantic', *verbs} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported: []"
+
+
+def test_help_lists_every_verb_with_its_line():
+    """Each verb of the table stands in the help, with what it does."""
+    result = CliRunner().invoke(main, ["--help"], terminal_width=200)
+    assert result.exit_code == 0
+    words = [line.split(maxsplit=1) for line in result.output.splitlines() if line.strip()]
+    assert [[verb, line] for verb, (_, line) in VERBS.items()] == words[-len(VERBS) :]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_exists_and_answers_help(verb):
+    """Each verb of the table can be imported, is called so, and prints its own help."""
+    module, _ = VERBS[verb]
+    assert find_spec(f"squisher_mergekit.cli.{module}") is not None
+    result = CliRunner().invoke(main, [verb, "--help"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"Usage: squisher {verb} ")
+
+
+def test_version():
+    """``--version`` prints the version of the package."""
+    assert CliRunner().invoke(main, ["--version"]).output == f"squisher, version {__version__}\n"
+
+
+def test_unknown_verb_is_a_usage_error():
+    """An unknown verb exits with 2 and is named."""
+    done = subprocess.run([PROGRAM, "extrat"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "extrat" in done.stderr
+
+
+def test_module_form_needs_no_console_script():
+    """The group runs from Python as well, as the console script does."""
+    code = "from squisher_mergekit.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
+    assert __version__ in done.stdout

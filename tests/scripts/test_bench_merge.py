@@ -1,0 +1,55 @@
+"""``scripts/bench_merge``: tiny models through the real commands, and the arithmetic of its table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_merge"
+SMALL = ["--hidden", "34", "--layers", "2", "--intermediate", "47", "--vocab", "61", "--shards", "3", "--repeat", "1"]
+
+
+def _bench(*arguments):
+    return subprocess.run([sys.executable, SCRIPT, *SMALL, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_all_commands_run_and_are_compared_with_linear(tmp_path):
+    """Every command runs on tiny models; the report has its samples, and the models stay for the next run."""
+    work, report = tmp_path / "work", tmp_path / "report.json"
+    done = _bench("--work", str(work), "--json", str(report), "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    assert set(found["samples"]) == {"read+write", "linear", "squisher", "ubgm_squisher"}
+    for [sample] in found["samples"].values():
+        assert sample["cpu_s"] > 0
+        assert 0 < sample["anonymous_gb"] <= sample["rss_gb"]
+    assert "squisher: CPU" in done.stdout
+    assert sorted(entry.name for entry in work.iterdir() if entry.is_dir()) == ["a", "b"]
+    names = _names(work / "a", "model")
+    assert names == _names(work / "a", "fisher")
+    assert sum(size for _, size in names) == found["parameters"]
+    stamp = (work / "a" / "config.json").stat().st_mtime_ns
+    again = _bench("--work", str(work), "--only", "read+write")
+    assert again.returncode == 0, again.stderr
+    assert (work / "a" / "config.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_stops_the_run(tmp_path):
+    """A merge that fails gives its output and a non-zero exit, not a time."""
+    done = _bench("--work", str(tmp_path), "--only", "linear", "--options=--no-such-option")
+    assert done.returncode != 0
+    assert "--no-such-option" in done.stderr
+    assert "linear  " not in done.stdout
+
+
+def _names(folder, base):
+    found = set()
+    for file in folder.glob(f"{base}*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {(name, tensors.get_tensor(name).numel()) for name in tensors.keys()}  # noqa: SIM118
+    return found

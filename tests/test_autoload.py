@@ -1,0 +1,340 @@
+"""The start-up hook: when it activates the plug-in, and that it can break neither Python nor stock merges."""
+
+import json
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from squisher_mergekit import _autoload
+from tests import environments
+from tests.environments import SWITCH
+
+PACKAGE = Path(_autoload.__file__).parent
+STARTUP = PACKAGE / "_startup"
+
+# Stands in for the module that the hook hands mergekit's modules to, and notes what it gets.
+RECORDER = """
+import sys, types
+seen = []
+def activate(name, module):
+    seen.append([name, module.ran])
+sys.modules["squisher_mergekit.merging.integration"] = types.SimpleNamespace(activate=activate)
+"""
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Return an environment with the start-up files in place, as an installation leaves them; it has no mergekit."""
+    environment = environments.make(tmp_path_factory.mktemp("started") / "venv")
+    for file in STARTUP.glob("squisher_mergekit*"):
+        shutil.copy(file, environment.packages)
+    (environment.packages / PACKAGE.name).symlink_to(PACKAGE)
+    return environment
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """Return a folder with a tiny package ``mergekit`` that has all watched modules, and one more."""
+    for name in (*_autoload.WATCHED, "mergekit.io"):
+        file = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("ran = True\n")
+        for folder in file.relative_to(tmp_path).parents:
+            (tmp_path / folder / "__init__.py").touch()
+    (tmp_path / "__init__.py").unlink()
+    return tmp_path
+
+
+def _answer(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+IMPORT_ALL = "\n".join(f"import {name}" for name in ("mergekit.io", *_autoload.WATCHED))
+SHOW = "\nimport json; print(json.dumps(seen))"
+
+
+# ---- the files that an interpreter reads when it starts
+
+
+@pytest.mark.parametrize(("value", "loaded"), [(None, True), ("1", True), ("", True), ("0", False)])
+def test_the_pth_file_imports_the_package_unless_switched_off(started, value, loaded):
+    """An interpreter starts with the package imported; with the variable set to 0 it does not."""
+    variables = {} if value is None else {SWITCH: value}
+    done = started.run("-c", "import sys; print('squisher_mergekit' in sys.modules)", **variables)
+    assert (done.stdout, done.stderr) == (f"{loaded}\n", "")
+
+
+def test_the_start_file_names_a_function_that_does_the_same(started):
+    """The entry point of the .start file (PEP 829) exists, installs the hook, and obeys the variable."""
+    module, _, function = (STARTUP / "squisher_mergekit.start").read_text().strip().partition(":")
+    code = f"import sys, {module}; {module}.{function}(); print('squisher_mergekit' in sys.modules)"
+    assert started.run("-S", "-c", code, path=started.packages).stdout == "True\n"
+    assert started.run("-S", "-c", code, path=started.packages, **{SWITCH: "0"}).stdout == "False\n"
+
+
+@pytest.mark.parametrize("damage", ["gone", "raises", "syntax"])
+def test_an_interpreter_starts_silently_when_the_package_is_damaged(started, tmp_path, damage):
+    """With the package removed by hand, raising or unreadable, the start-up files print nothing and Python runs."""
+    broken = environments.make(tmp_path / "venv")
+    for file in STARTUP.glob("squisher_mergekit*"):
+        shutil.copy(file, broken.packages)
+    if damage != "gone":
+        (broken.packages / PACKAGE.name).mkdir()
+        text = "raise OSError('broken')" if damage == "raises" else "def ("
+        (broken.packages / PACKAGE.name / "__init__.py").write_text(text)
+    module, _, function = (STARTUP / "squisher_mergekit.start").read_text().strip().partition(":")
+    done = broken.run("-c", f"import {module}; {module}.{function}(); print('runs')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "runs\n", "")
+
+
+def test_python_without_mergekit_is_not_affected(started):
+    """Where mergekit is not installed, importing it fails as it always does."""
+    done = started.run("-c", "import mergekit.plan")
+    assert done.stderr.endswith("ModuleNotFoundError: No module named 'mergekit'\n")
+
+
+def test_an_interpreter_starts_with_nothing_else_imported(started):
+    """The hook adds only its own two modules to an interpreter's start."""
+    code = "import json, sys; print(json.dumps(sorted(sys.modules)))"
+    modules = [set(_answer(started.run("-c", code, **switch))) for switch in ({}, {SWITCH: "0"})]
+    assert modules[0] - modules[1] == {"squisher_mergekit", "squisher_mergekit._autoload"}
+
+
+# ---- what the hook does
+
+
+def test_each_watched_module_is_activated_once_after_its_code(started, fake):
+    """Watched modules are handed over once, in the order of import and after they ran; no other module is."""
+    done = started.run("-c", RECORDER + IMPORT_ALL + "\n" + IMPORT_ALL + SHOW, path=fake)
+    assert _answer(done) == [[name, True] for name in _autoload.WATCHED]
+
+
+def test_modules_imported_before_the_package_are_activated_late(started, fake):
+    """``import squisher_mergekit`` after mergekit activates what is imported already, and watches the rest."""
+    first, *rest = _autoload.WATCHED
+    code = f"{RECORDER}import {first}\nimport squisher_mergekit\n{IMPORT_ALL}{SHOW}"
+    assert _answer(started.run("-c", code, path=fake, **{SWITCH: "0"})) == [[name, True] for name in (first, *rest)]
+
+
+def test_importing_the_package_activates_although_the_start_is_switched_off(started, fake):
+    """The variable switches off the start-up only: an explicit import still activates."""
+    code = f"{RECORDER}import squisher_mergekit\n{IMPORT_ALL}{SHOW}"
+    assert _answer(started.run("-c", code, path=fake, **{SWITCH: "0"})) == [[name, True] for name in _autoload.WATCHED]
+    without = f"{RECORDER}{IMPORT_ALL}{SHOW}"
+    assert _answer(started.run("-c", without, path=fake, **{SWITCH: "0"})) == []
+
+
+def test_a_second_install_does_nothing(started, fake):
+    """However often the hook is installed, there is one finder and one activation a module."""
+    code = (
+        f"{RECORDER}from squisher_mergekit import _autoload\n_autoload.install(); _autoload.install()\n{IMPORT_ALL}\n"
+        "_autoload.install()\nimport sys\n"
+        "seen.append(sum(type(finder).__module__ == _autoload.__name__ for finder in sys.meta_path))" + SHOW
+    )
+    *activated, finders = _answer(started.run("-c", code, path=fake))
+    assert activated == [[name, True] for name in _autoload.WATCHED]
+    assert finders == 1
+
+
+def test_an_exception_in_the_activation_is_one_warning(started, fake):
+    """When every activation raises, one warning says so, and all of mergekit's modules are imported and whole."""
+    code = (
+        "import sys, types\ndef activate(name, module): raise KeyError('surprise')\n"
+        "sys.modules['squisher_mergekit.merging.integration'] = types.SimpleNamespace(activate=activate)\n"
+        f"{IMPORT_ALL}\nprint(mergekit.plan.ran, mergekit.multigpu_executor.ran)"
+    )
+    done = started.run("-c", code, path=fake)
+    assert (done.returncode, done.stdout) == (0, "True True\n")
+    assert done.stderr.count("squisher-mergekit is not active in mergekit") == 1
+    assert "KeyError('surprise')" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plugin_that_cannot_be_imported_is_a_warning(started, fake):
+    """When the plug-in itself cannot be imported, mergekit's modules still are."""
+    absent = "import sys; sys.modules['squisher_mergekit.merging.integration'] = None"
+    code = f"{absent}\n{IMPORT_ALL}\nprint(mergekit.plan.ran)"
+    done = started.run("-c", code, path=fake)
+    assert (done.returncode, done.stdout) == (0, "True\n")
+    assert "squisher-mergekit is not active in mergekit" in done.stderr
+
+
+def test_an_error_of_mergekit_itself_is_passed_on(started, fake):
+    """What a watched module raises reaches the importer unchanged, and nothing is activated."""
+    (fake / "mergekit" / "plan.py").write_text("raise ZeroDivisionError('its own')\n")
+    code = f"{RECORDER}\ntry: import mergekit.plan\nexcept ZeroDivisionError as error: seen.append(str(error)){SHOW}"
+    assert _answer(started.run("-c", code, path=fake)) == ["its own"]
+
+
+def test_mergekit_in_a_zip_file_is_activated_too(started, fake, tmp_path):
+    """The hook works with the loader of zip files, which serves all modules of an archive."""
+    archive = tmp_path / "mergekit.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for source in fake.rglob("*.py"):
+            file.write(source, source.relative_to(fake))
+    shutil.rmtree(fake / "mergekit")
+    done = started.run("-c", RECORDER + IMPORT_ALL + SHOW, path=archive)
+    assert _answer(done) == [[name, True] for name in _autoload.WATCHED]
+
+
+def test_a_loader_that_cannot_be_wrapped_is_a_warning(started, fake):
+    """A finder whose loader takes no attributes costs the plug-in, not the import."""
+    code = (
+        "import sys, importlib.util\nfrom importlib.machinery import SourceFileLoader\n"
+        "class Loader(SourceFileLoader):\n"
+        "    def __setattr__(self, name, value):\n"
+        "        if name == 'exec_module': raise TypeError('read-only')\n"
+        "        super().__setattr__(name, value)\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'mergekit.plan':\n"
+        "            file = path[0] + '/plan.py'\n"
+        "            return importlib.util.spec_from_file_location(name, file, loader=Loader(name, file))\n"
+        "sys.meta_path.insert(1, Finder())\nimport mergekit.plan\nprint(mergekit.plan.ran)"
+    )
+    done = started.run("-c", code, path=fake)
+    assert (done.returncode, done.stdout) == (0, "True\n")
+    assert "read-only" in done.stderr
+
+
+def test_the_console_script_activates_although_switched_off(started, fake):
+    """``squisher-mergekit-yaml`` makes the methods known first and then runs mergekit's own command."""
+    (fake / "mergekit" / "scripts" / "run_yaml.py").write_text("import mergekit.plan\ndef main(): print('merged')\n")
+    code = f"{RECORDER}from squisher_mergekit.cli.mergekit_yaml import main\nmain()\nprint(seen)"
+    done = started.run("-c", code, path=fake, **{SWITCH: "0"})
+    assert done.stdout == "merged\n[['mergekit.plan', True]]\n"
+
+
+def test_the_public_names_are_listed_without_being_imported(started):
+    """``dir`` shows the public names, an unknown one is an AttributeError, and torch is not imported for either."""
+    code = (
+        "import sys, squisher_mergekit as s\nassert {'load_fisher', 'extract', 'Fisher'} <= set(dir(s))\n"
+        "try: s.nothing\nexcept AttributeError as error: print(error, 'torch' in sys.modules)"
+    )
+    done = started.run("-c", code)
+    assert done.stdout == "module 'squisher_mergekit' has no attribute 'nothing' False\n"
+
+
+# ---- a mergekit that the plug-in does not know
+
+OLD_REGISTRY = """
+REGISTERED_MERGE_METHODS = {"linear": "the linear method"}
+def get(method):
+    if method in REGISTERED_MERGE_METHODS:
+        return REGISTERED_MERGE_METHODS[method]
+    raise RuntimeError(f"Unimplemented merge method {method}")
+"""
+
+
+def test_a_mergekit_of_another_shape_merges_by_itself_and_refuses_ours(tmp_path):
+    """With a registry that is a plain dict, stock methods work, and ours are refused naming the supported versions."""
+    methods = tmp_path / "mergekit" / "merge_methods"
+    methods.mkdir(parents=True)
+    (tmp_path / "mergekit" / "__init__.py").touch()
+    (methods / "registry.py").write_text(OLD_REGISTRY)
+    (methods / "__init__.py").write_text("from mergekit.merge_methods.registry import REGISTERED_MERGE_METHODS, get\n")
+    info = tmp_path / "mergekit-0.1.4.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mergekit\nVersion: 0.1.4\n")
+    code = (
+        "import squisher_mergekit, mergekit.merge_methods as m\nprint(m.get('linear'))\n"
+        "for name in ('squisher', 'ubgm_squisher', 'other'):\n"
+        "    try: m.get(name)\n    except Exception as error: print(type(error).__name__, error)\n"
+    )
+    done = environments.run(sys.executable, "-c", code, cwd=tmp_path, path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    linear, *ours, other = done.stdout.splitlines()
+    assert linear == "the linear method"
+    assert len(ours) == 2
+    for line in ours:
+        assert line.startswith("UnsupportedMergekitError")
+        assert ">=0.1.5,<0.2" in line
+        assert "0.1.4" in line
+    assert other == "RuntimeError Unimplemented merge method other"
+    assert "squisher-mergekit is not active in mergekit" in done.stderr
+
+
+# Each case starts from mergekit as it is, in a fork, so that mergekit is imported once.
+LACKING = {
+    "registered_methods": "del registry.registered_methods",
+    "_resolve_name": "del tasks.LoadTensor._resolve_name",
+    "input_parameters": "del adapter.ExecuteMergeMethodTask.model_fields['input_parameters']",
+    "normalize_config": "del plan.MergePlanner.normalize_config",
+    "Executor.run": "del graph.Executor.run",
+}
+CASES = LACKING | {
+    "as it is": "pass",
+    "a bug of ours": "sys.modules['squisher_mergekit.merging.integration'] = None",
+}
+FORKED = """
+import json, os, sys, warnings
+import mergekit.plan as plan, mergekit.graph as graph, mergekit.io.tasks as tasks
+import mergekit.merge_methods as methods, mergekit.merge_methods.registry as registry
+import mergekit.merge_methods.task_adapter as adapter
+
+def ask(name):
+    try:
+        return methods.get(name).spec.name
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+for case, change in json.loads(sys.argv[1]).items():
+    sys.stdout.flush()
+    if os.fork() == 0:
+        exec(change)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import squisher_mergekit
+        answers = {name: ask(name) for name in ("linear", "squisher", "ubgm_squisher")}
+        print(json.dumps([case, answers, [str(each.message) for each in caught]]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Return what the real mergekit says of three methods, changed in one place before a late import of the package."""
+    folder = tmp_path_factory.mktemp("forked")
+    done = environments.run(sys.executable, "-c", FORKED, json.dumps(CASES), cwd=folder, **{SWITCH: "0"})
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {case: (found, warned) for case, found, warned in lines}
+
+
+def test_a_late_import_activates_the_real_mergekit(answers):
+    """After mergekit, ``import squisher_mergekit`` makes both methods known, without a warning."""
+    found, warned = answers["as it is"]
+    assert found == {name: name for name in ("linear", "squisher", "ubgm_squisher")}
+    assert warned == []
+
+
+@pytest.mark.parametrize("lacking", LACKING)
+def test_a_mergekit_that_lacks_something_refuses_our_methods_alone(answers, lacking):
+    """Where something that the plug-in needs is gone, ours are refused naming the versions; linear is not affected."""
+    found, warned = answers[lacking]
+    assert found["linear"] == "linear"
+    for method in ("squisher", "ubgm_squisher"):
+        assert found[method].startswith("UnsupportedMergekitError: "), found
+        assert ">=0.1.5,<0.2" in found[method]
+        assert lacking in found[method]
+    assert any("squisher-mergekit is not active in mergekit" in text for text in warned)
+
+
+def test_a_bug_in_the_plugin_leaves_stock_methods_alone(answers):
+    """Where the plug-in cannot be imported, a warning says so, and linear is not affected."""
+    found, warned = answers["a bug of ours"]
+    assert found["linear"] == "linear"
+    assert found["squisher"] == "RuntimeError: Unimplemented merge method squisher"
+    assert any("squisher-mergekit is not active in mergekit" in text for text in warned)
+
+
+def test_a_stock_command_knows_the_methods_in_this_environment(tmp_path):
+    """``import mergekit.merge_methods`` alone, as mergekit-yaml does it, knows both methods here."""
+    code = "import mergekit.merge_methods as m; print([m.get(n).spec.name for n in ('squisher', 'ubgm_squisher')])"
+    done = environments.run(sys.executable, "-c", code, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("['squisher', 'ubgm_squisher']\n", "")

@@ -1,0 +1,195 @@
+"""What is built and installed: contents of wheel and sdist, installs, the cost of the start-up hook, uninstalls."""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests import environments
+from tests.environments import SWITCH
+
+ROOT = Path(__file__).parents[1]
+STARTUP = {"squisher_mergekit.pth", "squisher_mergekit.start", "squisher_mergekit_startup.py"}
+HOOK_SECONDS = 1e-3
+ASK = "import mergekit.merge_methods as m; print([m.get(n).spec.name for n in ('linear', 'squisher', 'ubgm_squisher')])"
+KNOWN = "['linear', 'squisher', 'ubgm_squisher']\n"
+
+pytestmark = pytest.mark.slow
+
+
+def _python(*arguments):
+    return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
+
+
+def _build(source, out):
+    """Build a wheel as pip does for a user, without a network."""
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", str(out)]
+    _python("-m", "pip", "wheel", *options, str(source))
+    [wheel] = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """Return the wheel built from the checkout."""
+    return _build(ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory):
+    """Return the source distribution built from the checkout."""
+    out = tmp_path_factory.mktemp("sdist")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", out], check=True, cwd=ROOT)
+    [file] = out.glob("*.tar.gz")
+    return file
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """Return an environment that has the wheel installed and sees this one's dependencies."""
+    environment = environments.make(tmp_path_factory.mktemp("installed") / "venv")
+    environment.pip("install", "--no-deps", "--no-index", str(wheel))
+    environment.see_dependencies()
+    return environment
+
+
+def _files(folder):
+    files = (file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir())
+    return sorted(file.as_posix() for file in files if "__pycache__" not in file.parts)
+
+
+def test_the_wheel_holds_the_package_and_the_start_up_files(wheel):
+    """The wheel has every module, py.typed, the licence, the three start-up files at its root, and nothing else."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    info = {name for name in names if name.startswith("squisher_mergekit-0.1.0.dist-info/")}
+    package = ROOT / "squisher_mergekit"
+    modules = {file.relative_to(ROOT).as_posix() for file in package.rglob("*.py") if "_startup" not in file.parts}
+    assert names - info == modules | STARTUP | {"squisher_mergekit/py.typed"}
+    assert "squisher_mergekit-0.1.0.dist-info/licenses/LICENSE" in info
+
+
+def test_the_start_up_lines_are_what_an_interpreter_runs(wheel):
+    """The .pth is one import line, as site.py demands, and the .start one entry point, as PEP 829 demands."""
+    with zipfile.ZipFile(wheel) as archive:
+        [line] = archive.read("squisher_mergekit.pth").decode().splitlines()
+        [point] = archive.read("squisher_mergekit.start").decode().splitlines()
+    assert line.startswith("import ")
+    assert point == "squisher_mergekit_startup:start"
+
+
+def test_the_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
+    """The sdist carries tests and scripts, and the wheel built from it has the same files with the same bytes."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "source", filter="data")
+    [source] = (tmp_path / "source").iterdir()
+    for name in ("README.md", "LICENSE", "pyproject.toml", "tests/test_package.py", "scripts/bench_merge"):
+        assert (source / name).is_file(), name
+    with zipfile.ZipFile(_build(source, tmp_path / "wheel")) as built, zipfile.ZipFile(wheel) as direct:
+        assert {item.filename: item.CRC for item in built.infolist()} == {
+            item.filename: item.CRC for item in direct.infolist()
+        }
+
+
+def test_stock_mergekit_knows_the_methods_after_an_installation(installed):
+    """In a fresh environment with the wheel, mergekit alone knows both methods; switched off, it does not."""
+    done = installed.run("-c", ASK)
+    assert (done.stdout, done.stderr) == (KNOWN, "")
+    off = installed.run("-c", ASK, **{SWITCH: "0"})
+    assert off.returncode == 1
+    assert off.stderr.endswith("RuntimeError: Unimplemented merge method squisher\n")
+
+
+def test_the_console_scripts_are_installed(installed):
+    """The wheel brings ``squisher`` and ``squisher-mergekit-yaml``, which runs in this environment's interpreter."""
+    for program in ("squisher", "squisher-mergekit-yaml"):
+        done = installed.run(installed.root / "bin" / program, "--help", **{SWITCH: "0"})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"Usage: {program} ")
+
+
+def test_the_fallback_script_knows_the_methods_where_the_stock_command_does_not(installed, tmp_path):
+    """Switched off, mergekit-yaml calls the method unknown; squisher-mergekit-yaml gets as far as looking for a Fisher."""
+    from tests.scripts.test_bench_merge import SMALL
+
+    model = tmp_path / "a"
+    names = ("hidden", "layers", "intermediate", "vocab", "shards")
+    sizes = {key: int(SMALL[SMALL.index(f"--{key}") + 1]) for key in names}
+    recipe = json.dumps(sizes | {"dtype": "float32", "fisher_dtype": "float32"})
+    _python(str(ROOT / "scripts" / "bench_models.py"), str(model), "0", recipe)
+    for file in model.glob("fisher*"):
+        file.unlink()
+    config = tmp_path / "merge.yml"
+    config.write_text(f"merge_method: squisher\nmodels:\n- model: {model}\n")
+    stock = "from mergekit.scripts.run_yaml import main; main()"
+    ours = "from squisher_mergekit.cli.mergekit_yaml import main; main()"
+    out = tmp_path / "out"
+    arguments = [str(config), str(out), "--no-write-model-card", "--no-copy-tokenizer"]
+    refused, known = (installed.run("-c", code, *arguments, **{SWITCH: "0"}) for code in (stock, ours))
+    assert "Unimplemented merge method squisher" in refused.stderr
+    assert known.returncode == 1
+    assert known.stderr.splitlines()[-1].startswith("Error: no Fisher for ")
+    assert not out.exists()
+
+
+def test_an_editable_installation_works_and_leaves_nothing(tmp_path):
+    """The same holds for ``pip install -e``; after the uninstallation not one file of ours is left."""
+    environment = environments.make(tmp_path / "venv")
+    environment.see_dependencies()
+    before = _files(environment.packages)
+    environment.pip("install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", str(ROOT))
+    assert STARTUP <= set(_files(environment.packages))
+    done = environment.run("-c", ASK)
+    assert (done.stdout, done.stderr) == (KNOWN, "")
+    environment.pip("uninstall", "--yes", "squisher-mergekit")
+    assert _files(environment.packages) == before
+
+
+def test_uninstalling_the_wheel_leaves_nothing(wheel, tmp_path):
+    """After ``pip uninstall`` there is no .pth, .start, start-up module or package, and Python starts silently."""
+    environment = environments.make(tmp_path / "venv")
+    before = _files(environment.root)
+    environment.pip("install", "--no-deps", "--no-index", str(wheel))
+    assert STARTUP <= set(_files(environment.packages))
+    assert environment.run("-c", "import sys; print('squisher_mergekit' in sys.modules)").stdout == "True\n"
+    environment.pip("uninstall", "--yes", "squisher-mergekit")
+    assert _files(environment.root) == before
+    done = environment.run("-c", "pass")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_hook_costs_less_than_a_millisecond(wheel, tmp_path, capsys):
+    """An interpreter starts less than 1 ms of CPU later with the hook than without it; the figures are printed."""
+    environment = environments.make(tmp_path / "venv")
+    environment.pip("install", "--no-deps", "--no-index", str(wheel))
+    without = environments.make(tmp_path / "without")
+    cases = {
+        "with the hook": (environment, None),
+        f"{SWITCH}=0": (environment, "0"),
+        "no .pth": (without, None),
+    }
+    samples = {name: [] for name in cases}
+    for _ in range(150):
+        for name, (where, value) in cases.items():
+            samples[name].append(_start_seconds(where.python, value))
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    with capsys.disabled():
+        print("\nCPU of `python -c pass`: " + ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in medians.items()))
+    assert medians["with the hook"] - medians["no .pth"] < HOOK_SECONDS
+    assert medians[f"{SWITCH}=0"] - medians["no .pth"] < HOOK_SECONDS
+
+
+def _start_seconds(python, switch):
+    """Return the CPU seconds of one start."""
+    environment = {key: value for key, value in os.environ.items() if key != SWITCH}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([python, "-c", "pass"], check=True, env=environment | ({} if switch is None else {SWITCH: switch}))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
