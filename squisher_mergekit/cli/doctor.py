@@ -27,11 +27,12 @@ PROBE_SECONDS = 300
 PROBE = """
 import json, sys, warnings
 sys.path = [entry for entry in sys.path if entry]
-found = {"started": "squisher_mergekit" in sys.modules, "methods": {}, "devices": ["cpu"], "errors": []}
+found = {"started": False, "methods": {}, "devices": ["cpu"], "errors": []}
 try:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         import mergekit.merge, mergekit.options, mergekit.merge_methods as methods
+    found["started"] = "squisher_mergekit" in sys.modules
     found["errors"] += [str(each.message) for each in caught if "squisher-mergekit" in str(each.message)]
     for name in sys.argv[1:]:
         try:

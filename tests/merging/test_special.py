@@ -1,6 +1,5 @@
 """The less usual ways into a merge: other tokenizers, packed experts, raw files, several steps, devices."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def _tokenizer(folder: Path, words: list[str]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
 
 
-@pytest.mark.parametrize("pad", [None, 8])
+@pytest.mark.parametrize("pad", [None, 5])
 @pytest.mark.parametrize("method", ["squisher", "ubgm_squisher"])
 def test_union_of_vocabularies(tmp_path: Path, method: str, pad: int | None) -> None:
     """Rows follow their tokens; a row that a model lacks carries no weight, so that it is the other model's alone."""
@@ -61,10 +60,10 @@ def test_union_of_vocabularies(tmp_path: Path, method: str, pad: int | None) -> 
     result = merge(config, tmp_path / "out")
     assert result.exit_code == 0, result.output + repr(result.exception)
     found = load_file(tmp_path / "out" / "model.safetensors")
-    vocabulary = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
+    vocabulary = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").get_vocab()
     assert set(vocabulary) == {"<unk>", *words[0], *words[1]}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert found[name].shape[0] == (len(vocabulary) if pad is None else 16)
+        assert found[name].shape[0] == (len(vocabulary) if pad is None else 10)
         for token, row in vocabulary.items():
             old = [(["<unk>", *own]).index(token) if token in ["<unk>", *own] else None for own in words]
             thetas = [weights[i][name][at] for i, at in enumerate(old) if at is not None]
