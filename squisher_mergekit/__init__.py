@@ -6,7 +6,7 @@ known to mergekit (whenever mergekit is imported) and loads torch only when a pu
 
 from squisher_mergekit import _autoload
 
-# Every interpreter of the environment runs this file at its start: it must import nothing more, typing included.
+# This runs whenever mergekit is imported: it must import nothing more, typing included.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any

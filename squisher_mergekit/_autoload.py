@@ -1,14 +1,15 @@
-"""The start-up hook that makes the merge methods known to mergekit; ``sys`` alone is imported.
+"""The hook that makes the merge methods known to mergekit; ``sys`` alone is imported.
 
-mergekit 0.1.5 loads no plug-ins, so :func:`install` puts a finder on ``sys.meta_path`` that answers for a few of
-mergekit's modules alone: it lets the other finders locate the module and, right after its code has run, calls
+An installation puts ``squisher_mergekit_startup`` into every interpreter; it imports this package when somebody imports
+mergekit. mergekit 0.1.5 loads no plug-ins, so :func:`install` puts a finder on ``sys.meta_path`` that answers for a few
+of mergekit's modules alone: it lets the other finders locate the module and, right after its code has run, calls
 ``squisher_mergekit.merging.integration.activate``. Nothing of mergekit, torch or this package is imported before.
 A plug-in must not break stock merges: whatever fails in there becomes a warning.
 """
 
 import sys
 
-# Every interpreter of the environment runs this file at its start: it must import nothing more, typing included.
+# This runs while mergekit is being imported, and in whatever imports this package: nothing more, typing included.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,9 +16,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a model in the model's own order; ``types``: class names of the modules around it, without the
-    root, and of their base classes as far as they are torch's own.
-    """  # noqa: D205
+    """A parameter of a model.
+
+    ``types``: class names of the modules around it, without the root; ``torch.LayerNorm`` for that class and its heirs.
+    """
 
     name: str
     shape: Shape
@@ -109,7 +110,10 @@ def assign(
             ambiguous.append(rule)
         chosen = [way[0] for way in ways]
         stepped = tuple(
-            name for group, mask in zip(chosen, known, strict=True) for name, yes in zip(group, mask, strict=True) if yes
+            name
+            for group, mask in zip(chosen, known, strict=True)
+            for name, yes in zip(group, mask, strict=True)
+            if yes
         )
         found.setdefault(stepped, (rule, chosen))
     if len(found) == 1 and not ambiguous:
@@ -117,8 +121,8 @@ def assign(
     sizes = " + ".join(str(len(group)) for group in slots)
     if not found:
         raise NamingError(
-            f"the {sizes} parameters in {place} must fit the {len(parameters)} of the model in number, order and shape, "
-            "but fit under no known rule; give the right --model, or --names FILE with one name a line"
+            f"the {sizes} parameters in {place} must fit the {len(parameters)} of the model in number, order and "
+            "shape, but fit under no known rule; give the right --model, or --names FILE with one name a line"
         )
     cure = "--names FILE with one name a line"
     if ambiguous and changed is None:
