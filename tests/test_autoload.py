@@ -55,30 +55,34 @@ def _answer(done):
 
 IMPORT_ALL = "\n".join(f"import {name}" for name in ("mergekit.io", *_autoload.WATCHED))
 SHOW = "\nimport json; print(json.dumps(seen))"
+IMPORTED = (
+    "import sys; a = 'squisher_mergekit' in sys.modules; import mergekit; print(a, 'squisher_mergekit' in sys.modules)"
+)
 
 
 # ---- the files that an interpreter reads when it starts
 
 
 @pytest.mark.parametrize(("value", "loaded"), [(None, True), ("1", True), ("", True), ("0", False)])
-def test_the_pth_file_imports_the_package_unless_switched_off(started, value, loaded):
-    """An interpreter starts with the package imported; with the variable set to 0 it does not."""
+def test_the_pth_file_imports_the_package_with_mergekit_unless_switched_off(started, fake, value, loaded):
+    """The package is imported when mergekit is, not before; with the variable set to 0 it is not at all."""
     variables = {} if value is None else {SWITCH: value}
-    done = started.run("-c", "import sys; print('squisher_mergekit' in sys.modules)", **variables)
-    assert (done.stdout, done.stderr) == (f"{loaded}\n", "")
+    done = started.run("-c", IMPORTED, path=fake, **variables)
+    assert (done.stdout, done.stderr) == (f"False {loaded}\n", "")
 
 
-def test_the_start_file_names_a_function_that_does_the_same(started):
-    """The entry point of the .start file (PEP 829) exists, installs the hook, and obeys the variable."""
+def test_the_start_file_names_a_function_that_does_the_same(started, fake):
+    """The entry point of the .start file (PEP 829) exists, watches for mergekit, and obeys the variable."""
     module, _, function = (STARTUP / "squisher_mergekit.start").read_text().strip().partition(":")
-    code = f"import sys, {module}; {module}.{function}(); print('squisher_mergekit' in sys.modules)"
-    assert started.run("-S", "-c", code, path=started.packages).stdout == "True\n"
-    assert started.run("-S", "-c", code, path=started.packages, **{SWITCH: "0"}).stdout == "False\n"
+    code = f"import {module}; {module}.{function}(); {IMPORTED}"
+    path = f"{started.packages}{os.pathsep}{fake}"
+    assert started.run("-S", "-c", code, path=path).stdout == "False True\n"
+    assert started.run("-S", "-c", code, path=path, **{SWITCH: "0"}).stdout == "False False\n"
 
 
 @pytest.mark.parametrize("damage", ["gone", "raises", "syntax"])
-def test_an_interpreter_starts_silently_when_the_package_is_damaged(started, tmp_path, damage):
-    """With the package removed by hand, raising or unreadable, the start-up files print nothing and Python runs."""
+def test_python_and_mergekit_run_when_the_package_is_damaged(fake, tmp_path, damage):
+    """With the package removed by hand, raising or unreadable, Python starts silently, and mergekit warns in one line."""
     broken = environments.make(tmp_path / "venv")
     for file in STARTUP.glob("squisher_mergekit*"):
         shutil.copy(file, broken.packages)
@@ -86,8 +90,19 @@ def test_an_interpreter_starts_silently_when_the_package_is_damaged(started, tmp
         (broken.packages / PACKAGE.name).mkdir()
         text = "raise OSError('broken')" if damage == "raises" else "def ("
         (broken.packages / PACKAGE.name / "__init__.py").write_text(text)
-    module, _, function = (STARTUP / "squisher_mergekit.start").read_text().strip().partition(":")
-    done = broken.run("-c", f"import {module}; {module}.{function}(); print('runs')")
+    done = broken.run("-c", "print('runs')", path=fake)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "runs\n", "")
+    done = broken.run("-c", "import mergekit.plan; print(mergekit.plan.ran)", path=fake)
+    assert (done.returncode, done.stdout) == (0, "True\n")
+    assert done.stderr.count("squisher-mergekit is not active in mergekit") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_pth_file_that_is_left_alone_is_silent(tmp_path):
+    """With everything but the .pth removed by hand, an interpreter starts silently."""
+    left = environments.make(tmp_path / "venv")
+    shutil.copy(STARTUP / "squisher_mergekit.pth", left.packages)
+    done = left.run("-c", "print('runs')")
     assert (done.returncode, done.stdout, done.stderr) == (0, "runs\n", "")
 
 
@@ -97,11 +112,12 @@ def test_python_without_mergekit_is_not_affected(started):
     assert done.stderr.endswith("ModuleNotFoundError: No module named 'mergekit'\n")
 
 
-def test_an_interpreter_starts_with_nothing_else_imported(started):
-    """The hook adds only its own two modules to an interpreter's start."""
+def test_an_interpreter_starts_with_nothing_else_imported(started, tmp_path):
+    """The hook adds one module to an interpreter's start."""
     code = "import json, sys; print(json.dumps(sorted(sys.modules)))"
-    modules = [set(_answer(started.run("-c", code, **switch))) for switch in ({}, {SWITCH: "0"})]
-    assert modules[0] - modules[1] == {"squisher_mergekit", "squisher_mergekit._autoload"}
+    bare = environments.make(tmp_path / "venv")
+    with_hook, without = (set(_answer(each.run("-c", code))) for each in (started, bare))
+    assert with_hook - without == {"squisher_mergekit_startup"}
 
 
 # ---- what the hook does
