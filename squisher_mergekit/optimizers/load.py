@@ -14,6 +14,7 @@ from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.config import Coverage, FisherConfig, OptimizerInfo, SourceInfo, per_parameter
 from squisher_mergekit.fisher.files import (
     TIED,
+    SafetensorsStore,
     has_fisher,
     read_fisher,
     safetensors_files,
@@ -189,7 +190,8 @@ def _name_slots(
     if names is not None:
         if len(names) != len(slots):
             raise NamingError(
-                f"--names must have one name for each of the {len(slots)} parameters in {state.file}, found {len(names)}"
+                f"--names must have one name for each of the {len(slots)} parameters in {state.file}, "
+                f"found {len(names)}"
             )
         return dict(zip(names, slots, strict=True))
     if all(slot.name is not None for slot in slots):
@@ -223,14 +225,12 @@ def _name_slots(
 
 def _changed(tuned: Path, base: Path, bones: Skeleton | None) -> set[str] | None:
     """Return the parameters whose weights differ from the base model's after the same cast, None if there are none."""
-    from safetensors import safe_open
-
     files = [{n: f for f in safetensors_files(folder, "model") for n in tensor_infos(f)} for folder in (tuned, base)]
     if bones is None or not all(files):
         return None
-    differing = set()
+    differing: set[str] = set()
     for name in files[0].keys() & files[1].keys():
-        now, before = (safe_open(str(side[name]), framework="pt").get_tensor(name) for side in files)
+        now, before = (SafetensorsStore([side[name]], str(side[name])).read(name) for side in files)
         if now.shape != before.shape or not torch.equal(now, before.to(now.dtype)):
             differing.update(bones.sources.get(name, ()))
     return differing
@@ -280,12 +280,14 @@ def _config(
     decays = {n: s.moment.decay for n, s in first.items() if s.moment is not None and s.moment.decay is not None}
     steps = {name: slot.steps for name, slot in first.items() if slot.steps is not None}
     start = max(kind.start for kind in kinds)
-    optimizer = OptimizerInfo(
-        class_=classes.pop() if len(classes) == 1 else None,
-        beta2=per_parameter(decays),
-        decoupled_weight_decay=kinds[0].decoupled,
-        amsgrad=kinds[0].amsgrad,
-        initial_accumulator_value=start or None,
+    optimizer = OptimizerInfo.model_validate(
+        {
+            "class": classes.pop() if len(classes) == 1 else None,
+            "beta2": per_parameter(decays),
+            "decoupled_weight_decay": kinds[0].decoupled,
+            "amsgrad": kinds[0].amsgrad,
+            "initial_accumulator_value": start or None,
+        }
     )
     trainer = (folder / "trainer_state.json").is_file()
     layout = "transformers-trainer" if trainer else "accelerate" if state.file.name == "optimizer.bin" else "torch"
@@ -298,7 +300,7 @@ def _config(
         bias_corrected=False,
         encoding={"default": str(next(iter(store.infos.values())).dtype).removeprefix("torch.")},
         source=SourceInfo(layout=layout, files=(state.file.name,), versions=_versions(folder)),
-        coverage=Coverage(with_=len(store.infos), without=_without(named, store, bones, weights)),
+        coverage=Coverage.model_validate({"with": len(store.infos), "without": _without(named, store, bones, weights)}),
         weights_fingerprint=fingerprint(folder, "adapter_model" if adapter else "model"),
     )
 

@@ -35,7 +35,7 @@ def adapter_skeleton(folder: Path, base: Path | None) -> Skeleton:
         config: Any = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False
         with torch.device("meta"):
-            model = peft.get_peft_model(meta_model(base), config)  # type: ignore[arg-type]
+            model = peft.get_peft_model(meta_model(base), config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CorruptFileError(f"{folder} must be an adapter that peft can build, but {str(error)[:200]}") from error
     modules = dict(model.named_modules())

@@ -69,14 +69,15 @@ def meta_model(folder: Path) -> nn.Module:
         if model_class is None:
             raise ValueError(f"transformers {transformers.__version__} has no architecture {names}")
         with torch.device("meta"):
-            model: nn.Module = model_class(config)
+            model: Any = model_class(config)
             model.tie_weights()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise CorruptFileError(
             f"{folder / 'config.json'} must describe a model of transformers' own, but {str(error)[:200]}; "
             "give --names FILE with one name a line"
         ) from error
-    return model
+    built: nn.Module = model
+    return built
 
 
 def of_model(model: nn.Module) -> Skeleton:

@@ -62,7 +62,8 @@ def parse(loaded: Any, file: Path) -> OptimizerState:
     state = _find_state(loaded, file)
     groups = []
     for group in state["param_groups"]:
-        names = [unwrapped(name) for name in group.get("param_names", [])] or [None] * len(group["params"])
+        names: list[str | None] = [unwrapped(name) for name in group.get("param_names", [])]
+        names = names or [None] * len(group["params"])
         groups.append(
             tuple(
                 _slot(index, name, state["state"].get(index), group, file)
