@@ -11,21 +11,23 @@ from demo_tasks.report import as_text
 from demo_tasks.run import Run
 from demo_tasks.settings import FOUR_TASKS, SHARED_HEAD
 
+HOME = Path(__file__).resolve().parents[2] / ".demo"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a setting and print its table."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument("--ubgm", action="store_true", help="three sentiment domains with a base and one shared head")
     parser.add_argument("--seed", type=int, default=0, help="of split, heads, dropout and order (default 0)")
-    parser.add_argument("--out", type=Path, default=Path(".demo"), help="checkpoints, merges, logs (default .demo)")
-    parser.add_argument("--packages", type=Path, help="downloaded archives (default OUT/packages)")
+    parser.add_argument("--out", type=Path, default=HOME, help="checkpoints, merges, logs (default .demo)")
+    parser.add_argument("--packages", type=Path, default=HOME / "packages", help="archives (default .demo/packages)")
     parser.add_argument("--json", type=Path, help="write what was measured to this file as well")
     options = parser.parse_args(arguments)
     setting = SHARED_HEAD if options.ubgm else FOUR_TASKS
     out = options.out.resolve()
     progress = Progress(Run.weight(setting))
     try:
-        result = Run(setting, options.seed, out, options.packages or out / "packages", progress)()
+        result = Run(setting, options.seed, out, options.packages.resolve(), progress)()
     except DemoError as error:
         progress.close()
         print(f"demo: {error}", file=sys.stderr)

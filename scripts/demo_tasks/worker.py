@@ -137,7 +137,7 @@ def main() -> None:
         job = json.loads(line)
         started, cpu = time.perf_counter(), time.process_time()
         try:
-            result: Any = {"train": train, "score": score}[job.pop("do")](**job, report=lambda share: send(share=share))
+            result = JOBS[job.pop("do")](**job, report=lambda share: send(share=share))
         except Exception as error:
             traceback.print_exc()
             send(error=f"{type(error).__name__}: {error}")
