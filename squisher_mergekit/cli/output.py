@@ -1,0 +1,81 @@
+"""How the verbs print a Fisher, and write a report beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from squisher_mergekit.fisher.config import FisherConfig
+
+_SHOWN = 20
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file beside its final name, sync and rename it, so that no half of it is ever found there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    beside = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.chmod(0o644)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a report as JSON."""
+    write_whole(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def config_lines(config: FisherConfig, size: str) -> Iterator[str]:
+    """Say where a Fisher comes from, its steps and decay, how much of the model it covers, and its size.
+
+    Args:
+        config: The metadata.
+        size: Number of tensors and bytes, in words.
+    """
+    optimizer, source = config.optimizer, config.source
+    kind = " ".join(filter(None, (config.estimator, config.statistic, f"of the {config.parameters}")))
+    yield f"kind       {kind}"
+    if source.layout:
+        yield f"source     {source.layout}: {', '.join(source.files)}"
+    if optimizer is not None:
+        yield f"optimizer  {optimizer.class_ or 'unknown class'}, beta2 {_short(optimizer.beta2)}"
+    yield f"steps      {_short(config.steps)}"
+    for key in ("examples_per_step", "tokens_per_step", "num_examples"):
+        value = getattr(config, key)
+        if value is not None:
+            yield f"{key.replace('_', ' ')}  {value:g}"
+    if config.mean is not None and config.norm is not None:
+        yield f"debiased   mean {config.mean:.3g}, norm {config.norm:.3g}"
+    yield f"size       {size}"
+    yield from coverage_lines(config)
+
+
+def coverage_lines(config: FisherConfig) -> Iterator[str]:
+    """Say which tensors have no Fisher, reason by reason."""
+    without = config.coverage.without
+    yield f"coverage   {config.coverage.with_} tensors with a Fisher, {len(without)} without"
+    for reason in dict.fromkeys(without.values()):
+        names = [name for name, why in without.items() if why == reason]
+        yield f"  {reason}:"
+        yield from (f"    {name}" for name in names[:_SHOWN])
+        if len(names) > _SHOWN:
+            yield f"    and {len(names) - _SHOWN} more, listed under coverage in the metadata"
+
+
+def _short(value: object) -> str:
+    """Write a number, or a number a parameter, on one line."""
+    if isinstance(value, dict):
+        others = {item for name, item in value.items() if name != "default"}
+        return f"{value.get('default')} (others: {', '.join(str(item) for item in sorted(others))})"
+    return "unknown" if value is None else str(value)
