@@ -58,6 +58,7 @@ def train(start: str, data: str, out: str, labels: int, seed: int, report: Repor
             per_device_train_batch_size=BATCH,
             max_steps=steps,
             learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
             max_grad_norm=CLIP,
             optim="adamw_torch",
             save_strategy="steps",
