@@ -1,6 +1,7 @@
 """The start-up hook: when it activates the plug-in, and that it can break neither Python nor stock merges."""
 
 import json
+import os
 import shutil
 import sys
 import zipfile
@@ -56,7 +57,7 @@ def _answer(done):
 IMPORT_ALL = "\n".join(f"import {name}" for name in ("mergekit.io", *_autoload.WATCHED))
 SHOW = "\nimport json; print(json.dumps(seen))"
 IMPORTED = (
-    "import sys; a = 'squisher_mergekit' in sys.modules; import mergekit; print(a, 'squisher_mergekit' in sys.modules)"
+    "import sys; m, n = sys.modules, 'squisher_mergekit'; before = n in m; import mergekit; print(before, n in m)"
 )
 
 
@@ -82,7 +83,7 @@ def test_the_start_file_names_a_function_that_does_the_same(started, fake):
 
 @pytest.mark.parametrize("damage", ["gone", "raises", "syntax"])
 def test_python_and_mergekit_run_when_the_package_is_damaged(fake, tmp_path, damage):
-    """With the package removed by hand, raising or unreadable, Python starts silently, and mergekit warns in one line."""
+    """With the package gone, raising or unreadable, Python starts silently, and mergekit runs, with one warning."""
     broken = environments.make(tmp_path / "venv")
     for file in STARTUP.glob("squisher_mergekit*"):
         shutil.copy(file, broken.packages)

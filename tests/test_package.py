@@ -180,11 +180,14 @@ def test_the_hook_costs_less_than_a_millisecond(wheel, tmp_path, capsys):
     for _ in range(150):
         for name, (where, value) in cases.items():
             samples[name].append(_start_seconds(where.python, value))
+    # The other jobs of a shared machine lengthen some starts by milliseconds; a low quantile leaves those out.
+    low = {name: statistics.quantiles(values, n=10)[0] for name, values in samples.items()}
     medians = {name: statistics.median(values) for name, values in samples.items()}
+    figures = (f"{name} {1e3 * medians[name]:.2f} ms (lowest tenth {1e3 * low[name]:.2f})" for name in cases)
     with capsys.disabled():
-        print("\nCPU of `python -c pass`: " + ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in medians.items()))
-    assert medians["with the hook"] - medians["no .pth"] < HOOK_SECONDS
-    assert medians[f"{SWITCH}=0"] - medians["no .pth"] < HOOK_SECONDS
+        print("\nmedian CPU of `python -c pass`: " + ", ".join(figures))
+    assert low["with the hook"] - low["no .pth"] < HOOK_SECONDS
+    assert low[f"{SWITCH}=0"] - low["no .pth"] < HOOK_SECONDS
 
 
 def _start_seconds(python, switch):

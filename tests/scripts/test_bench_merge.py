@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_merge"
-SMALL = ["--hidden", "34", "--layers", "2", "--intermediate", "47", "--vocab", "61", "--shards", "3", "--repeat", "1"]
+SMALL = ["--hidden", "36", "--layers", "2", "--intermediate", "47", "--vocab", "61", "--shards", "3", "--repeat", "1"]
 
 
 def _bench(*arguments):
