@@ -191,20 +191,26 @@ def plan_task(task: Any) -> Any:
     inputs = [item for model in task.model_order if (item := _weight_input(task, model)) is not None]
     given = dict(task.parameters.items())
     settings = Settings(**{key: given[key] for key in Settings.__dataclass_fields__ if key in given})
-    base = None
-    if task.base_model is not None and Path(task.base_model.model.path).is_dir():
-        base = Path(task.base_model.model.path)
     return plan_tensor(
         task.method_name,
         task.output_weight.name,
         inputs,
         settings,
         _sources(),
-        base=base,
+        base=_base_folder(task),
         passed_through=task.output_weight.optional and len(inputs) == 1 < len(task.model_order),
         can_convert=_can_convert,
         cache_dir=_cache_dir(),
     )
+
+
+def _base_folder(task: Any) -> Path | None:
+    """Return where the base model's weights lie; None for single files, which no order of parameters follows from."""
+    from mergekit.io.tasks import LoaderCache
+
+    if task.base_model is None or Path(task.base_model.model.path).is_file():
+        return None
+    return Path(LoaderCache().get(task.base_model).index.base_path)
 
 
 @functools.cache

@@ -1,0 +1,80 @@
+"""Every example in configs/ is loaded and planned as it stands."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from tests.merging.reference import Tensors, give_fisher, llama
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+LOCAL = [path for path in sorted(CONFIGS.glob("*.yml")) if path.name != "hub.yml"]
+
+
+def _model(folder: Path, seed: int, fisher: Path | None = None) -> Tensors:
+    weights = llama(folder, seed)
+    give_fisher(folder, weights, seed, out=fisher)
+    return weights
+
+
+@pytest.mark.parametrize("config", LOCAL, ids=lambda path: path.stem)
+def test_a_config_is_planned(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`squisher plan` accepts the example, run where the folders that it names exist, and every model is covered."""
+    from squisher_mergekit.cli.plan import command
+
+    for seed, name in enumerate(("base", "sentiment", "topics")):
+        _model(tmp_path / "runs" / name / "checkpoint-500", seed)
+        if name != "base":
+            _model(tmp_path / "models" / name, seed, fisher=tmp_path / "fishers" / name)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(command, [str(config)])
+    assert result.exit_code == 0, result.output
+    assert "nothing falls back" in result.output
+    assert result.output.count("covers 100.0%") == len({*_models(config)})
+
+
+def _models(config: Path) -> list[str]:
+    data = yaml.safe_load(config.read_text(encoding="utf-8"))
+    sources = [source for piece in data.get("slices", []) for source in piece["sources"]]
+    return [entry["model"] for entry in data.get("models", sources)]
+
+
+def _publish(cache: Path, repo: str, revision: str, files: Path, patterns: list[str]) -> None:
+    """Lay files into a Hub cache as a download would."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    commit = {"main": "a" * 40, "fisher": "b" * 40}[revision]
+    (root / "refs").mkdir(parents=True, exist_ok=True)
+    (root / "refs" / revision).write_text(commit, encoding="utf-8")
+    snapshot = root / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for pattern in patterns:
+        for file in files.glob(pattern):
+            shutil.copy(file, snapshot)
+
+
+def test_the_hub_config_is_planned_from_a_cache(tmp_path: Path) -> None:
+    """Hub ids resolve to Fishers in their own revision, named or found by `auto`, here from a cache without network."""
+    cache = tmp_path / "hub"
+    for seed, name in enumerate(("sentiment", "topics")):
+        _model(tmp_path / name, seed)
+        _publish(cache, f"example-org/{name}", "main", tmp_path / name, ["model.safetensors", "*config.json"])
+        for file in cache.rglob("fisher_config.json"):
+            file.unlink()
+        _publish(cache, f"example-org/{name}", "fisher", tmp_path / name, ["fisher*"])
+    # mergekit lists a repository over the network even when it is cached; that one call is answered here.
+    script = (
+        "import huggingface_hub\n"
+        "huggingface_hub.list_repo_files = lambda *a, **k: ['model.safetensors']\n"
+        "from squisher_mergekit.cli.plan import command\n"
+        f"command(['{CONFIGS / 'hub.yml'}'])\n"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("covers 100.0%") == 2
+    assert done.stdout.count("bbbb") == 2
