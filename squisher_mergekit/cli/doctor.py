@@ -35,7 +35,7 @@ try:
         warnings.simplefilter("always")
         import mergekit.merge, mergekit.options, mergekit.merge_methods as methods
     found["started"] = "squisher_mergekit" in sys.modules
-    found["errors"] += {str(each.message): 0 for each in caught if "squisher-mergekit" in str(each.message)}
+    found["errors"] += [str(each.message) for each in caught if "squisher-mergekit" in str(each.message)]
     for name in sys.argv[1:]:
         try:
             methods.get(name)
@@ -238,4 +238,4 @@ def _write(file: Path, text: str) -> None:
         beside.replace(file)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise ConfigError(f"--json needs a place to write, but {file}: {error}; choose another") from error
+        raise ConfigError(f"the report cannot be written to {file}: {error}; choose another place") from error
