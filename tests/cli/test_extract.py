@@ -1,0 +1,114 @@
+"""``squisher extract`` through the real program: what it writes, what it says, what it refuses."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from squisher_mergekit.cli.main import main
+from squisher_mergekit.fisher.files import read_fisher
+
+STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
+
+
+def _run(*arguments):
+    return CliRunner().invoke(main, ["extract", *map(str, arguments)])
+
+
+def test_a_checkpoint_becomes_a_fisher(tmp_path):
+    """Tensors equal the accumulators bit for bit, and the report says source, optimizer, steps and coverage."""
+    result = _run(STATES / "trainer_llama_decay", "-o", tmp_path / "out", "--quiet", "--json", tmp_path / "report.json")
+    assert result.exit_code == 0, result.output
+    expected = load_file(STATES / "trainer_llama_decay" / "expected.safetensors")
+    written = load_file(tmp_path / "out" / "fisher.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    for words in ("transformers-trainer: optimizer.pt", "torch.optim.AdamW, beta2 0.99", "steps      5", "21 tensors"):
+        assert words in result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["config"] == json.loads((tmp_path / "out" / "fisher_config.json").read_text())
+    assert report["bytes"] == sum(tensor.numel() * 4 for tensor in expected.values())
+
+
+def test_numbers_of_the_run_are_recorded(tmp_path):
+    """Examples and tokens per step land in the metadata, as does the wanted dtype."""
+    options = ["--examples-per-step", 64, "--tokens-per-step", 32768, "--dtype", "bfloat16", "--quiet"]
+    result = _run(STATES / "plain_adam", "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    fisher = read_fisher(tmp_path / "out")
+    assert (fisher.config.examples_per_step, fisher.config.tokens_per_step) == (64, 32768)
+    expected = load_file(STATES / "plain_adam" / "expected.safetensors")
+    assert all(torch.equal(fisher[name], expected[name].bfloat16()) for name in expected)
+
+
+def test_a_partial_fisher_is_no_failure(tmp_path):
+    """With --base the frozen layers of GPT-2 are told apart; they are listed, and the exit code is 0."""
+    checkpoint = STATES / "trainer_gpt2_tied_frozen"
+    result = _run(checkpoint, "--base", checkpoint / "base", "-o", tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "15 tensors with a Fisher, 14 without" in result.output
+    assert "tied to transformer.wte.weight:\n    lm_head.weight\n" in result.output
+    assert "    transformer.h.0.attn.c_attn.weight\n" in result.output
+
+
+def test_model_and_names_options_reach_the_reader(tmp_path):
+    """A state alone is refused; with --model (only config.json) or with --names it is read."""
+    shutil.copy(STATES / "plain_adam" / "optimizer.pt", tmp_path / "optimizer.pt")
+    refused = _run(tmp_path / "optimizer.pt", "-o", tmp_path / "a", "--quiet")
+    assert refused.exit_code == 1
+    assert "--model" in refused.output
+    assert "--names" in refused.output
+    (tmp_path / "config").mkdir()
+    shutil.copy(STATES / "plain_adam" / "config.json", tmp_path / "config")
+    by_model = _run(tmp_path / "optimizer.pt", "--model", tmp_path / "config", "-o", tmp_path / "b", "--quiet")
+    assert by_model.exit_code == 0, by_model.output
+    state = torch.load(STATES / "plain_adamw_named" / "optimizer.pt", weights_only=True)
+    (tmp_path / "names.txt").write_text("\n".join(state["param_groups"][0]["param_names"]) + "\n")
+    by_names = _run(tmp_path / "optimizer.pt", "--names", tmp_path / "names.txt", "-o", tmp_path / "c", "--quiet")
+    assert by_names.exit_code == 0, by_names.output
+    b, c = read_fisher(tmp_path / "b"), read_fisher(tmp_path / "c")
+    assert set(b) == set(c)
+    assert all(torch.equal(b[name], c[name]) for name in b)
+
+
+@pytest.mark.parametrize("name", ["bad_nan", "bad_truncated", "bad_malicious_pickle", "plain_sgd_refuse"])
+def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path, name, monkeypatch):
+    """Exit code 1, one line on stderr, no output folder, and nothing of a pickle was run."""
+    monkeypatch.chdir(tmp_path)
+    result = _run(STATES / name, "-o", tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_existing_fisher_is_not_overwritten(tmp_path):
+    """A folder that holds a Fisher is left as it is."""
+    assert _run(STATES / "plain_adam", "-o", tmp_path / "out", "--quiet").exit_code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    result = _run(STATES / "plain_adagrad", "-o", tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    assert "must not hold a Fisher yet" in result.output
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_misuse_is_exit_code_2(tmp_path):
+    """A missing -o, an unknown dtype and a count of 0 are usage errors."""
+    assert _run(STATES / "plain_adam").exit_code == 2
+    assert _run(STATES / "plain_adam", "-o", tmp_path / "out", "--dtype", "float16").exit_code == 2
+    assert _run(STATES / "plain_adam", "-o", tmp_path / "out", "--examples-per-step", 0).exit_code == 2
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_bar_can_be_silenced(tmp_path):
+    """A progress bar goes to stderr, and --quiet turns it off."""
+    loud = _run(STATES / "plain_adam", "-o", tmp_path / "a")
+    assert "Extracting" in loud.stderr
+    quiet = _run(STATES / "plain_adagrad", "-o", tmp_path / "b", "--quiet")
+    assert quiet.exit_code == 0
+    assert quiet.stderr == ""

@@ -1,0 +1,90 @@
+"""``squisher inspect`` through the real program: table, report, picture."""
+
+import builtins
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from squisher_mergekit.cli.main import main
+
+STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
+
+
+def _run(verb, *arguments):
+    return CliRunner().invoke(main, [verb, *map(str, arguments)])
+
+
+@pytest.fixture
+def portable(tmp_path):
+    """A portable Fisher of a tied, sharded Llama."""
+    assert _run("extract", STATES / "trainer_sharded_index", "-o", tmp_path / "fisher", "--quiet").exit_code == 0
+    return tmp_path / "fisher"
+
+
+def test_table_has_a_line_for_each_tensor(portable):
+    """Every tensor has its shape, extremes, median and zeros; a last line is over all."""
+    result = _run("inspect", portable, "--quiet")
+    assert result.exit_code == 0, result.output
+    lines = {line.split()[0]: line.split() for line in result.output.splitlines() if line.strip()}
+    for name, tensor in load_file(portable / "fisher.safetensors").items():
+        shape = "x".join(map(str, tensor.shape))
+        values = [tensor.min().item(), tensor.median().item(), tensor.max().item()]
+        zeros = (tensor == 0).float().mean().item()
+        assert lines[name] == [name, shape, *(f"{value:.2e}" for value in values), f"{zeros:.2%}"]
+    assert result.output.splitlines()[-1].startswith("over all ")
+    assert "tied to model.embed_tokens.weight" in result.output
+
+
+def test_optimizer_state_and_the_fisher_made_of_it_say_the_same(portable, tmp_path):
+    """What is shown of a checkpoint is what is shown of its portable Fisher, tensor by tensor."""
+    assert _run("inspect", portable, "--quiet", "--json", tmp_path / "a.json").exit_code == 0
+    assert _run("inspect", STATES / "trainer_sharded_index", "--quiet", "--json", tmp_path / "b.json").exit_code == 0
+    a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert a["tensors"] == b["tensors"]
+    assert a["over_all"]["entries"] == b["over_all"]["entries"] == sum(
+        tensor.numel() for tensor in load_file(portable / "fisher.safetensors").values()
+    )  # fmt: skip
+    assert a["config"]["weights_fingerprint"] == b["config"]["weights_fingerprint"] is not None
+
+
+def test_plot_is_a_png(portable, tmp_path):
+    """--plot writes a picture, even where every entry of a kind is 0."""
+    result = _run("inspect", portable, "--quiet", "--plot", tmp_path / "made" / "f.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "made" / "f.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_plot_without_matplotlib_says_what_to_install(portable, tmp_path, monkeypatch):
+    """Without the extra the refusal names it, before any tensor is read."""
+    real = builtins.__import__
+
+    def without(name, *arguments, **keywords):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.delitem(sys.modules, "squisher_mergekit.cli.plots", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without)
+    result = _run("inspect", portable, "--plot", tmp_path / "f.png")
+    assert result.exit_code == 1
+    assert 'pip install "squisher-mergekit[plots]"' in result.output
+    assert not (tmp_path / "f.png").exists()
+
+
+def test_bad_entries_are_refused():
+    """NaN, infinite and negative entries are no Fisher."""
+    result = _run("inspect", STATES / "bad_nan", "--quiet")
+    assert result.exit_code == 1
+    assert "1 NaN" in result.output
+
+
+def test_nothing_there_is_one_line(tmp_path):
+    """A folder without a Fisher or optimizer state is named, with what was looked for."""
+    result = _run("inspect", tmp_path, "--quiet")
+    assert result.exit_code == 1
+    assert str(tmp_path) in result.output
+    assert "optimizer.pt" in result.output

@@ -1,0 +1,79 @@
+"""What a summary says, against the same numbers taken the slow way."""
+
+import pytest
+import torch
+
+from squisher_mergekit.errors import ValuesError
+from squisher_mergekit.fisher.config import FisherConfig
+from squisher_mergekit.fisher.files import MemoryStore
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.summary import BINS_PER_DECADE, human_bytes, summarize
+
+
+def _fisher(**tensors):
+    return Fisher(MemoryStore(tensors), FisherConfig())
+
+
+def _random(*shape, zeros=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = 10 ** (torch.randn(*shape, generator=generator, dtype=torch.float64) * 3 - 9)
+    return torch.where(torch.rand(*shape, generator=generator) < zeros, 0.0, values).float()
+
+
+def test_rows_are_the_extremes_median_and_zeros_of_each_tensor():
+    """A row holds minimum, lower median, maximum and the share of zeros, in the order of the Fisher."""
+    tensors = {"b.weight": _random(7, 13, zeros=0.3), "a.bias": _random(11, seed=1).bfloat16()}
+    summary = summarize(_fisher(**tensors))
+    assert [row.name for row in summary.rows] == ["b.weight", "a.bias"]
+    for row in summary.rows:
+        values = sorted(tensors[row.name].flatten().double().tolist())
+        assert (row.minimum, row.median, row.maximum) == (values[0], values[(len(values) - 1) // 2], values[-1])
+        assert row.zeros == values.count(0.0) / len(values)
+        assert row.shape == tuple(tensors[row.name].shape)
+    assert [row.dtype for row in summary.rows] == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.4, 0.9])
+def test_over_all_entries(zeros):
+    """Over all entries: exact count, extremes, mean and zeros, and the median within half a bin."""
+    tensors = {f"model.layers.{i}.mlp.weight": _random(17, 29, zeros=zeros, seed=i) for i in range(3)}
+    summary = summarize(_fisher(**tensors))
+    everything = torch.cat([tensor.flatten().double() for tensor in tensors.values()])
+    assert summary.entries == 3 * 17 * 29
+    assert (summary.minimum, summary.maximum) == (everything.min().item(), everything.max().item())
+    assert summary.mean == pytest.approx(everything.mean().item(), rel=1e-12)
+    assert summary.zeros == (everything == 0).double().mean().item()
+    assert summary.median == pytest.approx(everything.median().item(), rel=10 ** (0.5 / BINS_PER_DECADE) - 1 + 1e-9)
+
+
+def test_histograms_count_every_positive_entry_once_by_kind_of_layer():
+    """Layers of one kind share a histogram; it counts their positive entries, the smallest of float32 included."""
+    tensors = {
+        "model.layers.0.mlp.weight": torch.tensor([1e-45, 3e38, 0.0]),
+        "model.layers.1.mlp.weight": torch.tensor([1.0, 2.0]),
+        "model.norm.weight": torch.tensor([0.0, 0.0]),
+    }
+    summary = summarize(_fisher(**tensors))
+    assert {kind: int(counts.sum()) for kind, counts in summary.histograms.items()} == {"mlp": 4, "norm": 0}
+    assert summary.zero_counts == {"mlp": 1, "norm": 2}
+
+
+def test_an_empty_tensor_is_described():
+    """A tensor without entries has a row of zeros and counts for nothing."""
+    summary = summarize(_fisher(**{"a.weight": torch.zeros(0, 5)}))
+    assert (summary.entries, summary.median, summary.zeros, summary.rows[0].shape) == (0, 0.0, 0.0, (0, 5))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e-12])
+def test_bad_entries_are_refused(bad):
+    """NaN, infinite and negative entries have no place in a summary."""
+    with pytest.raises(ValuesError, match=r"w .* has 1 (NaN|infinite|negative) of 2 entries"):
+        summarize(_fisher(w=torch.tensor([1.0, bad])))
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (28_123_000_000, "28.1 GB"), (10**15, "1e+03 TB")]
+)
+def test_human_bytes(size, text):
+    """Sizes have three digits and a unit of powers of 1000."""
+    assert human_bytes(size) == text
