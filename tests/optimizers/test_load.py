@@ -1,0 +1,381 @@
+"""Optimizer state that real training runs left on disk, opened and held against the accumulators they had in memory."""
+
+import builtins
+import io
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from squisher_mergekit import extract, load_fisher
+from squisher_mergekit.errors import (
+    ConfigError,
+    CorruptFileError,
+    MismatchError,
+    NamingError,
+    NotFoundError,
+    UnsafeFileError,
+    UnsupportedStateError,
+    ValuesError,
+)
+from squisher_mergekit.optimizers.load import find_state
+
+STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
+
+# case -> what load_fisher needs beside the folder: a file in it, and the base model
+ACCEPTED = {
+    "plain_adam": {},
+    "plain_adamw_named": {},
+    "plain_amsgrad": {},
+    "plain_adagrad": {},
+    "plain_rmsprop_centered": {},
+    "plain_frozen_in_group": {},
+    "plain_bundle_ddp_compile_prefix": {"file": "ckpt.pt"},
+    "trainer_llama_decay": {},
+    "trainer_bert_cls": {},
+    "trainer_gpt2_tied_frozen": {"base": "base"},
+    "trainer_mixtral_packed": {},
+    "trainer_sharded_index": {},
+    "trainer448_qwen2": {},
+    "trainer_lora_llama": {"base": "base_config"},
+    "accel_ddp": {},
+}
+STATISTIC = {"plain_adagrad": "sum"}
+LAYOUT = {"trainer": "transformers-trainer", "plain": "torch", "accel": "accelerate"}
+
+
+def _case(name):
+    return json.loads((STATES / name / "case.json").read_text())
+
+
+def _source(name):
+    return STATES / name / ACCEPTED[name].get("file", "")
+
+
+def _base(name):
+    return STATES / name / ACCEPTED[name]["base"] if "base" in ACCEPTED[name] else None
+
+
+def _open(name):
+    return load_fisher(_source(name), base=_base(name))
+
+
+def _copy(name, to):
+    return Path(shutil.copytree(STATES / name, to / name))
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_every_accumulator_is_found_bit_for_bit_under_its_own_name(name):
+    """Names, shapes and bits are those of the accumulators that the run had in memory, no more and no fewer."""
+    fisher, expected = _open(name), load_file(STATES / name / "expected.safetensors")
+    assert set(fisher) == set(expected)
+    for key, tensor in expected.items():
+        assert fisher[key].dtype == tensor.dtype
+        assert fisher.info(key).shape == tuple(tensor.shape)
+        assert torch.equal(fisher[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_the_config_says_what_the_run_was(name):
+    """Estimator, statistic, class, decay, steps and layout are those of the run; what is not known is null."""
+    config, case = _open(name).config, _case(name)
+    assert (config.estimator, config.statistic) == ("squisher", STATISTIC.get(name, "ema"))
+    assert config.optimizer.class_.split(".")[-1] == case["optimizer"].split(".")[-1]
+    assert config.optimizer.beta2 == case["beta2"]
+    assert config.optimizer.amsgrad == {"plain_adagrad": None, "plain_rmsprop_centered": None}.get(
+        name, name == "plain_amsgrad"
+    )
+    assert config.steps == case["step"]
+    assert config.bias_corrected is False
+    assert config.parameters == ("adapter" if name == "trainer_lora_llama" else "model")
+    assert config.source.layout == LAYOUT[name.split("_")[0].replace("448", "")]
+    assert config.source.files == (case["optimizer_file"],)
+    assert config.coverage.with_ == len(load_file(STATES / name / "expected.safetensors"))
+    assert config.weights_fingerprint.startswith("fp1:")
+    assert (config.examples_per_step, config.tokens_per_step, config.num_examples, config.mean) == (None,) * 4
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_the_config_holds_no_absolute_path(name):
+    """Neither the folder of the checkpoint nor any of its parents is written down."""
+    text = _open(name).config.to_json()
+    assert str(STATES) not in text
+    assert str(STATES.parents[1]) not in text
+
+
+def test_what_has_no_second_moment_is_listed_with_the_reason():
+    """Frozen before, frozen within the optimizer's group, and tied are told apart; ties are resolved."""
+    frozen = _open("plain_frozen_in_group").config.coverage.without
+    assert set(frozen.values()) == {"never stepped (frozen or unused)"}
+    fisher = _open("trainer_gpt2_tied_frozen")
+    without = fisher.config.coverage.without
+    tied = {name: why for name, why in without.items() if why.startswith("tied to ")}
+    assert tied == {"lm_head.weight": "tied to transformer.wte.weight"}
+    assert without["transformer.wpe.weight"] == "not given to the optimizer (frozen)"
+    assert {name for name in without if ".h.0." in name}
+    assert torch.equal(fisher["lm_head.weight"], fisher["transformer.wte.weight"])
+    weights = set(load_file(STATES / "trainer_gpt2_tied_frozen" / "model.safetensors"))
+    assert set(fisher) | (set(without) - set(tied)) == weights
+
+
+def test_untied_weights_that_look_tied_have_their_own_accumulator():
+    """Llama without tied embeddings keeps a Fisher of its own for lm_head.weight, and lists nothing as tied."""
+    fisher = _open("trainer_llama_decay")
+    assert not torch.equal(fisher["lm_head.weight"], fisher["model.embed_tokens.weight"])
+    assert fisher.config.coverage.without == {}
+
+
+def test_the_debiased_scale_follows_from_the_steps():
+    """The accumulator divided by 1 - beta2^t, worked out by hand for 5 steps at 0.99."""
+    fisher = _open("trainer_llama_decay")
+    name = "model.norm.weight"
+    expected = fisher[name].double() / (1 - 0.99**5)
+    assert torch.equal(fisher.scaled(name), expected.float())
+
+
+REFUSED = {
+    "plain_sgd_refuse": (UnsupportedStateError, ["SGD", "optimizer.pt", "AdamW"]),
+    "plain_torch_adafactor": (UnsupportedStateError, ["Adafactor", "optimizer.pt", "row and column", "AdamW"]),
+    "trainer_t5_adafactor": (UnsupportedStateError, ["Adafactor", "optimizer.pt", "row and column", "AdamW"]),
+    "trainer_bnb8bit": (UnsupportedStateError, ["bitsandbytes", "optimizer.pt", "quantized"]),
+    "trainer_torchao8bit": (UnsupportedStateError, ["torchao", "optimizer.pt", "quantized", "adamw_torch"]),
+    "bad_malicious_pickle": (UnsafeFileError, ["optimizer.pt", "nothing of it was run", "state_dict"]),
+    "bad_truncated": (CorruptFileError, ["optimizer.pt", "truncated or damaged", "copy it again"]),
+    "bad_wrong_model_shape": (NamingError, ["optimizer.pt", "12 parameters", "--model", "--names"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_serve_is_refused_in_one_line(name):
+    """The right error, in one line that names the place, what was found and the cure."""
+    error, words = REFUSED[name]
+    with pytest.raises(error) as caught:
+        load_fisher(STATES / name)
+    message = str(caught.value)
+    assert type(caught.value) is error
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_checkpoint_leaves_nothing_behind(name, tmp_path):
+    """Extraction of what is refused makes neither the output folder nor anything beside it."""
+    with pytest.raises(REFUSED[name][0]):
+        extract(STATES / name, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_malicious_pickle_runs_no_code(tmp_path, monkeypatch):
+    """The file would make SQUISHER_MARKER when loaded; it appears neither here nor beside the checkpoint."""
+    folder = _copy("bad_malicious_pickle", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert b"SQUISHER_MARKER" in (folder / "optimizer.pt").read_bytes()
+    for call in (load_fisher, lambda source: extract(source, tmp_path / "out")):
+        with pytest.raises(UnsafeFileError):
+            call(folder)
+    assert not list(tmp_path.rglob("SQUISHER_MARKER"))
+    assert not Path("/tmp/SQUISHER_MARKER").exists()
+
+
+@pytest.mark.parametrize("name", ["trainer_llama_decay", "trainer_lora_llama"])
+def test_other_pickles_of_the_trainer_are_never_opened(name, tmp_path, monkeypatch):
+    """training_args.bin, scheduler.pt and rng_state.pth are pickles that run code: no one looks into them."""
+    folder = _copy(name, tmp_path)
+    traps = [folder / trap for trap in ("training_args.bin", "scheduler.pt", "rng_state.pth")]
+    for trap in traps:
+        trap.write_bytes(b"no pickle")
+    opened = []
+
+    def spy(original):
+        def opening(file, *args, **kwargs):
+            opened.append(Path(str(file)).name)
+            return original(file, *args, **kwargs)
+
+        return opening
+
+    monkeypatch.setattr(builtins, "open", spy(builtins.open))
+    monkeypatch.setattr(io, "open", spy(io.open))
+    monkeypatch.setattr(torch, "load", spy(torch.load))
+    base = folder / "base_config" if name == "trainer_lora_llama" else None
+    extract(folder, tmp_path / "out", base=base)
+    assert "optimizer.pt" in opened  # the spy sees what is opened
+    assert not {trap.name for trap in traps} & set(opened)
+
+
+def test_bad_values_open_but_are_not_extracted(tmp_path):
+    """NaN, infinite and negative entries are found when read, named, and leave no output."""
+    fisher = load_fisher(STATES / "bad_nan")
+    assert len(fisher) == 12
+    with pytest.raises(ValuesError, match=r"has 1 (NaN|infinite|negative) of \d+ entries"):
+        extract(STATES / "bad_nan", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_checkpoints_the_last_is_taken_and_said(tmp_path, caplog):
+    """A run folder means its checkpoint of the highest number, not of the last name; one line says so."""
+    for step, name in ((9, "plain_amsgrad"), (10, "plain_adam"), (2, "plain_adagrad")):
+        shutil.copytree(STATES / name, tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-11").mkdir()  # the model alone, without optimizer state
+    (tmp_path / "checkpoint-12-old").mkdir()
+    with caplog.at_level(logging.WARNING, logger="squisher_mergekit"):
+        fisher = load_fisher(tmp_path)
+    expected = load_file(STATES / "plain_adam" / "expected.safetensors")
+    assert all(torch.equal(fisher[name], tensor) for name, tensor in expected.items())
+    assert "taking the last with optimizer state, 10" in caplog.text
+
+
+def test_a_single_file_finds_its_model_beside_it():
+    """The optimizer's file itself may be named; the folder it lies in is its checkpoint."""
+    by_file, by_folder = (load_fisher(STATES / "plain_adam" / end) for end in ("optimizer.pt", ""))
+    assert list(by_file) == list(by_folder)
+    assert by_file.config == by_folder.config
+
+
+def test_a_lora_checkpoint_needs_its_base():
+    """Without the base model the adapter's parameters have no order; the cure is --base."""
+    with pytest.raises(NotFoundError, match=r"LoRA .*base model; give --base DIR"):
+        load_fisher(STATES / "trainer_lora_llama")
+
+
+def test_frozen_layers_without_the_base_are_refused():
+    """Where several choices of frozen layers fit, none is taken, and the base model is asked for."""
+    with pytest.raises(NamingError, match=r"one way only.*--base DIR"):
+        load_fisher(STATES / "trainer_gpt2_tied_frozen")
+
+
+def test_a_folder_without_optimizer_state_is_refused(tmp_path):
+    """The final model of a run has none; the message says which files were looked for and where to point."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(NotFoundError, match=r"no optimizer state in .*optimizer\.pt.*checkpoint-N"):
+        load_fisher(tmp_path)
+    assert find_state(tmp_path) is None
+
+
+def test_a_missing_source_is_refused():
+    """What is neither a path nor a Hub id is said to be missing, without asking the Hub."""
+    with pytest.raises(NotFoundError, match=r"there is no nowhere"):
+        load_fisher("nowhere")
+
+
+def test_numbered_parameters_without_a_config_are_refused(tmp_path):
+    """An optimizer's file alone tells numbers, not names; --model and --names are offered."""
+    shutil.copy(STATES / "plain_adam" / "optimizer.pt", tmp_path)
+    with pytest.raises(NamingError, match=r"config\.json.*--model DIR, or --names FILE"):
+        load_fisher(tmp_path)
+
+
+def test_model_gives_what_the_checkpoint_lacks(tmp_path):
+    """An optimizer's file alone, with --model, is the same Fisher."""
+    shutil.copy(STATES / "trainer_bert_cls" / "optimizer.pt", tmp_path)
+    fisher = load_fisher(tmp_path, model=STATES / "trainer_bert_cls")
+    expected = load_file(STATES / "trainer_bert_cls" / "expected.safetensors")
+    assert set(fisher) == set(expected)
+    assert all(torch.equal(fisher[name], tensor) for name, tensor in expected.items())
+
+
+def test_names_settle_the_order(tmp_path):
+    """A text file with one name a line names parameter i by line i, blank lines left out."""
+    expected = load_file(STATES / "plain_adam" / "expected.safetensors")
+    names = list(load_fisher(STATES / "plain_adam"))
+    shutil.copy(STATES / "plain_adam" / "optimizer.pt", tmp_path)
+    (tmp_path / "names.txt").write_text("\n".join([*names[:3], "", *names[3:]]) + "\n\n")
+    for given in (tmp_path / "names.txt", str(tmp_path / "names.txt"), names):
+        fisher = load_fisher(tmp_path, names=given)
+        assert set(fisher) == set(expected)
+        assert all(torch.equal(fisher[name], tensor) for name, tensor in expected.items())
+
+
+def test_names_that_do_not_fit_are_refused(tmp_path):
+    """Too few names, a missing file, a name no weight has, and two names swapped to other shapes."""
+    folder, names = STATES / "plain_adam", list(load_fisher(STATES / "plain_adam"))
+    with pytest.raises(NamingError, match=r"each of the 12 parameters .* found 11"):
+        load_fisher(folder, names=names[:-1])
+    with pytest.raises(NotFoundError, match=r"there is no .*none\.txt"):
+        load_fisher(folder, names=tmp_path / "none.txt")
+    with pytest.raises(MismatchError, match=r"model\.other\.weight"):
+        load_fisher(folder, names=["model.other.weight", *names[1:]])
+    shapes = [load_fisher(folder).info(name).shape for name in names]
+    other = next(i for i, shape in enumerate(shapes) if shape != shapes[0])
+    swapped = list(names)
+    swapped[0], swapped[other] = swapped[other], swapped[0]
+    with pytest.raises(MismatchError, match="shape"):
+        load_fisher(folder, names=swapped)
+
+
+def test_another_model_is_refused():
+    """A model of another shape given with --model does not fit."""
+    with pytest.raises((NamingError, MismatchError)):
+        load_fisher(STATES / "plain_adam", model=STATES / "trainer_llama_decay")
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_is_extracted_opens_as_it_was(name, tmp_path):
+    """Written portable and opened again: the same float32 bits, the same metadata, mean and norm added."""
+    original = _open(name)
+    written = extract(_source(name), tmp_path / "out", base=_base(name))
+    again = load_fisher(tmp_path / "out")
+    assert set(again) == set(original)
+    assert all(torch.equal(again[key], original[key]) for key in original)
+    wide = torch.cat([original.scaled(key).double().flatten() for key in original])
+    assert math.isclose(again.config.mean, wide.mean().item(), rel_tol=1e-6)
+    assert math.isclose(again.config.norm, wide.norm().item(), rel_tol=1e-6)
+    assert again.config.model_copy(update={"mean": None, "norm": None}) == original.config
+    assert again.config == written.config
+    assert again.aliases == original.aliases
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["trainer_llama_decay", "trainer_mixtral_packed"])
+def test_bfloat16_is_the_nearest(name, tmp_path):
+    """In bfloat16 no entry is off by more than half a unit in its last place (2^-9 of its power of two)."""
+    original = _open(name)
+    again = extract(_source(name), tmp_path / "out", dtype=torch.bfloat16)
+    assert again.config.encoding == {"default": "bfloat16"}
+    for key in original:
+        exact, found = original[key].double(), again[key]
+        assert found.dtype == torch.bfloat16
+        _, exponent = torch.frexp(exact)
+        half = torch.ldexp(torch.full_like(exact, 0.5), (exponent - 8).clamp(min=-133))
+        assert bool(((found.double() - exact).abs() <= half).all()), key
+
+
+def test_batch_sizes_are_recorded(tmp_path):
+    """What the user knows of the batch goes into the metadata, and gives the scale per example."""
+    fisher = extract(STATES / "plain_adam", tmp_path / "out", examples_per_step=4, tokens_per_step=28)
+    assert (fisher.config.examples_per_step, fisher.config.tokens_per_step) == (4, 28)
+    assert fisher.factor("model.norm.weight", "per_example") == 4 * fisher.factor("model.norm.weight", "debiased")
+
+
+def test_an_output_that_holds_a_fisher_is_not_overwritten(tmp_path):
+    """A second extraction into the same folder is refused and changes nothing; compress is not known yet."""
+    extract(STATES / "plain_adam", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(ConfigError, match="must not hold a Fisher yet"):
+        extract(STATES / "plain_amsgrad", tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(ConfigError, match="compress must be None"):
+        extract(STATES / "plain_adam", tmp_path / "other", compress="log8")
+
+
+def test_a_fisher_of_other_shapes_than_the_model_is_refused(tmp_path):
+    """A portable Fisher opened with a model that it does not fit is refused, name or shape given."""
+    extract(STATES / "plain_adam", tmp_path / "out")
+    with pytest.raises(MismatchError, match=r"must be those of the weights|must have the weight's shape"):
+        load_fisher(tmp_path / "out", model=STATES / "trainer_llama_decay")
+    assert len(load_fisher(tmp_path / "out", model=STATES / "plain_adam")) == 12
+
+
+def test_more_steps_than_the_trainer_recorded_is_said(tmp_path, caplog):
+    """optimizer.pt and trainer_state.json of two checkpoints are noticed."""
+    folder = _copy("trainer_llama_decay", tmp_path)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    with caplog.at_level(logging.WARNING, logger="squisher_mergekit"):
+        load_fisher(folder)
+    assert "has seen 5 steps, but trainer_state.json says 3" in caplog.text
