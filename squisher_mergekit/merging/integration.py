@@ -367,7 +367,8 @@ def plan_config(config: Any, options: Any) -> Any:
         architecture = get_architecture_info(config, options)
         LoaderCache().setup(options=options)
         output = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
-        MergePlanner(config, architecture, options=options, out_model_config=output).plan_in_memory()
+        # Planning to disk writes nothing; only the executor would.
+        MergePlanner(config, architecture, options=options, out_model_config=output).plan_to_disk("unused")
     return current_run().plan
 
 
