@@ -180,10 +180,10 @@ def test_the_hook_costs_less_than_a_millisecond(wheel, tmp_path, capsys):
     for _ in range(150):
         for name, (where, value) in cases.items():
             samples[name].append(_start_seconds(where.python, value))
-    # The other jobs of a shared machine lengthen some starts by milliseconds; a low quantile leaves those out.
-    low = {name: statistics.quantiles(values, n=10)[0] for name, values in samples.items()}
+    # The other jobs of a shared machine only ever lengthen a start, medians by more than what is measured here.
+    low = {name: min(values) for name, values in samples.items()}
     medians = {name: statistics.median(values) for name, values in samples.items()}
-    figures = (f"{name} {1e3 * medians[name]:.2f} ms (lowest tenth {1e3 * low[name]:.2f})" for name in cases)
+    figures = (f"{name} {1e3 * medians[name]:.2f} ms (least {1e3 * low[name]:.2f})" for name in cases)
     with capsys.disabled():
         print("\nmedian CPU of `python -c pass`: " + ", ".join(figures))
     assert low["with the hook"] - low["no .pth"] < HOOK_SECONDS
