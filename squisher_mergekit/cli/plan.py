@@ -7,7 +7,7 @@ import click
 from mergekit.options import MergeOptions
 
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.merging.integration import plan_config, read_config
+from squisher_mergekit.merging.driver import plan_config, read_config
 
 
 @click.command("plan")

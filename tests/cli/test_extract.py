@@ -1,7 +1,6 @@
 """``squisher extract`` through the real program: what it writes, what it says, what it refuses."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -84,7 +83,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path, name, monkeypatch):
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_fisher_is_not_overwritten(tmp_path):
@@ -102,7 +101,7 @@ def test_misuse_is_exit_code_2(tmp_path):
     assert _run(STATES / "plain_adam").exit_code == 2
     assert _run(STATES / "plain_adam", "-o", tmp_path / "out", "--dtype", "float16").exit_code == 2
     assert _run(STATES / "plain_adam", "-o", tmp_path / "out", "--examples-per-step", 0).exit_code == 2
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_bar_can_be_silenced(tmp_path):

@@ -219,7 +219,7 @@ def test_fishers_are_loaded_just_before_use(tmp_path: Path) -> None:
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
 
-    from squisher_mergekit.merging.integration import read_config
+    from squisher_mergekit.merging.driver import read_config
     from squisher_mergekit.merging.tasks import GatherFishers
 
     for i in range(2):
