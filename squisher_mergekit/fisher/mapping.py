@@ -120,7 +120,7 @@ class Fisher(Mapping[str, torch.Tensor]):
         raw = self[name]
         dtype = torch.promote_types(raw.dtype, torch.float32)
         # The factor of an early step can leave float32 at the ends of its range; one rounding, at the end.
-        wide = raw.to(torch.float64).sub_(self.config.offset(scaling)).mul_(self.factor(name, scaling))
+        wide = raw.to(torch.float64, copy=True).sub_(self.config.offset(scaling)).mul_(self.factor(name, scaling))
         return wide.to(dtype)
 
     def moments(self, scaling: Scaling = "debiased") -> tuple[float, float]:
@@ -188,8 +188,7 @@ def check_values(tensor: torch.Tensor, name: str, location: str) -> None:
     low, high = torch.aminmax(tensor)
     if low.item() >= 0 and high.item() < float("inf"):
         return
-    wide = tensor.to(torch.float32)
-    kinds = {"NaN": wide.isnan(), "infinite": wide.isinf(), "negative": wide < 0}
+    kinds = {"NaN": tensor.isnan(), "infinite": tensor.isinf(), "negative": tensor < 0}
     found = ", ".join(f"{int(mask.sum())} {kind}" for kind, mask in kinds.items() if bool(mask.any()))
     raise ValuesError(
         f"a Fisher must be finite and not negative; {name} in {location} has {found} of {tensor.numel()} entries; "

@@ -1,0 +1,160 @@
+"""A Fisher as a mapping: lazy, with ties, scaled against float64, and its mean, norm and checks."""
+
+import math
+
+import pytest
+import torch
+
+from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
+from squisher_mergekit.fisher.config import FisherConfig
+from squisher_mergekit.fisher.files import MemoryStore
+from squisher_mergekit.fisher.mapping import Fisher, Moments, check_shape, check_values
+
+
+def _random(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return (10 ** (torch.randn(*shape, generator=generator, dtype=torch.float64) * 2 - 8)).to(dtype)
+
+
+def _config(**changes):
+    return FisherConfig.model_validate(
+        {"estimator": "squisher", "statistic": "ema", "steps": 3, "optimizer": {"beta2": 0.999}} | changes
+    )
+
+
+class _Counting(MemoryStore):
+    """Counts what is read."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.reads = []
+
+    def read(self, name):
+        self.reads.append(name)
+        return super().read(name)
+
+
+def test_tensors_are_read_when_asked_for():
+    """Opening, iterating, counting and asking for shapes read nothing; one look-up reads one tensor."""
+    store = _Counting({"a": _random(3, 5), "b": _random(7, seed=1)})
+    fisher = Fisher(store, _config(), {"c": "a"})
+    assert (list(fisher), len(fisher), "b" in fisher, "x" in fisher, 3 in fisher) == (["a", "b"], 2, True, False, False)
+    assert (fisher.info("a").shape, fisher.info("b").nbytes, fisher.info("c").dtype) == ((3, 5), 28, torch.float32)
+    assert store.reads == []
+    assert torch.equal(fisher["b"], _random(7, seed=1))
+    assert store.reads == ["b"]
+
+
+def test_other_names_of_a_tensor_are_found_but_not_counted():
+    """An alias finds the tensor, its shape and its scale, and is no entry of its own."""
+    config = _config(steps={"default": 3, "a": 1}, optimizer={"beta2": 0.75})
+    fisher = Fisher(MemoryStore({"a": _random(5)}), config, {"tied": "a", "dangling": "nothing"})
+    assert torch.equal(fisher["tied"], fisher["a"])
+    assert ("tied" in fisher, "dangling" in fisher, list(fisher)) == (True, False, ["a"])
+    assert fisher.factor("tied") == 4.0
+    assert torch.equal(fisher.scaled("tied"), fisher.scaled("a"))
+    for ask in (fisher.__getitem__, fisher.info, fisher.scaled):
+        with pytest.raises(KeyError):
+            ask("dangling")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scaling", ["raw", "debiased", "per_example"])
+def test_scaled_is_float64_rounded_once(dtype, scaling):
+    """A scaled tensor is the exact product rounded once to float32 (float64 if stored so), and a new tensor."""
+    raw = _random(17, 13, dtype=dtype)
+    fisher = Fisher(MemoryStore({"w": raw}), _config(examples_per_step=7))
+    before = raw.clone()
+    factor = {"raw": 1.0, "debiased": 1 / (1 - 0.999**3), "per_example": 7 / (1 - 0.999**3)}[scaling]
+    scaled = fisher.scaled("w", scaling)
+    assert scaled.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(scaled, (raw.double() * factor).to(scaled.dtype))
+    scaled.zero_()
+    assert torch.equal(fisher["w"], before)
+
+
+def test_adagrads_start_is_taken_off_before_the_mean():
+    """A sum that began at 0.5: (sum - 0.5) / steps, by hand."""
+    config = _config(statistic="sum", steps=4, optimizer={"initial_accumulator_value": 0.5})
+    fisher = Fisher(MemoryStore({"w": torch.tensor([0.5, 1.5, 4.5])}), config)
+    assert fisher.scaled("w").tolist() == [0.0, 0.25, 1.0]
+    assert fisher.scaled("w", "raw").tolist() == [0.5, 1.5, 4.5]
+    mean, norm = fisher.moments()
+    assert (mean, norm) == (pytest.approx(1.25 / 3), pytest.approx(math.sqrt(0.0625 + 1)))
+
+
+def test_mean_and_norm_are_those_of_all_entries_in_float64(monkeypatch):
+    """Over tensors of several shapes and scales, also where a tensor takes several blocks."""
+    tensors = {f"w{i}": _random(23, i + 2, seed=i) for i in range(5)} | {"wide": torch.full((11,), 1e30)}
+    config = _config(steps={"default": 3, "w1": 2})
+    everything = torch.cat([
+        (tensor.double() / (1 - 0.999 ** (2 if name == "w1" else 3))).flatten() for name, tensor in tensors.items()
+    ])  # fmt: skip
+    for block in (Moments.BLOCK, 7):
+        monkeypatch.setattr(Moments, "BLOCK", block)
+        mean, norm = Fisher(MemoryStore(tensors), config).moments()
+        assert mean == pytest.approx(everything.mean().item(), rel=1e-12)
+        assert norm == pytest.approx(everything.norm().item(), rel=1e-12)
+
+
+def test_recorded_mean_and_norm_spare_the_reading():
+    """What the metadata record at the debiased scale is used there, and nowhere else."""
+    store = _Counting({"w": torch.ones(3)})
+    fisher = Fisher(store, _config(mean=0.5, norm=2.0))
+    assert fisher.moments() == (0.5, 2.0)
+    assert store.reads == []
+    assert fisher.moments("raw") == (1.0, pytest.approx(math.sqrt(3)))
+
+
+def test_an_empty_fisher_has_mean_and_norm_zero():
+    """No entries, or none in a tensor, are no division by zero."""
+    assert Fisher(MemoryStore({}), _config()).moments() == (0.0, 0.0)
+    assert Fisher(MemoryStore({"w": torch.zeros(0, 3)}), _config()).moments() == (0.0, 0.0)
+
+
+def test_a_scale_that_is_not_recorded_is_refused():
+    """Without steps only raw can be had."""
+    fisher = Fisher(MemoryStore({"w": torch.ones(3)}), _config(steps=None))
+    with pytest.raises(ConfigError, match="steps"):
+        fisher.scaled("w")
+    assert torch.equal(fisher.scaled("w", "raw"), torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ([float("nan")], "1 NaN of"),
+        ([float("inf"), float("inf")], "2 infinite of"),
+        ([-1e-30], "1 negative of"),
+        ([float("-inf")], "1 infinite, 1 negative of"),
+        ([float("nan"), -1.0, float("inf")], "1 NaN, 1 infinite, 1 negative of"),
+    ],
+)
+def test_bad_entries_are_counted_by_kind(dtype, bad, words):
+    """NaN, infinite and negative entries, one among many, are refused with tensor, place and numbers."""
+    tensor = torch.cat([_random(29, dtype=dtype), torch.tensor(bad, dtype=dtype)])
+    with pytest.raises(ValuesError, match=f"layer.w in here has {words} {29 + len(bad)} entries"):
+        check_values(tensor, "layer.w", "here")
+    with pytest.raises(ValuesError):
+        Fisher(MemoryStore({"w": tensor}), _config()).moments()
+
+
+def test_good_entries_pass():
+    """Zeros, negative zero, the smallest and the largest number, and no entries at all."""
+    check_values(torch.tensor([0.0, -0.0, 1e-45, torch.finfo(torch.float32).max]), "w", "here")
+    check_values(torch.zeros(0), "w", "here")
+
+
+def test_a_tiny_negative_of_float64_is_seen():
+    """An entry that float32 would flush to zero is negative all the same."""
+    with pytest.raises(ValuesError, match="1 negative of 2"):
+        check_values(torch.tensor([1.0, -1e-60], dtype=torch.float64), "w", "here")
+
+
+def test_shapes_must_be_equal():
+    """Transposed or flattened is refused, with both shapes; equal passes whatever the sequence type."""
+    check_shape("w", (3, 5), torch.Size([3, 5]), "here")
+    for found in ((5, 3), (15,), ()):
+        with pytest.raises(MismatchError, match=r"Fisher of w .*\[3, 5\], but here has"):
+            check_shape("w", found, (3, 5), "here")
