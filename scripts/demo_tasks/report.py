@@ -22,7 +22,7 @@ def _accuracies(result: Result) -> list[str]:
     for row, found in result.accuracy.items():
         cells = "".join(f"{100 * found[task]:>12.1f}" for task in tasks)
         lines.append(f"{row:<{width}}{cells}{100 * result.mean(row):>8.1f}")
-    return lines
+    return [*lines, result.scoring]
 
 
 def _costs(result: Result) -> list[str]:

@@ -42,6 +42,7 @@ class Result:
     fine_tuning: dict[str, dict[str, Any]] = field(default_factory=dict)
     messages: dict[str, list[str]] = field(default_factory=dict)
     seconds: float = 0.0
+    scoring: str = ""
 
     def mean(self, row: str) -> float:
         """Return the mean accuracy of a row over the tasks."""
@@ -66,7 +67,7 @@ class Run:
     def __init__(self, setting: Setting, seed: int, out: Path, packages: Path, progress: Progress) -> None:
         self.setting, self.seed, self.packages, self.progress = setting, seed, packages, progress
         self.folder = out / setting.name
-        self.result = Result(setting.name, seed, setting.n_train, setting.n_test)
+        self.result = Result(setting.name, seed, setting.n_train, setting.n_test, scoring=setting.scoring)
         self.models: dict[str, Path] = {}
         self.base: Path | None = None
 

@@ -42,6 +42,13 @@ class Setting:
     n_train: int = 800
     n_test: int = 200
 
+    @property
+    def scoring(self) -> str:
+        """How a row is scored, as a line under the table."""
+        if self.own_heads:
+            return "Each set is scored with the pooler and classifier of its own model on the encoder of the row."
+        return "Every row is scored as it is: pooler and classifier are shared and merged with the rest."
+
 
 FOUR_TASKS = Setting(
     name="tasks",

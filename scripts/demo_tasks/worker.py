@@ -22,6 +22,9 @@ from transformers import (
 )
 
 LENGTH, BATCH, LEARNING_RATE, CLIP = 40, 16, 1e-4, 1.0
+HEAD = ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias")
+"""What belongs to a task. Trained as a sentence encoder, the model reads means of tokens: its pooler starts unused, and
+fine-tuning makes it the first layer of each task's own head, although it lies under ``bert.``."""
 Report = Callable[[float], None]
 """Called with the share of the job that was done since the last call."""
 
@@ -86,8 +89,8 @@ def score(model: str, tasks: list[dict[str, Any]], report: Report) -> dict[str, 
 
     Args:
         model: Folder of the model.
-        tasks: For each: ``name``; ``data``: JSON file with ``test``; ``head``: folder of the model whose head stands
-            in for that of ``model``, or null.
+        tasks: For each: ``name``; ``data``: JSON file with ``test``; ``head``: folder of the model whose pooler
+            and classifier stand in for those of ``model``, or null.
         report: Called after each batch.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -117,7 +120,7 @@ def _encode(tokenizer: Any, text: str) -> dict[str, list[int]]:
 def _take_head(net: Any, folder: Path) -> None:
     own = dict(net.named_parameters())
     with safe_open(folder / "model.safetensors", framework="pt") as file, torch.no_grad():
-        for name in ("classifier.weight", "classifier.bias"):
+        for name in HEAD:
             own[name].copy_(file.get_tensor(name))
 
 
