@@ -14,6 +14,7 @@ Merges by other methods pass through unchanged.
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -71,8 +72,6 @@ def _unsupported() -> str:
 
 def _explain_unsupported(error: Exception) -> None:
     """Make a request for our methods say which versions are supported; all others go on as they are."""
-    import sys
-
     message = getattr(error, "message", None) or f"{_unsupported()} ({error})"
     registry = sys.modules.get("mergekit.merge_methods.registry")
     for owner in (registry, sys.modules.get("mergekit.merge_methods")):
@@ -442,6 +441,9 @@ def _extend_writer(io_tasks: ModuleType) -> None:
 
     @functools.wraps(execute)
     def noted(self: Any, **rest: Any) -> Any:
+        # Our methods' runs alone have loaded this; other merges must not depend on anything of ours.
+        if "squisher_mergekit.merging.run" not in sys.modules:
+            return execute(self, **rest)
         from squisher_mergekit.merging.output import Output
         from squisher_mergekit.merging.run import current_run
 
