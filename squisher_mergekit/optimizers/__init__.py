@@ -1,6 +1,8 @@
 """From a training run's optimizer state to a Fisher with names.
 
-``load`` opens what it is given; ``state`` finds the optimizer's slots in a file, ``moments`` the second moment in each,
-``naming`` the parameter of each, with the help of ``skeleton``, the model without its weights. ``pickles`` is the only
-module that loads a pickle, and runs none.
+``load`` finds what it is given, ``opening`` turns an optimizer's file into a Fisher: ``pickles`` alone loads pickles,
+and runs none; ``state`` finds the optimizer's slots, ``moments`` the second moment in each, ``naming`` the parameter of
+each, with the help of ``skeleton``, the model without its weights, or of ``lora``; ``store`` makes of them the tensors
+of ``model.safetensors``, ``weights`` holds these against the headers there, ``metadata`` writes down what is known. A
+trainer with a layout of its own needs a file that gives ``state.OptimizerState``; the rest is shared.
 """

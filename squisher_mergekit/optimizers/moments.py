@@ -1,6 +1,6 @@
 """Which tensor of an optimizer's state is the second moment, and what kind of statistic it is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,10 @@ _RMSPROP = {"step", "square_avg", "grad_avg", "momentum_buffer"}
 _ADADELTA = {"step", "square_avg", "acc_delta"}
 _ADAGRAD = {"step", "sum"}
 
+# Settings of look-alikes (timm's RMSpropTF, Yogi) whose accumulator starts at a value that the file does not tell, or
+# is no moving average.
+_LOOKALIKES = {"decoupled_decay", "initial_accumulator"}
+
 _CURE = "train with AdamW, or estimate a Fisher from data"
 _REFUSED = (
     ({"__bnb_optimizer_quant_state__"}, "bitsandbytes keeps it quantized, which this version cannot read"),
@@ -62,20 +66,16 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], place: str) ->
     keys = set(state)
     for marks, why in _REFUSED:
         if marks & keys:
-            raise UnsupportedStateError(f"a Fisher needs the mean squared gradient, but in {place} {why}; {_CURE}")
-    if "exp_avg_sq" in keys and keys <= _ADAM:
+            raise UnsupportedStateError(f"a Fisher needs the mean squared gradient, but {why} ({place}); {_CURE}")
+    if _LOOKALIKES & set(group):
+        raise UnsupportedStateError(_explain(keys, group, place))
+    if "exp_avg_sq" in keys and keys <= _ADAM and len(group.get("betas", ())) == 2:
         return _adam(keys, group)
-    if "square_avg" in keys and keys <= _ADADELTA | _RMSPROP:
-        adadelta = "acc_delta" in keys
-        return Moment(
-            "square_avg",
-            "ema",
-            group.get("rho" if adadelta else "alpha"),
-            "torch.optim.Adadelta" if adadelta else "torch.optim.RMSprop",
-            decoupled=False,
-            coupled_decay=bool(group.get("weight_decay")),
-        )
-    if "sum" in keys and keys <= _ADAGRAD:
+    coupled = bool(group.get("weight_decay"))
+    for known, decay, name in ((_ADADELTA, "rho", "torch.optim.Adadelta"), (_RMSPROP, "alpha", "torch.optim.RMSprop")):
+        if "square_avg" in keys and keys <= known and decay in group:
+            return Moment("square_avg", "ema", float(group[decay]), name, decoupled=False, coupled_decay=coupled)
+    if "sum" in keys and keys <= _ADAGRAD and "lr_decay" in group:
         return Moment(
             "sum",
             "sum",
@@ -83,7 +83,7 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], place: str) ->
             "torch.optim.Adagrad",
             decoupled=False,
             start=float(group.get("initial_accumulator_value") or 0.0),
-            coupled_decay=bool(group.get("weight_decay")),
+            coupled_decay=coupled,
         )
     raise UnsupportedStateError(_explain(keys, group, place))
 
@@ -94,16 +94,15 @@ def _adam(keys: set[str], group: Mapping[str, Any]) -> Moment:
     if "mu_product" in keys or "momentum_decay" in group:
         name = "torch.optim.NAdam"
     elif "correct_bias" in group:
-        name, decoupled = "transformers.AdamW", True
+        name, decoupled = "transformers.optimization.AdamW", True
     elif decoupled is not None and "amsgrad" not in group:
         name = "torch.optim.RAdam"
     elif decoupled is not None:
         name = "torch.optim.AdamW" if decoupled else "torch.optim.Adam"
-    betas = group.get("betas")
     return Moment(
         "exp_avg_sq",
         "ema",
-        float(betas[1]) if betas is not None else None,
+        float(group["betas"][1]),
         name,
         decoupled,
         amsgrad=bool(group["amsgrad"]) if "amsgrad" in group else None,
@@ -113,11 +112,29 @@ def _adam(keys: set[str], group: Mapping[str, Any]) -> Moment:
 
 def _explain(keys: set[str], group: Mapping[str, Any], place: str) -> str:
     if keys <= {"momentum_buffer"}:
-        name = "Muon" if "ns_steps" in group or "ns_coefficients" in group else "SGD"
-        return f"a Fisher needs the mean squared gradient, but {name} keeps none ({place}); {_CURE}"
+        return f"a Fisher needs the mean squared gradient, but {_plain(group)} keeps none ({place}); {_CURE}"
     if keys <= {"exp_avg", "step"}:
         return f"a Fisher needs the mean squared gradient, but Lion keeps momentum alone ({place}); {_CURE}"
     return (
-        f"a Fisher needs the mean squared gradient, but the state in {place} has the keys {', '.join(sorted(keys))}, "
-        f"which are of no optimizer known here; {_CURE}"
+        f"a Fisher needs the mean squared gradient, but the state of {place} has the keys "
+        f"{', '.join(sorted(map(str, keys)))}, which are of no optimizer known here; {_CURE}"
     )
+
+
+def nothing_kept(groups: Sequence[Mapping[str, Any]], place: str) -> str:
+    """Say why an optimizer without any state cannot give a Fisher.
+
+    Args:
+        groups: Its parameter groups.
+        place: File, for messages.
+    """
+    plain = any(mark in group for group in groups for mark in ("dampening", "ns_steps"))
+    why = f" (plain {_plain(groups[0])} keeps nothing)" if plain else ""
+    return (
+        f"{place} must come from an optimizer that has stepped, but its state is empty{why}; take a checkpoint saved "
+        "after the first step, by an optimizer such as AdamW"
+    )
+
+
+def _plain(group: Mapping[str, Any]) -> str:
+    return "Muon" if "ns_steps" in group or "ns_coefficients" in group else "SGD"

@@ -6,24 +6,29 @@ tried, and a mapping is accepted only if it is the only one that fits all sizes 
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from squisher_mergekit.errors import NamingError
+from squisher_mergekit.errors import MismatchError, NamingError
 
 Shape = tuple[int, ...]
+Names = list[list[str | None]]
+NAMES_CURE = "--names FILE with one name a line, line i for the optimizer's parameter i"
 
 
 @dataclass(frozen=True)
 class Parameter:
     """A parameter of a model.
 
-    ``types``: class names of the modules around it, without the root; ``torch.LayerNorm`` for that class and its heirs.
+    ``types``: class names of the modules around it, the root excepted, and of their bases. ``trainable``: it asks for
+    a gradient unless somebody freezes it.
     """
 
     name: str
     shape: Shape
     types: frozenset[str] = frozenset()
+    trainable: bool = True
 
 
 # Modules whose parameters transformers up to 4.52 did not decay, beside torch's LayerNorm: those which its modelling
@@ -35,11 +40,12 @@ _REGISTERED_NORMS = frozenset(
         "MoshiRMSNorm", "NemotronLayerNorm1P", "RecurrentGemmaRMSNorm", "ZambaRMSNorm", "MegaRMSNorm",
     }
 )  # fmt: skip
-_LAYER_NORM = "torch.LayerNorm"
+LAYER_NORM = "torch.nn.LayerNorm"
+_SINCE_4_53 = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 def _until_4_48(parameter: Parameter) -> bool:
-    return not (parameter.types & (_REGISTERED_NORMS | {_LAYER_NORM})) and "bias" not in parameter.name
+    return not (parameter.types & (_REGISTERED_NORMS | {LAYER_NORM})) and "bias" not in parameter.name
 
 
 def _until_4_52(parameter: Parameter) -> bool:
@@ -47,35 +53,34 @@ def _until_4_52(parameter: Parameter) -> bool:
     return _until_4_48(parameter) and not any(pattern in parameter.name.lower() for pattern in patterns)
 
 
-_SINCE_4_53 = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-
-
 def _since_4_53(parameter: Parameter) -> bool:
-    return _LAYER_NORM not in parameter.types and not _SINCE_4_53.search(parameter.name.lower())
+    return LAYER_NORM not in parameter.types and not _SINCE_4_53.search(parameter.name.lower())
 
 
 DECAY_RULES: dict[str, Callable[[Parameter], bool]] = {
-    "transformers up to 4.48": _until_4_48,
-    "transformers 4.49 to 4.52": _until_4_52,
-    "transformers since 4.53": _since_4_53,
+    "the weight-decay split of transformers up to 4.48": _until_4_48,
+    "that of transformers 4.49 to 4.52": _until_4_52,
+    "that of transformers since 4.53": _since_4_53,
 }
 
 
-def candidates(parameters: Sequence[Parameter], groups: int) -> dict[str, list[list[str]]]:
-    """Return rule -> names group by group, for every rule that makes so many groups.
+def candidates(parameters: Sequence[Parameter], sizes: Sequence[int]) -> dict[str, list[list[Parameter]]]:
+    """Return rule -> parameters group by group, for every rule that makes such groups.
 
     Args:
         parameters: In the model's order.
-        groups: How many groups the file has.
+        sizes: How many parameters each group of the file has.
     """
-    if groups == 1:
-        return {"the model's order": [[parameter.name for parameter in parameters]]}
-    if groups != 2:
-        return {}
-    return {
-        rule: [[p.name for p in parameters if decays(p) is kind] for kind in (True, False)]
-        for rule, decays in DECAY_RULES.items()
-    }
+    rules: dict[str, list[list[Parameter]]] = {}
+    if len(sizes) == 2:
+        rules = {
+            rule: [[p for p in parameters if p.trainable and decays(p) is kind] for kind in (True, False)]
+            for rule, decays in DECAY_RULES.items()
+        }
+    filled = [number for number, size in enumerate(sizes) if size]
+    if len(filled) == 1:
+        rules["the model's order"] = [list(parameters) if number in filled else [] for number in range(len(sizes))]
+    return rules
 
 
 def assign(
@@ -83,7 +88,7 @@ def assign(
     parameters: Sequence[Parameter],
     changed: Collection[str] | None,
     place: str,
-) -> list[list[str]]:
+) -> Names:
     """Find the one way to give every slot its parameter.
 
     Args:
@@ -93,89 +98,143 @@ def assign(
         place: File, for messages.
 
     Returns:
-        Group by group the name of each slot.
+        Group by group the name of each slot; None for a slot that was never stepped and could be one of several.
 
     Raises:
         NamingError: No way fits, or several do.
     """
-    shapes = {parameter.name: parameter.shape for parameter in parameters}
+    sizes = [len(group) for group in slots]
     known = [[shape is not None for shape in group] for group in slots]
-    found: dict[tuple[str, ...], tuple[str, list[list[str]]]] = {}
-    ambiguous = []
-    for rule, names in candidates(parameters, len(slots)).items():
-        ways = [embeddings(group, some, shapes, changed or ()) for group, some in zip(slots, names, strict=True)]
-        if not all(ways):
+    found: dict[tuple[str | None, ...], str] = {}
+    chosen: Names = []
+    for rule, groups in candidates(parameters, sizes).items():
+        ways = [places(group, some, changed or ()) for group, some in zip(slots, groups, strict=True)]
+        if None in ways:
             continue
-        if any(len(way) > 1 for way in ways):
-            ambiguous.append(rule)
-        chosen = [way[0] for way in ways]
-        stepped = tuple(
-            name
-            for group, mask in zip(chosen, known, strict=True)
-            for name, yes in zip(group, mask, strict=True)
-            if yes
-        )
-        found.setdefault(stepped, (rule, chosen))
-    if len(found) == 1 and not ambiguous:
-        return next(iter(found.values()))[1]
-    sizes = " + ".join(str(len(group)) for group in slots)
+        _refuse_ambiguous(ways, slots, groups, place, _cure(sum(sizes) < len(parameters) and changed is None))
+        names = [
+            [some[low].name if low == high else None for low, high in way or ()]
+            for way, some in zip(ways, groups, strict=True)
+        ]
+        # Two rules may agree on all that was stepped and differ in the rest, of which nothing is said then.
+        chosen = [
+            [a if a == b else None for a, b in zip(*two, strict=True)]
+            for two in zip(chosen or names, names, strict=True)
+        ]
+        pairs = zip(_flat(names), _flat(known), strict=True)
+        found.setdefault(tuple(name for name, stepped in pairs if stepped), rule)
     if not found:
+        raise _no_way(slots, parameters, changed is not None, place)
+    if len(found) > 1:
+        shown = " + ".join(map(str, sizes))
         raise NamingError(
-            f"the {sizes} parameters in {place} must fit the {len(parameters)} of the model in number, order and "
-            "shape, but fit under no known rule; give the right --model, or --names FILE with one name a line"
+            f"the {shown} parameters in {place} must fit the model in one way only, but fit by the rules of "
+            f"{' and of '.join(found.values())}; give {_cure(sum(sizes) < len(parameters) and changed is None)}"
         )
-    cure = "--names FILE with one name a line"
-    if ambiguous and changed is None:
-        cure = f"--base DIR, the model before training, which tells the frozen ones apart, or {cure}"
-    raise NamingError(
-        f"the {sizes} parameters in {place} must fit the model in one way only, but several fit "
-        f"({', '.join(ambiguous or [rule for rule, _ in found.values()])}); give {cure}"
-    )
+    return chosen
 
 
-def embeddings(
-    slots: Sequence[Shape | None], names: Sequence[str], shapes: Mapping[str, Shape], forced: Collection[str]
-) -> list[list[str]]:
-    """Return the ways to give slots names, in order and by shape; at most two, as more make no difference.
+def places(
+    slots: Sequence[Shape | None], parameters: Sequence[Parameter], forced: Collection[str]
+) -> list[tuple[int, int]] | None:
+    """Return the first and the last parameter that each slot can be, or None if there is no way.
+
+    Slots keep the order of the parameters, and may skip some. The slot-wise smaller places of two ways are a way as
+    well, and so are the larger: all slots can stand at their first places at once, and the way is unique where first
+    is last.
 
     Args:
-        slots: Shapes; None fits any.
-        names: The names to choose from, in order.
-        shapes: Their shapes.
+        slots: Shapes; None where the optimizer never stepped: that fits any but a forced one.
+        parameters: What to choose from, in order; one that is not trainable fits None alone.
         forced: Names that must be chosen.
 
     Example:
-        >>> embeddings([(3,)], ["a", "b"], {"a": (3,), "b": (3,)}, forced=["b"])
-        [['b']]
+        >>> a, b = Parameter("a", (3,)), Parameter("b", (3,))
+        >>> places([(3,)], [a, b], forced=[]), places([(3,)], [a, b], forced=["b"])
+        ([(0, 1)], [(1, 1)])
     """
-    count, total = len(slots), len(names)
-    must = set(forced)
+    count, spare = len(slots), len(parameters) - len(slots)
+    if spare < 0:
+        return None
+    must = [parameter.name in forced for parameter in parameters]
 
-    def fits(i: int, j: int) -> bool:
-        return slots[i] is None or slots[i] == shapes[names[j]]
+    def fits(i: int, skipped: int) -> bool:
+        parameter = parameters[i + skipped]
+        if slots[i] is None:
+            return not must[i + skipped]
+        return parameter.trainable and slots[i] == parameter.shape
 
-    # ways[i][j]: in how many ways slots[i:] fit names[j:], counted up to 2.
-    ways = [[0] * (total + 1) for _ in range(count + 1)]
-    ways[count][total] = 1
-    for j in range(total - 1, -1, -1):
-        for i in range(count, -1, -1):
-            skip = 0 if names[j] in must else ways[i][j + 1]
-            take = ways[i + 1][j + 1] if i < count and fits(i, j) else 0
-            ways[i][j] = min(2, skip + take)
-    found: list[list[str]] = []
+    # before[i][k]: slots[:i] can take their places among parameters[:i + k]; after[i][k]: slots[i:] among the others.
+    before = [[False] * (spare + 1) for _ in range(count + 1)]
+    after = [[False] * (spare + 1) for _ in range(count + 1)]
+    for i in range(count + 1):
+        for k in range(spare + 1):
+            skips = k > 0 and before[i][k - 1] and not must[i + k - 1]
+            before[i][k] = (i == k == 0) or skips or (i > 0 and before[i - 1][k] and fits(i - 1, k))
+    for i in range(count, -1, -1):
+        for k in range(spare, -1, -1):
+            skips = k < spare and after[i][k + 1] and not must[i + k]
+            after[i][k] = (i == count and k == spare) or skips or (i < count and after[i + 1][k] and fits(i, k))
+    if not after[0][0]:
+        return None
+    possible = [
+        [i + k for k in range(spare + 1) if before[i][k] and fits(i, k) and after[i + 1][k]] for i in range(count)
+    ]
+    return [(some[0], some[-1]) for some in possible]
 
-    def walk(i: int, j: int, chosen: list[str]) -> None:
-        while j < total and len(found) < 2 and ways[i][j]:
-            takes = i < count and fits(i, j) and ways[i + 1][j + 1] > 0
-            skips = names[j] not in must and ways[i][j + 1] > 0
-            if takes and skips:
-                walk(i, j + 1, list(chosen))
-            if takes:
-                chosen.append(names[j])
-                i += 1
-            j += 1
-        if i == count and j == total and len(found) < 2:
-            found.append(chosen)
 
-    walk(0, 0, [])
-    return found
+def _refuse_ambiguous(
+    ways: Sequence[list[tuple[int, int]] | None],
+    slots: Sequence[Sequence[Shape | None]],
+    groups: Sequence[Sequence[Parameter]],
+    place: str,
+    cure: str,
+) -> None:
+    """Refuse stepped slots that could be one parameter or another."""
+    number = -1
+    for way, group, some in zip(ways, slots, groups, strict=True):
+        for (low, high), shape in zip(way or (), group, strict=True):
+            number += 1
+            if low != high and shape is not None:
+                raise NamingError(
+                    f"the {sum(map(len, slots))} parameters in {place} must fit the {sum(map(len, groups))} of the "
+                    f"model in one way only, but number {number}, of shape {list(shape)}, can be {some[low].name} or "
+                    f"{some[high].name}; give {cure}"
+                )
+
+
+def _no_way(
+    slots: Sequence[Sequence[Shape | None]], parameters: Sequence[Parameter], based: bool, place: str
+) -> NamingError | MismatchError:
+    """Say why no rule fits: a shape, where all group sizes are right, else the numbers."""
+    sizes = [len(group) for group in slots]
+    shown = " + ".join(map(str, sizes))
+    for groups in candidates(parameters, sizes).values():
+        if [len(group) for group in groups] != sizes:
+            continue
+        for shape, parameter in zip(_flat(slots), _flat(groups), strict=True):
+            if shape not in (None, parameter.shape):
+                return MismatchError(
+                    f"{parameter.name} has shape {list(parameter.shape)} in the model, but {list(shape)} in {place}; "
+                    "give the --model that was trained"
+                )
+    why = "they fit by none of the rules known"
+    if sum(sizes) > len(parameters):
+        why = "there are more of them (transformers before 5 kept the experts of a mixture one by one)"
+    elif len(sizes) > 2:
+        why = f"they are in {len(sizes)} groups, where a Trainer makes two and others one"
+    other = "the --base that training began with" if based else "the --model that was trained"
+    return NamingError(
+        f"the {shown} parameters in {place} must fit the {len(parameters)} of the model in number, order and shape, "
+        f"but {why}; give {other}, or {NAMES_CURE}"
+    )
+
+
+def _cure(base_helps: bool) -> str:
+    base = "--base DIR, the weights before training, which tell the frozen ones apart, or "
+    return f"{base if base_helps else ''}{NAMES_CURE}"
+
+
+def _flat(groups: Sequence[Sequence[Any]]) -> Iterator[Any]:
+    for group in groups:
+        yield from group

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsupportedStateError
-from squisher_mergekit.optimizers.naming import Parameter
+from squisher_mergekit.errors import CorruptFileError, NamingError, UnsupportedStateError
+from squisher_mergekit.optimizers.naming import LAYER_NORM, NAMES_CURE, Parameter
 
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -19,18 +19,19 @@ Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 class Skeleton:
     """What a model's class tells.
 
-    ``parameters``: in the model's order, tied ones once. ``aliases``: other name of a tied parameter -> the kept one.
-    ``sources``: name on disk -> the parameters in memory that it is made of; ``convert`` makes the one of the others.
+    ``parameters``: in the model's order, tied ones once, under their first name. ``first``: every name in memory ->
+    that first name. ``sources``: name on disk -> the parameters that its tensor is made of, by ``convert``. ``shapes``:
+    of the tensors on disk. ``aliases``: other name on disk of a tied tensor -> the one that is kept.
     """
 
     parameters: tuple[Parameter, ...]
-    aliases: Mapping[str, str]
+    first: Mapping[str, str]
     sources: Mapping[str, tuple[str, ...]]
-    stored_shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str]
     convert: Convert = field(repr=False)
 
 
-@lru_cache(maxsize=16)
 def skeleton(folder: Path) -> Skeleton:
     """Build the model that a folder's ``config.json`` describes, on the meta device: no weights, no memory.
 
@@ -41,27 +42,32 @@ def skeleton(folder: Path) -> Skeleton:
         Its parameters and their names on disk.
 
     Raises:
-        NotFoundError: There is no ``config.json``.
+        NamingError: There is no ``config.json``.
         CorruptFileError: It is none that transformers can build a model from.
         UnsupportedStateError: transformers converts the model's weights by more than moving elements.
     """
-    return of_model(meta_model(folder))
+    file = folder / "config.json"
+    if not file.is_file():
+        raise NamingError(
+            f"the order of a model's parameters follows from its config.json, but {folder} has none; "
+            f"give --model DIR, or {NAMES_CURE}"
+        )
+    return _cached(file.resolve(), file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _cached(file: Path, _changed_at: int) -> Skeleton:
+    return of_model(meta_model(file.parent))
 
 
 def meta_model(folder: Path) -> nn.Module:
     """Build the model of a ``config.json`` without weights; a model's own code is never run.
 
     Raises:
-        NotFoundError: There is no ``config.json``.
         CorruptFileError: It is none that transformers can build a model from.
     """
     import transformers
 
-    if not (folder / "config.json").is_file():
-        raise NotFoundError(
-            f"the order of a model's parameters follows from its config.json, but {folder} has none; "
-            "give --model DIR, or --names FILE with one name a line"
-        )
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         names = config.architectures or []
@@ -69,15 +75,13 @@ def meta_model(folder: Path) -> nn.Module:
         if model_class is None:
             raise ValueError(f"transformers {transformers.__version__} has no architecture {names}")
         with torch.device("meta"):
-            model: Any = model_class(config)
-            model.tie_weights()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+            model: nn.Module = model_class(config)
+    except Exception as error:  # a config can make a model's constructor raise nearly anything
         raise CorruptFileError(
             f"{folder / 'config.json'} must describe a model of transformers' own, but {str(error)[:200]}; "
-            "give --names FILE with one name a line"
+            f"give {NAMES_CURE}"
         ) from error
-    built: nn.Module = model
-    return built
+    return model
 
 
 def of_model(model: nn.Module) -> Skeleton:
@@ -87,39 +91,59 @@ def of_model(model: nn.Module) -> Skeleton:
         UnsupportedStateError: transformers converts its weights by more than moving elements.
     """
     modules = dict(model.named_modules())
-    kept: dict[int, str] = {}
-    parameters, aliases = [], {}
+    names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = kept.setdefault(id(parameter), name)
-        if first == name:
-            parameters.append(Parameter(name, tuple(parameter.shape), types_around(name, modules)))
-        else:
-            aliases[name] = first
+        names.setdefault(id(parameter), []).append(name)
+    parameters = tuple(
+        Parameter(name, tuple(p.shape), types_around(name, modules), p.requires_grad)
+        for name, p in model.named_parameters()
+    )
+    # Of tied parameters, save_pretrained keeps the one whose name is not among the tied keys.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    kept = {same[0]: next((name for name in same if name not in tied), same[0]) for same in names.values()}
+    reverse = _reverse_conversion(model)
+
+    def convert(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return reverse({kept[name]: tensor for name, tensor in tensors.items()})
+
     tensors = {p.name: torch.empty(p.shape, device="meta") for p in parameters}
-    convert = _conversion(model)
     whole = convert(tensors)
+    aliases: dict[str, str] = {}
+    for same in names.values():
+        stored = [(name, tuple(reverse({name: tensors[same[0]]}))) for name in same] if len(same) > 1 else []
+        main = dict(stored).get(kept[same[0]], ())
+        for name, others in stored:
+            if name != kept[same[0]] and len(others) == len(main):
+                aliases.update(zip(others, main, strict=True))
     return Skeleton(
-        tuple(parameters),
-        aliases,
+        parameters,
+        {name: same[0] for same in names.values() for name in same},
         _sources(tensors, whole, convert),
         {name: tuple(tensor.shape) for name, tensor in whole.items()},
+        aliases,
         convert,
     )
 
 
 def types_around(name: str, modules: Mapping[str, nn.Module]) -> frozenset[str]:
-    """Return the class names of the modules that a parameter lies in, the root left out."""
+    """Return the class names of the modules that a parameter lies in, the root left out, and of their bases."""
     path = name.split(".")[:-1]
     around = [modules[".".join(path[: i + 1])] for i in range(len(path))]
-    types = {type(module).__name__ for module in around}
-    return frozenset(types | ({"torch.LayerNorm"} if any(isinstance(m, nn.LayerNorm) for m in around) else set()))
+    types = {base.__name__ for module in around for base in type(module).__mro__}
+    return frozenset(types | ({LAYER_NORM} if any(isinstance(m, nn.LayerNorm) for m in around) else set()))
 
 
-def _conversion(model: nn.Module) -> Convert:
-    """Return transformers' own way from the names in memory to the names on disk."""
+def _reverse_conversion(model: nn.Module) -> Convert:
+    """Return transformers' own way from the names in memory to the names on disk.
+
+    Raises:
+        UnsupportedStateError: It does more than move elements: it would not hold for squared gradients.
+    """
     from transformers import core_model_loading
     from transformers.conversion_mapping import get_model_conversion_mapping
 
+    # As save_pretrained does for a model that was not loaded. One that was loaded from files with another prefix is
+    # saved with that prefix; its names then do not fit the weights' headers, and are refused.
     steps = [
         step
         for step in get_model_conversion_mapping(model, add_legacy=False)
@@ -128,38 +152,48 @@ def _conversion(model: nn.Module) -> Convert:
     if not steps:
         return dict
     for step in steps:
-        for operation in getattr(step, "operations", []):
-            if type(operation).__module__ != core_model_loading.__name__:
+        for part in (step, *getattr(step, "operations", ())):
+            if type(part).__module__ != core_model_loading.__name__:
                 raise UnsupportedStateError(
-                    f"the weights of {type(model).__name__} are converted by {type(operation).__name__} when saved, "
-                    "which does more than move elements and so does not hold for a Fisher; estimate one from data"
+                    f"the weights of {type(model).__name__} are converted by {type(part).__name__} when saved, "
+                    "which may do more than move elements and so does not hold for a Fisher; estimate one from data"
                 )
     target: Any = model
     target._weight_conversions = steps
 
-    def convert(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        converted: Mapping[str, Tensor] = core_model_loading.revert_weight_conversion(model, dict(tensors))
+    def reverse(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        converted: Mapping[str, Tensor] = core_model_loading.revert_weight_conversion(target, dict(tensors))
         return converted
 
-    return convert
+    return reverse
 
 
 def _sources(
     tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor], convert: Convert
 ) -> dict[str, tuple[str, ...]]:
-    """Find by trial which parameters each stored tensor needs: most are made of one alone."""
-    if convert is dict:
-        return {name: (name,) for name in tensors}
+    """Find by trial which parameters each stored tensor is made of.
+
+    Most are made of one alone: those that come out of it alone as they come out of all together, with no entry lost
+    and none claimed by two. The others need all of the rest; if that does not add up, everything needs everything.
+    """
     sources: dict[str, tuple[str, ...]] = {}
-    joint = []
+    rest = []
     for name, tensor in tensors.items():
         try:
             alone = convert({name: tensor})
-        except (KeyError, ValueError, RuntimeError, IndexError, TypeError):
+        except Exception:  # an operation that needs other tensors beside this one fails in its own way
             alone = {}
-        if alone and all(out in whole and part.shape == whole[out].shape for out, part in alone.items()):
+        same = all(out in whole and part.shape == whole[out].shape for out, part in alone.items())
+        if same and not sources.keys() & alone.keys() and sum(p.numel() for p in alone.values()) == tensor.numel():
             sources.update(dict.fromkeys(alone, (name,)))
         else:
-            joint.append(name)
-    sources.update({name: tuple(joint) for name in whole if name not in sources})
-    return sources
+            rest.append(name)
+    if not rest and sources.keys() == whole.keys():
+        return sources
+    try:
+        together = convert({name: tensors[name] for name in rest})
+    except Exception:
+        together = {}
+    if not sources.keys() & together.keys() and sources.keys() | together.keys() == whole.keys():
+        return sources | dict.fromkeys(together, tuple(rest))
+    return dict.fromkeys(whole, tuple(tensors))

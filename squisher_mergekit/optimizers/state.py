@@ -1,17 +1,18 @@
 """The slots of an optimizer's state: one for each parameter it was given."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.optimizers.moments import Moment, moment_of
+from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
+from squisher_mergekit.optimizers.moments import Moment, moment_of, nothing_kept
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,18 @@ class OptimizerState:
 
     file: Path
     groups: tuple[tuple[Slot, ...], ...]
-    model: Mapping[str, Tensor] | None
+    model: Mapping[str, Tensor] | None = None
 
     @property
     def slots(self) -> Iterator[Slot]:
         """All slots in the order of their indices."""
         for group in self.groups:
             yield from group
+
+    @property
+    def named(self) -> bool:
+        """Whether the file itself names every parameter."""
+        return all(slot.name is not None for slot in self.slots)
 
 
 def parse(loaded: Any, file: Path) -> OptimizerState:
@@ -58,24 +64,12 @@ def parse(loaded: Any, file: Path) -> OptimizerState:
 
     Raises:
         UnsupportedStateError: There is no optimizer state in it, or several, or none with a second moment.
+        CorruptFileError: Its groups and its state contradict each other.
     """
     state = _find_state(loaded, file)
-    groups = []
-    for group in state["param_groups"]:
-        names: list[str | None] = [unwrapped(name) for name in group.get("param_names", [])]
-        names = names or [None] * len(group["params"])
-        groups.append(
-            tuple(
-                _slot(index, name, state["state"].get(index), group, file)
-                for index, name in zip(group["params"], names, strict=True)
-            )
-        )
-    if not any(slot.moment for group in groups for slot in group):
-        raise UnsupportedStateError(
-            f"{file} must come from an optimizer that has stepped, but its state is empty; "
-            "take a checkpoint saved after training has begun, by an optimizer such as AdamW (plain SGD keeps nothing)"
-        )
-    return OptimizerState(file, tuple(groups), None if state is loaded else _find_model(loaded))
+    groups = tuple(tuple(_slots(group, state["state"], file)) for group in state["param_groups"])
+    _check(groups, state, file)
+    return OptimizerState(file, groups, None if state is loaded else _find_model(loaded))
 
 
 def unwrapped(name: str) -> str:
@@ -92,16 +86,67 @@ def unwrapped(name: str) -> str:
     return name
 
 
+def parameters_of(model: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of a saved model in its order, without integer buffers and second names of tied tensors."""
+    seen, kept = set(), {}
+    for name, tensor in model.items():
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if tensor.is_floating_point() and (place not in seen or tensor.numel() == 0):
+            seen.add(place)
+            kept[name] = tuple(tensor.shape)
+    return kept
+
+
+def _slots(group: Mapping[str, Any], state: Mapping[Any, Any], file: Path) -> Iterator[Slot]:
+    indices, names = group["params"], group.get("param_names") or [None] * len(group["params"])
+    if len(names) != len(indices):
+        raise CorruptFileError(
+            f"a group in {file} must have one of param_names for each of its {len(indices)} parameters, "
+            f"found {len(names)}; save it again"
+        )
+    for index, given in zip(indices, names, strict=True):
+        name = index if isinstance(index, str) else given
+        yield _slot(index, None if name is None else unwrapped(str(name)), state.get(index), group, file)
+
+
 def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, Any], file: Path) -> Slot:
-    name = unwrapped(index) if isinstance(index, str) else name
-    if not state:
+    if not isinstance(state, Mapping) or not state:
         return Slot(index, name)
     moment = moment_of(state, group, f"{file} (parameter {index})")
     tensor = state[moment.key]
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise UnsupportedStateError(f"{moment.key} of parameter {index} in {file} must be a tensor of floats")
-    step = state.get("step")
+    # A subclass may hold codes, or a part of the tensor; this version reads plain tensors alone.
+    if type(tensor) is not Tensor or not tensor.is_floating_point():
+        raise UnsupportedStateError(
+            f"{moment.key} of parameter {index} in {file} must be a plain tensor of floats, found "
+            f"{type(tensor).__name__}; train with optim adamw_torch"
+        )
+    step = state.get("step", group.get("step"))
+    if step is not None and int(step) == 0:  # Adagrad makes its accumulators before the first step
+        return Slot(index, name)
     return Slot(index, name, moment, tensor, None if step is None else int(step))
+
+
+def _check(groups: tuple[tuple[Slot, ...], ...], loaded: Mapping[str, Any], file: Path) -> None:
+    """Refuse state that is empty, of several kinds, or at odds with its own groups."""
+    state, settings = loaded["state"], loaded["param_groups"]
+    slots = [slot for group in groups for slot in group]
+    twice = [index for index, count in Counter(slot.index for slot in slots).items() if count > 1]
+    strays = set(state) - {slot.index for slot in slots}
+    if twice or strays:
+        found = f"{twice[0]} twice" if twice else f"state of {sorted(map(str, strays))[0]}, which is in no group"
+        raise CorruptFileError(f"each parameter of {file} must be in one group, found {found}; save it again")
+    doubled = [name for name, count in Counter(slot.name for slot in slots if slot.name).items() if count > 1]
+    if doubled:
+        raise CorruptFileError(f"each parameter of {file} must have its own name, found {doubled[0]} twice")
+    kinds = {slot.moment.statistic for slot in slots if slot.moment}
+    if not kinds:
+        raise UnsupportedStateError(nothing_kept(settings, str(file)))
+    starts = {slot.moment.start for slot in slots if slot.moment}
+    if len(kinds) > 1 or len(starts) > 1:
+        raise UnsupportedStateError(
+            f"the second moments in {file} must all be of one kind, found both "
+            f"{' and '.join(sorted(kinds) if len(kinds) > 1 else map(str, sorted(starts)))}; train with one optimizer"
+        )
 
 
 def _is_state(value: Any) -> bool:
@@ -109,7 +154,7 @@ def _is_state(value: Any) -> bool:
         isinstance(value, Mapping)
         and isinstance(value.get("state"), Mapping)
         and isinstance(value.get("param_groups"), list)
-        and all(isinstance(group, Mapping) and "params" in group for group in value["param_groups"])
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in value["param_groups"])
     )
 
 
@@ -129,19 +174,16 @@ def _find_state(loaded: Any, file: Path) -> Any:
     return found[0]
 
 
-def _find_model(loaded: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
-    for value in loaded.values():
-        if isinstance(value, Mapping) and value and all(isinstance(item, Tensor) for item in value.values()):
-            return {unwrapped(name): tensor for name, tensor in value.items()}
-    return None
-
-
-def parameters_of(model: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Return name -> shape of a saved model in its order, without integer buffers and second names of tied tensors."""
-    seen, kept = set(), {}
-    for name, tensor in model.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        if tensor.is_floating_point() and (place not in seen or tensor.numel() == 0):
-            seen.add(place)
-            kept[name] = tensor.shape
-    return kept
+def _find_model(loaded: Any) -> Mapping[str, Tensor] | None:
+    """Return the one model beside the optimizer; None where there is none, or no telling which of several."""
+    if not isinstance(loaded, Mapping):
+        return None
+    found = {
+        key: value
+        for key, value in loaded.items()
+        if isinstance(value, Mapping) and value and all(isinstance(item, Tensor) for item in value.values())
+    }
+    usual = [key for key in _MODEL_KEYS if key in found]
+    if not usual and len(found) != 1:
+        return None
+    return {unwrapped(str(name)): tensor for name, tensor in found[usual[0] if usual else next(iter(found))].items()}

@@ -1,8 +1,7 @@
 """The second moments of an optimizer's file under the names of the weights, converted when read."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,49 +10,70 @@ from squisher_mergekit.optimizers.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How a stored tensor is made: ``sources``, names in memory; ``key``, what the conversion of these calls it."""
+
+    key: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class MomentStore:
     """A :class:`~squisher_mergekit.fisher.mapping.TensorStore` over mapped tensors of an optimizer's file.
 
-    ``moments``: name in memory -> tensor. ``sources``: name on disk -> names in memory. One tensor is read at a time.
+    ``moments``: name in memory -> tensor. ``recipes``: name on disk -> how it is made of them.
     """
 
     location: str
     moments: Mapping[str, Tensor]
-    sources: Mapping[str, tuple[str, ...]]
+    recipes: Mapping[str, Recipe]
     infos: Mapping[str, TensorInfo]
     skeleton: Skeleton | None
+    # The conversion read last: the many experts of one packed tensor are asked for one after the other.
+    _last: dict[tuple[str, ...], Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
-        sources = self.sources[name]
-        if self.skeleton is None or sources == (name,):
-            return self.moments[name]
-        return self.skeleton.convert({source: self.moments[source] for source in sources})[name]
+        recipe = self.recipes[name]
+        if self.skeleton is None:
+            return self.moments[recipe.key]
+        converted = self._last.get(recipe.sources)
+        if converted is None:
+            converted = self.skeleton.convert({source: self.moments[source] for source in recipe.sources})
+            self._last.clear()
+            self._last[recipe.sources] = converted
+        return converted[recipe.key]
 
 
-def store_moments(location: str, moments: Mapping[str, Tensor], skeleton: Skeleton | None) -> MomentStore:
+def store_moments(
+    location: str, moments: Mapping[str, Tensor], skeleton: Skeleton | None, weights: Collection[str]
+) -> MomentStore:
     """Arrange second moments by their names on disk.
 
     Args:
         location: For messages.
         moments: Name in memory -> second moment.
-        skeleton: The model, if known; names that are none of its parameters are taken to be names on disk.
+        skeleton: The model that these are parameters of; None if the names are those on disk.
+        weights: The names in the weights, if known: of the names of a tied tensor, the one found there is taken.
     """
-    sources: dict[str, tuple[str, ...]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    named = skeleton is not None and all(name in {p.name for p in skeleton.parameters} for name in moments)
-    if skeleton is not None and named:
-        for name, needed in skeleton.sources.items():
-            if all(source in moments for source in needed):
-                sources[name], shapes[name] = needed, skeleton.stored_shapes[name]
+    recipes, infos = {}, {}
+    if skeleton is None:
+        recipes = {name: Recipe(name, (name,)) for name in moments}
+        shapes: Mapping[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in moments.items()}
     else:
-        sources = {name: (name,) for name in moments}
-        shapes = {name: tuple(tensor.shape) for name, tensor in moments.items()}
-    infos: dict[str, Any] = {}
-    for name, needed in sources.items():
-        dtype = moments[needed[0]].dtype
-        size = 1
-        for length in shapes[name]:
+        others: dict[str, list[str]] = {}
+        for alias, kept in skeleton.aliases.items():
+            others.setdefault(kept, []).append(alias)
+        order = {name: number for number, name in enumerate(moments)}
+        ready = [key for key, sources in skeleton.sources.items() if all(source in moments for source in sources)]
+        for key in sorted(ready, key=lambda key: order[skeleton.sources[key][0]]):
+            names = [key, *others.get(key, [])]
+            recipes[next((name for name in names if name in weights), key)] = Recipe(key, skeleton.sources[key])
+        shapes = skeleton.shapes
+    for name, recipe in recipes.items():
+        shape, dtype = shapes[recipe.key], moments[recipe.sources[0]].dtype
+        size = dtype.itemsize
+        for length in shape:
             size *= length
-        infos[name] = TensorInfo(shapes[name], dtype, size * dtype.itemsize)
-    return MomentStore(location, moments, sources, infos, skeleton if named else None)
+        infos[name] = TensorInfo(shape, dtype, size)
+    return MomentStore(location, moments, recipes, infos, skeleton)

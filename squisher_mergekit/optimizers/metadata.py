@@ -1,0 +1,179 @@
+"""What is known of an optimizer's state beside its tensors: the metadata of the Fisher, and warnings."""
+
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from squisher_mergekit.errors import CorruptFileError
+from squisher_mergekit.fisher.config import Coverage, FisherConfig, OptimizerInfo, SourceInfo, per_parameter
+from squisher_mergekit.fisher.files import TIED
+from squisher_mergekit.fisher.fingerprint import fingerprint
+from squisher_mergekit.fisher.mapping import TensorInfo
+from squisher_mergekit.optimizers.moments import Moment
+from squisher_mergekit.optimizers.skeleton import Skeleton
+from squisher_mergekit.optimizers.state import Slot
+from squisher_mergekit.optimizers.store import MomentStore
+
+LOG = logging.getLogger("squisher_mergekit")
+TRAINER_STATE = "trainer_state.json"
+_FEW = 0.1  # of the memory 1 / (1 - beta2) of the moving average
+
+T = TypeVar("T")
+
+
+def make_config(
+    file: Path, slots: Mapping[str, Slot], store: MomentStore, coverage: Coverage, described: Path, adapter: bool
+) -> FisherConfig:
+    """Write down what the file and its folder tell; what they do not tell stays None.
+
+    Args:
+        file: The optimizer's.
+        slots: Name in memory -> slot.
+        store: The tensors by their names on disk.
+        coverage: Which of the weights have a second moment.
+        described: Folder of the ``config.json``.
+        adapter: The parameters are those of a LoRA adapter.
+    """
+    made_of = {name: [slots[source] for source in recipe.sources] for name, recipe in store.recipes.items()}
+    kinds = {name: _moment(some[0]) for name, some in made_of.items()}
+    moments = list(kinds.values())
+    decays = {name: kind.decay for name, kind in kinds.items() if kind.decay is not None}
+    steps = {name: min(slot.steps for slot in some if slot.steps is not None)
+             for name, some in made_of.items() if all(slot.steps is not None for slot in some)}  # fmt: skip
+    optimizer = OptimizerInfo.model_validate(
+        {
+            "class": _common(kind.class_ for kind in moments),
+            "beta2": per_parameter(decays) if len(decays) == len(kinds) else None,
+            "decoupled_weight_decay": _common(kind.decoupled for kind in moments),
+            "amsgrad": _common(kind.amsgrad for kind in moments),
+            "initial_accumulator_value": moments[0].start or None,
+        }
+    )
+    dtypes = {name: str(info.dtype).removeprefix("torch.") for name, info in store.infos.items()}
+    encoding = per_parameter(dtypes)
+    return FisherConfig(
+        estimator="squisher",
+        statistic=moments[0].statistic,
+        parameters="adapter" if adapter else "model",
+        optimizer=optimizer,
+        steps=per_parameter(steps) if len(steps) == len(kinds) else None,
+        bias_corrected=False,
+        encoding=encoding if isinstance(encoding, dict) else {"default": str(encoding)},
+        source=SourceInfo(layout=_layout(file), files=(file.name,), versions=_versions(described)),
+        coverage=coverage,
+        weights_fingerprint=fingerprint(file.parent, "adapter_model" if adapter else "model"),
+    )
+
+
+def make_coverage(
+    slots: Mapping[str, Slot], store: MomentStore, skeleton: Skeleton | None, weights: Mapping[str, TensorInfo]
+) -> Coverage:
+    """Say how many weights have a second moment, and of each other one why it has none.
+
+    Args:
+        slots: Name in memory -> slot.
+        store: The tensors by their names on disk.
+        skeleton: The model, if known.
+        weights: Headers of the weights, if there are any.
+    """
+    aliases = skeleton.aliases if skeleton else {}
+    kept = {recipe.key: name for name, recipe in store.recipes.items()}
+    names = dict.fromkeys([*(weights or (skeleton.sources if skeleton else slots)), *aliases, *kept])
+    without = {}
+    for name in names:
+        if name in store.infos:
+            continue
+        same = kept.get(aliases.get(name, name))
+        without[name] = f"{TIED}{same}" if same is not None else _reason(name, slots, skeleton, weights)
+    return Coverage.model_validate({"with": len(store.infos), "without": without})
+
+
+def _reason(name: str, slots: Mapping[str, Slot], skeleton: Skeleton | None, weights: Mapping[str, TensorInfo]) -> str:
+    if name in weights and not weights[name].dtype.is_floating_point:
+        return "a buffer"
+    sources: Collection[str] = (name,)
+    if skeleton is not None:
+        sources = skeleton.sources.get(skeleton.aliases.get(name, name), ())
+        if not sources:
+            return "no parameter of the model (a buffer)"
+    if any(source in slots and slots[source].moment for source in sources):
+        return "made of several parameters, of which not all were stepped"
+    if any(source in slots for source in sources):
+        return "never stepped (frozen or unused)"
+    return "not given to the optimizer (frozen)"
+
+
+def warnings_of(slots: Mapping[str, Slot], folder: Path) -> Iterator[str]:
+    """Say what makes a Fisher less trustworthy than it looks.
+
+    Args:
+        slots: Name in memory -> slot.
+        folder: The checkpoint's.
+    """
+    stepped = [slot for slot in slots.values() if slot.moment is not None and slot.tensor is not None]
+    narrow = [
+        slot.tensor.dtype
+        for slot in stepped
+        if slot.tensor is not None and slot.tensor.dtype.itemsize < 4 and (_moment(slot).decay or 0) > 0.95
+    ]
+    if narrow:
+        yield (
+            f"{len(narrow)} second moments are stored as {str(narrow[0]).removeprefix('torch.')} with beta2 > 0.95, "
+            "where they cannot decay: their scale is not to be trusted (train with float32 weights, or beta2 <= 0.95)"
+        )
+    if any(_moment(slot).coupled_decay for slot in stepped):
+        yield "weight decay was added to the gradient before it was squared, and so is part of the Fisher (use AdamW)"
+    counted = [slot for slot in stepped if slot.steps is not None]
+    if not counted:
+        return
+    short = [slot for slot in counted if (slot.steps or 0) * (1 - (_moment(slot).decay or 0)) < _FEW]
+    if short:
+        yield (
+            f"{len(short)} second moments have seen only {short[0].steps} steps, where their moving average remembers "
+            f"{1 / (1 - (_moment(short[0]).decay or 0)):.0f}: they are the mean of few batches"
+        )
+    most = max(slot.steps or 0 for slot in counted)
+    recorded = _global_step(folder)
+    # A gradient scaler leaves out the steps in which float16 overflowed.
+    if recorded is not None and most != recorded and not (most < recorded and (folder / "scaler.pt").is_file()):
+        yield f"it has seen {most} steps, but {TRAINER_STATE} says {recorded}; are both of one checkpoint?"
+
+
+def _moment(slot: Slot) -> Moment:
+    if slot.moment is None:
+        raise TypeError(f"parameter {slot.index} was never stepped")
+    return slot.moment
+
+
+def _common(values: Iterator[T | None]) -> T | None:
+    """Return the one value that all share, else None."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+def _layout(file: Path) -> str:
+    if (file.parent / TRAINER_STATE).is_file():
+        return "transformers-trainer"
+    return "accelerate" if file.name == "optimizer.bin" else "torch"
+
+
+def _versions(described: Path) -> dict[str, str]:
+    file = described / "config.json"
+    version = _json(file).get("transformers_version") if file.is_file() else None
+    return {"transformers": str(version)} if version else {}
+
+
+def _global_step(folder: Path) -> int | None:
+    file = folder / TRAINER_STATE
+    step = _json(file).get("global_step") if file.is_file() else None
+    return step if isinstance(step, int) else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptFileError(f"{file} must be JSON, but {error}; copy it again") from error
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,184 @@
+"""From an optimizer's file to a Fisher: who is who, under which name on disk, and what is known beside."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError
+from squisher_mergekit.fisher.files import tied_aliases
+from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, check_shape
+from squisher_mergekit.optimizers import pickles
+from squisher_mergekit.optimizers.lora import ADAPTER_CONFIG, adapter_skeleton
+from squisher_mergekit.optimizers.metadata import LOG, make_config, make_coverage, warnings_of
+from squisher_mergekit.optimizers.naming import NAMES_CURE, Parameter, assign
+from squisher_mergekit.optimizers.skeleton import Skeleton, skeleton
+from squisher_mergekit.optimizers.state import OptimizerState, Slot, parameters_of, parse
+from squisher_mergekit.optimizers.store import store_moments
+from squisher_mergekit.optimizers.weights import changed, check, headers
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which folder holds what.
+
+    ``file``: the optimizer's. ``described``: folder of the ``config.json``. ``weighed``: folder of the trained weights.
+    ``given``: what the user names as the model, if anything. ``adapter``: folder of an adapter's config, if it is one.
+    """
+
+    file: Path
+    described: Path
+    weighed: Path
+    given: Path | None
+    adapter: Path | None
+
+    @property
+    def basename(self) -> str:
+        """How the files of the weights begin."""
+        return "adapter_model" if self.adapter else "model"
+
+
+def open_state(file: Path, model: Path | None, base: Path | None, names: Sequence[str] | None) -> Fisher:
+    """Open an optimizer's file as a Fisher.
+
+    Args:
+        file: It.
+        model: Folder of the weights or their ``config.json``, where the file's own folder does not hold them.
+        base: Folder of the model before training.
+        names: The user's names, one for each of the optimizer's parameters.
+
+    Returns:
+        The Fisher; tensors are read when asked for.
+
+    Raises:
+        RefusedError: It cannot be read safely, named with certainty, or does not fit the weights.
+    """
+    state = parse(pickles.load(file), file)
+    place = _find(file, model)
+    bones = _skeleton(place, base, needed=names is None and not state.named and state.model is None)
+    weights = headers(place.weighed, place.basename)
+    slots, in_memory = _by_names(_name_slots(state, bones, names, place, base), bones, weights, place)
+    if not in_memory:
+        bones = None
+    moments = {name: slot.tensor for name, slot in slots.items() if slot.tensor is not None}
+    _check_shapes(slots, bones, file)
+    store = store_moments(str(file), moments, bones, weights)
+    lost = set(moments) - {source for recipe in store.recipes.values() for source in recipe.sources}
+    if lost and (place.adapter or not store.recipes):
+        raise MismatchError(
+            f"{sorted(lost)[0]} in {file} has no name on disk, or not all that is saved with it was trained; "
+            "estimate a Fisher from data"
+        )
+    coverage = make_coverage(slots, store, bones, weights)
+    described = place.adapter or place.described
+    config = make_config(file, slots, store, coverage, described, adapter=place.adapter is not None)
+    fisher = Fisher(store, config, tied_aliases(config))
+    check(fisher, weights, place.weighed)
+    if place.given is not None and place.given != place.weighed:
+        check(fisher, headers(place.given, place.basename), place.given)
+    for warning in warnings_of(slots, file.parent):
+        LOG.warning("%s: %s", file, warning)
+    return fisher
+
+
+def _find(file: Path, model: Path | None) -> Place:
+    folders = [folder for folder in (model, file.parent) if folder is not None]
+    adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
+    described = next((folder for folder in folders if (folder / "config.json").is_file()), file.parent)
+    basename = "adapter_model" if adapter else "model"
+    # The weights beside the optimizer are those that it trained.
+    weighed = next((folder for folder in reversed(folders) if headers(folder, basename)), file.parent)
+    return Place(file, described, weighed, model, adapter)
+
+
+def _skeleton(place: Place, base: Path | None, needed: bool) -> Skeleton | None:
+    """Build the model if it can be described; a failure matters only where names cannot be had otherwise."""
+    if place.adapter is not None:
+        return adapter_skeleton(place.adapter, base) if needed or base is not None else None
+    if not needed and not (place.described / "config.json").is_file():
+        return None
+    try:
+        return skeleton(place.described)
+    except CorruptFileError:
+        if needed:
+            raise
+        return None
+
+
+def _name_slots(
+    state: OptimizerState, bones: Skeleton | None, names: Sequence[str] | None, place: Place, base: Path | None
+) -> list[tuple[str, Slot]]:
+    """Give every slot its name: the user's word, the file's own names, or the one mapping that fits the model.
+
+    A slot that was never stepped and could be one of several parameters gets none and is left out.
+    """
+    slots = list(state.slots)
+    if names is not None:
+        if len(names) != len(slots):
+            raise NamingError(
+                f"--names must have one name for each of the {len(slots)} parameters in {state.file}, "
+                f"found {len(names)}"
+            )
+        return list(zip(names, slots, strict=True))
+    if state.named:
+        return [(str(slot.name), slot) for slot in slots]
+    parameters = _in_order(state, bones)
+    shapes = [[None if slot.tensor is None else tuple(slot.tensor.shape) for slot in group] for group in state.groups]
+    trained = None
+    if base is not None and bones is not None and place.adapter is None and len(slots) < len(parameters):
+        trained = changed(place.weighed, base, bones)
+    chosen = assign(shapes, parameters, trained, str(state.file))
+    pairs = zip((name for group in chosen for name in group), slots, strict=True)
+    return [(name, slot) for name, slot in pairs if name is not None]
+
+
+def _in_order(state: OptimizerState, bones: Skeleton | None) -> Sequence[Parameter]:
+    """Return the parameters in the order in which the optimizer got them: the model's, or that of one saved beside."""
+    if state.model is None:
+        if bones is None:
+            raise TypeError("a model is needed to name numbered parameters")
+        return bones.parameters
+    if bones is not None and {parameter.name for parameter in bones.parameters} <= set(state.model):
+        return bones.parameters
+    if sum(bool(group) for group in state.groups) > 1:
+        raise NamingError(
+            f"{state.file} keeps its parameters in several groups, and how they were split does not follow from the "
+            f"model saved in it; give --model DIR with its config.json, or {NAMES_CURE}"
+        )
+    return [Parameter(name, shape) for name, shape in parameters_of(state.model).items()]
+
+
+def _by_names(
+    named: Sequence[tuple[str, Slot]], bones: Skeleton | None, weights: Mapping[str, TensorInfo], place: Place
+) -> tuple[dict[str, Slot], bool]:
+    """Return name -> slot, and whether these are names in memory (else those on disk).
+
+    Raises:
+        NamingError: A name is given twice.
+        MismatchError: A name is none of the model's.
+        NotFoundError: It is an adapter's name in memory, and there is no base model to turn it into that on disk.
+    """
+    names = [name for name, _ in named]
+    in_memory = bones is not None and all(name in bones.first for name in names)
+    if in_memory and bones is not None:
+        names = [bones.first[name] for name in names]
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if doubled:
+        raise NamingError(f"each parameter in {place.file} must have its own name, but {doubled[0]} is given twice")
+    on_disk = set(weights) or set(bones.sources if bones is not None else names)
+    unknown = [name for name in names if name not in on_disk]
+    if not in_memory and unknown:
+        if place.adapter is not None:
+            adapter_skeleton(place.adapter, None)
+        raise MismatchError(
+            f"the names of the parameters in {place.file} must be those of the model, but {unknown[0]} is not among "
+            f"them ({len(unknown)} of {len(names)} are not); give the --model that was trained, or {NAMES_CURE}"
+        )
+    return dict(zip(names, (slot for _, slot in named), strict=True)), in_memory
+
+
+def _check_shapes(slots: Mapping[str, Slot], bones: Skeleton | None, file: Path) -> None:
+    shapes = {parameter.name: parameter.shape for parameter in bones.parameters} if bones is not None else {}
+    for name, slot in slots.items():
+        if slot.tensor is not None and name in shapes:
+            check_shape(name, tuple(slot.tensor.shape), shapes[name], str(file))
