@@ -92,6 +92,8 @@ def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
                 raise ValueError(f"its header claims {length} of {size} bytes")
             header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
         header.pop("__metadata__", None)
+        if any(not {"dtype", "shape"} <= entry.keys() for entry in header.values()):
+            raise ValueError("a tensor in its header lacks dtype or shape")
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes where its header promises {8 + length + end}")
@@ -123,7 +125,7 @@ def safetensors_files(folder: Path, basename: str) -> list[Path]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"{index} must be an index with a weight_map, but {error!r}") from error
         for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
+            if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
                 raise CorruptFileError(f"{index} names {name}, which is not a file beside it; copy the missing shard")
         return [folder / name for name in names]
     single = folder / f"{basename}.safetensors"

@@ -1,0 +1,269 @@
+"""The portable file: what is written is what is read, whole or not at all, in one file or in many."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
+from squisher_mergekit.fisher.config import FisherConfig
+from squisher_mergekit.fisher.files import (
+    MemoryStore,
+    has_fisher,
+    read_fisher,
+    safetensors_files,
+    tensor_infos,
+    write_fisher,
+    written_beside,
+)
+from squisher_mergekit.fisher.mapping import Fisher
+
+CONFIG = {
+    "estimator": "squisher",
+    "statistic": "ema",
+    "steps": {"default": 3, "b.weight": 2},
+    "optimizer": {"class": "torch.optim.AdamW", "beta2": 0.9},
+    "coverage": {"with": 5, "without": {"lm_head.weight": "tied to a.weight", "c.weight": "not given (frozen)"}},
+}
+
+
+def _random(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (10 ** (torch.randn(shape, generator=generator, dtype=torch.float64) * 3 - 9)).float()
+
+
+def _tensors():
+    shapes = {"a.weight": (13, 7), "b.weight": (5,), "d.weight": (3, 5, 2), "e.weight": (), "f.weight": (0, 3)}
+    return {name: _random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def _fisher(tensors=None, **changes):
+    return Fisher(MemoryStore(tensors or _tensors()), FisherConfig.model_validate(CONFIG | changes))
+
+
+def _same(found, tensors):
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_one_file_comes_back_bit_for_bit(tmp_path):
+    """Tensors, metadata and ties are those that were written; mean and norm are recorded."""
+    config = write_fisher(_fisher(), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fisher.safetensors", "fisher_config.json"]
+    found = read_fisher(tmp_path / "out")
+    _same(found, _tensors())
+    assert found.config == config
+    assert torch.equal(found["lm_head.weight"], _tensors()["a.weight"])
+    assert "c.weight" not in found
+    values = torch.cat([
+        (tensor.double() / (1 - 0.9 ** (2 if name == "b.weight" else 3))).flatten()
+        for name, tensor in _tensors().items()
+    ])  # fmt: skip
+    assert config.mean == pytest.approx(values.mean().item(), rel=1e-12)
+    assert config.norm == pytest.approx(values.norm().item(), rel=1e-12)
+    assert config.model_copy(update={"mean": None, "norm": None}) == _fisher().config
+    assert config.coverage.with_ == 5
+
+
+def test_safetensors_itself_reads_the_file(tmp_path):
+    """The file is a plain safetensors file with the metadata that Hugging Face's loaders ask for."""
+    write_fisher(_fisher(), tmp_path / "out")
+    file = tmp_path / "out" / "fisher.safetensors"
+    _same(load_file(file), _tensors())
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+def test_the_folder_the_file_and_the_index_all_open(tmp_path):
+    """A Fisher is opened by its folder or by any of its files that stands for all."""
+    write_fisher(_fisher(), tmp_path / "one")
+    write_fisher(_fisher(), tmp_path / "many", shard_bytes=200)
+    for source in ("one", "one/fisher.safetensors", "many", "many/fisher.safetensors.index.json"):
+        _same(read_fisher(tmp_path / source), _tensors())
+
+
+def test_shards_are_named_and_indexed_as_hugging_face_does(tmp_path):
+    """No shard is larger than asked for but one with a single tensor; the index maps every name and sums the bytes."""
+    tensors = {f"w{i}.weight": _random(i + 3, 11, seed=i) for i in range(9)} | {"wide.weight": _random(101, 3)}
+    limit = 1000
+    write_fisher(_fisher(tensors), tmp_path / "out", shard_bytes=limit)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    count = len(files)
+    assert count > 3
+    assert [file.name for file in files] == [f"fisher-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    index = json.loads((tmp_path / "out" / "fisher.safetensors.index.json").read_text())
+    held = {file.name: load_file(file) for file in files}
+    assert index["weight_map"] == {name: file for file, some in held.items() for name in some}
+    assert set(index["weight_map"]) == set(tensors)
+    sizes = {file: sum(t.numel() * t.element_size() for t in some.values()) for file, some in held.items()}
+    assert index["metadata"] == {"total_size": sum(sizes.values())}
+    assert all(size <= limit or len(held[file]) == 1 for file, size in sizes.items())
+    _same(read_fisher(tmp_path / "out"), tensors)
+    assert has_fisher(tmp_path / "out")
+
+
+def test_bfloat16_is_the_nearest_and_half_the_size(tmp_path):
+    """bfloat16 rounds to nearest even, as torch does, and says so."""
+    config = write_fisher(_fisher(), tmp_path / "out", torch.bfloat16)
+    assert config.encoding == {"default": "bfloat16"}
+    _same(read_fisher(tmp_path / "out"), {name: tensor.bfloat16() for name, tensor in _tensors().items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
+def test_float16_is_never_written(tmp_path, dtype):
+    """float16 loses small entries, others have no use: refused, and nothing is made."""
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
+        write_fisher(_fisher(), tmp_path / "out", dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_bad_entries_leave_nothing_behind(tmp_path, bad):
+    """A bad entry in the last tensor is refused after shards were written, and they vanish."""
+    tensors = _tensors() | {"z.weight": torch.tensor([1.0, bad])}
+    with pytest.raises(ValuesError, match=r"z\.weight"):
+        write_fisher(_fisher(tensors), tmp_path / "out", shard_bytes=50)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_leaves_nothing_behind(tmp_path):
+    """Ctrl-C in the middle leaves neither the folder nor anything beside it."""
+
+    def names():
+        yield "a.weight"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_fisher(_fisher(), tmp_path / "out", progress=names())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_fisher_is_not_overwritten(tmp_path):
+    """A folder that holds a Fisher, or a file in the folder's place, is left as it is."""
+    write_fisher(_fisher(), tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    before = (tmp_path / "out" / "fisher.safetensors").read_bytes()
+    for out in ("out", "file"):
+        with pytest.raises(ConfigError, match="must not hold a Fisher yet"):
+            write_fisher(_fisher({"x": torch.ones(3)}), tmp_path / out)
+    assert (tmp_path / "out" / "fisher.safetensors").read_bytes() == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_fisher_may_go_beside_the_weights(tmp_path):
+    """A model's folder takes the Fisher in, and keeps its own files."""
+    save_file(_tensors(), tmp_path / "model.safetensors")
+    write_fisher(_fisher(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "fisher.safetensors",
+        "fisher_config.json",
+        "model.safetensors",
+    ]
+    _same(read_fisher(tmp_path), _tensors())
+
+
+def test_written_beside_gives_way_to_an_error(tmp_path):
+    """What fails inside leaves an existing folder as it was."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("kept")
+
+    def fail():
+        with written_beside(tmp_path / "out") as folder:
+            assert folder.name == "out"
+            (folder / "kept").write_text("lost")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "kept").read_text() == "kept"
+
+
+def test_no_fisher_and_no_metadata_are_told_apart(tmp_path):
+    """An empty folder has no Fisher; tensors without fisher_config.json are incomplete."""
+    with pytest.raises(NotFoundError, match="squisher extract"):
+        read_fisher(tmp_path)
+    write_fisher(_fisher(), tmp_path / "out")
+    (tmp_path / "out" / "fisher_config.json").unlink()
+    with pytest.raises(NotFoundError, match=r"fisher_config\.json must lie beside"):
+        read_fisher(tmp_path / "out")
+
+
+def test_an_encoding_of_a_later_version_is_refused(tmp_path):
+    """Codes that this version cannot decode are named, not read as numbers."""
+    write_fisher(_fisher(), tmp_path / "out")
+    file = tmp_path / "out" / "fisher_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"encoding": {"default": "float32", "b": "rank1"}}))
+    with pytest.raises(ConfigError, match="encoded as rank1"):
+        read_fisher(tmp_path / "out")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    """An index that names a file which is not there is refused with both names."""
+    write_fisher(_fisher(), tmp_path / "out", shard_bytes=200)
+    gone = sorted((tmp_path / "out").glob("*.safetensors"))[0]
+    gone.unlink()
+    with pytest.raises(CorruptFileError, match=rf"index\.json names {gone.name}, which is not a file beside it"):
+        read_fisher(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "sub/inside.safetensors"])
+def test_an_index_cannot_point_elsewhere(tmp_path, name):
+    """A shard outside the index's own folder is refused even where it exists."""
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    save_file({"w": torch.ones(3)}, folder / name)
+    (folder / "fisher.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(CorruptFileError, match="not a file beside it"):
+        safetensors_files(folder, "fisher")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"w": 3}}'])
+def test_a_bad_index_is_refused(tmp_path, text):
+    """Whatever is wrong with an index, it is one line that names it."""
+    (tmp_path / "fisher.safetensors.index.json").write_text(text)
+    with pytest.raises(CorruptFileError, match=r"fisher\.safetensors\.index\.json"):
+        safetensors_files(tmp_path, "fisher")
+
+
+def test_a_truncated_file_is_refused_before_anything_is_read(tmp_path):
+    """Cut off at any place, or with bytes too many, a safetensors file is called damaged from its header."""
+    save_file(_tensors(), tmp_path / "whole.safetensors")
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    file = tmp_path / "cut.safetensors"
+    for size in (0, 3, 8, 20, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(CorruptFileError, match=r"cut\.safetensors"):
+            tensor_infos(file)
+    file.write_bytes(whole + b"\0")
+    with pytest.raises(CorruptFileError, match="promises"):
+        tensor_infos(file)
+
+
+@pytest.mark.parametrize(
+    "header", ["[]", "3", "null", '{"w": 3}', '{"w": {}}', '{"w": {"data_offsets": "ab"}}', "\xff"]
+)
+def test_a_damaged_header_is_refused(tmp_path, header):
+    """A header of the right length and the wrong content is called damaged."""
+    raw = header.encode("latin-1")
+    file = tmp_path / "bad.safetensors"
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    with pytest.raises(CorruptFileError, match=r"bad\.safetensors"):
+        tensor_infos(file)
+
+
+def test_headers_tell_shape_dtype_and_bytes(tmp_path):
+    """What the header says of a tensor is what the tensor is, without reading it."""
+    tensors = {"a": torch.ones(3, 5), "b": torch.ones(7, dtype=torch.bfloat16), "c": torch.ones(2, dtype=torch.int64)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    infos = tensor_infos(tmp_path / "model.safetensors")
+    assert {name: (info.shape, info.dtype, info.nbytes) for name, info in infos.items()} == {
+        "a": ((3, 5), torch.float32, 60),
+        "b": ((7,), torch.bfloat16, 14),
+        "c": ((2,), torch.int64, 16),
+    }
