@@ -87,11 +87,15 @@ def unwrapped(name: str) -> str:
 
 
 def parameters_of(model: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of a saved model in its order, without integer buffers and second names of tied tensors."""
+    """Return name -> shape of a saved model in its order, without second names of tied tensors and known buffers.
+
+    Buffers of floats other than a batch norm's stay: there is no telling them from parameters here.
+    """
     seen, kept = set(), {}
     for name, tensor in model.items():
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        if tensor.is_floating_point() and (place not in seen or tensor.numel() == 0):
+        buffer = not tensor.is_floating_point() or name.endswith(("running_mean", "running_var"))
+        if not buffer and (place not in seen or tensor.numel() == 0):
             seen.add(place)
             kept[name] = tuple(tensor.shape)
     return kept
