@@ -1,22 +1,24 @@
 """The main job, from archives to a result: fetch, split, fine-tune, merge, score."""
 
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from demo_tasks.assets import ENCODER, fetch, unpack_model
+from demo_tasks.assets import ENCODER, DemoError, fetch, unpack_model
 from demo_tasks.data import Source, split
 from demo_tasks.processes import Progress, Timed, Workers, mergekit_yaml
 from demo_tasks.settings import Setting, bytes_read, merge_config
 
 # Seconds that each stage took on two cores; they only set the pace of the progress bar.
-FETCH, START, TRAIN, MERGE, SCORE = 12.0, 10.0, 24.0, 10.0, 3.0
+FETCH, START, TRAIN, MERGE, SCORE = 8.0, 8.0, 25.0, 10.0, 5.0
 # Heads drawn alike would tie class i of every task to one direction of the trunk, and merging would undo them all.
 SEED_STRIDE = 1000
+LOGGER = ":squisher_mergekit:"
 OWN = "single models, each on its own task"
 
 
@@ -80,12 +82,14 @@ class Run:
         return FETCH + START + TRAIN * models + MERGE * len(setting.merges) + SCORE * rows
 
     def __call__(self) -> Result:
-        """Run everything; the folder keeps checkpoints, configurations, merged models and logs."""
+        """Run everything; the folder keeps checkpoints, configurations, merged models and logs.
+
+        Raises:
+            DemoError: The folder is somebody else's, or a child failed.
+        """
         started = time.perf_counter()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for name in ("data", "merges"):
-            (self.folder / name).mkdir(parents=True)
-        with Workers(2, self.folder / "workers.log") as workers:
+        log = self._make_folder()
+        with Workers(2, log) as workers:
             encoder = self._prepare()
             with self._stage("importing torch", START, "start two processes"):
                 workers.wait()
@@ -97,8 +101,23 @@ class Run:
         self.result.seconds = time.perf_counter() - started
         return self.result
 
-    def _stage(self, label: str, weight: float, step: str) -> "_TimedStage":
-        return _TimedStage(self, label, weight, step)
+    def _make_folder(self) -> Path:
+        log = self.folder / "workers.log"
+        if self.folder.exists() and not log.is_file():
+            raise DemoError(f"{self.folder} is there but no earlier run of the demo made it; give another --out")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for name in ("data", "merges"):
+            (self.folder / name).mkdir(parents=True)
+        log.touch()
+        return log
+
+    @contextlib.contextmanager
+    def _stage(self, label: str, weight: float, step: str) -> Iterator[None]:
+        """Run a stage of the bar that is a line of the table of costs as well."""
+        started = time.perf_counter()
+        with self.progress.stage(label, weight):
+            yield
+        self.result.steps.append(Step(step, time.perf_counter() - started))
 
     def _prepare(self) -> Path:
         sources: dict[str, Source] = {**self.setting.base, **self.setting.sources}
@@ -146,7 +165,7 @@ class Run:
             with self.progress.stage(f"merging: {merge.method}", MERGE) as advance:
                 timed = mergekit_yaml(config, out, advance, MERGE)
             self._note(f"merge: {merge.name}", timed, *bytes_read(merge, self.models, self.base))
-            self.result.messages[merge.name] = [line for line in timed.result.splitlines() if "squisher" in line]
+            self.result.messages[merge.name] = [line for line in timed.result.splitlines() if LOGGER in line]
             merged[merge.name] = out
         return merged
 
@@ -171,22 +190,6 @@ class Run:
             self.result.accuracy[row] = timed.result
         for row, timed in zip(rows, done, strict=True):
             self._note(f"score {row}", timed)
-
-
-class _TimedStage:
-    """A stage of the bar that is a line of the table of costs as well."""
-
-    def __init__(self, run: Run, label: str, weight: float, step: str) -> None:
-        self._run, self._step = run, step
-        self._stage = run.progress.stage(label, weight)
-
-    def __enter__(self) -> Callable[[float], None]:
-        self._started = time.perf_counter()
-        return self._stage.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._stage.__exit__(*error)
-        self._run.result.steps.append(Step(self._step, time.perf_counter() - self._started))
 
 
 def _rows(setting: Setting) -> int:

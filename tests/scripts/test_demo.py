@@ -122,6 +122,17 @@ def test_an_archive_with_another_digest_is_refused(tmp_path):
         assets.fetch([assets.BBC], tmp_path)
 
 
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    """The demo clears what an earlier run made, but refuses a folder of the same name that it did not make."""
+    mine = tmp_path / settings.FOUR_TASKS.name / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("kept")
+    run = Run(settings.FOUR_TASKS, 0, tmp_path, tmp_path, Progress(1, io.StringIO()))
+    with pytest.raises(assets.DemoError, match="give another --out"):
+        run()
+    assert mine.read_text() == "kept"
+
+
 def test_the_control_gives_each_model_the_accumulator_of_another(tmp_path):
     """Swapped: every model gets the next one's checkpoint; not swapped: none is named, so that its own is found."""
     models = {name: tmp_path / name for name in ("a", "b", "c")}
