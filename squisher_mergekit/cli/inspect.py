@@ -33,8 +33,8 @@ def command(
 ) -> None:
     r"""Show what FISHER holds: its metadata, its coverage, and a table of its tensors.
 
-    FISHER is a portable Fisher or whatever `squisher extract` reads. The table shows raw entries, as stored: the
-    accumulator before bias correction, in squared gradients.
+    FISHER is a portable Fisher or whatever `squisher extract` reads. The table shows entries at the debiased scale,
+    the mean squared gradient of a step; where steps or beta2 are not recorded, raw as stored. It says which.
 
     \b
     Example:
@@ -46,14 +46,15 @@ def command(
     from tqdm import tqdm
 
     from squisher_mergekit.cli.output import config_lines, write_json, write_whole
-    from squisher_mergekit.fisher.summary import human_bytes, summarize
+    from squisher_mergekit.fisher.summary import human_bytes, known_scaling, summarize
     from squisher_mergekit.optimizers.load import load_fisher
 
     if plot is not None:
         from squisher_mergekit.cli.plots import histogram  # says at once if matplotlib is missing
 
     opened = load_fisher(fisher, model, base, names)
-    summary = summarize(opened, tqdm(list(opened), desc="Reading", unit="tensor", disable=quiet, delay=2))
+    bar = tqdm(list(opened), desc="Reading", unit="tensor", disable=quiet, delay=2)
+    summary = summarize(opened, bar, known_scaling(opened))
     size = human_bytes(sum(opened.info(name).nbytes for name in opened))
     click.echo(fisher)
     for line in config_lines(opened.config, f"{len(opened)} tensors, {summary.entries:,} entries, {size}"):
@@ -66,15 +67,16 @@ def command(
         keys = ("entries", "zeros", "minimum", "median", "maximum", "mean")
         over_all = {key: getattr(summary, key) for key in keys}
         tensors = {row.name: asdict(row) for row in summary.rows}
-        config = json.loads(opened.config.to_json())
-        write_json(json_file, {"fisher": fisher, "config": config, "over_all": over_all, "tensors": tensors})
+        report = {"fisher": fisher, "config": json.loads(opened.config.to_json()), "scaling": summary.scaling}
+        write_json(json_file, report | {"over_all": over_all, "tensors": tensors})
 
 
 def table(summary: Summary) -> Iterator[str]:
-    """Return the rows as aligned text, one tensor a line and a last one over all."""
+    """Return the rows as aligned text: the scale, one tensor a line, and a last line over all."""
     width = max((len(row.name) for row in summary.rows), default=4)
     shapes = ["x".join(map(str, row.shape)) or "scalar" for row in summary.rows]
     space = max((len(shape) for shape in shapes), default=5)
+    yield f"entries at the {summary.scaling} scale:"
     yield f"{'tensor':{width}}  {'shape':>{space}}  {'min':>9}  {'median':>9}  {'max':>9}  {'zeros':>7}"
     for row, shape in zip(summary.rows, shapes, strict=True):
         numbers = f"{row.minimum:9.2e}  {row.median:9.2e}  {row.maximum:9.2e}  {row.zeros:7.2%}"

@@ -48,7 +48,7 @@ def histogram(summary: Summary, title: str) -> bytes:
     if len(held):
         low, high = (FIRST_DECADE + int(place) / BINS_PER_DECADE for place in (held.min(), held.max()))
         axes.set_xlim(low - 0.5, high + 0.5)
-    axes.set(xlabel="log10 F (raw, positive entries)", ylabel="density", title=title)
+    axes.set(xlabel=f"log10 F ({summary.scaling}, positive entries)", ylabel="density", title=title)
     axes.legend(fontsize="x-small")
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)

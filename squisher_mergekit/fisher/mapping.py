@@ -103,6 +103,13 @@ class Fisher(Mapping[str, torch.Tensor]):
         """Return the scale factor of one parameter (see :meth:`FisherConfig.factor`)."""
         return self.config.factor(self.resolve(name) or name, scaling)
 
+    def offset(self, name: str, scaling: Scaling = "debiased") -> float:
+        """Return what has to be taken off every entry of one parameter, rounded as the entries are stored.
+
+        Adagrad's start of 0.7 is 0.69999999 in float32: taking off 0.7 would leave entries below 0.
+        """
+        return torch.tensor(self.config.offset(scaling), dtype=self.info(name).dtype).item()
+
     def scaled(self, name: str, scaling: Scaling = "debiased") -> torch.Tensor:
         """Return one tensor at the wanted scale.
 
@@ -120,7 +127,7 @@ class Fisher(Mapping[str, torch.Tensor]):
         raw = self[name]
         dtype = torch.promote_types(raw.dtype, torch.float32)
         # The factor of an early step can leave float32 at the ends of its range; one rounding, at the end.
-        wide = raw.to(torch.float64, copy=True).sub_(self.config.offset(scaling)).mul_(self.factor(name, scaling))
+        wide = raw.to(torch.float64, copy=True).sub_(self.offset(name, scaling)).mul_(self.factor(name, scaling))
         return wide.to(dtype)
 
     def moments(self, scaling: Scaling = "debiased") -> tuple[float, float]:
@@ -155,7 +162,7 @@ class Moments:
             ConfigError: A number that the scaling needs is not recorded.
             ValuesError: An entry is NaN, infinite or negative.
         """
-        offset, factor = fisher.config.offset(scaling), fisher.factor(name, scaling)
+        offset, factor = fisher.offset(name, scaling), fisher.factor(name, scaling)
         flat = fisher[name].reshape(-1)
         check_values(flat, name, fisher.location)
         for start in range(0, flat.numel(), self.BLOCK):

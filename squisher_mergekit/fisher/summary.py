@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher, Moments, check_values
 from squisher_mergekit.fisher.names import kind_of
 
@@ -20,7 +22,7 @@ FIRST_DECADE, LAST_DECADE = -46, 39
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor: raw entries as stored, in units of one squared gradient; ``zeros`` is their share."""
+    """One tensor: its entries at the summary's scaling, in units of one squared gradient; ``zeros`` is their share."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,6 +37,7 @@ class Row:
 class Summary:
     """All rows, and over all entries: count, share of zeros, extremes, mean, and the median to 1.2 %.
 
+    ``scaling``: at which scale all of it is.
     ``histograms``: kind of layer -> number of positive entries in each bin of log10 F, ``BINS_PER_DECADE`` a decade.
     ``zero_counts``: kind of layer -> number of entries that are exactly 0.
     """
@@ -44,6 +47,7 @@ class Summary:
     mean: float
     histograms: dict[str, Tensor] = field(repr=False)
     zero_counts: dict[str, int]
+    scaling: Scaling = "raw"
 
     @property
     def zeros(self) -> float:
@@ -75,17 +79,36 @@ def centre(index: int) -> float:
     return FIRST_DECADE + (index + 0.5) / BINS_PER_DECADE
 
 
-def summarize(fisher: Fisher, names: Iterable[str] | None = None) -> Summary:
+def known_scaling(fisher: Fisher) -> Scaling:
+    """Return ``debiased``, or ``raw`` where a number that it needs is not recorded.
+
+    Example:
+        >>> from squisher_mergekit.fisher.config import FisherConfig
+        >>> from squisher_mergekit.fisher.files import MemoryStore
+        >>> known_scaling(Fisher(MemoryStore({"w": torch.ones(3)}), FisherConfig(statistic="ema")))
+        'raw'
+    """
+    try:
+        for name in fisher:
+            fisher.factor(name, "debiased")
+    except ConfigError:
+        return "raw"
+    return "debiased"
+
+
+def summarize(fisher: Fisher, names: Iterable[str] | None = None, scaling: Scaling = "raw") -> Summary:
     """Read every tensor once, one at a time, and describe it.
 
     Args:
         fisher: What to describe.
         names: Its names, perhaps wrapped in a progress bar.
+        scaling: At which scale; it moves the numbers, and no scaled tensor is made.
 
     Returns:
         Rows in the order of the names.
 
     Raises:
+        ConfigError: A number that the scaling needs is not recorded.
         ValuesError: An entry is NaN, infinite or negative.
 
     Example:
@@ -103,23 +126,24 @@ def summarize(fisher: Fisher, names: Iterable[str] | None = None) -> Summary:
     for name in fisher if names is None else names:
         tensor = fisher[name]
         check_values(tensor, name, fisher.location)
-        sums.add(fisher, name, "raw")
-        zeros = int((tensor == 0).sum())
+        sums.add(fisher, name, scaling)
+        offset, factor = fisher.offset(name, scaling), fisher.factor(name, scaling)
+        zeros = int((tensor == offset).sum())
         zero_counts[kind_of(name)] += zeros
         histogram = histograms.setdefault(kind_of(name), torch.zeros(bins, dtype=torch.int64))
-        _count(tensor.reshape(-1), histogram)
-        low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()),) * 2
-        median = tensor.flatten().median().item() if tensor.numel() else 0.0
-        share = zeros / tensor.numel() if tensor.numel() else 0.0
+        _count(tensor.reshape(-1), histogram, offset, factor)
+        raw = (tensor.min(), tensor.flatten().median(), tensor.max()) if tensor.numel() else ()
+        low, median, high = [(value.item() - offset) * factor for value in raw] or [0.0] * 3
+        share = zeros / max(tensor.numel(), 1)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        rows.append(Row(name, tuple(tensor.shape), dtype, low.item(), median, high.item(), share))
-    return Summary(tuple(rows), sums.count, sums.mean, histograms, dict(zero_counts))
+        rows.append(Row(name, tuple(tensor.shape), dtype, low, median, high, share))
+    return Summary(tuple(rows), sums.count, sums.mean, histograms, dict(zero_counts), scaling)
 
 
-def _count(flat: Tensor, histogram: Tensor) -> None:
-    """Add the positive entries to a histogram of their log10, a block at a time."""
+def _count(flat: Tensor, histogram: Tensor, offset: float, factor: float) -> None:
+    """Add the positive entries, scaled, to a histogram of their log10, a block at a time."""
     for start in range(0, flat.numel(), Moments.BLOCK):
-        block = flat[start : start + Moments.BLOCK].to(torch.float64)
+        block = (flat[start : start + Moments.BLOCK].to(torch.float64) - offset) * factor
         places = (block[block > 0].log10() - FIRST_DECADE) * BINS_PER_DECADE
         histogram += torch.bincount(places.long().clamp(0, len(histogram) - 1), minlength=len(histogram))
 

@@ -26,15 +26,17 @@ def portable(tmp_path):
 
 
 def test_table_has_a_line_for_each_tensor(portable):
-    """Every tensor has its shape, extremes, median and zeros; a last line is over all."""
+    """Every tensor has its shape, extremes, median and zeros at the debiased scale; a last line is over all."""
     result = _run("inspect", portable, "--quiet")
     assert result.exit_code == 0, result.output
     lines = {line.split()[0]: line.split() for line in result.output.splitlines() if line.strip()}
     for name, tensor in load_file(portable / "fisher.safetensors").items():
         shape = "x".join(map(str, tensor.shape))
-        values = [tensor.min().item(), tensor.median().item(), tensor.max().item()]
+        raw = [tensor.min().item(), tensor.median().item(), tensor.max().item()]
+        values = [value / (1 - 0.99**5) for value in raw]  # 5 steps at beta2 0.99
         zeros = (tensor == 0).float().mean().item()
         assert lines[name] == [name, shape, *(f"{value:.2e}" for value in values), f"{zeros:.2%}"]
+    assert "entries at the debiased scale:" in result.output
     assert result.output.splitlines()[-1].startswith("over all ")
     assert "tied to model.embed_tokens.weight" in result.output
 
@@ -49,6 +51,19 @@ def test_optimizer_state_and_the_fisher_made_of_it_say_the_same(portable, tmp_pa
         tensor.numel() for tensor in load_file(portable / "fisher.safetensors").values()
     )  # fmt: skip
     assert a["config"]["weights_fingerprint"] == b["config"]["weights_fingerprint"] is not None
+
+
+def test_without_steps_the_table_is_raw_and_says_so(portable, tmp_path):
+    """Where the debiased scale is not known, entries are shown as stored."""
+    file = portable / "fisher_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": None, "mean": None, "norm": None}))
+    result = _run("inspect", portable, "--quiet", "--json", tmp_path / "report.json")
+    assert result.exit_code == 0, result.output
+    assert "entries at the raw scale:" in result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["scaling"] == "raw"
+    for name, tensor in load_file(portable / "fisher.safetensors").items():
+        assert report["tensors"][name]["maximum"] == tensor.max().item()
 
 
 def test_plot_is_a_png(portable, tmp_path):

@@ -83,6 +83,24 @@ def test_adagrads_start_is_taken_off_before_the_mean():
     assert (mean, norm) == (pytest.approx(1.25 / 3), pytest.approx(math.sqrt(0.0625 + 1)))
 
 
+@pytest.mark.parametrize("start", [0.1, 0.3, 0.7, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adagrads_start_is_taken_off_as_it_was_stored(start, dtype):
+    """An entry without any gradient is exactly 0, and none is negative, though 0.7 is no number of float32."""
+    config = _config(statistic="sum", steps=4, optimizer={"initial_accumulator_value": start})
+    parameter = torch.nn.Parameter(torch.ones(17))
+    optimizer = torch.optim.Adagrad([parameter], initial_accumulator_value=start)
+    for _ in range(4):
+        parameter.grad = torch.cat([torch.zeros(5), torch.full((12,), 0.5)])
+        optimizer.step()
+    fisher = Fisher(MemoryStore({"w": optimizer.state[parameter]["sum"].to(dtype)}), config)
+    scaled = fisher.scaled("w")
+    assert scaled[:5].tolist() == [0.0] * 5
+    torch.testing.assert_close(scaled[5:], torch.full((12,), 0.25), rtol=1e-2, atol=0)
+    mean, _ = fisher.moments()
+    assert mean == pytest.approx(scaled.double().mean().item(), rel=1e-6)
+
+
 def test_mean_and_norm_are_those_of_all_entries_in_float64(monkeypatch):
     """Over tensors of several shapes and scales, also where a tensor takes several blocks."""
     tensors = {f"w{i}": _random(23, i + 2, seed=i) for i in range(5)} | {"wide": torch.full((11,), 1e30)}

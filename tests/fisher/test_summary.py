@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from squisher_mergekit.errors import ValuesError
+from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.fisher.summary import BINS_PER_DECADE, human_bytes, summarize
+from squisher_mergekit.fisher.summary import BINS_PER_DECADE, human_bytes, known_scaling, summarize
 
 
 def _fisher(**tensors):
@@ -56,6 +56,42 @@ def test_histograms_count_every_positive_entry_once_by_kind_of_layer():
     summary = summarize(_fisher(**tensors))
     assert {kind: int(counts.sum()) for kind, counts in summary.histograms.items()} == {"mlp": 4, "norm": 0}
     assert summary.zero_counts == {"mlp": 1, "norm": 2}
+
+
+@pytest.mark.parametrize("start", [None, 0.25])
+def test_a_scale_moves_every_number(start):
+    """At the debiased scale rows, mean, zeros and histograms are those of the scaled tensors."""
+    statistic = {"statistic": "ema"} if start is None else {"statistic": "sum"}
+    config = FisherConfig.model_validate(
+        {"estimator": "squisher", "steps": {"default": 3, "b.weight": 1}}
+        | {"optimizer": {"beta2": 0.9, "initial_accumulator_value": start}}
+        | statistic
+    )
+    tensors = {"a.weight": _random(17, 13, zeros=0.3), "b.weight": _random(11, seed=1)}
+    tensors = {name: (tensor * 1e9 + (start or 0)) for name, tensor in tensors.items()}
+    fisher = Fisher(MemoryStore(tensors), config)
+    summary = summarize(fisher, scaling=known_scaling(fisher))
+    exact = {
+        name: (tensor.double() - (start or 0)) * fisher.factor(name, "debiased") for name, tensor in tensors.items()
+    }
+    plain = summarize(_fisher(**exact))
+    assert (summary.scaling, plain.scaling) == ("debiased", "raw")
+    for found, wanted in zip(summary.rows, plain.rows, strict=True):
+        assert (found.minimum, found.median, found.maximum) == pytest.approx(
+            (wanted.minimum, wanted.median, wanted.maximum), rel=1e-12
+        )
+        assert found.zeros == wanted.zeros
+    assert summary.mean == pytest.approx(plain.mean, rel=1e-12)
+    assert summary.zero_counts == plain.zero_counts
+    assert all(torch.equal(summary.histograms[kind], counts) for kind, counts in plain.histograms.items())
+
+
+def test_an_unknown_scale_is_raw():
+    """Where steps or decay are not recorded the scale is raw, and debiased is refused."""
+    fisher = Fisher(MemoryStore({"w": torch.ones(3)}), FisherConfig(statistic="ema", steps=3))
+    assert known_scaling(fisher) == "raw"
+    with pytest.raises(ConfigError, match="beta2"):
+        summarize(fisher, scaling="debiased")
 
 
 def test_an_empty_tensor_is_described():
