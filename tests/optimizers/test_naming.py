@@ -180,6 +180,38 @@ def test_every_way_tried_by_hand_agrees(seed):
     assert outcomes == {0, 1, 2}
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_slots_never_stepped_are_named_only_if_one_name_fits(seed):
+    """By brute force over all ways: a stepped slot with two names is refused, one never stepped has None for a name."""
+    random = Random(seed)
+    outcomes = set()
+    for _ in range(60):
+        count = random.randint(2, 6)
+        parameters = [_parameter(f"p{i}", (random.choice([2, 3, 5, 7]),), "Linear") for i in range(count)]
+        held = sorted(random.sample(range(count), random.randint(1, count)))
+        shapes = [parameters[i].shape if random.random() < 0.6 else None for i in held]
+        changed = {parameters[i].name for i, shape in zip(held, shapes, strict=True) if shape and random.random() < 0.3}
+        ways = [
+            [parameters[i].name for i in some]
+            for some in combinations(range(count), len(held))
+            if all(
+                parameters[i].name not in changed if shape is None else parameters[i].shape == shape
+                for i, shape in zip(some, shapes, strict=True)
+            )
+            and changed <= {parameters[i].name for i in some}
+        ]
+        possible = [set(names) for names in zip(*ways, strict=True)]
+        if any(shape is not None and len(names) > 1 for shape, names in zip(shapes, possible, strict=True)):
+            outcomes.add("refused")
+            with pytest.raises(NamingError, match="one way only"):
+                assign([shapes], parameters, changed, "f")
+            continue
+        expected = [next(iter(names)) if len(names) == 1 else None for names in possible]
+        outcomes.add("partly named" if None in expected else "named")
+        assert assign([shapes], parameters, changed, "f") == [expected]
+    assert outcomes == {"refused", "partly named", "named"}
+
+
 def test_many_equal_layers_do_not_take_exponential_time():
     """400 equal layers of which 200 were trained: refused at once, and found at once when the base tells which."""
     parameters = [_parameter(f"layers.{i}.weight", (3, 3), "Linear") for i in range(400)]
