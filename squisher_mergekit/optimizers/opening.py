@@ -1,7 +1,7 @@
 """From an optimizer's file to a Fisher: who is who, under which name on disk, and what is known beside."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,8 @@ def open_state(file: Path, model: Path | None, base: Path | None, names: Sequenc
     """
     state = parse(pickles.load(file), file)
     place = _find(file, model)
-    bones = _skeleton(place, base, needed=names is None and not state.named and state.model is None)
     weights = headers(place.weighed, place.basename)
+    bones = _skeleton(place, base, weights, needed=names is None and not state.named and state.model is None)
     slots, in_memory = _by_names(_name_slots(state, bones, names, place, base), bones, weights, place)
     if not in_memory:
         bones = None
@@ -91,14 +91,14 @@ def _find(file: Path, model: Path | None) -> Place:
     return Place(file, described, weighed, model, adapter)
 
 
-def _skeleton(place: Place, base: Path | None, needed: bool) -> Skeleton | None:
+def _skeleton(place: Place, base: Path | None, weights: Collection[str], needed: bool) -> Skeleton | None:
     """Build the model if it can be described; a failure matters only where names cannot be had otherwise."""
     if place.adapter is not None:
         return adapter_skeleton(place.adapter, base) if needed or base is not None else None
     if not needed and not (place.described / "config.json").is_file():
         return None
     try:
-        return skeleton(place.described)
+        return skeleton(place.described, weights)
     except CorruptFileError:
         if needed:
             raise

@@ -1,6 +1,6 @@
 """A Hugging Face model without its weights: which parameters it has, in which order, and how they are named on disk."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -32,11 +32,12 @@ class Skeleton:
     convert: Convert = field(repr=False)
 
 
-def skeleton(folder: Path) -> Skeleton:
+def skeleton(folder: Path, stored: Collection[str] = ()) -> Skeleton:
     """Build the model that a folder's ``config.json`` describes, on the meta device: no weights, no memory.
 
     Args:
         folder: Where ``config.json`` lies.
+        stored: The names in its weights, if there are weights.
 
     Returns:
         Its parameters and their names on disk.
@@ -52,12 +53,12 @@ def skeleton(folder: Path) -> Skeleton:
             f"the order of a model's parameters follows from its config.json, but {folder} has none; "
             f"give --model DIR, or {NAMES_CURE}"
         )
-    return _cached(file.resolve(), file.stat().st_mtime_ns)
+    return _cached(file.resolve(), file.stat().st_mtime_ns, frozenset(stored))
 
 
 @lru_cache(maxsize=16)
-def _cached(file: Path, _changed_at: int) -> Skeleton:
-    return of_model(meta_model(file.parent))
+def _cached(file: Path, _changed_at: int, stored: frozenset[str]) -> Skeleton:
+    return of_model(meta_model(file.parent), stored)
 
 
 def meta_model(folder: Path) -> nn.Module:
@@ -84,12 +85,27 @@ def meta_model(folder: Path) -> nn.Module:
     return model
 
 
-def of_model(model: nn.Module) -> Skeleton:
+def of_model(model: nn.Module, stored: Collection[str] = ()) -> Skeleton:
     """Describe a model of transformers.
+
+    A model is saved under the names that it was loaded from: BERT's LayerNorm.gamma, an older prefix, packed experts.
+    So the conversions are taken that the stored names show to be in use, and the usual ones where there are none.
+
+    Args:
+        model: On any device.
+        stored: The names in its weights, if there are weights.
 
     Raises:
         UnsupportedStateError: transformers converts its weights by more than moving elements.
     """
+    if stored:
+        found = _described(model, _steps_in_use(model, stored))
+        if found.sources.keys() <= set(stored):
+            return found
+    return _described(model, _usual_steps(model))
+
+
+def _described(model: nn.Module, steps: Sequence[Any]) -> Skeleton:
     modules = dict(model.named_modules())
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -101,7 +117,7 @@ def of_model(model: nn.Module) -> Skeleton:
     # Of tied parameters, save_pretrained keeps the one whose name is not among the tied keys.
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     kept = {same[0]: next((name for name in same if name not in tied), same[0]) for same in names.values()}
-    reverse = _reverse_conversion(model)
+    reverse = _reverse_conversion(model, steps)
 
     def convert(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return reverse({kept[name]: tensor for name, tensor in tensors.items()})
@@ -133,22 +149,36 @@ def types_around(name: str, modules: Mapping[str, nn.Module]) -> frozenset[str]:
     return frozenset(types | ({LAYER_NORM} if any(isinstance(m, nn.LayerNorm) for m in around) else set()))
 
 
-def _reverse_conversion(model: nn.Module) -> Convert:
+def _usual_steps(model: nn.Module) -> list[Any]:
+    """Return the conversions that save_pretrained reverts of a model that was loaded from no files."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    steps = get_model_conversion_mapping(model, add_legacy=False)
+    return [step for step in steps if not isinstance(step, PrefixChange)]
+
+
+def _steps_in_use(model: nn.Module, stored: Collection[str]) -> list[Any]:
+    """Return the conversions that loading weights of these names would use, which are those that saving reverts."""
+    from transformers import core_model_loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    steps: list[Any] = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, core_model_loading.WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, core_model_loading.WeightConverter)]
+    for name in sorted(stored, key=core_model_loading.dot_natural_key):  # the order of loading; some depend on it
+        core_model_loading.rename_source_key(name, renamings, converters)
+    return [step for step in steps if step.was_used()]
+
+
+def _reverse_conversion(model: nn.Module, steps: Sequence[Any]) -> Convert:
     """Return transformers' own way from the names in memory to the names on disk.
 
     Raises:
         UnsupportedStateError: It does more than move elements: it would not hold for squared gradients.
     """
     from transformers import core_model_loading
-    from transformers.conversion_mapping import get_model_conversion_mapping
 
-    # As save_pretrained does for a model that was not loaded. One that was loaded from files with another prefix is
-    # saved with that prefix; its names then do not fit the weights' headers, and are refused.
-    steps = [
-        step
-        for step in get_model_conversion_mapping(model, add_legacy=False)
-        if not isinstance(step, core_model_loading.PrefixChange)
-    ]
     if not steps:
         return dict
     for step in steps:
@@ -159,9 +189,9 @@ def _reverse_conversion(model: nn.Module) -> Convert:
                     "which may do more than move elements and so does not hold for a Fisher; estimate one from data"
                 )
     target: Any = model
-    target._weight_conversions = steps
 
     def reverse(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        target._weight_conversions = list(steps)  # where save_pretrained looks for them
         converted: Mapping[str, Tensor] = core_model_loading.revert_weight_conversion(target, dict(tensors))
         return converted
 

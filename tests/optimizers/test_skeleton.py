@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from squisher_mergekit.errors import CorruptFileError, NamingError, UnsupportedStateError
 from squisher_mergekit.optimizers.naming import LAYER_NORM
@@ -101,6 +101,7 @@ def _assert_moves_as_saved(architecture, folder, settings):
     model = _saved(architecture, folder, settings)
     bones = skeleton(folder)
     live = dict(model.named_parameters())
+    assert skeleton(folder, load_file(folder / "model.safetensors").keys()).sources == bones.sources
     assert [p.name for p in bones.parameters] == list(live)
     assert [p.shape for p in bones.parameters] == [tuple(p.shape) for p in live.values()]
     assert [p.trainable for p in bones.parameters] == [p.requires_grad for p in live.values()]
@@ -126,6 +127,44 @@ def test_parameters_become_the_tensors_on_disk(architecture, tmp_path):
 def test_parameters_of_more_models_become_the_tensors_on_disk(architecture, tmp_path):
     """The same for many more families."""
     _assert_moves_as_saved(architecture, tmp_path, SLOW[architecture])
+
+
+def _reloaded(architecture, folder, settings, rename):
+    """Save a model under other names, load it and save it again: transformers keeps the names it was loaded from."""
+    model = _saved(architecture, folder / "first", settings)
+    tensors = rename(dict(model.state_dict()))
+    save_file(
+        {name: t.clone() for name, t in tensors.items()}, folder / "first" / "model.safetensors", {"format": "pt"}
+    )
+    again = type(model).from_pretrained(folder / "first")
+    again.save_pretrained(folder / "again")
+    return again, set(load_file(folder / "again" / "model.safetensors"))
+
+
+def _old_layer_norms(state):
+    del state["cls.predictions.decoder.weight"], state["cls.predictions.decoder.bias"]
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, name in old.items():
+        state = {key.replace(new, name): tensor for key, tensor in state.items()}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rename", "seen"),
+    [
+        ("BertForMaskedLM", _old_layer_norms, "bert.embeddings.LayerNorm.gamma"),
+        ("MixtralForCausalLM", lambda state: state, "model.layers.0.mlp.experts.gate_up_proj"),
+    ],
+)
+def test_names_that_a_model_was_loaded_from_are_kept(architecture, rename, seen, tmp_path):
+    """BERT's old LayerNorm names and experts that were packed on disk stay so in what is saved, and in the Fisher."""
+    model, stored = _reloaded(architecture, tmp_path, FAST[architecture], rename)
+    assert seen in stored
+    bones = skeleton(tmp_path / "again", stored)
+    assert set(bones.sources) == stored
+    live, saved = dict(model.named_parameters()), load_file(tmp_path / "again" / "model.safetensors")
+    for name, sources in bones.sources.items():
+        assert torch.equal(bones.convert({source: live[source].detach() for source in sources})[name], saved[name])
 
 
 def test_a_packed_tensor_needs_itself_alone():
