@@ -58,9 +58,9 @@ def load_tensor(
     if normalize != "none":
         scale /= _normalizer(fisher, scaling, normalize)
     tensor = fisher[stored]
-    offset = fisher.config.offset(scaling)
-    if offset:
-        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) - offset
+    if fisher.config.offset(scaling):
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        tensor = wide - fisher.offset(stored, scaling)
     if floor > 0 and tensor.numel():
         tensor = tensor.clamp_min(floor * tensor.mean(dtype=torch.float64).item())
     return LoadedFisher(tensor=tensor, scale=scale, name=stored, location=fisher.location)
