@@ -4,7 +4,6 @@ import doctest
 import importlib
 import pkgutil
 
-import mergekit.merge_methods  # noqa: F401 - first, as in every process that merges
 import pytest
 
 import squisher_mergekit

@@ -13,6 +13,7 @@ Merges by other methods pass through unchanged.
 """
 
 import functools
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -98,13 +99,19 @@ def _register(registry: ModuleType) -> None:
         _need(base, name)
     _need(base, "MergeMethodSpec", "name", "parameters", "contract", "optional_tensor_policy")
     _need(base, "ParameterSpec", "name", "value_type", "scope", "default")
-    register = _need(registry, "register", "method")
-    from squisher_mergekit.merging.methods import SQUISHER, UBGM_SQUISHER
+    _need(registry, "register", "method")
+    _need(registry, "registered_methods")
+    # The module registers its methods when it has run; it may be the one whose imports brought mergekit in.
+    importlib.import_module("squisher_mergekit.merging.methods")
 
-    present = {method.spec.name for method in _need(registry, "registered_methods")()}
-    for method in (SQUISHER, UBGM_SQUISHER):
+
+def add_methods(*methods: Any) -> None:
+    """Make merge methods known to mergekit by name, unless they are (a mergekit that loads entry points came first)."""
+    registry = importlib.import_module("mergekit.merge_methods.registry")
+    present = {method.spec.name for method in registry.registered_methods()}
+    for method in methods:
         if method.spec.name not in present:
-            register(method)
+            registry.register(method)
 
 
 # ---- one tensor

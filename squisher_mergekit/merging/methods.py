@@ -19,6 +19,7 @@ from mergekit.merge_methods.base import (
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.mapping import Fisher, check_shape
 from squisher_mergekit.merging import kernel, parameters
+from squisher_mergekit.merging.integration import add_methods
 from squisher_mergekit.merging.loading import LoadedFisher, load_tensor
 from squisher_mergekit.merging.run import current_run
 
@@ -181,3 +182,5 @@ UBGM_SQUISHER = FisherMergeMethod(
         reference_url="https://arxiv.org/abs/2310.12808",
     )
 )
+
+add_methods(SQUISHER, UBGM_SQUISHER)
