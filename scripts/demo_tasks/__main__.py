@@ -1,6 +1,7 @@
 """Command line of the demo."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -19,11 +20,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument("--ubgm", action="store_true", help="three sentiment domains with a base and one shared head")
     parser.add_argument("--seed", type=int, default=0, help="of split, heads, dropout and order (default 0)")
+    parser.add_argument("--own-seeds", action="store_true", help="heads that start apart, not equal (see the table)")
     parser.add_argument("--out", type=Path, default=HOME, help="checkpoints, merges, logs (default .demo)")
     parser.add_argument("--packages", type=Path, default=HOME / "packages", help="archives (default .demo/packages)")
     parser.add_argument("--json", type=Path, help="write what was measured to this file as well")
     options = parser.parse_args(arguments)
     setting = SHARED_HEAD if options.ubgm else FOUR_TASKS
+    if options.own_seeds:
+        setting = dataclasses.replace(setting, seed_stride=1000)
     out = options.out.resolve()
     progress = Progress(Run.weight(setting))
     try:

@@ -16,8 +16,6 @@ from demo_tasks.settings import Setting, bytes_read, merge_config
 
 # Seconds that each stage took on two cores; they only set the pace of the progress bar.
 FETCH, START, TRAIN, MERGE, SCORE = 8.0, 8.0, 25.0, 10.0, 5.0
-# Heads drawn alike would tie class i of every task to one direction of the trunk, and merging would undo them all.
-SEED_STRIDE = 1000
 LOGGER = ":squisher_mergekit:"
 OWN = "single models, each on its own task"
 
@@ -142,7 +140,7 @@ class Run:
                 "data": str(self._data(name)),
                 "out": str(self.folder / name),
                 "labels": self.setting.labels,
-                "seed": self.seed + SEED_STRIDE * number,
+                "seed": self.seed + self.setting.seed_stride * number,
             }
             for number, name in enumerate(sources)
         ]

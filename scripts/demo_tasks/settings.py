@@ -31,6 +31,8 @@ class Setting:
 
     ``base``: the data set on which the common base is fine-tuned first, if any. ``sources``: one model each.
     ``own_heads``: each task is scored with the head of its own model; otherwise all share one, which is merged too.
+    ``seed_stride``: between the seeds of the runs. At 0, heads start equal, as in runs that all fix the same seed; that
+    ties class i of every task to one direction of the encoder, which the plain average suffers from most.
     """
 
     name: str
@@ -41,12 +43,19 @@ class Setting:
     merges: tuple[Merge, ...]
     n_train: int = 800
     n_test: int = 200
+    seed_stride: int = 0
 
     @property
     def scoring(self) -> str:
         """How a row is scored, as a line under the table."""
         if self.own_heads:
-            return "Each set is scored with the pooler and classifier of its own model on the encoder of the row."
+            scored = "Each set is scored with the pooler and classifier of its own model on the encoder of the row.\n"
+            if self.seed_stride:
+                return scored + "Each run had a seed of its own, so the heads started apart."
+            return scored + (
+                "All runs had one seed, so the heads started equal, which hurts the plain average; with --own-seeds"
+                " it is far better,\nand little or nothing is left to gain on it."
+            )
         return "Every row is scored as it is: pooler and classifier are shared and merged with the rest."
 
 
