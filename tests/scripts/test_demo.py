@@ -175,7 +175,7 @@ def test_the_report_prints_what_was_measured():
 
 @pytest.mark.slow
 def test_four_tasks_gain_from_their_accumulators_and_not_from_others(tmp_path):
-    """With one seed for all runs, Squisher beats the plain average by over 3 points, and swapped accumulators do worse."""
+    """With one seed for all runs, Squisher gains over 3 points on the plain average; swapped accumulators do worse."""
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "demo_tasks", "--seed", "0", "--out", tmp_path, "--packages", PACKAGES]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
