@@ -333,6 +333,8 @@ class _Pool:
                 self._executor = ThreadPoolExecutor(size, thread_name_prefix="squisher")
 
                 def single() -> None:
+                    # A thread takes torch's default at its first look at the count, over what was set before that.
+                    torch.get_num_threads()
                     torch.set_num_threads(1)
                     started.wait()
 
