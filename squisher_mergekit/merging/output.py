@@ -1,5 +1,6 @@
 """What a merge has written, so that it can be taken away again."""
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +16,18 @@ class Output:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._before = {path: _stamp(path) for path in folder.iterdir()} if folder.is_dir() else {}
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        self._made = missing[-1] if missing else None
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         self.settle: Callable[[], None] = lambda: None
 
     def remove(self) -> None:
         """Remove every file that is new or has changed, and the folders that did not exist."""
         self.settle()
-        if self._made is not None:
-            shutil.rmtree(self._made, ignore_errors=True)
+        if self._made:
+            shutil.rmtree(self._made[0], ignore_errors=True)
+            # Of the folders above, those that nobody else has put anything into.
+            with contextlib.suppress(OSError):
+                for parent in self._made[1:]:
+                    parent.rmdir()
             return
         for path in self.folder.iterdir():
             if self._before.get(path) != _stamp(path):
