@@ -61,6 +61,7 @@ class Fisher(Mapping[str, torch.Tensor]):
         self._store = store
         self.config = config
         self.aliases = dict(aliases or {})
+        self._moments: dict[Scaling, tuple[float, float]] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         found = self.resolve(name)
@@ -131,7 +132,7 @@ class Fisher(Mapping[str, torch.Tensor]):
         return wide.to(dtype)
 
     def moments(self, scaling: Scaling = "debiased") -> tuple[float, float]:
-        """Return mean and L2 norm over all entries, summed in float64; the recorded ones where they exist.
+        """Return mean and L2 norm over all entries, summed in float64 once; the recorded ones where they exist.
 
         Raises:
             ValuesError: An entry is NaN, infinite or negative.
@@ -139,10 +140,12 @@ class Fisher(Mapping[str, torch.Tensor]):
         config = self.config
         if scaling == "debiased" and config.mean is not None and config.norm is not None:
             return config.mean, config.norm
-        sums = Moments()
-        for name in self:
-            sums.add(self, name, scaling)
-        return sums.mean, sums.norm
+        if scaling not in self._moments:
+            sums = Moments()
+            for name in self:
+                sums.add(self, name, scaling)
+            self._moments[scaling] = (sums.mean, sums.norm)
+        return self._moments[scaling]
 
 
 class Moments:
@@ -193,14 +196,28 @@ def check_values(tensor: torch.Tensor, name: str, location: str) -> None:
     if tensor.numel() == 0:
         return
     low, high = torch.aminmax(tensor)
-    if low.item() >= 0 and high.item() < float("inf"):
-        return
-    kinds = {"NaN": tensor.isnan(), "infinite": tensor.isinf(), "negative": tensor < 0}
-    found = ", ".join(f"{int(mask.sum())} {kind}" for kind, mask in kinds.items() if bool(mask.any()))
-    raise ValuesError(
-        f"a Fisher must be finite and not negative; {name} in {location} has {found} of {tensor.numel()} entries; "
-        "use a checkpoint from before training broke"
-    )
+    if not (low.item() >= 0 and high.item() < float("inf")):
+        refuse_invalid(count_invalid(tensor), tensor.numel(), name, location)
+
+
+def count_invalid(tensor: torch.Tensor) -> torch.Tensor:
+    """Return how many entries are NaN, infinite and negative, on the tensor's device (three integers)."""
+    return torch.stack([tensor.isnan().sum(), tensor.isinf().sum(), (tensor < 0).sum()])
+
+
+def refuse_invalid(counts: torch.Tensor, total: int, name: str, location: str) -> None:
+    """Refuse a Fisher by what :func:`count_invalid` found.
+
+    Raises:
+        ValuesError: A count is not 0; the message says which kind and how many.
+    """
+    kinds = zip(counts.tolist(), ("NaN", "infinite", "negative"), strict=True)
+    found = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
+    if found:
+        raise ValuesError(
+            f"a Fisher must be finite and not negative; {name} in {location} has {found} of {total} entries; "
+            "use a checkpoint from before training broke"
+        )
 
 
 def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], location: str) -> None:

@@ -44,7 +44,9 @@ def activate(name: str, module: ModuleType) -> None:
     try:
         _ACTIVATORS[name.removeprefix("mergekit.")](module)
     except (AttributeError, ImportError, TypeError, UnsupportedMergekitError) as error:
-        _explain_unsupported(error)
+        # A missing module of our own says nothing of mergekit.
+        if not str(getattr(error, "name", None)).startswith("squisher_mergekit"):
+            _explain_unsupported(error)
         raise
     setattr(module, _DONE, True)
 
@@ -152,9 +154,10 @@ def _extend_tasks(adapter: ModuleType) -> None:
 
 
 def _gather_fishers(task: Any) -> Any:
+    from squisher_mergekit.merging.run import current_run
     from squisher_mergekit.merging.tasks import FisherRequest, GatherFishers, hold
 
-    plan = plan_task(task)
+    plan = current_run().planned(task) or plan_task(task)
     source = task.gather_tensors
     none = plan.inputs if plan.missing else ()
     requests = [
@@ -192,21 +195,24 @@ def plan_task(task: Any) -> Any:
         RefusedError: The Fishers cannot be found, read, or do not fit.
     """
     from squisher_mergekit.merging.plan import Settings, plan_tensor
+    from squisher_mergekit.merging.run import current_run
 
-    inputs = [item for model in task.model_order if (item := _weight_input(task, model)) is not None]
+    run = current_run()
+    inputs = [item for model in task.model_order if (item := _weight_input(task, model, run)) is not None]
     given = dict(task.parameters.items())
     settings = Settings(**{key: given[key] for key in Settings.__dataclass_fields__ if key in given})
-    return plan_tensor(
+    plan = plan_tensor(
         task.method_name,
         task.output_weight.name,
         inputs,
         settings,
-        _sources(),
+        run.sources,
         base=_base_folder(task),
         passed_through=task.output_weight.optional and len(inputs) == 1 < len(task.model_order),
         can_convert=_can_convert,
         cache_dir=_cache_dir(),
     )
+    return run.keep(task, plan)
 
 
 def _base_folder(task: Any) -> Path | None:
@@ -218,13 +224,6 @@ def _base_folder(task: Any) -> Path | None:
     return Path(LoaderCache().get(task.base_model).index.base_path)
 
 
-@functools.cache
-def _sources() -> Any:
-    from squisher_mergekit.merging.sources import Sources
-
-    return Sources()
-
-
 def _cache_dir() -> str | None:
     from mergekit.io.tasks import LoaderCache
 
@@ -232,7 +231,7 @@ def _cache_dir() -> str | None:
     return found
 
 
-def _weight_input(task: Any, model: Any) -> Any:
+def _weight_input(task: Any, model: Any, run: Any) -> Any:
     """Describe one model's weight, or return None where it has none (mergekit then leaves the model out)."""
     from mergekit.io.tasks import LoaderCache, LoadTensor
 
@@ -253,11 +252,12 @@ def _weight_input(task: Any, model: Any) -> Any:
         loader, stored, aliases = _raw_loader(gather, model), gather.tensors[model].tensor_name, ()
         if stored not in loader.index.tensor_paths:
             return None
-    files = _model_files(model, loader)
+    if model not in run.models:
+        run.models[model] = _model_files(model, loader)
     values = task.input_parameters[model]
     return WeightInput(
         key=model,
-        model=files,
+        model=run.models[model],
         stored=stored,
         aliases=tuple(name for name in aliases if name != stored),
         info=_tensor_info(Path(loader.index.base_path) / loader.index.tensor_paths[stored], stored) if stored else None,
@@ -342,10 +342,12 @@ def _extend_planner(plan_module: ModuleType) -> None:
 
     @functools.wraps(normalize)
     def normalize_config(self: Any) -> Any:
+        base = self.config.base_model
+        if self.config.merge_method != SQUISHER or base is None:
+            return normalize(self)
         listed = _listed_models(self.config)
         result = normalize(self)
-        base = self.config.base_model
-        if self.config.merge_method == SQUISHER and base is not None and base not in listed:
+        if base not in listed:
             for module in self.config.modules.values():
                 for part in module.slices:
                     part.sources = [source for source in part.sources if source.model != base]

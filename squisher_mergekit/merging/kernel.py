@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squisher_mergekit.fisher.mapping import check_values
+from squisher_mergekit.fisher.mapping import check_values, count_invalid, refuse_invalid
 from squisher_mergekit.merging import equations
 from squisher_mergekit.merging.equations import Merged
 
@@ -47,23 +47,23 @@ class Outcome:
     """A merged tensor and what is to be reported of it.
 
     ``shares``: for each input the mean over the entries of the coefficient it entered with. ``pending``: on an
-    accelerator, flags not yet looked at; one is true where a Fisher has invalid entries.
+    accelerator, counts of invalid entries not yet looked at, each with the number of entries and a label; no Fisher is
+    held for them.
     """
 
     values: Tensor
     shares: list[float | Tensor]
     fell_back: int | Tensor
-    pending: list[tuple[Tensor, Tensor, tuple[str, str]]] = field(default_factory=list)
+    pending: list[tuple[Tensor, int, tuple[str, str]]] = field(default_factory=list)
 
     def check(self) -> None:
-        """Look at the pending flags (this waits for the accelerator).
+        """Look at the pending counts (this waits for the accelerator).
 
         Raises:
             ValuesError: A Fisher has NaN, infinite or negative entries.
         """
-        for flag, fisher, label in self.pending:
-            if bool(flag):
-                check_values(fisher, *label)
+        for counts, total, label in self.pending:
+            refuse_invalid(counts, total, *label)
         self.pending = []
 
 
@@ -244,7 +244,7 @@ def _run_fused(
     shares: list[float | Tensor] = [0.0] * count
     for i, total in zip(used, sums, strict=True):
         shares[i] = total / max(operands.size, 1)
-    pending = list(zip(bad, fishers, operands.labels, strict=True))
+    pending = [(counts, operands.size, label) for counts, label in zip(bad, operands.labels, strict=True)]
     return Outcome(values.reshape(shape), shares, fell_back, pending)
 
 
@@ -263,7 +263,7 @@ def _squisher_pass(
     )
     low, high = equations.bounds(wide)
     values = merged.values.clamp(low, high)
-    return values.to(out_dtype), merged.shares, merged.fell_back, [_invalid(fisher) for fisher in fishers]
+    return values.to(out_dtype), merged.shares, merged.fell_back, [count_invalid(fisher) for fisher in fishers]
 
 
 def _ubgm_pass(
@@ -286,11 +286,7 @@ def _ubgm_pass(
         numbers[2 * n],
         prior,
     )
-    return merged.values.to(out_dtype), merged.shares, merged.fell_back, [_invalid(fisher) for fisher in fishers]
-
-
-def _invalid(fisher: Tensor) -> Tensor:
-    return ~((fisher >= 0) & (fisher < float("inf"))).all()
+    return merged.values.to(out_dtype), merged.shares, merged.fell_back, [count_invalid(fisher) for fisher in fishers]
 
 
 _COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -301,7 +297,9 @@ def fused(function: Callable[..., Any], size: int) -> Callable[..., Any]:
     """Return ``function`` compiled into one pass where that pays; eager where small or where no compiler is found."""
     if size < COMPILE_FROM or _COMPILER_MISSING.is_set():
         return function
-    compiled = _COMPILED.setdefault(function, torch.compile(function, dynamic=True))
+    if function not in _COMPILED:
+        _COMPILED[function] = torch.compile(function, dynamic=True)
+    compiled = _COMPILED[function]
 
     def attempt(*arguments: Any) -> Any:
         try:

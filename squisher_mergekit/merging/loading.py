@@ -1,6 +1,5 @@
 """One tensor of a Fisher, read and brought to the scale that a merge wants."""
 
-import threading
 from collections.abc import Mapping
 from typing import TypedDict
 
@@ -56,7 +55,10 @@ def load_tensor(
     stored = fisher.resolve(name) or name
     scale = fisher_scale * fisher.factor(stored, scaling)
     if normalize != "none":
-        scale /= _normalizer(fisher, scaling, normalize)
+        value = fisher.moments(scaling)[0 if normalize == "mean" else 1]
+        if not value > 0:
+            raise ConfigError(f"normalize: {normalize} needs a positive Fisher, but all of {fisher.location} is 0")
+        scale /= value
     tensor = fisher[stored]
     if fisher.config.offset(scaling):
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -64,20 +66,3 @@ def load_tensor(
     if floor > 0 and tensor.numel():
         tensor = tensor.clamp_min(floor * tensor.mean(dtype=torch.float64).item())
     return LoadedFisher(tensor=tensor, scale=scale, name=stored, location=fisher.location)
-
-
-_NORMALIZERS: dict[tuple[int, Scaling], tuple[Fisher, tuple[float, float]]] = {}
-_LOCK = threading.Lock()
-
-
-def _normalizer(fisher: Fisher, scaling: Scaling, normalize: str) -> float:
-    with _LOCK:
-        key = (id(fisher), scaling)
-        if key not in _NORMALIZERS:
-            # The Fisher is kept with its moments, so that its id cannot be taken by another one.
-            _NORMALIZERS[key] = (fisher, fisher.moments(scaling))
-        mean, norm = _NORMALIZERS[key][1]
-    value = mean if normalize == "mean" else norm
-    if not value > 0:
-        raise ConfigError(f"normalize: {normalize} needs a positive Fisher, but all of {fisher.location} is 0")
-    return value

@@ -9,7 +9,7 @@ from typing import Any
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, check_shape
-from squisher_mergekit.merging.parameters import SQUISHER, UBGM_SQUISHER
+from squisher_mergekit.merging.parameters import UBGM_SQUISHER
 from squisher_mergekit.merging.sources import ModelFiles, Opened, Sources, find_name
 
 # What Python, torch and mergekit hold before the first tensor is read, and the chunks being worked on.
@@ -213,7 +213,8 @@ class MergePlan:
         summaries: dict[str, dict[str, Any]] = {}
         for tensor in self.tensors:
             for use in tensor.uses:
-                summary = summaries.setdefault(use.input.model.label, _describe(use, tensor))
+                label = use.input.model.label
+                summary = summaries[label] = summaries.get(label) or _describe(use, tensor)
                 summary["covered"] += tensor.size
                 summary["entries"] += tensor.size
             for item in tensor.inputs:
@@ -327,6 +328,3 @@ def _fisher_bytes(tensor: TensorPlan) -> int:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-__all__ = ["SQUISHER", "FisherUse", "MergePlan", "Settings", "TensorPlan", "WeightInput", "plan_tensor"]

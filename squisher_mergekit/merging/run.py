@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from squisher_mergekit.fisher.mapping import refuse_invalid
 from squisher_mergekit.fisher.names import kind_of
 from squisher_mergekit.merging.kernel import Outcome
 from squisher_mergekit.merging.output import Output
-from squisher_mergekit.merging.plan import MergePlan
+from squisher_mergekit.merging.plan import MergePlan, TensorPlan
+from squisher_mergekit.merging.sources import ModelFiles, Sources
 
 LOG = logging.getLogger("squisher_mergekit")
 
@@ -56,11 +58,23 @@ class Run:
         self.quiet = quiet
         self.strict = strict
         self.plan: MergePlan | None = None
+        self.sources = Sources()
+        self.models: dict[Any, ModelFiles] = {}
+        self._planned: dict[int, tuple[object, TensorPlan]] = {}
         self.output: Output | None = None
         self._lock = threading.Lock()
         self._all = _Sums()
         self._kinds: dict[str, _Sums] = {}
-        self._pending: list[Outcome] = []
+        self._pending: list[tuple[Tensor, int, tuple[str, str]]] = []
+
+    def keep(self, task: object, plan: TensorPlan) -> TensorPlan:
+        """Remember the plan of a task (and the task, so that its id stays its own)."""
+        self._planned[id(task)] = (task, plan)
+        return plan
+
+    def planned(self, task: object) -> TensorPlan | None:
+        """Return the plan of a task, if it was planned in this run."""
+        return self._planned.get(id(task), (None, None))[1]
 
     def record(self, name: str, labels: Sequence[str], outcome: Outcome) -> None:
         """Note the outcome of one tensor."""
@@ -68,9 +82,7 @@ class Run:
         with self._lock:
             self._all.add(size, labels, outcome)
             self._kinds.setdefault(kind_of(name), _Sums()).add(size, labels, outcome)
-            if outcome.pending:
-                # Keep the flags, not the result.
-                self._pending.append(Outcome(outcome.values[:0], [], 0, outcome.pending))
+            self._pending += outcome.pending
 
     def check(self) -> None:
         """Look at what an accelerator found.
@@ -78,9 +90,8 @@ class Run:
         Raises:
             ValuesError: A Fisher has NaN, infinite or negative entries.
         """
-        for outcome in self._pending:
-            outcome.check()
-        self._pending = []
+        for counts, total, label in self._pending:
+            refuse_invalid(counts, total, *label)
 
     def report(self) -> dict[str, Any]:
         """Return what happened: overall and per kind of layer, shares of entries and mean effective weights."""

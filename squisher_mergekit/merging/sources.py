@@ -1,8 +1,6 @@
 """From the parameter ``fisher:`` of a model to an open Fisher that fits its weights."""
 
-import logging
 import threading
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +8,8 @@ from squisher_mergekit.errors import MismatchError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import has_fisher, read_fisher
 from squisher_mergekit.fisher.fingerprint import difference, fingerprint
-from squisher_mergekit.fisher.mapping import Fisher, TensorInfo
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.optimizers.load import find_state, load_fisher
-
-LOG = logging.getLogger("squisher_mergekit")
 
 
 @dataclass(frozen=True)
@@ -33,21 +29,17 @@ class ModelFiles:
     adapter: bool = False
     convertible: bool = False
 
-    def __hash__(self) -> int:
-        return hash((self.label, self.folder))
-
 
 @dataclass(frozen=True)
 class Opened:
     """An open Fisher and what has to be said about it."""
 
     fisher: Fisher
-    path: Path
     warning: str | None
 
 
 class Sources:
-    """Opens each Fisher once; safe to use from several threads."""
+    """Opens each Fisher of a merge once; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -71,10 +63,9 @@ class Sources:
             RefusedError: Whatever reading it raises.
         """
         with self._lock:
-            path = locate(value, model, cache_dir)
-            key = (value, model, base, path, _stamp(path))
+            key = (value, model.label, base)
             if key not in self._opened:
-                self._opened[key] = _open(path, model, base)
+                self._opened[key] = _open(locate(value, model, cache_dir), model, base)
             return self._opened[key]
 
 
@@ -104,12 +95,6 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None) -> Path:
     )
 
 
-def _stamp(path: Path) -> tuple[object, ...]:
-    """Change whenever the files do, so that a second merge in one process sees new ones."""
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-
-
 def _open(path: Path, model: ModelFiles, base: Path | None) -> Opened:
     portable = path.suffix in (".safetensors", ".json") if path.is_file() else has_fisher(path)
     fisher = read_fisher(path) if portable else load_fisher(path, model=model.folder, base=base)
@@ -129,7 +114,7 @@ def _open(path: Path, model: ModelFiles, base: Path | None) -> Opened:
     warning = None
     if changed:
         warning = f"the Fisher for {model.label}, {fisher.location}, was made at other weights: {changed}"
-    return Opened(fisher, path, warning)
+    return Opened(fisher, warning)
 
 
 def find_name(fisher: Fisher, stored: str, aliases: tuple[str, ...]) -> str | None:
@@ -143,11 +128,3 @@ def find_name(fisher: Fisher, stored: str, aliases: tuple[str, ...]) -> str | No
         if found is not None:
             return found
     return None
-
-
-Convert = Callable[[Mapping[str, object], str], object]
-
-
-def shapes_fit(fisher: Fisher, name: str, weight: TensorInfo | None) -> bool:
-    """Return whether the Fisher's tensor is shaped like the weight, as far as headers tell."""
-    return weight is None or fisher.info(name).shape == weight.shape

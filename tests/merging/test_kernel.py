@@ -1,11 +1,14 @@
 """How the equations are run: chunks, the pool, the fused pass."""
 
+import weakref
+
 import pytest
 import torch
 
 from squisher_mergekit.errors import ValuesError
 from squisher_mergekit.merging import kernel
 from squisher_mergekit.merging.kernel import Input, merge_squisher, merge_ubgm
+from squisher_mergekit.merging.run import Run
 from tests.merging.reference import assert_within, draw_fisher, largest, squisher_reference, ubgm_reference
 
 SIZE = 2 * kernel.CHUNK + 7919
@@ -48,6 +51,19 @@ def test_threads_change_nothing_and_are_restored() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(alone, pooled)
+
+
+def test_a_worker_has_one_torch_thread() -> None:
+    """In the pool torch works with one thread, whatever its default is; with more it would spin at every operation."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        pool = kernel._Pool().get(3)
+        counts = [pool.submit(lambda: (torch.ones(3) + 1, torch.get_num_threads())[1]).result() for _ in range(6)]
+        pool.shutdown()
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [1] * 6
 
 
 def test_inputs_are_not_changed_and_may_be_strided() -> None:
@@ -120,8 +136,23 @@ def test_the_fused_pass_flags_invalid_entries_later() -> None:
     assert inputs[2].fisher is not None
     inputs[2].fisher[5] = float("nan")
     outcome = merge_squisher(inputs, torch.float32)
-    with pytest.raises(ValuesError, match="w2 in f has 1 NaN"):
+    with pytest.raises(ValuesError, match="w2 in f has 1 NaN of 1009 entries"):
         outcome.check()
+
+
+@pytest.mark.usefixtures("as_accelerator")
+def test_what_is_looked_at_later_holds_no_fisher_and_no_result() -> None:
+    """A run on an accelerator keeps counts only: not every Fisher of the model until the end."""
+    run = Run("squisher")
+    inputs = _inputs(1009, torch.float32)
+    outcome = merge_squisher(inputs, torch.float32)
+    held = [weakref.ref(tensor) for item in inputs for tensor in (item.theta, item.fisher)] + [
+        weakref.ref(outcome.values)
+    ]
+    run.record("w", ["0", "1", "2"], outcome)
+    del inputs, outcome
+    assert [ref() for ref in held] == [None] * 7
+    run.check()
 
 
 @pytest.mark.slow

@@ -210,6 +210,26 @@ def test_mergekit_multi(tmp_path: Path) -> None:
         assert_within(tensor, reference, largest(thetas))
 
 
+def test_every_tensor_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning and the graph share one plan a tensor: nothing is looked up on disk twice."""
+    from squisher_mergekit.merging import plan
+
+    for i in range(2):
+        give_fisher(tmp_path / f"m{i}", llama(tmp_path / f"m{i}", i), i)
+    planned = []
+    stock = plan.plan_tensor
+
+    def counted(method: str, name: str, *rest: Any, **options: Any) -> Any:
+        planned.append(name)
+        return stock(method, name, *rest, **options)
+
+    monkeypatch.setattr(plan, "plan_tensor", counted)
+    result = merged(
+        {"merge_method": "squisher", "models": [{"model": str(tmp_path / f"m{i}")} for i in range(2)]}, tmp_path / "out"
+    )
+    assert sorted(planned) == sorted(result)
+
+
 def test_fishers_are_loaded_just_before_use(tmp_path: Path) -> None:
     """The schedule never holds the Fishers of more than one output tensor at a time."""
     from mergekit.architecture import get_architecture_info
