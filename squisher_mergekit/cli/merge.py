@@ -9,7 +9,6 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.files import written_beside
 from squisher_mergekit.merging.driver import read_config, run_config
-from squisher_mergekit.merging.parameters import METHODS
 from squisher_mergekit.merging.report import as_text
 from squisher_mergekit.merging.run import strict_runs
 
@@ -36,10 +35,6 @@ def command(config: Path, out: Path, strict: bool, json_file: Path | None, merge
     merge_options.apply_global_options()
     text = config.read_text(encoding="utf-8")
     parsed = read_config(text)
-    if parsed.merge_method not in METHODS:
-        raise ConfigError(
-            f"merge_method must be {' or '.join(METHODS)} here, found {parsed.merge_method}; use mergekit-yaml for it"
-        )
     with strict_runs(strict), written_beside(out.absolute()) as folder:
         run = run_config(parsed, text, folder, merge_options)
     report = run.report()

@@ -6,8 +6,8 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions
 
-from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.merging.driver import plan_config, read_config
+from squisher_mergekit.merging.run import strict_runs
 
 
 @click.command("plan")
@@ -41,10 +41,8 @@ def command(
         allow_crimes=allow_crimes,
         quiet=True,
     )
-    plan = plan_config(read_config(config.read_text(encoding="utf-8")), options)
-    warnings = plan.warnings()
-    if strict and warnings:
-        raise MismatchError(f"{warnings[0]}; plan without --strict if that is meant")
+    with strict_runs(strict):
+        plan = plan_config(read_config(config.read_text(encoding="utf-8")), options)
     click.echo(str(plan))
     if json_file is not None:
         json_file.write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")

@@ -13,15 +13,20 @@ def read_config(text: str) -> Any:
     """Parse the YAML of a merge as mergekit does.
 
     Raises:
-        ConfigError: It is no valid merge configuration.
+        ConfigError: It is no valid merge configuration, or one of another method.
     """
     import yaml
     from mergekit.config import MergeConfiguration
 
     try:
-        return MergeConfiguration.model_validate(yaml.safe_load(text))
+        config = MergeConfiguration.model_validate(yaml.safe_load(text))
     except (yaml.YAMLError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ConfigError(f"the configuration must be one that mergekit reads, but {error}") from error
+    if config.merge_method not in METHODS:
+        raise ConfigError(
+            f"merge_method must be {' or '.join(METHODS)} here, found {config.merge_method}; use mergekit-yaml for it"
+        )
+    return config
 
 
 def plan_config(config: Any, options: Any) -> Any:
@@ -37,10 +42,6 @@ def plan_config(config: Any, options: Any) -> Any:
 
     from squisher_mergekit.merging.run import current_run
 
-    if config.merge_method not in METHODS:
-        raise ConfigError(
-            f"merge_method must be {' or '.join(METHODS)} here, found {config.merge_method}; use mergekit-yaml for it"
-        )
     with mergekit_errors():
         architecture = get_architecture_info(config, options)
         LoaderCache().setup(options=options)
