@@ -285,7 +285,7 @@ def _model_files(model: Any, loader: Any) -> Any:
         file=local if local.is_file() else None,
         repo=None if local.exists() else (model.model.path, model.model.revision),
         adapter=model.lora is not None,
-        convertible=not local.is_file() and _converts(_model_type(model)),
+        convertible=lambda: not local.is_file() and _converts(_model_type(model)),
     )
 
 

@@ -1,6 +1,7 @@
 """From the parameter ``fisher:`` of a model to an open Fisher that fits its weights."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ class ModelFiles:
 
     ``label``: as the configuration names it. ``folder``: where its weights lie; ``file``: the one file, for single-file
     models. ``names``: all tensor names in its files. ``repo``: id and revision if it comes from the Hub. ``adapter``:
-    it is a base with a LoRA applied. ``convertible``: says whether stored names give a tensor that is not stored.
+    it is a base with a LoRA applied. ``convertible`` says whether transformers makes its tensors of others when loading;
+    a function, as the answer takes transformers half a second and is seldom needed.
     """
 
     label: str
@@ -27,7 +29,7 @@ class ModelFiles:
     file: Path | None = None
     repo: tuple[str, str | None] | None = None
     adapter: bool = False
-    convertible: bool = False
+    convertible: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def _open(path: Path, model: ModelFiles, base: Path | None) -> Opened:
             f"the Fisher for {model.label} must be of full weights, but {fisher.location} is of a LoRA adapter, whose "
             "second moments say nothing of the merged weights; merge adapters, or estimate a Fisher of the full model"
         )
-    unknown = [] if model.convertible else [name for name in fisher if name not in model.names]
-    if unknown:
+    unknown = [name for name in fisher if name not in model.names]
+    if unknown and not model.convertible():
         raise MismatchError(
             f"the names of a Fisher must be those of the weights, but {len(unknown)} of {len(fisher)} in "
             f"{fisher.location} are not in {model.label}, {unknown[0]} among them; give the Fisher of this model"
