@@ -19,8 +19,8 @@ class ModelFiles:
 
     ``label``: as the configuration names it. ``folder``: where its weights lie; ``file``: the one file, for single-file
     models. ``names``: all tensor names in its files. ``repo``: id and revision if it comes from the Hub. ``adapter``:
-    it is a base with a LoRA applied. ``convertible`` says whether transformers makes its tensors of others when loading;
-    a function, as the answer takes transformers half a second and is seldom needed.
+    it is a base with a LoRA applied. ``convertible`` says whether transformers makes its tensors of others at loading;
+    it is a function, as the answer takes transformers half a second and is seldom needed.
     """
 
     label: str
