@@ -2,12 +2,12 @@
 
 All tensors of a call have one shape (called *weight* below) and one floating dtype, float32 or float64; the
 functions allocate what they return and change nothing. They never look at a value on the host, so that they run on
-an accelerator without synchronisation and can be compiled into one pass; ``positive`` is the one exception, a promise
-of the caller's that saves the work for entries without information.
+an accelerator without synchronisation and can be compiled into one pass.
 
 Numerics: the Fisher of an entry can be anything in {0} or 1e-38 to 1e+30, so each F is divided by the largest F of
 that entry over the models before anything is multiplied. Factors on a whole model's F (bias correction, number of
-examples) are given apart, as ``scales``, and used only on those ratios.
+examples) are given apart, as ``scales``, and used only on those ratios. A caller that knows the ``extremes`` of the
+Fishers saves half of the time where they show that the sums are safe as they stand.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-37
+_NORMAL = (1e-30, 1e30)
+
+Extremes: TypeAlias = Sequence[tuple[float, float]]
+Factor: TypeAlias = float | Tensor
 
 
 class Merged(NamedTuple):
@@ -39,7 +43,7 @@ def squisher(
     fishers: Sequence[Tensor],
     weights: Sequence[float],
     scales: Sequence[float],
-    positive: bool = False,
+    extremes: Extremes | None = None,
 ) -> Merged:
     """Fisher merging: ``sum_i w_i F_i theta_i / sum_i w_i F_i`` with ``F_i = scales_i * fishers_i``.
 
@@ -51,7 +55,7 @@ def squisher(
         fishers: Their Fishers up to a factor, not negative, shaped like the weight.
         weights: w_i, not negative, not all 0.
         scales: One positive factor a model.
-        positive: Promise that in every entry some ``fishers_i`` with ``w_i > 0`` is positive.
+        extremes: The smallest and the largest entry of each Fisher, if known.
 
     Returns:
         The merged weight.
@@ -65,15 +69,18 @@ def squisher(
         tensor([0.7500, 3.0000])
     """
     used = [i for i, weight in enumerate(weights) if weight > 0]
-    values, shares, fell_back = fisher_mean(
+    coefficients = dict(zip(used, relative([weights[i] * scales[i] for i in used]), strict=True))
+    anchor = _anchor([(*extremes[i], coefficients[i]) for i in used]) if extremes else None
+    if anchor is not None:
+        used.insert(0, used.pop(anchor))
+    merged = fisher_mean(
         [thetas[i] for i in used],
         [fishers[i] for i in used],
         relative([weights[i] for i in used]),
-        relative([weights[i] * scales[i] for i in used]),
-        positive,
+        [coefficients[i] for i in used],
+        anchor is not None,
     )
-    low, high = bounds(thetas)
-    return Merged(values.clamp_(low, high), _spread(shares, used, len(weights)), fell_back)
+    return merged._replace(shares=_spread(merged.shares, used, len(weights)))
 
 
 def ubgm_squisher(
@@ -85,6 +92,7 @@ def ubgm_squisher(
     scales: Sequence[float],
     base_scale: float = 1.0,
     prior: Tensor | float = 0.0,
+    extremes: Extremes | None = None,
 ) -> Merged:
     """Gradient matching: ``theta_0 + (F_0 + d + sum_i w_i F_i)^-1 sum_i w_i (F_0 + d + F_i) (theta_i - theta_0)``.
 
@@ -99,6 +107,10 @@ def ubgm_squisher(
         scales: One positive factor a model.
         base_scale: The factor of ``base_fisher``.
         prior: d, in the units of the scaled Fishers (0-dim if a tensor).
+        extremes: The smallest and the largest entry of each of ``fishers``, then of ``base_fisher``, if known; on an
+            accelerator this looks at a ``prior`` that is a tensor.
+        extremes: The smallest and the largest entry of each of ``fishers``, then of ``base_fisher``, if known; on an
+            accelerator this looks at a ``prior`` that is a tensor.
 
     Returns:
         The merged weight.
@@ -112,20 +124,31 @@ def ubgm_squisher(
     """
     used = [i for i, weight in enumerate(weights) if weight > 0]
     unit = max([scales[i] for i in used] + ([base_scale] if base_fisher is not None else []))
-    values, shares, fell_back = matched_step(
+    rates = [max(weights[i], _TINY) for i in used]
+    factors = [scales[i] / unit for i in used]
+    anchor = None
+    if extremes and float(prior / unit) <= _NORMAL[1]:
+        known = [(*extremes[i], rate * factor) for i, rate, factor in zip(used, rates, factors, strict=True)]
+        anchor = _anchor(known + ([(*extremes[-1], base_scale / unit)] if base_fisher is not None else []))
+    merged = matched_step(
         base,
         base_fisher,
         [thetas[i] for i in used],
         [fishers[i] for i in used],
-        [max(weights[i], _TINY) for i in used],
-        [scales[i] / unit for i in used],
+        rates,
+        factors,
         base_scale / unit,
-        torch.as_tensor(prior, dtype=torch.float64) / unit,
+        prior / unit,
+        anchor is not None,
     )
-    return Merged(values, _spread(shares, used, len(weights)), fell_back)
+    return merged._replace(shares=_spread(merged.shares, used, len(weights)))
 
 
-Factor: TypeAlias = float | Tensor
+def _anchor(models: Sequence[tuple[float, float, float]]) -> int | None:
+    """Return which of (smallest F, largest F, factor) has a product safely above 0, if no sum can overflow."""
+    least = [low * factor for low, _, factor in models]
+    best = max(range(len(models)), key=least.__getitem__)
+    return best if least[best] >= _NORMAL[0] and max(high for _, high, _ in models) <= _NORMAL[1] else None
 
 
 def fisher_mean(
@@ -133,27 +156,31 @@ def fisher_mean(
     fishers: Sequence[Tensor],
     weights: Sequence[Factor],
     coefficients: Sequence[Factor],
-    positive: bool,
+    normal: bool,
 ) -> Merged:
-    """The heart of :func:`squisher`: all w_i are positive, ``coefficients`` are ``w_i scales_i`` up to a factor."""
-    largest = _largest(fishers)
-    parts = [fisher / largest for fisher in fishers]
-    if not all(isinstance(c, float) and c == 1.0 for c in coefficients):
-        parts = [part.mul_(c) for part, c in zip(parts, coefficients, strict=True)]
-    if positive:
-        fell_back = largest.new_zeros((), dtype=torch.int64)
-    else:
+    """The heart of :func:`squisher`: all w_i are positive, ``coefficients`` are ``w_i scales_i`` up to a factor.
+
+    A running mean: each model moves the mean of those before it by its share of the information so far, and no
+    entry can leave the range of its inputs. ``normal``: the first model's product is safely above 0 in every entry.
+    """
+    blank = None
+    if not normal:
+        largest = _largest(fishers)
         blank = largest == 0
+        fishers = [fisher / largest for fisher in fishers]
+    parts = [_times(fisher, c) for fisher, c in zip(fishers, coefficients, strict=True)]
+    if blank is not None:
         parts = [torch.where(blank, weight, part) for part, weight in zip(parts, weights, strict=True)]
-        fell_back = blank.sum()
-    inverse = _sum(parts).reciprocal_()
-    parts = [part.mul_(inverse) for part in parts]
-    values = parts[0] * thetas[0]
-    for part, theta in zip(parts[1:], thetas[1:], strict=True):
-        values.addcmul_(part, theta)
-    shares = [part.sum() for part in parts[1:]]
-    first = values.numel() - _sum(shares) if shares else values.new_full((), values.numel())
-    return Merged(values, [first, *shares], fell_back)
+    fell_back = _count(blank, thetas[0])
+    if len(parts) == 1:
+        return Merged(thetas[0].clone(), [thetas[0].new_full((), thetas[0].numel())], fell_back)
+    values, total = thetas[0], parts[0]
+    for theta, part in zip(thetas[1:], parts[1:], strict=True):
+        total = total + part
+        share = part / (total if normal else total.clamp_min(_TINY))
+        values = torch.lerp(values, theta, share)
+    shares = [*((part / total).sum() for part in parts[1:-1]), share.sum()]
+    return Merged(values, [values.numel() - _sum(shares), *shares], fell_back)
 
 
 def matched_step(
@@ -164,25 +191,33 @@ def matched_step(
     weights: Sequence[Factor],
     scales: Sequence[Factor],
     base_scale: Factor,
-    prior: Tensor,
+    prior: Factor,
+    normal: bool,
 ) -> Merged:
-    """The heart of :func:`ubgm_squisher`: all w_i are positive, the factors are relative to the largest of them."""
-    largest = _largest([*fishers, *([] if base_fisher is None else [base_fisher])])
-    blank = largest == 0
-    # In units of the entry's largest F, or of the prior where that is larger still.
-    prior = prior.to(largest.dtype)
-    largest = torch.where(blank, 1.0, torch.maximum(largest, prior))
-    common = prior / largest
-    if base_fisher is not None:
-        common = common + (base_fisher / largest) * base_scale
-    own = [(fisher / largest).mul_(scale) for fisher, scale in zip(fishers, scales, strict=True)]
-    total = common + _sum([part * weight for part, weight in zip(own, weights, strict=True)])
-    inverse = torch.where(blank, 0.0, total.reciprocal_())
-    parts = [part.add_(common).mul_(inverse).mul_(w) for part, w in zip(own, weights, strict=True)]
-    step = parts[0] * (thetas[0] - base)
-    for part, theta in zip(parts[1:], thetas[1:], strict=True):
-        step.addcmul_(part, theta - base)
-    return Merged(base + step, [part.sum() for part in parts], blank.sum())
+    """The heart of :func:`ubgm_squisher`: all w_i are positive, the factors are relative to the largest of them.
+
+    ``normal``: the sum of all Fishers is safely above 0 in every entry.
+    """
+    blank = None
+    if not normal:
+        # In units of the entry's largest F, or of the prior where that is larger still.
+        largest = _largest([*fishers, *([] if base_fisher is None else [base_fisher])])
+        blank = largest == 0
+        prior = torch.as_tensor(prior, dtype=largest.dtype, device=largest.device)
+        largest = torch.where(blank, 1.0, torch.maximum(largest, prior))
+        prior = prior / largest
+        fishers = [fisher / largest for fisher in fishers]
+        base_fisher = None if base_fisher is None else base_fisher / largest
+    common = prior if base_fisher is None else _plus(_times(base_fisher, base_scale), prior)
+    own = [_times(fisher, scale) for fisher, scale in zip(fishers, scales, strict=True)]
+    total = _plus(_sum([_times(part, weight) for part, weight in zip(own, weights, strict=True)]), common)
+    values, shares = base, []
+    for theta, part, weight in zip(thetas, own, weights, strict=True):
+        share = _times(_plus(part, common) / total, weight)
+        share = share if blank is None else torch.where(blank, 0.0, share)
+        values = torch.addcmul(values, share, theta - base)
+        shares.append(share.sum())
+    return Merged(values, shares, _count(blank, base))
 
 
 def weighted_mean(thetas: Sequence[Tensor], weights: Sequence[float], base: Tensor | None = None) -> Tensor:
@@ -221,19 +256,27 @@ def bounds(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0].clone()
-    total = tensors[0] + tensors[1]
-    for tensor in tensors[2:]:
-        total.add_(tensor)
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
     return total
 
 
+def _times(tensor: Tensor, factor: Factor) -> Tensor:
+    return tensor if isinstance(factor, float) and factor == 1.0 else tensor * factor
+
+
+def _plus(tensor: Tensor, term: Factor) -> Tensor:
+    return tensor if isinstance(term, float) and term == 0.0 else tensor + term
+
+
+def _count(blank: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_zeros((), dtype=torch.int64) if blank is None else blank.sum()
+
+
 def _spread(shares: Sequence[Tensor], used: Sequence[int], count: int) -> list[Tensor]:
-    spread = [torch.zeros_like(shares[0]) for _ in range(count)]
-    for i, share in zip(used, shares, strict=True):
-        spread[i] = share
-    return spread
+    found = dict(zip(used, shares, strict=True))
+    return [found[i] if i in found else torch.zeros_like(shares[0]) for i in range(count)]
 
 
 def relative(factors: Sequence[float]) -> list[float]:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from squisher_mergekit.fisher.mapping import check_values, count_invalid, refuse_invalid
 from squisher_mergekit.merging import equations
-from squisher_mergekit.merging.equations import Merged
+from squisher_mergekit.merging.equations import Extremes, Merged
 
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 COMPILE_FROM = 1 << 20
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -90,8 +90,8 @@ def merge_squisher(inputs: Sequence[Input], out_dtype: torch.dtype) -> Outcome:
         factors = [equations.relative([part[i] for i in used]) for part in (weights, list(map(mul, weights, scales)))]
         return _run_fused(_squisher_pass, operands, used, operands.tensor(factors), len(inputs), out_dtype)
 
-    def step(thetas: list[Tensor], fishers: list[Tensor], positive: bool) -> Merged:
-        return equations.squisher(thetas, fishers, weights, scales, positive)
+    def step(thetas: list[Tensor], fishers: list[Tensor], extremes: Extremes) -> Merged:
+        return equations.squisher(thetas, fishers, weights, scales, extremes)
 
     return _run_chunks(step, operands, len(inputs), out_dtype)
 
@@ -126,7 +126,7 @@ def merge_ubgm(base: Input, inputs: Sequence[Input], prior: float, out_dtype: to
         extra = torch.as_tensor(absolute, dtype=torch.float64, device=base.theta.device) / unit
         return _run_fused(_ubgm_pass, operands, used, (factors, extra, known), len(inputs), out_dtype)
 
-    def step(thetas: list[Tensor], fishers: list[Tensor], positive: bool) -> Merged:
+    def step(thetas: list[Tensor], fishers: list[Tensor], extremes: Extremes) -> Merged:
         *others, origin = thetas
         return equations.ubgm_squisher(
             origin,
@@ -137,6 +137,7 @@ def merge_ubgm(base: Input, inputs: Sequence[Input], prior: float, out_dtype: to
             scales,
             base.scale,
             absolute,
+            extremes,
         )
 
     return _run_chunks(step, operands, len(inputs), out_dtype)
@@ -154,7 +155,7 @@ def _absolute_prior(base: Input, inputs: Sequence[Input], prior: float) -> Tenso
 def _mean(inputs: Sequence[Input], weights: list[float], base: Input | None, out_dtype: torch.dtype) -> Outcome:
     count = len(inputs)
 
-    def step(thetas: list[Tensor], fishers: list[Tensor], positive: bool) -> Merged:
+    def step(thetas: list[Tensor], fishers: list[Tensor], extremes: Extremes) -> Merged:
         values = equations.weighted_mean(thetas[:count], weights, None if base is None else thetas[count])
         shares = [values.new_full((), w / sum(weights) * values.numel()) for w in weights]
         return Merged(values, shares, torch.tensor(values.numel()))
@@ -164,7 +165,7 @@ def _mean(inputs: Sequence[Input], weights: list[float], base: Input | None, out
     if not operands.on_accelerator:
         return _run_chunks(step, operands, count, out_dtype)
     with torch.no_grad():
-        merged = step([theta.to(operands.work) for theta in operands.thetas], [], False)
+        merged = step([theta.to(operands.work) for theta in operands.thetas], [], [])
     shares = [weight / sum(weights) for weight in weights]
     return Outcome(merged.values.to(out_dtype), list(shares), merged.values.numel())
 
@@ -198,7 +199,7 @@ class _Operands:
         return torch.tensor(values, dtype=self.work, device=self.thetas[0].device)
 
 
-Step = Callable[[list[Tensor], list[Tensor], bool], Merged]
+Step = Callable[[list[Tensor], list[Tensor], Extremes], Merged]
 
 
 def _run_chunks(step: Step, operands: _Operands, count: int, out_dtype: torch.dtype) -> Outcome:
@@ -210,13 +211,11 @@ def _run_chunks(step: Step, operands: _Operands, count: int, out_dtype: torch.dt
     def chunk(start: int) -> tuple[list[float], int]:
         part = slice(start, min(start + CHUNK, size))
         pieces = [fisher[part].to(work) for fisher in fishers]
-        positive = False
-        for fisher, piece, label in zip(fishers, pieces, operands.labels, strict=True):
-            low, high = (value.item() for value in torch.aminmax(piece))
+        extremes = [(low.item(), high.item()) for low, high in map(torch.aminmax, pieces)]
+        for (low, high), fisher, label in zip(extremes, fishers, operands.labels, strict=True):
             if not (low >= 0 and high < float("inf")):
                 check_values(fisher, *label)
-            positive = positive or low > 0
-        merged = step([theta[part].to(work) for theta in thetas], pieces, positive)
+        merged = step([theta[part].to(work) for theta in thetas], pieces, extremes)
         out[part] = merged.values
         return [float(share) for share in merged.shares], int(merged.fell_back)
 
@@ -261,9 +260,7 @@ def _squisher_pass(
     merged = equations.fisher_mean(
         [wide[i] for i in used], [fishers[i].to(work) for i in used], list(factors[0]), list(factors[1]), False
     )
-    low, high = equations.bounds(wide)
-    values = merged.values.clamp(low, high)
-    return values.to(out_dtype), merged.shares, merged.fell_back, [count_invalid(fisher) for fisher in fishers]
+    return merged.values.to(out_dtype), merged.shares, merged.fell_back, [count_invalid(fisher) for fisher in fishers]
 
 
 def _ubgm_pass(
@@ -285,6 +282,7 @@ def _ubgm_pass(
         list(numbers[n : 2 * n]),
         numbers[2 * n],
         prior,
+        False,
     )
     return merged.values.to(out_dtype), merged.shares, merged.fell_back, [count_invalid(fisher) for fisher in fishers]
 

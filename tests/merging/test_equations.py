@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from squisher_mergekit.merging.equations import squisher, ubgm_squisher, weighted_mean
+from squisher_mergekit.merging.equations import _anchor, squisher, ubgm_squisher, weighted_mean
 from tests.merging.reference import assert_within, draw_fisher, largest, squisher_reference, ubgm_reference
 
 SHAPE = (7, 13)
@@ -40,6 +40,45 @@ def test_ubgm_is_its_formula(count: int, prior: float) -> None:
     assert_within(result, ubgm_reference(base, base_fisher, thetas, fishers, weights, prior), size)
 
 
+def _normal_models(count: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[float, float]]]:
+    """Models of which one has information in every entry, so that nothing need be divided first; others have zeros."""
+    thetas, fishers = _models(count, seed)
+    generator = torch.Generator().manual_seed(seed)
+    fishers = [fisher.clamp_max(1e9) for fisher in fishers]
+    fishers[seed % count] = 10 ** (torch.rand(*SHAPE, generator=generator) * 30 - 25)
+    return thetas, fishers, [(float(fisher.min()), float(fisher.max())) for fisher in fishers]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("rate", [1.0, 1e-3, 1e-20, 1e20])
+def test_known_extremes_change_nothing_but_the_time(count: int, seed: int, rate: float) -> None:
+    """Where the extremes allow the shorter way, both methods agree with float64 as before, whatever the factors."""
+    thetas, fishers, extremes = _normal_models(count, seed)
+    weights, scales = WEIGHTS[:count], [rate, *[1.0] * (count - 1)]
+    scaled = [fisher.double() * scale for fisher, scale in zip(fishers, scales, strict=True)]
+    merged = squisher(thetas, fishers, weights, scales, extremes)
+    assert_within(merged.values, squisher_reference(thetas, scaled, weights), largest(thetas))
+    assert float(sum(merged.shares)) == pytest.approx(thetas[0].numel(), rel=1e-6)
+    slow = squisher(thetas, fishers, weights, scales)
+    torch.testing.assert_close(torch.stack(merged.shares), torch.stack(slow.shares), rtol=1e-5, atol=1e-4)
+    base, base_fisher = -thetas[0], fishers[0].flip(0)
+    known = [*extremes, extremes[0]]
+    for prior in (0.0, 0.1):
+        d = prior * (base_fisher.double() + sum(w * f for w, f in zip(weights, scaled, strict=True))).mean()
+        result = ubgm_squisher(base, base_fisher, thetas, fishers, weights, scales, 1.0, d, known).values
+        size = base.double().abs() + sum(w * (t.double() - base).abs() for w, t in zip(weights, thetas, strict=True))
+        assert_within(result, ubgm_reference(base, base_fisher, thetas, scaled, weights, prior), size)
+
+
+def test_the_shorter_way_is_taken_only_where_it_is_safe() -> None:
+    """One model with information everywhere is enough; entries without any, tiny products and overflow are not safe."""
+    assert _anchor([(0.0, 1.0, 1.0), (1e-9, 1.0, 0.5)]) == 1
+    assert _anchor([(0.0, 1.0, 1.0), (0.0, 1.0, 1.0)]) is None
+    assert _anchor([(1e-20, 1.0, 1e-15)]) is None
+    assert _anchor([(1.0, 1e31, 1.0)]) is None
+
+
 @given(factor=st.floats(1e-6, 1e6), seed=st.integers(0, 10**6))
 @settings(deadline=None, max_examples=40)
 def test_a_common_factor_changes_nothing(factor: float, seed: int) -> None:
@@ -72,11 +111,12 @@ def test_between_smallest_and_largest_input(seed: int, weights: list[float]) -> 
     """Every entry of a Fisher merge lies between the smallest and the largest input."""
     if not any(weight > 0 for weight in weights):
         weights = [1.0, *weights[1:]]
-    thetas, fishers = _models(3, seed)
-    result = squisher(thetas, fishers, weights, [1.0, 0.1, 7.0]).values
-    stacked = torch.stack(thetas)
-    assert bool((result >= stacked.amin(0)).all())
-    assert bool((result <= stacked.amax(0)).all())
+    thetas, fishers, extremes = _normal_models(3, seed)
+    for known in (None, extremes):
+        result = squisher(thetas, fishers, weights, [1.0, 0.1, 7.0], known).values
+        stacked = torch.stack(thetas)
+        assert bool((result >= stacked.amin(0)).all())
+        assert bool((result <= stacked.amax(0)).all())
 
 
 def test_equal_fishers_give_the_weighted_mean() -> None:
