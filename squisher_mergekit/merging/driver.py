@@ -34,18 +34,21 @@ def plan_config(config: Any, options: Any) -> Any:
 
     Raises:
         RefusedError: The merge would be refused.
+        UnsupportedMergekitError: This mergekit plans in another way.
     """
+    from mergekit import merge
     from mergekit.architecture import get_architecture_info
     from mergekit.io.tasks import LoaderCache
-    from mergekit.merge import _model_out_config
     from mergekit.plan import MergePlanner
 
+    from squisher_mergekit.merging.integration import need
     from squisher_mergekit.merging.run import current_run
 
+    model_out_config = need(merge, "_model_out_config", "trust_remote_code")
     with mergekit_errors():
         architecture = get_architecture_info(config, options)
         LoaderCache().setup(options=options)
-        output = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+        output = model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
         # Planning to disk writes nothing; only the executor would.
         MergePlanner(config, architecture, options=options, out_model_config=output).plan_to_disk("unused")
     return current_run().plan

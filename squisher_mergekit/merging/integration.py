@@ -51,8 +51,20 @@ def activate(name: str, module: ModuleType) -> None:
     setattr(module, _DONE, True)
 
 
-def _need(owner: Any, name: str, *parameters: str) -> Any:
-    """Return an attribute; raise unless it is there and takes the parameters."""
+def need(owner: Any, name: str, *parameters: str) -> Any:
+    """Return an attribute of mergekit's.
+
+    Args:
+        owner: The module or class.
+        name: The attribute's name.
+        *parameters: Names of parameters it must take.
+
+    Returns:
+        The attribute.
+
+    Raises:
+        UnsupportedMergekitError: It is not there, or does not take them.
+    """
     found = getattr(owner, name, None)
     taken = inspect.signature(found).parameters if callable(found) and parameters else {}
     if found is None or any(parameter not in taken for parameter in parameters):
@@ -98,11 +110,11 @@ def _explain_unsupported(error: Exception) -> None:
 def _register(registry: ModuleType) -> None:
     base = __import__("mergekit.merge_methods.base", fromlist=["base"])
     for name in ("GroupMergeMethod", "InputContract", "OptionalTensorPolicy", "ParameterScope", "TensorGroup"):
-        _need(base, name)
-    _need(base, "MergeMethodSpec", "name", "parameters", "contract", "optional_tensor_policy")
-    _need(base, "ParameterSpec", "name", "value_type", "scope", "default")
-    _need(registry, "register", "method")
-    _need(registry, "registered_methods")
+        need(base, name)
+    need(base, "MergeMethodSpec", "name", "parameters", "contract", "optional_tensor_policy")
+    need(base, "ParameterSpec", "name", "value_type", "scope", "default")
+    need(registry, "register", "method")
+    need(registry, "registered_methods")
     # The module registers its methods when it has run; it may be the one whose imports brought mergekit in.
     importlib.import_module("squisher_mergekit.merging.methods")
 
@@ -123,14 +135,14 @@ def _extend_tasks(adapter: ModuleType) -> None:
     from mergekit import graph
     from mergekit.io import tasks as io_tasks
 
-    task = _need(adapter, "ExecuteMergeMethodTask")
+    task = need(adapter, "ExecuteMergeMethodTask")
     for field in ("method_name", "gather_tensors", "model_order", "base_model", "output_weight", "input_parameters"):
         if field not in task.model_fields:
             raise UnsupportedMergekitError(f"{_unsupported()} (ExecuteMergeMethodTask.{field} is gone)")
-    arguments, execute = _need(task, "arguments"), _need(task, "execute", "tensors")
-    _need(io_tasks.LoadTensor, "_resolve_name", "loader")
-    _need(io_tasks.GatherTensors, "group_label")
-    _need(io_tasks, "LoaderCache")
+    arguments, execute = need(task, "arguments"), need(task, "execute", "tensors")
+    need(io_tasks.LoadTensor, "_resolve_name", "loader")
+    need(io_tasks.GatherTensors, "group_label")
+    need(io_tasks, "LoaderCache")
 
     @functools.wraps(arguments)
     def with_fishers(self: Any) -> Any:
@@ -337,18 +349,19 @@ def _can_convert(model: Any, fisher: Fisher, name: str) -> bool:
 
 
 def _extend_planner(plan_module: ModuleType) -> None:
-    planner = _need(plan_module, "MergePlanner")
-    plan, normalize = _need(planner, "_plan"), _need(planner, "normalize_config")
+    planner = need(plan_module, "MergePlanner")
+    plan, normalize = need(planner, "_plan"), need(planner, "normalize_config")
 
     @functools.wraps(normalize)
     def normalize_config(self: Any) -> Any:
         base = self.config.base_model
         if self.config.merge_method != SQUISHER or base is None:
             return normalize(self)
-        listed = _listed_models(self.config)
+        everywhere = _listed_models(self.config)
+        listed = {name: _listed_models(module) for name, module in (self.config.modules or {}).items()}
         result = normalize(self)
-        if base not in listed:
-            for module in self.config.modules.values():
+        for name, module in self.config.modules.items():
+            if base not in listed.get(name, everywhere):
                 for part in module.slices:
                     part.sources = [source for source in part.sources if source.model != base]
         return result
@@ -393,10 +406,10 @@ def _conclude(run: Any, tasks: list[Any], dtype: str | None, shard_bytes: int) -
         run.log(f"{run.method}: {model['model']}: {describe_model(model)}")
 
 
-def _listed_models(config: Any) -> set[Any]:
-    parts = [config, *(config.modules or {}).values()]
-    listed = {item.model for part in parts for item in (part.models or [])}
-    return listed | {source.model for part in parts for piece in (part.slices or []) for source in piece.sources}
+def _listed_models(part: Any) -> set[Any]:
+    """Return the models that a configuration, or one of its modules, lists itself."""
+    listed = {item.model for item in (part.models or [])}
+    return listed | {source.model for piece in (part.slices or []) for source in piece.sources}
 
 
 def _blocks(config: Any) -> Iterator[Block]:
@@ -419,7 +432,7 @@ def _block(place: str, of_model: bool, settings: Any) -> Iterator[Block]:
 
 
 def _extend_raw(module: ModuleType) -> None:
-    plan_flat_merge = _need(module, "plan_flat_merge", "config", "options")
+    plan_flat_merge = need(module, "plan_flat_merge", "config", "options")
     signature = inspect.signature(plan_flat_merge)
 
     @functools.wraps(plan_flat_merge)
@@ -445,8 +458,8 @@ def _extend_raw(module: ModuleType) -> None:
 
 
 def _extend_writer(io_tasks: ModuleType) -> None:
-    writer_task = _need(io_tasks, "TensorWriterTask")
-    execute = _need(writer_task, "execute")
+    writer_task = need(io_tasks, "TensorWriterTask")
+    execute = need(writer_task, "execute")
 
     @functools.wraps(execute)
     def noted(self: Any, **rest: Any) -> Any:
@@ -473,7 +486,7 @@ def _settle(writer: Any) -> None:
 
 
 def _extend_executor(executor: Any) -> None:
-    run_graph = _need(executor, "run", "quiet")
+    run_graph = need(executor, "run", "quiet")
 
     @functools.wraps(run_graph)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -503,6 +516,6 @@ _ACTIVATORS: dict[str, Callable[[ModuleType], None]] = {
     "merge_methods.registry": _register,
     "merge_methods.task_adapter": _extend_tasks,
     "plan": _extend_planner,
-    "multigpu_executor": lambda module: _extend_executor(_need(module, "MultiGPUExecutor")),
+    "multigpu_executor": lambda module: _extend_executor(need(module, "MultiGPUExecutor")),
     "scripts.merge_raw_pytorch": _extend_raw,
 }

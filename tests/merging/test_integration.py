@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tests.merging.reference import llama
 
 ORDERS = [
     "import squisher_mergekit.merging.methods as own, mergekit.merge_methods as stock",
@@ -20,3 +24,29 @@ def test_the_order_of_imports_does_not_matter(imports: str) -> None:
     code = f"{imports}; {checks}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, "not active" in done.stderr) == (0, False), done.stderr
+
+
+def test_a_base_counts_as_listed_module_by_module(tmp_path: Path) -> None:
+    """A base that one module lists takes part in that module alone; another keeps to the models it lists."""
+    from mergekit import merge_methods
+    from mergekit.config import MergeConfiguration
+    from mergekit.plan import MergePlanner
+
+    for i in range(3):
+        llama(tmp_path / f"m{i}", seed=i)
+    models = [{"model": str(tmp_path / f"m{i}")} for i in range(3)]
+    modules = {"text": {"models": models[:2]}, "vision": {"models": models[1:]}}
+    config = {"merge_method": "squisher", "base_model": models[0]["model"], "modules": modules}
+    layers = SimpleNamespace(architecture=SimpleNamespace(num_layers=lambda _: 3))
+    planner = SimpleNamespace(
+        _method=merge_methods.get("squisher"),
+        config=MergeConfiguration.model_validate(config),
+        arch_info=SimpleNamespace(modules=dict.fromkeys(modules, layers)),
+        options=SimpleNamespace(trust_remote_code=False),
+    )
+    MergePlanner.normalize_config(planner)
+    sources = {
+        name: {Path(source.model.model.path).name for piece in module.slices for source in piece.sources}
+        for name, module in planner.config.modules.items()
+    }
+    assert sources == {"text": {"m0", "m1"}, "vision": {"m1", "m2"}}
