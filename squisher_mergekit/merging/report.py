@@ -51,7 +51,7 @@ def provenance(run: Run) -> str:
     for model in run.plan.models() if run.plan else []:
         share = report["effective_weight"].get(model["model"])
         cells = [
-            PurePath(model["model"]).name,
+            _short(model["model"]),
             PurePath(str(model["fisher"])).name,
             *(model[key] for key in ("estimator", "optimizer", "steps", "beta2")),
             None if model["scale"] is None else f"{model['scaling']} x{model['scale']:.4g}",
@@ -59,6 +59,12 @@ def provenance(run: Run) -> str:
         ]
         lines.append("| " + " | ".join("unknown" if cell is None else str(cell) for cell in cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def _short(model: str) -> str:
+    """Return the last part of a path, and of a checkpoint the run's name before it."""
+    path = PurePath(model)
+    return "/".join(path.parts[-2:]) if path.name.startswith("checkpoint-") else path.name
 
 
 def bare_card(name: str, method: str, text: str) -> str:

@@ -55,6 +55,7 @@ def open_state(file: Path, model: Path | None, base: Path | None, names: Sequenc
     """
     state = parse(pickles.load(file), file)
     place = _find(file, model)
+    _refuse_adapter_for_full(place)
     weights = headers(place.weighed, place.basename)
     bones = _skeleton(place, base, weights, needed=names is None and not state.named and state.model is None)
     slots, in_memory = _by_names(_name_slots(state, bones, names, place, base), bones, weights, place)
@@ -89,6 +90,16 @@ def _find(file: Path, model: Path | None) -> Place:
     # The weights beside the optimizer are those that it trained.
     weighed = next((folder for folder in reversed(folders) if headers(folder, basename)), file.parent)
     return Place(file, described, weighed, model, adapter)
+
+
+def _refuse_adapter_for_full(place: Place) -> None:
+    """Refuse a LoRA's state for full weights: the moments of A and B do not tell those of W + BA."""
+    adapter, given = place.adapter, place.given
+    if adapter is not None and given is not None and given != adapter and headers(given, "model"):
+        raise MismatchError(
+            f"{given} holds full weights, but {place.file} is the state of a LoRA, which says nothing of them; merge "
+            "full fine-tunings or estimate a Fisher from data (to extract the adapter's, name the base as --base)"
+        )
 
 
 def _skeleton(place: Place, base: Path | None, weights: Collection[str], needed: bool) -> Skeleton | None:

@@ -244,6 +244,12 @@ def test_a_lora_checkpoint_needs_its_base():
         load_fisher(STATES / "trainer_lora_llama")
 
 
+def test_a_loras_state_is_refused_for_full_weights():
+    """Where the model named holds full weights, a LoRA's state is no Fisher of it, and no --base would make it one."""
+    with pytest.raises(MismatchError, match="holds full weights, but .* is the state of a LoRA"):
+        load_fisher(STATES / "trainer_lora_llama", model=STATES / "trainer_llama_decay")
+
+
 def test_frozen_layers_without_the_base_are_refused():
     """Where several choices of frozen layers fit, none is taken, and the base model is asked for."""
     with pytest.raises(NamingError, match=r"one way only.*--base DIR"):
