@@ -246,7 +246,7 @@ def test_a_lora_checkpoint_needs_its_base():
 
 def test_a_loras_state_is_refused_for_full_weights():
     """Where the model named holds full weights, a LoRA's state is no Fisher of it, and no --base would make it one."""
-    with pytest.raises(MismatchError, match="holds full weights, but .* is the state of a LoRA"):
+    with pytest.raises(MismatchError, match=r"holds full weights, but .* is the state of a LoRA"):
         load_fisher(STATES / "trainer_lora_llama", model=STATES / "trainer_llama_decay")
 
 
