@@ -119,15 +119,6 @@ def _register(registry: ModuleType) -> None:
     importlib.import_module("squisher_mergekit.merging.methods")
 
 
-def add_methods(*methods: Any) -> None:
-    """Make merge methods known to mergekit by name, unless they are (a mergekit that loads entry points came first)."""
-    registry = importlib.import_module("mergekit.merge_methods.registry")
-    present = {method.spec.name for method in registry.registered_methods()}
-    for method in methods:
-        if method.spec.name not in present:
-            registry.register(method)
-
-
 # ---- one tensor
 
 

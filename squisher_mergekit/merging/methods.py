@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -19,7 +20,6 @@ from mergekit.merge_methods.base import (
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.mapping import Fisher, check_shape
 from squisher_mergekit.merging import kernel, parameters
-from squisher_mergekit.merging.integration import add_methods
 from squisher_mergekit.merging.loading import LoadedFisher, load_tensor
 from squisher_mergekit.merging.run import current_run
 
@@ -183,4 +183,8 @@ UBGM_SQUISHER = FisherMergeMethod(
     )
 )
 
-add_methods(SQUISHER, UBGM_SQUISHER)
+# A mergekit that loads entry points may have come first.
+_PRESENT = {method.spec.name for method in registry.registered_methods()}
+for _method in (SQUISHER, UBGM_SQUISHER):
+    if _method.spec.name not in _PRESENT:
+        registry.register(_method)
