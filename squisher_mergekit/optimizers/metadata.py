@@ -24,7 +24,13 @@ T = TypeVar("T")
 
 
 def make_config(
-    file: Path, slots: Mapping[str, Slot], store: MomentStore, coverage: Coverage, described: Path, adapter: bool
+    file: Path,
+    slots: Mapping[str, Slot],
+    store: MomentStore,
+    coverage: Coverage,
+    described: Path,
+    adapter: bool,
+    layout: str | None = None,
 ) -> FisherConfig:
     """Write down what the file and its folder tell; what they do not tell stays None.
 
@@ -35,6 +41,7 @@ def make_config(
         coverage: Which of the weights have a second moment.
         described: Folder of the ``config.json``.
         adapter: The parameters are those of a LoRA adapter.
+        layout: Whose file it is; None to go by its name and place.
     """
     made_of = {name: [slots[source] for source in recipe.sources] for name, recipe in store.recipes.items()}
     kinds = {name: _moment(some[0]) for name, some in made_of.items()}
@@ -61,7 +68,7 @@ def make_config(
         steps=per_parameter(steps) if len(steps) == len(kinds) else None,
         bias_corrected=False,
         encoding=encoding if isinstance(encoding, dict) else {"default": str(encoding)},
-        source=SourceInfo(layout=_layout(file), files=(file.name,), versions=_versions(described)),
+        source=SourceInfo(layout=layout or _layout(file), files=(file.name,), versions=_versions(described)),
         coverage=coverage,
         weights_fingerprint=fingerprint(file.parent, "adapter_model" if adapter else "model"),
     )

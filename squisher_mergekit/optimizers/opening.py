@@ -72,7 +72,7 @@ def open_state(file: Path, model: Path | None, base: Path | None, names: Sequenc
         )
     coverage = make_coverage(slots, store, bones, weights)
     described = place.adapter or place.described
-    config = make_config(file, slots, store, coverage, described, adapter=place.adapter is not None)
+    config = make_config(file, slots, store, coverage, described, place.adapter is not None, state.layout)
     fisher = Fisher(store, config, tied_aliases(config))
     check(fisher, weights, place.weighed)
     if place.given is not None and place.given != place.weighed:

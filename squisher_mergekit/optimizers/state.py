@@ -12,6 +12,7 @@ from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.moments import Moment, moment_of, nothing_kept
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_LIGHTNING = "pytorch-lightning_version"
 _MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
 
 
@@ -32,11 +33,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """The slots, group by group as the file has them, and the model saved in the same file, if any."""
+    """The slots, group by group as the file has them, and the model saved in the same file, if any.
+
+    ``layout``: whose file it is, where its content tells.
+    """
 
     file: Path
     groups: tuple[tuple[Slot, ...], ...]
     model: Mapping[str, Tensor] | None = None
+    layout: str | None = None
 
     @property
     def slots(self) -> Iterator[Slot]:
@@ -69,7 +74,10 @@ def parse(loaded: Any, file: Path) -> OptimizerState:
     state = _find_state(loaded, file)
     groups = tuple(tuple(_slots(group, state["state"], file)) for group in state["param_groups"])
     _check(groups, state, file)
-    return OptimizerState(file, groups, None if state is loaded else _find_model(loaded))
+    model = None if state is loaded else _find_model(loaded)
+    if isinstance(loaded, Mapping) and _LIGHTNING in loaded:
+        return OptimizerState(file, groups, None if model is None else _without_attribute(model), "lightning")
+    return OptimizerState(file, groups, model)
 
 
 def unwrapped(name: str) -> str:
@@ -84,6 +92,13 @@ def unwrapped(name: str) -> str:
     while name.startswith(_WRAPPERS[0]):
         name = name.removeprefix(_WRAPPERS[0])
     return name
+
+
+def _without_attribute(model: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Strip the attribute under which a LightningModule holds its model, if it holds nothing else."""
+    attributes = {name.partition(".")[0] for name in model}
+    nested = len(attributes) == 1 and all("." in name for name in model)
+    return {name.partition(".")[2] if nested else name: tensor for name, tensor in model.items()}
 
 
 def parameters_of(model: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

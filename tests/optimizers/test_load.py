@@ -44,9 +44,10 @@ ACCEPTED = {
     "trainer448_qwen2": {},
     "trainer_lora_llama": {"base": "base_config"},
     "accel_ddp": {},
+    "lightning_ckpt": {},
 }
 STATISTIC = {"plain_adagrad": "sum"}
-LAYOUT = {"trainer": "transformers-trainer", "plain": "torch", "accel": "accelerate"}
+LAYOUT = {"trainer": "transformers-trainer", "plain": "torch", "accel": "accelerate", "lightning": "lightning"}
 
 
 def _case(name):
@@ -242,6 +243,16 @@ def test_a_lora_checkpoint_needs_its_base():
     """Without the base model the adapter's parameters have no order; the cure is --base."""
     with pytest.raises(NotFoundError, match=r"LoRA .*base model; give --base DIR"):
         load_fisher(STATES / "trainer_lora_llama")
+
+
+def test_a_lightning_module_may_hold_more_than_its_model(tmp_path):
+    """The attribute's name is stripped only where all parameters are below one; else the names stay as they are."""
+    case = _copy("lightning_ckpt", tmp_path)
+    saved = torch.load(case / "last.ckpt", weights_only=True)
+    saved["state_dict"] = {"extra.scale": torch.ones(3), **saved["state_dict"]}
+    torch.save(saved, case / "last.ckpt")
+    with pytest.raises((MismatchError, NamingError)):
+        load_fisher(case)
 
 
 def test_a_loras_state_is_refused_for_full_weights():
