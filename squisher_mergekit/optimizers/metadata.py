@@ -66,7 +66,7 @@ def make_config(
         parameters="adapter" if adapter else "model",
         optimizer=optimizer,
         steps=per_parameter(steps) if len(steps) == len(kinds) else None,
-        bias_corrected=False,
+        bias_corrected=moments[0].corrected,
         encoding=encoding if isinstance(encoding, dict) else {"default": str(encoding)},
         source=SourceInfo(layout=layout or _layout(file), files=(file.name,), versions=_versions(described)),
         coverage=coverage,

@@ -12,9 +12,10 @@ from squisher_mergekit.fisher.config import Statistic
 class Moment:
     """What one parameter's state says of its second moment.
 
-    ``key``: where the tensor is. ``decay``: of the moving average. ``class_``, ``decoupled``, ``amsgrad``: of the
-    optimizer, None where the file does not tell. ``start``: what a sum began with. ``coupled_decay``: weight decay was
-    added to the gradient before it was squared.
+    ``key``: where the tensor is; with ``columns``, where its row means and its column means are. ``decay``: of the
+    moving average, None if it changes. ``class_``, ``decoupled``, ``amsgrad``: of the optimizer, None where the file
+    does not tell. ``start``: what a sum began with. ``coupled_decay``: weight decay was added to the gradient before it
+    was squared. ``corrected``: needs no bias correction.
     """
 
     key: str
@@ -25,12 +26,20 @@ class Moment:
     amsgrad: bool | None = None
     start: float = 0.0
     coupled_decay: bool = False
+    columns: str | None = None
+    corrected: bool = False
 
 
 _ADAM = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product"}
 _RMSPROP = {"step", "square_avg", "grad_avg", "momentum_buffer"}
 _ADADELTA = {"step", "square_avg", "acc_delta"}
 _ADAGRAD = {"step", "sum"}
+# Adafactor's forms: name, its setting in the group, row means, column means, and the whole of a vector.
+_ADAFACTORS = (
+    ("transformers.optimization.Adafactor", "decay_rate", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq"),
+    ("torch.optim.Adafactor", "beta2_decay", "row_var", "col_var", "variance"),
+)
+_ADAFACTOR_REST = {"step", "RMS", "exp_avg"}
 
 # Settings of look-alikes (timm's RMSpropTF, Yogi) whose accumulator starts at a value that the file does not tell, or
 # is no moving average.
@@ -41,10 +50,6 @@ _REFUSED = (
     ({"__bnb_optimizer_quant_state__"}, "bitsandbytes keeps it quantized, which this version cannot read"),
     ({"state1"}, "bitsandbytes keeps it quantized, which this version cannot read"),
     ({"projector"}, "GaLore keeps it in a projected space, not for the parameters"),
-    ({"exp_avg_sq_row"}, "Adafactor keeps only its row and column means, which this version cannot read"),
-    ({"row_var"}, "Adafactor keeps only its row and column means, which this version cannot read"),
-    ({"variance"}, "Adafactor keeps only its row and column means, which this version cannot read"),
-    ({"RMS"}, "Adafactor keeps only its row and column means, which this version cannot read"),
     ({"exp_inf"}, "Adamax keeps a running maximum of the gradient, not a mean square"),
 )
 
@@ -71,6 +76,9 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], place: str) ->
         raise UnsupportedStateError(_explain(keys, group, place))
     if "exp_avg_sq" in keys and keys <= _ADAM and len(group.get("betas", ())) == 2:
         return _adam(keys, group)
+    factored = _adafactor(keys, group)
+    if factored is not None:
+        return factored
     coupled = bool(group.get("weight_decay"))
     for known, decay, name in ((_ADADELTA, "rho", "torch.optim.Adadelta"), (_RMSPROP, "alpha", "torch.optim.RMSprop")):
         if "square_avg" in keys and keys <= known and decay in group:
@@ -86,6 +94,17 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], place: str) ->
             coupled_decay=coupled,
         )
     raise UnsupportedStateError(_explain(keys, group, place))
+
+
+def _adafactor(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
+    """Recognise Adafactor, whose decay starts at 0 and grows with the steps: its average is never biased."""
+    for name, setting, rows, columns, whole in _ADAFACTORS:
+        left = keys - _ADAFACTOR_REST
+        if setting in group and left == {rows, columns}:
+            return Moment(rows, "ema", None, name, decoupled=True, columns=columns, corrected=True)
+        if setting in group and left == {whole}:
+            return Moment(whole, "ema", None, name, decoupled=True, corrected=True)
+    return None
 
 
 def _adam(keys: set[str], group: Mapping[str, Any]) -> Moment:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.moments import Moment, moment_of, nothing_kept
+from squisher_mergekit.optimizers.values import RowsAndColumns, Stored
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _LIGHTNING = "pytorch-lightning_version"
@@ -27,7 +28,7 @@ class Slot:
     index: int | str
     name: str | None
     moment: Moment | None = None
-    tensor: Tensor | None = None
+    tensor: Stored | None = None
     steps: int | None = None
 
 
@@ -132,17 +133,35 @@ def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, An
     if not isinstance(state, Mapping) or not state:
         return Slot(index, name)
     moment = moment_of(state, group, f"{file} (parameter {index})")
-    tensor = state[moment.key]
-    # A subclass may hold codes, or a part of the tensor; this version reads plain tensors alone.
-    if type(tensor) is not Tensor or not tensor.is_floating_point():
-        raise UnsupportedStateError(
-            f"{moment.key} of parameter {index} in {file} must be a plain tensor of floats, found "
-            f"{type(tensor).__name__}; train with optim adamw_torch"
-        )
+    tensor = _stored(state, moment, f"parameter {index} in {file}")
     step = state.get("step", group.get("step"))
     if step is not None and int(step) == 0:  # Adagrad makes its accumulators before the first step
         return Slot(index, name)
     return Slot(index, name, moment, tensor, None if step is None else int(step))
+
+
+def _stored(state: Mapping[str, Any], moment: Moment, place: str) -> Stored:
+    """Return the second moment as it is kept."""
+    for key in (moment.key, moment.columns):
+        tensor = None if key is None else state[key]
+        # A subclass may hold codes, or a part of the tensor; this version reads plain tensors alone.
+        if key is not None and (type(tensor) is not Tensor or not tensor.is_floating_point()):
+            raise UnsupportedStateError(
+                f"{key} of {place} must be a plain tensor of floats, found {type(tensor).__name__}; "
+                "train with optim adamw_torch"
+            )
+    stored: Tensor = state[moment.key]
+    if moment.columns is None:
+        return stored
+    rows, columns = stored, state[moment.columns]
+    if moment.key == "row_var" and rows.ndim >= 2 and rows.shape[-1] == columns.shape[-2] == 1:
+        rows, columns = rows.squeeze(-1), columns.squeeze(-2)
+    if not rows.ndim or rows.shape[:-1] != columns.shape[:-1] or rows.dtype != columns.dtype:
+        raise CorruptFileError(
+            f"the row and column means of {place} must belong together, found shapes {list(rows.shape)} and "
+            f"{list(columns.shape)}; save it again"
+        )
+    return RowsAndColumns(rows, columns)
 
 
 def _check(groups: tuple[tuple[Slot, ...], ...], loaded: Mapping[str, Any], file: Path) -> None:
@@ -161,6 +180,12 @@ def _check(groups: tuple[tuple[Slot, ...], ...], loaded: Mapping[str, Any], file
     if not kinds:
         raise UnsupportedStateError(nothing_kept(settings, str(file)))
     starts = {slot.moment.start for slot in slots if slot.moment}
+    corrected = {slot.moment.corrected for slot in slots if slot.moment}
+    if len(corrected) > 1:
+        raise UnsupportedStateError(
+            f"the second moments in {file} must all be of one kind, found some that need a bias correction and some "
+            "that do not; train with one optimizer"
+        )
     if len(kinds) > 1 or len(starts) > 1:
         raise UnsupportedStateError(
             f"the second moments in {file} must all be of one kind, found both "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from squisher_mergekit.fisher.mapping import TensorInfo
 from squisher_mergekit.optimizers.skeleton import Skeleton
+from squisher_mergekit.optimizers.values import Stored, read
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class MomentStore:
     """
 
     location: str
-    moments: Mapping[str, Tensor]
+    moments: Mapping[str, Stored]
     recipes: Mapping[str, Recipe]
     infos: Mapping[str, TensorInfo]
     skeleton: Skeleton | None
@@ -36,17 +37,17 @@ class MomentStore:
         """Return one tensor."""
         recipe = self.recipes[name]
         if self.skeleton is None:
-            return self.moments[recipe.key]
+            return read(self.moments[recipe.key])
         converted = self._last.get(recipe.sources)
         if converted is None:
-            converted = self.skeleton.convert({source: self.moments[source] for source in recipe.sources})
+            converted = self.skeleton.convert({source: read(self.moments[source]) for source in recipe.sources})
             self._last.clear()
             self._last[recipe.sources] = converted
         return converted[recipe.key]
 
 
 def store_moments(
-    location: str, moments: Mapping[str, Tensor], skeleton: Skeleton | None, weights: Collection[str]
+    location: str, moments: Mapping[str, Stored], skeleton: Skeleton | None, weights: Collection[str]
 ) -> MomentStore:
     """Arrange second moments by their names on disk.
 

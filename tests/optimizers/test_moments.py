@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
-from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.state import parse
+from squisher_mergekit.optimizers.values import read
 
 FILE = Path("optimizer.pt")
 STEPS, SHAPE = 3, (5, 7)
@@ -114,6 +115,45 @@ def test_the_tensor_is_the_mean_square_of_the_gradients(name):
     torch.testing.assert_close(slot.tensor.double(), expected, rtol=1e-5, atol=0)
 
 
+ADAFACTORS = {
+    "torch.optim.Adafactor": lambda p: torch.optim.Adafactor(p),
+    "transformers.optimization.Adafactor": lambda p: transformers.Adafactor(p, lr=1e-3, relative_step=False),
+}
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (2, 3, 5)])
+@pytest.mark.parametrize("name", ADAFACTORS)
+def test_adafactor_is_the_outer_product_of_its_means(name, shape):
+    """Row and column means follow v = b_t v + (1 - b_t) g^2 with 1 - b_t = t^-0.8, and need no bias correction."""
+    parameter = torch.nn.Parameter(torch.ones(shape))
+    optimizer = ADAFACTORS[name]([parameter])
+    generator = torch.Generator().manual_seed(3)
+    mean = torch.zeros(shape, dtype=torch.float64)
+    for step in range(1, 5):
+        parameter.grad = torch.randn(shape, generator=generator)
+        optimizer.step()
+        mean += (parameter.grad.double() ** 2 - mean) * step**-0.8
+    (slot,) = parse(optimizer.state_dict(), FILE).slots
+    if len(shape) > 1:
+        rows, columns = mean.mean(-1), mean.mean(-2)
+        mean = rows[..., None] * columns[..., None, :] / rows.mean(-1)[..., None, None]
+    assert slot.tensor.shape == shape
+    torch.testing.assert_close(read(slot.tensor).double(), mean, rtol=1e-5, atol=0)
+    assert (slot.moment.class_, slot.moment.decay, slot.moment.corrected, slot.steps) == (name, None, True, 4)
+
+
+def test_row_and_column_means_must_belong_together():
+    """Means of different leading shapes are refused as damaged."""
+    parameter = torch.nn.Parameter(torch.ones(5, 3))
+    optimizer = torch.optim.Adafactor([parameter])
+    parameter.grad = torch.ones(5, 3)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["col_var"] = torch.ones(2, 1, 3)
+    with pytest.raises(CorruptFileError, match="must belong together"):
+        parse(state, FILE)
+
+
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
 def test_weight_decay_that_was_squared_is_noticed(make):
     """Weight decay added to the gradient, not decoupled from it, is marked: it is in the square."""
@@ -165,11 +205,6 @@ REFUSED = {
     "Muon": (lambda p: torch.optim.Muon(p), "Muon keeps none"),
     "Lion": (Lion, "Lion keeps momentum alone"),
     "Adamax": (lambda p: torch.optim.Adamax(p), "Adamax keeps a running maximum"),
-    "Adafactor of torch": (lambda p: torch.optim.Adafactor(p), "Adafactor keeps only its row and column means"),
-    "Adafactor of transformers": (
-        lambda p: transformers.Adafactor(p, lr=1e-3, relative_step=False),
-        "Adafactor keeps only its row and column means",
-    ),
     "Rprop": (lambda p: torch.optim.Rprop(p), "the keys prev, step, step_size"),
     "ASGD": (lambda p: torch.optim.ASGD(p), "which are of no optimizer known here"),
     "SGD without momentum": (lambda p: torch.optim.SGD(p, lr=0.1), "plain SGD keeps nothing"),
