@@ -39,6 +39,7 @@ _ADAFACTORS = (
     ("transformers.optimization.Adafactor", "decay_rate", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq"),
     ("torch.optim.Adafactor", "beta2_decay", "row_var", "col_var", "variance"),
 )
+_BNB_WRAPPER = "__bnb_optimizer_quant_state__"
 _ADAFACTOR_REST = {"step", "RMS", "exp_avg"}
 
 # Settings of look-alikes (timm's RMSpropTF, Yogi) whose accumulator starts at a value that the file does not tell, or
@@ -47,8 +48,6 @@ _LOOKALIKES = {"decoupled_decay", "initial_accumulator"}
 
 _CURE = "train with AdamW, or estimate a Fisher from data"
 _REFUSED = (
-    ({"__bnb_optimizer_quant_state__"}, "bitsandbytes keeps it quantized, which this version cannot read"),
-    ({"state1"}, "bitsandbytes keeps it quantized, which this version cannot read"),
     ({"projector"}, "GaLore keeps it in a projected space, not for the parameters"),
     ({"exp_inf"}, "Adamax keeps a running maximum of the gradient, not a mean square"),
 )
@@ -76,6 +75,8 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], place: str) ->
         raise UnsupportedStateError(_explain(keys, group, place))
     if "exp_avg_sq" in keys and keys <= _ADAM and len(group.get("betas", ())) == 2:
         return _adam(keys, group)
+    if "state1" in keys:
+        return _bitsandbytes(keys, group, place)
     factored = _adafactor(keys, group)
     if factored is not None:
         return factored
@@ -94,6 +95,24 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], place: str) ->
             coupled_decay=coupled,
         )
     raise UnsupportedStateError(_explain(keys, group, place))
+
+
+def unwrapped_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the state of one parameter, taken out of the wrapper that later bitsandbytes put around it."""
+    inner = state.get(_BNB_WRAPPER)
+    if not isinstance(inner, Mapping):
+        return state
+    return {key: value for key, value in state.items() if key != _BNB_WRAPPER} | dict(inner)
+
+
+def _bitsandbytes(keys: set[str], group: Mapping[str, Any], place: str) -> Moment:
+    """Recognise the optimizers of bitsandbytes with two moments; which of them it is, no file tells."""
+    if "state2" not in keys or len(group.get("betas", ())) < 2:
+        raise UnsupportedStateError(
+            "a Fisher needs the mean squared gradient, but bitsandbytes kept one moment alone, which can be Lion's or "
+            f"SGD's momentum ({place}); {_CURE}"
+        )
+    return Moment("state2", "ema", float(group["betas"][1]))
 
 
 def _adafactor(keys: set[str], group: Mapping[str, Any]) -> Moment | None:

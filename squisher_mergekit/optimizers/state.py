@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
-from squisher_mergekit.optimizers.moments import Moment, moment_of, nothing_kept
-from squisher_mergekit.optimizers.values import RowsAndColumns, Stored
+from squisher_mergekit.optimizers.moments import Moment, moment_of, nothing_kept, unwrapped_state
+from squisher_mergekit.optimizers.values import Blockwise, RowsAndColumns, Stored
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _LIGHTNING = "pytorch-lightning_version"
@@ -132,6 +132,7 @@ def _slots(group: Mapping[str, Any], state: Mapping[Any, Any], file: Path) -> It
 def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, Any], file: Path) -> Slot:
     if not isinstance(state, Mapping) or not state:
         return Slot(index, name)
+    state = unwrapped_state(state)
     moment = moment_of(state, group, f"{file} (parameter {index})")
     tensor = _stored(state, moment, f"parameter {index} in {file}")
     step = state.get("step", group.get("step"))
@@ -142,6 +143,15 @@ def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, An
 
 def _stored(state: Mapping[str, Any], moment: Moment, place: str) -> Stored:
     """Return the second moment as it is kept."""
+    if moment.key == "state2" and "qmap2" in state:
+        parts = [state[key] for key in ("state2", "qmap2", "absmax2") if isinstance(state.get(key), Tensor)]
+        blocks = Blockwise(*parts) if len(parts) == 3 else None
+        if blocks is None or not blocks.fits():
+            raise CorruptFileError(
+                f"state2 of {place} must be 8-bit codes with 256 levels and one scale for each 256 entries, but its "
+                "parts do not belong together; save it again"
+            )
+        return blocks
     for key in (moment.key, moment.columns):
         tensor = None if key is None else state[key]
         # A subclass may hold codes, or a part of the tensor; this version reads plain tensors alone.

@@ -154,6 +154,46 @@ def test_row_and_column_means_must_belong_together():
         parse(state, FILE)
 
 
+def _bitsandbytes(wrapped, **changes):
+    """State of a 17 x 31 parameter as bitsandbytes writes it, and its second moment entry by entry."""
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randint(0, 256, (17, 31), generator=generator, dtype=torch.uint8)
+    levels, scales = torch.rand(256, generator=generator), torch.rand(3, generator=generator)
+    inner = {"state1": codes, "state2": codes, "qmap1": levels, "qmap2": levels, "absmax1": scales, "absmax2": scales}
+    inner = {key: value for key, value in {**inner, **changes}.items() if value is not None}
+    state = {"step": 3, "__bnb_optimizer_quant_state__": inner} if wrapped else {"step": 3, **inner}
+    expected = [levels[int(code)] * scales[i // 256] for i, code in enumerate(codes.flatten())]
+    groups = [{"params": [0], "betas": (0.9, 0.99)}]
+    return {"state": {0: state}, "param_groups": groups}, torch.stack(expected).reshape(17, 31)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_eight_bits_are_levels_times_the_scale_of_their_block(wrapped):
+    """Both generations of bitsandbytes' files give level times scale, the last block being short."""
+    state, expected = _bitsandbytes(wrapped)
+    (slot,) = parse(state, FILE).slots
+    assert torch.equal(read(slot.tensor), expected)
+    assert (slot.tensor.shape, slot.moment.decay, slot.steps) == ((17, 31), 0.99, 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"absmax2": torch.ones(2)}, {"qmap2": torch.ones(255)}, {"absmax2": None}, {"state2": torch.ones(17, 31)}],
+)
+def test_eight_bits_whose_parts_do_not_fit_are_refused(changes):
+    """Too few scales, too few levels, none at all, or codes that are none."""
+    state, _ = _bitsandbytes(True, **changes)
+    with pytest.raises(CorruptFileError, match="do not belong together"):
+        parse(state, FILE)
+
+
+def test_one_moment_of_bitsandbytes_is_refused():
+    """With state1 alone it can be Lion's momentum as well as RMSprop's mean square: no guess is made."""
+    state, _ = _bitsandbytes(True, state2=None, qmap2=None, absmax2=None)
+    with pytest.raises(UnsupportedStateError, match="can be Lion's or SGD's momentum"):
+        parse(state, FILE)
+
+
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
 def test_weight_decay_that_was_squared_is_noticed(make):
     """Weight decay added to the gradient, not decoupled from it, is marked: it is in the square."""
