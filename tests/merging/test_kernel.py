@@ -39,6 +39,28 @@ def test_chunks_over_the_pool_agree_with_float64(dtype: torch.dtype) -> None:
     assert_within(outcome.values, squisher_reference(thetas, fishers, WEIGHTS), largest(thetas))
 
 
+def test_chunks_that_need_no_care_agree_with_float64() -> None:
+    """Fishers far from over- and underflow, in one chunk alone or in all, merge as in float64 by both methods."""
+    generator = torch.Generator().manual_seed(7)
+    inputs = [
+        Input(torch.randn(SIZE, generator=generator), 10 ** (torch.rand(SIZE, generator=generator) * 20 - 20), weight)
+        for weight in (1.0, *WEIGHTS)
+    ]
+    assert inputs[1].fisher is not None
+    inputs[1].fisher[:5] = 0
+    base, *others = inputs
+    thetas, fishers = [i.theta for i in others], [i.fisher for i in others]
+    merged = merge_squisher(others, torch.float32)
+    assert_within(merged.values, squisher_reference(thetas, fishers, WEIGHTS), largest(thetas))
+    assert (sum(merged.shares), merged.fell_back) == (pytest.approx(1, rel=1e-6), 0)
+    size = base.theta.double().abs() + sum(
+        w * (t.double() - base.theta).abs() for w, t in zip(WEIGHTS, thetas, strict=True)
+    )
+    for prior in (0.0, 0.1):
+        reference = ubgm_reference(base.theta, base.fisher, thetas, fishers, WEIGHTS, prior)
+        assert_within(merge_ubgm(base, others, prior, torch.float32).values, reference, size)
+
+
 def test_threads_change_nothing_and_are_restored() -> None:
     """One torch thread or three give bit-equal results, and torch's thread count is left as it was."""
     inputs, before = _inputs(SIZE, torch.float32), torch.get_num_threads()
