@@ -148,7 +148,8 @@ def _anchor(models: Sequence[tuple[float, float, float]]) -> int | None:
     """Return which of (smallest F, largest F, factor) has a product safely above 0, if no sum can overflow."""
     least = [low * factor for low, _, factor in models]
     best = max(range(len(models)), key=least.__getitem__)
-    return best if least[best] >= _NORMAL[0] and max(high for _, high, _ in models) <= _NORMAL[1] else None
+    greatest = max(high * max(factor, 1.0) for _, high, factor in models)
+    return best if least[best] >= _NORMAL[0] and greatest <= _NORMAL[1] else None
 
 
 def fisher_mean(

@@ -77,6 +77,7 @@ def test_the_shorter_way_is_taken_only_where_it_is_safe() -> None:
     assert _anchor([(0.0, 1.0, 1.0), (0.0, 1.0, 1.0)]) is None
     assert _anchor([(1e-20, 1.0, 1e-15)]) is None
     assert _anchor([(1.0, 1e31, 1.0)]) is None
+    assert _anchor([(1.0, 1e29, 1e9)]) is None
 
 
 @given(factor=st.floats(1e-6, 1e6), seed=st.integers(0, 10**6))
