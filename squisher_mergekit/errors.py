@@ -7,6 +7,7 @@
         ├── NotFoundError            no Fisher, optimizer state, model or file where one was named
         ├── ConfigError              a parameter of a merge, a flag or a metadata file is wrong
         ├── UnsupportedStateError    the optimizer keeps no second moment that can serve as a Fisher
+        │   └── NothingKeptError     it keeps momentum alone, or nothing
         ├── NamingError              it cannot be told which tensor belongs to which parameter
         ├── MismatchError            names, shapes or weights do not fit each other
         ├── CorruptFileError         truncated, damaged, or not what its name says
@@ -54,6 +55,10 @@ class ConfigError(RefusedError):
 
 class UnsupportedStateError(RefusedError):
     """The optimizer keeps no second moment that can serve as a Fisher."""
+
+
+class NothingKeptError(UnsupportedStateError):
+    """The optimizer keeps momentum alone of a parameter; another may have kept more of the others."""
 
 
 class NamingError(RefusedError):

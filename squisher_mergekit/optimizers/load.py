@@ -1,7 +1,6 @@
 """Open a Fisher from whatever holds one: our own file, the Hub, or the optimizer state that training left on disk."""
 
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,28 +10,24 @@ from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import has_fisher, read_fisher, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.optimizers import layouts, torch_file
 from squisher_mergekit.optimizers.opening import open_state
 from squisher_mergekit.optimizers.weights import check, headers
 
 LOG = logging.getLogger("squisher_mergekit")
-STATE_NAMES = ("optimizer.pt", "optimizer.bin")
-# What else lies in a checkpoint and is no optimizer's file.
-_OTHERS = re.compile(
-    r"training_args|rng_state|random_states|scheduler|scaler|sampler|pytorch_model|adapter_model|custom_checkpoint"
-)
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-# Layouts that other trainers write, to be named in a refusal.
+# Files of trainers whose checkpoints are not read, to be named in a refusal.
 _FOREIGN = {
-    "global_step*": "DeepSpeed's",
-    "*_universal": "DeepSpeed's",
-    "optimizer_0": "a distributed checkpoint's",
-    ".metadata": "a distributed checkpoint's",
+    "distrib_optim.pt": "Megatron-LM's; convert it to a Hugging Face checkpoint and estimate a Fisher from data",
+    "model_optim_rng.pt": "Megatron-LM's; convert it to a Hugging Face checkpoint and estimate a Fisher from data",
+    "latest_checkpointed_iteration.txt": "Megatron-LM's; convert it and estimate a Fisher from data",
+    "layer_*-model_*": "of pipeline parallelism; estimate a Fisher from data",
 }
 
 
 def find_state(folder: Path) -> Path | None:
-    """Return the optimizer's file in a folder, None if there is none."""
-    return next((folder / name for name in STATE_NAMES if (folder / name).is_file()), None)
+    """Return the optimizer's file or folder in a checkpoint, None if there is none."""
+    found = layouts.find(folder)
+    return found[1] if found else None
 
 
 def load_fisher(
@@ -40,15 +35,18 @@ def load_fisher(
     model: str | Path | None = None,
     base: str | Path | None = None,
     names: str | Path | Sequence[str] | None = None,
+    *,
+    verify: bool = True,
 ) -> Fisher:
     """Open a Fisher; its tensors are read when asked for.
 
     Args:
-        source: A portable Fisher, an optimizer's file, a folder with either (of a run with several ``checkpoint-N`` the
-            last), or a Hub id ``org/name[@revision]``.
+        source: A portable Fisher, an optimizer's file or folder, a checkpoint with either (of a run's folder the last
+            one), or a Hub id ``org/name[@revision]``.
         model: The weights it belongs to, or a folder with their ``config.json``, where ``source`` does not hold them.
         base: The model before training, which tells frozen parameters apart; for a LoRA its base model.
         names: One name for each of the optimizer's parameters, in order: a list, or a text file with one a line.
+        verify: Hold what is read from an optimizer's state against the checksums that were saved with it.
 
     Returns:
         The Fisher, under the names in ``model.safetensors`` (of a LoRA: in ``adapter_model.safetensors``).
@@ -72,8 +70,8 @@ def load_fisher(
             basename = "adapter_model" if fisher.config.parameters == "adapter" else "model"
             check(fisher, headers(given_model, basename), given_model)
         return fisher
-    file = path if path.is_file() else _state_in(path)
-    return open_state(file, given_model, given_base, _read_names(names))
+    layout, place = layouts.of(path) if path.is_file() else _state_in(path)
+    return open_state(layout.read(place, verify), given_model, given_base, _read_names(names))
 
 
 def extract(
@@ -146,36 +144,37 @@ def _folder(given: str | Path | None, option: str) -> Path | None:
     return path if path.is_dir() else path.parent
 
 
-def _state_in(folder: Path) -> Path:
-    """Return the optimizer's file in a checkpoint, or in the last checkpoint of a run.
+def _state_in(folder: Path) -> tuple[layouts.Layout, Path]:
+    """Return the optimizer's state in a checkpoint, or in the last checkpoint of a run.
 
     Raises:
         NotFoundError: There is none.
     """
-    found = find_state(folder)
+    found = layouts.find(folder)
     if found is not None:
         return found
-    steps = {
-        int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    for step in sorted(steps, reverse=True):
-        found = find_state(steps[step])
+    steps = layouts.steps_in(folder)
+    for step, path in steps.items():
+        found = layouts.find(path)
         if found is not None:
-            LOG.warning(
-                "%s is a run with %d checkpoints; taking the last with optimizer state, %s", folder, len(steps), step
-            )
+            if len(steps) > 1:
+                LOG.warning(
+                    "%s is a run with %d checkpoints; taking the last with optimizer state, %s",
+                    folder,
+                    len(steps),
+                    step,
+                )
             return found
-    # A file of the user's own naming, such as a bundle of model and optimizer, if there is just one.
-    files = [file for file in folder.iterdir() if file.suffix in _SUFFIXES and not _OTHERS.match(file.name)]
+    files = torch_file.others(folder)
     if len(files) == 1:
-        return files[0]
-    foreign = [f"{path.name} is {whose}" for pattern, whose in _FOREIGN.items() for path in folder.glob(pattern)]
-    several = f"; give the one of {', '.join(sorted(file.name for file in files))} that holds it" if files else ""
-    unread = f"; {foreign[0]}, which this version cannot read" if foreign else ""
+        return layouts.of(files[0])
+    foreign = [f"{path.name} is {whose}" for pattern, whose in _FOREIGN.items() for path in folder.rglob(pattern)]
+    several = f"; give the one of {', '.join(file.name for file in files)} that holds it" if files else ""
+    unread = f"; {foreign[0]}" if foreign else ""
     raise NotFoundError(
-        f"no optimizer state in {folder}: neither fisher.safetensors nor {' nor '.join(STATE_NAMES)}, there or in a "
-        f"checkpoint-N below{several}{unread}; save with save_only_model=False and point at checkpoint-N, not at the "
-        "final model"
+        f"no optimizer state in {folder}: neither fisher.safetensors nor {' nor '.join(torch_file.NAMES)} nor that of "
+        f"FSDP or DeepSpeed, there or in a checkpoint-N below{several}{unread}; save with save_only_model=False and "
+        "point at checkpoint-N, not at the final model"
     )
 
 

@@ -12,9 +12,11 @@ from squisher_mergekit.fisher.files import TIED
 from squisher_mergekit.fisher.fingerprint import fingerprint
 from squisher_mergekit.fisher.mapping import TensorInfo
 from squisher_mergekit.optimizers.moments import Moment
+from squisher_mergekit.optimizers.saved import Saved
 from squisher_mergekit.optimizers.skeleton import Skeleton
 from squisher_mergekit.optimizers.state import Slot
 from squisher_mergekit.optimizers.store import MomentStore
+from squisher_mergekit.optimizers.values import Packed
 
 LOG = logging.getLogger("squisher_mergekit")
 TRAINER_STATE = "trainer_state.json"
@@ -24,25 +26,24 @@ T = TypeVar("T")
 
 
 def make_config(
-    file: Path,
+    saved: Saved,
     slots: Mapping[str, Slot],
     store: MomentStore,
     coverage: Coverage,
     described: Path,
     adapter: bool,
-    layout: str | None = None,
 ) -> FisherConfig:
     """Write down what the file and its folder tell; what they do not tell stays None.
 
     Args:
-        file: The optimizer's.
+        saved: What was read.
         slots: Name in memory -> slot.
         store: The tensors by their names on disk.
         coverage: Which of the weights have a second moment.
         described: Folder of the ``config.json``.
         adapter: The parameters are those of a LoRA adapter.
-        layout: Whose file it is; None to go by its name and place.
     """
+    file, known = saved.place, saved.known
     made_of = {name: [slots[source] for source in recipe.sources] for name, recipe in store.recipes.items()}
     kinds = {name: _moment(some[0]) for name, some in made_of.items()}
     moments = list(kinds.values())
@@ -55,6 +56,7 @@ def make_config(
             "beta2": per_parameter(decays) if len(decays) == len(kinds) else None,
             "decoupled_weight_decay": _common(kind.decoupled for kind in moments),
             "amsgrad": _common(kind.amsgrad for kind in moments),
+            "max_grad_norm": known.get("max_grad_norm"),
             "initial_accumulator_value": moments[0].start or None,
         }
     )
@@ -67,8 +69,13 @@ def make_config(
         optimizer=optimizer,
         steps=per_parameter(steps) if len(steps) == len(kinds) else None,
         bias_corrected=moments[0].corrected,
+        examples_per_step=known.get("examples_per_step"),
         encoding=encoding if isinstance(encoding, dict) else {"default": str(encoding)},
-        source=SourceInfo(layout=layout or _layout(file), files=(file.name,), versions=_versions(described)),
+        source=SourceInfo(
+            layout=saved.layout or _layout(file),
+            files=(file.name,),
+            versions=_versions(described) | dict(known.get("versions", {})),
+        ),
         coverage=coverage,
         weights_fingerprint=fingerprint(file.parent, "adapter_model" if adapter else "model"),
     )
@@ -107,6 +114,9 @@ def _reason(name: str, slots: Mapping[str, Slot], skeleton: Skeleton | None, wei
             return "no parameter of the model (a buffer)"
     if any(source in slots and slots[source].moment for source in sources):
         return "made of several parameters, of which not all were stepped"
+    lacking = [slots[source].lacking for source in sources if source in slots and slots[source].lacking]
+    if lacking:
+        return "its optimizer keeps no second moment (Muon, SGD)"
     if any(source in slots for source in sources):
         return "never stepped (frozen or unused)"
     return "not given to the optimizer (frozen)"
@@ -130,6 +140,13 @@ def warnings_of(slots: Mapping[str, Slot], folder: Path) -> Iterator[str]:
             f"{len(narrow)} second moments are stored as {str(narrow[0]).removeprefix('torch.')} with beta2 > 0.95, "
             "where they cannot decay: their scale is not to be trusted (train with float32 weights, or beta2 <= 0.95)"
         )
+    packed = sum(isinstance(slot.tensor, Packed) for slot in stepped)
+    if packed:
+        yield (
+            f"{packed} second moments are in 4 bits, where small ones are lost: do not weigh a merge by them "
+            "(train with optim adamw_torch or adamw_torch_8bit)"
+        )
+    yield from dict.fromkeys(caution for slot in stepped if (caution := _moment(slot).caution))
     if any(_moment(slot).coupled_decay for slot in stepped):
         yield "weight decay was added to the gradient before it was squared, and so is part of the Fisher (use AdamW)"
     counted = [slot for slot in stepped if slot.steps is not None]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.errors import NothingKeptError, UnsupportedStateError
 from squisher_mergekit.fisher.config import Statistic
 
 
@@ -15,7 +15,7 @@ class Moment:
     ``key``: where the tensor is; with ``columns``, where its row means and its column means are. ``decay``: of the
     moving average, None if it changes. ``class_``, ``decoupled``, ``amsgrad``: of the optimizer, None where the file
     does not tell. ``start``: what a sum began with. ``coupled_decay``: weight decay was added to the gradient before it
-    was squared. ``corrected``: needs no bias correction.
+    was squared. ``corrected``: needs no bias correction. ``caution``: what the user should know of such a moment.
     """
 
     key: str
@@ -28,9 +28,23 @@ class Moment:
     coupled_decay: bool = False
     columns: str | None = None
     corrected: bool = False
+    caution: str | None = None
 
 
 _ADAM = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product"}
+# Relatives of Adam with the same v, an average that starts at 0: name, a key or setting of theirs alone, and their keys
+# beside Adam's.
+_RELATIVES: tuple[tuple[str, set[str], set[str]], ...] = (
+    ("AdEMAMix", {"exp_avg_slow"}, {"exp_avg_slow", "exp_avg_fast"}),
+    ("LAMB", {"trust_ratio", "trust_clip", "always_adapt"}, {"weight_norm", "adam_norm", "trust_ratio"}),
+    ("AdamP", {"wd_ratio"}, set()),
+    ("schedulefree.AdamWScheduleFree", {"z"}, {"z"}),
+)
+# Relatives whose decay is adjusted at each step, so that their average is never biased: name, marks, further keys.
+_UNBIASED = (
+    ("QHAdam", {"beta2_weight"}, {"beta1_weight", "beta2_weight"}),
+    ("StableAdamW", {"kahan_comp", "eps_sq"}, {"kahan_comp", "eps_sq", "mean_square", "group"}),
+)
 _RMSPROP = {"step", "square_avg", "grad_avg", "momentum_buffer"}
 _ADADELTA = {"step", "square_avg", "acc_delta"}
 _ADAGRAD = {"step", "sum"}
@@ -42,9 +56,9 @@ _ADAFACTORS = (
 _BNB_WRAPPER = "__bnb_optimizer_quant_state__"
 _ADAFACTOR_REST = {"step", "RMS", "exp_avg"}
 
-# Settings of look-alikes (timm's RMSpropTF, Yogi) whose accumulator starts at a value that the file does not tell, or
-# is no moving average.
-_LOOKALIKES = {"decoupled_decay", "initial_accumulator"}
+# Settings of look-alikes (timm's RMSpropTF, Yogi, ADOPT) whose accumulator starts at a value that the file does not
+# tell, or is no moving average.
+_LOOKALIKES = {"decoupled_decay", "initial_accumulator", "clip_lambda"}
 
 _CURE = "train with AdamW, or estimate a Fisher from data"
 _REFUSED = (
@@ -73,8 +87,10 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], place: str) ->
             raise UnsupportedStateError(f"a Fisher needs the mean squared gradient, but {why} ({place}); {_CURE}")
     if _LOOKALIKES & set(group):
         raise UnsupportedStateError(_explain(keys, group, place))
-    if "exp_avg_sq" in keys and keys <= _ADAM and len(group.get("betas", ())) == 2:
-        return _adam(keys, group)
+    if "exp_avg_sq" in keys:
+        related = _relative(keys, group)
+        if related is not None:
+            return related
     if "state1" in keys:
         return _bitsandbytes(keys, group, place)
     factored = _adafactor(keys, group)
@@ -94,6 +110,8 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], place: str) ->
             start=float(group.get("initial_accumulator_value") or 0.0),
             coupled_decay=coupled,
         )
+    if keys <= {"momentum_buffer"} or keys <= {"exp_avg", "step"}:
+        raise NothingKeptError(_explain(keys, group, place))
     raise UnsupportedStateError(_explain(keys, group, place))
 
 
@@ -112,7 +130,8 @@ def _bitsandbytes(keys: set[str], group: Mapping[str, Any], place: str) -> Momen
             "a Fisher needs the mean squared gradient, but bitsandbytes kept one moment alone, which can be Lion's or "
             f"SGD's momentum ({place}); {_CURE}"
         )
-    return Moment("state2", "ema", float(group["betas"][1]))
+    name = "AdEMAMix" if len(group["betas"]) == 3 else None
+    return Moment("state2", "ema", float(group["betas"][1]), name)
 
 
 def _adafactor(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
@@ -126,6 +145,34 @@ def _adafactor(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
     return None
 
 
+def _relative(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
+    """Recognise Adam and its relatives."""
+    betas = group.get("betas") or [group.get(key) for key in ("beta1", "beta2")]
+    if not isinstance(betas, Sequence) or len(betas) < 2 or not all(isinstance(beta, float | int) for beta in betas):
+        return None
+    marks = keys | set(group)
+    decay, decoupled = float(betas[1]), group.get("decouple_weight_decay", group.get("weight_decouple"))
+    into_gradient = decoupled is False or group.get("weight_decay_type") == "grad"
+    coupled = into_gradient and bool(group.get("weight_decay"))
+    for name, own, more in _UNBIASED:
+        if own & keys and keys <= _ADAM | more:
+            return Moment("exp_avg_sq", "ema", decay, name, decoupled, coupled_decay=coupled, corrected=True)
+    for name, own, more in _RELATIVES:
+        if own & marks and keys <= _ADAM | more:
+            caution = None
+            if name.startswith("schedulefree") and group.get("train_mode"):
+                caution = (
+                    "it was saved in the training mode of a schedule-free optimizer: the weights beside it may be "
+                    "those of training, not of use (call optimizer.eval() before saving)"
+                )
+            return Moment("exp_avg_sq", "ema", decay, name, decoupled, coupled_decay=coupled, caution=caution)
+    if not keys <= _ADAM or len(betas) != 2:
+        return None
+    if "betas" not in group:  # optimi's, whose decay is adjusted
+        return Moment("exp_avg_sq", "ema", decay, None, corrected=True)
+    return _adam(keys, group)
+
+
 def _adam(keys: set[str], group: Mapping[str, Any]) -> Moment:
     decoupled = group.get("decoupled_weight_decay")
     name = None
@@ -137,6 +184,12 @@ def _adam(keys: set[str], group: Mapping[str, Any]) -> Moment:
         name = "torch.optim.RAdam"
     elif decoupled is not None:
         name = "torch.optim.AdamW" if decoupled else "torch.optim.Adam"
+    caution = None
+    if "maximize" in group and "weight_decay" not in group:
+        name = "torch.optim.SparseAdam"
+        caution = (
+            "rows that a batch does not touch stand still in SparseAdam, while its step counts on: rare ones are low"
+        )
     return Moment(
         "exp_avg_sq",
         "ema",
@@ -145,6 +198,7 @@ def _adam(keys: set[str], group: Mapping[str, Any]) -> Moment:
         decoupled,
         amsgrad=bool(group["amsgrad"]) if "amsgrad" in group else None,
         coupled_decay=decoupled is False and bool(group.get("weight_decay")),
+        caution=caution,
     )
 
 
@@ -166,8 +220,13 @@ def nothing_kept(groups: Sequence[Mapping[str, Any]], place: str) -> str:
         groups: Its parameter groups.
         place: File, for messages.
     """
-    plain = any(mark in group for group in groups for mark in ("dampening", "ns_steps"))
-    why = f" (plain {_plain(groups[0])} keeps nothing)" if plain else ""
+    plain = [group for group in groups if any(mark in group for mark in ("dampening", "ns_steps"))]
+    why = f" (plain {_plain(plain[0])} keeps nothing)" if plain else ""
+    dummy = len(groups) == 1 and len(groups[0]["params"]) == 1 and set(groups[0]) <= {"lr", "initial_lr", "params"}
+    if dummy:
+        why = " (a layer-wise optimizer steps inside the backward pass, and a dummy was saved in its place)"
+    elif groups and "clip_grad_norm" in groups[0]:
+        why = " (LOMO keeps none, and AdaLomo its moments outside of its state)"
     return (
         f"{place} must come from an optimizer that has stepped, but its state is empty{why}; take a checkpoint saved "
         "after the first step, by an optimizer such as AdamW"

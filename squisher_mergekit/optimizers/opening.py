@@ -8,10 +8,11 @@ from pathlib import Path
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError
 from squisher_mergekit.fisher.files import tied_aliases
 from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, check_shape
-from squisher_mergekit.optimizers import pickles
 from squisher_mergekit.optimizers.lora import ADAPTER_CONFIG, adapter_skeleton
 from squisher_mergekit.optimizers.metadata import LOG, make_config, make_coverage, warnings_of
 from squisher_mergekit.optimizers.naming import NAMES_CURE, Parameter, assign
+from squisher_mergekit.optimizers.partition import divide
+from squisher_mergekit.optimizers.saved import Saved
 from squisher_mergekit.optimizers.skeleton import Skeleton, skeleton
 from squisher_mergekit.optimizers.state import OptimizerState, Slot, parameters_of, parse
 from squisher_mergekit.optimizers.store import store_moments
@@ -38,11 +39,11 @@ class Place:
         return "adapter_model" if self.adapter else "model"
 
 
-def open_state(file: Path, model: Path | None, base: Path | None, names: Sequence[str] | None) -> Fisher:
-    """Open an optimizer's file as a Fisher.
+def open_state(saved: Saved, model: Path | None, base: Path | None, names: Sequence[str] | None) -> Fisher:
+    """Open what a layout has read as a Fisher.
 
     Args:
-        file: It.
+        saved: It.
         model: Folder of the weights or their ``config.json``, where the file's own folder does not hold them.
         base: Folder of the model before training.
         names: The user's names, one for each of the optimizer's parameters.
@@ -53,17 +54,17 @@ def open_state(file: Path, model: Path | None, base: Path | None, names: Sequenc
     Raises:
         RefusedError: It cannot be read safely, named with certainty, or does not fit the weights.
     """
-    state = parse(pickles.load(file), file)
+    file, state = saved.place, parse(saved)
     place = _find(file, model)
     _refuse_adapter_for_full(place)
     weights = headers(place.weighed, place.basename)
-    bones = _skeleton(place, base, weights, needed=names is None and not state.named and state.model is None)
+    bones = _skeleton(place, base, weights, needed=names is None and not state.named and saved.model is None)
     slots, in_memory = _by_names(_name_slots(state, bones, names, place, base), bones, weights, place)
     if not in_memory:
         bones = None
     moments = {name: slot.tensor for name, slot in slots.items() if slot.tensor is not None}
     _check_shapes(slots, bones, file)
-    store = store_moments(str(file), moments, bones, weights)
+    store = store_moments(str(file), moments, bones, weights, saved.verify)
     lost = set(moments) - {source for recipe in store.recipes.values() for source in recipe.sources}
     if lost and (place.adapter or not store.recipes):
         raise MismatchError(
@@ -72,7 +73,7 @@ def open_state(file: Path, model: Path | None, base: Path | None, names: Sequenc
         )
     coverage = make_coverage(slots, store, bones, weights)
     described = place.adapter or place.described
-    config = make_config(file, slots, store, coverage, described, place.adapter is not None, state.layout)
+    config = make_config(saved, slots, store, coverage, described, place.adapter is not None)
     fisher = Fisher(store, config, tied_aliases(config))
     check(fisher, weights, place.weighed)
     if place.given is not None and place.given != place.weighed:
@@ -83,7 +84,9 @@ def open_state(file: Path, model: Path | None, base: Path | None, names: Sequenc
 
 
 def _find(file: Path, model: Path | None) -> Place:
-    folders = [folder for folder in (model, file.parent) if folder is not None]
+    # A folder of shards lies in the checkpoint's, and is sometimes that itself.
+    own = [file.parent, *([file] if file.is_dir() else [])]
+    folders = [folder for folder in (model, *own) if folder is not None]
     adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
     described = next((folder for folder in folders if (folder / "config.json").is_file()), file.parent)
     basename = "adapter_model" if adapter else "model"
@@ -134,29 +137,33 @@ def _name_slots(
     if state.named:
         return [(str(slot.name), slot) for slot in slots]
     parameters = _in_order(state, bones)
-    shapes = [[None if slot.tensor is None else tuple(slot.tensor.shape) for slot in group] for group in state.groups]
+    shapes = [[slot.shape for slot in group] for group in state.groups]
     trained = None
     if base is not None and bones is not None and place.adapter is None and len(slots) < len(parameters):
         trained = changed(place.weighed, base, bones)
-    chosen = assign(shapes, parameters, trained, str(state.file))
+    if len(state.optimizers) > 1:
+        needed = [[slot.tensor is not None for slot in group] for group in state.groups]
+        chosen = divide(shapes, parameters, trained, needed, str(state.file))
+    else:
+        chosen = assign(shapes, parameters, trained, str(state.file))
     pairs = zip((name for group in chosen for name in group), slots, strict=True)
     return [(name, slot) for name, slot in pairs if name is not None]
 
 
 def _in_order(state: OptimizerState, bones: Skeleton | None) -> Sequence[Parameter]:
     """Return the parameters in the order in which the optimizer got them: the model's, or that of one saved beside."""
-    if state.model is None:
+    if state.saved.model is None:
         if bones is None:
             raise TypeError("a model is needed to name numbered parameters")
         return bones.parameters
-    if bones is not None and {parameter.name for parameter in bones.parameters} <= set(state.model):
+    if bones is not None and {parameter.name for parameter in bones.parameters} <= set(state.saved.model):
         return bones.parameters
-    if sum(bool(group) for group in state.groups) > 1:
+    if len(state.optimizers) == 1 and sum(bool(group) for group in state.groups) > 1:
         raise NamingError(
             f"{state.file} keeps its parameters in several groups, and how they were split does not follow from the "
             f"model saved in it; give --model DIR with its config.json, or {NAMES_CURE}"
         )
-    return [Parameter(name, shape) for name, shape in parameters_of(state.model).items()]
+    return [Parameter(name, shape) for name, shape in parameters_of(state.saved.model).items()]
 
 
 def _by_names(
@@ -191,5 +198,5 @@ def _by_names(
 def _check_shapes(slots: Mapping[str, Slot], bones: Skeleton | None, file: Path) -> None:
     shapes = {parameter.name: parameter.shape for parameter in bones.parameters} if bones is not None else {}
     for name, slot in slots.items():
-        if slot.tensor is not None and name in shapes:
-            check_shape(name, tuple(slot.tensor.shape), shapes[name], str(file))
+        if slot.shape is not None and name in shapes:
+            check_shape(name, slot.shape, shapes[name], str(file))

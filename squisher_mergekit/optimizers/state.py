@@ -2,19 +2,22 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
+from squisher_mergekit.errors import CorruptFileError, NothingKeptError, UnsupportedStateError
 from squisher_mergekit.optimizers.moments import Moment, moment_of, nothing_kept, unwrapped_state
-from squisher_mergekit.optimizers.values import Blockwise, RowsAndColumns, Stored
+from squisher_mergekit.optimizers.names import unwrapped
+from squisher_mergekit.optimizers.pickles import Quantized
+from squisher_mergekit.optimizers.saved import Saved
+from squisher_mergekit.optimizers.values import Blockwise, Packed, RowsAndColumns, Stored, parts, read
 
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_LIGHTNING = "pytorch-lightning_version"
-_MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
+Shape = tuple[int, ...]
+Group = tuple["Slot", ...]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Slot:
     """One parameter as the optimizer knows it.
 
     ``index``: its number in the file, or its name. ``name``: the name the file gives it, if any. ``moment``: None if
-    the optimizer never stepped it; then ``tensor`` and ``steps`` are None too.
+    the optimizer never stepped it, or keeps none for it; then ``tensor`` and ``steps`` are None too. ``shape``: of the
+    parameter, None if nothing tells. ``lacking``: why there is no second moment, where the optimizer is one without.
     """
 
     index: int | str
@@ -30,19 +34,28 @@ class Slot:
     moment: Moment | None = None
     tensor: Stored | None = None
     steps: int | None = None
+    shape: Shape | None = None
+    lacking: str | None = None
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """The slots, group by group as the file has them, and the model saved in the same file, if any.
+    """The slots, by optimizer and group as the files have them.
 
-    ``layout``: whose file it is, where its content tells.
+    ``saved``: where they are from. ``optimizers``: of each optimizer its groups of slots.
     """
 
-    file: Path
-    groups: tuple[tuple[Slot, ...], ...]
-    model: Mapping[str, Tensor] | None = None
-    layout: str | None = None
+    saved: Saved
+    optimizers: tuple[tuple[Group, ...], ...]
+    groups: tuple[Group, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(group for groups in self.optimizers for group in groups))
+
+    @property
+    def file(self) -> Path:
+        """The file or folder, for messages."""
+        return self.saved.place
 
     @property
     def slots(self) -> Iterator[Slot]:
@@ -56,53 +69,30 @@ class OptimizerState:
         return all(slot.name is not None for slot in self.slots)
 
 
-def parse(loaded: Any, file: Path) -> OptimizerState:
-    """Find the optimizer's state in what ``torch.load`` gave, and its slots.
-
-    Accepts an optimizer's ``state_dict`` and a bundle that holds one beside a model.
+def parse(saved: Saved) -> OptimizerState:
+    """Find the slots in what a layout has read.
 
     Args:
-        loaded: Content of the file.
-        file: For messages.
+        saved: It.
 
     Returns:
         The slots.
 
     Raises:
-        UnsupportedStateError: There is no optimizer state in it, or several, or none with a second moment.
-        CorruptFileError: Its groups and its state contradict each other.
+        UnsupportedStateError: No optimizer has a second moment.
+        CorruptFileError: Groups and states contradict each other.
     """
-    state = _find_state(loaded, file)
-    groups = tuple(tuple(_slots(group, state["state"], file)) for group in state["param_groups"])
-    _check(groups, state, file)
-    model = None if state is loaded else _find_model(loaded)
-    if isinstance(loaded, Mapping) and _LIGHTNING in loaded:
-        return OptimizerState(file, groups, None if model is None else _without_attribute(model), "lightning")
-    return OptimizerState(file, groups, model)
+    optimizers = []
+    for one in saved.states:
+        groups = tuple(tuple(_slots(group, one["state"], saved.place)) for group in one["param_groups"])
+        _check_indices(groups, one, saved.place)
+        optimizers.append(groups)
+    state = OptimizerState(saved, tuple(optimizers))
+    _check_kinds(state)
+    return state
 
 
-def unwrapped(name: str) -> str:
-    """Strip what DDP, torch.compile, FSDP and activation checkpointing put into a name.
-
-    Example:
-        >>> unwrapped("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
-        'encoder.weight'
-    """
-    for wrapper in _WRAPPERS[1:]:
-        name = name.replace(wrapper, "")
-    while name.startswith(_WRAPPERS[0]):
-        name = name.removeprefix(_WRAPPERS[0])
-    return name
-
-
-def _without_attribute(model: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Strip the attribute under which a LightningModule holds its model, if it holds nothing else."""
-    attributes = {name.partition(".")[0] for name in model}
-    nested = len(attributes) == 1 and all("." in name for name in model)
-    return {name.partition(".")[2] if nested else name: tensor for name, tensor in model.items()}
-
-
-def parameters_of(model: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def parameters_of(model: Mapping[str, Tensor]) -> dict[str, Shape]:
     """Return name -> shape of a saved model in its order, without second names of tied tensors and known buffers.
 
     Buffers of floats other than a batch norm's stay: there is no telling them from parameters here.
@@ -125,6 +115,8 @@ def _slots(group: Mapping[str, Any], state: Mapping[Any, Any], file: Path) -> It
             f"found {len(names)}; save it again"
         )
     for index, given in zip(indices, names, strict=True):
+        if not isinstance(index, int | str):
+            raise CorruptFileError(f"the parameters of a group in {file} must be numbers or names, found {index!r:.50}")
         name = index if isinstance(index, str) else given
         yield _slot(index, None if name is None else unwrapped(str(name)), state.get(index), group, file)
 
@@ -132,63 +124,145 @@ def _slots(group: Mapping[str, Any], state: Mapping[Any, Any], file: Path) -> It
 def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, Any], file: Path) -> Slot:
     if not isinstance(state, Mapping) or not state:
         return Slot(index, name)
+    place = f"{file} (parameter {index})"
     state = unwrapped_state(state)
-    moment = moment_of(state, group, f"{file} (parameter {index})")
+    try:
+        moment = moment_of(state, group, place)
+    except NothingKeptError as error:
+        shapes = [tuple(value.shape) for value in state.values() if isinstance(value, Tensor) and value.ndim]
+        return Slot(index, name, shape=shapes[0] if shapes else None, lacking=str(error))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UnsupportedStateError):
+            raise
+        raise CorruptFileError(f"the settings of {place} must be numbers, but {error!s:.80}; save it again") from None
     tensor = _stored(state, moment, f"parameter {index} in {file}")
-    step = state.get("step", group.get("step"))
-    if step is not None and int(step) == 0:  # Adagrad makes its accumulators before the first step
+    steps = _steps(state.get("step", group.get("step", group.get("k"))), place)
+    if steps == 0:  # Adagrad makes its accumulators before the first step
         return Slot(index, name)
-    return Slot(index, name, moment, tensor, None if step is None else int(step))
+    return Slot(index, name, moment, tensor, steps, tuple(tensor.shape))
+
+
+def _steps(value: Any, place: str) -> int | None:
+    """Return how many steps were made, None if nothing tells.
+
+    Raises:
+        CorruptFileError: It is no such number.
+    """
+    if value is None:
+        return None
+    try:
+        steps = float(value.reshape(()) if isinstance(value, Tensor) else value)
+        if not (steps >= 0 and steps == int(steps)):
+            raise ValueError
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise CorruptFileError(
+            f"the step of {place} must be a whole number, found {value!r:.50}; save it again"
+        ) from None
+    return int(steps)
 
 
 def _stored(state: Mapping[str, Any], moment: Moment, place: str) -> Stored:
     """Return the second moment as it is kept."""
     if moment.key == "state2" and "qmap2" in state:
-        parts = [state[key] for key in ("state2", "qmap2", "absmax2") if isinstance(state.get(key), Tensor)]
-        blocks = Blockwise(*parts) if len(parts) == 3 else None
+        found = [state[key] for key in ("state2", "qmap2", "absmax2") if _plain(state.get(key))]
+        blocks = Blockwise(*found) if len(found) == 3 else None
         if blocks is None or not blocks.fits():
             raise CorruptFileError(
                 f"state2 of {place} must be 8-bit codes with 256 levels and one scale for each 256 entries, but its "
                 "parts do not belong together; save it again"
             )
-        return blocks
+        return _within(blocks, place)
+    stored = state[moment.key]
+    if hasattr(stored, "codes") and hasattr(stored, "scale"):  # torchao's tensor, or the stand-in for it
+        return _within(_quantized(stored, f"{moment.key} of {place}"), place)
     for key in (moment.key, moment.columns):
         tensor = None if key is None else state[key]
-        # A subclass may hold codes, or a part of the tensor; this version reads plain tensors alone.
-        if key is not None and (type(tensor) is not Tensor or not tensor.is_floating_point()):
+        # A subclass may hold codes, or a part of the tensor; of tensors, plain ones alone are what they seem.
+        if key is not None and not _floats(tensor):
             raise UnsupportedStateError(
                 f"{key} of {place} must be a plain tensor of floats, found {type(tensor).__name__}; "
                 "train with optim adamw_torch"
             )
-    stored: Tensor = state[moment.key]
     if moment.columns is None:
-        return stored
-    rows, columns = stored, state[moment.columns]
-    if moment.key == "row_var" and rows.ndim >= 2 and rows.shape[-1] == columns.shape[-2] == 1:
+        return _within(stored, place)
+    rows, columns = read(stored), read(state[moment.columns])
+    if moment.key == "row_var" and min(rows.ndim, columns.ndim) >= 2 and rows.shape[-1] == columns.shape[-2] == 1:
         rows, columns = rows.squeeze(-1), columns.squeeze(-2)
     if not rows.ndim or rows.shape[:-1] != columns.shape[:-1] or rows.dtype != columns.dtype:
         raise CorruptFileError(
             f"the row and column means of {place} must belong together, found shapes {list(rows.shape)} and "
             f"{list(columns.shape)}; save it again"
         )
-    return RowsAndColumns(rows, columns)
+    return _within(RowsAndColumns(rows, columns), place)
 
 
-def _check(groups: tuple[tuple[Slot, ...], ...], loaded: Mapping[str, Any], file: Path) -> None:
-    """Refuse state that is empty, of several kinds, or at odds with its own groups."""
-    state, settings = loaded["state"], loaded["param_groups"]
+def _plain(value: Any) -> bool:
+    return type(value) is Tensor
+
+
+def _floats(value: Any) -> bool:
+    """Return whether this is a tensor of floats, or a form of one."""
+    if isinstance(value, Tensor):
+        return type(value) is Tensor and value.is_floating_point() and value.layout is torch.strided
+    return hasattr(value, "read") and value.dtype.is_floating_point
+
+
+def _quantized(tensor: Any, place: str) -> Blockwise | Packed:
+    """Return the form of a tensor of torchao's.
+
+    Raises:
+        CorruptFileError: Its parts do not belong together.
+    """
+    codes, scales, levels = tensor.codes, tensor.scale, getattr(tensor, "qmap", None)
+    if _plain(codes) and _plain(scales) and (levels is None or _plain(levels)) and scales.numel():
+        form: Blockwise | Packed
+        if levels is not None and levels.numel() == 16:
+            shape = torch.Size(getattr(tensor, "_shape", ()))
+            form = Packed(codes, levels, scales, shape, 2 * codes.numel() // scales.numel())
+        else:
+            form = Blockwise(codes, levels, scales, codes.numel() // scales.numel())
+        if form.fits() and (not isinstance(tensor, Quantized) or tensor.shape == form.shape):
+            return form
+    raise CorruptFileError(f"the codes, scales and levels of {place} must belong together; save it again")
+
+
+def _within(stored: Stored, place: str) -> Stored:
+    """Refuse tensors that claim more entries than their file has bytes for, as with a stride of 0.
+
+    Raises:
+        CorruptFileError: One does.
+    """
+    for part in parts(stored):
+        if part.numel() * part.itemsize > part.untyped_storage().nbytes():
+            raise CorruptFileError(
+                f"the second moment of {place} must have the bytes of its {part.numel()} entries, found "
+                f"{part.untyped_storage().nbytes()} bytes; copy the file again"
+            )
+    return stored
+
+
+def _check_indices(groups: tuple[Group, ...], loaded: Mapping[str, Any], file: Path) -> None:
+    """Refuse state that is at odds with its own groups."""
     slots = [slot for group in groups for slot in group]
     twice = [index for index, count in Counter(slot.index for slot in slots).items() if count > 1]
-    strays = set(state) - {slot.index for slot in slots}
+    # Some optimizers keep settings of their own beside the parameters' state.
+    strays = {key for key, value in loaded["state"].items() if isinstance(value, Mapping)} - {s.index for s in slots}
     if twice or strays:
         found = f"{twice[0]} twice" if twice else f"state of {sorted(map(str, strays))[0]}, which is in no group"
         raise CorruptFileError(f"each parameter of {file} must be in one group, found {found}; save it again")
+
+
+def _check_kinds(state: OptimizerState) -> None:
+    """Refuse state that is empty or of several kinds."""
+    slots, file = list(state.slots), state.file
     doubled = [name for name, count in Counter(slot.name for slot in slots if slot.name).items() if count > 1]
     if doubled:
         raise CorruptFileError(f"each parameter of {file} must have its own name, found {doubled[0]} twice")
     kinds = {slot.moment.statistic for slot in slots if slot.moment}
     if not kinds:
-        raise UnsupportedStateError(nothing_kept(settings, str(file)))
+        lacking = next((slot.lacking for slot in slots if slot.lacking), None)
+        settings = [group for one in state.saved.states for group in one["param_groups"]]
+        raise UnsupportedStateError(lacking or nothing_kept(settings, str(file)))
     starts = {slot.moment.start for slot in slots if slot.moment}
     corrected = {slot.moment.corrected for slot in slots if slot.moment}
     if len(corrected) > 1:
@@ -201,43 +275,3 @@ def _check(groups: tuple[tuple[Slot, ...], ...], loaded: Mapping[str, Any], file
             f"the second moments in {file} must all be of one kind, found both "
             f"{' and '.join(sorted(kinds) if len(kinds) > 1 else map(str, sorted(starts)))}; train with one optimizer"
         )
-
-
-def _is_state(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and isinstance(value.get("state"), Mapping)
-        and isinstance(value.get("param_groups"), list)
-        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in value["param_groups"])
-    )
-
-
-def _find_state(loaded: Any, file: Path) -> Any:
-    if _is_state(loaded):
-        return loaded
-    found = []
-    for value in loaded.values() if isinstance(loaded, Mapping) else [loaded]:
-        inner = value if isinstance(value, list) else list(value.values()) if isinstance(value, Mapping) else []
-        found += [value] if _is_state(value) else [item for item in inner if _is_state(item)]
-    if len(found) != 1:
-        what = "none" if not found else f"{len(found)} of them"
-        raise UnsupportedStateError(
-            f"{file} must hold one optimizer's state_dict (state and param_groups), found {what}; "
-            "save optimizer.state_dict() to a file of its own"
-        )
-    return found[0]
-
-
-def _find_model(loaded: Any) -> Mapping[str, Tensor] | None:
-    """Return the one model beside the optimizer; None where there is none, or no telling which of several."""
-    if not isinstance(loaded, Mapping):
-        return None
-    found = {
-        key: value
-        for key, value in loaded.items()
-        if isinstance(value, Mapping) and value and all(isinstance(item, Tensor) for item in value.values())
-    }
-    usual = [key for key in _MODEL_KEYS if key in found]
-    if not usual and len(found) != 1:
-        return None
-    return {unwrapped(str(name)): tensor for name, tensor in found[usual[0] if usual else next(iter(found))].items()}

@@ -1,13 +1,14 @@
 """The second moments of an optimizer's file under the names of the weights, converted when read."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from squisher_mergekit.fisher.mapping import TensorInfo
+from squisher_mergekit.optimizers.saved import unverified
 from squisher_mergekit.optimizers.skeleton import Skeleton
-from squisher_mergekit.optimizers.values import Stored, read
+from squisher_mergekit.optimizers.values import Stored, parts, read
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class MomentStore:
-    """A :class:`~squisher_mergekit.fisher.mapping.TensorStore` over mapped tensors of an optimizer's file.
+    """A :class:`~squisher_mergekit.fisher.mapping.TensorStore` over an optimizer's state.
 
-    ``moments``: name in memory -> tensor. ``recipes``: name on disk -> how it is made of them.
+    ``moments``: name in memory -> tensor. ``recipes``: name on disk -> how it is made of them. ``verify``: holds the
+    bytes of a mapped tensor against their checksum.
     """
 
     location: str
@@ -30,6 +32,7 @@ class MomentStore:
     recipes: Mapping[str, Recipe]
     infos: Mapping[str, TensorInfo]
     skeleton: Skeleton | None
+    verify: Callable[[Tensor], None]
     # The conversion read last: the many experts of one packed tensor are asked for one after the other.
     _last: dict[tuple[str, ...], Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -37,17 +40,27 @@ class MomentStore:
         """Return one tensor."""
         recipe = self.recipes[name]
         if self.skeleton is None:
-            return read(self.moments[recipe.key])
+            return self._moment(recipe.key)
         converted = self._last.get(recipe.sources)
         if converted is None:
-            converted = self.skeleton.convert({source: read(self.moments[source]) for source in recipe.sources})
+            converted = self.skeleton.convert({source: self._moment(source) for source in recipe.sources})
             self._last.clear()
             self._last[recipe.sources] = converted
         return converted[recipe.key]
 
+    def _moment(self, name: str) -> Tensor:
+        stored = self.moments[name]
+        for part in parts(stored):
+            self.verify(part)
+        return read(stored)
+
 
 def store_moments(
-    location: str, moments: Mapping[str, Stored], skeleton: Skeleton | None, weights: Collection[str]
+    location: str,
+    moments: Mapping[str, Stored],
+    skeleton: Skeleton | None,
+    weights: Collection[str],
+    verify: Callable[[Tensor], None] = unverified,
 ) -> MomentStore:
     """Arrange second moments by their names on disk.
 
@@ -56,6 +69,7 @@ def store_moments(
         moments: Name in memory -> second moment.
         skeleton: The model that these are parameters of; None if the names are those on disk.
         weights: The names in the weights, if known: of the names of a tied tensor, the one found there is taken.
+        verify: Holds the bytes of a mapped tensor against their checksum.
     """
     recipes, infos = {}, {}
     if skeleton is None:
@@ -77,4 +91,4 @@ def store_moments(
         for length in shape:
             size *= length
         infos[name] = TensorInfo(shape, dtype, size)
-    return MomentStore(location, moments, recipes, infos, skeleton)
+    return MomentStore(location, moments, recipes, infos, skeleton, verify)

@@ -1,12 +1,32 @@
 """How a second moment is kept: as a tensor of the parameter's shape, or in a form to be worked out when it is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 BLOCK = 256
+
+
+class Form(Protocol):
+    """A second moment that is no tensor yet."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the second moment."""
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """The tensors it is worked out from, as they lie in a mapped file."""
+
+    def read(self) -> Tensor:
+        """Return the second moment."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,11 @@ class RowsAndColumns:
         """Of the second moment."""
         return self.rows.dtype
 
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """Rows and columns."""
+        return self.rows, self.columns
+
     def read(self) -> Tensor:
         """Return the second moment; 0 where all rows are."""
         mean = self.rows.mean(-1, keepdim=True)
@@ -47,10 +72,11 @@ class RowsAndColumns:
 
 @dataclass(frozen=True)
 class Blockwise:
-    """A second moment in 8 bits, as bitsandbytes keeps it: ``v_i = levels[codes_i] scales[i // 256]``.
+    """A second moment in 8 bits: ``v_i = levels[codes_i] scales[i // block]``, as bitsandbytes and torchao keep it.
 
-    ``codes``: uint8, of the parameter's shape; i counts its entries row by row. ``levels``: 256 numbers in [0, 1].
-    ``scales``: the largest v of each block of 256 entries, of which the last may be short.
+    ``codes``: uint8, of the parameter's shape; i counts its entries row by row; or numbers of their own (float8), with
+    no ``levels``. ``levels``: 256 numbers in [0, 1]. ``scales``: the largest v of each block of entries, of which the
+    last may be short.
 
     Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022.
 
@@ -62,8 +88,9 @@ class Blockwise:
     """
 
     codes: Tensor
-    levels: Tensor
+    levels: Tensor | None
     scales: Tensor
+    block: int = BLOCK
 
     @property
     def shape(self) -> torch.Size:
@@ -73,28 +100,160 @@ class Blockwise:
     @property
     def dtype(self) -> torch.dtype:
         """Of the second moment."""
-        return self.levels.dtype
+        return self.scales.dtype if self.levels is None else self.levels.dtype
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """Codes, levels and scales."""
+        return tuple(part for part in (self.codes, self.levels, self.scales) if part is not None)
 
     def fits(self) -> bool:
-        """Return whether the three tensors belong together."""
-        blocks = -(-self.codes.numel() // BLOCK)
-        floats = self.levels.is_floating_point() and self.scales.is_floating_point()
-        return (
-            floats
-            and self.codes.dtype == torch.uint8
-            and self.levels.shape == (256,)
-            and self.scales.shape == (blocks,)
-        )
+        """Return whether the tensors belong together."""
+        if not self.scales.is_floating_point() or self.block < 1:
+            return False
+        if self.levels is None:
+            sound = self.codes.is_floating_point() and self.codes.itemsize == 1
+        else:
+            sound = self.levels.is_floating_point() and self.levels.shape == (256,) and self.codes.dtype == torch.uint8
+        return sound and self.scales.shape == (-(-self.codes.numel() // self.block),)
 
     def read(self) -> Tensor:
         """Return the second moment."""
-        flat = self.levels[self.codes.flatten().int()]
-        return flat.mul_(self.scales.repeat_interleave(BLOCK)[: flat.numel()]).reshape(self.shape)
+        codes = self.codes.flatten()
+        flat = codes.to(self.scales.dtype) if self.levels is None else self.levels[codes.int()]
+        whole = flat.numel() // self.block * self.block
+        flat[:whole].view(-1, self.block).mul_(self.scales[: whole // self.block, None])
+        flat[whole:].mul_(self.scales[whole // self.block :])
+        return flat.reshape(self.shape)
 
 
-Stored: TypeAlias = Tensor | RowsAndColumns | Blockwise
+@dataclass(frozen=True)
+class Packed:
+    """A second moment in 4 bits, two entries a byte, the first in the high half, as torchao keeps it.
+
+    ``v_i = levels[code_i] scales[i // block]``. ``codes``: uint8, flat. ``levels``: 16 numbers. ``shape``: of the
+    parameter.
+
+    Example:
+        >>> codes = torch.tensor([0x1F, 0x20], dtype=torch.uint8)
+        >>> Packed(codes, torch.arange(16.0), torch.tensor([2.0, 10.0]), torch.Size([2, 2]), block=2).read()
+        tensor([[ 2., 30.],
+                [20.,  0.]])
+    """
+
+    codes: Tensor
+    levels: Tensor
+    scales: Tensor
+    shape: torch.Size
+    block: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the second moment."""
+        return self.levels.dtype
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """Codes, levels and scales."""
+        return self.codes, self.levels, self.scales
+
+    def fits(self) -> bool:
+        """Return whether the tensors belong together."""
+        floats = self.levels.is_floating_point() and self.scales.is_floating_point()
+        count = 2 * self.codes.numel()
+        sound = floats and self.codes.dtype == torch.uint8 and self.codes.ndim == 1 and self.levels.shape == (16,)
+        return sound and self.block >= 1 and count == self.shape.numel() == self.block * self.scales.numel()
+
+    def read(self) -> Tensor:
+        """Return the second moment."""
+        codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten()
+        flat = self.levels[codes.int()]
+        flat.view(-1, self.block).mul_(self.scales[:, None])
+        return flat.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """A tensor made of slices of flat ones, one after the other: what a sharding trainer cut up.
+
+    ``slices``: flat tensor, where its slice begins, how many entries it has.
+
+    Example:
+        >>> Slices(((torch.arange(5.0), 3, 2), (torch.arange(7.0), 0, 1)), torch.Size([3, 1])).read().flatten()
+        tensor([3., 4., 0.])
+    """
+
+    slices: tuple[tuple[Tensor, int, int], ...]
+    shape: torch.Size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the entries."""
+        return self.slices[0][0].dtype
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """The flat tensors."""
+        return [flat for flat, _, _ in self.slices]
+
+    def read(self) -> Tensor:
+        """Return the tensor; of one slice alone a view."""
+        cut = [flat[start : start + length] for flat, start, length in self.slices]
+        return (cut[0] if len(cut) == 1 else torch.cat(cut)).reshape(self.shape)
+
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the first and last entries of each slice, ``count`` of both, and their places in the flat tensor."""
+        places, values, begin = [], [], 0
+        for flat, start, length in self.slices:
+            ends = sorted({*range(min(count, length)), *range(max(length - count, 0), length)})
+            values.append(flat[start : start + length][ends])
+            places += [begin + end for end in ends]
+            begin += length
+        return torch.tensor(places, dtype=torch.int64), torch.cat(values)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A tensor whose shards lie one after the other along an axis.
+
+    Example:
+        >>> Joined((torch.ones(2, 3), torch.zeros(1, 3)), 0).shape
+        torch.Size([3, 3])
+    """
+
+    shards: tuple[Tensor, ...]
+    axis: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole."""
+        shape = list(self.shards[0].shape)
+        shape[self.axis] = sum(shard.shape[self.axis] for shard in self.shards)
+        return torch.Size(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the entries."""
+        return self.shards[0].dtype
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """The shards."""
+        return self.shards
+
+    def read(self) -> Tensor:
+        """Return the tensor."""
+        return torch.cat(self.shards, self.axis) if len(self.shards) > 1 else self.shards[0]
+
+
+Stored: TypeAlias = Tensor | Form
 
 
 def read(stored: Stored) -> Tensor:
     """Return a second moment in the parameter's shape."""
     return stored if isinstance(stored, Tensor) else stored.read()
+
+
+def parts(stored: Stored) -> Sequence[Tensor]:
+    """Return the tensors that a second moment is read from, as they lie in a mapped file."""
+    return (stored,) if isinstance(stored, Tensor) else stored.parts

@@ -48,11 +48,35 @@ ACCEPTED = {
     "plain_torch_adafactor": {},
     "trainer_t5_adafactor": {},
     "trainer_bnb8bit": {},
+    "trainer_torchao8bit": {},
+    "fsdp1_full": {},
+    "fsdp1_sharded": {},
+    "fsdp2_sharded_nodcp": {},
+    "dcp_nested": {},
+    "ds_zero1": {},
+    "ds_zero2": {},
+    "ds_zero3": {},
+    "ds_universal": {},
 }
+# Their files carry names of their own; others' parameters are numbered.
+NAMED = ("fsdp", "dcp", "ds")
 # Their row and column means are multiplied out, in an order of operations of its own.
 FACTORED = ("plain_torch_adafactor", "trainer_t5_adafactor")
 STATISTIC = {"plain_adagrad": "sum"}
-LAYOUT = {"trainer": "transformers-trainer", "plain": "torch", "accel": "accelerate", "lightning": "lightning"}
+LAYOUT = {
+    "trainer": "transformers-trainer",
+    "plain": "torch",
+    "accel": "accelerate",
+    "lightning": "lightning",
+    "fsdp1_full": "accelerate",
+    "fsdp": "accelerate-fsdp",
+    "dcp": "torch-distributed",
+    "ds": "deepspeed",
+    "ds_universal": "deepspeed-universal",
+}
+FILES = {"fsdp1_full": "optimizer.bin", "fsdp1_sharded": "optimizer_0", "fsdp2_sharded_nodcp": "optimizer_0_rank0.bin"}
+FILES |= {"dcp_nested": "step-4", "ds_universal": "global_step4_universal"}
+FILES |= dict.fromkeys(("ds_zero1", "ds_zero2", "ds_zero3"), "global_step4")
 
 
 def _case(name):
@@ -94,7 +118,7 @@ def test_the_config_says_what_the_run_was(name):
     """Estimator, statistic, class, decay, steps and layout are those of the run; what is not known is null."""
     config, case = _open(name).config, _case(name)
     assert (config.estimator, config.statistic) == ("squisher", STATISTIC.get(name, "ema"))
-    unnamed = name == "trainer_bnb8bit"  # all optimizers of bitsandbytes write the same keys
+    unnamed = name in ("trainer_bnb8bit", "trainer_torchao8bit")  # theirs all write the same keys
     assert unnamed or config.optimizer.class_.split(".")[-1] == case["optimizer"].split(".")[-1]
     assert config.optimizer.beta2 == (None if name in FACTORED else case["beta2"])
     without_amsgrad = (*FACTORED, "plain_adagrad", "trainer_bnb8bit", "plain_rmsprop_centered")
@@ -102,11 +126,14 @@ def test_the_config_says_what_the_run_was(name):
     assert config.steps == case["step"]
     assert config.bias_corrected is (name in FACTORED)
     assert config.parameters == ("adapter" if name == "trainer_lora_llama" else "model")
-    assert config.source.layout == LAYOUT[name.split("_")[0].replace("448", "")]
-    assert config.source.files == (case["optimizer_file"],)
+    family = name.split("_")[0].replace("448", "").rstrip("12")
+    assert config.source.layout == LAYOUT.get(name, LAYOUT[family])
+    assert config.source.files == (case.get("optimizer_file") or FILES[name],)
     assert config.coverage.with_ == len(load_file(STATES / name / "expected.safetensors"))
-    assert config.weights_fingerprint.startswith("fp1:")
-    assert (config.examples_per_step, config.tokens_per_step, config.num_examples, config.mean) == (None,) * 4
+    assert name == "ds_universal" or config.weights_fingerprint.startswith("fp1:")  # it has no weights beside
+    effective = case["per_device_train_batch_size"] * case["gradient_accumulation_steps"] * case["world_size"]
+    assert config.examples_per_step == (effective if family == "ds" else None)
+    assert (config.tokens_per_step, config.num_examples, config.mean) == (None,) * 3
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
@@ -149,8 +176,9 @@ def test_the_debiased_scale_follows_from_the_steps():
 
 REFUSED = {
     "plain_sgd_refuse": (UnsupportedStateError, ["SGD", "optimizer.pt", "AdamW"]),
-    "trainer_torchao8bit": (UnsupportedStateError, ["torchao", "optimizer.pt", "quantized", "adamw_torch"]),
     "bad_malicious_pickle": (UnsafeFileError, ["optimizer.pt", "nothing of it was run", "state_dict"]),
+    "bad_malicious_dcp_metadata": (UnsafeFileError, [".metadata", "io.open", "nothing of it was run", "again"]),
+    "bad_missing_ds_rank": (NotFoundError, ["global_step4", "rank 1 is missing", "copy it"]),
     "bad_truncated": (CorruptFileError, ["optimizer.pt", "truncated or damaged", "copy it again"]),
     "bad_wrong_model_shape": (MismatchError, ["optimizer.pt", "embed_tokens", "[32, 8]", "[32, 16]", "--model"]),
 }

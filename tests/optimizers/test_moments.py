@@ -8,6 +8,7 @@ import transformers
 
 from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.state import parse
+from squisher_mergekit.optimizers.torch_file import content
 from squisher_mergekit.optimizers.values import read
 
 FILE = Path("optimizer.pt")
@@ -89,7 +90,7 @@ KEPT = {
 def test_the_second_moment_and_its_kind(name):
     """Key, statistic, decay, class, way of weight decay, amsgrad and start are those of the optimizer that stepped."""
     make, expected = KEPT[name]
-    (slot,) = parse(_stepped(make), FILE).slots
+    (slot,) = parse(content(_stepped(make), FILE)).slots
     moment = slot.moment
     assert (
         moment.key,
@@ -109,7 +110,7 @@ def test_the_second_moment_and_its_kind(name):
 def test_the_tensor_is_the_mean_square_of_the_gradients(name):
     """The tensor found is the recurrence v = b v + (1-b) g^2 (or the sum) of the true gradients, in float64."""
     make, _ = KEPT[name]
-    (slot,) = parse(_stepped(make), FILE).slots
+    (slot,) = parse(content(_stepped(make), FILE)).slots
     moment = slot.moment
     expected = _sum(moment.start) if moment.statistic == "sum" else _ema(moment.decay)
     torch.testing.assert_close(slot.tensor.double(), expected, rtol=1e-5, atol=0)
@@ -133,7 +134,7 @@ def test_adafactor_is_the_outer_product_of_its_means(name, shape):
         parameter.grad = torch.randn(shape, generator=generator)
         optimizer.step()
         mean += (parameter.grad.double() ** 2 - mean) * step**-0.8
-    (slot,) = parse(optimizer.state_dict(), FILE).slots
+    (slot,) = parse(content(optimizer.state_dict(), FILE)).slots
     if len(shape) > 1:
         rows, columns = mean.mean(-1), mean.mean(-2)
         mean = rows[..., None] * columns[..., None, :] / rows.mean(-1)[..., None, None]
@@ -151,7 +152,7 @@ def test_row_and_column_means_must_belong_together():
     state = optimizer.state_dict()
     state["state"][0]["col_var"] = torch.ones(2, 1, 3)
     with pytest.raises(CorruptFileError, match="must belong together"):
-        parse(state, FILE)
+        parse(content(state, FILE))
 
 
 def _bitsandbytes(wrapped, **changes):
@@ -171,7 +172,7 @@ def _bitsandbytes(wrapped, **changes):
 def test_eight_bits_are_levels_times_the_scale_of_their_block(wrapped):
     """Both generations of bitsandbytes' files give level times scale, the last block being short."""
     state, expected = _bitsandbytes(wrapped)
-    (slot,) = parse(state, FILE).slots
+    (slot,) = parse(content(state, FILE)).slots
     assert torch.equal(read(slot.tensor), expected)
     assert (slot.tensor.shape, slot.moment.decay, slot.steps) == ((17, 31), 0.99, 3)
 
@@ -184,22 +185,22 @@ def test_eight_bits_whose_parts_do_not_fit_are_refused(changes):
     """Too few scales, too few levels, none at all, or codes that are none."""
     state, _ = _bitsandbytes(True, **changes)
     with pytest.raises(CorruptFileError, match="do not belong together"):
-        parse(state, FILE)
+        parse(content(state, FILE))
 
 
 def test_one_moment_of_bitsandbytes_is_refused():
     """With state1 alone it can be Lion's momentum as well as RMSprop's mean square: no guess is made."""
     state, _ = _bitsandbytes(True, state2=None, qmap2=None, absmax2=None)
     with pytest.raises(UnsupportedStateError, match="can be Lion's or SGD's momentum"):
-        parse(state, FILE)
+        parse(content(state, FILE))
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
 def test_weight_decay_that_was_squared_is_noticed(make):
     """Weight decay added to the gradient, not decoupled from it, is marked: it is in the square."""
-    (slot,) = parse(_stepped(lambda p: make(p, weight_decay=0.1)), FILE).slots
+    (slot,) = parse(content(_stepped(lambda p: make(p, weight_decay=0.1)), FILE)).slots
     assert slot.moment.coupled_decay
-    (slot,) = parse(_stepped(lambda p: torch.optim.AdamW(p, weight_decay=0.1)), FILE).slots
+    (slot,) = parse(content(_stepped(lambda p: torch.optim.AdamW(p, weight_decay=0.1)), FILE)).slots
     assert not slot.moment.coupled_decay
 
 
@@ -209,7 +210,7 @@ def test_groups_may_differ_in_decay():
     optimizer = torch.optim.AdamW([{"params": [first], "betas": (0.9, 0.9)}, {"params": [second]}], betas=(0.9, 0.99))
     first.grad = second.grad = torch.ones(3)
     optimizer.step()
-    assert [slot.moment.decay for slot in parse(optimizer.state_dict(), FILE).slots] == [0.9, 0.99]
+    assert [slot.moment.decay for slot in parse(content(optimizer.state_dict(), FILE)).slots] == [0.9, 0.99]
 
 
 def test_a_parameter_never_stepped_has_no_moment():
@@ -218,7 +219,7 @@ def test_a_parameter_never_stepped_has_no_moment():
     optimizer = torch.optim.AdamW([unused, used])
     used.grad = torch.ones(3)
     optimizer.step()
-    slots = list(parse(optimizer.state_dict(), FILE).slots)
+    slots = list(parse(content(optimizer.state_dict(), FILE)).slots)
     assert [(slot.index, slot.moment is None, slot.tensor is None) for slot in slots] == [
         (0, True, True),
         (1, False, False),
@@ -256,7 +257,7 @@ def test_no_second_moment_is_refused_by_name(name):
     """What keeps no second moment is refused, named where it can be, with the place and the cure."""
     make, words = REFUSED[name]
     with pytest.raises(UnsupportedStateError) as caught:
-        parse(_stepped(make), FILE)
+        parse(content(_stepped(make), FILE))
     message = str(caught.value)
     assert words in message
     assert "optimizer.pt" in message
@@ -269,4 +270,4 @@ def test_unknown_keys_beside_a_known_name_are_refused():
     state = _stepped(lambda p: torch.optim.AdamW(p))
     state["state"][0]["rotation"] = torch.eye(5)
     with pytest.raises(UnsupportedStateError, match=r"rotation.*no optimizer known here"):
-        parse(state, FILE)
+        parse(content(state, FILE))

@@ -276,12 +276,13 @@ def test_another_step_count_in_the_trainers_state_is_warned_of(tmp_path, caplog,
 
 @pytest.mark.parametrize(
     ("entry", "words"),
-    [("global_step4", "DeepSpeed"), ("optimizer_0", "a distributed checkpoint's"), ("x_universal", "DeepSpeed")],
+    [("mp_rank_00/distrib_optim.pt", "Megatron-LM"), ("layer_01-model_00-model_states.pt", "of pipeline parallelism")],
 )
-def test_layouts_of_other_trainers_are_named(tmp_path, entry, words):
+def test_layouts_that_are_not_read_are_named(tmp_path, entry, words):
     """A folder in a layout that is not read says which it is."""
-    (tmp_path / entry).mkdir()
-    with pytest.raises(NotFoundError, match=f"{entry} is {words}"):
+    (tmp_path / entry).parent.mkdir(exist_ok=True)
+    (tmp_path / entry).touch()
+    with pytest.raises(NotFoundError, match=f"{Path(entry).name} is {words}"):
         load_fisher(tmp_path)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.state import parameters_of, parse, unwrapped
+from squisher_mergekit.optimizers.torch_file import content
 
 FILE = Path("optimizer.pt")
 
@@ -39,7 +40,7 @@ def test_the_state_is_found_in_any_bundle(wrap):
     """A state_dict alone, in a dict, or in a list or dict in that, is the same state."""
     model = _model()
     state = _stepped(model)
-    found = parse(wrap(state, model), FILE)
+    found = parse(content(wrap(state, model), FILE))
     assert [slot.index for slot in found.slots] == list(range(6))
     assert all(slot.tensor is state["state"][slot.index]["exp_avg_sq"] for slot in found.slots)
     assert {slot.steps for slot in found.slots} == {1}
@@ -51,9 +52,9 @@ def test_a_model_beside_it_gives_the_order():
     state = _stepped(model)
     model.register_module("tied", torch.nn.Linear(3, 5))
     model.tied.weight = model[0].weight
-    found = parse({"weights": model.state_dict(), "optimizer": state}, FILE)
-    assert found.model is not None
-    names = list(parameters_of(found.model))
+    found = parse(content({"weights": model.state_dict(), "optimizer": state}, FILE))
+    assert found.saved.model is not None
+    names = list(parameters_of(found.saved.model))
     assert names == ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias", "tied.bias"]
 
 
@@ -61,11 +62,12 @@ def test_of_two_models_the_one_by_its_usual_name_is_taken():
     """An average beside the model is not the model; of two unusual names neither is."""
     model, average = _model(), copy.deepcopy(_model())
     state = _stepped(model)
-    found = parse({"ema": average.state_dict(), "model": model.state_dict(), "optimizer": state}, FILE)
-    assert found.model is not None
-    assert found.model["0.weight"] is not average.state_dict()["0.weight"]
-    assert torch.equal(found.model["0.weight"], model[0].weight)
-    assert parse({"ema": average.state_dict(), "net": model.state_dict(), "optimizer": state}, FILE).model is None
+    found = parse(content({"ema": average.state_dict(), "model": model.state_dict(), "optimizer": state}, FILE))
+    assert found.saved.model is not None
+    assert found.saved.model["0.weight"] is not average.state_dict()["0.weight"]
+    assert torch.equal(found.saved.model["0.weight"], model[0].weight)
+    several = {"ema": average.state_dict(), "net": model.state_dict(), "optimizer": state}
+    assert content(several, FILE).model is None
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_named_parameters_name_their_slots():
     """Names that torch wrote beside the numbers are those of the slots, without wrappers."""
     model = torch.nn.ModuleDict({"module": _model()})
     state = _stepped(model["module"], parameters=list(model.named_parameters()))
-    found = parse(state, FILE)
+    found = parse(content(state, FILE))
     assert found.named
     assert [slot.name for slot in found.slots] == [name for name, _ in model["module"].named_parameters()]
 
@@ -106,7 +108,7 @@ def test_keys_that_are_names_name_their_slots():
         "state": {names[i]: value for i, value in state["state"].items()},
         "param_groups": [state["param_groups"][0] | {"params": names}],
     }
-    assert {slot.name: slot.tensor for slot in parse(keyed, FILE).slots} == {
+    assert {slot.name: slot.tensor for slot in parse(content(keyed, FILE)).slots} == {
         names[i]: value["exp_avg_sq"] for i, value in state["state"].items()
     }
 
@@ -118,34 +120,35 @@ def test_the_step_may_stand_in_the_group():
     for value in state["state"].values():
         del value["step"]
     state["param_groups"][0]["step"] = 17
-    assert {slot.steps for slot in parse(state, FILE).slots} == {17}
+    assert {slot.steps for slot in parse(content(state, FILE)).slots} == {17}
 
 
 def test_adagrad_before_its_first_step_is_empty():
     """Accumulators that exist at step 0 are no information."""
     with pytest.raises(UnsupportedStateError, match="its state is empty"):
-        parse(torch.optim.Adagrad(_model().parameters()).state_dict(), FILE)
+        parse(content(torch.optim.Adagrad(_model().parameters()).state_dict(), FILE))
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop])
 def test_an_optimizer_that_never_stepped_is_refused(make):
     """State saved before the first step holds nothing."""
     with pytest.raises(UnsupportedStateError, match="its state is empty"):
-        parse(make(_model().parameters()).state_dict(), FILE)
+        parse(content(make(_model().parameters()).state_dict(), FILE))
 
 
 @pytest.mark.parametrize("loaded", [{}, [], 3, None, {"state": {}, "param_groups": 3}, {"a": torch.zeros(2)}])
 def test_what_holds_no_optimizer_is_refused(loaded):
     """A file without param_groups and state is no optimizer's."""
-    with pytest.raises(UnsupportedStateError, match="must hold one optimizer's state_dict"):
-        parse(loaded, FILE)
+    with pytest.raises(UnsupportedStateError, match="must hold an optimizer's state_dict"):
+        parse(content(loaded, FILE))
 
 
-def test_two_optimizers_are_not_chosen_between():
-    """Of several optimizers none is taken."""
+def test_two_optimizers_are_both_read():
+    """Of several optimizers in a file all are taken, and kept apart."""
     state = _stepped(_model())
-    with pytest.raises(UnsupportedStateError, match="found 2 of them"):
-        parse({"optimizer": state, "other": state}, FILE)
+    found = parse(content({"optimizer": state, "other": state}, FILE))
+    assert [len(groups) for groups in found.optimizers] == [1, 1]
+    assert [slot.index for slot in found.slots] == 2 * [slot.index for slot in found.optimizers[0][0]]
 
 
 def _twice(state):
@@ -178,7 +181,7 @@ def test_contradictions_are_refused(damage, words):
     state = _stepped(_model())
     damage(state)
     with pytest.raises(CorruptFileError, match=words):
-        parse(state, FILE)
+        parse(content(state, FILE))
 
 
 def test_two_kinds_of_second_moment_are_refused():
@@ -190,7 +193,7 @@ def test_two_kinds_of_second_moment_are_refused():
         other["param_groups"][0] | {"params": [1]},
     ]
     with pytest.raises(UnsupportedStateError, match="must all be of one kind, found both ema and sum"):
-        parse(state, FILE)
+        parse(content(state, FILE))
 
 
 def test_adagrads_starts_must_agree():
@@ -199,7 +202,7 @@ def test_adagrads_starts_must_agree():
     first, second = state["param_groups"][0] | {"params": [0, 1]}, state["param_groups"][0] | {"params": [2, 3, 4, 5]}
     state["param_groups"] = [first, second | {"initial_accumulator_value": 0.1}]
     with pytest.raises(UnsupportedStateError, match=r"found both 0\.0 and 0\.1"):
-        parse(state, FILE)
+        parse(content(state, FILE))
 
 
 class _Codes(torch.Tensor):
@@ -212,4 +215,4 @@ def test_codes_are_not_taken_for_second_moments(value):
     state = _stepped(_model())
     state["state"][0]["exp_avg_sq"] = value
     with pytest.raises(UnsupportedStateError, match=r"exp_avg_sq of parameter 0 .* must be a plain tensor of floats"):
-        parse(state, FILE)
+        parse(content(state, FILE))

@@ -1,0 +1,336 @@
+"""DeepSpeed's ZeRO checkpoints: flat buffers, one part in the file of each rank, cut by ``param_shapes``.
+
+``global_stepN/`` holds ``*_optim_states.pt`` of every rank and ``*_model_states.pt``. In stages 1 and 2 a group's
+parameters lie one after the other in a buffer that was cut into equal parts, one a rank; in stage 3 each parameter was
+cut for itself, and every rank holds its part at the same place. The slice mappings saved beside are never used: with
+round-robin gradients they are wrong. Instead each cut is held against the weights, through the float32 copies of them
+that lie in buffers of the same layout.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError, RefusedError, UnsupportedStateError
+from squisher_mergekit.optimizers import pickles
+from squisher_mergekit.optimizers.checksums import Checksums
+from squisher_mergekit.optimizers.saved import Saved, unverified
+from squisher_mergekit.optimizers.torch_file import is_state
+from squisher_mergekit.optimizers.values import Slices
+
+_OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_TAG = re.compile(r"global_step(\d+)")
+_PROBE = 64  # entries compared at each end of a slice
+_UNIVERSAL = "convert the checkpoint with DeepSpeed's ds_to_universal"
+
+Shapes = list[Mapping[str, torch.Size]]
+
+
+def find(folder: Path) -> Path | None:
+    """Return the folder of a step: this one, the one that ``latest`` names, or the last ``global_stepN`` in it."""
+    if _is_step(folder):
+        return folder
+    latest = folder / "latest"
+    if latest.is_file() and latest.stat().st_size < 256:
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+        if Path(tag).name == tag and _is_step(folder / tag):
+            return folder / tag
+    steps = {int(m[1]): path for path in folder.glob("global_step*") if (m := _TAG.fullmatch(path.name))}
+    return next((steps[step] for step in sorted(steps, reverse=True) if _is_step(steps[step])), None)
+
+
+def read(folder: Path, verify: bool) -> Saved:
+    """Read the files of all ranks.
+
+    Raises:
+        NotFoundError: The file of a rank is missing.
+        MismatchError: What was cut out for a parameter is not its weights.
+        RefusedError: A file cannot be read safely, or is of a kind that cannot be cut.
+    """
+    if folder.is_file():
+        folder = folder.parent
+    checksums = Checksums()
+    note = checksums if verify else None
+    model_file = _model_files(folder)[0]
+    model = pickles.load(model_file, note)
+    if not isinstance(model, Mapping):
+        raise CorruptFileError(f"{model_file} must hold DeepSpeed's states of a model; copy it again")
+    files = _optim_files(folder)
+    verified = checksums.verify if verify else unverified
+    if not files:  # without ZeRO the optimizer lies with the model
+        if not is_state(model.get("optimizer")):
+            raise NotFoundError(f"{folder} must hold *_optim_states.pt of every rank, found none; copy them as well")
+        return Saved(folder, (model["optimizer"],), module_of(model), "deepspeed", known_of(model), verified)
+    ranks = [_optimizer(pickles.load(file, note), file) for file in files]
+    _check_ranks(ranks, model, folder)
+    try:
+        state = _stage_3(ranks, model, folder) if "fp32_flat_groups" in ranks[0] else _stage_2(ranks, model, folder)
+    except RefusedError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{folder} must hold whole states of DeepSpeed, but lacks or mistakes {error!s:.100}; copy it again"
+        ) from None
+    known = known_of(model) | {"max_grad_norm": ranks[0].get("clip_grad") or None}
+    return Saved(folder, (state,), module_of(model), "deepspeed", known, verified)
+
+
+def _is_step(folder: Path) -> bool:
+    """Return whether a folder holds a step's files, and is no universal checkpoint (with ``zero``)."""
+    return folder.is_dir() and bool(_names(folder, _OPTIM) or _names(folder, _MODEL)) and not (folder / "zero").is_dir()
+
+
+def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    return [path.name for path in folder.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Return the model's files in the order of their ranks.
+
+    Raises:
+        NotFoundError: There is none.
+        UnsupportedStateError: The model was split over several GPUs by tensor, pipeline or expert parallelism.
+    """
+    split = [path.name for path in folder.iterdir() if re.match(r"layer_\d+|expp_rank|.*expert_\d+", path.name)]
+    matches = [(int(m[1] or 0), int(m[2]), path) for path in folder.iterdir() if (m := _MODEL.fullmatch(path.name))]
+    split += [path.name for _, model_rank, path in matches if model_rank]
+    if split:
+        raise UnsupportedStateError(
+            f"{folder} must hold a model that is whole on each rank, but {split[0]} is of tensor, pipeline or expert "
+            "parallelism, whose parts are cut in other ways; estimate a Fisher from data"
+        )
+    if not matches:
+        raise NotFoundError(
+            f"{folder} must hold *_model_states.pt, which tells how the buffers are cut, found none; copy it as well"
+        )
+    return [path for _, _, path in sorted(matches)]
+
+
+def _optim_files(folder: Path) -> list[Path]:
+    """Return the optimizer's files in the order of their ranks.
+
+    Raises:
+        NotFoundError: One is missing.
+        CorruptFileError: There are two for one rank.
+    """
+    matches = sorted((int(m[1]), int(m[2]), path) for path in folder.iterdir() if (m := _OPTIM.fullmatch(path.name)))
+    ranks = [rank for rank, _, _ in matches]
+    if any(model_rank for _, model_rank, _ in matches):
+        raise UnsupportedStateError(
+            f"{folder} must hold a model that is whole on each rank, but {matches[-1][2].name} is of tensor "
+            "parallelism; estimate a Fisher from data"
+        )
+    if len(set(ranks)) < len(ranks):
+        raise CorruptFileError(f"{folder} must hold one optimizer's file of each rank, found two of one; remove one")
+    _need_all(ranks, len(ranks), folder)
+    return [path for _, _, path in matches]
+
+
+def _need_all(ranks: Sequence[int], count: int, folder: Path) -> None:
+    missing = sorted(set(range(max([count, *(rank + 1 for rank in ranks)]))) - set(ranks))
+    if missing:
+        raise NotFoundError(
+            f"{folder} must hold the optimizer's files of all ranks, but that of rank {missing[0]} is missing; "
+            "copy it as well"
+        )
+
+
+def _optimizer(loaded: Any, file: Path) -> Mapping[str, Any]:
+    state = loaded.get("optimizer_state_dict") if isinstance(loaded, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise CorruptFileError(f"{file} must hold an optimizer_state_dict of DeepSpeed, found none; copy it again")
+    return state
+
+
+def _check_ranks(ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a number of files that is not the number of ranks that wrote."""
+    for count in [model.get("dp_world_size"), *(rank.get("partition_count") for rank in ranks)]:
+        counts = count if isinstance(count, list) else [count]
+        for one in counts:
+            if isinstance(one, int) and one > len(ranks):
+                _need_all(range(len(ranks)), one, folder)
+            if one is not None and one != len(ranks):
+                raise CorruptFileError(
+                    f"{folder} must hold the optimizer's files of {one} ranks, found {len(ranks)}; "
+                    "remove those of another run"
+                )
+
+
+def module_of(model: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
+    """Return the weights saved in a file of model states; None in stage 3, where they are empty."""
+    module = model.get("module")
+    if not isinstance(module, Mapping) or not all(isinstance(value, Tensor) for value in module.values()):
+        return None
+    return module if any(value.numel() for value in module.values()) else None
+
+
+def known_of(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file of model states tells of training: examples per step, over all ranks and accumulation."""
+    steps, samples = model.get("global_steps"), model.get("global_samples")
+    counted = isinstance(steps, int) and isinstance(samples, int) and steps > 0 and samples > 0
+    version = model.get("ds_version")
+    known: dict[str, Any] = {"examples_per_step": samples / steps} if counted else {}  # type: ignore[operator]
+    return known | ({"versions": {"deepspeed": version}} if isinstance(version, str) else {})
+
+
+def shapes_of(model: Mapping[str, Any], place: Path) -> Shapes:
+    """Return ``param_shapes``: group by group name -> shape, in the order of the buffers.
+
+    Raises:
+        CorruptFileError: There is none, or it is something else.
+    """
+    groups = model.get("param_shapes")
+    sound = isinstance(groups, list) and all(
+        isinstance(group, Mapping) and all(isinstance(shape, torch.Size) for shape in group.values())
+        for group in groups
+    )
+    if not sound or not isinstance(groups, list):
+        raise CorruptFileError(f"the param_shapes in {place} must be names and shapes; copy it again")
+    return groups
+
+
+def cut(buffers: Sequence[Tensor], start: int, length: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Yield the slices of flat buffers, taken as one after the other, that make up a part of the whole.
+
+    Args:
+        buffers: Flat tensors.
+        start: Where the part begins.
+        length: Its entries.
+
+    Raises:
+        ValueError: The buffers end before.
+
+    Example:
+        >>> [(begin, size) for _, begin, size in cut([torch.zeros(3), torch.zeros(5)], 2, 4)]
+        [(2, 1), (0, 3)]
+    """
+    for buffer in buffers:
+        here = min(length, buffer.numel() - start)
+        if here > 0:
+            yield buffer, start, here
+            length -= here
+        start = max(start - buffer.numel(), 0)
+    if length > 0:
+        raise ValueError(f"buffers that end {length} entries before their parameters do")
+
+
+def _stage_2(ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Cut the buffers of stages 1 and 2: group by group, the ranks' parts are one after the other."""
+    groups, bases = shapes_of(model, folder), [rank["base_optimizer_state"] for rank in ranks]
+    elastic = isinstance(bases[0], list)
+    states = [dict(enumerate(base)) if elastic else base["state"] for base in bases]
+    settings = _elastic_settings(model, len(groups), folder) if elastic else bases[0]["param_groups"]
+    masters = [rank["single_partition_of_fp32_groups"] for rank in ranks]
+    paddings = ranks[0].get("param_alignment_paddings") or [[0] * len(shapes) for shapes in groups]
+    if not len(groups) == len(settings) == len(paddings) == len(masters[0]):
+        raise ValueError(f"{len(groups)} groups of parameters for {len(settings)} of the optimizer")
+    state: dict[str, Any] = {}
+    for number, shapes in enumerate(groups):
+        offset = 0
+        for (name, shape), padding in zip(shapes.items(), paddings[number], strict=True):
+            place = (offset, shape.numel())
+            master = Slices(tuple(cut([one[number] for one in masters], *place)), shape)
+            _prove(name, master, _weight(model, name), folder)
+            state[name] = {
+                key: Slices(tuple(cut([one[number][key] for one in states], *place)), shape) if flat else value
+                for key, value, flat in _entries(states, number)
+            }
+            offset += shape.numel() + int(padding)
+    return {"state": state, "param_groups": _named_groups(settings, groups)}
+
+
+def _stage_3(ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Cut the buffers of stage 3: of each parameter every rank has an equal part, at the same place."""
+    groups, inner = shapes_of(model, folder), [rank["optimizer_state_dict"] for rank in ranks]
+    states, settings = [one["state"] for one in inner], inner[0]["param_groups"]
+    masters = [rank["fp32_flat_groups"] for rank in ranks]
+    count = len(masters[0])
+    if not all(len(one) == count for one in [*states, *masters]) or sorted(states[0]) != list(range(count)):
+        raise ValueError("a sub-group of parameters")
+    state: dict[str, Any] = {}
+    offset = 0
+    ends = [sum(flat.numel() for flat in masters[0][: k + 1]) for k in range(count)]
+    for name, shape in (item for group in groups for item in group.items()):
+        share = -(-shape.numel() // len(ranks))
+        number = next(k for k, end in enumerate(ends) if offset < end)
+        master = _gather(masters, offset, share, shape)
+        _prove(name, master, _weight(model, name), folder)
+        state[name] = {
+            key: _gather([[one[k][key] for k in range(count)] for one in states], offset, share, shape)
+            if flat
+            else value
+            for key, value, flat in _entries(states, number)
+        }
+        offset += share
+    return {"state": state, "param_groups": _named_groups(settings, groups)}
+
+
+def _gather(ranks: Sequence[Sequence[Tensor]], offset: int, share: int, shape: torch.Size) -> Slices:
+    """Return a parameter of which each rank has ``share`` entries at ``offset``, the last ones padding perhaps."""
+    left = shape.numel()
+    slices: list[tuple[Tensor, int, int]] = []
+    for buffers in ranks:
+        slices += cut(buffers, offset, min(share, left))
+        left -= min(share, left)
+    return Slices(tuple(slices), shape)
+
+
+def _entries(states: Sequence[Mapping[Any, Any]], number: int) -> Iterator[tuple[str, Any, bool]]:
+    """Yield key, value and whether it is a flat buffer, of one group's state."""
+    for key, value in states[0][number].items():
+        yield key, value, isinstance(value, Tensor) and value.ndim == 1 and value.numel() > 1
+
+
+def _named_groups(settings: Sequence[Mapping[str, Any]], groups: Shapes) -> list[dict[str, Any]]:
+    """Return the optimizer's groups with the names of their parameters.
+
+    Stage 3 divides groups; then all must have the same settings, for it is not written which is part of which.
+    """
+    if len(settings) == len(groups):
+        return [{**one, "params": list(shapes)} for one, shapes in zip(settings, groups, strict=True)]
+    for key in ("betas", "alpha", "rho", "decay_rate", "beta2_decay"):
+        if len({str(one.get(key)) for one in settings}) > 1:
+            raise UnsupportedStateError(
+                f"the groups of a ZeRO-3 optimizer must share their {key} where they were divided; {_UNIVERSAL}"
+            )
+    return [{**settings[0], "params": [name for shapes in groups for name in shapes]}]
+
+
+def _elastic_settings(model: Mapping[str, Any], count: int, folder: Path) -> list[dict[str, Any]]:
+    """Return the settings of an elastic checkpoint, which stand in DeepSpeed's configuration if anywhere."""
+    config = model.get("ds_config")
+    optimizer = config.get("optimizer") if isinstance(config, Mapping) else None
+    params = optimizer.get("params") if isinstance(optimizer, Mapping) else None
+    if not isinstance(params, Mapping) or "betas" not in params:
+        raise UnsupportedStateError(
+            f"{folder} is an elastic checkpoint, which does not tell the optimizer's betas; train without "
+            "elastic_checkpoint"
+        )
+    return [dict(params) for _ in range(count)]
+
+
+def _weight(model: Mapping[str, Any], name: str) -> Tensor | None:
+    module = module_of(model)
+    return None if module is None else module.get(name)
+
+
+def _prove(name: str, master: Slices, weight: Tensor | None, place: Path) -> None:
+    """Hold what was cut out of the float32 weights against the weights themselves, at the ends of every slice.
+
+    Raises:
+        MismatchError: They differ: the buffers are laid out in another way.
+    """
+    if weight is None or not weight.numel():
+        return
+    places, values = master.sample(_PROBE)
+    there = weight.reshape(-1)[places] if weight.shape == master.shape else None
+    if there is None or not torch.equal(values.to(there.dtype), there):
+        raise MismatchError(
+            f"what lies in the buffers of {place} where {name} should be is not its weights, so its second moment "
+            "cannot be told; save the checkpoint again without round_robin_gradients"
+        )

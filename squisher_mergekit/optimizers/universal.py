@@ -1,0 +1,95 @@
+"""DeepSpeed's universal checkpoints: a folder for each parameter, ``zero/NAME/exp_avg_sq.pt``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError, UnsupportedStateError
+from squisher_mergekit.optimizers import pickles
+from squisher_mergekit.optimizers.checksums import Checksums
+from squisher_mergekit.optimizers.deepspeed import known_of, module_of, shapes_of
+from squisher_mergekit.optimizers.saved import Saved, unverified
+
+_MODEL = "mp_rank_00_model_states.pt"
+_SETTINGS = "optimizer_state.pt"
+_MASTER = "fp32"
+
+
+def find(folder: Path) -> Path | None:
+    """Return the folder with ``zero``: this one, the one that ``latest_universal`` names, or the last in it."""
+    if _is_universal(folder):
+        return folder
+    latest = folder / "latest_universal"
+    if latest.is_file() and latest.stat().st_size < 256:
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+        if Path(tag).name == tag and _is_universal(folder / tag):
+            return folder / tag
+    found = sorted((path for path in folder.glob("*_universal") if _is_universal(path)), key=lambda p: (len(p.name), p))
+    return found[-1] if found else None
+
+
+def read(folder: Path, verify: bool) -> Saved:
+    """Read what was saved for each parameter.
+
+    Raises:
+        MismatchError: The float32 weights saved with a second moment are not those of the model.
+        RefusedError: A file cannot be read safely, or is missing.
+    """
+    checksums = Checksums()
+    note = checksums if verify else None
+    model_file = folder / _MODEL
+    if not model_file.is_file():
+        raise NotFoundError(f"{_MODEL} must lie in {folder}, as it tells the groups; copy it as well")
+    model = pickles.load(model_file, note)
+    loaded = pickles.load(folder / "zero" / _SETTINGS, note)
+    if not isinstance(model, Mapping) or not isinstance(loaded, Mapping):
+        raise CorruptFileError(f"{_MODEL} and {_SETTINGS} in {folder} must hold mappings; copy them again")
+    module, groups = module_of(model) or {}, shapes_of(model, folder)
+    settings = loaded.get("param_groups")
+    if not isinstance(settings, list) or len(settings) != len(groups):
+        raise UnsupportedStateError(
+            f"{_SETTINGS} in {folder} must have the settings of {len(groups)} groups of parameters; convert the "
+            "checkpoint again"
+        )
+    state = {}
+    for name, shape in (item for group in groups for item in group.items()):
+        state[name] = _entries(folder / "zero" / name, note, folder)
+        master = state[name].pop(_MASTER, None)
+        weight = module.get(name)
+        if isinstance(master, Tensor) and weight is not None and not torch.equal(master.to(weight.dtype), weight):
+            raise MismatchError(
+                f"the weights that {folder} saved for {name} are not the model's: it was cut in a wrong way when it "
+                "was converted; give the checkpoint that it was converted from"
+            )
+        if any(isinstance(value, Tensor) and value.ndim and value.shape != shape for value in state[name].values()):
+            raise CorruptFileError(
+                f"the tensors of {name} in {folder} must have the shape {list(shape)}; convert again"
+            )
+    named = [{**one, "params": list(shapes)} for one, shapes in zip(settings, groups, strict=True)]
+    known = known_of(model) | {"max_grad_norm": loaded.get("clip_grad") or None}
+    return Saved(
+        folder,
+        ({"state": state, "param_groups": named},),
+        module or None,
+        "deepspeed-universal",
+        known,
+        checksums.verify if verify else unverified,
+    )
+
+
+def _is_universal(folder: Path) -> bool:
+    return (folder / "zero" / _SETTINGS).is_file()
+
+
+def _entries(folder: Path, note: Checksums | None, place: Path) -> dict[str, Any]:
+    """Return key -> tensor of one parameter; empty if it was never stepped."""
+    if folder.parent != place / "zero" or not folder.is_dir():
+        raise NotFoundError(f"{place / 'zero'} must have a folder for each parameter, but {folder.name} is missing")
+    entries: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.pt")):
+        loaded = pickles.load(file, note)
+        entries[file.stem] = loaded.get("param") if isinstance(loaded, Mapping) else loaded
+    return entries
