@@ -7,22 +7,27 @@ import io
 import torch
 
 from squisher_mergekit.errors import NotFoundError
-from squisher_mergekit.fisher.summary import BINS_PER_DECADE, FIRST_DECADE, LAST_DECADE, Summary
+from squisher_mergekit.fisher import compare
+from squisher_mergekit.fisher.summary import BINS_PER_DECADE, FIRST_DECADE, Summary
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 except ImportError as error:
     raise NotFoundError(
         'a plot needs matplotlib, which is not installed; pip install "squisher-mergekit[plots]"'
     ) from error
 
-_LINES = 20
+_KINDS = 20
+_HEIGHT = 0.85
+_MANY = 1000
 _BINS_IN_ONE = 10
+_BINS_IN_ONE_OF_FEW = 25
 
 
 def histogram(summary: Summary, title: str) -> bytes:
-    """Draw how log10 F is distributed, a line for each kind of layer (the most numerous twenty).
+    """Draw how log10 F is distributed: a curve for each kind of layer (the most numerous twenty), one above another.
 
     Args:
         summary: Of a Fisher.
@@ -31,25 +36,94 @@ def histogram(summary: Summary, title: str) -> bytes:
     Returns:
         A PNG.
     """
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    sizes = {kind: int(counts.sum()) for kind, counts in summary.histograms.items()}
+    most = sorted(sizes, key=lambda kind: -sizes[kind])[:_KINDS]
+    kinds = [kind for kind in sizes if kind in most]
+    figure = Figure(figsize=(9, 1.8 + 0.45 * max(len(kinds), 4)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    sizes = {kind: int(counts.sum()) for kind, counts in summary.histograms.items()}
-    width = _BINS_IN_ONE / BINS_PER_DECADE
-    edges = [FIRST_DECADE + i * width for i in range(round((LAST_DECADE - FIRST_DECADE) / width) + 1)]
-    for number, kind in enumerate(sorted(sizes, key=lambda kind: -sizes[kind])[:_LINES]):
-        counts = summary.histograms[kind].reshape(-1, _BINS_IN_ONE).sum(1)
+    labels = []
+    for row, kind in enumerate(kinds):
         zeros = summary.zero_counts[kind]
-        label = kind + (f" ({zeros / (zeros + sizes[kind]):.0%} zero)" if zeros else "")
-        share = counts.double() / max(sizes[kind], 1) / width
-        style = ("-", "--", ":")[number // 10 % 3]
-        axes.stairs(share.tolist(), edges, label=label, linestyle=style)
+        share = f", {zeros / (zeros + sizes[kind]):.1%} zero" if zeros else ""
+        labels.append(f"{kind}\n{zeros + sizes[kind]:,} entries{share}")
+        # Few entries in narrow bins are a row of needles.
+        width = _BINS_IN_ONE if sizes[kind] >= _MANY else _BINS_IN_ONE_OF_FEW
+        counts = summary.histograms[kind].reshape(-1, width).sum(1).double()
+        heights = -row + _HEIGHT * counts / max(counts.max().item(), 1.0)
+        edges = [FIRST_DECADE + place * width / BINS_PER_DECADE for place in range(len(counts) + 1)]
+        axes.stairs(heights.tolist(), edges, baseline=-row, fill=True, alpha=0.6, color=f"C{row % 10}")
+        axes.stairs(heights.tolist(), edges, baseline=None, color=f"C{row % 10}", linewidth=0.8)
     held = torch.stack(list(summary.histograms.values())).sum(0).nonzero() if sizes else torch.empty(0)
     if len(held):
         low, high = (FIRST_DECADE + int(place) / BINS_PER_DECADE for place in (held.min(), held.max()))
         axes.set_xlim(low - 0.5, high + 0.5)
-    axes.set(xlabel=f"log10 F ({summary.scaling}, positive entries)", ylabel="density", title=title)
-    axes.legend(fontsize="x-small")
+    axes.set_yticks([-row for row in range(len(kinds))], labels, fontsize="small", verticalalignment="bottom")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(-len(kinds) + 0.9, 1.0)
+    axes.grid(axis="x", linewidth=0.3)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    shown = "" if len(kinds) == len(sizes) else f", the {len(kinds)} most numerous of {len(sizes)} kinds of layer"
+    axes.set_xlabel(f"log10 F ({summary.scaling}, positive entries; each curve to its own height{shown})")
+    axes.set_title(_tail(title), fontsize="medium", loc="left")
+    return _png(figure)
+
+
+def scatter(comparison: compare.Comparison, a: str, b: str) -> bytes:
+    """Draw log10 of B against log10 of A, as the number of entries in each small square, and the line of equality.
+
+    Args:
+        comparison: Of two Fishers.
+        a: Name of the one along the x axis.
+        b: Name of the other.
+
+    Returns:
+        A PNG.
+    """
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    counts, low, high = _window(comparison.histogram)
+    edges = [FIRST_DECADE + place / compare.BINS_PER_DECADE for place in range(low, high + 1)]
+    if counts.sum():
+        mesh = axes.pcolormesh(edges, edges, counts.T.double().numpy(), norm=LogNorm(vmin=1), cmap="viridis")
+        figure.colorbar(mesh, label="entries in a square of 1/20 decade", shrink=0.8)
+    axes.axline((edges[0], edges[0]), slope=1, color="black", linewidth=0.8, linestyle="--", label="A = B")
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(edges[0], edges[-1]), aspect="equal")
+    axes.set(xlabel=f"log10 F of A ({comparison.scaling})", ylabel=f"log10 F of B ({comparison.scaling})")
+    axes.legend(loc="upper left", fontsize="small")
+    axes.grid(linewidth=0.3)
+    axes.set_title(
+        "\n".join([f"A: {_tail(a)}", f"B: {_tail(b)}", *_captions(comparison)]), fontsize="medium", loc="left"
+    )
+    return _png(figure)
+
+
+def _window(histogram: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """Return the square part of a histogram that holds all of its entries, and where it begins and ends."""
+    held = (histogram.sum(0) + histogram.sum(1)).nonzero()
+    low, high = (int(held.min()), int(held.max()) + 1) if len(held) else (0, len(histogram))
+    low, high = max(low - 5, 0), min(high + 5, len(histogram))
+    return histogram[low:high, low:high], low, high
+
+
+def _captions(comparison: compare.Comparison) -> list[str]:
+    """Return the lines below the names: the rank correlation, and the entries that have no place in the picture."""
+    over_all = comparison.over_all
+    known = over_all.spearman is not None
+    shares = [f"{zeros / max(over_all.entries, 1):.2%}" for zeros in comparison.zeros]
+    return [
+        f"{over_all.entries:,} entries" + (f", rank correlation {over_all.spearman:.4f}" if known else ""),
+        f"not shown: {shares[0]} zero in A alone, {shares[1]} in B alone, {shares[2]} in both",
+    ]
+
+
+def _tail(name: str, length: int = 70) -> str:
+    """Return the end of a name that is too long for a title."""
+    return name if len(name) <= length else f"...{name[-length:]}"
+
+
+def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
     return stream.getvalue()
