@@ -69,7 +69,8 @@ def read(folder: Path, verify: bool) -> Saved:
     ranks = [_optimizer(pickles.load(file, note), file) for file in files]
     _check_ranks(ranks, model, folder)
     try:
-        state = _stage_3(ranks, model, folder) if "fp32_flat_groups" in ranks[0] else _stage_2(ranks, model, folder)
+        stage = _stage_3 if "fp32_flat_groups" in ranks[0] else _stage_2
+        state, masters = stage(ranks, model, folder)
     except RefusedError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -77,7 +78,10 @@ def read(folder: Path, verify: bool) -> Saved:
             f"{folder} must hold whole states of DeepSpeed, but lacks or mistakes {error!s:.100}; copy it again"
         ) from None
     known = known_of(model) | {"max_grad_norm": ranks[0].get("clip_grad") or None}
-    return Saved(folder, (state,), module_of(model), "deepspeed", known, verified)
+    module = module_of(model)
+    if module is not None:
+        prove(masters, module, folder)
+    return Saved(folder, (state,), module, "deepspeed", known, verified, masters)
 
 
 def _is_step(folder: Path) -> bool:
@@ -219,7 +223,9 @@ def cut(buffers: Sequence[Tensor], start: int, length: int) -> Iterator[tuple[Te
         raise ValueError(f"buffers that end {length} entries before their parameters do")
 
 
-def _stage_2(ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _stage_2(
+    ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Any], dict[str, Slices]]:
     """Cut the buffers of stages 1 and 2: group by group, the ranks' parts are one after the other."""
     groups, bases = shapes_of(model, folder), [rank["base_optimizer_state"] for rank in ranks]
     elastic = isinstance(bases[0], list)
@@ -230,21 +236,23 @@ def _stage_2(ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folde
     if not len(groups) == len(settings) == len(paddings) == len(masters[0]):
         raise ValueError(f"{len(groups)} groups of parameters for {len(settings)} of the optimizer")
     state: dict[str, Any] = {}
+    master: dict[str, Slices] = {}
     for number, shapes in enumerate(groups):
         offset = 0
         for (name, shape), padding in zip(shapes.items(), paddings[number], strict=True):
             place = (offset, shape.numel())
-            master = Slices(tuple(cut([one[number] for one in masters], *place)), shape)
-            _prove(name, master, _weight(model, name), folder)
+            master[name] = Slices(tuple(cut([one[number] for one in masters], *place)), shape)
             state[name] = {
                 key: Slices(tuple(cut([one[number][key] for one in states], *place)), shape) if flat else value
                 for key, value, flat in _entries(states, number)
             }
             offset += shape.numel() + int(padding)
-    return {"state": state, "param_groups": _named_groups(settings, groups)}
+    return {"state": state, "param_groups": _named_groups(settings, groups)}, master
 
 
-def _stage_3(ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _stage_3(
+    ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Any], dict[str, Slices]]:
     """Cut the buffers of stage 3: of each parameter every rank has an equal part, at the same place."""
     groups, inner = shapes_of(model, folder), [rank["optimizer_state_dict"] for rank in ranks]
     states, settings = [one["state"] for one in inner], inner[0]["param_groups"]
@@ -253,13 +261,13 @@ def _stage_3(ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folde
     if not all(len(one) == count for one in [*states, *masters]) or sorted(states[0]) != list(range(count)):
         raise ValueError("a sub-group of parameters")
     state: dict[str, Any] = {}
+    master: dict[str, Slices] = {}
     offset = 0
     ends = [sum(flat.numel() for flat in masters[0][: k + 1]) for k in range(count)]
     for name, shape in (item for group in groups for item in group.items()):
         share = -(-shape.numel() // len(ranks))
         number = next(k for k, end in enumerate(ends) if offset < end)
-        master = _gather(masters, offset, share, shape)
-        _prove(name, master, _weight(model, name), folder)
+        master[name] = _gather(masters, offset, share, shape)
         state[name] = {
             key: _gather([[one[k][key] for k in range(count)] for one in states], offset, share, shape)
             if flat
@@ -267,7 +275,7 @@ def _stage_3(ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folde
             for key, value, flat in _entries(states, number)
         }
         offset += share
-    return {"state": state, "param_groups": _named_groups(settings, groups)}
+    return {"state": state, "param_groups": _named_groups(settings, groups)}, master
 
 
 def _gather(ranks: Sequence[Sequence[Tensor]], offset: int, share: int, shape: torch.Size) -> Slices:
@@ -314,23 +322,32 @@ def _elastic_settings(model: Mapping[str, Any], count: int, folder: Path) -> lis
     return [dict(params) for _ in range(count)]
 
 
-def _weight(model: Mapping[str, Any], name: str) -> Tensor | None:
-    module = module_of(model)
-    return None if module is None else module.get(name)
-
-
-def _prove(name: str, master: Slices, weight: Tensor | None, place: Path) -> None:
+def prove(masters: Mapping[str, Slices], weights: Mapping[str, Tensor], place: Path) -> int:
     """Hold what was cut out of the float32 weights against the weights themselves, at the ends of every slice.
+
+    Args:
+        masters: Name -> what was cut out.
+        weights: Name -> weights; what is missing there is passed over.
+        place: For messages.
+
+    Returns:
+        How many were compared.
 
     Raises:
         MismatchError: They differ: the buffers are laid out in another way.
     """
-    if weight is None or not weight.numel():
-        return
-    places, values = master.sample(_PROBE)
-    there = weight.reshape(-1)[places] if weight.shape == master.shape else None
-    if there is None or not torch.equal(values.to(there.dtype), there):
-        raise MismatchError(
-            f"what lies in the buffers of {place} where {name} should be is not its weights, so its second moment "
-            "cannot be told; save the checkpoint again without round_robin_gradients"
-        )
+    compared = 0
+    for name, master in masters.items():
+        weight = weights.get(name)
+        if weight is None or not weight.numel():
+            continue
+        places, values = master.sample(_PROBE)
+        there = weight.reshape(-1)[places] if weight.shape == master.shape else None
+        if there is None or not torch.equal(values.to(there.dtype), there):
+            raise MismatchError(
+                f"what lies in the buffers of {place} where {name} should be is not its weights, so its second moment "
+                "cannot be told; save the checkpoint again without round_robin_gradients, or give the --model of the "
+                "same step"
+            )
+        compared += 1
+    return compared

@@ -1,6 +1,5 @@
 """Whose checkpoint a folder is: each layout's file knows its own; here they are asked in turn."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,6 @@ from pathlib import Path
 from squisher_mergekit.errors import NamingError, NotFoundError
 from squisher_mergekit.optimizers import deepspeed, distributed, rank_files, torch_file, universal
 from squisher_mergekit.optimizers.saved import Saved
-
-# Folders of single steps below that of a run: checkpoint-500, step-500, global_step500, epoch_3.
-_STEP = re.compile(r"(?:[\w.-]*[_-])?(?:checkpoint|step|global_?step|epoch|iter|ckpt)[_-]?(\d+)(?:_universal)?")
 
 
 @dataclass(frozen=True)
@@ -63,12 +59,3 @@ def of(path: Path) -> tuple[Layout, Path]:
     if found is None:
         raise NotFoundError(f"no optimizer state in {path}")
     return found
-
-
-def steps_in(run: Path) -> dict[int, Path]:
-    """Return step -> folder of the checkpoints in a run's folder, the last first."""
-    steps: dict[int, Path] = {}
-    for path in sorted(run.iterdir()):
-        if path.is_dir() and (match := _STEP.fullmatch(path.name)):
-            steps.setdefault(int(match[1]), path)
-    return dict(sorted(steps.items(), reverse=True))

@@ -12,6 +12,7 @@ from squisher_mergekit.fisher.files import has_fisher, read_fisher, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.optimizers import layouts, torch_file
 from squisher_mergekit.optimizers.opening import open_state
+from squisher_mergekit.optimizers.steps import steps_in
 from squisher_mergekit.optimizers.weights import check, headers
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -153,7 +154,7 @@ def _state_in(folder: Path) -> tuple[layouts.Layout, Path]:
     found = layouts.find(folder)
     if found is not None:
         return found
-    steps = layouts.steps_in(folder)
+    steps = steps_in(folder)
     for step, path in steps.items():
         found = layouts.find(path)
         if found is not None:

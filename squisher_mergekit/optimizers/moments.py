@@ -115,6 +115,26 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], place: str) ->
     raise UnsupportedStateError(_explain(keys, group, place))
 
 
+def ivon(group: Mapping[str, Any]) -> Moment:
+    """Return what IVON keeps: a moving average of the Hessian's diagonal, which begins at a value of the user's.
+
+    Source: Shen et al., "Variational Learning is Effective for Large Deep Networks", 2024.
+    """
+    beta2 = group.get("beta2")
+    return Moment(
+        "hess",
+        "ema",
+        float(beta2) if isinstance(beta2, float | int) else None,
+        "ivon.IVON",
+        decoupled=True,
+        corrected=True,
+        caution=(
+            f"IVON's Hessian began at hess_init {group.get('hess_init')} everywhere, which is in it still where "
+            "training was short against 1 / (1 - beta2) steps; the file does not tell how long it was"
+        ),
+    )
+
+
 def unwrapped_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the state of one parameter, taken out of the wrapper that later bitsandbytes put around it."""
     inner = state.get(_BNB_WRAPPER)

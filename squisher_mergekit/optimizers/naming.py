@@ -5,6 +5,7 @@ over two groups, with and without weight decay, and the rule that splits them ha
 tried, and a mapping is accepted only if it is the only one that fits all sizes and shapes.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class Parameter:
     shape: Shape
     types: frozenset[str] = frozenset()
     trainable: bool = True
+
+    @property
+    def numel(self) -> int:
+        """How many entries it has."""
+        return math.prod(self.shape)
 
 
 # Modules whose parameters transformers up to 4.52 did not decay, beside torch's LayerNorm: those which its modelling

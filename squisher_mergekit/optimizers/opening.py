@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError
-from squisher_mergekit.fisher.files import tied_aliases
+from squisher_mergekit.fisher.files import SafetensorsStore, safetensors_files, tied_aliases
 from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, check_shape
+from squisher_mergekit.optimizers.deepspeed import prove
+from squisher_mergekit.optimizers.flat import cut, is_flat, split
 from squisher_mergekit.optimizers.lora import ADAPTER_CONFIG, adapter_skeleton
 from squisher_mergekit.optimizers.metadata import LOG, make_config, make_coverage, warnings_of
 from squisher_mergekit.optimizers.naming import NAMES_CURE, Parameter, assign
@@ -15,7 +17,9 @@ from squisher_mergekit.optimizers.partition import divide
 from squisher_mergekit.optimizers.saved import Saved
 from squisher_mergekit.optimizers.skeleton import Skeleton, skeleton
 from squisher_mergekit.optimizers.state import OptimizerState, Slot, parameters_of, parse
+from squisher_mergekit.optimizers.steps import STEP, steps_in
 from squisher_mergekit.optimizers.store import store_moments
+from squisher_mergekit.optimizers.updates import doubtful
 from squisher_mergekit.optimizers.weights import changed, check, headers
 
 
@@ -59,6 +63,8 @@ def open_state(saved: Saved, model: Path | None, base: Path | None, names: Seque
     _refuse_adapter_for_full(place)
     weights = headers(place.weighed, place.basename)
     bones = _skeleton(place, base, weights, needed=names is None and not state.named and saved.model is None)
+    if is_flat(state):
+        state = _cut(state, bones, names, place, base, weights)
     slots, in_memory = _by_names(_name_slots(state, bones, names, place, base), bones, weights, place)
     if not in_memory:
         bones = None
@@ -71,6 +77,8 @@ def open_state(saved: Saved, model: Path | None, base: Path | None, names: Seque
             f"{sorted(lost)[0]} in {file} has no name on disk, or not all that is saved with it was trained; "
             "estimate a Fisher from data"
         )
+    if saved.masters and saved.model is None:
+        _prove(saved, place, bones)
     coverage = make_coverage(slots, store, bones, weights)
     described = place.adapter or place.described
     config = make_config(saved, slots, store, coverage, described, place.adapter is not None)
@@ -80,7 +88,50 @@ def open_state(saved: Saved, model: Path | None, base: Path | None, names: Seque
         check(fisher, headers(place.given, place.basename), place.given)
     for warning in warnings_of(slots, file.parent):
         LOG.warning("%s: %s", file, warning)
+    if not state.named:
+        _warn_of_swaps(slots, place, base, bones)
     return fisher
+
+
+def _prove(saved: Saved, place: Place, bones: Skeleton | None) -> None:
+    """Hold buffers that were cut against the weights beside them; warn where there are none."""
+    weights = SafetensorsStore(safetensors_files(place.weighed, place.basename), str(place.weighed))
+    on_disk = {sources[0]: stored for stored, sources in bones.sources.items() if len(sources) == 1} if bones else {}
+    names = {name: on_disk.get(name, name) for name in saved.masters}
+    there = {name: weights.read(stored) for name, stored in names.items() if stored in weights.infos}
+    if not prove(saved.masters, there, saved.place):
+        LOG.warning(
+            "%s: nothing could be held against the weights, as there are none here; give their folder as --model, so "
+            "that it is certain which part of its buffers is which parameter",
+            saved.place,
+        )
+
+
+def _warn_of_swaps(slots: Mapping[str, Slot], place: Place, base: Path | None, bones: Skeleton | None) -> None:
+    """Warn where weights from before, a base or an earlier checkpoint, hint at parameters that are named wrongly."""
+    before = base if base is not None else _earlier(place.file.parent)
+    if place.adapter is not None or before is None:
+        return
+    swapped = doubtful(slots, place.weighed, before, bones)
+    if swapped:
+        name, other = next(iter(swapped.items()))
+        LOG.warning(
+            "%s: %d parameters changed since %s rather as the state of another one says (%s as that of %s): were they "
+            "given to the optimizer in the model's order? If not, give %s",
+            place.file,
+            len(swapped),
+            before.name,
+            name,
+            other,
+            NAMES_CURE,
+        )
+
+
+def _earlier(folder: Path) -> Path | None:
+    """Return the checkpoint before this one in its run, if it has weights."""
+    steps = steps_in(folder.parent) if STEP.fullmatch(folder.name) else {}
+    number = next((step for step, path in steps.items() if path == folder), None)
+    return next((path for step, path in steps.items() if number is not None and step < number and headers(path)), None)
 
 
 def _find(file: Path, model: Path | None) -> Place:
@@ -148,6 +199,32 @@ def _name_slots(
         chosen = assign(shapes, parameters, trained, str(state.file))
     pairs = zip((name for group in chosen for name in group), slots, strict=True)
     return [(name, slot) for name, slot in pairs if name is not None]
+
+
+def _cut(
+    state: OptimizerState,
+    bones: Skeleton | None,
+    names: Sequence[str] | None,
+    place: Place,
+    base: Path | None,
+    weights: Mapping[str, TensorInfo],
+) -> OptimizerState:
+    """Cut flat second moments by the shapes of the parameters, of which the model or the weights tell."""
+    given = names if names is not None else [slot.name for slot in state.slots] if state.named else None
+    if given is None:
+        parameters = _in_order(state, bones)
+        trained = changed(place.weighed, base, bones) if base is not None and bones is not None else None
+        return split(state, [p for p in parameters if trained is None or p.name in trained])
+    shapes = {name: info.shape for name, info in weights.items()}
+    if bones is not None:
+        shapes |= {parameter.name: parameter.shape for parameter in bones.parameters}
+    unknown = [name for name in given if name not in shapes]
+    if unknown or len(given) != len(list(state.slots)):
+        raise NamingError(
+            f"the {len(list(state.slots))} parameters in {state.file} must each be named, and be of the model, but "
+            f"{unknown[0] if unknown else len(given)} was given; give --model DIR with its config.json"
+        )
+    return cut(state, [shapes[str(name)] for name in given])
 
 
 def _in_order(state: OptimizerState, bones: Skeleton | None) -> Sequence[Parameter]:

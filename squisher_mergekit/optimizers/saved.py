@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from squisher_mergekit.optimizers.values import Slices
+
 
 def unverified(tensor: Tensor) -> None:
     """Hold a tensor against no checksum: there is none, or nobody asked for it."""
@@ -20,7 +22,8 @@ class Saved:
     (number or name of a parameter -> key -> tensor, form of a tensor, or number) and ``param_groups``. ``model``: the
     one saved beside, name -> tensor. ``layout``: whose it is, None to go by the folder. ``known``: further facts for
     the metadata, by the keys of ``fisher_config.json``. ``verify``: holds the bytes of a mapped tensor against their
-    checksum.
+    checksum. ``masters``: of a trainer that cuts flat buffers, the float32 weights cut from theirs in the same way, to
+    be held against the weights.
     """
 
     place: Path
@@ -29,3 +32,4 @@ class Saved:
     layout: str | None = None
     known: Mapping[str, Any] = field(default_factory=dict)
     verify: Callable[[Tensor], None] = unverified
+    masters: Mapping[str, Slices] = field(default_factory=dict)

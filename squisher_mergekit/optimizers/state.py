@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NothingKeptError, UnsupportedStateError
-from squisher_mergekit.optimizers.moments import Moment, moment_of, nothing_kept, unwrapped_state
+from squisher_mergekit.optimizers.moments import Moment, ivon, moment_of, nothing_kept, unwrapped_state
 from squisher_mergekit.optimizers.names import unwrapped
 from squisher_mergekit.optimizers.pickles import Quantized
 from squisher_mergekit.optimizers.saved import Saved
@@ -27,6 +27,8 @@ class Slot:
     ``index``: its number in the file, or its name. ``name``: the name the file gives it, if any. ``moment``: None if
     the optimizer never stepped it, or keeps none for it; then ``tensor`` and ``steps`` are None too. ``shape``: of the
     parameter, None if nothing tells. ``lacking``: why there is no second moment, where the optimizer is one without.
+    ``flat``: the second moments of its whole group, to be cut once the shapes are known (IVON's). ``momentum``: the
+    mean gradient, where it is kept in full.
     """
 
     index: int | str
@@ -36,6 +38,8 @@ class Slot:
     steps: int | None = None
     shape: Shape | None = None
     lacking: str | None = None
+    flat: Tensor | None = None
+    momentum: Stored | None = None
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,16 @@ def _slots(group: Mapping[str, Any], state: Mapping[Any, Any], file: Path) -> It
             f"a group in {file} must have one of param_names for each of its {len(indices)} parameters, "
             f"found {len(names)}; save it again"
         )
+    flat = group.get("hess")
     for index, given in zip(indices, names, strict=True):
         if not isinstance(index, int | str):
             raise CorruptFileError(f"the parameters of a group in {file} must be numbers or names, found {index!r:.50}")
         name = index if isinstance(index, str) else given
-        yield _slot(index, None if name is None else unwrapped(str(name)), state.get(index), group, file)
+        name = None if name is None else unwrapped(str(name))
+        if _plain(flat) and flat.ndim == 1 and flat.is_floating_point() and "hess_init" in group:
+            yield Slot(index, name, ivon(group), flat=flat)
+        else:
+            yield _slot(index, name, state.get(index), group, file)
 
 
 def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, Any], file: Path) -> Slot:
@@ -139,7 +148,9 @@ def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, An
     steps = _steps(state.get("step", group.get("step", group.get("k"))), place)
     if steps == 0:  # Adagrad makes its accumulators before the first step
         return Slot(index, name)
-    return Slot(index, name, moment, tensor, steps, tuple(tensor.shape))
+    momentum = state.get("exp_avg")
+    kept = _floats(momentum) and tuple(momentum.shape) == tuple(tensor.shape)
+    return Slot(index, name, moment, tensor, steps, tuple(tensor.shape), momentum=momentum if kept else None)
 
 
 def _steps(value: Any, place: str) -> int | None:
@@ -196,7 +207,7 @@ def _stored(state: Mapping[str, Any], moment: Moment, place: str) -> Stored:
     return _within(RowsAndColumns(rows, columns), place)
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: Any) -> TypeGuard[Tensor]:
     return type(value) is Tensor
 
 
