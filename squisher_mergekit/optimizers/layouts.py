@@ -1,10 +1,11 @@
 """Whose checkpoint a folder is: each layout's file knows its own; here they are asked in turn."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from squisher_mergekit.errors import NamingError, NotFoundError
+from squisher_mergekit.errors import NamingError
 from squisher_mergekit.optimizers import deepspeed, distributed, rank_files, torch_file, universal
 from squisher_mergekit.optimizers.saved import Saved
 
@@ -14,20 +15,22 @@ class Layout:
     """How one kind of checkpoint is recognised and read.
 
     ``find``: a folder -> the file or folder in it that holds the optimizer's state, None if there is none. ``read``:
-    that file or folder -> its content; the flag asks for checksums to be verified.
+    that file or folder -> its content; the flag asks for checksums to be verified. ``files``: names of its files.
     """
 
     name: str
     find: Callable[[Path], Path | None]
     read: Callable[[Path, bool], Saved]
+    files: re.Pattern[str]
 
 
+_LAST = Layout("a file of torch.save", torch_file.find, torch_file.read, re.compile(".*"))
 LAYOUTS = (
-    Layout("a file of torch.save", torch_file.find, torch_file.read),
-    Layout("FSDP's files of each rank", rank_files.find, rank_files.read),
-    Layout("a distributed checkpoint", distributed.find, distributed.read),
-    Layout("DeepSpeed's", deepspeed.find, deepspeed.read),
-    Layout("DeepSpeed's universal", universal.find, universal.read),
+    Layout("FSDP's files of each rank", rank_files.find, rank_files.read, rank_files.NAME),
+    Layout("a distributed checkpoint", distributed.find, distributed.read, re.compile(r"\.metadata|.*\.distcp")),
+    Layout("DeepSpeed's", deepspeed.find, deepspeed.read, re.compile(r".*_(?:optim|model)_states\.pt")),
+    Layout("DeepSpeed's universal", universal.find, universal.read, re.compile("latest_universal")),
+    _LAST,
 )
 
 
@@ -47,15 +50,10 @@ def find(folder: Path) -> tuple[Layout, Path] | None:
     return found[0] if found else None
 
 
-def of(path: Path) -> tuple[Layout, Path]:
-    """Return the layout of a file or of a folder that itself is an optimizer's state."""
-    if path.is_file():
-        for layout in LAYOUTS[1:]:
-            place = layout.find(path.parent)
-            if place is not None and place in (path, path.parent):
-                return layout, place
-        return LAYOUTS[0], path
-    found = find(path)
-    if found is None:
-        raise NotFoundError(f"no optimizer state in {path}")
-    return found
+def of(file: Path) -> tuple[Layout, Path]:
+    """Return the layout of a file, and the file or folder to be read, if it is one of several."""
+    for layout in LAYOUTS:
+        place = layout.find(file.parent) if layout is not _LAST and layout.files.fullmatch(file.name) else None
+        if place is not None:
+            return layout, place
+    return _LAST, file

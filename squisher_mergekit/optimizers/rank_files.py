@@ -19,7 +19,7 @@ from squisher_mergekit.optimizers.saved import Saved, unverified
 from squisher_mergekit.optimizers.torch_file import is_state
 from squisher_mergekit.optimizers.values import Joined, Stored
 
-_NAME = re.compile(r"optimizer_(\d+)_rank(\d+)\.bin")
+NAME = re.compile(r"optimizer_(\d+)_rank(\d+)\.bin")
 
 
 def find(folder: Path) -> Path | None:
@@ -49,7 +49,7 @@ def read(file: Path, verify: bool) -> Saved:
 
 def _files(folder: Path, number: int) -> dict[int, Path]:
     """Return rank -> file of one optimizer."""
-    matches = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    matches = [(match, path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
     return {int(match[2]): path for match, path in matches if int(match[1]) == number}
 
 

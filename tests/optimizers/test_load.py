@@ -58,8 +58,6 @@ ACCEPTED = {
     "ds_zero3": {},
     "ds_universal": {},
 }
-# Their files carry names of their own; others' parameters are numbered.
-NAMED = ("fsdp", "dcp", "ds")
 # Their row and column means are multiplied out, in an order of operations of its own.
 FACTORED = ("plain_torch_adafactor", "trainer_t5_adafactor")
 STATISTIC = {"plain_adagrad": "sum"}

@@ -1,0 +1,47 @@
+"""IVON's Hessian, one flat tensor a group, finds its parameters."""
+
+import pytest
+import torch
+
+from squisher_mergekit import load_fisher
+from squisher_mergekit.errors import NamingError
+
+SHAPES = {"a.weight": (5, 3), "a.bias": (5,), "b.weight": (2, 5)}
+
+
+def _saved(folder, entries=None):
+    """Write what IVON's state_dict holds, as version 0.1.3 lays it out."""
+    model = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    numel = entries or sum(tensor.numel() for tensor in model.values())
+    group = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta1": 0.9, "beta2": 0.999, "weight_decay": 1e-4}
+    group |= {"clip_radius": 1e9, "numel": numel, "momentum": torch.zeros(numel), "hess": torch.rand(numel)}
+    state = {"count": 0, "avg_grad": None, "avg_nxg": None, "avg_gsq": None}
+    optimizer = {"state": state, "param_groups": [{**group, "params": [0, 1, 2]}]}
+    torch.save({"model": model, "optimizer": optimizer}, folder / "run.pt")
+    return group["hess"]
+
+
+@pytest.mark.parametrize("names", [None, list(SHAPES)])
+def test_each_parameter_gets_its_part(names, tmp_path, caplog):
+    """The flat Hessian is cut in the model's order; it needs no bias correction, and its start is warned of."""
+    hess, offset = _saved(tmp_path), 0
+    if names is not None:
+        from safetensors.torch import save_file
+
+        save_file({name: torch.zeros(shape) for name, shape in SHAPES.items()}, tmp_path / "model.safetensors")
+    fisher = load_fisher(tmp_path / "run.pt", names=names)
+    for name, shape in SHAPES.items():
+        part = hess[offset : offset + torch.Size(shape).numel()].reshape(shape)
+        assert torch.equal(fisher[name], part)
+        assert torch.equal(fisher.scaled(name), part)
+        offset += part.numel()
+    assert (fisher.config.optimizer.class_, fisher.config.optimizer.beta2) == ("ivon.IVON", 0.999)
+    assert fisher.config.bias_corrected
+    assert "hess_init 0.5" in caplog.text
+
+
+def test_a_tensor_of_another_size_is_refused(tmp_path):
+    """What the parameters do not fill is not cut."""
+    _saved(tmp_path, entries=31)
+    with pytest.raises(NamingError, match="must fill its flat tensors"):
+        load_fisher(tmp_path / "run.pt")

@@ -1,0 +1,44 @@
+"""FSDP's files of each rank, joined without a process group."""
+
+import pytest
+import torch
+
+from squisher_mergekit import load_fisher
+from squisher_mergekit.errors import CorruptFileError, NotFoundError
+from tests.optimizers.states import assert_read, copy, flip, truth
+
+NAME = "fsdp2_sharded_nodcp"
+
+
+@pytest.mark.parametrize("below", ["", "optimizer_0_rank0.bin", "optimizer_0_rank1.bin"])
+def test_the_folder_and_the_file_of_any_rank_lead_to_all(below, tmp_path):
+    """Each of them opens the whole."""
+    assert_read(copy(NAME, tmp_path) / below, truth(NAME))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_missing_rank_is_named(rank, tmp_path):
+    """The mesh in the files tells how many there were."""
+    folder = copy(NAME, tmp_path)
+    (folder / f"optimizer_0_rank{rank}.bin").unlink()
+    with pytest.raises(NotFoundError, match=f"over 2 ranks, but the file of rank {rank} is missing"):
+        load_fisher(folder)
+
+
+def test_the_file_of_one_rank_twice_does_not_add_up(tmp_path):
+    """Shards of another rank under this one's name are 16 rows and 16, not 17 and 16."""
+    folder = copy(NAME, tmp_path)
+    (folder / "optimizer_0_rank1.bin").write_bytes((folder / "optimizer_0_rank0.bin").read_bytes())
+    with pytest.raises(CorruptFileError, match="must add up to the shape"):
+        load_fisher(folder)
+
+
+def test_flipped_bytes_are_noticed(tmp_path):
+    """The checksum of a shard is verified when it is read."""
+    folder, name = copy(NAME, tmp_path), "model.layers.0.mlp.up_proj.weight"
+    file = folder / "optimizer_0_rank0.bin"
+    flip(file, file.read_bytes().index(truth(NAME)[name][1].numpy().tobytes()))
+    fisher = load_fisher(folder)
+    with pytest.raises(CorruptFileError, match="checksum"):
+        fisher[name]
+    assert not torch.equal(load_fisher(folder, verify=False)[name], truth(NAME)[name])

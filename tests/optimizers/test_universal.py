@@ -1,0 +1,54 @@
+"""DeepSpeed's universal checkpoints."""
+
+import shutil
+
+import pytest
+import torch
+
+from squisher_mergekit import load_fisher
+from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
+from tests.optimizers.states import assert_read, copy, truth
+
+STEP = "global_step4_universal"
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("below", ["", STEP])
+def test_the_step_is_found_from_the_checkpoint_and_from_its_own_folder(below, tmp_path):
+    """`latest_universal` and the folder itself are both understood."""
+    assert_read(copy("ds_universal", tmp_path) / below, truth("ds_universal"))
+
+
+def test_the_checkpoint_it_was_made_from_goes_before(tmp_path):
+    """Where both lie side by side, the one whose cuts are proved here is read."""
+    folder = copy("ds_universal", tmp_path)
+    shutil.copytree(copy("ds_zero2", tmp_path), folder, dirs_exist_ok=True)
+    assert assert_read(folder, truth("ds_zero2")).config.source.layout == "deepspeed"
+
+
+def test_a_wrong_conversion_is_noticed(tmp_path):
+    """Where the float32 weights of two parameters were mistaken, so were their second moments."""
+    folder = copy("ds_universal", tmp_path)
+    zero = folder / STEP / "zero"
+    other = NAME.replace("up", "gate")
+    for key in ("fp32", "exp_avg_sq", "exp_avg"):
+        a, b, spare = zero / NAME / f"{key}.pt", zero / other / f"{key}.pt", zero / "spare"
+        a.rename(spare)
+        b.rename(a)
+        spare.rename(b)
+    with pytest.raises(MismatchError, match="are not the model's"):
+        load_fisher(folder)
+
+
+def test_a_missing_parameter_and_a_wrong_shape_are_refused(tmp_path):
+    """A folder that was not copied, and a tensor of another parameter, are named."""
+    folder = copy("ds_universal", tmp_path)
+    shutil.rmtree(folder / STEP / "zero" / NAME)
+    with pytest.raises(NotFoundError, match=rf"{NAME} is missing"):
+        load_fisher(folder)
+    folder = copy("ds_universal", tmp_path / "again")
+    file = folder / STEP / "zero" / NAME / "exp_avg_sq.pt"
+    file.unlink()
+    torch.save({"param": torch.zeros(3, 5)}, file)
+    with pytest.raises(CorruptFileError, match=r"must have the shape \[21, 15\]"):
+        load_fisher(folder)
