@@ -184,6 +184,7 @@ def _name_slots(
                 f"--names must have one name for each of the {len(slots)} parameters in {state.file}, "
                 f"found {len(names)}"
             )
+        _refuse_contradiction(names, slots, state.file)
         return list(zip(names, slots, strict=True))
     if state.named:
         return [(str(slot.name), slot) for slot in slots]
@@ -199,6 +200,16 @@ def _name_slots(
         chosen = assign(shapes, parameters, trained, str(state.file))
     pairs = zip((name for group in chosen for name in group), slots, strict=True)
     return [(name, slot) for name, slot in pairs if name is not None]
+
+
+def _refuse_contradiction(names: Sequence[str], slots: Sequence[Slot], file: Path) -> None:
+    """Refuse the user's names where they are the file's own in another order; names of another kind are renamings."""
+    for name, slot in zip(names, slots, strict=True):
+        if slot.name is not None and slot.name != name and slot.name in names:
+            raise NamingError(
+                f"--names must follow {file}, which names its parameters itself: it has {slot.name} where {name} was "
+                "given; leave --names out"
+            )
 
 
 def _cut(

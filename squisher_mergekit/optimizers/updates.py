@@ -12,7 +12,8 @@ from squisher_mergekit.optimizers.skeleton import Skeleton
 from squisher_mergekit.optimizers.state import Slot
 from squisher_mergekit.optimizers.values import read
 
-_SAMPLE = 1 << 14  # entries compared of each parameter
+# Entries compared of each parameter: some blocks of neighbours, so that few pages of a mapped file are touched.
+_BLOCKS, _BLOCK = 64, 256
 
 
 def doubtful(slots: Mapping[str, Slot], tuned: Path, before: Path, skeleton: Skeleton | None) -> dict[str, str]:
@@ -60,7 +61,10 @@ def _stored_alone(slots: Mapping[str, Slot], skeleton: Skeleton | None) -> Itera
 def _sample(tensor: Tensor) -> Tensor:
     """Return some entries, the same ones of every tensor of a shape."""
     flat = tensor.reshape(-1)
-    return flat[:: max(flat.numel() // _SAMPLE, 1)].double()
+    if flat.numel() <= _BLOCKS * _BLOCK:
+        return flat.double()
+    step = flat.numel() // _BLOCKS
+    return torch.cat([flat[number * step : number * step + _BLOCK] for number in range(_BLOCKS)]).double()
 
 
 def _direction(slot: Slot) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
+from squisher_mergekit.optimizers.pickles import Quantized
 from squisher_mergekit.optimizers.state import parse
 from squisher_mergekit.optimizers.torch_file import content
 from squisher_mergekit.optimizers.values import read
@@ -271,3 +272,164 @@ def test_unknown_keys_beside_a_known_name_are_refused():
     state["state"][0]["rotation"] = torch.eye(5)
     with pytest.raises(UnsupportedStateError, match=r"rotation.*no optimizer known here"):
         parse(content(state, FILE))
+
+
+_V = torch.rand(SHAPE)
+_M = torch.rand(SHAPE)
+_BETAS = {"betas": (0.9, 0.97)}
+# What further optimizers keep, key for key, by the source of the version named: state, group -> class, corrected, steps
+RELATIVES = {
+    "pytorch_optimizer 4.1 AdEMAMix": (
+        {"exp_avg": _M, "exp_avg_sq": _V, "exp_avg_slow": _M},
+        {"betas": (0.9, 0.97, 0.9999), "alpha": 5.0, "step": 3},
+        ("AdEMAMix", False, 3),
+    ),
+    "torch_optimizer 0.3 Lamb": (
+        {"step": 3, "exp_avg": _M, "exp_avg_sq": _V, "weight_norm": _M[0, 0], "adam_norm": 1.0, "trust_ratio": 1.0},
+        _BETAS,
+        ("LAMB", False, 3),
+    ),
+    "timm 1.0 Lamb": (
+        {"exp_avg": _M, "exp_avg_sq": _V},
+        {**_BETAS, "trust_clip": False, "always_adapt": False, "step": 3},
+        ("LAMB", False, 3),
+    ),
+    "torch_optimizer 0.3 AdamP": (
+        {"step": 3, "exp_avg": _M, "exp_avg_sq": _V},
+        {**_BETAS, "delta": 0.1, "wd_ratio": 0.1, "nesterov": False},
+        ("AdamP", False, 3),
+    ),
+    "qhoptim 1.1 QHAdam": (
+        {"beta1_weight": 2.7, "beta2_weight": 2.9, "exp_avg": _M, "exp_avg_sq": _V},
+        {**_BETAS, "nus": (0.7, 1.0)},
+        ("QHAdam", True, None),
+    ),
+    "schedulefree 1.4.1 AdamWScheduleFree": (
+        {"z": _M, "exp_avg_sq": _V},
+        {**_BETAS, "k": 3, "train_mode": False, "weight_sum": 1.0, "r": 0.0},
+        ("schedulefree.AdamWScheduleFree", False, 3),
+    ),
+    "torch-optimi 0.3.3 StableAdamW": (
+        {"exp_avg": _M, "exp_avg_sq": _V, "eps_sq": _M[0, 0], "kahan_comp": None, "mean_square": _M[0, :1]},
+        {"beta1": 0.9, "beta2": 0.97, "step": torch.tensor(3)},
+        ("StableAdamW", True, 3),
+    ),
+    "pytorch_optimizer 4.1 StableAdamW": (
+        {"exp_avg": _M, "exp_avg_sq": _V, "kahan_comp": None},
+        {**_BETAS, "step": 3, "kahan_sum": True, "weight_decouple": True},
+        ("StableAdamW", True, 3),
+    ),
+    "bitsandbytes 0.50 AdEMAMix in 32 bits": (
+        {"step": 3, "state1": torch.stack([_M, _M]), "state2": _V},
+        {"betas": (0.9, 0.97, 0.9999), "alpha": 5.0},
+        ("AdEMAMix", False, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_of_adam_are_known_by_their_keys(name):
+    """Class, decay, steps and need of a bias correction are those of the optimizer that writes such a state."""
+    state, group, expected = RELATIVES[name]
+    (slot,) = parse(content({"state": {0: state}, "param_groups": [{**group, "params": [0]}]}, FILE)).slots
+    assert slot.tensor is _V
+    assert slot.moment.decay == 0.97
+    assert (slot.moment.class_, slot.moment.corrected, slot.steps) == expected
+
+
+def test_weights_of_a_schedule_free_training_mode_are_warned_of():
+    """In training mode the parameters are not those to be used; the optimizer's group says so."""
+    state, group, _ = RELATIVES["schedulefree 1.4.1 AdamWScheduleFree"]
+    group = {**group, "train_mode": True, "params": [0]}
+    (slot,) = parse(content({"state": {0: state}, "param_groups": [group]}, FILE)).slots
+    assert "optimizer.eval()" in slot.moment.caution
+
+
+def test_rows_that_sparse_adam_skipped_are_warned_of():
+    """SparseAdam's step counts for all rows, its average is of those touched."""
+    embedding = torch.nn.Embedding(5, 7, sparse=True)
+    optimizer = torch.optim.SparseAdam(embedding.parameters())
+    embedding(torch.tensor([1, 3])).sum().backward()
+    optimizer.step()
+    (slot,) = parse(content(optimizer.state_dict(), FILE)).slots
+    assert slot.moment.class_ == "torch.optim.SparseAdam"
+    assert "rare ones are low" in slot.moment.caution
+    assert (slot.tensor != 0).any(1).tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("state", "group", "words"),
+    [
+        ({"exp_avg": _M, "exp_avg_sq": _V, "step": 3}, {**_BETAS, "clip_lambda": None}, "no optimizer known here"),
+        ({"exp_avg": _M, "exp_avg_var": _V, "step": 3}, _BETAS, "no optimizer known here"),
+        ({"exp_avg": _M, "exp_avg_sq": _V, "projector": 0, "step": 3}, _BETAS, "GaLore"),
+        ({}, {"lr": 1e-3}, "layer-wise"),
+        ({}, {"lr": 1e-3, "clip_grad_norm": None, "eps": 1e-8}, "AdaLomo"),
+    ],
+    ids=["ADOPT", "AdaBelief", "GaLore", "layer-wise dummy", "LOMO"],
+)
+def test_look_alikes_and_those_that_keep_nothing_are_refused(state, group, words):
+    """Accumulators that start elsewhere, hold something else, or lie outside of the file are not taken."""
+    with pytest.raises(UnsupportedStateError, match=words):
+        parse(content({"state": {0: state} if state else {}, "param_groups": [{**group, "params": [0]}]}, FILE))
+
+
+def _torchao(kind, shape, **parts):
+    """A tensor as torchao writes it, through the stand-in that takes its place."""
+    tensor = torch.Tensor._make_wrapper_subclass(Quantized, shape)
+    tensor.__dict__.update(parts)
+    group = {**_BETAS, "params": [0]}
+    return {"state": {0: {"step": torch.tensor(3.0), "exp_avg": _M, kind: tensor}}, "param_groups": [group]}
+
+
+def _parts(form):
+    generator = torch.Generator().manual_seed(9)
+    shape, scale = (16, 32), torch.rand(4, generator=generator)
+    codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    if form == "8 bits":
+        qmap = torch.rand(256, generator=generator)
+        flat = [qmap[int(code)] * scale[i // 128] for i, code in enumerate(codes.flatten())]
+        return shape, {"codes": codes, "scale": scale, "qmap": qmap}, torch.stack(flat).reshape(shape)
+    if form == "4 bits":
+        qmap = torch.rand(16, generator=generator)
+        packed = codes.flatten()[:256]
+        halves = [part for code in packed.tolist() for part in (code >> 4, code & 15)]
+        flat = [qmap[half] * scale[i // 128] for i, half in enumerate(halves)]
+        return shape, {"codes": packed, "scale": scale, "qmap": qmap, "_shape": shape}, torch.stack(flat).reshape(shape)
+    codes = torch.rand(shape, generator=generator).to(torch.float8_e4m3fn)
+    flat = [code * scale[i // 128] for i, code in enumerate(codes.flatten().float())]
+    return shape, {"codes": codes, "scale": scale}, torch.stack(flat).reshape(shape)
+
+
+@pytest.mark.parametrize("form", ["8 bits", "4 bits", "float8"])
+def test_torchaos_codes_are_levels_times_the_scale_of_their_block(form):
+    """Entry by entry, for all of its three forms."""
+    shape, parts, expected = _parts(form)
+    (slot,) = parse(content(_torchao("exp_avg_sq", shape, **parts), FILE)).slots
+    assert torch.equal(read(slot.tensor), expected)
+    assert slot.shape == shape
+
+
+@pytest.mark.parametrize("form", ["8 bits", "4 bits", "float8"])
+@pytest.mark.parametrize("part", ["codes", "scale"])
+def test_torchaos_parts_must_belong_together(form, part):
+    """Parts of another size, or lacking, are refused as damaged."""
+    shape, parts, _ = _parts(form)
+    for other in (parts[part].flatten()[:-1], None):
+        with pytest.raises(CorruptFileError, match="must belong together"):
+            parse(content(_torchao("exp_avg_sq", shape, **{**parts, part: other}), FILE))
+
+
+@pytest.mark.parametrize("step", [float("nan"), 2.5, -1, torch.ones(2), "three"])
+def test_a_step_that_is_no_count_is_refused(step):
+    """Steps decide the bias correction: what is no whole number is damage."""
+    state = {"exp_avg": _M, "exp_avg_sq": _V, "step": step}
+    with pytest.raises(CorruptFileError, match="must be a whole number"):
+        parse(content({"state": {0: state}, "param_groups": [{**_BETAS, "params": [0]}]}, FILE))
+
+
+def test_a_stride_of_zero_claims_no_memory():
+    """A tensor with more entries than its storage has bytes is refused, not blown up."""
+    state = {"exp_avg": _M, "exp_avg_sq": torch.rand(1).expand(1 << 40), "step": 3}
+    with pytest.raises(CorruptFileError, match="must have the bytes"):
+        parse(content({"state": {0: state}, "param_groups": [{**_BETAS, "params": [0]}]}, FILE))

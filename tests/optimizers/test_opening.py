@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import MismatchError, NamingError, NotFoundError
+from squisher_mergekit.optimizers import layouts
+from squisher_mergekit.optimizers.state import parse
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
 
@@ -145,6 +147,24 @@ def test_weights_beside_the_state_must_have_its_names_and_shapes(tmp_path, name)
     if name == "norm":
         assert "[5]" in str(caught.value)
         assert "[8]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain_adamw_named", "fsdp1_full", "fsdp1_sharded", "fsdp2_sharded_nodcp", "ds_zero2"]
+)
+def test_a_file_that_names_its_parameters_is_not_overruled(name):
+    """The user's names in another order than the file's own are refused, in the file's order they are nothing new."""
+    own = [slot.name for slot in parse(_read(STATES / name)).slots]
+    assert set(load_fisher(STATES / name, names=own)) == set(load_fisher(STATES / name))
+    gate, up = (next(i for i, one in enumerate(own) if part in one) for part in ("gate_proj", "up_proj"))
+    own[gate], own[up] = own[up], own[gate]
+    with pytest.raises(NamingError, match="which names its parameters itself"):
+        load_fisher(STATES / name, names=own)
+
+
+def _read(folder):
+    layout, place = layouts.find(folder)
+    return layout.read(place, True)
 
 
 def test_the_same_name_twice_is_refused():
