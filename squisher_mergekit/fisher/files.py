@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
 from squisher_mergekit.fisher.config import CONFIG_NAME, Coverage, FisherConfig
 from squisher_mergekit.fisher.mapping import Fisher, Moments, TensorInfo
+from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
 
 BASENAME = "fisher"
 SHARD_BYTES = 5_000_000_000
@@ -180,6 +182,7 @@ def write_fisher(
     dtype: torch.dtype = torch.float32,
     progress: Iterable[str] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    compress: str | None = None,
 ) -> FisherConfig:
     """Write a portable Fisher; nothing stays under the final name unless all of it was written.
 
@@ -189,14 +192,18 @@ def write_fisher(
         dtype: float32 or bfloat16. Never float16, which flushes entries below 6e-8 to zero.
         progress: The names of ``fisher``, wrapped in a progress bar.
         shard_bytes: Largest size of one file.
+        compress: None, ``log8``, ``log4`` or ``rank1``.
 
     Returns:
         The metadata as written, with mean and norm over all entries.
 
     Raises:
-        ConfigError: ``dtype`` is neither float32 nor bfloat16, or ``out`` holds a Fisher already.
+        ConfigError: ``dtype`` is neither float32 nor bfloat16, ``compress`` is unknown, or ``out`` holds a Fisher
+            already.
         ValuesError: An entry is NaN, infinite or negative.
     """
+    if compress is not None:
+        raise ConfigError(f"compress must be None in this version, found {compress!r}; dtype bfloat16 halves the size")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"a Fisher is written as float32 or bfloat16, not {dtype}: float16 loses small entries")
     if out.exists() and (not out.is_dir() or has_fisher(out)):
@@ -220,28 +227,21 @@ def write_fisher(
 def _write_shards(
     fisher: Fisher, folder: Path, dtype: torch.dtype, names: Iterable[str], shard_bytes: int, moments: Moments
 ) -> list[dict[str, int]]:
-    from safetensors.torch import save_file
-
-    shards: list[dict[str, int]] = []
-    shard: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        save_file(shard, str(folder / f"{len(shards)}.safetensors"), metadata={"format": "pt"})
-        shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
-        shard.clear()
-
-    size = 0
-    for name in names:
-        moments.add(fisher, name)
-        tensor = fisher[name].to(dtype).contiguous()
-        nbytes = tensor.numel() * tensor.element_size()
-        if shard and size + nbytes > shard_bytes:
-            flush()
-            size = 0
-        shard[name] = tensor
-        size += nbytes
-    if shard or not shards:
-        flush()
+    """Write the shards one tensor after the other, and return the sizes of the tensors in each."""
+    room = header_room(list(fisher))
+    writer = SafetensorsWriter(folder / "0.safetensors", room)
+    shards = [writer.sizes]
+    with ExitStack() as stack:
+        stack.enter_context(writer)
+        for name in names:
+            nbytes = math.prod(fisher.info(name).shape) * dtype.itemsize
+            if writer.nbytes and writer.nbytes + nbytes > shard_bytes:
+                stack.close()
+                writer = stack.enter_context(SafetensorsWriter(folder / f"{len(shards)}.safetensors", room))
+                shards.append(writer.sizes)
+            tensor = fisher[name]
+            moments.add(fisher, name, tensor=tensor)
+            writer.add(name, tensor, dtype)
     return shards
 
 

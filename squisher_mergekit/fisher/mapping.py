@@ -158,22 +158,31 @@ class Moments:
         self.squares = 0.0
         self.count = 0
 
-    def add(self, fisher: Fisher, name: str, scaling: Scaling = "debiased") -> None:
+    def add(self, fisher: Fisher, name: str, scaling: Scaling = "debiased", tensor: torch.Tensor | None = None) -> None:
         """Add one tensor, and check its entries.
+
+        Args:
+            fisher: Which has it.
+            name: Its name.
+            scaling: At which scale to add it.
+            tensor: Its entries, if they have been read already.
 
         Raises:
             ConfigError: A number that the scaling needs is not recorded.
             ValuesError: An entry is NaN, infinite or negative.
         """
         offset, factor = fisher.offset(name, scaling), fisher.factor(name, scaling)
-        flat = fisher[name].reshape(-1)
-        check_values(flat, name, fisher.location)
+        flat = (fisher[name] if tensor is None else tensor).reshape(-1)
         for start in range(0, flat.numel(), self.BLOCK):
-            block = flat[start : start + self.BLOCK].to(torch.float64)
+            entries = flat[start : start + self.BLOCK]
+            low, high = torch.aminmax(entries)
+            if not (low.item() >= 0 and high.item() < float("inf")):
+                check_values(flat, name, fisher.location)
+            block = entries.to(torch.float64)
             if offset:
                 block = block - offset
             self.total += block.sum().item() * factor
-            self.squares += block.square().sum().item() * factor**2
+            self.squares += torch.dot(block, block).item() * factor**2
         self.count += flat.numel()
 
     @property

@@ -77,7 +77,7 @@ def read(folder: Path, verify: bool) -> Saved:
         raise CorruptFileError(
             f"{folder} must hold whole states of DeepSpeed, but lacks or mistakes {error!s:.100}; copy it again"
         ) from None
-    known = known_of(model) | {"max_grad_norm": ranks[0].get("clip_grad") or None}
+    known = known_of(model) | {"max_grad_norm": positive(ranks[0].get("clip_grad"))}
     module = module_of(model)
     if module is not None:
         prove(masters, module, folder)
@@ -176,10 +176,16 @@ def module_of(model: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
 def known_of(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a file of model states tells of training: examples per step, over all ranks and accumulation."""
     steps, samples = model.get("global_steps"), model.get("global_samples")
-    counted = isinstance(steps, int) and isinstance(samples, int) and steps > 0 and samples > 0
     version = model.get("ds_version")
-    known: dict[str, Any] = {"examples_per_step": samples / steps} if counted else {}  # type: ignore[operator]
+    known: dict[str, Any] = {}
+    if isinstance(steps, int) and isinstance(samples, int) and steps > 0 and samples > 0:
+        known["examples_per_step"] = samples / steps
     return known | ({"versions": {"deepspeed": version}} if isinstance(version, str) else {})
+
+
+def positive(value: Any) -> float | None:
+    """Return a positive number as such, and None for anything else."""
+    return float(value) if isinstance(value, int | float) and 0 < value < float("inf") else None
 
 
 def shapes_of(model: Mapping[str, Any], place: Path) -> Shapes:

@@ -97,7 +97,7 @@ def extract(
         base: As for :func:`load_fisher`.
         names: As for :func:`load_fisher`.
         dtype: float32 (default) or bfloat16.
-        compress: Not known to this version; must be None.
+        compress: None, ``log8``, ``log4`` or ``rank1``.
         examples_per_step: Examples behind one optimizer step, over all processes and accumulation, to be recorded.
         tokens_per_step: The same in tokens.
         progress: Show a bar.
@@ -111,8 +111,6 @@ def extract(
     """
     from tqdm import tqdm
 
-    if compress is not None:
-        raise ConfigError(f"compress must be None in this version, found {compress!r}; dtype bfloat16 halves the size")
     if isinstance(dtype, str):
         if dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype must be float32 or bfloat16, found {dtype!r}")
@@ -125,7 +123,7 @@ def extract(
     fisher = load_fisher(source, model, base, names)
     fisher.config = fisher.config.model_copy(update=changes)
     bar = tqdm(list(fisher), desc="Extracting", unit="tensor", disable=not progress)
-    write_fisher(fisher, Path(out), dtype or torch.float32, bar)
+    write_fisher(fisher, Path(out), dtype or torch.float32, bar, compress=compress)
     return read_fisher(Path(out))
 
 

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from squisher_mergekit.errors import CorruptFileError
 from squisher_mergekit.fisher.config import Coverage, FisherConfig, OptimizerInfo, SourceInfo, per_parameter
 from squisher_mergekit.fisher.files import TIED
@@ -50,7 +52,8 @@ def make_config(
     decays = {name: kind.decay for name, kind in kinds.items() if kind.decay is not None}
     steps = {name: min(slot.steps for slot in some if slot.steps is not None)
              for name, some in made_of.items() if all(slot.steps is not None for slot in some)}  # fmt: skip
-    optimizer = OptimizerInfo.model_validate(
+    optimizer = _optimizer(
+        file,
         {
             "class": _common(kind.class_ for kind in moments),
             "beta2": per_parameter(decays) if len(decays) == len(kinds) else None,
@@ -58,7 +61,7 @@ def make_config(
             "amsgrad": _common(kind.amsgrad for kind in moments),
             "max_grad_norm": known.get("max_grad_norm"),
             "initial_accumulator_value": moments[0].start or None,
-        }
+        },
     )
     dtypes = {name: str(info.dtype).removeprefix("torch.") for name, info in store.infos.items()}
     encoding = per_parameter(dtypes)
@@ -79,6 +82,17 @@ def make_config(
         coverage=coverage,
         weights_fingerprint=fingerprint(file.parent, "adapter_model" if adapter else "model"),
     )
+
+
+def _optimizer(file: Path, settings: Mapping[str, Any]) -> OptimizerInfo:
+    try:
+        return OptimizerInfo.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptFileError(
+            f"the settings of the optimizer in {file} must be what it writes, but {first['loc'][0]} is "
+            f"{first['input']!r:.50}; save it again"
+        ) from None
 
 
 def make_coverage(

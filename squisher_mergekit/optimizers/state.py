@@ -140,9 +140,9 @@ def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, An
     except NothingKeptError as error:
         shapes = [tuple(value.shape) for value in state.values() if isinstance(value, Tensor) and value.ndim]
         return Slot(index, name, shape=shapes[0] if shapes else None, lacking=str(error))
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UnsupportedStateError):
-            raise
+    except UnsupportedStateError:
+        raise
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CorruptFileError(f"the settings of {place} must be numbers, but {error!s:.80}; save it again") from None
     tensor = _stored(state, moment, f"parameter {index} in {file}")
     steps = _steps(state.get("step", group.get("step", group.get("k"))), place)

@@ -10,7 +10,7 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError, UnsupportedStateError
 from squisher_mergekit.optimizers import pickles
 from squisher_mergekit.optimizers.checksums import Checksums
-from squisher_mergekit.optimizers.deepspeed import known_of, module_of, shapes_of
+from squisher_mergekit.optimizers.deepspeed import known_of, module_of, positive, shapes_of
 from squisher_mergekit.optimizers.saved import Saved, unverified
 
 _MODEL = "mp_rank_00_model_states.pt"
@@ -69,7 +69,7 @@ def read(folder: Path, verify: bool) -> Saved:
                 f"the tensors of {name} in {folder} must have the shape {list(shape)}; convert again"
             )
     named = [{**one, "params": list(shapes)} for one, shapes in zip(settings, groups, strict=True)]
-    known = known_of(model) | {"max_grad_norm": loaded.get("clip_grad") or None}
+    known = known_of(model) | {"max_grad_norm": positive(loaded.get("clip_grad"))}
     return Saved(
         folder,
         ({"state": state, "param_groups": named},),
