@@ -29,8 +29,8 @@ def make_model(folder: Path, seed: int, recipe: Recipe) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
-    _write_config(folder, recipe)
-    _write_weights(folder, recipe, generator)
+    write_config(folder, recipe)
+    write_weights(folder, recipe, generator)
     _write_fisher(folder, recipe, generator)
     (folder / "recipe.json").write_text(json.dumps(recipe))
 
@@ -50,7 +50,8 @@ def shapes(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (recipe["vocab"], hidden)
 
 
-def _write_config(folder: Path, recipe: Recipe) -> None:
+def write_config(folder: Path, recipe: Recipe) -> None:
+    """Write the config of a Llama."""
     heads = max(recipe["hidden"] // 64, 2)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -67,7 +68,7 @@ def _write_config(folder: Path, recipe: Recipe) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _write_weights(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:
+def write_weights(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:
     """Write random weights, a shard at a time, and their index."""
     everything = list(shapes(recipe))
     size = max(1, -(-len(everything) // recipe["shards"]))

@@ -19,6 +19,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--examples-per-step", type=_POSITIVE, help="Examples behind one optimizer step, to be recorded.")
 @click.option("--tokens-per-step", type=_POSITIVE, help="Tokens behind one optimizer step, to be recorded.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--no-verify", is_flag=True, help="Do not hold what is read against the checksums saved with it.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option("--json", "json_file", type=_PATH, help="Write the report to a file as well.")
 def command(
@@ -30,6 +31,7 @@ def command(
     examples_per_step: float | None,
     tokens_per_step: float | None,
     dtype: str,
+    no_verify: bool,
     quiet: bool,
     json_file: Path | None,
 ) -> None:
@@ -61,6 +63,7 @@ def command(
         getattr(torch, dtype),
         examples_per_step=examples_per_step,
         tokens_per_step=tokens_per_step,
+        verify=not no_verify,
         progress=not quiet,
     )
     size = sum(fisher.info(name).nbytes for name in fisher)

@@ -158,9 +158,9 @@ def _check_ranks(ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], f
         for one in counts:
             if isinstance(one, int) and one > len(ranks):
                 _need_all(range(len(ranks)), one, folder)
-            if one is not None and one != len(ranks):
+            if one is not None and not (isinstance(one, int) and one == len(ranks)):
                 raise CorruptFileError(
-                    f"{folder} must hold the optimizer's files of {one} ranks, found {len(ranks)}; "
+                    f"{folder} must hold the optimizer's files of {one!r:.20} ranks, found {len(ranks)}; "
                     "remove those of another run"
                 )
 

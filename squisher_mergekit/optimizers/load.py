@@ -86,6 +86,7 @@ def extract(
     *,
     examples_per_step: float | None = None,
     tokens_per_step: float | None = None,
+    verify: bool = True,
     progress: bool = False,
 ) -> Fisher:
     """Write the Fisher in ``source`` as a portable one.
@@ -100,6 +101,7 @@ def extract(
         compress: None, ``log8``, ``log4`` or ``rank1``.
         examples_per_step: Examples behind one optimizer step, over all processes and accumulation, to be recorded.
         tokens_per_step: The same in tokens.
+        verify: As for :func:`load_fisher`.
         progress: Show a bar.
 
     Returns:
@@ -120,7 +122,7 @@ def extract(
     for key, value in changes.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"{key} must be a positive number, found {value}")
-    fisher = load_fisher(source, model, base, names)
+    fisher = load_fisher(source, model, base, names, verify=verify)
     fisher.config = fisher.config.model_copy(update=changes)
     bar = tqdm(list(fisher), desc="Extracting", unit="tensor", disable=not progress)
     write_fisher(fisher, Path(out), dtype or torch.float32, bar, compress=compress)
