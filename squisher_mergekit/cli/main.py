@@ -12,6 +12,9 @@ from squisher_mergekit import __version__
 VERBS = {
     "extract": ("extract", "Read the optimizer state of a checkpoint into a Fisher."),
     "inspect": ("inspect", "Show what a Fisher holds: config, coverage, a table of its tensors."),
+    "compare": ("compare", "Show how two Fishers agree: rank correlation, scale, zeros."),
+    "push": ("push", "Publish a Fisher on the Hugging Face Hub."),
+    "pull": ("pull", "Fetch a Fisher from the Hugging Face Hub."),
     "plan": ("plan", "Check a merge strictly and show what it would do, without doing it."),
     "merge": ("merge", "Check a merge, run it with mergekit, and report on it."),
     "doctor": ("doctor", "Say whether a merge can run here, and what would stop it."),

@@ -79,7 +79,7 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None) -> Path:
     """
     if value != "auto":
         path = Path(value).expanduser()
-        return path if path.exists() else hub.resolve(value, cache_dir)
+        return path if path.exists() else hub.resolve(value, cache_dir, state=False)
     if model.adapter:
         raise NotFoundError(
             f"{model.label} is a model with a LoRA applied, whose Fisher cannot be found beside it: the adapter's "
@@ -89,8 +89,12 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None) -> Path:
         return model.folder
     if model.repo is not None:
         found = hub.find_beside(*model.repo, cache_dir)
-        if found is not None:
+        if isinstance(found, Path):
             return found
+        raise NotFoundError(
+            f"no Fisher for {model.label}: of {model.repo[0]} on the Hub, {found}; give the model fisher: PATH or "
+            "fisher: org/name@revision, or publish one there with squisher push"
+        )
     raise NotFoundError(
         f"no Fisher for {model.label}: {model.folder} has neither fisher.safetensors nor optimizer state "
         "(optimizer.pt of checkpoint-N); give the model fisher: PATH, or train with the optimizer state saved"

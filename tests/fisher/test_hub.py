@@ -1,16 +1,23 @@
-"""Fishers on the Hub, from a cache made here: the Hub itself is never asked."""
+"""Fishers on the Hub: from a cache made here, and from a stand-in for the Hub on loopback."""
 
+import os
+import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 from squisher_mergekit import load_fisher
-from squisher_mergekit.errors import NotFoundError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import MemoryStore, has_fisher, read_fisher, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from tests import hub_server
+from tests.merging.reference import assert_within, give_fisher, largest, llama, merge, merged, squisher_reference
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
 
@@ -91,9 +98,9 @@ def test_what_is_no_id_is_taken_for_a_missing_path(source):
 
 def test_beside_a_model_its_own_revision_comes_before_the_branch_fisher(cache):
     """Our files at the model's revision, then at revision fisher, else None."""
-    assert hub.find_beside("org/model", None) is None
+    assert "not in the cache, and HF_HUB_OFFLINE is set" in hub.find_beside("org/model", None)
     (_snapshot(cache, "org/model", "main") / "config.json").write_text("{}")
-    assert hub.find_beside("org/model", None) is None
+    assert "at revision main, no fisher.safetensors there" in hub.find_beside("org/model", None)
     _write(_snapshot(cache, "org/model", "fisher"), 5)
     assert _value(hub.find_beside("org/model", None)) == 5
     _write(_snapshot(cache, "org/model", "v2"), 6)
@@ -101,21 +108,13 @@ def test_beside_a_model_its_own_revision_comes_before_the_branch_fisher(cache):
     assert _value(hub.find_beside("org/model", "v3")) == 5
 
 
-def test_optimizer_state_beside_a_model_is_not_fetched_unasked(cache, monkeypatch):
-    """What lies beside a model is looked for among our own files alone; a checkpoint needs its own name."""
-    asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda repo, allow_patterns, **_: asked.append(allow_patterns) or str(cache / "none"),
-    )
-    hub.find_beside("org/model", None)
-    assert len(asked) == 2
-    for patterns in asked:
-        assert all(pattern.startswith("fisher") for pattern in patterns)
-    with pytest.raises(NotFoundError):
-        hub.resolve("org/model")
-    assert "optimizer.pt" in asked[-1]
-    assert not {"training_args.bin", "*", "*.bin", "*.pt"} & {pattern for some in asked for pattern in some}
+def test_without_a_revision_the_branch_fisher_comes_next(cache):
+    """org/name is looked for at main, then at fisher; a given revision is the only one."""
+    (_snapshot(cache, "org/model", "main") / "config.json").write_text("{}")
+    _write(_snapshot(cache, "org/model", "fisher"), 5)
+    assert _value(hub.resolve("org/model")) == 5
+    with pytest.raises(NotFoundError, match=r"at revision main, no fisher\.safetensors there"):
+        hub.resolve("org/model@main")
 
 
 @pytest.mark.parametrize(
@@ -134,3 +133,186 @@ def test_the_helper_makes_what_the_library_reads(cache):
     _write(folder, 1)
     assert Path(snapshot_download("org/name")) == folder
     assert has_fisher(folder)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A stand-in for the Hub, empty, which this process takes for the Hub."""
+    with hub_server.serve() as served:
+        hub_server.point_at(served, tmp_path / "home", monkeypatch, token=None)
+        yield served
+
+
+def _models(root, served):
+    """Write two models here, put their Fishers on the server beside what must not be fetched; return all tensors."""
+    weights, fishers = [], []
+    for i in range(2):
+        weights.append(llama(root / f"m{i}", i))
+        fishers.append(give_fisher(root / f"m{i}", weights[i], i, root / f"f{i}"))
+        others = {
+            "optimizer.pt": b"large",
+            "training_args.bin": b"code",
+            "model.safetensors": b"large",
+            "a.py": b"code",
+        }
+        served.add(f"org/m{i}", hub_server.read(root / f"f{i}") | others, "fisher")
+    return weights, fishers
+
+
+def _config(root, revision="@fisher"):
+    entries = [{"model": str(root / f"m{i}"), "parameters": {"fisher": f"org/m{i}{revision}"}} for i in range(2)]
+    return {"merge_method": "squisher", "models": entries}
+
+
+def _assert_squisher(result, weights, fishers):
+    for name, tensor in result.items():
+        thetas = [model[name] for model in weights]
+        reference = squisher_reference(thetas, [model[name] for model in fishers], (1.0, 1.0))
+        assert_within(tensor, reference, largest(thetas))
+
+
+OURS = ["fisher.safetensors", "fisher_config.json"]
+
+
+def test_a_merge_fetches_our_files_alone_and_once(server, tmp_path):
+    """Stock mergekit takes fisher: org/name@fisher: only our files come, and a second merge fetches none."""
+    weights, fishers = _models(tmp_path, server)
+    _assert_squisher(merged(_config(tmp_path), tmp_path / "out"), weights, fishers)
+    assert server.fetched() == OURS
+    assert (tmp_path / "home" / "hub" / "models--org--m0").is_dir()
+    server.requests.clear()
+    _assert_squisher(merged(_config(tmp_path), tmp_path / "again"), weights, fishers)
+    assert server.fetched() == []
+    assert {method for method, _ in server.requests} == {"GET"}
+
+
+def test_a_merge_keeps_fishers_where_mergekit_keeps_models(server, tmp_path, monkeypatch):
+    """--transformers-cache DIR holds the Fishers; offline they are taken from there, and nothing is asked."""
+    weights, fishers = _models(tmp_path, server)
+    flags = ("--transformers-cache", str(tmp_path / "cache"))
+    _assert_squisher(merged(_config(tmp_path), tmp_path / "out", *flags), weights, fishers)
+    assert (tmp_path / "cache" / "models--org--m0").is_dir()
+    assert not (tmp_path / "home" / "hub" / "models--org--m0").exists()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    server.requests.clear()
+    _assert_squisher(merged(_config(tmp_path), tmp_path / "offline", *flags), weights, fishers)
+    assert server.requests == []
+    result = merge(_config(tmp_path), tmp_path / "no", "--transformers-cache", str(tmp_path / "empty"))
+    assert result.exit_code == 1
+    assert "HF_HUB_OFFLINE is set" in result.output
+    assert server.requests == []
+
+
+def _program(root, served, config, out, **variables):
+    """Run the command mergekit-yaml in a process of its own, which takes the server for the Hub."""
+    (root / "merge.yml").write_text(yaml.safe_dump(config))
+    environment = os.environ | hub_server.variables(served, root / "home", token=None) | variables
+    program = Path(sysconfig.get_path("scripts")) / "mergekit-yaml"
+    command = [program, "merge.yml", out, "--no-copy-tokenizer", "--transformers-cache", "cache", "--quiet"]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_stock_mergekit_as_a_program_of_its_own(server, tmp_path):
+    """mergekit-yaml takes fisher: org/name, whose Fisher is at revision fisher; then the same offline, unasked."""
+    weights, fishers = _models(tmp_path, server)
+    for out, offline in (("out", "0"), ("offline", "1")):
+        server.requests.clear()
+        done = _program(tmp_path, server, _config(tmp_path, ""), out, HF_HUB_OFFLINE=offline)
+        assert done.returncode == 0, done.stderr
+        _assert_squisher(load_file(tmp_path / out / "model.safetensors"), weights, fishers)
+        assert server.fetched() == ([] if offline == "1" else OURS)
+    assert server.requests == []
+
+
+@pytest.mark.slow
+def test_a_model_on_the_hub_has_its_fisher_beside_it(server, tmp_path):
+    """fisher: auto of a Hub model is our files at its revision, else at fisher; its optimizer.pt is never fetched."""
+    weights, fishers = _models(tmp_path, server)
+    for i in range(2):
+        files = hub_server.read(tmp_path / f"m{i}") | {"optimizer.pt": b"not ours", "training_args.bin": b"not ours"}
+        server.add(f"org/m{i}", files | (hub_server.read(tmp_path / "f1") if i else {}))
+    config = {"merge_method": "squisher", "models": [{"model": "org/m0"}, {"model": "org/m1"}]}
+    done = _program(tmp_path, server, config, "out")
+    assert done.returncode == 0, done.stderr
+    _assert_squisher(load_file(tmp_path / "out" / "model.safetensors"), weights, fishers)
+    server.repositories["org/m0"].branches.pop("fisher")
+    (tmp_path / "cache" / "models--org--m0" / "refs" / "fisher").unlink()
+    done = _program(tmp_path, server, config, "no")
+    assert done.returncode == 1
+    assert "at revision main, no fisher.safetensors there; at revision fisher, no such revision" in done.stderr
+    assert not (tmp_path / "no").exists()
+    assert not {"optimizer.pt", "training_args.bin"} & set(server.fetched())
+
+
+def test_a_merge_never_fetches_optimizer_state(server, tmp_path):
+    """A repository with optimizer state alone is refused in a merge, which says how to ask; what extract does, asks."""
+    files = {name: (STATES / "plain_adam" / name).read_bytes() for name in ("optimizer.pt", "config.json")}
+    server.add("org/m0", files | {"training_args.bin": b"code"})
+    llama(tmp_path / "m0", 0)
+    config = _config(tmp_path, "")
+    result = merge(config | {"models": config["models"][:1]}, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "squisher extract org/m0 -o OUT" in result.output
+    assert not (tmp_path / "out").exists()
+    assert server.fetched() == []
+    assert (hub.resolve("org/m0") / "optimizer.pt").read_bytes() == files["optimizer.pt"]
+    assert server.fetched() == ["config.json", "optimizer.pt"]
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_what_the_hub_does_not_have_is_one_line(server, tmp_path, private):
+    """A repository that is missing or private to others, and a missing revision, are said so."""
+    server.add("org/other", {}).private = private
+    with pytest.raises(NotFoundError, match="no such repository" if private else "no such revision"):
+        hub.resolve("org/other@v9")
+    server.broken = 500
+    with pytest.raises(NotFoundError, match="not in the cache, and the Hub cannot be reached"):
+        hub.resolve("org/other@v9")
+
+
+def test_pull_makes_a_plain_folder_of_our_files(server, tmp_path):
+    """What comes is a Fisher of plain files, bit-equal; the rest of the repository stays where it is."""
+    _, fishers = _models(tmp_path, server)
+    fisher = hub.pull("org/m1@fisher", tmp_path / "made" / "out")
+    assert sorted(path.name for path in (tmp_path / "made" / "out").iterdir()) == OURS
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["out"]
+    assert not any(path.is_symlink() for path in (tmp_path / "made" / "out").iterdir())
+    assert set(fisher) == set(fishers[1])
+    assert all(torch.equal(fisher[name], tensor) for name, tensor in fishers[1].items())
+    assert server.fetched() == OURS
+
+
+def test_pull_leaves_what_is_there(server, tmp_path):
+    """A folder with a Fisher, or a file, is refused before anything is asked; other files in a folder stay."""
+    _models(tmp_path, server)
+    (tmp_path / "file").write_text("mine")
+    for taken in ("f0", "file"):
+        with pytest.raises(ConfigError, match="must not hold a Fisher yet"):
+            hub.pull("org/m1@fisher", tmp_path / taken)
+    assert server.requests == []
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").write_text("mine")
+    hub.pull("org/m1@fisher", tmp_path / "other")
+    assert (tmp_path / "other" / "notes").read_text() == "mine"
+
+
+def test_pull_of_half_a_fisher_leaves_nothing(server, tmp_path):
+    """What is truncated on the server never appears under the final name."""
+    _models(tmp_path, server)
+    files = hub_server.read(tmp_path / "f0")
+    server.add("org/half", {name: data[: len(data) // 2] for name, data in files.items()})
+    with pytest.raises(CorruptFileError):
+        hub.pull("org/half", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_shards_are_fetched_whole(server, tmp_path):
+    """A Fisher in several files comes with its index and all of them."""
+    store = MemoryStore({f"w{i}": torch.full((13,), float(i)) for i in range(3)})
+    write_fisher(Fisher(store, FisherConfig(statistic="mean")), tmp_path / "f", shard_bytes=52)
+    server.add("org/shards", hub_server.read(tmp_path / "f"))
+    fisher = hub.pull("org/shards", tmp_path / "out")
+    assert [fisher[f"w{i}"][0].item() for i in range(3)] == [0, 1, 2]
+    assert len(server.fetched()) == 5

@@ -1,0 +1,225 @@
+"""Publishing on a stand-in for the Hub: what goes up, what stays, and what it costs."""
+
+import pytest
+import torch
+
+from squisher_mergekit.errors import ConfigError, NotFoundError
+from squisher_mergekit.fisher import card, hub, publish
+from squisher_mergekit.fisher.config import FisherConfig
+from squisher_mergekit.fisher.files import MemoryStore, read_fisher, write_fisher
+from squisher_mergekit.fisher.mapping import Fisher
+from tests import hub_server
+
+# huggingface_hub's own upload over LFS.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
+REPO = "org/name"
+OURS = ("fisher.safetensors", "fisher_config.json")
+README = b"---\nlicense: mit\n---\n# Mine\n\ntext \xe2\x80\x94 more\r\n"
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A stand-in for the Hub, empty, which this process takes for the Hub, with a token that may write."""
+    with hub_server.serve() as served:
+        hub_server.point_at(served, tmp_path / "home", monkeypatch)
+        yield served
+
+
+def _fisher(seed=0, count=3, **config):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {f"w{i}": 10 ** (torch.randn(67, 31, generator=generator) - 6) for i in range(count)}
+    tensors["w0"][:5] = 0
+    known = {"estimator": "squisher", "statistic": "mean"}
+    return Fisher(MemoryStore(tensors), FisherConfig.model_validate(known | config))
+
+
+def _prepared(tmp_path, seed=0, **arguments):
+    write_fisher(_fisher(seed), tmp_path / f"f{seed}", **arguments)
+    return publish.prepare(read_fisher(tmp_path / f"f{seed}"), tmp_path / "unused", "none")
+
+
+def test_what_is_pushed_is_what_is_pulled(server, tmp_path):
+    """A new repository gets a branch with our files and a card; what comes back has the same bits."""
+    done = publish.publish(_prepared(tmp_path), REPO, "fisher")
+    there = server.files(REPO, "fisher")
+    assert done.files == (*OURS, "README.md")
+    assert set(there) == {".gitattributes", *done.files}
+    assert done.commit == server.repositories[REPO].branches["fisher"]
+    assert done.url == f"{server.endpoint}/{REPO}/commit/{done.commit}"
+    assert there["README.md"].decode().startswith(card.HEADER)
+    assert f"fisher: {REPO}@fisher" in there["README.md"].decode()
+    assert set(server.files(REPO, "main")) == {".gitattributes"}
+    pulled = hub.pull(f"{REPO}@fisher", tmp_path / "pulled")
+    for name, tensor in _fisher().items():
+        assert torch.equal(pulled[name], tensor)
+
+
+def test_a_push_is_one_commit(server, tmp_path):
+    """Files, card and removals are one commit, with the message given."""
+    publish.publish(_prepared(tmp_path), REPO, "fisher", "mine")
+    assert server.repositories[REPO].messages == ["", "mine"]
+    assert [path for _, path in server.requests if "/commit/" in path] == [f"/api/models/{REPO}/commit/fisher"]
+
+
+def test_a_readme_of_somebody_else_keeps_its_text(server, tmp_path):
+    """The model's own card stays to the byte, header included; a second push replaces our section alone."""
+    server.add(REPO, {"README.md": README, "model.safetensors": b"weights"})
+    for seed in range(2):
+        publish.publish(_prepared(tmp_path, seed), REPO, "fisher")
+        there = server.files(REPO, "fisher")
+        assert there["README.md"].startswith(README)
+        assert there["README.md"].count(card.BEGIN.encode()) == there["README.md"].count(card.END.encode()) == 1
+        assert there["model.safetensors"] == b"weights"
+    assert server.files(REPO, "main") == {"README.md": README, "model.safetensors": b"weights"}
+
+
+def test_main_and_its_source(server, tmp_path):
+    """At revision main no branch is made, and the example names the repository alone."""
+    publish.publish(_prepared(tmp_path), REPO, "main")
+    assert set(server.repositories[REPO].branches) == {"main"}
+    assert f"fisher: {REPO}\n" in server.files(REPO, "main")["README.md"].decode()
+
+
+def test_files_of_an_earlier_fisher_go(server, tmp_path):
+    """A smaller Fisher leaves no shard or index of a larger one behind, which would be read in its place."""
+    publish.publish(_prepared(tmp_path, shard_bytes=10_000), REPO, "fisher")
+    assert "fisher.safetensors.index.json" in server.files(REPO, "fisher")
+    assert len(server.files(REPO, "fisher")) == 7
+    publish.publish(_prepared(tmp_path, seed=1), REPO, "fisher")
+    assert set(server.files(REPO, "fisher")) == {".gitattributes", *OURS, "README.md"}
+    pulled = hub.pull(f"{REPO}@fisher", tmp_path / "pulled")
+    assert torch.equal(pulled["w1"], _fisher(1)["w1"])
+
+
+def test_private_is_private(server, tmp_path):
+    """A new repository is made private; one that is public already is refused, and nothing goes up."""
+    publish.publish(_prepared(tmp_path), REPO, "fisher", private=True)
+    assert server.repositories[REPO].private
+    publish.publish(_prepared(tmp_path, 1), REPO, "fisher", private=True)
+    server.add("org/public", {})
+    with pytest.raises(ConfigError, match="org/public is public"):
+        publish.publish(_prepared(tmp_path, 2), "org/public", "fisher", private=True)
+    assert set(server.repositories["org/public"].branches) == {"main"}
+
+
+def test_a_change_in_between_is_refused(server, tmp_path, monkeypatch):
+    """Where somebody commits while we prepare ours, nothing is overwritten."""
+    server.add(REPO, {"README.md": README}, "fisher")
+    real = publish._text
+    later = {"README.md": b"changed"}
+    monkeypatch.setattr(publish, "_text", lambda *given: (real(*given), server.add(REPO, later, "fisher"))[0])
+    with pytest.raises(ConfigError, match="412"):
+        publish.publish(_prepared(tmp_path), REPO, "fisher")
+    assert server.files(REPO, "fisher") == later
+
+
+def test_an_upload_that_breaks_off_names_its_cause(server, tmp_path, monkeypatch):
+    """Where the storage behind the Hub refuses the bytes, its status is said, and the branch stays as it was."""
+    prepared = _prepared(tmp_path)
+    monkeypatch.setattr(server, "storage_is_broken", True)
+    with pytest.raises(ConfigError, match="answers 403"):
+        publish.publish(prepared, REPO, "fisher")
+    assert set(server.files(REPO, "fisher")) == {".gitattributes"}
+
+
+@pytest.mark.parametrize(
+    ("token", "status"), [(hub_server.READER, "answers 403"), ("hf_unknown", "answers 401"), (None, "found none")]
+)
+def test_without_the_right_to_write_nothing_goes_up(server, tmp_path, monkeypatch, token, status):
+    """No token, one unknown to the Hub, and one without the right are one line each, which names the cure."""
+    server.add(REPO, {})
+    hub_server.point_at(server, tmp_path / "home", monkeypatch, token)
+    with pytest.raises(ConfigError, match=status) as caught:
+        publish.publish(_prepared(tmp_path), REPO, "fisher")
+    assert "token" in str(caught.value)
+    assert token is None or token not in str(caught.value)
+    assert set(server.repositories[REPO].branches) == {"main"}
+
+
+def test_a_repository_that_cannot_be_made_is_one_line(server, tmp_path, monkeypatch):
+    """Where the Hub lets this token make none, the refusal says so."""
+    hub_server.point_at(server, tmp_path / "home", monkeypatch, hub_server.READER)
+    with pytest.raises(ConfigError, match="403"):
+        publish.publish(_prepared(tmp_path), "org/new", "fisher")
+    assert server.repositories == {}
+
+
+def test_a_revision_that_cannot_be_a_branch_is_not_found(server, tmp_path):
+    """A pull request that does not exist is a 404, in one line."""
+    server.add(REPO, {})
+    with pytest.raises(NotFoundError, match="answers 404: no such revision"):
+        publish.publish(_prepared(tmp_path), REPO, "refs/pr/9")
+
+
+def test_a_broken_hub_and_none_at_all(server, tmp_path, monkeypatch):
+    """A 500 and a refused connection are one line each."""
+    prepared = _prepared(tmp_path)
+    server.broken = 500
+    with pytest.raises(ConfigError, match="answers 500") as caught:
+        publish.publish(prepared, REPO, "fisher")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(NotFoundError, match="cannot be reached") as caught:
+        publish.publish(prepared, REPO, "fisher")
+    assert "\n" not in str(caught.value)
+
+
+def test_offline_and_bad_ids_are_refused_at_once(server, monkeypatch):
+    """HF_HUB_OFFLINE and what is no org/name ask nothing of the Hub."""
+    for repo in ("name", "a/b/c", "org/name@fisher", "org/--", ""):
+        with pytest.raises(ConfigError, match="Hub id org/name"):
+            publish.check(repo)
+    publish.check(REPO)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
+        publish.check(REPO)
+    assert server.requests == []
+
+
+def test_no_path_of_this_machine_goes_up(server, tmp_path):
+    """Neither the card nor the metadata name a folder or a host."""
+    publish.publish(_prepared(tmp_path), REPO, "fisher")
+    there = server.files(REPO, "fisher")
+    for name in ("README.md", "fisher_config.json"):
+        assert str(tmp_path).encode() not in there[name]
+        assert b"127.0.0.1" not in there[name]
+
+
+def test_what_is_published_as_it_is_costs_nothing(tmp_path):
+    """With none, a portable Fisher is its own folder; what is not portable yet is written as float32."""
+    prepared = _prepared(tmp_path)
+    assert prepared.folder == tmp_path / "f0"
+    assert not (tmp_path / "unused").exists()
+    assert prepared.agreement is None
+    assert prepared.after == sum((prepared.folder / name).stat().st_size for name in OURS)
+    written = publish.prepare(_fisher(), tmp_path / "out", "none")
+    assert written.folder == tmp_path / "out"
+    assert torch.equal(read_fisher(written.folder)["w0"], _fisher()["w0"])
+
+
+@pytest.mark.parametrize("compress", [None, "rank1", "log8", "log4"])
+def test_what_compression_costs_is_measured(tmp_path, compress):
+    """Rank 1 is the default; the size falls, and the cost is that of what will be decoded, against float64."""
+    fisher = _fisher()
+    prepared = publish.prepare(fisher, tmp_path / "out", compress)
+    assert publish.is_compressed(prepared.config)
+    assert prepared.before == sum(tensor.numel() * 4 for tensor in fisher.values())
+    assert prepared.after < prepared.before * (0.6 if compress in ("log8", "log4") else 0.3)
+    published = read_fisher(prepared.folder)
+    a, b = (torch.cat([each[name].flatten() for name in fisher]).double() for each in (fisher, published))
+    both = (a > 0) & (b > 0)
+    apart = (a[both].log() - b[both].log()).abs().median().exp().item()
+    assert prepared.agreement.factor == pytest.approx(apart, rel=1e-5)
+    assert prepared.agreement.entries == prepared.sample == a.numel()
+    assert prepared.agreement.zeros_b == (b == 0).double().mean().item()
+
+
+def test_what_is_compact_already_stays_as_it_is(tmp_path):
+    """Without a wish a compact Fisher is not coded a second time; with one it is."""
+    write_fisher(_fisher(), tmp_path / "f", compress="log8")
+    compact = read_fisher(tmp_path / "f")
+    assert publish.prepare(compact, tmp_path / "unused").folder == tmp_path / "f"
+    again = publish.prepare(compact, tmp_path / "out", "rank1")
+    assert again.folder == tmp_path / "out"
+    assert "rank1" in again.config.encoding.values()
