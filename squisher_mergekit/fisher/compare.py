@@ -90,10 +90,11 @@ def average_ranks(values: Tensor) -> Tensor:
         tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
     """
     ordered, order = values.reshape(-1).sort()
-    _, run, lengths = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
-    ends = lengths.cumsum(0).to(torch.float64)
-    middles = ends - (lengths - 1) / 2
-    return torch.empty_like(ordered, dtype=torch.float64).scatter_(0, order, middles[run])
+    _, lengths = torch.unique_consecutive(ordered, return_counts=True)
+    ranks = torch.empty_like(ordered, dtype=torch.float64)
+    del ordered
+    middles = lengths.cumsum(0).to(torch.float64).sub_(lengths.sub(1), alpha=0.5)
+    return ranks.scatter_(0, order, middles if len(middles) == len(order) else middles.repeat_interleave(lengths))
 
 
 def pearson(a: Tensor, b: Tensor) -> float | None:
@@ -104,7 +105,8 @@ def pearson(a: Tensor, b: Tensor) -> float | None:
         -1.0
     """
     sums = _Products()
-    sums.add(a, b)
+    for start in range(0, a.numel(), Moments.BLOCK):
+        sums.add(a[start : start + Moments.BLOCK], b[start : start + Moments.BLOCK])
     return sums.correlation
 
 
@@ -278,7 +280,8 @@ class _Totals:
     def agreement(self, a: Tensor, b: Tensor) -> Agreement:
         """Return the numbers, those that need an order over the given entries."""
         first, second = (each.to(torch.float64) for each in _positive(a, b))
-        apart = (first.log() - second.log()).abs()
+        apart = first.log_().sub_(second.log_()).abs_()
+        del first, second
         return Agreement(
             entries=self.entries,
             spearman=spearman(a, b),
