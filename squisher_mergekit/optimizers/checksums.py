@@ -37,7 +37,15 @@ class Record:
                 f"{self.name} in {path} must have {self.size} bytes, but the pickle claims "
                 f"{tensor.untyped_storage().nbytes()}; copy it again"
             )
-        if zlib.crc32(_bytes(tensor)) != self.crc:
+        self.check_bytes(_bytes(tensor), path)
+
+    def check_bytes(self, data: Any, path: Path) -> None:
+        """Hold bytes in memory against the checksum.
+
+        Raises:
+            CorruptFileError: They differ.
+        """
+        if zlib.crc32(data) != self.crc:
             raise CorruptFileError(
                 f"the bytes of {self.name} in {path} do not have the checksum that was saved with them: they were "
                 "damaged since; copy the file again (--no-verify reads them as they are)"

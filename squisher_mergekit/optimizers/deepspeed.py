@@ -213,12 +213,14 @@ def cut(buffers: Sequence[Tensor], start: int, length: int) -> Iterator[tuple[Te
         length: Its entries.
 
     Raises:
-        ValueError: The buffers end before.
+        ValueError: The buffers end before, or are not flat.
 
     Example:
         >>> [(begin, size) for _, begin, size in cut([torch.zeros(3), torch.zeros(5)], 2, 4)]
         [(2, 1), (0, 3)]
     """
+    if any(buffer.ndim != 1 or buffer.dtype != buffers[0].dtype for buffer in buffers):
+        raise ValueError("flat buffers of one type")
     for buffer in buffers:
         here = min(length, buffer.numel() - start)
         if here > 0:

@@ -37,7 +37,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A tensor in pieces, each in a file of its own or a part of one; memory when read: the tensor and one piece."""
+    """A tensor in pieces, each in a file of its own or a part of one; memory when read: that of the tensor."""
 
     name: str
     shape: torch.Size
@@ -52,22 +52,11 @@ class Pieces:
 
     def read(self) -> Tensor:
         """Return the tensor."""
-        if len(self.pieces) == 1:
-            return self._load(self.pieces[0])
         whole = torch.empty(self.shape, dtype=self.dtype)
         for piece in self.pieces:
             place = tuple(slice(begin, begin + size) for begin, size in zip(piece.offsets, piece.sizes, strict=True))
-            whole[place] = self._load(piece)
+            pickles.read_part(piece.file, piece.start, piece.length, whole[place], self.verify)
         return whole
-
-    def _load(self, piece: Piece) -> Tensor:
-        loaded = pickles.load_part(piece.file, piece.start, piece.length, self.verify)
-        if not isinstance(loaded, Tensor) or tuple(loaded.shape) != piece.sizes or loaded.dtype != self.dtype:
-            raise CorruptFileError(
-                f"{piece.file} must hold a {list(piece.sizes)} part of {self.name} at byte {piece.start}, as its index "
-                "says, but holds something else; copy the checkpoint again"
-            )
-        return loaded.detach()
 
 
 def find(folder: Path) -> Path | None:
@@ -198,10 +187,12 @@ class _Settings(Mapping[str, Any]):
 
     def __init__(self, pieces: Mapping[str, Any], params: list[Any]) -> None:
         self._pieces = pieces
-        self._params = params
+        self._read = {"params": params}
 
     def __getitem__(self, key: str) -> Any:
-        return self._params if key == "params" else _value(self._pieces[key])
+        if key not in self._read:
+            self._read[key] = _value(self._pieces[key])
+        return self._read[key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self._pieces, "params"]))
@@ -211,7 +202,7 @@ class _Settings(Mapping[str, Any]):
 
 
 def _value(entry: Any) -> Any:
-    return entry.read() if isinstance(entry, Pieces) else pickles.load_part(entry.file, entry.start, entry.length, True)
+    return entry.read() if isinstance(entry, Pieces) else pickles.load_part(entry.file, entry.start, entry.length)
 
 
 def _state(prefix: str, entries: Mapping[str, Any], index: Path) -> Mapping[str, Any]:

@@ -171,7 +171,7 @@ def _relative(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
     if not isinstance(betas, Sequence) or len(betas) < 2 or not all(isinstance(beta, float | int) for beta in betas):
         return None
     marks = keys | set(group)
-    decay, decoupled = float(betas[1]), group.get("decouple_weight_decay", group.get("weight_decouple"))
+    decay, decoupled = float(betas[1]), _flag(group, "decouple_weight_decay", "weight_decouple")
     into_gradient = decoupled is False or group.get("weight_decay_type") == "grad"
     coupled = into_gradient and bool(group.get("weight_decay"))
     for name, own, more in _UNBIASED:
@@ -193,8 +193,14 @@ def _relative(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
     return _adam(keys, group)
 
 
+def _flag(group: Mapping[str, Any], *names: str) -> bool | None:
+    """Return the first of these settings that is there, None if none is or it is neither true nor false."""
+    value = next((group[name] for name in names if name in group), None)
+    return value if isinstance(value, bool) else None
+
+
 def _adam(keys: set[str], group: Mapping[str, Any]) -> Moment:
-    decoupled = group.get("decoupled_weight_decay")
+    decoupled = _flag(group, "decoupled_weight_decay")
     name = None
     if "mu_product" in keys or "momentum_decay" in group:
         name = "torch.optim.NAdam"
@@ -216,7 +222,7 @@ def _adam(keys: set[str], group: Mapping[str, Any]) -> Moment:
         float(group["betas"][1]),
         name,
         decoupled,
-        amsgrad=bool(group["amsgrad"]) if "amsgrad" in group else None,
+        amsgrad=_flag(group, "amsgrad"),
         coupled_decay=decoupled is False and bool(group.get("weight_decay")),
         caution=caution,
     )

@@ -4,7 +4,8 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFileError, UnsupportedStateError
-from squisher_mergekit.optimizers.checksums import Checksums, check_archive
+from squisher_mergekit.optimizers.checksums import Checksums, Record, check_archive
 
 
 class StandIn:
@@ -102,7 +103,7 @@ def load(path: Path, checksums: Checksums | None = None) -> Any:
 class _Region(io.RawIOBase):
     """A part of an open file, as a file of its own."""
 
-    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
+    def __init__(self, stream: io.FileIO, start: int, length: int) -> None:
         self._stream, self._start, self._length, self._at = stream, start, length, 0
 
     def readable(self) -> bool:
@@ -121,19 +122,18 @@ class _Region(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")[: max(self._length - self._at, 0)]
         self._stream.seek(self._start + self._at)
-        count = self._stream.readinto(view) if view else 0  # type: ignore[attr-defined]
-        self._at += count
-        return int(count)
+        count = self._stream.readinto(view) if view else 0
+        self._at += count or 0
+        return count or 0
 
 
-def load_part(path: Path, start: int, length: int, verify: bool) -> Any:
-    """Load what ``torch.save`` wrote into a part of a file.
+def load_part(path: Path, start: int, length: int) -> Any:
+    """Load what ``torch.save`` wrote into a part of a file; for small values, tensors too.
 
     Args:
         path: The file.
         start: Where the part begins, in bytes.
         length: Its bytes.
-        verify: Hold what is read against the archive's checksums.
 
     Returns:
         What was saved, in memory.
@@ -142,18 +142,61 @@ def load_part(path: Path, start: int, length: int, verify: bool) -> Any:
         UnsafeFileError: Its pickle needs more than tensors and plain containers; nothing was run.
         CorruptFileError: The file is shorter, or the part is damaged or was not written by ``torch.save``.
     """
+    with _part(path, start, length) as (stream, _):
+        return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+def read_part(path: Path, start: int, length: int, into: Tensor, verify: bool) -> None:
+    """Read one tensor that ``torch.save`` wrote into a part of a file.
+
+    Args:
+        path: The file.
+        start: Where the part begins, in bytes.
+        length: Its bytes.
+        into: Where to put it, of its shape and dtype.
+        verify: Hold the bytes against the archive's checksum.
+
+    Raises:
+        UnsafeFileError: Its pickle needs more than tensors and plain containers; nothing was run.
+        CorruptFileError: The part is damaged, or holds something else.
+    """
+    with _part(path, start, length) as (stream, records):
+        with torch.serialization.skip_data():
+            described = torch.load(stream, map_location="cpu", weights_only=True)
+        if not isinstance(described, Tensor) or described.shape != into.shape or described.dtype != into.dtype:
+            raise CorruptFileError(
+                f"{path} must hold a part of shape {list(into.shape)} at byte {start}, as its index says, "
+                "but holds something else; copy the checkpoint again"
+            )
+        found = [record for name, record in records.items() if "/data/" in name]
+        nbytes = into.numel() * into.itemsize
+        if not nbytes:
+            return
+        if len(found) != 1 or not described.is_contiguous() or described.storage_offset() or found[0].size != nbytes:
+            raise ValueError("a tensor that is not all of its storage")
+        target = into if into.is_contiguous() else torch.empty(into.shape, dtype=into.dtype)
+        flat = target.reshape(-1).view(torch.uint8).numpy()
+        stream.seek(found[0].offset)
+        if stream.readinto(flat.data) != nbytes:
+            raise ValueError("the file has become shorter")
+        if verify:
+            found[0].check_bytes(flat, path)
+        if target is not into:
+            into.copy_(target)
+
+
+@contextmanager
+def _part(path: Path, start: int, length: int) -> Iterator[tuple[Any, dict[str, Record]]]:
+    """Open a part of a file, and turn whatever goes wrong with it into an error of ours."""
     place = f"{path} from byte {start} on"
     try:
         if start < 0 or length < 0 or start + length > path.stat().st_size:
             raise ValueError(f"the file has {path.stat().st_size} bytes")
-        with path.open("rb", buffering=0) as stream:
-            region = _Region(stream, start, length)
-            records = check_archive(region)  # type: ignore[arg-type]
-            region.seek(0)
-            loaded = torch.load(region, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
-        if verify and isinstance(loaded, Tensor):
-            (record,) = [record for name, record in records.items() if "/data/" in name]
-            record.check(loaded, path)
+        with path.open("rb", buffering=0) as file:
+            stream = io.BufferedReader(_Region(file, start, length))
+            records = check_archive(stream)
+            stream.seek(0)
+            yield stream, records
     except CorruptFileError:
         raise
     except pickle.UnpicklingError as error:
@@ -163,7 +206,6 @@ def load_part(path: Path, start: int, length: int, verify: bool) -> Any:
         raise _corrupt(place, error) from None
     except Exception as error:
         raise _corrupt(place, error) from None
-    return loaded
 
 
 # What the index of a distributed checkpoint is made of. Everything but shapes and dtypes comes as a stand-in.

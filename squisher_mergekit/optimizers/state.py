@@ -238,18 +238,28 @@ def _quantized(tensor: Any, place: str) -> Blockwise | Packed:
 
 
 def _within(stored: Stored, place: str) -> Stored:
-    """Refuse tensors that claim more entries than their file has bytes for, as with a stride of 0.
+    """Refuse tensors that claim entries for which their file has no bytes, as with a stride of 0.
 
     Raises:
         CorruptFileError: One does.
     """
     for part in parts(stored):
-        if part.numel() * part.itemsize > part.untyped_storage().nbytes():
+        if part.numel() * part.itemsize > part.untyped_storage().nbytes() or not _dense(part):
             raise CorruptFileError(
-                f"the second moment of {place} must have the bytes of its {part.numel()} entries, found "
-                f"{part.untyped_storage().nbytes()} bytes; copy the file again"
+                f"the second moment of {place} must have bytes of its own for each of its {part.numel()} entries, found "
+                f"strides {list(part.stride())} over {part.untyped_storage().nbytes()} bytes; copy the file again"
             )
     return stored
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Return whether the entries lie side by side, in whatever order of the axes."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _check_indices(groups: tuple[Group, ...], loaded: Mapping[str, Any], file: Path) -> None:

@@ -109,12 +109,14 @@ class Blockwise:
 
     def fits(self) -> bool:
         """Return whether the tensors belong together."""
-        if not self.scales.is_floating_point() or self.block < 1:
+        if self.scales.dtype != torch.float32 or self.block < 1:
             return False
         if self.levels is None:
             sound = self.codes.is_floating_point() and self.codes.itemsize == 1
         else:
-            sound = self.levels.is_floating_point() and self.levels.shape == (256,) and self.codes.dtype == torch.uint8
+            sound = (
+                self.levels.dtype == torch.float32 and self.levels.shape == (256,) and self.codes.dtype == torch.uint8
+            )
         return sound and self.scales.shape == (-(-self.codes.numel() // self.block),)
 
     def read(self) -> Tensor:
@@ -159,7 +161,7 @@ class Packed:
 
     def fits(self) -> bool:
         """Return whether the tensors belong together."""
-        floats = self.levels.is_floating_point() and self.scales.is_floating_point()
+        floats = self.levels.dtype == self.scales.dtype == torch.float32
         count = 2 * self.codes.numel()
         sound = floats and self.codes.dtype == torch.uint8 and self.codes.ndim == 1 and self.levels.shape == (16,)
         return sound and self.block >= 1 and count == self.shape.numel() == self.block * self.scales.numel()

@@ -431,5 +431,5 @@ def test_a_step_that_is_no_count_is_refused(step):
 def test_a_stride_of_zero_claims_no_memory():
     """A tensor with more entries than its storage has bytes is refused, not blown up."""
     state = {"exp_avg": _M, "exp_avg_sq": torch.rand(1).expand(1 << 40), "step": 3}
-    with pytest.raises(CorruptFileError, match="must have the bytes"):
+    with pytest.raises(CorruptFileError, match="must have bytes of its own"):
         parse(content({"state": {0: state}, "param_groups": [{**_BETAS, "params": [0]}]}, FILE))
