@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import struct
@@ -16,8 +15,10 @@ from typing import Any
 import torch
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
+from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, Coverage, FisherConfig
-from squisher_mergekit.fisher.mapping import Fisher, Moments, TensorInfo
+from squisher_mergekit.fisher.encoded import EncodedStore, WithoutStart, parts_of, shape_note
+from squisher_mergekit.fisher.mapping import Fisher, Moments, TensorInfo, TensorStore
 from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
 
 BASENAME = "fisher"
@@ -86,6 +87,21 @@ def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
     Raises:
         CorruptFileError: The file is truncated or no safetensors file.
     """
+    header, start = _whole_header(file)
+    header.pop("__metadata__", None)
+    return header, start
+
+
+def safetensors_notes(file: Path) -> dict[str, str]:
+    """Return the metadata in the header of a safetensors file.
+
+    Raises:
+        CorruptFileError: The file is truncated or no safetensors file.
+    """
+    return _whole_header(file)[0].get("__metadata__") or {}
+
+
+def _whole_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -93,10 +109,12 @@ def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
             if length > size - 8:
                 raise ValueError(f"its header claims {length} of {size} bytes")
             header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        if any(not {"dtype", "shape"} <= entry.keys() for entry in header.values()):
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        if any(not {"dtype", "shape"} <= entry.keys() for entry in entries):
             raise ValueError("a tensor in its header lacks dtype or shape")
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if not isinstance(header.get("__metadata__") or {}, dict):
+            raise ValueError("the metadata in its header are no mapping")
+        end = max((entry["data_offsets"][1] for entry in entries), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes where its header promises {8 + length + end}")
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
@@ -150,7 +168,7 @@ def read_fisher(source: Path) -> Fisher:
 
     Raises:
         NotFoundError: There is none, or its ``fisher_config.json`` is missing.
-        CorruptFileError: A file is truncated or no safetensors file.
+        CorruptFileError: A file is truncated or no safetensors file, or a part of a compact tensor is missing.
         ConfigError: The metadata do not fit, or an encoding is unknown to this version.
     """
     folder = source if source.is_dir() else source.parent
@@ -161,10 +179,15 @@ def read_fisher(source: Path) -> Fisher:
     if not (folder / CONFIG_NAME).is_file():
         raise NotFoundError(f"{CONFIG_NAME} must lie beside {files[0].name}, but {folder} has none; copy it as well")
     config = FisherConfig.from_file(folder / CONFIG_NAME)
-    unknown = {code for code in config.encoding.values() if code not in ("float32", "float64", "bfloat16")}
+    codes = set(config.encoding.values()) - {"float32", "float64", "bfloat16"}
+    unknown = codes - set(compact.NAMES)
     if unknown:
         raise ConfigError(f"{folder} is encoded as {', '.join(sorted(unknown))}, which this version cannot decode")
-    return Fisher(SafetensorsStore(files, str(source)), config, tied_aliases(config))
+    store: TensorStore = SafetensorsStore(files, str(source))
+    if codes:
+        notes = {key: value for file in files for key, value in safetensors_notes(file).items()}
+        store = EncodedStore(store, config.encoding, notes)
+    return Fisher(store, config, tied_aliases(config))
 
 
 TIED = "tied to "
@@ -189,33 +212,41 @@ def write_fisher(
     Args:
         fisher: What to write.
         out: The folder to make; it may exist, but must hold no Fisher yet.
-        dtype: float32 or bfloat16. Never float16, which flushes entries below 6e-8 to zero.
+        dtype: float32 or bfloat16. Never float16, which flushes entries below 6e-8 to zero. With ``compress``, of the
+            tensors that stay whole.
         progress: The names of ``fisher``, wrapped in a progress bar.
         shard_bytes: Largest size of one file.
-        compress: None, ``log8``, ``log4`` or ``rank1``.
+        compress: None, or a compact form (see :mod:`squisher_mergekit.fisher.compact`). ``log8`` and ``log4`` keep
+            every F to 4 % and 40 %, zeros exactly; ``rank1`` keeps row and column means of matrices. Tensors that it
+            would not make smaller stay whole; ``encoding`` names them. Adagrad's start is taken off first, and
+            ``initial_accumulator_value`` is null then: F would drown in its rounding.
 
     Returns:
-        The metadata as written, with mean and norm over all entries.
+        The metadata as written, with mean and norm over all entries; of compact tensors over the decoded ones, so that
+        they are those of what a reader gets.
 
     Raises:
         ConfigError: ``dtype`` is neither float32 nor bfloat16, ``compress`` is unknown, or ``out`` holds a Fisher
             already.
         ValuesError: An entry is NaN, infinite or negative.
     """
-    if compress is not None:
-        raise ConfigError(f"compress must be None in this version, found {compress!r}; dtype bfloat16 halves the size")
+    if compress is not None and compress not in compact.NAMES:
+        raise ConfigError(f"compress must be None or one of {', '.join(compact.NAMES)}, found {compress!r}")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"a Fisher is written as float32 or bfloat16, not {dtype}: float16 loses small entries")
     if out.exists() and (not out.is_dir() or has_fisher(out)):
         raise ConfigError(f"{out} must not hold a Fisher yet; remove it or choose another folder")
+    if compress and fisher.config.offset("debiased"):
+        fisher = _without_start(fisher)
     moments = Moments()
     with written_beside(out) as folder:
-        shards = _write_shards(fisher, folder, dtype, progress or list(fisher), shard_bytes, moments)
+        names = progress or list(fisher)
+        shards, whole = _write_shards(fisher, folder, dtype, names, shard_bytes, moments, compress)
         config = fisher.config.model_copy(
             update={
                 "mean": moments.mean,
                 "norm": moments.norm,
-                "encoding": {"default": str(dtype).removeprefix("torch.")},
+                "encoding": _encoding(str(dtype).removeprefix("torch."), compress, whole, len(fisher)),
                 "coverage": Coverage(**{"with": len(fisher)}, without=fisher.config.coverage.without),
             }
         )
@@ -224,25 +255,58 @@ def write_fisher(
     return config
 
 
+def _encoding(plain: str, compress: str | None, whole: list[str], count: int) -> dict[str, str]:
+    """Return the metadata on encodings, in which tensors that are not compact are named."""
+    if compress is None or len(whole) == count:
+        return {"default": plain}
+    return {"default": compress} | dict.fromkeys(whole, plain)
+
+
+def _without_start(fisher: Fisher) -> Fisher:
+    """Return a Fisher whose sums begin at 0."""
+    assert fisher.config.optimizer is not None
+    optimizer = fisher.config.optimizer.model_copy(update={"initial_accumulator_value": None})
+    return Fisher(WithoutStart(fisher), fisher.config.model_copy(update={"optimizer": optimizer}), fisher.aliases)
+
+
 def _write_shards(
-    fisher: Fisher, folder: Path, dtype: torch.dtype, names: Iterable[str], shard_bytes: int, moments: Moments
-) -> list[dict[str, int]]:
-    """Write the shards one tensor after the other, and return the sizes of the tensors in each."""
-    room = header_room(list(fisher))
+    fisher: Fisher,
+    folder: Path,
+    dtype: torch.dtype,
+    names: Iterable[str],
+    shard_bytes: int,
+    moments: Moments,
+    compress: str | None,
+) -> tuple[list[dict[str, int]], list[str]]:
+    """Write the shards one tensor after the other.
+
+    Returns:
+        The sizes of the tensors in each shard, and the names of those that are not compact.
+    """
+    room = header_room(list(fisher), parts=1 if compress is None else 3)  # two parts and a shape
     writer = SafetensorsWriter(folder / "0.safetensors", room)
-    shards = [writer.sizes]
+    shards, whole = [writer.sizes], []
     with ExitStack() as stack:
         stack.enter_context(writer)
         for name in names:
-            nbytes = math.prod(fisher.info(name).shape) * dtype.itemsize
+            parts = None if compress is None else parts_of(fisher, name, compress, dtype)
+            tensors = parts or {"": fisher[name]}
+            nbytes = sum(tensor.numel() * (tensor.dtype if parts else dtype).itemsize for tensor in tensors.values())
             if writer.nbytes and writer.nbytes + nbytes > shard_bytes:
                 stack.close()
                 writer = stack.enter_context(SafetensorsWriter(folder / f"{len(shards)}.safetensors", room))
                 shards.append(writer.sizes)
-            tensor = fisher[name]
-            moments.add(fisher, name, tensor=tensor)
-            writer.add(name, tensor, dtype)
-    return shards
+            if parts and compress:
+                shape = fisher.info(name).shape
+                moments.add(fisher, name, tensor=compact.decode(parts, compress, shape))
+                if compress in compact.CODES:
+                    writer.note(f"{name}.shape", shape_note(shape))
+            else:
+                moments.add(fisher, name, tensor=tensors[""])
+                whole.append(name)
+            for suffix, tensor in tensors.items():
+                writer.add(name + suffix, tensor, None if parts else dtype)
+    return shards, whole
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:

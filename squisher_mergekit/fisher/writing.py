@@ -17,6 +17,7 @@ _NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
+    torch.int16: "I16",
     torch.int64: "I64",
 }
 _ALIGN = 8
@@ -86,6 +87,10 @@ class SafetensorsWriter:
             self._write(block)
         self.sizes[name] = self._end - start
         self._header[name] = {"dtype": _NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, self._end]}
+
+    def note(self, key: str, value: str) -> None:
+        """Write something into the metadata of the file's header."""
+        self._header["__metadata__"][key] = value
 
     def _write(self, block: torch.Tensor) -> None:
         data = memoryview(block.view(torch.uint8).numpy().data)

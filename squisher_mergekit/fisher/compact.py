@@ -1,0 +1,285 @@
+"""Compact forms of a Fisher's tensor: logarithmic codes in blocks, and rank 1. Pure functions, and their inverses.
+
+``log8`` and ``log4`` cut the flattened tensor into blocks of 128 entries (the last may be short). Of each block
+``NAME.scale`` has ``(low, high)``, int16, in 1/128 octave: ``2^(low/128)`` and ``2^(high/128)`` enclose its positive
+entries; ``low > high`` says that it has none. Code 0 is an exact 0, and code k of n, the largest, is
+
+    F = 2^(s / 128),  s = low + (k - 1) (high - low) / (n - 1),  n = 2^bits - 1
+
+``bits`` is 8 or 4, as the name says, where half a step keeps the relative error below 4 % or 40 %; else twice that, or
+four times, whichever is the first that does; 0 in a block of zeros. It follows from low and high alone
+(:meth:`LogCode.bits`).
+
+``NAME.code``, uint8, has the codes of all blocks of 4 bits, then of 8, then of 16: two entries a byte, the first in the
+high half; a byte an entry; two bytes an entry, the low one first. What would follow the last entry of a short block is
+left out. The header's metadata have the shape, as JSON, under ``NAME.shape``.
+
+``rank1`` keeps the means over the last axis (``NAME.row``) and over the last but one (``NAME.col``), float32:
+
+    F_ij = row_i col_j / mean(row)
+
+leading axes being a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+_UNIT = 128  # steps of low and high in an octave
+_LEAST = -149 * _UNIT  # of float32's smallest number
+_NORMAL = -126 * _UNIT  # below, float32 itself has steps that add to the error
+_MOST = 128 * _UNIT
+_CHUNK = 1 << 18  # entries worked on at a time: their float64 copy fits a core's cache
+_SMALLEST = 2.0**-149
+_LARGEST = torch.finfo(torch.float32).max
+
+LOG, RANK1 = (".code", ".scale"), (".row", ".col")
+
+
+@dataclass(frozen=True)
+class LogCode:
+    """A logarithmic code: widths of a code in bits, and the bound on the relative error.
+
+    Example:
+        >>> CODES["log4"].spans()
+        ((4, 1736), (8, 31497))
+    """
+
+    widths: tuple[int, ...]
+    error: float
+
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Return for each width but the last, which takes any block, the largest ``high - low`` within the bound."""
+        # A little less than the bound: logarithms are rounded too.
+        half_step = math.log2(1 + self.error * 0.9975) * _UNIT
+        return tuple((bits, int(2 * half_step * (2**bits - 2))) for bits in self.widths[:-1])
+
+    def bits(self, scale: Tensor) -> Tensor:
+        """Return how many bits an entry of each block takes."""
+        low, high = scale.int().unbind(-1)
+        bits = torch.full_like(low, self.widths[-1])
+        for width, span in reversed(self.spans()):
+            bits[(high - low <= span) & (low >= _NORMAL)] = width
+        bits[low > high] = 0
+        return bits
+
+    def sizes(self, bits: Tensor, count: int) -> dict[int, int]:
+        """Return how many bytes the codes of each width take, of a tensor with ``count`` entries."""
+        sizes = {width: int((bits == width).sum()) * BLOCK * width // 8 for width in self.widths}
+        if len(bits):
+            last = int(bits[-1])
+            sizes[last] = sizes.get(last, 0) - (-count % BLOCK) * last // 8
+        return sizes
+
+
+CODES = {"log8": LogCode((8, 16), 0.04), "log4": LogCode((4, 8, 16), 0.40)}
+NAMES = (*CODES, "rank1")
+
+
+def suffixes(code: str) -> tuple[str, str]:
+    """Return what the names of the two parts of a tensor end in.
+
+    Example:
+        >>> suffixes("log8"), suffixes("rank1")
+        (('.code', '.scale'), ('.row', '.col'))
+    """
+    return LOG if code in CODES else RANK1
+
+
+def encode(tensor: Tensor, code: str, most: int) -> dict[str, Tensor] | None:
+    """Return the compact parts of a tensor, or None where they would not be smaller.
+
+    Args:
+        tensor: Finite float32 entries, none negative.
+        code: ``log8``, ``log4`` or ``rank1``.
+        most: Bytes that the parts must stay below.
+
+    Returns:
+        Suffix -> part.
+
+    Example:
+        >>> parts = encode(torch.tensor([[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]]), "rank1", 24)
+        >>> parts[".row"], parts[".col"]
+        (tensor([1., 2.]), tensor([0.0000, 1.5000, 3.0000]))
+        >>> decode(parts, "rank1", (2, 3))
+        tensor([[0., 1., 2.],
+                [0., 2., 4.]])
+        >>> encode(torch.ones(3), "rank1", 12) is None
+        True
+    """
+    if code == "rank1" and (tensor.ndim < 2 or 4 * rank1_entries(tensor.shape) >= most):
+        return None
+    parts = _rank1(tensor) if code == "rank1" else _log(tensor.reshape(-1), CODES[code])
+    return parts if sum(part.numel() * part.itemsize for part in parts.values()) < most else None
+
+
+def decode(parts: Mapping[str, Tensor], code: str, shape: Sequence[int]) -> Tensor:
+    """Return the float32 tensor that compact parts stand for.
+
+    Args:
+        parts: Suffix -> part, as from :func:`encode`.
+        code: Their code.
+        shape: Of the tensor.
+
+    Raises:
+        ValueError: The parts do not belong together; it says how.
+
+    Example:
+        >>> parts = encode(torch.tensor([0.0, 1.0, 2.0, 4.0]), "log8", 16)
+        >>> parts[".code"], parts[".scale"]
+        (tensor([  0,   1, 128, 255], dtype=torch.uint8), tensor([[  0, 256]], dtype=torch.int16))
+        >>> decode(parts, "log8", (2, 2))
+        tensor([[0., 1.],
+                [2., 4.]])
+    """
+    if code == "rank1":
+        return _unrank1(parts[".row"], parts[".col"])
+    return _unlog(parts[".code"], parts[".scale"], CODES[code], math.prod(shape)).reshape(tuple(shape))
+
+
+def rank1_entries(shape: Sequence[int]) -> int:
+    """Return how many numbers rows and columns of a tensor have together."""
+    *batch, rows, columns = shape
+    return math.prod(batch) * (rows + columns)
+
+
+# ---- logarithmic codes
+
+
+def _log(flat: Tensor, code: LogCode) -> dict[str, Tensor]:
+    scales: list[Tensor] = []
+    packed: dict[int, list[Tensor]] = {width: [] for width in code.widths}
+    for start in range(0, flat.numel(), _CHUNK):
+        chunk = flat[start : start + _CHUNK]
+        blocks = torch.nn.functional.pad(chunk, (0, -chunk.numel() % BLOCK)).view(-1, BLOCK)
+        logs = blocks.log2().mul_(_UNIT)  # -inf for 0
+        scale = _scale(logs)
+        bits = code.bits(scale)
+        for width in code.widths:
+            chosen = bits == width
+            packed[width].append(_pack(_number(logs[chosen], scale[chosen], width), width))
+        scales.append(scale)
+    scale = torch.cat(scales) if scales else torch.zeros(0, 2, dtype=torch.int16)
+    sizes = code.sizes(code.bits(scale), flat.numel())
+    streams = [torch.cat(some)[: sizes[width]] for width, some in packed.items() if some]
+    return {".code": torch.cat(streams) if streams else torch.zeros(0, dtype=torch.uint8), ".scale": scale}
+
+
+def _scale(logs: Tensor) -> Tensor:
+    """Return low and high of each block, (1, 0) where all is 0."""
+    high = logs.amax(-1).ceil()
+    low = torch.where(logs == -math.inf, math.inf, logs).amin(-1).floor().clamp_min(_LEAST)
+    empty = high == -math.inf
+    return torch.stack([torch.where(empty, 1, low), torch.where(empty, 0, high)], -1).to(torch.int16)
+
+
+def _number(logs: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the codes of blocks of one width, int32."""
+    low, high = scale.to(logs.dtype).unbind(-1)
+    last = 2**bits - 2
+    per_unit = last / (high - low).clamp_min(1)
+    codes = ((logs - low[:, None]) * per_unit[:, None]).round_().clamp_(0, last) + 1
+    return torch.where(logs == -math.inf, 0, codes).to(torch.int32)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    if bits == 4:
+        return (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8).reshape(-1)
+    if bits == 8:
+        return codes.to(torch.uint8).reshape(-1)
+    return torch.stack([codes & 255, codes >> 8], -1).to(torch.uint8).reshape(-1)
+
+
+def _unpack(stream: Tensor, bits: int) -> Tensor:
+    if bits == 4:
+        return torch.stack([stream >> 4, stream & 15], -1).view(-1, BLOCK)
+    if bits == 8:
+        return stream.view(-1, BLOCK)
+    pairs = stream.view(-1, BLOCK, 2).int()
+    return pairs[..., 0] | pairs[..., 1] << 8
+
+
+def _unlog(stream: Tensor, scale: Tensor, code: LogCode, count: int) -> Tensor:
+    """Return the entries of all blocks, in order.
+
+    Raises:
+        ValueError: Sizes or scales cannot be right.
+    """
+    if scale.shape != (-(-count // BLOCK), 2):
+        raise ValueError(f"{count} entries make {-(-count // BLOCK)} blocks, but it has scales of {len(scale)}")
+    if len(scale) and (int(scale.min()) < _LEAST or int(scale.max()) > _MOST):
+        raise ValueError("a block has a scale beyond the range of float32")
+    bits = code.bits(scale)
+    sizes = code.sizes(bits, count)
+    if sum(sizes.values()) != stream.numel():
+        raise ValueError(f"its scales ask for {sum(sizes.values())} bytes of codes, but it has {stream.numel()}")
+    out = torch.zeros(len(scale), BLOCK, dtype=torch.float32)
+    begin = 0
+    for width in code.widths:
+        group = stream[begin : begin + sizes[width]]
+        begin += sizes[width]
+        places = (bits == width).nonzero().squeeze(-1)
+        size = BLOCK * width // 8  # bytes a block
+        for start in range(0, len(places), _CHUNK // BLOCK):
+            some = places[start : start + _CHUNK // BLOCK]
+            codes = group[start * size : (start + len(some)) * size]
+            codes = torch.nn.functional.pad(codes, (0, len(some) * size - codes.numel()))
+            out[some] = _value(_unpack(codes, width), scale[some], width)
+    return out.view(-1)[:count]
+
+
+def _value(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    low, high = scale.to(torch.float64).unbind(-1)
+    step = (high - low) / ((2**bits - 2) * _UNIT)
+    # In float64: float32 has too few digits for a step of 16 bits, and no room above its largest number.
+    logs = torch.addcmul((low / _UNIT - step)[:, None], codes.to(torch.float64), step[:, None])
+    return logs.exp2_().clamp_max_(_LARGEST).mul_(codes != 0).to(torch.float32)
+
+
+# ---- rank 1
+
+
+def _rank1(tensor: Tensor) -> dict[str, Tensor]:
+    *batch, rows, columns = tensor.shape
+    whole = tensor.reshape(-1, rows, columns)
+    row = torch.zeros(whole.shape[:2], dtype=torch.float64)
+    col = torch.zeros(len(whole), columns, dtype=torch.float64)
+    for one, some in _slabs(*whole.shape):
+        slab = whole[one, some].to(torch.float64)
+        row[one, some] = slab.mean(-1)
+        col[one] += slab.sum(-2) / rows
+    return {".row": _float32(row).view(*batch, rows), ".col": _float32(col).view(*batch, columns)}
+
+
+def _float32(means: Tensor) -> Tensor:
+    """Round to float32, where a positive mean stays positive."""
+    return torch.where(means > 0, means.clamp_min(_SMALLEST), means).to(torch.float32)
+
+
+def _unrank1(row: Tensor, col: Tensor) -> Tensor:
+    """Multiply rows and columns out; 0 where all rows are.
+
+    In float64: a quotient below float32's range can belong to a product within it.
+    """
+    rows, columns = row.to(torch.float64).reshape(-1, row.shape[-1]), col.to(torch.float64).reshape(-1, col.shape[-1])
+    mean = rows.mean(-1, keepdim=True)
+    rows = torch.where(mean == 0, 0.0, rows / mean)
+    out = torch.empty(*rows.shape, columns.shape[-1], dtype=torch.float32)
+    for one, some in _slabs(*out.shape):
+        out[one, some] = (rows[one, some, None] * columns[one, None, :]).clamp_max_(_LARGEST)
+    return out.view(*row.shape, col.shape[-1])
+
+
+def _slabs(batch: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a batch of matrices into parts of whole rows that fit a core's cache."""
+    height = max(1, min(rows, _CHUNK // max(columns, 1)))
+    depth = max(1, _CHUNK // max(rows * columns, 1)) if height == rows else 1
+    for one in range(0, batch, depth):
+        for some in range(0, rows, height):
+            yield slice(one, one + depth), slice(some, some + height)
