@@ -19,6 +19,11 @@ _PATH = click.Path(path_type=Path)
 @click.option("--examples-per-step", type=_POSITIVE, help="Examples behind one optimizer step, to be recorded.")
 @click.option("--tokens-per-step", type=_POSITIVE, help="Tokens behind one optimizer step, to be recorded.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--compress",
+    type=click.Choice(["log8", "log4", "rank1"]),
+    help="Logarithmic codes (F to 4 %, 40 %), or row and column means; --dtype is then that of tensors kept whole.",
+)
 @click.option("--no-verify", is_flag=True, help="Do not hold what is read against the checksums saved with it.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option("--json", "json_file", type=_PATH, help="Write the report to a file as well.")
@@ -31,6 +36,7 @@ def command(
     examples_per_step: float | None,
     tokens_per_step: float | None,
     dtype: str,
+    compress: str | None,
     no_verify: bool,
     quiet: bool,
     json_file: Path | None,
@@ -50,8 +56,7 @@ def command(
 
     import torch
 
-    from squisher_mergekit.cli.output import config_lines, write_json
-    from squisher_mergekit.fisher.summary import human_bytes
+    from squisher_mergekit.cli.output import config_lines, size_of, write_json
     from squisher_mergekit.optimizers.load import extract
 
     fisher = extract(
@@ -61,15 +66,16 @@ def command(
         base,
         names,
         getattr(torch, dtype),
+        compress,
         examples_per_step=examples_per_step,
         tokens_per_step=tokens_per_step,
         verify=not no_verify,
         progress=not quiet,
     )
-    size = sum(fisher.info(name).nbytes for name in fisher)
     click.echo(f"{checkpoint} -> {out}")
-    for line in config_lines(fisher.config, f"{len(fisher)} tensors, {human_bytes(size)} of {dtype}"):
+    for line in config_lines(fisher.config, f"{len(fisher)} tensors, {size_of(fisher)}"):
         click.echo(line)
     if json_file is not None:
+        size = sum(fisher.info(name).nbytes for name in fisher)
         report = {"checkpoint": checkpoint, "out": str(out), "bytes": size}
         write_json(json_file, report | {"config": json.loads(fisher.config.to_json())})

@@ -45,8 +45,8 @@ def command(
 
     from tqdm import tqdm
 
-    from squisher_mergekit.cli.output import config_lines, write_json, write_whole
-    from squisher_mergekit.fisher.summary import human_bytes, known_scaling, summarize
+    from squisher_mergekit.cli.output import config_lines, size_of, write_json, write_whole
+    from squisher_mergekit.fisher.summary import known_scaling, summarize
     from squisher_mergekit.optimizers.load import load_fisher
 
     if plot is not None:
@@ -55,9 +55,8 @@ def command(
     opened = load_fisher(fisher, model, base, names)
     bar = tqdm(list(opened), desc="Reading", unit="tensor", disable=quiet, delay=2)
     summary = summarize(opened, bar, known_scaling(opened))
-    size = human_bytes(sum(opened.info(name).nbytes for name in opened))
     click.echo(fisher)
-    for line in config_lines(opened.config, f"{len(opened)} tensors, {summary.entries:,} entries, {size}"):
+    for line in config_lines(opened.config, f"{len(opened)} tensors, {summary.entries:,} entries, {size_of(opened)}"):
         click.echo(line)
     for line in table(summary):
         click.echo(line)

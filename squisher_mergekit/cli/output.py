@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from squisher_mergekit.fisher.config import FisherConfig
+    from squisher_mergekit.fisher.mapping import Fisher
 
 _SHOWN = 20
 
@@ -59,6 +61,17 @@ def config_lines(config: FisherConfig, size: str) -> Iterator[str]:
         yield f"debiased   mean {config.mean:.3g}, norm {config.norm:.3g}"
     yield f"size       {size}"
     yield from coverage_lines(config)
+
+
+def size_of(fisher: Fisher) -> str:
+    """Say how many bytes a Fisher takes, and in which encoding."""
+    from squisher_mergekit.fisher.summary import human_bytes
+
+    encoding = dict(fisher.config.encoding)
+    default = encoding.pop("default", "unknown encoding")
+    others = [f"{count} as {code}" for code, count in Counter(encoding.values()).items()]
+    size = human_bytes(sum(fisher.info(name).nbytes for name in fisher))
+    return f"{size} of {default}" + (f" ({', '.join(others)})" if others else "")
 
 
 def coverage_lines(config: FisherConfig) -> Iterator[str]:

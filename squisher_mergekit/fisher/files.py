@@ -283,7 +283,7 @@ def _write_shards(
     Returns:
         The sizes of the tensors in each shard, and the names of those that are not compact.
     """
-    room = header_room(list(fisher), parts=1 if compress is None else 3)  # two parts and a shape
+    room = header_room(list(fisher), parts=1 if compress is None else 3 if compress in compact.CODES else 2)
     writer = SafetensorsWriter(folder / "0.safetensors", room)
     shards, whole = [writer.sizes], []
     with ExitStack() as stack:

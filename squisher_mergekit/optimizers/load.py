@@ -98,7 +98,7 @@ def extract(
         base: As for :func:`load_fisher`.
         names: As for :func:`load_fisher`.
         dtype: float32 (default) or bfloat16.
-        compress: None, ``log8``, ``log4`` or ``rank1``.
+        compress: None, ``log8``, ``log4`` or ``rank1``: see :func:`write_fisher`.
         examples_per_step: Examples behind one optimizer step, over all processes and accumulation, to be recorded.
         tokens_per_step: The same in tokens.
         verify: As for :func:`load_fisher`.
