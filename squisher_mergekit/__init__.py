@@ -14,15 +14,30 @@ if TYPE_CHECKING:
     from squisher_mergekit.fisher.config import FisherConfig
     from squisher_mergekit.fisher.mapping import Fisher
     from squisher_mergekit.optimizers.load import extract, load_fisher
+    from squisher_mergekit.training.callback import SquisherCallback
+    from squisher_mergekit.training.gradients import GradientSquares
+    from squisher_mergekit.training.writing import save_squisher
 
 __version__ = "0.1.0"
-__all__ = ["Fisher", "FisherConfig", "__version__", "extract", "load_fisher"]
+__all__ = [
+    "Fisher",
+    "FisherConfig",
+    "GradientSquares",
+    "SquisherCallback",
+    "__version__",
+    "extract",
+    "load_fisher",
+    "save_squisher",
+]
 
 _HOMES = {
     "Fisher": "squisher_mergekit.fisher.mapping",
     "FisherConfig": "squisher_mergekit.fisher.config",
+    "GradientSquares": "squisher_mergekit.training.gradients",
+    "SquisherCallback": "squisher_mergekit.training.callback",
     "extract": "squisher_mergekit.optimizers.load",
     "load_fisher": "squisher_mergekit.optimizers.load",
+    "save_squisher": "squisher_mergekit.training.writing",
 }
 
 _autoload.install()

@@ -1,0 +1,308 @@
+"""The Hugging Face Trainer writes a Fisher beside each checkpoint."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from squisher_mergekit.errors import SquisherError, UnsupportedStateError
+from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
+from squisher_mergekit.fisher.files import has_fisher, read_fisher
+from squisher_mergekit.optimizers.load import find_state, load_fisher
+from squisher_mergekit.training.gradients import GradientSquares, gradient_norm
+from squisher_mergekit.training.live import Facts, unwrap_optimizer
+from squisher_mergekit.training.models import unwrap_model, uses_deepspeed, uses_fsdp1
+from squisher_mergekit.training.sharding import rank
+from squisher_mergekit.training.writing import copy_fisher, replace_fisher, to_dtype, write_squisher
+
+LOG = logging.getLogger("squisher_mergekit")
+EMA_FOLDER = "fisher_ema"
+# Classes of optimizers without a second moment, known before the first step.
+_WITHOUT = {
+    "SGD": "SGD keeps none",
+    "ASGD": "ASGD keeps none",
+    "Rprop": "Rprop keeps step sizes",
+    "LBFGS": "LBFGS keeps a history of gradients",
+    "Lion": "Lion keeps momentum alone",
+    "Lion8bit": "Lion keeps momentum alone",
+    "PagedLion": "Lion keeps momentum alone",
+    "SignSGD": "SignSGD keeps none",
+    "Adamax": "Adamax keeps a running maximum of the gradient",
+    "Muon": "Muon keeps momentum alone",
+    "Lomo": "LOMO keeps none",
+    "AdaLomo": "AdaLomo keeps it outside of its state",
+    "LayerWiseDummyOptimizer": "a layer-wise optimizer steps inside the backward pass",
+    "GaLoreAdamW": "GaLore keeps it in a projected space",
+    "GaLoreAdamW8bit": "GaLore keeps it in a projected space",
+    "GaLoreAdafactor": "GaLore keeps it in a projected space",
+}
+
+
+class SquisherCallback(TrainerCallback):  # type: ignore[misc]
+    """Write the optimizer's second moments as a portable Fisher into each checkpoint, and at the end of training.
+
+    It records what the files of a checkpoint do not tell: examples and tokens of a step, the norm at which gradients
+    are clipped, and how often they were. A failure while training is one line in the log; training goes on. Under
+    DeepSpeed the Fisher is read from the checkpoint that was just written, and there is none at the end unless a
+    checkpoint was saved at that step.
+
+    Args:
+        every_save: Write into each checkpoint.
+        at_end: Write into the output folder when training ends: the best checkpoint's Fisher where
+            ``load_best_model_at_end`` brought that one back.
+        out: The folder for the end, in place of ``output_dir``.
+        dtype: float32 or bfloat16.
+        compress: As for :func:`~squisher_mergekit.extract`.
+        beta: Keep a moving average of the squared gradient as well, with this decay, and write it into ``fisher_ema``
+            in the same folders (see :class:`GradientSquares`). It goes on after a resume, and the optimizer may be one
+            without second moment. Clipping has acted on the gradient already.
+        loss_reduction: How the loss joins the examples: the models of transformers take the mean.
+        datum: What one example of that is: ``example`` or ``token``, if to be recorded.
+
+    Raises:
+        ConfigError: ``dtype`` or ``beta`` is out of its range.
+
+    Example:
+        >>> callback = SquisherCallback(dtype="bfloat16")
+        >>> # Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+    """
+
+    def __init__(
+        self,
+        every_save: bool = True,
+        at_end: bool = True,
+        out: str | Path | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        compress: str | None = None,
+        beta: float | None = None,
+        loss_reduction: str | None = "mean",
+        datum: str | None = None,
+    ) -> None:
+        self.every_save = every_save
+        self.at_end = at_end
+        self.out = None if out is None else Path(out).expanduser()
+        self.dtype = to_dtype(dtype)
+        self.compress = compress
+        self.beta = beta
+        self.loss_reduction = loss_reduction
+        self.datum = datum
+        self.squares: GradientSquares | None = None
+        self._keeps_moment = True
+        self._clipping = Clipping()
+        self._written: tuple[int, Path] | None = None  # the step and folder of the last Fisher
+        self._warned = False
+        self._searching = False
+        if beta is not None:
+            GradientSquares(nn.Module(), beta)  # a wrong decay is refused now, not when training begins
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse what can be known to fail; take up what a resumed checkpoint holds."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        why = _WITHOUT.get(type(unwrap_optimizer(optimizer)).__name__)
+        if why is not None and self.beta is None:
+            raise UnsupportedStateError(
+                f"SquisherCallback needs an optimizer that keeps the mean squared gradient, but {why}; "
+                "train with AdamW, or give SquisherCallback(beta=0.999)"
+            )
+        self._keeps_moment, self._written, self._warned = why is None, None, False
+        self._searching = bool(state.is_hyper_param_search)
+        if self._searching:  # the folders of the trials are not known here
+            LOG.warning("no Fisher is written in a hyper-parameter search; take squisher extract on a checkpoint")
+        seen = None if uses_fsdp1(model) or uses_deepspeed(model, optimizer) else args.max_grad_norm or 0.0
+        self._clipping = Clipping(seen)
+        self.squares = GradientSquares(model, self.beta) if self.beta is not None else None
+        if state.global_step:
+            _attempt("what the resumed checkpoint holds was not taken up", lambda: self._resume(args, state))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See whether clipping was active, and take the gradient into the moving average."""
+        norm = self._clipping.watch(kwargs["model"])
+        if self.squares is not None:
+            self.squares.update(norm)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write into the checkpoint."""
+        if not self.every_save or self._searching:
+            return
+        folder = _checkpoint(args, state)
+        if self._write(folder, folder, args, state, kwargs):
+            self._written = (state.global_step, folder)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write into the output folder, or copy from the checkpoint that the weights are from."""
+        if not self.at_end or self._searching:
+            return
+        out = self.out or Path(args.output_dir)
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        last = self._written[1] if self._written is not None and self._written[0] == state.global_step else None
+        if best is not None and Path(best) != last:
+            last = Path(best)
+        if last is None:
+            self._write(out, None, args, state, kwargs)
+        elif rank() == 0:
+            _attempt(f"no Fisher of the weights of {last} could be copied to {out}", lambda: _copy(last, out))
+
+    def _write(self, out: Path, weights: Path | None, args: Any, state: Any, live: dict[str, Any]) -> bool:
+        """Write what is kept; return whether it went well."""
+        facts = self._facts(args, state, live["model"])
+        done = True
+        if self._keeps_moment:
+            done = _attempt(
+                f"no Fisher could be written to {out}",
+                lambda: self._write_squisher(out, weights, facts, live["model"], live["optimizer"]),
+            )
+        squares = self.squares
+        if squares is not None and squares.squares:
+            ema = out / EMA_FOLDER
+            wrote = _attempt(
+                f"no moving average could be written to {ema}",
+                lambda: squares.write(ema, weights, facts, self.dtype, self.compress),
+            )
+            done = done and wrote
+        return done
+
+    def _write_squisher(self, out: Path, weights: Path | None, facts: Facts, model: nn.Module, optimizer: Any) -> None:
+        if not uses_deepspeed(model, optimizer):
+            write_squisher(model, [optimizer], out, weights, facts, self.dtype, self.compress, warn=not self._warned)
+            self._warned = True
+        elif weights is None:
+            raise UnsupportedStateError("DeepSpeed's state is read from a checkpoint, and none was saved at this step")
+        elif rank() == 0:
+            write_saved(weights, out, facts, self.dtype, self.compress)
+
+    def _facts(self, args: Any, state: Any, model: nn.Module) -> Facts:
+        tokens = getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False)
+        counted = state.num_input_tokens_seen / state.global_step if tokens and state.global_step else None
+        return Facts(
+            examples_per_step=examples_per_step(args, state, model),
+            tokens_per_step=counted or None,
+            max_grad_norm=args.max_grad_norm or None,
+            clipped_share=self._clipping.share,
+            loss_reduction=self.loss_reduction,
+            datum=self.datum,
+        )
+
+    def _resume(self, args: Any, state: Any) -> None:
+        """Go on from the Fisher in the checkpoint that training goes on from."""
+        given = args.resume_from_checkpoint
+        places = [Path(given)] if isinstance(given, str) and given.lower() != "true" else []
+        folder = next((place for place in (*places, _checkpoint(args, state)) if place.is_dir()), None)
+        if folder is None:
+            raise SquisherError(
+                f"there is no {_checkpoint(args, state)}; name it in TrainingArguments.resume_from_checkpoint as well"
+            )
+        configs = [place / CONFIG_NAME for place in (folder, folder / EMA_FOLDER) if has_fisher(place)]
+        if configs:
+            self._clipping.resume(FisherConfig.from_file(configs[0]).clipped_share, state.global_step)
+        if self.squares is not None:
+            self.squares.load_fisher(read_fisher(folder / EMA_FOLDER))
+
+
+class Clipping:
+    """How often gradients were clipped, seen from their norm afterwards, which then is the limit.
+
+    A norm of just the limit's size that was not clipped counts as clipped; how near is the precision of the norm. The
+    counts stay on the device of the gradients until they are asked for.
+
+    Args:
+        limit: What gradients are clipped at; 0: they are not; None: not known, or not to be seen.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> clipping = Clipping(limit=1.0)
+        >>> for gradient in ([[3.0, 4.0]], [[0.3, 0.4]]):
+        ...     layer.weight.grad = torch.tensor(gradient)
+        ...     _ = nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        ...     _ = clipping.watch(layer)
+        >>> clipping.share
+        0.5
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
+        self.limit = limit
+        self._clipped: Tensor | float = 0.0
+        self._seen: Tensor | float = 0.0
+
+    def watch(self, model: nn.Module) -> Tensor | None:
+        """Look at the gradients after clipping, and return their norm; None if there is nothing to see."""
+        if not self.limit:
+            return None
+        having = [parameter for parameter in unwrap_model(model).parameters() if parameter.grad is not None]
+        norm = gradient_norm(having)
+        precision = max((torch.finfo(p.grad.dtype).eps for p in having if p.grad is not None), default=0.0)
+        # The norm is divided by itself plus 1e-6 when clipped.
+        reached = self.limit * (1 - max(precision, 1e-5)) - 1e-6
+        self._clipped = self._clipped + (norm >= reached).double()
+        self._seen = self._seen + torch.isfinite(norm).double()
+        return norm
+
+    def resume(self, share: float | None, steps: int) -> None:
+        """Go on from an earlier share."""
+        if share is not None and self.limit:
+            self._clipped, self._seen = share * steps, float(steps)
+
+    @property
+    def share(self) -> float | None:
+        """In which share of the steps clipping was active; None if that is not known."""
+        if self.limit == 0:
+            return 0.0
+        seen = float(self._seen)
+        return float(self._clipped) / seen if seen else None
+
+
+def write_saved(checkpoint: Path, out: Path, facts: Facts, dtype: torch.dtype, compress: str | None) -> None:
+    """Write the Fisher of a saved checkpoint, with what training knows beside.
+
+    Raises:
+        RefusedError: There is none, or it cannot be read.
+    """
+    place = find_state(checkpoint)
+    if place is None:
+        raise UnsupportedStateError(f"{checkpoint} must hold the optimizer's state; train with save_only_model=False")
+    fisher = load_fisher(place, model=checkpoint)
+    fisher.config = facts.note(fisher.config)
+    replace_fisher(fisher, out, dtype, compress)
+
+
+def examples_per_step(args: Any, state: Any, model: nn.Module) -> int:
+    """Return how many examples the Trainer takes for one step: batch x accumulation x processes with data of their own.
+
+    Args:
+        args: The Trainer's arguments.
+        state: The Trainer's state, which knows a batch size that was found automatically.
+        model: It may be split over processes that share their data.
+    """
+    batch = int(state.train_batch_size or args.train_batch_size) * int(args.gradient_accumulation_steps)
+    if getattr(args.accelerator_config, "split_batches", False):
+        return batch
+    parallel = getattr(args, "parallelism_config", None)
+    tensor: Any = getattr(unwrap_model(model), "_tp_size", None) or getattr(parallel, "tp_size", 1)
+    sharing = int(tensor) * int(getattr(parallel, "cp_size", 1)) * int(getattr(parallel, "sp_size", 1))
+    return batch * max(int(args.world_size) // sharing, 1)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _copy(source: Path, out: Path) -> None:
+    places = [(source, out), (source / EMA_FOLDER, out / EMA_FOLDER)]
+    found = [pair for pair in places if has_fisher(pair[0])]
+    if not found:
+        raise SquisherError("it has none")
+    for place, target in found:
+        copy_fisher(place, target)
+
+
+def _attempt(failure: str, work: Callable[[], None]) -> bool:
+    """Do something that training is not to be lost for; return whether it went well."""
+    try:
+        work()
+    except Exception as error:  # hours of training are worth more than any Fisher
+        LOG.warning("%s; training goes on: %s", failure, error)
+        return False
+    return True

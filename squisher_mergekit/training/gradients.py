@@ -1,0 +1,269 @@
+"""A moving average of the squared gradient that is no optimizer's."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
+from squisher_mergekit.fisher.files import read_fisher
+from squisher_mergekit.fisher.mapping import Fisher, check_shape
+from squisher_mergekit.optimizers.moments import Moment
+from squisher_mergekit.optimizers.saved import Saved
+from squisher_mergekit.optimizers.skeleton import Skeleton
+from squisher_mergekit.optimizers.state import Slot
+from squisher_mergekit.optimizers.values import Stored
+from squisher_mergekit.optimizers.weights import headers
+from squisher_mergekit.training.live import LAYOUT, Facts, fisher_of
+from squisher_mergekit.training.models import describe, memory_names, unwrap_model, uses_deepspeed, uses_fsdp1
+from squisher_mergekit.training.sharding import Together, is_sharded, rank
+from squisher_mergekit.training.writing import replace_fisher, to_dtype
+
+
+class GradientSquares:
+    """Moving average of the squared gradient: ``a_t = beta a_(t-1) + (1 - beta) g_t^2``, ``a_0 = 0``.
+
+    It is the square of a batch's gradient, averaged over the last ``1 / (1 - beta)`` steps, as Adam's second moment is;
+    but its memory is its own, and it outlives an optimizer. :meth:`update` takes the gradient as it is at that moment,
+    of the parameters that have one: after clipping it is the clipped one, before a scaler's ``unscale_`` the scaled
+    one. Where a penalty is added to the loss (EWC), call it after the backward pass of the task's loss and before that
+    of the penalty; else the penalty enters the average.
+
+    The averages lie where the parameters do, in float32 (float64 for float64); of a sharded parameter each process
+    keeps its part.
+
+    Args:
+        model: The model in training, wrapped or not; made before the first step, after wrapping.
+        beta: Decay, between 0 and 1.
+
+    Raises:
+        ConfigError: ``beta`` is out of its range.
+        UnsupportedStateError: The gradients are not within reach (FSDP1, DeepSpeed).
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> squares = GradientSquares(model, beta=0.75)
+        >>> model(torch.tensor([[1.0, 2.0]])).sum().backward()
+        >>> squares.update()
+        True
+        >>> squares.fisher().scaled("weight")
+        tensor([[1., 4.]])
+    """
+
+    def __init__(self, model: nn.Module, beta: float = 0.999) -> None:
+        if not 0 < beta < 1:
+            raise ConfigError(f"beta must be between 0 and 1, found {beta}")
+        if uses_fsdp1(model) or uses_deepspeed(model, None):
+            raise UnsupportedStateError(
+                "a moving average of gradients needs those of each parameter, but FSDP1 and DeepSpeed keep them in "
+                "flat buffers; train with DDP or FSDP2, or take the optimizer's own (save_squisher)"
+            )
+        self.model = model
+        self.beta = beta
+        self.squares: dict[str, Tensor] = {}
+        self.steps: dict[str, int] = {}
+        names = memory_names(model)
+        self._parameters = {names[id(p)]: p for p in unwrap_model(model).parameters()}
+
+    @torch.no_grad()
+    def update(self, norm: Tensor | None = None) -> bool:
+        """Take in the gradients as they are; call it in all processes, before ``optimizer.step()``.
+
+        Args:
+            norm: The norm of all gradients, if it is known already.
+
+        Returns:
+            Whether they were taken in: not if there are none, or one is not finite (an overflow of float16).
+        """
+        having = {name: p for name, p in self._parameters.items() if p.grad is not None}
+        if not having:
+            return False
+        norm = gradient_norm(having.values()) if norm is None else norm
+        if not torch.isfinite(norm).item():
+            return False
+        for name, parameter in having.items():
+            if name not in self.squares:
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                self.squares[name], self.steps[name] = torch.zeros_like(parameter, dtype=dtype), 0
+            average: Any = self.squares[name]
+            gradient: Any = parameter.grad
+            if is_sharded(average):
+                gradient = gradient.redistribute(placements=average.placements).to_local()
+                average = average.to_local()
+            gradient = gradient.to(average.dtype)
+            average.mul_(self.beta).addcmul_(gradient, gradient, value=1 - self.beta)
+            self.steps[name] += 1
+        return True
+
+    def fisher(self, weights: str | Path | None = None, facts: Facts | None = None) -> Fisher:
+        """Return the average as a Fisher under the names on disk; of tensors that are not sharded.
+
+        The tensors are the living ones: they change with the next update.
+
+        Args:
+            weights: Folder of the weights saved at this step, if they were.
+            facts: What else is known.
+
+        Raises:
+            MismatchError: Nothing was taken in yet, or it does not fit the weights.
+        """
+        return self._fisher(self.squares, None if weights is None else Path(weights), facts or Facts())
+
+    def save(
+        self,
+        out: str | Path,
+        *,
+        weights: str | Path | None = None,
+        examples_per_step: float | None = None,
+        tokens_per_step: float | None = None,
+        max_grad_norm: float | None = None,
+        clipped_share: float | None = None,
+        loss_reduction: str | None = None,
+        datum: str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        compress: str | None = None,
+    ) -> Fisher | None:
+        """Write the average as a portable Fisher; the arguments are those of ``save_squisher``.
+
+        Call it in all processes; the first one writes.
+
+        Returns:
+            What was written; None in all processes but the first.
+
+        Raises:
+            MismatchError: Nothing was taken in yet, or it does not fit the weights.
+        """
+        facts = Facts(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
+        folder = Path(out).expanduser()
+        beside = folder if weights is None else Path(weights).expanduser()
+        self.write(folder, beside, facts, to_dtype(dtype), compress)
+        return read_fisher(folder) if rank() == 0 else None
+
+    def write(self, out: Path, weights: Path | None, facts: Facts, dtype: torch.dtype, compress: str | None) -> None:
+        """Do what :meth:`save` does, with all that is known settled."""
+        together = Together()
+        stored = {name: together.add(t) if is_sharded(t) else t for name, t in self.squares.items()}
+        together.run(lambda: replace_fisher(self._fisher(stored, weights, facts), out, dtype, compress))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ``beta``, and ``steps`` and ``squares`` by the names in memory; sharded tensors as they are."""
+        return {"beta": self.beta, "steps": dict(self.steps), "squares": dict(self.squares)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was taken.
+
+        Raises:
+            ConfigError: It is of another decay.
+            MismatchError: A name or a shape is not the model's.
+        """
+        if state["beta"] != self.beta:
+            raise ConfigError(f"the average must be one with beta {self.beta}, found {state['beta']}; give that one")
+        for name, tensor in state["squares"].items():
+            if name not in self._parameters:
+                raise MismatchError(f"an average must be of the model's parameters, but {name} is none of them")
+            check_shape(name, tuple(tensor.shape), tuple(self._parameters[name].shape), "the state of GradientSquares")
+        for name, tensor in state["squares"].items():
+            self.squares[name] = _placed(tensor, self._parameters[name])
+        self.steps.update(state["steps"])
+
+    def load_fisher(self, fisher: Fisher) -> None:
+        """Go on from an average that was saved; to the bit if it was saved in float32 and not compressed.
+
+        Raises:
+            ConfigError: It is of another decay.
+            MismatchError: A shape is not the model's.
+        """
+        described = describe(self.model, set(fisher))
+        names: Mapping[str, str] = described.adapter or {name: name for name in described.names.values()}
+        if described.skeleton is not None:
+            squares, steps = _in_memory(fisher, described.skeleton)
+        else:
+            found = {name: key for name, key in names.items() if key in fisher}
+            squares = {name: fisher[key] for name, key in found.items()}
+            steps = {name: fisher.config.steps_of(key) or 0 for name, key in found.items()}
+        beta = fisher.config.optimizer.beta2 if fisher.config.optimizer else None
+        self.load_state_dict({"beta": beta, "squares": squares, "steps": steps})
+
+    def _fisher(self, stored: Mapping[str, Stored], weights: Path | None, facts: Facts) -> Fisher:
+        kind = Moment("squares", "ema", self.beta)
+        slots = {
+            name: Slot(name, name, kind, tensor, self.steps[name], tuple(tensor.shape))
+            for name, tensor in stored.items()
+        }
+        described = describe(self.model, headers(weights) if weights is not None else ())
+        saved = Saved((weights or Path("training")) / "the moving average", (), layout=LAYOUT)
+        fisher = fisher_of(slots, described, saved, weights, facts)
+        fisher.config = fisher.config.model_copy(update={"estimator": "ema_empirical"})
+        return fisher
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the L2 norm of all gradients, as one vector; sharded ones are counted whole.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> gradient_norm([weight])
+        tensor(5.)
+    """
+    meshes: dict[Any, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            meshes[getattr(parameter.grad, "device_mesh", None)].append(parameter.grad)
+    norms: list[Any] = [nn.utils.get_total_norm(gradients) for gradients in meshes.values()]
+    whole = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
+    if not whole:
+        return torch.tensor(0.0)
+    joined: Tensor = torch.stack([norm.to(whole[0].device, torch.float32) for norm in whole])
+    total: Tensor = torch.linalg.vector_norm(joined)
+    return total
+
+
+def _placed(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a copy of an average where and as its parameter lies."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    place: Any = parameter
+    if is_sharded(parameter) and not is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        moved = tensor.to(place.device, dtype)
+        distributed: Tensor = distribute_tensor(moved, place.device_mesh, place.placements)
+        return distributed
+    return tensor.detach().to(parameter.device, dtype, copy=True)
+
+
+def _in_memory(fisher: Fisher, skeleton: Skeleton) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Undo the way to disk: what is sent through it are the places of the entries, which tell where each one went."""
+    keys: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for key, sources in skeleton.sources.items():
+        keys[sources].append(key)
+    shapes = {parameter.name: parameter.shape for parameter in skeleton.parameters}
+    squares, steps = {}, {}
+    for sources, stored in keys.items():
+        if not all(_found(fisher, key, skeleton) for key in stored):
+            continue
+        sizes = [torch.Size(shapes[source]).numel() for source in sources]
+        starts = [sum(sizes[:number]) for number in range(len(sizes))]
+        places = skeleton.convert(
+            {
+                source: torch.arange(start, start + size).reshape(shapes[source])
+                for source, start, size in zip(sources, starts, sizes, strict=True)
+            }
+        )
+        names = {key: _found(fisher, key, skeleton) or key for key in stored}
+        whole = torch.empty(sum(sizes), dtype=torch.promote_types(fisher[names[stored[0]]].dtype, torch.float32))
+        for key, name in names.items():
+            whole[places[key].reshape(-1)] = fisher[name].reshape(-1).to(whole.dtype)
+        for source, start, size in zip(sources, starts, sizes, strict=True):
+            squares[source] = whole[start : start + size].reshape(shapes[source])
+            steps[source] = min(fisher.config.steps_of(name) or 0 for name in names.values())
+    return squares, steps
+
+
+def _found(fisher: Fisher, key: str, skeleton: Skeleton) -> str | None:
+    """Return the name that a Fisher has for a stored tensor, perhaps that of one tied to it."""
+    same = (key, *(alias for alias, kept in skeleton.aliases.items() if kept == key))
+    return next((name for name in same if name in fisher), None)

@@ -1,0 +1,114 @@
+"""Tensors that several processes hold in parts: the first process asks for them one by one, the others hand over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from squisher_mergekit.errors import SquisherError
+
+T = TypeVar("T")
+
+
+def is_sharded(tensor: object) -> bool:
+    """Return whether a tensor is a DTensor, of which this process holds a part."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
+
+
+def rank() -> int:
+    """Return the number of this process; 0 where there is one alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class Together:
+    """Work for the first process, in which the others take part by their shares of sharded tensors.
+
+    All processes make one with the same tensors in the same order and call :meth:`run`. Whole is only one tensor at a
+    time, and what the first process does with it is its own affair: the others follow its questions.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Any] = []
+
+    def add(self, tensor: Tensor) -> Sharded:
+        """Return a form of a sharded tensor that is gathered when the first process reads it."""
+        self.tensors.append(tensor)
+        return Sharded(tensor, len(self.tensors) - 1, self)
+
+    def gather(self, number: int) -> Tensor:
+        """Ask for a tensor; for the first process, within :meth:`run`."""
+        dist.broadcast_object_list([number], src=0)
+        whole: Tensor = self.tensors[number].full_tensor()
+        return whole.detach().cpu()
+
+    def run(self, work: Callable[[], T]) -> T | None:
+        """Do the work in the first process.
+
+        Args:
+            work: What may read the forms that :meth:`add` gave.
+
+        Returns:
+            What the work returns; None in the other processes.
+
+        Raises:
+            SquisherError: In the other processes, if the work failed in the first.
+        """
+        if rank() != 0:
+            self._follow()
+            return None
+        message = "it was stopped"
+        try:
+            result = work()
+            message = ""
+            return result
+        except Exception as error:
+            message = str(error) or type(error).__name__
+            raise
+        finally:
+            if self.tensors:
+                dist.broadcast_object_list([message], src=0)
+
+    def _follow(self) -> None:
+        while self.tensors:
+            asked: list[Any] = [None]
+            dist.broadcast_object_list(asked, src=0)
+            if isinstance(asked[0], int):
+                self.tensors[asked[0]].full_tensor()
+            elif asked[0]:
+                raise SquisherError(f"the first process could not write the Fisher: {asked[0]}")
+            else:
+                return
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A sharded tensor as a form of a second moment (see ``optimizers.values``)."""
+
+    tensor: Any
+    number: int
+    together: Together
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole."""
+        return torch.Size(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the entries."""
+        dtype: torch.dtype = self.tensor.dtype
+        return dtype
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """What this process holds."""
+        return (self.tensor.to_local(),)
+
+    def read(self) -> Tensor:
+        """Return the whole, on the CPU."""
+        return self.together.gather(self.number)

@@ -1,0 +1,173 @@
+"""Write a Fisher where one may lie already, from one process or many."""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.fisher.config import CONFIG_NAME
+from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, write_fisher, written_beside
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.optimizers.metadata import warnings_of
+from squisher_mergekit.training.live import Facts, squisher_of, states_of, unwrap_optimizer
+from squisher_mergekit.training.sharding import Together, rank
+
+LOG = logging.getLogger("squisher_mergekit")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def save_squisher(
+    model: nn.Module,
+    optimizer: Any,
+    out: str | Path,
+    *,
+    weights: str | Path | None = None,
+    examples_per_step: float | None = None,
+    tokens_per_step: float | None = None,
+    max_grad_norm: float | None = None,
+    clipped_share: float | None = None,
+    loss_reduction: str | None = None,
+    datum: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    compress: str | None = None,
+) -> Fisher | None:
+    """Write the second moments of a live optimizer as a portable Fisher, beside the weights.
+
+    Model and optimizer may be wrapped by accelerate, DDP, FSDP or torch.compile. Call it in all processes; the first
+    one writes. A Fisher that lies in ``out`` is replaced once the new one is whole.
+
+    Args:
+        model: The model in training.
+        optimizer: The optimizer that trains it, or a sequence of several.
+        out: The folder to write into.
+        weights: Folder of the weights saved at this step, for their names and fingerprint; by default ``out``.
+        examples_per_step: Examples behind one optimizer step, over all processes and accumulation.
+        tokens_per_step: The same in tokens.
+        max_grad_norm: What gradients were clipped at.
+        clipped_share: In which share of the steps clipping was active.
+        loss_reduction: How the loss joins the examples, such as ``mean``.
+        datum: What one example of that is: ``example`` or ``token``.
+        dtype: float32 or bfloat16.
+        compress: As for :func:`~squisher_mergekit.extract`.
+
+    Returns:
+        What was written; None in all processes but the first.
+
+    Raises:
+        RefusedError: There is no second moment, or it does not fit the model or the weights.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model(torch.tensor([[1.0, 2.0]])).sum().backward()
+        >>> optimizer.step()
+        >>> fisher = save_squisher(model, optimizer, mkdtemp(), examples_per_step=1)
+        >>> fisher.scaled("weight"), fisher.config.steps
+        (tensor([[1., 4.]]), 1)
+    """
+    facts = Facts(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
+    folder = Path(out).expanduser()
+    beside = folder if weights is None else Path(weights).expanduser()
+    several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    write_squisher(model, several, folder, beside, facts, to_dtype(dtype), compress)
+    return read_fisher(folder) if rank() == 0 else None
+
+
+def write_squisher(
+    model: nn.Module,
+    optimizers: Sequence[Any],
+    out: Path,
+    weights: Path | None,
+    facts: Facts,
+    dtype: torch.dtype,
+    compress: str | None,
+    warn: bool = True,
+) -> None:
+    """Do what :func:`save_squisher` does, with all that is known settled.
+
+    Args:
+        model: As there.
+        optimizers: As there, wrapped or not.
+        out: The folder to write into.
+        weights: Folder of the weights saved at this step, None if there are none.
+        facts: What else is known.
+        dtype: As there.
+        compress: As there.
+        warn: Log what makes the Fisher less trustworthy than it looks.
+
+    Raises:
+        RefusedError: As there.
+    """
+    together = Together()
+    bare = [unwrap_optimizer(optimizer) for optimizer in optimizers]
+    states = states_of(model, bare, together)
+
+    def work() -> None:
+        fisher, slots = squisher_of(model, bare, states, weights, facts)
+        replace_fisher(fisher, out, dtype, compress)
+        for warning in warnings_of(slots, out) if warn else ():
+            LOG.warning("%s: %s", out, warning)
+
+    together.run(work)
+
+
+def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the dtype that a Fisher is to be written in.
+
+    Raises:
+        ConfigError: It is neither float32 nor bfloat16.
+    """
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ConfigError(f"dtype must be float32 or bfloat16, found {dtype!r}")
+    return found
+
+
+def replace_fisher(fisher: Fisher, out: Path, dtype: torch.dtype = torch.float32, compress: str | None = None) -> None:
+    """Write a Fisher into a folder, in the place of one that lies there.
+
+    Args:
+        fisher: What to write.
+        out: The folder; the old Fisher stays until the new one is whole.
+        dtype: float32 or bfloat16.
+        compress: As for :func:`~squisher_mergekit.extract`.
+    """
+    if not has_fisher(out):
+        write_fisher(fisher, out, dtype, compress=compress)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        write_fisher(fisher, Path(scratch) / out.name, dtype, compress=compress)
+        _put(Path(scratch) / out.name, out)
+
+
+def copy_fisher(source: Path, out: Path) -> None:
+    """Copy a portable Fisher into another folder, in the place of one that lies there."""
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        with written_beside(Path(scratch) / out.name) as folder:
+            for file in _files(source):
+                shutil.copyfile(file, folder / file.name)
+        out.mkdir(exist_ok=True)
+        _put(Path(scratch) / out.name, out)
+
+
+def _put(new: Path, out: Path) -> None:
+    """Move a whole Fisher in; what makes a folder one, its index or single file, goes first and comes last."""
+    for file in _files(out):
+        file.unlink()
+    for file in reversed(_files(new)):
+        file.replace(out / file.name)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a portable Fisher, those by which it is found first."""
+    ends = (".safetensors", ".safetensors.index.json")
+    marks = [folder / f"{BASENAME}{end}" for end in ends]
+    rest = sorted(folder.glob(f"{BASENAME}-*-of-*.safetensors"))
+    return [file for file in (*marks, folder / CONFIG_NAME, *rest) if file.is_file()]
