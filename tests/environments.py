@@ -37,13 +37,14 @@ class Environment:
         command = [sys.executable, "-m", "pip", "--python", str(self.python), "--disable-pip-version-check", *arguments]
         subprocess.run(command, check=True, capture_output=True, text=True)
 
-    def see_dependencies(self):
-        """Let it import all that is installed here but for this package and start-up files."""
+    def see_dependencies(self, hide=()):
+        """Let it import all that is installed here but for this package, start-up files, and what is to be hidden."""
         seen = self.root / "dependencies"
         seen.mkdir()
         for folder in (*site.getsitepackages(), site.getusersitepackages()):
             for entry in Path(folder).iterdir() if Path(folder).is_dir() else ():
                 hidden = OURS in entry.name or entry.suffix in (".pth", ".start")
+                hidden = hidden or entry.name.partition("-")[0].partition(".")[0] in hide
                 if not hidden and not (seen / entry.name).exists():
                     (seen / entry.name).symlink_to(entry)
         (self.packages / "dependencies.pth").write_text(f"{seen}\n")

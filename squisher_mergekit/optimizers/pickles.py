@@ -80,8 +80,8 @@ def load(path: Path, checksums: Checksums | None = None) -> Any:
     """
     if not path.is_file():
         raise NotFoundError(f"a file written by torch.save must be at {path}, but there is none")
-    archive = zipfile.is_zipfile(path)
     try:
+        archive = zipfile.is_zipfile(path)
         with torch.serialization.safe_globals(_STAND_INS):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
         if archive:

@@ -246,8 +246,8 @@ def _within(stored: Stored, place: str) -> Stored:
     for part in parts(stored):
         if part.numel() * part.itemsize > part.untyped_storage().nbytes() or not _dense(part):
             raise CorruptFileError(
-                f"the second moment of {place} must have bytes of its own for each of its {part.numel()} entries, found "
-                f"strides {list(part.stride())} over {part.untyped_storage().nbytes()} bytes; copy the file again"
+                f"the second moment of {place} must have bytes of its own for each of its {part.numel()} entries, "
+                f"found strides {list(part.stride())} over {part.untyped_storage().nbytes()} bytes; copy the file again"
             )
     return stored
 
