@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
+from torch import Tensor
+
 from squisher_mergekit.errors import ConfigError, NotFoundError, RefusedError
 from squisher_mergekit.fisher.config import CONFIG_NAME
 from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, written_beside
@@ -98,6 +100,39 @@ def find_beside(
     if len(set(reasons.values())) == 1:
         return f"at revision {' and at '.join(reasons)}, {next(iter(reasons.values()))}"
     return "; ".join(f"at revision {candidate}, {why}" for candidate, why in reasons.items())
+
+
+def named(fisher: Fisher, path: Path) -> Fisher:
+    """Return a Fisher that says ``org/name@commit`` of its place, where that is a snapshot in a Hub cache.
+
+    Args:
+        fisher: An open Fisher.
+        path: The folder it was opened from.
+
+    Returns:
+        The same tensors; the same Fisher where the folder is no such snapshot.
+    """
+    try:
+        kind, commit = path.parts[-3], path.parts[-1]
+    except IndexError:
+        return fisher
+    if path.parts[-2] != "snapshots" or not kind.startswith("models--"):
+        return fisher
+    repo = kind.removeprefix("models--").replace("--", "/", 1)
+    return Fisher(_Named(fisher, f"{repo}@{commit}"), fisher.config, fisher.aliases)
+
+
+class _Named:
+    """The tensors of a Fisher, under another name of their place."""
+
+    def __init__(self, fisher: Fisher, location: str) -> None:
+        self.location = location
+        self.infos = {name: fisher.info(name) for name in fisher}
+        self._fisher = fisher
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self._fisher[name]
 
 
 def pull(source: str, out: Path) -> Fisher:

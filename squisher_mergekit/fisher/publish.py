@@ -12,7 +12,7 @@ import torch
 
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher import card
-from squisher_mergekit.fisher.compare import Agreement, compare
+from squisher_mergekit.fisher.compare import Agreement, common_scaling, compare
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, write_fisher
 from squisher_mergekit.fisher.hub import explained, is_ours, refuse_offline
@@ -116,7 +116,9 @@ def prepare(fisher: Fisher, out: Path, compress: str | None = None, progress: It
     written = read_fisher(out)
     if code == "none":
         return Prepared(out, written.config, before, _size(out), None, 0)
-    comparison = compare(fisher, written, sample=_SAMPLE, whole=False)
+    # Not raw: a compact Fisher is kept without Adagrad's start.
+    scaling = common_scaling(fisher, written)
+    comparison = compare(fisher, written, scaling=scaling, sample=_SAMPLE, whole=False)
     return Prepared(out, written.config, before, _size(out), comparison.over_all, comparison.sample)
 
 

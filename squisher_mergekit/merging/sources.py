@@ -104,6 +104,7 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None) -> Path:
 def _open(path: Path, model: ModelFiles, base: Path | None) -> Opened:
     portable = path.suffix in (".safetensors", ".json") if path.is_file() else has_fisher(path)
     fisher = read_fisher(path) if portable else load_fisher(path, model=model.folder, base=base)
+    fisher = hub.named(fisher, path)
     if fisher.config.parameters == "adapter":
         raise MismatchError(
             f"the Fisher for {model.label} must be of full weights, but {fisher.location} is of a LoRA adapter, whose "

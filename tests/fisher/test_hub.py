@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from squisher_mergekit import load_fisher
+from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.config import FisherConfig
@@ -243,6 +245,22 @@ def test_a_model_on_the_hub_has_its_fisher_beside_it(server, tmp_path):
     assert "at revision main, no fisher.safetensors there; at revision fisher, no such revision" in done.stderr
     assert not (tmp_path / "no").exists()
     assert not {"optimizer.pt", "training_args.bin"} & set(server.fetched())
+
+
+def test_a_merge_names_the_repository_and_its_commit(server, tmp_path):
+    """Plan and model card say org/name@commit of a Fisher from the Hub, not a folder of the cache."""
+    _models(tmp_path, server)
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(_config(tmp_path)))
+    commit = server.repositories["org/m0"].branches["fisher"]
+    for verb, arguments in (("plan", []), ("merge", [str(tmp_path / "out"), "--no-copy-tokenizer", "--quiet"])):
+        result = CliRunner().invoke(main, [verb, str(tmp_path / "merge.yml"), *arguments])
+        assert result.exit_code == 0, result.output
+        if verb == "plan":
+            assert f"org/m0@{commit}" in result.output
+            assert str(tmp_path / "home") not in result.output
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"m0@{commit}" in card
+    assert str(tmp_path / "home") not in card
 
 
 def test_a_merge_never_fetches_optimizer_state(server, tmp_path):

@@ -215,6 +215,16 @@ def test_what_compression_costs_is_measured(tmp_path, compress):
     assert prepared.agreement.zeros_b == (b == 0).double().mean().item()
 
 
+def test_the_cost_of_a_sum_is_without_its_start(tmp_path):
+    """Adagrad's start is no part of F: log8 of such a sum stays within its 4 % of F, and the cost says so."""
+    known = {"statistic": "sum", "steps": 3, "optimizer": {"initial_accumulator_value": 0.1}}
+    tensors = {name: tensor + 0.1 for name, tensor in _fisher(statistic="mean").items()}
+    fisher = Fisher(MemoryStore(tensors), FisherConfig.model_validate({"estimator": "squisher"} | known))
+    prepared = publish.prepare(fisher, tmp_path / "out", "log8")
+    assert 1 < prepared.agreement.factor < 1.04
+    assert prepared.agreement.ratio == pytest.approx(1, abs=0.04)
+
+
 def test_what_is_compact_already_stays_as_it_is(tmp_path):
     """Without a wish a compact Fisher is not coded a second time; with one it is."""
     write_fisher(_fisher(), tmp_path / "f", compress="log8")
