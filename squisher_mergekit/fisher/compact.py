@@ -247,7 +247,7 @@ def _value(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def _rank1(tensor: Tensor) -> dict[str, Tensor]:
     *batch, rows, columns = tensor.shape
-    whole = tensor.reshape(-1, rows, columns)
+    whole = tensor.reshape(math.prod(batch), rows, columns)
     row = torch.zeros(whole.shape[:2], dtype=torch.float64)
     col = torch.zeros(len(whole), columns, dtype=torch.float64)
     for one, some in _slabs(*whole.shape):
@@ -267,7 +267,9 @@ def _unrank1(row: Tensor, col: Tensor) -> Tensor:
 
     In float64: a quotient below float32's range can belong to a product within it.
     """
-    rows, columns = row.to(torch.float64).reshape(-1, row.shape[-1]), col.to(torch.float64).reshape(-1, col.shape[-1])
+    batch = math.prod(row.shape[:-1])
+    rows = row.to(torch.float64).reshape(batch, row.shape[-1])
+    columns = col.to(torch.float64).reshape(batch, col.shape[-1])
     mean = rows.mean(-1, keepdim=True)
     rows = torch.where(mean == 0, 0.0, rows / mean)
     out = torch.empty(*rows.shape, columns.shape[-1], dtype=torch.float32)
