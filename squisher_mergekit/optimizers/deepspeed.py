@@ -136,10 +136,11 @@ def _optim_files(folder: Path) -> list[Path]:
 
 
 def _need_all(ranks: Sequence[int], count: int, folder: Path) -> None:
-    missing = sorted(set(range(max([count, *(rank + 1 for rank in ranks)]))) - set(ranks))
-    if missing:
+    there = set(ranks)
+    first = next(rank for rank in range(len(there) + 1) if rank not in there)
+    if first < max([count, *(rank + 1 for rank in ranks)]):
         raise NotFoundError(
-            f"{folder} must hold the optimizer's files of all ranks, but that of rank {missing[0]} is missing; "
+            f"{folder} must hold the optimizer's files of all ranks, but that of rank {first} is missing; "
             "copy it as well"
         )
 

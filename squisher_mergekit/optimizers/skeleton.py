@@ -53,7 +53,7 @@ def skeleton(folder: Path, stored: Collection[str] = ()) -> Skeleton:
             f"the order of a model's parameters follows from its config.json, but {folder} has none; "
             f"give --model DIR, or {NAMES_CURE}"
         )
-    return _cached(file.resolve(), file.stat().st_mtime_ns, frozenset(stored))
+    return _cached(file.absolute(), file.stat().st_mtime_ns, frozenset(stored))
 
 
 @lru_cache(maxsize=16)

@@ -65,7 +65,8 @@ class RowsAndColumns:
 
     def read(self) -> Tensor:
         """Return the second moment; 0 where all rows are."""
-        mean = self.rows.mean(-1, keepdim=True)
+        # Absolute, so that rows below 0, which are damage, do not cancel out.
+        mean = self.rows.mean(-1, keepdim=True).abs()
         relative = torch.where(mean == 0, 0.0, self.rows / mean)
         return relative[..., :, None] * self.columns[..., None, :]
 
