@@ -189,6 +189,8 @@ class GradientSquares:
 
     def _fisher(self, stored: Mapping[str, Stored], weights: Path | None, facts: Facts) -> Fisher:
         kind = Moment("squares", "ema", self.beta)
+        if not stored:
+            raise MismatchError("a moving average must have taken in a gradient; call update() after backward()")
         slots = {
             name: Slot(name, name, kind, tensor, self.steps[name], tuple(tensor.shape))
             for name, tensor in stored.items()
