@@ -43,10 +43,11 @@ def command(
 ) -> None:
     r"""Read the optimizer state of CHECKPOINT into a Fisher with the names of the weights.
 
-    CHECKPOINT is a checkpoint-N folder of a Hugging Face Trainer (of a run folder the last one is taken), a folder or
-    file with an optimizer's state_dict, or a Hub id org/name[@revision]. No code in it is run. Where it cannot be
-    told with certainty which tensor belongs to which parameter, nothing is written. Parameters without a second
-    moment (frozen, unused, tied) are listed; the Fisher then covers the others.
+    CHECKPOINT is a checkpoint of a Hugging Face Trainer, accelerate, FSDP, DeepSpeed, Lightning or
+    torch.distributed (of a run's folder the last one is taken), a file with an optimizer's state_dict, or a Hub id
+    org/name[@revision]. No code in it is run. Where it cannot be told with certainty which tensor belongs to which
+    parameter, nothing is written. Parameters without a second moment (frozen, unused, tied) are listed; the Fisher
+    then covers the others.
 
     \b
     Example:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, Coverage, FisherConfig
 from squisher_mergekit.fisher.encoded import EncodedStore, WithoutStart, parts_of, shape_note
@@ -242,6 +242,11 @@ def write_fisher(
     with written_beside(out) as folder:
         names = progress or list(fisher)
         shards, whole = _write_shards(fisher, folder, dtype, names, shard_bytes, moments, compress)
+        if moments.count and not moments.total and fisher.config.from_optimizer:
+            raise ValuesError(
+                f"an accumulator must hold squared gradients, but all {moments.count} entries of {fisher.location} are "
+                "0; take a checkpoint from after training began"
+            )
         config = fisher.config.model_copy(
             update={
                 "mean": moments.mean,

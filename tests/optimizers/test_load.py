@@ -172,6 +172,18 @@ def test_the_debiased_scale_follows_from_the_steps():
     assert torch.equal(fisher.scaled(name), expected.float())
 
 
+def test_an_accumulator_of_zeros_alone_is_refused(tmp_path):
+    """A state in which nothing was ever squared says nothing, and leaves nothing behind."""
+    folder = _copy("plain_adam", tmp_path)
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    for entry in state["state"].values():
+        entry["exp_avg_sq"].zero_()
+    torch.save(state, folder / "optimizer.pt")
+    with pytest.raises(ValuesError, match="are 0; take a checkpoint"):
+        extract(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 REFUSED = {
     "plain_sgd_refuse": (UnsupportedStateError, ["SGD", "optimizer.pt", "AdamW"]),
     "bad_malicious_pickle": (UnsafeFileError, ["optimizer.pt", "nothing of it was run", "state_dict"]),

@@ -149,6 +149,17 @@ def test_weights_beside_the_state_must_have_its_names_and_shapes(tmp_path, name)
         assert "[8]" in str(caught.value)
 
 
+def test_a_config_that_is_a_link_is_read_where_it_lies(tmp_path):
+    """In Hugging Face's cache every file is a link to one of another name elsewhere."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, file in enumerate((STATES / "trainer_llama_decay").iterdir()):
+        shutil.copy(file, tmp_path / "blobs" / str(number))
+        (tmp_path / "snapshot" / file.name).symlink_to(tmp_path / "blobs" / str(number))
+    truth = load_file(STATES / "trainer_llama_decay" / "expected.safetensors")
+    _assert_same(load_fisher(tmp_path / "snapshot"), truth)
+
+
 @pytest.mark.parametrize(
     "name", ["plain_adamw_named", "fsdp1_full", "fsdp1_sharded", "fsdp2_sharded_nodcp", "ds_zero2"]
 )
