@@ -37,7 +37,7 @@ def command(
     quiet: bool,
     json_file: Path | None,
 ) -> None:
-    r"""Show how the Fishers A and B agree, tensor by tensor and over all entries.
+    """Show how the Fishers A and B agree, tensor by tensor and over all entries.
 
     A and B are portable Fishers or whatever `squisher extract` reads, of one architecture. The table shows the rank
     correlation (Spearman's, ties at their average rank), the correlation of log F over entries that are positive in

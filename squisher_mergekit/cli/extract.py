@@ -41,7 +41,7 @@ def command(
     quiet: bool,
     json_file: Path | None,
 ) -> None:
-    r"""Read the optimizer state of CHECKPOINT into a Fisher with the names of the weights.
+    """Read the optimizer state of CHECKPOINT into a Fisher with the names of the weights.
 
     CHECKPOINT is a checkpoint of a Hugging Face Trainer, accelerate, FSDP, DeepSpeed, Lightning or
     torch.distributed (of a run's folder the last one is taken), a file with an optimizer's state_dict, or a Hub id

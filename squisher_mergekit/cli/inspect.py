@@ -31,7 +31,7 @@ def command(
     quiet: bool,
     json_file: Path | None,
 ) -> None:
-    r"""Show what FISHER holds: its metadata, its coverage, and a table of its tensors.
+    """Show what FISHER holds: its metadata, its coverage, and a table of its tensors.
 
     FISHER is a portable Fisher or whatever `squisher extract` reads. The table shows entries at the debiased scale,
     the mean squared gradient of a step; where steps or beta2 are not recorded, raw as stored. It says which.

@@ -20,7 +20,7 @@ from squisher_mergekit.merging.run import strict_runs
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report to a file as well.")
 @add_merge_options  # type: ignore[untyped-decorator]
 def command(config: Path, out: Path, strict: bool, json_file: Path | None, merge_options: MergeOptions) -> None:
-    r"""Merge the models in CONFIG into the folder OUT, and report what happened.
+    """Merge the models in CONFIG into the folder OUT, and report what happened.
 
     The merge is mergekit's own, with all its options, and OUT appears only when all of it is written. The report gives
     the share of entries that fell back and the effective weight of each model, overall and per kind of layer; the

@@ -25,7 +25,7 @@ def command(
     trust_remote_code: bool,
     allow_crimes: bool,
 ) -> None:
-    r"""Check the merge in CONFIG strictly and show what it would do.
+    """Check the merge in CONFIG strictly and show what it would do.
 
     For each model: where its Fisher comes from, optimizer, steps, beta2, scale and coverage; then the tensors that
     will fall back and why, the bytes to read, and an estimate of memory. Nothing is written, and of tensors only the

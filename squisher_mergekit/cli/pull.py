@@ -15,7 +15,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @click.option("--json", "json_file", type=_PATH, help="Write the report to a file as well.")
 def command(source: str, out: Path, quiet: bool, json_file: Path | None) -> None:
-    r"""Fetch the Fisher that is published as ORG/NAME into the folder OUT.
+    """Fetch the Fisher that is published as ORG/NAME into the folder OUT.
 
     Without a revision it is looked for at the default one, then at revision fisher. No other file is fetched. With
     HF_HUB_OFFLINE=1 it is taken from Hugging Face's cache. A merge needs no pull: it takes fisher: org/name@revision.

@@ -39,7 +39,7 @@ def command(
     quiet: bool,
     json_file: Path | None,
 ) -> None:
-    r"""Publish FISHER as REPO (org/name) on the Hugging Face Hub, so that others merge without data.
+    """Publish FISHER as REPO (org/name) on the Hugging Face Hub, so that others merge without data.
 
     FISHER is a portable Fisher or whatever `squisher extract` reads. It is made small first, and what that costs is
     measured and printed. Then fisher.safetensors, fisher_config.json and a section in README.md go up in one commit; no

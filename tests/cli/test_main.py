@@ -58,6 +58,8 @@ def test_every_verb_exists_and_answers_help(verb):
     result = CliRunner().invoke(main, [verb, "--help"])
     assert result.exit_code == 0, result.output
     assert result.output.startswith(f"Usage: squisher {verb} ")
+    assert "\\b" not in result.output
+    assert "\n  Example:\n" in result.output or "Example" not in result.output
 
 
 def test_version():
