@@ -1,0 +1,182 @@
+"""What all makers share: a tiny model, the same batches for all, a plain run to compare with, the files of a case."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+STEPS, BETAS, BATCH = 4, (0.9, 0.97), 4
+LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a checkpoint is made.
+
+    ``make``: writes it and tells the truth; called in each of the ``ranks`` processes. ``options``: for it.
+    ``refuse``: the errors of ours that are a right answer; empty if it must be read. ``why``: of the refusal.
+    ``libraries``: whose versions are recorded. ``note``: what is special.
+    """
+
+    make: Callable[..., Made]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    ranks: int = 1
+    refuse: tuple[str, ...] = ()
+    why: str = ""
+    libraries: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass
+class Made:
+    """What a maker tells; rank 0 alone has to.
+
+    ``truth``: name -> second moment of the live optimizer. ``optimizer``: its class. ``trainer``: what wrote the file.
+    ``beta2``, ``step``: of it, None if they are not one number. ``file``: what is to be opened, if not the folder.
+    """
+
+    truth: Mapping[str, Tensor] = field(default_factory=dict)
+    optimizer: str = "torch.optim.AdamW"
+    trainer: str = ""
+    beta2: float | None = BETAS[1]
+    step: int | None = STEPS
+    file: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def tiny(wide: bool = False, layers: int = 1, **changes: Any) -> Any:
+    """Return a small Llama with tied embeddings, always the same; sizes are odd, ``wide`` ones enough for 8-bit states."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 15, "intermediate_size": 21, "vocab_size": 33}
+    if wide:
+        sizes = {"hidden_size": 63, "intermediate_size": 67, "vocab_size": 67}
+    settings = {
+        "num_hidden_layers": layers,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **settings, **changes}))
+
+
+def batches(rank: int = 0, ranks: int = 1, steps: int = STEPS) -> list[Tensor]:
+    """Return the token ids of each step that one rank gets: its part of the batch that all get together."""
+    everything = [
+        torch.randint(1, 33, (BATCH * ranks, 7), generator=torch.Generator().manual_seed(i)) for i in range(steps)
+    ]
+    return [ids[rank * BATCH : (rank + 1) * BATCH] for ids in everything]
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze one matrix in the middle and one norm."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("self_attn.k_proj.weight", "post_attention_layernorm.weight")):
+            parameter.requires_grad_(False)
+
+
+def groups_of(model: nn.Module, two: bool) -> list[dict[str, Any]]:
+    """Return the trainable parameters in one group, or matrices with weight decay and vectors without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not two:
+        return [{"params": trained}]
+    vectors = {id(p) for name, p in model.named_parameters() if "norm" in name}
+    return [
+        {"params": [p for p in trained if id(p) not in vectors], "weight_decay": 0.1},
+        {"params": [p for p in trained if id(p) in vectors], "weight_decay": 0.0},
+    ]
+
+
+def loss_of(model: Any, ids: Tensor) -> Tensor:
+    """Return the language model's loss."""
+    return model(input_ids=ids, labels=ids).loss
+
+
+def train(model: Any, optimizer: Any, steps: int = STEPS, rank: int = 0, ranks: int = 1) -> None:
+    """Make some steps in a plain loop."""
+    for ids in batches(rank, ranks, steps):
+        loss = loss_of(model, ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def adamw(groups: Any, **more: Any) -> torch.optim.AdamW:
+    """Return the optimizer of most cases."""
+    return torch.optim.AdamW(groups, lr=1e-3, betas=BETAS, **more)
+
+
+def hold_against_plain(truth: Mapping[str, Tensor], ranks: int, frozen: bool, two: bool, rough: bool = False) -> None:
+    """Check the truth itself: the second moments of a plain run on one process, over all ranks' data, must be like it.
+
+    Raises:
+        AssertionError: They are not: it was taken from the live optimizer in a wrong way.
+    """
+    model = tiny()
+    if frozen:
+        freeze(model)
+    optimizer = adamw(groups_of(model, two))
+    for parts in zip(*(batches(rank, ranks) for rank in range(ranks)), strict=True):
+        loss_of(model, torch.cat(parts)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    plain = {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters() if p.requires_grad}
+    assert set(truth) == set(plain), sorted(set(truth) ^ set(plain))
+    for name, v in plain.items():
+        a, b = truth[name].double().sqrt().flatten(), v.double().sqrt().flatten()
+        assert truth[name].shape == v.shape, name
+        like = float(a @ b / (a.norm() * b.norm()))
+        assert like > (0.99 if rough else 1 - 1e-6), f"{name}: {like}"
+        assert abs(float(a.norm() / b.norm()) - 1) < (0.05 if rough else 1e-3), name
+
+
+def keep_weights(out: Path, config: Any, state: Mapping[str, Tensor]) -> None:
+    """Write ``model.safetensors`` and ``config.json``; of tied tensors the one that transformers keeps."""
+    kept = {name: value.detach().clone().contiguous() for name, value in state.items() if name != "lm_head.weight"}
+    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
+    config.dtype = next(iter(kept.values())).dtype
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(out)
+
+
+def keep_case(out: Path, name: str, case: Case, made: Made) -> None:
+    """Write ``case.json`` and, of what must be read, ``expected.safetensors``."""
+    if not case.refuse:
+        assert made.truth
+        save_file(
+            {key: value.detach().cpu().clone().contiguous() for key, value in made.truth.items()},
+            out / "expected.safetensors",
+        )
+    versions = {library: importlib.metadata.version(library) for library in (*LIBRARIES, *case.libraries)}
+    described = {
+        "name": name,
+        "expect": f"refuse:{case.why}" if case.refuse else "accept",
+        "optimizer": made.optimizer,
+        "trainer": made.trainer,
+        "beta2": made.beta2,
+        "step": made.step,
+        "world_size": case.ranks,
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": 1,
+        "note": case.note,
+        "versions": versions | {"python": platform.python_version()},
+        **made.more,
+    }
+    if case.refuse:
+        described["errors"] = list(case.refuse)
+    if made.file:
+        described["optimizer_file"] = made.file
+    (out / "case.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
