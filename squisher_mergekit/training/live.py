@@ -40,12 +40,12 @@ class Facts:
     datum: str | None = None
 
     def note(self, config: FisherConfig) -> FisherConfig:
-        """Return the metadata with these facts."""
-        known = {key: value for key, value in asdict(self).items() if value is not None}
-        if "max_grad_norm" in known:
-            info = config.optimizer or OptimizerInfo()
-            known["optimizer"] = info.model_copy(update={"max_grad_norm": known.pop("max_grad_norm")})
-        return config.model_copy(update=known)
+        """Return the metadata with these facts, where they do not know better themselves."""
+        info = config.optimizer or OptimizerInfo()
+        if info.max_grad_norm is None:
+            info = info.model_copy(update={"max_grad_norm": self.max_grad_norm})
+        known = {key: value for key, value in asdict(self).items() if getattr(config, key, value) is None}
+        return config.model_copy(update=known | {"optimizer": info})
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,21 @@
 
 import json
 import logging
+import shutil
 
 import peft
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from squisher_mergekit import SquisherCallback, load_fisher
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
-from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.training.callback import Clipping, write_saved
 from squisher_mergekit.training.live import Facts
+from tests.optimizers.states import STATES
 from tests.optimizers.test_trainer import FROZEN, MODELS
 from tests.training.cases import STEPS, accumulators, make, trainer
 
@@ -330,13 +332,22 @@ def test_a_resume_from_elsewhere_is_told(tmp_path, caplog):
     assert load_fisher(tmp_path / "c" / "fisher_ema").config.steps == STEPS
 
 
-def test_the_fisher_of_a_saved_checkpoint_is_given_the_facts(tmp_path):
-    """What is done under DeepSpeed, here on a checkpoint of torch's: the file's state, with what training knows."""
-    _run("bert", tmp_path, SquisherCallback(every_save=False, at_end=False))
-    checkpoint = tmp_path / f"checkpoint-{STEPS}"
-    write_saved(checkpoint, checkpoint, Facts(examples_per_step=4, max_grad_norm=1.0), torch.float32, None)
+@pytest.mark.parametrize(("name", "limit"), [("ds_zero2", 1.0), ("ds_zero3", 2.0)])
+def test_under_deepspeed_the_checkpoint_is_read(tmp_path, name, limit):
+    """Its state, to the bit, replaces an older Fisher, with what training knows where the files do not say."""
+    checkpoint = tmp_path / "checkpoint-4"
+    shutil.copytree(STATES / name, checkpoint)
+    for _ in range(2):
+        facts = Facts(examples_per_step=8.0, tokens_per_step=88.0, max_grad_norm=2.0)
+        write_saved(checkpoint, checkpoint, facts, torch.float32, None)
     fisher = load_fisher(checkpoint)
-    assert (fisher.config.examples_per_step, fisher.config.optimizer.max_grad_norm) == (4, 1.0)
-    assert fisher.config.source.files == ("optimizer.pt",)
-    assert FisherConfig.from_file(checkpoint / "fisher_config.json") == fisher.config
-    assert _same(fisher, _extracted(checkpoint, tmp_path / "extracted"))
+    assert _same(fisher, load_file(checkpoint / "expected.safetensors"))
+    assert (fisher.config.tokens_per_step, fisher.config.optimizer.max_grad_norm) == (88.0, limit)
+    assert fisher.config.examples_per_step == 8.0
+    assert fisher.config.source.files == ("global_step4",)
+
+
+def test_a_checkpoint_without_optimizer_is_said_to_be_one(tmp_path):
+    """Where there is no state to be read, the cure is named."""
+    with pytest.raises(UnsupportedStateError, match="save_only_model=False"):
+        write_saved(tmp_path, tmp_path, Facts(), torch.float32, None)
