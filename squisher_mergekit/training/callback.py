@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from squisher_mergekit.errors import SquisherError, UnsupportedStateError
+from squisher_mergekit.errors import ConfigError, SquisherError, UnsupportedStateError
+from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.files import has_fisher, read_fisher
 from squisher_mergekit.optimizers.load import find_state, load_fisher
@@ -59,12 +60,13 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         compress: As for :func:`~squisher_mergekit.extract`.
         beta: Keep a moving average of the squared gradient as well, with this decay, and write it into ``fisher_ema``
             in the same folders (see :class:`GradientSquares`). It goes on after a resume, and the optimizer may be one
-            without second moment. Clipping has acted on the gradient already.
+            without second moment. Clipping has acted on the gradient already. With ``compress`` or bfloat16 it goes on
+            from the rounded values.
         loss_reduction: How the loss joins the examples: the models of transformers take the mean.
         datum: What one example of that is: ``example`` or ``token``, if to be recorded.
 
     Raises:
-        ConfigError: ``dtype`` or ``beta`` is out of its range.
+        ConfigError: ``dtype``, ``compress`` or ``beta`` is out of its range.
 
     Example:
         >>> callback = SquisherCallback(dtype="bfloat16")
@@ -96,6 +98,8 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         self._written: tuple[int, Path] | None = None  # the step and folder of the last Fisher
         self._warned = False
         self._searching = False
+        if compress is not None and compress not in compact.NAMES:
+            raise ConfigError(f"compress must be None or one of {', '.join(compact.NAMES)}, found {compress!r}")
         if beta is not None:
             GradientSquares(nn.Module(), beta)  # a wrong decay is refused now, not when training begins
 

@@ -260,9 +260,9 @@ def test_nothing_is_written_in_a_hyper_parameter_search(tmp_path, caplog):
     assert not list(tmp_path.rglob("fisher*"))
 
 
-@pytest.mark.parametrize("arguments", [{"dtype": "float16"}, {"beta": 1.0}])
+@pytest.mark.parametrize("arguments", [{"dtype": "float16"}, {"beta": 1.0}, {"compress": "log16"}])
 def test_arguments_out_of_range_are_refused_at_once(arguments):
-    """A dtype or a decay that cannot be is refused when the callback is made."""
+    """A dtype, a decay or a code that cannot be is refused when the callback is made."""
     with pytest.raises(ConfigError):
         SquisherCallback(**arguments)
 
