@@ -56,16 +56,14 @@ def read(folder: Path, verify: bool) -> Saved:
         folder = folder.parent
     checksums = Checksums()
     note = checksums if verify else None
-    model_file = _model_files(folder)[0]
+    model_file = model_files(folder)[0]
     model = pickles.load(model_file, note)
     if not isinstance(model, Mapping):
         raise CorruptFileError(f"{model_file} must hold DeepSpeed's states of a model; copy it again")
     files = _optim_files(folder)
     verified = checksums.verify if verify else unverified
     if not files:  # without ZeRO the optimizer lies with the model
-        if not is_state(model.get("optimizer")):
-            raise NotFoundError(f"{folder} must hold *_optim_states.pt of every rank, found none; copy them as well")
-        return Saved(folder, (model["optimizer"],), module_of(model), "deepspeed", known_of(model), verified)
+        return Saved(folder, (_without_zero(model, folder),), module_of(model), "deepspeed", known_of(model), verified)
     ranks = [_optimizer(pickles.load(file, note), file) for file in files]
     _check_ranks(ranks, model, folder)
     try:
@@ -84,6 +82,25 @@ def read(folder: Path, verify: bool) -> Saved:
     return Saved(folder, (state,), module, "deepspeed", known, verified, masters)
 
 
+def _without_zero(model: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Return the optimizer's state saved with the model, its parameters named by ``param_shapes``.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    state = model.get("optimizer")
+    if isinstance(state, Mapping) and not is_state(state):
+        state = state.get("optimizer_state_dict")  # within that of a wrapper for 16 bits
+    if not is_state(state) or not isinstance(state, Mapping):
+        raise NotFoundError(f"{folder} must hold *_optim_states.pt of every rank, found none; copy them as well")
+    names = [list(shapes) for shapes in model.get("param_shapes") or [] if isinstance(shapes, Mapping)]
+    groups = state["param_groups"]
+    if [len(some) for some in names] != [len(group["params"]) for group in groups]:
+        return state
+    named = [{**group, "param_names": some} for group, some in zip(groups, names, strict=True)]
+    return {**state, "param_groups": named}
+
+
 def _is_step(folder: Path) -> bool:
     """Return whether a folder holds a step's files, and is no universal checkpoint (with ``zero``)."""
     return folder.is_dir() and bool(_names(folder, _OPTIM) or _names(folder, _MODEL)) and not (folder / "zero").is_dir()
@@ -93,7 +110,7 @@ def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
     return [path.name for path in folder.iterdir() if pattern.fullmatch(path.name)]
 
 
-def _model_files(folder: Path) -> list[Path]:
+def model_files(folder: Path) -> list[Path]:
     """Return the model's files in the order of their ranks.
 
     Raises:
@@ -256,7 +273,7 @@ def _stage_2(
                 for key, value, flat in _entries(states, number)
             }
             offset += shape.numel() + int(padding)
-    return {"state": state, "param_groups": _named_groups(settings, groups)}, master
+    return {"state": state, "param_groups": named_groups(settings, groups)}, master
 
 
 def _stage_3(
@@ -284,7 +301,7 @@ def _stage_3(
             for key, value, flat in _entries(states, number)
         }
         offset += share
-    return {"state": state, "param_groups": _named_groups(settings, groups)}, master
+    return {"state": state, "param_groups": named_groups(settings, groups)}, master
 
 
 def _gather(ranks: Sequence[Sequence[Tensor]], offset: int, share: int, shape: torch.Size) -> Slices:
@@ -303,11 +320,26 @@ def _entries(states: Sequence[Mapping[Any, Any]], number: int) -> Iterator[tuple
         yield key, value, isinstance(value, Tensor) and value.ndim == 1 and value.numel() > 1
 
 
-def _named_groups(settings: Sequence[Mapping[str, Any]], groups: Shapes) -> list[dict[str, Any]]:
+def named_groups(settings: Sequence[Mapping[str, Any]], groups: Shapes) -> list[dict[str, Any]]:
     """Return the optimizer's groups with the names of their parameters.
 
-    Stage 3 divides groups; then all must have the same settings, for it is not written which is part of which.
+    Stage 3 divides groups, and the optimizer's name the parts by number. Where they do not, all must have the same
+    settings, for it is not written which is part of which.
+
+    Args:
+        settings: The optimizer's groups.
+        groups: ``param_shapes``.
+
+    Raises:
+        UnsupportedStateError: It cannot be told which settings are whose.
     """
+    parts = [one.get("params") for one in settings]
+    listed = [number for some in parts if isinstance(some, list) for number in some]
+    if all(isinstance(number, int) for number in listed) and sorted(listed) == [*range(len(groups))]:
+        return [
+            {**one, "params": [name for number in some or () for name in groups[number]]}
+            for one, some in zip(settings, parts, strict=True)
+        ]
     if len(settings) == len(groups):
         return [{**one, "params": list(shapes)} for one, shapes in zip(settings, groups, strict=True)]
     for key in ("betas", "alpha", "rho", "decay_rate", "beta2_decay"):
@@ -354,9 +386,9 @@ def prove(masters: Mapping[str, Slices], weights: Mapping[str, Tensor], place: P
         there = weight.reshape(-1)[places] if weight.shape == master.shape else None
         if there is None or not torch.equal(values.to(there.dtype), there):
             raise MismatchError(
-                f"what lies in the buffers of {place} where {name} should be is not its weights, so its second moment "
-                "cannot be told; save the checkpoint again without round_robin_gradients, or give the --model of the "
-                "same step"
+                f"what {place} keeps as the float32 weights of {name} is not its weights, so its second moment cannot "
+                "be told either; give the --model of the same step, of a converted checkpoint that which it was made "
+                "from, or save again without round_robin_gradients"
             )
         compared += 1
     return compared

@@ -26,6 +26,8 @@ class StandIn:
         self.given = given
 
     def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 2 and state[0] is None:  # attributes in slots
+            state = state[1]
         if isinstance(state, dict):
             self.__dict__.update(state)
         else:
@@ -44,20 +46,51 @@ class Quantized(Tensor):
         return NotImplemented
 
 
+class Sharded(Quantized):
+    """Takes the place of FSDP1's tensor: ``state`` holds this rank's shards, and where all shards belong."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _ProcessGroupState(StandIn):
+    pass
+
+
+def _state_of_processes(*_: Any) -> type[StandIn]:
+    """Take the place of ``getattr``, by which FSDP1's tensors ask for one class and nothing else."""
+    return _ProcessGroupState
+
+
 _QUANTIZED = ("subclass_8bit.OptimState8bit", "subclass_4bit.OptimState4bit", "subclass_fp8.OptimStateFp8")
-_STAND_INS: list[Any] = [
-    (type(name.rpartition(".")[2], (StandIn,), {}), name)
-    for name in (
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
-        "deepspeed.utils.tensor_fragment.fragment_address",
-    )
-] + [
-    (Quantized, f"{home}.{name}")
-    for name in _QUANTIZED
-    for home in ("torchao.optim", "torchao.prototype.low_bit_optim")
-]
+_STAND_INS: list[Any] = (
+    [
+        (type(name.rpartition(".")[2], (StandIn,), {}), name)
+        for name in (
+            "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+            "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+            "deepspeed.runtime.zero.config.ZeroStageEnum",
+            "deepspeed.utils.tensor_fragment.fragment_address",
+            "torch.distributed._shard.metadata.ShardMetadata",
+            "torch.distributed.remote_device._remote_device",
+            "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
+            "torch.distributed._shard.sharding_spec.chunk_sharding_spec.ChunkShardingSpec",
+            "torch.distributed._shard.sharded_tensor.metadata.ShardedTensorMetadata",
+            "torch.distributed._shard.sharded_tensor.shard.Shard",
+            "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+        )
+    ]
+    + [
+        (Sharded, "torch.distributed._shard.sharded_tensor.api.ShardedTensor"),
+        (_state_of_processes, "builtins.getattr"),
+        (_ProcessGroupState, "torch.distributed._shard.sharded_tensor.api.ShardedTensor.ProcessGroupState"),
+    ]
+    + [
+        (Quantized, f"{home}.{name}")
+        for name in _QUANTIZED
+        for home in ("torchao.optim", "torchao.prototype.low_bit_optim")
+    ]
+)
 
 
 def load(path: Path, checksums: Checksums | None = None) -> Any:

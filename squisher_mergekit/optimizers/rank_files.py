@@ -1,6 +1,7 @@
 """FSDP's sharded state without a distributed checkpoint: ``optimizer_0_rankR.bin``, one file a rank.
 
-So writes accelerate with ``use_dcp=False``. Each tensor is a ``DTensor``: this rank's shard, and how the whole was cut.
+So writes accelerate with ``use_dcp=False``. Each tensor is FSDP2's ``DTensor``, this rank's shard and how the whole was
+cut, or FSDP1's ``ShardedTensor``, which tells the place of every shard.
 """
 
 import logging
@@ -15,6 +16,7 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsupportedStateError
 from squisher_mergekit.optimizers import pickles
 from squisher_mergekit.optimizers.checksums import Checksums
+from squisher_mergekit.optimizers.pickles import Sharded
 from squisher_mergekit.optimizers.saved import Saved, unverified
 from squisher_mergekit.optimizers.torch_file import is_state
 from squisher_mergekit.optimizers.values import Joined, Stored
@@ -75,11 +77,55 @@ def _joined(loaded: Mapping[int, Mapping[str, Any]], file: Path) -> Mapping[str,
         state[name] = {}
         for key, value in entry.items():
             shards = {rank: one["state"].get(name, {}).get(key) for rank, one in loaded.items()}
-            state[name][key] = _join(shards, f"{key} of {name} in {file}") if hasattr(value, "placements") else value
+            state[name][key] = _join(shards, value, f"{key} of {name} in {file}")
     return {"state": state, "param_groups": first["param_groups"]}
 
 
-def _join(shards: Mapping[int, Any], place: str) -> Stored:
+def _join(shards: Mapping[int, Any], value: Any, place: str) -> Any:
+    """Join a value's shards, if it is a tensor cut by FSDP2 or FSDP1."""
+    if hasattr(value, "placements"):
+        return _join_mesh(shards, place)
+    return _join_shards(shards, place) if isinstance(value, Sharded) else value
+
+
+def _join_shards(shards: Mapping[int, Any], place: str) -> Stored:
+    """Join FSDP1's shards of one tensor, which tell their own offsets and those of all.
+
+    Raises:
+        NotFoundError: A rank is missing.
+        CorruptFileError: The shards do not add up to the whole.
+    """
+    try:
+        found = {
+            tuple(shard.metadata.shard_offsets): shard.tensor
+            for one in shards.values()
+            if isinstance(one, Sharded)
+            for shard in one.state[0]
+        }
+        whole = shards[min(shards)].state[1]
+        wanted = {tuple(shard.shard_offsets): tuple(shard.shard_sizes) for shard in whole.shards_metadata}
+        shape = tuple(whole.size)
+    except (AttributeError, IndexError, TypeError) as error:
+        raise CorruptFileError(f"{place} must tell where its shards belong, but {error!s:.80}; copy it again") from None
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise NotFoundError(
+            f"{place} is in {len(wanted)} shards, but that from row {missing[0][0] if missing[0] else 0} on is in no "
+            "file; copy the files of all ranks"
+        )
+    order = sorted(found)
+    tensors = tuple(found[offset] for offset in order)
+    fits = all(isinstance(t, Tensor) and tuple(t.shape) == wanted.get(o) for o, t in zip(order, tensors, strict=True))
+    row = 0
+    for offset, tensor in zip(order, tensors, strict=True):
+        fits = fits and (not offset or (offset[0] == row and not any(offset[1:])))
+        row += tensor.shape[0] if fits and tensor.ndim else 0
+    if not fits or _total(tensors, 0) != shape:
+        raise CorruptFileError(f"the shards of {place} must add up to the shape {list(shape)}; copy the files again")
+    return Joined(tensors, 0) if len(tensors) > 1 else tensors[0]
+
+
+def _join_mesh(shards: Mapping[int, Any], place: str) -> Stored:
     """Join one tensor's shards in the order of the mesh.
 
     Raises:

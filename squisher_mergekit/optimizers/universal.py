@@ -4,16 +4,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError, UnsupportedStateError
+from squisher_mergekit.errors import CorruptFileError, NotFoundError
 from squisher_mergekit.optimizers import pickles
 from squisher_mergekit.optimizers.checksums import Checksums
-from squisher_mergekit.optimizers.deepspeed import known_of, module_of, positive, shapes_of
+from squisher_mergekit.optimizers.deepspeed import (
+    known_of,
+    model_files,
+    module_of,
+    named_groups,
+    positive,
+    prove,
+    shapes_of,
+)
 from squisher_mergekit.optimizers.saved import Saved, unverified
+from squisher_mergekit.optimizers.values import Slices
 
-_MODEL = "mp_rank_00_model_states.pt"
 _SETTINGS = "optimizer_state.pt"
 _MASTER = "fp32"
 
@@ -40,44 +47,49 @@ def read(folder: Path, verify: bool) -> Saved:
     """
     checksums = Checksums()
     note = checksums if verify else None
-    model_file = folder / _MODEL
-    if not model_file.is_file():
-        raise NotFoundError(f"{_MODEL} must lie in {folder}, as it tells the groups; copy it as well")
+    model_file = model_files(folder)[0]
     model = pickles.load(model_file, note)
     loaded = pickles.load(folder / "zero" / _SETTINGS, note)
     if not isinstance(model, Mapping) or not isinstance(loaded, Mapping):
-        raise CorruptFileError(f"{_MODEL} and {_SETTINGS} in {folder} must hold mappings; copy them again")
+        raise CorruptFileError(f"{model_file.name} and {_SETTINGS} in {folder} must hold mappings; copy them again")
     module, groups = module_of(model) or {}, shapes_of(model, folder)
     settings = loaded.get("param_groups")
-    if not isinstance(settings, list) or len(settings) != len(groups):
-        raise UnsupportedStateError(
-            f"{_SETTINGS} in {folder} must have the settings of {len(groups)} groups of parameters; convert the "
-            "checkpoint again"
-        )
-    state = {}
+    if not isinstance(settings, list) or not all(isinstance(one, Mapping) for one in settings):
+        raise CorruptFileError(f"{_SETTINGS} in {folder} must have the settings of the optimizer; convert it again")
+    state: dict[str, Any] = {}
+    masters: dict[str, Slices] = {}
     for name, shape in (item for group in groups for item in group.items()):
         state[name] = _entries(folder / "zero" / name, note, folder)
         master = state[name].pop(_MASTER, None)
-        weight = module.get(name)
-        if isinstance(master, Tensor) and weight is not None and not torch.equal(master.to(weight.dtype), weight):
-            raise MismatchError(
-                f"the weights that {folder} saved for {name} are not the model's: it was cut in a wrong way when it "
-                "was converted; give the checkpoint that it was converted from"
-            )
+        if state[name]:
+            state[name].setdefault("step", _steps(model))
+        for key, value in state[name].items():
+            if isinstance(value, Tensor) and value.ndim == 1 and value.numel() == shape.numel():
+                state[name][key] = value.reshape(shape)  # flat where it was made from stage 3
         if any(isinstance(value, Tensor) and value.ndim and value.shape != shape for value in state[name].values()):
             raise CorruptFileError(
-                f"the tensors of {name} in {folder} must have the shape {list(shape)}; convert again"
+                f"the tensors of {name} in {folder} must have the shape {list(shape)}; convert it again"
             )
-    named = [{**one, "params": list(shapes)} for one, shapes in zip(settings, groups, strict=True)]
+        if isinstance(master, Tensor) and master.numel() == shape.numel():
+            masters[name] = Slices(((master.reshape(-1), 0, master.numel()),), shape)
+    if module:
+        prove(masters, module, folder)
     known = known_of(model) | {"max_grad_norm": positive(loaded.get("clip_grad"))}
     return Saved(
         folder,
-        ({"state": state, "param_groups": named},),
+        ({"state": state, "param_groups": named_groups(settings, groups)},),
         module or None,
         "deepspeed-universal",
         known,
         checksums.verify if verify else unverified,
+        masters,
     )
+
+
+def _steps(model: Mapping[str, Any]) -> int | None:
+    """Return how many steps the optimizer made: of stage 3 no parameter has a count of its own."""
+    counts = [model.get("global_steps"), model.get("skipped_steps", 0)]
+    return counts[0] - counts[1] if all(isinstance(count, int) for count in counts) else None
 
 
 def _is_universal(folder: Path) -> bool:
