@@ -54,7 +54,7 @@ class Made:
 
 
 def tiny(wide: bool = False, layers: int = 1, **changes: Any) -> Any:
-    """Return a small Llama with tied embeddings, always the same; sizes are odd, ``wide`` ones enough for 8-bit states."""
+    """Return a small Llama with tied embeddings, always the same; its sizes are odd, or ``wide`` enough for 8 bits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 15, "intermediate_size": 21, "vocab_size": 33}
@@ -81,10 +81,12 @@ def batches(rank: int = 0, ranks: int = 1, steps: int = STEPS) -> list[Tensor]:
     return [ids[rank * BATCH : (rank + 1) * BATCH] for ids in everything]
 
 
-def freeze(model: nn.Module) -> None:
-    """Freeze one matrix in the middle and one norm."""
+def freeze(model: nn.Module, most: bool = False) -> None:
+    """Freeze one matrix in the middle and one norm, or all but some of either."""
+    kept = ("embed_tokens.weight", "q_proj.weight", ".norm.weight")
     for name, parameter in model.named_parameters():
-        if name.endswith(("self_attn.k_proj.weight", "post_attention_layernorm.weight")):
+        few = name.endswith(("self_attn.k_proj.weight", "post_attention_layernorm.weight"))
+        if (not name.endswith(kept)) if most else few:
             parameter.requires_grad_(False)
 
 
@@ -119,7 +121,9 @@ def adamw(groups: Any, **more: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1e-3, betas=BETAS, **more)
 
 
-def hold_against_plain(truth: Mapping[str, Tensor], ranks: int, frozen: bool, two: bool, rough: bool = False) -> None:
+def hold_against_plain(
+    truth: Mapping[str, Tensor], ranks: int, frozen: bool | str, two: bool, rough: bool = False
+) -> None:
     """Check the truth itself: the second moments of a plain run on one process, over all ranks' data, must be like it.
 
     Raises:
@@ -127,7 +131,7 @@ def hold_against_plain(truth: Mapping[str, Tensor], ranks: int, frozen: bool, tw
     """
     model = tiny()
     if frozen:
-        freeze(model)
+        freeze(model, frozen == "most")
     optimizer = adamw(groups_of(model, two))
     for parts in zip(*(batches(rank, ranks) for rank in range(ranks)), strict=True):
         loss_of(model, torch.cat(parts)).backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +83,8 @@ def trainer(out: Path, optim: str, wide: bool = False, dequantized: Any = None, 
     """Train with the Hugging Face Trainer, which saves the last step."""
     from transformers import Trainer, TrainingArguments
 
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # or it would be one process of a distributed run
+        del os.environ[name]
     model = tiny(wide, layers=1 if wide else 2)
     data = [{"input_ids": row, "labels": row} for ids in batches() for row in ids]
     settings = {"max_steps": STEPS, "per_device_train_batch_size": BATCH, "adam_beta2": BETAS[1], "save_steps": STEPS}

@@ -53,9 +53,11 @@ def bitsandbytes(out: Path, name: str, two: bool = True, bf16: bool = False, **s
     return Made(truth, f"bitsandbytes.optim.{name}", "plain torch", beta2, STEPS, "optimizer.pt", more)
 
 
-def torchao(out: Path, name: str, bf16: bool = False, even: bool = True, **settings: Any) -> Made:
+def torchao(out: Path, name: str, bf16: bool = False, even: bool = True, few: bool = False, **settings: Any) -> Made:
     """Save a state_dict of an optimizer of torchao."""
     sizes = {"hidden_size": 48, "intermediate_size": 96, "vocab_size": 96} if even else {}
+    if few:  # the embeddings alone are quantized
+        sizes = {"hidden_size": 33, "intermediate_size": 21, "vocab_size": 128}
     model = tiny(wide=True, **sizes)
     if bf16:
         model = model.bfloat16()
@@ -106,6 +108,7 @@ CASES = {
     "torchao_8bit_block_64": _torchao("AdamW8bit", block_size=64),
     "torchao_8bit_odd": _torchao("AdamW8bit", even=False),
     "torchao_4bit": _torchao("AdamW4bit"),
+    "torchao_4bit_few": _torchao("AdamW4bit", few=True),
     "torchao_4bit_bf16": _torchao("Adam4bit", bf16=True),
     "torchao_fp8": _torchao("AdamWFp8"),
     "torchao_fp8_bf16": _torchao("AdamFp8", bf16=True),

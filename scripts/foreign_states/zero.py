@@ -70,12 +70,19 @@ def engine(
     truth = {0: _stage_0, 1: _stage_2, 2: _stage_2, 3: _stage_3}[stage](run)
     state = _weights(run, stage)
     if rank == 0:
-        hold_against_plain(truth, ranks, frozen, two, rough=bf16)
+        if ranks > 1:  # alone, DeepSpeed 0.19.8 gives three quarters of a plain run's second moments after four steps
+            hold_against_plain(truth, ranks, frozen, two, rough=bf16)
         keep_weights(out, run.module.config, state)
         for script in out.glob("zero_to_*.py"):
             script.unlink()
     more = {"bf16": bf16, "frozen": frozen, "groups": two, "zero": zero}
-    return run, Made(truth, trainer=f"DeepSpeed ZeRO-{stage}", more=more)
+    return run, Made(truth, trainer=f"DeepSpeed ZeRO-{stage}", step=_steps(run), more=more)
+
+
+def _steps(run: Any) -> int:
+    """Return how many steps the inner optimizer counts: at stage 0 in bf16 one without gradients before the first."""
+    inner = getattr(run.optimizer, "optimizer", run.optimizer)
+    return int(next(iter(inner.state.values()))["step"])
 
 
 def through_trainer(out: Path, stage: int, **zero: Any) -> Made:
@@ -274,6 +281,14 @@ CASES = {
     "ds_universal_2_frozen": Case(universal, {"stage": 2, "frozen": True}, 2, libraries=LIBRARIES),
     "ds_universal_3": Case(universal, {"stage": 3}, 2, libraries=LIBRARIES),
     "ds_universal_3_small": Case(universal, {"stage": 3, **_SMALL}, 2, libraries=LIBRARIES),
-    "ds_universal_robin": Case(universal, {"stage": 2, **_ROBIN}, 2, libraries=LIBRARIES),
+    "ds_universal_robin": Case(
+        universal,
+        {"stage": 2, **_ROBIN},
+        2,
+        ("MismatchError",),
+        "converted in a wrong way",
+        LIBRARIES,
+        "DeepSpeed cuts it by slices of parameters that lie elsewhere",
+    ),
     "ds_universal_aligned": Case(universal, {"stage": 2, **_ALIGNED}, 2, libraries=LIBRARIES),
 }
