@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.optimizers.states import STATES
 
+pytestmark = pytest.mark.slow  # each case imports torch and transformers anew
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
