@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +31,7 @@ class SafetensorsWriter:
     """A safetensors file that tensors are appended to; its header is filled in at the end.
 
     Room for the header is left at the beginning, and what is not needed of it is filled with blanks, as the format
-    allows.
+    allows. A tensor is written in a thread of its own while the next one is made, so it must not change any more.
 
     Args:
         file: To be made.
@@ -53,6 +54,8 @@ class SafetensorsWriter:
         self._end = 0
         self._stream = file.open("wb", buffering=0)
         self._stream.seek(8 + room)
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -62,13 +65,15 @@ class SafetensorsWriter:
     ) -> None:
         try:
             if kind is None:
+                self._wait()
                 self._finish()
         finally:
+            self._pool.shutdown()
             self._stream.close()
 
     @property
     def nbytes(self) -> int:
-        """How many bytes of tensors were written."""
+        """How many bytes of tensors were added."""
         return self._end
 
     def add(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
@@ -83,21 +88,26 @@ class SafetensorsWriter:
             raise ValueError(f"{name} is in the file already")
         dtype = dtype or tensor.dtype
         start = self._end
-        for block in _blocks(tensor, dtype):
-            self._write(block)
-        self.sizes[name] = self._end - start
+        self.sizes[name] = tensor.numel() * dtype.itemsize
+        self._end += self.sizes[name]
+        self._wait()
+        self._writing = self._pool.submit(self._write, tensor, dtype)
         self._header[name] = {"dtype": _NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, self._end]}
 
     def note(self, key: str, value: str) -> None:
         """Write something into the metadata of the file's header."""
         self._header["__metadata__"][key] = value
 
-    def _write(self, block: torch.Tensor) -> None:
-        data = memoryview(block.view(torch.uint8).numpy().data)
-        while data:
-            written = self._stream.write(data)
-            self._end += written
-            data = data[written:]
+    def _wait(self) -> None:
+        """Wait for the tensor before, so that at most two are in memory."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+        for block in _blocks(tensor, dtype):
+            data = memoryview(block.view(torch.uint8).numpy().data)
+            while data:
+                data = data[self._stream.write(data) :]
 
     def _finish(self) -> None:
         text = json.dumps(self._header, separators=(",", ":")).encode()
