@@ -36,7 +36,7 @@ def test_a_wrong_conversion_is_noticed(tmp_path):
         a.rename(spare)
         b.rename(a)
         spare.rename(b)
-    with pytest.raises(MismatchError, match="are not the model's"):
+    with pytest.raises(MismatchError, match="is not its weights"):
         load_fisher(folder)
 
 
