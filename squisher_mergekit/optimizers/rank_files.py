@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsupportedStateError
@@ -58,11 +59,19 @@ def _files(folder: Path, number: int) -> dict[int, Path]:
 @contextmanager
 def _shards_allowed() -> Iterator[None]:
     """Make torch's own sharded tensors known to ``weights_only``, and keep it from warning that nothing runs here."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, _dtensor_spec, placement_types
+
+    # torch registers them as it imports them, but forgets that again if it happens within another safe_globals.
+    named = dict.fromkeys(("DTensorSpec", "TensorMeta", "ShardOrderEntry"), _dtensor_spec)
+    named |= dict.fromkeys(("Shard", "Replicate", "Partial", "_StridedShard"), placement_types)
+    known = [getattr(home, name) for name, home in named.items() if hasattr(home, name)]
     logger = logging.getLogger("torch.distributed.device_mesh")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with torch.serialization.safe_globals([DeviceMesh, DTensor, *known]):
+            yield
     finally:
         logger.setLevel(before)
 
@@ -76,7 +85,8 @@ def _joined(loaded: Mapping[int, Mapping[str, Any]], file: Path) -> Mapping[str,
             raise CorruptFileError(f"the state of {name} in {file} must be a mapping; copy it again")
         state[name] = {}
         for key, value in entry.items():
-            shards = {rank: one["state"].get(name, {}).get(key) for rank, one in loaded.items()}
+            others = {rank: one["state"].get(name) for rank, one in loaded.items()}
+            shards = {rank: one.get(key) if isinstance(one, Mapping) else None for rank, one in others.items()}
             state[name][key] = _join(shards, value, f"{key} of {name} in {file}")
     return {"state": state, "param_groups": first["param_groups"]}
 

@@ -57,6 +57,14 @@ ACCEPTED = {
     "ds_zero2": {},
     "ds_zero3": {},
     "ds_universal": {},
+    "ds_universal_3_small": {},
+    "ds_zero2_aligned_bf16": {},
+    "ds_zero2_robin_bf16_frozen": {},
+    "ds_zero3_small_bf16_frozen": {},
+    "fsdp1_nodcp": {},
+    "fsdp2_hybrid_nodcp": {},
+    "dcp_titan_few": {},
+    "torchao_4bit_few": {},
 }
 # Their row and column means are multiplied out, in an order of operations of its own.
 FACTORED = ("plain_torch_adafactor", "trainer_t5_adafactor")
@@ -66,15 +74,18 @@ LAYOUT = {
     "plain": "torch",
     "accel": "accelerate",
     "lightning": "lightning",
+    "torchao": "torch",
     "fsdp1_full": "accelerate",
     "fsdp": "accelerate-fsdp",
     "dcp": "torch-distributed",
     "ds": "deepspeed",
     "ds_universal": "deepspeed-universal",
+    "ds_universal_3_small": "deepspeed-universal",
 }
-FILES = {"fsdp1_full": "optimizer.bin", "fsdp1_sharded": "optimizer_0", "fsdp2_sharded_nodcp": "optimizer_0_rank0.bin"}
-FILES |= {"dcp_nested": "step-4", "ds_universal": "global_step4_universal"}
-FILES |= dict.fromkeys(("ds_zero1", "ds_zero2", "ds_zero3"), "global_step4")
+FILES = {"fsdp1_full": "optimizer.bin", "fsdp1_sharded": "optimizer_0"}
+FILES |= dict.fromkeys(("fsdp2_sharded_nodcp", "fsdp1_nodcp", "fsdp2_hybrid_nodcp"), "optimizer_0_rank0.bin")
+FILES |= {"dcp_nested": "step-4"} | dict.fromkeys(("ds_universal", "ds_universal_3_small"), "global_step4_universal")
+FILES |= {name: "global_step4" for name in ACCEPTED if name.startswith("ds_zero")}
 
 
 def _case(name):
@@ -116,7 +127,7 @@ def test_the_config_says_what_the_run_was(name):
     """Estimator, statistic, class, decay, steps and layout are those of the run; what is not known is null."""
     config, case = _open(name).config, _case(name)
     assert (config.estimator, config.statistic) == ("squisher", STATISTIC.get(name, "ema"))
-    unnamed = name in ("trainer_bnb8bit", "trainer_torchao8bit")  # theirs all write the same keys
+    unnamed = "bnb" in name or "torchao" in name  # theirs all write the same keys
     assert unnamed or config.optimizer.class_.split(".")[-1] == case["optimizer"].split(".")[-1]
     assert config.optimizer.beta2 == (None if name in FACTORED else case["beta2"])
     without_amsgrad = (*FACTORED, "plain_adagrad", "trainer_bnb8bit", "plain_rmsprop_centered")

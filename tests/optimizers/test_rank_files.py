@@ -1,11 +1,14 @@
 """FSDP's files of each rank, joined without a process group."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import CorruptFileError, NotFoundError
-from tests.optimizers.states import assert_read, copy, flip, truth
+from tests.optimizers.states import STATES, assert_read, copy, flip, truth
 
 NAME = "fsdp2_sharded_nodcp"
 
@@ -14,6 +17,14 @@ NAME = "fsdp2_sharded_nodcp"
 def test_the_folder_and_the_file_of_any_rank_lead_to_all(below, tmp_path):
     """Each of them opens the whole."""
     assert_read(copy(NAME, tmp_path) / below, truth(NAME))
+
+
+@pytest.mark.parametrize("name", [NAME, "fsdp1_nodcp", "fsdp2_hybrid_nodcp"])
+def test_nothing_need_be_imported_before(name):
+    """A process that has loaded nothing of torch's distributed part reads the files all the same, and in silence."""
+    code = "import sys; from squisher_mergekit import load_fisher; dict(load_fisher(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, STATES / name], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
