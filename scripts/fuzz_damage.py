@@ -1,0 +1,167 @@
+"""Ways to damage a checkpoint's file, for ``fuzz_states``: its bytes, the pickle in its archive, or what it holds."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MARKER = "SQUISHER_MARKER"  # a file that malicious pickles would make
+
+
+# --- ways to damage bytes ---------------------------------------------------------------------------------------------
+
+
+def flip(data: bytes, chance: random.Random) -> bytes:
+    """Flip one to eight bits."""
+    changed = bytearray(data)
+    for _ in range(chance.choice((1, 1, 2, 8))):
+        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+    return bytes(changed)
+
+
+def truncate(data: bytes, chance: random.Random) -> bytes:
+    """Cut the end off."""
+    return data[: chance.randrange(len(data))]
+
+
+def lengthen(data: bytes, chance: random.Random) -> bytes:
+    """Add bytes at the end, the beginning, or within."""
+    place = chance.choice((0, len(data), chance.randrange(len(data))))
+    return data[:place] + chance.randbytes(chance.choice((1, 4, 100, 4096))) + data[place:]
+
+
+def overwrite(data: bytes, chance: random.Random) -> bytes:
+    """Overwrite a stretch with zeros, ones or noise."""
+    start = chance.randrange(len(data))
+    length = min(chance.choice((1, 4, 8, 64, 1024)), len(data) - start)
+    filler = chance.choice((b"\0" * length, b"\xff" * length, chance.randbytes(length)))
+    return data[:start] + filler + data[start + length :]
+
+
+def exchange(data: bytes, chance: random.Random) -> bytes:
+    """Exchange two stretches."""
+    length = min(chance.choice((4, 64, 512)), len(data) // 2)
+    first = chance.randrange(len(data) - 2 * length + 1)
+    second = chance.randrange(first + length, len(data) - length + 1)
+    a, b = data[first : first + length], data[second : second + length]
+    return data[:first] + b + data[first + length : second] + a + data[second + length :]
+
+
+BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (flip, flip, truncate, lengthen, overwrite, exchange)
+
+
+def archived(data: bytes, chance: random.Random, change: Callable[[bytes, random.Random], bytes]) -> bytes:
+    """Damage the pickle within an archive, and make its checksum right again."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, change(content, chance) if name.endswith("data.pkl") else content)
+    return out.getvalue()
+
+
+def malicious(data: bytes, chance: random.Random) -> bytes:
+    """Put a call of the system's shell into a pickle, before its end or anywhere."""
+    call = f"cos\nsystem\n(S'touch {MARKER}'\ntR0".encode()
+    place = chance.choice((0, 2, len(data) - 1, chance.randrange(len(data))))
+    return data[:place] + call + data[place:]
+
+
+# --- ways to damage content -------------------------------------------------------------------------------------------
+
+
+def restructured(data: bytes, chance: random.Random) -> bytes:
+    """Load a file, damage what it holds, and save it again, whole."""
+    import torch
+
+    from squisher_mergekit.optimizers import pickles
+
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        file.write(data)
+        file.flush()
+        whole = [own(pickles.load(Path(file.name)))]
+    places = [*walk(whole)]
+    for _ in range(chance.choice((1, 1, 3))):
+        container, key = chance.choice(places)
+        if key in container if isinstance(container, dict) else key < len(container):
+            spoil(container, key, chance)
+    out = io.BytesIO()
+    torch.save(whole[0] if whole else None, out)
+    return out.getvalue()
+
+
+def own(value: Any) -> Any:
+    """Return containers and tensors of their own; objects of libraries become None."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.clone() if type(value) is torch.Tensor else None
+    if isinstance(value, dict):
+        return {key: own(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [own(item) for item in value]
+    return value if isinstance(value, int | float | str | bool | tuple | None) else None
+
+
+def walk(value: Any) -> Any:
+    """Yield container and key of everything in nested dicts and lists."""
+    for key in value if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from walk(value[key])
+
+
+def spoil(container: Any, key: Any, chance: random.Random) -> None:
+    """Drop an entry, or put another thing in its place."""
+    import torch
+
+    value = container[key]
+    if isinstance(value, torch.Tensor) and value.ndim and chance.random() < 0.7:
+        container[key] = chance.choice(
+            (
+                lambda: value[..., :-1].clone(),
+                lambda: value.flatten(),
+                # Of a square matrix nothing would tell.
+                lambda: value.T.contiguous() if value.ndim == 2 and len({*value.shape}) > 1 else value[None],
+                lambda: value.to(chance.choice((torch.float16, torch.int32, torch.float64, torch.complex64))),
+                lambda: value.flatten()[:1].expand(1 << 36),
+                lambda: value.new_empty(0),
+                lambda: torch.empty(value.shape, device="meta"),
+                lambda: value.to_sparse(),
+                lambda: -1.0 - value,
+                lambda: value * float("nan"),
+            )
+        )()
+    elif chance.random() < 0.5:
+        del container[key]
+    else:
+        others = (None, -1, 0, 1 << 70, 3.5, float("nan"), "text", [], {}, [1, 2], {"a": 1}, (), torch.zeros(3), True)
+        container[key] = chance.choice(others)
+
+
+def damage(name: str, data: bytes, chance: random.Random) -> tuple[str, bytes]:
+    """Damage one file in one way; return the way and its new content."""
+    zipped = data[:2] == b"PK"
+    ways = ["bytes"]
+    if zipped:
+        ways += ["pickle", "pickle", "code", "content", "content", "content"]
+    elif name.endswith(".metadata"):
+        ways += ["code"]
+    way = chance.choice(ways)
+    try:
+        if way == "content":
+            return way, restructured(data, chance)
+        if way == "pickle":
+            return way, archived(data, chance, chance.choice(BYTES))
+        if way == "code":
+            return way, archived(data, chance, malicious) if zipped else malicious(data, chance)
+    except (pickle.PicklingError, RuntimeError, TypeError, ValueError, NotImplementedError, IndexError):
+        pass  # what was made of it cannot be saved
+    change = chance.choice(BYTES)
+    return change.__name__, change(data, chance)
