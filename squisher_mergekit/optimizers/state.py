@@ -112,11 +112,14 @@ def parameters_of(model: Mapping[str, Tensor]) -> dict[str, Shape]:
 
 
 def _slots(group: Mapping[str, Any], state: Mapping[Any, Any], file: Path) -> Iterator[Slot]:
-    indices, names = group["params"], group.get("param_names") or [None] * len(group["params"])
-    if len(names) != len(indices):
+    indices, names = group["params"], group.get("param_names")
+    if names is None:
+        names = [None] * len(indices)
+    if not isinstance(names, list) or len(names) != len(indices):
+        found = len(names) if isinstance(names, list) else f"{names!r:.40}"
         raise CorruptFileError(
             f"a group in {file} must have one of param_names for each of its {len(indices)} parameters, "
-            f"found {len(names)}; save it again"
+            f"found {found}; save it again"
         )
     flat = group.get("hess")
     for index, given in zip(indices, names, strict=True):
