@@ -8,15 +8,16 @@ that lie in buffers of the same layout.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError, RefusedError, UnsupportedStateError
+from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedError, UnsupportedStateError
 from squisher_mergekit.optimizers import pickles
+from squisher_mergekit.optimizers.buffers import check_lengths, cut, entries, prove
 from squisher_mergekit.optimizers.checksums import Checksums
 from squisher_mergekit.optimizers.saved import Saved, unverified
 from squisher_mergekit.optimizers.torch_file import is_state
@@ -25,7 +26,6 @@ from squisher_mergekit.optimizers.values import Slices
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _TAG = re.compile(r"global_step(\d+)")
-_PROBE = 64  # entries compared at each end of a slice
 _UNIVERSAL = "convert the checkpoint with DeepSpeed's ds_to_universal"
 
 Shapes = list[Mapping[str, torch.Size]]
@@ -222,33 +222,6 @@ def shapes_of(model: Mapping[str, Any], place: Path) -> Shapes:
     return groups
 
 
-def cut(buffers: Sequence[Tensor], start: int, length: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Yield the slices of flat buffers, taken as one after the other, that make up a part of the whole.
-
-    Args:
-        buffers: Flat tensors.
-        start: Where the part begins.
-        length: Its entries.
-
-    Raises:
-        ValueError: The buffers end before, or are not flat.
-
-    Example:
-        >>> [(begin, size) for _, begin, size in cut([torch.zeros(3), torch.zeros(5)], 2, 4)]
-        [(2, 1), (0, 3)]
-    """
-    if any(buffer.ndim != 1 or buffer.dtype != buffers[0].dtype for buffer in buffers):
-        raise ValueError("flat buffers of one type")
-    for buffer in buffers:
-        here = min(length, buffer.numel() - start)
-        if here > 0:
-            yield buffer, start, here
-            length -= here
-        start = max(start - buffer.numel(), 0)
-    if length > 0:
-        raise ValueError(f"buffers that end {length} entries before their parameters do")
-
-
 def _stage_2(
     ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path
 ) -> tuple[dict[str, Any], dict[str, Slices]]:
@@ -264,13 +237,14 @@ def _stage_2(
     state: dict[str, Any] = {}
     master: dict[str, Slices] = {}
     for number, shapes in enumerate(groups):
+        check_lengths([one[number] for one in masters], [one[number] for one in states])
         offset = 0
         for (name, shape), padding in zip(shapes.items(), paddings[number], strict=True):
             place = (offset, shape.numel())
             master[name] = Slices(tuple(cut([one[number] for one in masters], *place)), shape)
             state[name] = {
                 key: Slices(tuple(cut([one[number][key] for one in states], *place)), shape) if flat else value
-                for key, value, flat in _entries(states, number)
+                for key, value, flat in entries(states[0][number])
             }
             offset += shape.numel() + int(padding)
     return {"state": state, "param_groups": named_groups(settings, groups)}, master
@@ -286,6 +260,9 @@ def _stage_3(
     count = len(masters[0])
     if not all(len(one) == count for one in [*states, *masters]) or sorted(states[0]) != list(range(count)):
         raise ValueError("a sub-group of parameters")
+    for rank, flats in enumerate(masters):
+        for number, flat in enumerate(flats):
+            check_lengths([flat, flat], [states[rank][number]] * 2)
     state: dict[str, Any] = {}
     master: dict[str, Slices] = {}
     offset = 0
@@ -298,7 +275,7 @@ def _stage_3(
             key: _gather([[one[k][key] for k in range(count)] for one in states], offset, share, shape)
             if flat
             else value
-            for key, value, flat in _entries(states, number)
+            for key, value, flat in entries(states[0][number])
         }
         offset += share
     return {"state": state, "param_groups": named_groups(settings, groups)}, master
@@ -312,12 +289,6 @@ def _gather(ranks: Sequence[Sequence[Tensor]], offset: int, share: int, shape: t
         slices += cut(buffers, offset, min(share, left))
         left -= min(share, left)
     return Slices(tuple(slices), shape)
-
-
-def _entries(states: Sequence[Mapping[Any, Any]], number: int) -> Iterator[tuple[str, Any, bool]]:
-    """Yield key, value and whether it is a flat buffer, of one group's state."""
-    for key, value in states[0][number].items():
-        yield key, value, isinstance(value, Tensor) and value.ndim == 1 and value.numel() > 1
 
 
 def named_groups(settings: Sequence[Mapping[str, Any]], groups: Shapes) -> list[dict[str, Any]]:
@@ -361,34 +332,3 @@ def _elastic_settings(model: Mapping[str, Any], count: int, folder: Path) -> lis
             "elastic_checkpoint"
         )
     return [dict(params) for _ in range(count)]
-
-
-def prove(masters: Mapping[str, Slices], weights: Mapping[str, Tensor], place: Path) -> int:
-    """Hold what was cut out of the float32 weights against the weights themselves, at the ends of every slice.
-
-    Args:
-        masters: Name -> what was cut out.
-        weights: Name -> weights; what is missing there is passed over.
-        place: For messages.
-
-    Returns:
-        How many were compared.
-
-    Raises:
-        MismatchError: They differ: the buffers are laid out in another way.
-    """
-    compared = 0
-    for name, master in masters.items():
-        weight = weights.get(name)
-        if weight is None or not weight.numel():
-            continue
-        places, values = master.sample(_PROBE)
-        there = weight.reshape(-1)[places] if weight.shape == master.shape else None
-        if there is None or not torch.equal(values.to(there.dtype), there):
-            raise MismatchError(
-                f"what {place} keeps as the float32 weights of {name} is not its weights, so its second moment cannot "
-                "be told either; give the --model of the same step, of a converted checkpoint that which it was made "
-                "from, or save again without round_robin_gradients"
-            )
-        compared += 1
-    return compared

@@ -8,7 +8,7 @@ from pathlib import Path
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError
 from squisher_mergekit.fisher.files import SafetensorsStore, safetensors_files, tied_aliases
 from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, check_shape
-from squisher_mergekit.optimizers.deepspeed import prove
+from squisher_mergekit.optimizers.buffers import prove
 from squisher_mergekit.optimizers.flat import cut, is_flat, split
 from squisher_mergekit.optimizers.lora import ADAPTER_CONFIG, adapter_skeleton
 from squisher_mergekit.optimizers.metadata import LOG, make_config, make_coverage, warnings_of

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError
 from squisher_mergekit.optimizers import pickles
+from squisher_mergekit.optimizers.buffers import prove
 from squisher_mergekit.optimizers.checksums import Checksums
 from squisher_mergekit.optimizers.deepspeed import (
     known_of,
@@ -15,7 +16,6 @@ from squisher_mergekit.optimizers.deepspeed import (
     module_of,
     named_groups,
     positive,
-    prove,
     shapes_of,
 )
 from squisher_mergekit.optimizers.saved import Saved, unverified
