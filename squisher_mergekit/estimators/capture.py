@@ -1,0 +1,158 @@
+"""One forward pass that notes what each module with parameters was given, and backward passes that note what came back.
+
+The backward pass goes from the model's outputs to the outputs of the modules whose own inputs need no gradient
+(embeddings, first layers). So no weight gradient is ever formed, and ``.grad`` is not touched: a module's input and the
+gradient at its output are all that its parameters' per-example gradients are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Call:
+    """One call of a module: its arguments, its output, and after a backward pass the gradient at the output."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Tensor
+    gradient: Tensor | None = None
+
+
+@dataclass
+class Tape:
+    """The calls of a forward pass, by the parameters that they used, each shared one once.
+
+    ``size``: examples in the batch. ``calls``: parameter -> (name in its module, call), in the order of the pass.
+    ``roots``: outputs that a backward pass has to reach.
+    """
+
+    size: int
+    calls: dict[nn.Parameter, list[tuple[str, Call]]] = field(default_factory=dict)
+    roots: list[Tensor] = field(default_factory=list)
+
+    def all_calls(self) -> Iterator[Call]:
+        """Yield each call once."""
+        seen = set()
+        for uses in self.calls.values():
+            for _, call in uses:
+                if id(call) not in seen:
+                    seen.add(id(call))
+                    yield call
+
+    def backward(self, outputs: Tensor, column: Tensor, keep: bool) -> None:
+        """Fill in the gradients at the outputs of all calls.
+
+        Args:
+            outputs: Of the model.
+            column: Gradient at the outputs.
+            keep: Another backward pass will follow.
+        """
+        for call in self.all_calls():
+            call.gradient = None
+        torch.autograd.grad(outputs, self.roots, column, retain_graph=keep, allow_unused=True)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _tensors(item)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """Return the tensor that a module's output is or begins with."""
+    return next(_tensors(output), None)
+
+
+def owned(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters that a module uses itself, by their names in it.
+
+    What it holds under a second name, such as BERT's bias of the words, is used by the module within that holds it.
+    """
+    within = {id(p) for child in module.children() for p in child.parameters()}
+    own = module.named_parameters(recurse=False)
+    return {name: p for name, p in own if p.requires_grad and id(p) not in within}
+
+
+Wrap = Callable[[nn.Module, Tape], Any]
+
+
+@contextmanager
+def taped(
+    model: nn.Module, size: int, special: Sequence[tuple[Callable[[nn.Module], bool], Wrap]] = ()
+) -> Iterator[Tape]:
+    """Note the calls of all modules with trainable parameters while the body runs the model.
+
+    Args:
+        model: In eval mode.
+        size: Examples in the batch.
+        special: Which modules something has to be wrapped around, and what, as a context manager. Modules right in
+            them are left to it.
+
+    Yields:
+        The tape, filled by one forward pass.
+    """
+    tape = Tape(size)
+    with ExitStack() as stack:
+        left_out: set[nn.Module] = set()
+        for applies, wrap in special:
+            for module in filter(applies, model.modules()):
+                left_out.update(child for child in module.children() if isinstance(child, nn.Embedding))
+                stack.enter_context(wrap(module, tape))
+        for module in model.modules():
+            if owned(module) and module not in left_out:
+                hook = _note(module, tape)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
+            # An activation that overwrites a noted output would take its gradient with it.
+            if getattr(module, "inplace", False) is True:
+                module.inplace = False  # type: ignore[assignment]
+                stack.callback(setattr, module, "inplace", True)
+        yield tape
+
+
+def _note(module: nn.Module, tape: Tape) -> Callable[..., Any]:
+    """Return a hook that notes a call; outputs made once for all examples, as of positions, get a batch axis."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        out = first_tensor(output)
+        if out is None or not out.requires_grad:
+            return None
+        once = isinstance(output, Tensor) and out.ndim > 1 and out.shape[0] == 1 < tape.size
+        if once:
+            out = out.expand(tape.size, *out.shape[1:])
+        note(tape, Call(module, args, kwargs, out), any(t.requires_grad for t in _tensors((args, kwargs))))
+        return out if once else None
+
+    return hook
+
+
+def note(tape: Tape, call: Call, fed: bool) -> None:
+    """Add a call to a tape.
+
+    Args:
+        tape: The tape.
+        call: With its output.
+        fed: An input of it needs a gradient, so that a backward pass goes through it.
+    """
+
+    def receive(gradient: Tensor) -> None:
+        call.gradient = gradient
+
+    call.output.register_hook(receive)  # type: ignore[no-untyped-call]
+    if not fed:
+        tape.roots.append(call.output)
+    for name, parameter in owned(call.module).items():
+        tape.calls.setdefault(parameter, []).append((name, call))

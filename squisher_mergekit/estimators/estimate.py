@@ -1,0 +1,228 @@
+"""A diagonal Fisher of a model from data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from squisher_mergekit.errors import ConfigError, UnsupportedStateError
+from squisher_mergekit.estimators.capture import Tape, taped
+from squisher_mergekit.estimators.labels import Labels
+from squisher_mergekit.estimators.rules import add_squares
+from squisher_mergekit.estimators.special import SPECIAL
+from squisher_mergekit.estimators.tasks import Batch, Forward, Outputs, Task, choose, run
+from squisher_mergekit.fisher.config import Estimator, FisherConfig
+from squisher_mergekit.fisher.files import MemoryStore
+from squisher_mergekit.fisher.mapping import Fisher
+
+Grouping = Literal["example", "batch"]
+_NAMES: dict[tuple[Labels, Grouping], Estimator] = {
+    ("true", "example"): "empirical",
+    ("sampled", "example"): "sampled",
+    ("exact", "example"): "exact",
+    ("predicted", "example"): "predicted",
+    ("true", "batch"): "joint_empirical",
+    ("sampled", "batch"): "joint_sampled",
+}
+_PROOF = 2  # examples that are checked one by one
+_TOLERANCE = 2e-3  # of a tensor's largest entry, in float32
+
+Totals = dict[nn.Parameter, Tensor]
+
+
+def estimate_fisher(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    labels: Labels = "true",
+    grouping: Grouping = "example",
+    statistic: Literal["mean", "sum"] = "mean",
+    num_samples: int = 1,
+    task: Task = "auto",
+    forward: Forward | None = None,
+    *,
+    noise: float = 1.0,
+    seed: int = 0,
+    verify: bool = True,
+) -> Fisher:
+    """Estimate the diagonal Fisher of a model's trainable parameters.
+
+    With ``g_n(y)`` the gradient of ``-log p(y | x_n)`` and N examples, ``mean`` divides by N:
+
+    * ``true``, ``example``: ``sum_n g_n(y_n)^2``, the empirical Fisher (Eq. 6-7), the paper's "Fisher". It is not the
+      Fisher: at well fitted examples it is far smaller.
+    * ``sampled``, ``example``: the same with labels drawn from the model, an unbiased estimate of the Fisher (Eq. 4-5).
+    * ``exact``, ``example``: the Fisher itself, ``sum_n sum_c p_nc g_n(c)^2``; for classes, not for tokens.
+    * ``predicted``, ``example``: with the model's likeliest label; an estimate of neither.
+    * ``true``, ``batch``: ``(sum_n g_n(y_n))^2`` over each batch, the joint empirical Fisher (Eq. 10). It is what
+      Adam's accumulator averages (that of a mean loss over B examples is this divided by B^2).
+    * ``sampled``, ``batch``: the joint Fisher (Eq. 9), in expectation the Fisher itself.
+
+    A sequence is one example of a language model: its loss is the sum over its unmasked tokens.
+
+    Args:
+        model: Any module; parameters that ask for no gradient are left out. It runs in eval mode, and neither mode nor
+            ``.grad`` are different afterwards.
+        batches: Dicts of what the model takes, ``labels`` included, or pairs ``(inputs, labels)``; examples in front.
+        labels: See above.
+        grouping: See above.
+        statistic: ``mean`` over the examples or ``sum``.
+        num_samples: Draws for each example, of ``sampled``.
+        task: What the outputs mean; ``auto`` goes by the model's architecture, or by the labels.
+        forward: Takes model and inputs, and returns the logits, where the model does not do so itself.
+        noise: Standard deviation of a regression's targets.
+        seed: Of the labels that are drawn.
+        verify: Hold the first two examples against gradients taken one by one.
+
+    Returns:
+        The Fisher, float32 (float64 of a float64 model), by the names in memory.
+
+    Raises:
+        ConfigError: The arguments do not go together, or there is no example.
+        UnsupportedStateError: A module mixes its examples, or a parameter's gradients cannot be told apart.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> x, y = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1)
+        >>> _ = nn.init.ones_(model.weight)
+        >>> estimate_fisher(model, [(x, y)], task="regression")["weight"]
+        tensor([[ 9., 36.]])
+    """
+    if (labels, grouping) not in _NAMES:
+        raise ConfigError(
+            f"grouping batch needs labels true or sampled, found {labels}: of the others it has no meaning of its own"
+        )
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ConfigError(f"num_samples must be a whole number of at least 1, found {num_samples!r}")
+    named = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not named:
+        raise ConfigError("a Fisher needs parameters that ask for a gradient, but all are frozen; set requires_grad")
+    totals: Totals = {
+        p: torch.zeros_like(p, dtype=_accumulated(p), memory_format=torch.contiguous_format) for p in named
+    }
+    generator, examples, reached = None, 0, set[nn.Parameter]()
+    with _evaluating(model):
+        for batch in batches:
+            if examples == 0:
+                task = choose(task, model, batch)
+            size = _size(batch)
+            with taped(model, size, SPECIAL) as tape:
+                outputs = run(model, batch, task, forward)
+            if generator is None:
+                generator = torch.Generator(outputs.values.device).manual_seed(seed)
+            columns = list(outputs.columns(labels, num_samples, noise, generator))
+            if grouping == "batch":
+                _add_joint(totals, outputs, columns)
+            else:
+                _add_batch(totals, tape, outputs, columns)
+            reached |= tape.calls.keys()
+            if verify and examples == 0 and grouping == "example":
+                _prove(model, batch, task, forward, named)
+            examples += outputs.size
+    if not examples:
+        raise ConfigError("a Fisher needs at least one batch of examples, found none")
+    scale = 1 / examples if statistic == "mean" else 1.0
+    tensors = {name: totals[p].mul_(scale) for p, name in named.items()}
+    config = FisherConfig(
+        estimator=_NAMES[labels, grouping], statistic=statistic, num_examples=examples, datum="example"
+    )
+    return Fisher(MemoryStore(tensors), config)
+
+
+def _accumulated(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _size(batch: Batch) -> int:
+    """Return the number of examples of a batch.
+
+    Raises:
+        ConfigError: It has no tensor with examples in front.
+    """
+    parts = [*batch.values()] if isinstance(batch, Mapping) else [*batch][::-1]
+    for part in parts:
+        if isinstance(part, Tensor) and part.ndim:
+            return len(part)
+    raise ConfigError("a batch must have tensors with the examples in front, found none")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, and put every module back into its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _add_batch(totals: Totals, tape: Tape, outputs: Outputs, columns: list[Tensor]) -> None:
+    """Add the squares of a batch's per-example gradients, for each column."""
+    for number, column in enumerate(columns):
+        tape.backward(outputs.values, column, keep=number + 1 < len(columns))
+        for parameter, uses in tape.calls.items():
+            add_squares(totals[parameter], uses, tape.size)
+
+
+def _add_joint(totals: Totals, outputs: Outputs, columns: list[Tensor]) -> None:
+    """Add the square of a batch's summed gradient, for each column."""
+    parameters = list(totals)
+    for number, column in enumerate(columns):
+        keep = number + 1 < len(columns)
+        found = torch.autograd.grad(outputs.values, parameters, column, retain_graph=keep, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                totals[parameter] += gradient.to(totals[parameter].dtype).square_()
+
+
+def _prove(model: nn.Module, batch: Batch, task: Task, forward: Forward | None, named: dict[nn.Parameter, str]) -> None:
+    """Hold the first examples' squared gradients against those that autograd gives one by one.
+
+    Raises:
+        UnsupportedStateError: They differ: a module is called, or its parameter used, in a way that no rule knows.
+    """
+    first = _first(batch, min(_PROOF, _size(batch)))
+    size = _size(first)
+    with taped(model, size, SPECIAL) as tape:
+        outputs = run(model, first, task, forward)
+    generator = torch.Generator(outputs.values.device).manual_seed(0)
+    column = torch.randn(outputs.values.shape, generator=generator, device=outputs.values.device)
+    column = column.to(outputs.values.dtype)
+    parameters = list(named)
+    expected = {p: torch.zeros_like(p, dtype=_accumulated(p)) for p in parameters}
+    used: set[nn.Parameter] = set()
+    for n in range(size):
+        found = torch.autograd.grad(outputs.values[n], parameters, column[n], retain_graph=True, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                used.add(parameter)
+                expected[parameter] += gradient.to(expected[parameter].dtype).square()
+    totals = {p: torch.zeros_like(total) for p, total in expected.items()}
+    _add_batch(totals, tape, outputs, [column])
+    largest = max(float(total.max()) for total in expected.values() if total.numel())
+    for parameter in used:
+        bound = max(float(expected[parameter].max()), 1e-9 * largest)
+        if float((totals[parameter] - expected[parameter]).abs().max()) > _TOLERANCE * bound:
+            raise UnsupportedStateError(
+                f"the gradients of {named[parameter]} cannot be told apart example by example: it is used in a way "
+                "that no rule here knows; freeze it, or take grouping batch"
+            )
+
+
+def _first(batch: Batch, count: int) -> Any:
+    """Return the first examples of a batch."""
+    size = _size(batch)
+
+    def cut(value: Any) -> Any:
+        return value[:count] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+
+    if isinstance(batch, Mapping):
+        return {key: cut(value) for key, value in batch.items()}
+    inputs = {k: cut(v) for k, v in batch[0].items()} if isinstance(batch[0], Mapping) else cut(batch[0])
+    return inputs, cut(batch[1])

@@ -1,0 +1,144 @@
+"""What a Fisher is an expectation over: labels, and the gradients of their log-likelihood at the model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import ConfigError
+
+Labels = Literal["true", "sampled", "exact", "predicted"]
+
+
+def class_columns(
+    logits: Tensor, targets: Tensor | None, kind: Labels, draws: int, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    """Yield gradients at the logits whose squares, summed over all that are yielded, make up the Fisher.
+
+    With ``p = softmax(logits)``: ``true`` yields ``p - e_y``; ``predicted`` the same for the likeliest class;
+    ``sampled`` yields ``(p - e_c) / sqrt(draws)`` for classes drawn from p; ``exact`` yields the columns of a factor L
+    with ``L L^T = diag(p) - p p^T``, one fewer than there are classes.
+
+    Args:
+        logits: Shape ``(..., C)``; float32 or float64.
+        targets: True classes, shape ``(...)``; those below 0 are left out, in all kinds.
+        kind: Which labels.
+        draws: How many, of ``sampled``.
+        generator: To draw with.
+
+    Returns:
+        Tensors shaped like ``logits``, 0 where there is no target.
+
+    Raises:
+        ConfigError: ``true`` without targets, or ``exact`` for tokens.
+
+    Source: PAPER.md, Eq. 4 (Fisher) and 7 (empirical Fisher).
+
+    Example:
+        >>> (column,) = class_columns(torch.zeros(1, 2), torch.tensor([0]), "true", 1, None)
+        >>> column
+        tensor([[-0.5000,  0.5000]])
+    """
+    p = logits.softmax(-1)
+    mask = None if targets is None else (targets >= 0).unsqueeze(-1)
+    if kind == "exact":
+        if logits.ndim > 2:
+            raise ConfigError(
+                f"labels exact needs one backward pass for each class and token, {logits.shape[-1]} classes at each of "
+                f"{logits.shape[1]} positions; take labels sampled, which is unbiased"
+            )
+        for column in factor_columns(p):
+            yield column if mask is None else column * mask
+        return
+    for _ in range(draws if kind == "sampled" else 1):
+        column = p.clone()
+        chosen = _choose(p, targets, kind, generator)
+        column.scatter_add_(-1, chosen.unsqueeze(-1), torch.full_like(p[..., :1], -1.0))
+        if mask is not None:
+            column *= mask
+        yield column / draws**0.5 if kind == "sampled" else column
+
+
+def _choose(p: Tensor, targets: Tensor | None, kind: Labels, generator: torch.Generator | None) -> Tensor:
+    if kind == "true":
+        if targets is None:
+            raise ConfigError("labels true needs the labels in every batch; give them, or take labels sampled")
+        return targets.clamp_min(0)
+    if kind == "predicted":
+        return p.argmax(-1)
+    flat = p.reshape(-1, p.shape[-1])
+    return torch.multinomial(flat, 1, generator=generator).reshape(p.shape[:-1])
+
+
+def factor_columns(p: Tensor) -> Iterator[Tensor]:
+    """Yield the columns of the Cholesky factor of ``diag(p) - p p^T``, in closed form.
+
+    With ``q_j = sum_{i >= j} p_i``: ``L_jj = sqrt(p_j q_{j+1} / q_j)`` and ``L_ij = -p_i sqrt(p_j / (q_j q_{j+1}))``
+    for ``i > j``; the last column is 0.
+
+    Args:
+        p: Probabilities, shape ``(N, C)``.
+
+    Returns:
+        C - 1 tensors of shape ``(N, C)``.
+
+    Example:
+        >>> p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+        >>> L = torch.stack(list(factor_columns(p)), -1)[0]
+        >>> torch.allclose(L @ L.T, torch.diag(p[0]) - p[0][:, None] * p[0])
+        True
+    """
+    tails = p.flip(-1).cumsum(-1).flip(-1)
+    tiny = torch.finfo(p.dtype).tiny
+    for j in range(p.shape[-1] - 1):
+        head, tail = tails[:, j].clamp_min(tiny), tails[:, j + 1]
+        column = torch.zeros_like(p)
+        column[:, j] = (p[:, j] / head * tail).sqrt()
+        # p_i / sqrt(tail) is bounded by sqrt(p_i), as p_i <= tail.
+        share = (p[:, j] / head).sqrt().unsqueeze(-1)
+        column[:, j + 1 :] = -p[:, j + 1 :] / tail.clamp_min(tiny).sqrt().unsqueeze(-1) * share
+        yield column
+
+
+def regression_columns(
+    outputs: Tensor, targets: Tensor | None, kind: Labels, draws: int, noise: float, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    """Yield the same for a Gaussian around the outputs, with standard deviation ``noise``.
+
+    ``true`` yields ``(f - y) / noise^2``; ``sampled`` yields ``z / noise / sqrt(draws)`` with z standard normal;
+    ``exact`` yields ``e_d / noise`` for each of D outputs. ``predicted`` would be 0 and is refused.
+
+    Args:
+        outputs: Shape ``(N, D)``.
+        targets: The same.
+        kind: Which labels.
+        draws: How many, of ``sampled``.
+        noise: Standard deviation.
+        generator: To draw with.
+
+    Raises:
+        ConfigError: ``true`` without targets, or ``predicted``.
+
+    Example:
+        >>> [column] = regression_columns(torch.ones(1, 1), torch.zeros(1, 1), "true", 1, 0.5, None)
+        >>> column
+        tensor([[4.]])
+    """
+    if kind == "true":
+        if targets is None:
+            raise ConfigError("labels true needs the targets in every batch; give them, or take labels sampled")
+        yield (outputs - targets) / noise**2
+    elif kind == "predicted":
+        raise ConfigError("labels predicted says nothing of a regression, whose likeliest target is its output")
+    elif kind == "sampled":
+        for _ in range(draws):
+            drawn = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+            yield drawn / (noise * draws**0.5)
+    else:
+        for d in range(outputs.shape[-1]):
+            column = torch.zeros_like(outputs)
+            column[:, d] = 1 / noise
+            yield column

@@ -1,0 +1,132 @@
+"""How a batch becomes outputs and targets, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.estimators.labels import Labels, class_columns, regression_columns
+
+Task = Literal["auto", "classification", "causal-lm", "seq2seq", "masked-lm", "regression"]
+Batch = Mapping[str, Any] | tuple[Any, Tensor]
+Forward = Callable[[nn.Module, Any], Tensor]
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A model's outputs for a batch, example by example, and what they should have been.
+
+    ``values``: logits ``(N, C)`` or ``(N, T, C)``, or predictions ``(N, D)``. ``targets``: classes ``(N)`` or
+    ``(N, T)``, those below 0 left out; or numbers ``(N, D)``; None if they are not given.
+    """
+
+    task: Task
+    values: Tensor
+    targets: Tensor | None
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(self.values)
+
+    def columns(self, kind: Labels, draws: int, noise: float, generator: torch.Generator | None) -> Iterator[Tensor]:
+        """Yield the gradients at the values, see :mod:`squisher_mergekit.estimators.labels`."""
+        detached = self.values.detach()
+        if self.task == "regression":
+            yield from regression_columns(detached, self.targets, kind, draws, noise, generator)
+        else:
+            yield from class_columns(detached, self.targets, kind, draws, generator)
+
+
+def choose(task: Task, model: nn.Module, batch: Batch) -> Task:
+    """Return the task of a model, by its architecture where it is one of transformers', else by its labels.
+
+    Raises:
+        ConfigError: It cannot be told.
+    """
+    if task != "auto":
+        return task
+    architecture = type(getattr(model, "base_model", model) if hasattr(model, "peft_config") else model).__name__
+    names = [architecture, *(getattr(getattr(model, "config", None), "architectures", None) or [])]
+    for name in names:
+        for ending, found in _ENDINGS.items():
+            if name.endswith(ending):
+                if found == "classification" and getattr(model.config, "problem_type", None) == "regression":
+                    return "regression"
+                return found
+    if isinstance(batch, tuple) and isinstance(batch[1], Tensor):
+        return "regression" if batch[1].is_floating_point() else "classification"
+    raise ConfigError(
+        f"task must be given for {architecture}, which is none of transformers' models with a head; take one of "
+        "classification, causal-lm, seq2seq, masked-lm, regression"
+    )
+
+
+_ENDINGS: dict[str, Task] = {
+    "ForSequenceClassification": "classification",
+    "ForImageClassification": "classification",
+    "ForAudioClassification": "classification",
+    "ForMultipleChoice": "classification",
+    "ForConditionalGeneration": "seq2seq",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+}
+
+
+def run(model: nn.Module, batch: Batch, task: Task, forward: Forward | None) -> Outputs:
+    """Run a model on a batch.
+
+    Args:
+        model: The model, in eval mode.
+        batch: A dict of what it takes, ``labels`` included, or a pair of inputs and labels.
+        task: Which task, not ``auto``.
+        forward: Takes model and inputs, and returns the logits, where the model does not do so itself.
+
+    Returns:
+        Outputs and targets, aligned: of a causal language model the outputs at the token before each target.
+    """
+    inputs, labels = _parts(model, batch, task)
+    if forward is not None:
+        found: Any = forward(model, inputs)
+    elif isinstance(inputs, Mapping):
+        found = model(**inputs)
+    else:
+        found = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    values = found if isinstance(found, Tensor) else found["logits"] if isinstance(found, Mapping) else found.logits
+    values = values if values.dtype == torch.float64 else values.float()
+    if task == "causal-lm":
+        values = values[:, :-1]
+        labels = None if labels is None else labels[:, 1:]
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        if labels is not None and mask is not None:
+            labels = labels.masked_fill(mask[:, 1:] == 0, IGNORED)
+    if task == "regression":
+        values = values.reshape(len(values), -1)
+        labels = None if labels is None else labels.reshape(values.shape).to(values.dtype)
+    return Outputs(task, values, labels)
+
+
+def _parts(model: Any, batch: Batch, task: Task) -> tuple[Any, Tensor | None]:
+    """Return what the model takes, without the labels, and these."""
+    if not isinstance(batch, Mapping):
+        return batch[0], batch[1]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    labels = batch.get("labels")
+    if task == "seq2seq" and "decoder_input_ids" not in inputs:
+        if labels is None:
+            raise ConfigError("a seq2seq batch must have labels or decoder_input_ids; give the targets of each example")
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or getattr(model, "_shift_right", None)
+        if shift is None:
+            raise ConfigError(
+                f"{type(model).__name__} cannot make decoder_input_ids of labels; give them in every batch"
+            )
+        inputs["decoder_input_ids"] = shift(labels)
+    return inputs, labels

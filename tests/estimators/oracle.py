@@ -1,0 +1,85 @@
+"""The Fisher in the plainest way: one example, one label and one backward pass at a time, in float64."""
+
+import copy
+
+import torch
+
+
+def fisher(model, batches, loss, kinds):
+    """Return name -> sum over examples and labels of weight times squared gradient.
+
+    ``loss``: model, example -> list of (weight, loss), one for each label. ``kinds``: ``example`` or ``batch``.
+    """
+    model = copy.deepcopy(model).double().eval()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in named.items()}
+    for batch in batches:
+        whole = {name: torch.zeros_like(p) for name, p in named.items()}
+        for example in split(batch):
+            for weight, value in loss(model, example):
+                found = torch.autograd.grad(value, list(named.values()), allow_unused=True, retain_graph=True)
+                for name, gradient in zip(named, found, strict=True):
+                    if gradient is not None and kinds == "example":
+                        total[name] += weight * gradient.square()
+                    elif gradient is not None:
+                        whole[name] += gradient
+        if kinds == "batch":
+            for name in total:
+                total[name] += whole[name].square()
+    return total
+
+
+def split(batch):
+    """Return the examples of a batch, each a batch of one, floats in float64."""
+    if isinstance(batch, dict):
+        size = len(next(iter(batch.values())))
+        return [{key: _wide(value[n : n + 1]) for key, value in batch.items()} for n in range(size)]
+    return [(_wide(batch[0][n : n + 1]), _wide(batch[1][n : n + 1])) for n in range(len(batch[1]))]
+
+
+def _wide(tensor):
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def classes(kind):
+    """Cross-entropy of a classifier: with the true label, the likeliest, or all of them by their probability."""
+
+    def loss(model, example):
+        if isinstance(example, dict):
+            label = example["labels"]
+            logits = model(**{key: value for key, value in example.items() if key != "labels"}).logits[0]
+        else:
+            label, logits = example[1], model(example[0])[0]
+        likelihood = logits.log_softmax(-1)
+        if kind == "exact":
+            return [(float(likelihood[c].detach().exp()), -likelihood[c]) for c in range(len(likelihood))]
+        chosen = int(logits.argmax()) if kind == "predicted" else int(label)
+        return [(1.0, -likelihood[chosen])]
+
+    return loss
+
+
+def tokens(task, kind):
+    """Cross-entropy of a language model, summed over the tokens that have a label."""
+
+    def loss(model, example):
+        labels = example["labels"][0]
+        inputs = {key: value for key, value in example.items() if key != "labels"}
+        if task == "seq2seq":
+            inputs["decoder_input_ids"] = shifted(model, example["labels"])
+        logits = model(**inputs).logits[0]
+        if task == "causal-lm":
+            logits, labels = logits[:-1], labels[1:]
+            if "attention_mask" in example:
+                labels = labels.masked_fill(example["attention_mask"][0, 1:] == 0, -100)
+        chosen = logits.argmax(-1) if kind == "predicted" else labels.clamp_min(0)
+        picked = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+        return [(1.0, -(picked * (labels >= 0)).sum())]
+
+    return loss
+
+
+def shifted(model, labels):
+    """Return what a decoder is given for these labels."""
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None) or model._shift_right
+    return make(labels)
