@@ -1,8 +1,8 @@
 """One forward pass that notes what each module with parameters was given, and backward passes that note what came back.
 
-The backward pass goes from the model's outputs to the outputs of the modules whose own inputs need no gradient
-(embeddings, first layers). So no weight gradient is ever formed, and ``.grad`` is not touched: a module's input and the
-gradient at its output are all that its parameters' per-example gradients are made of.
+The backward pass goes from the model's outputs to the outputs of these modules, and not to their parameters. So no
+weight gradient is ever formed, and ``.grad`` is not touched: a module's input and the gradient at its output are all
+that its parameters' per-example gradients are made of.
 """
 
 from __future__ import annotations
@@ -32,12 +32,10 @@ class Tape:
     """The calls of a forward pass, by the parameters that they used, each shared one once.
 
     ``size``: examples in the batch. ``calls``: parameter -> (name in its module, call), in the order of the pass.
-    ``roots``: outputs that a backward pass has to reach.
     """
 
     size: int
     calls: dict[nn.Parameter, list[tuple[str, Call]]] = field(default_factory=dict)
-    roots: list[Tensor] = field(default_factory=list)
 
     def all_calls(self) -> Iterator[Call]:
         """Yield each call once."""
@@ -56,9 +54,11 @@ class Tape:
             column: Gradient at the outputs.
             keep: Another backward pass will follow.
         """
-        for call in self.all_calls():
-            call.gradient = None
-        torch.autograd.grad(outputs, self.roots, column, retain_graph=keep, allow_unused=True)
+        calls = list(self.all_calls())
+        at_outputs = [call.output for call in calls]
+        found = torch.autograd.grad(outputs, at_outputs, column, retain_graph=keep, allow_unused=True)
+        for call, gradient in zip(calls, found, strict=True):
+            call.gradient = gradient
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -133,26 +133,13 @@ def _note(module: nn.Module, tape: Tape) -> Callable[..., Any]:
         once = isinstance(output, Tensor) and out.ndim > 1 and out.shape[0] == 1 < tape.size
         if once:
             out = out.expand(tape.size, *out.shape[1:])
-        note(tape, Call(module, args, kwargs, out), any(t.requires_grad for t in _tensors((args, kwargs))))
+        note(tape, Call(module, args, kwargs, out))
         return out if once else None
 
     return hook
 
 
-def note(tape: Tape, call: Call, fed: bool) -> None:
-    """Add a call to a tape.
-
-    Args:
-        tape: The tape.
-        call: With its output.
-        fed: An input of it needs a gradient, so that a backward pass goes through it.
-    """
-
-    def receive(gradient: Tensor) -> None:
-        call.gradient = gradient
-
-    call.output.register_hook(receive)  # type: ignore[no-untyped-call]
-    if not fed:
-        tape.roots.append(call.output)
+def note(tape: Tape, call: Call) -> None:
+    """Add a call to a tape, under each parameter that its module uses."""
     for name, parameter in owned(call.module).items():
         tape.calls.setdefault(parameter, []).append((name, call))

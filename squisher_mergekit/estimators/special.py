@@ -46,7 +46,7 @@ def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
             handle.remove()
         out = bias.expand(tape.size, -1, -1, -1)
         if out.requires_grad:
-            note(tape, _BiasCall(table, (ids.pop().flatten().expand(tape.size, -1),), {}, out), fed=False)
+            note(tape, _BiasCall(table, (ids.pop().flatten().expand(tape.size, -1),), {}, out))
         return out
 
     attention.compute_bias = compute_bias
