@@ -77,8 +77,27 @@ def first_tensor(output: Any) -> Tensor | None:
     return next(_tensors(output), None)
 
 
-def owned(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters that a module uses itself, by their names in it.
+Homes = dict[nn.Module, dict[str, nn.Parameter]]
+
+
+def homes(model: nn.Module, moved: Mapping[nn.Parameter, tuple[nn.Module, str]]) -> Homes:
+    """Return module -> name in it -> trainable parameter that its calls use.
+
+    Args:
+        model: The model.
+        moved: Parameters that are used by another module than the one that holds them, and their names in that.
+    """
+    found: Homes = {}
+    for module in model.modules():
+        own = {name: p for name, p in _owned(module).items() if p not in moved}
+        own |= {name: p for p, (home, name) in moved.items() if home is module}
+        if own:
+            found[module] = own
+    return found
+
+
+def _owned(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters that a module holds itself, by their names in it.
 
     What it holds under a second name, such as BERT's bias of the words, is used by the module within that holds it.
     """
@@ -92,7 +111,10 @@ Wrap = Callable[[nn.Module, Tape], Any]
 
 @contextmanager
 def taped(
-    model: nn.Module, size: int, special: Sequence[tuple[Callable[[nn.Module], bool], Wrap]] = ()
+    model: nn.Module,
+    size: int,
+    special: Sequence[tuple[Callable[[nn.Module], bool], Wrap]] = (),
+    moved: Mapping[nn.Parameter, tuple[nn.Module, str]] | None = None,
 ) -> Iterator[Tape]:
     """Note the calls of all modules with trainable parameters while the body runs the model.
 
@@ -101,6 +123,7 @@ def taped(
         size: Examples in the batch.
         special: Which modules something has to be wrapped around, and what, as a context manager. Modules right in
             them are left to it.
+        moved: See :func:`homes`.
 
     Yields:
         The tape, filled by one forward pass.
@@ -112,10 +135,11 @@ def taped(
             for module in filter(applies, model.modules()):
                 left_out.update(child for child in module.children() if isinstance(child, nn.Embedding))
                 stack.enter_context(wrap(module, tape))
-        for module in model.modules():
-            if owned(module) and module not in left_out:
-                hook = _note(module, tape)
+        for module, names in homes(model, moved or {}).items():
+            if module not in left_out:
+                hook = _note(module, tape, names)
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
+        for module in model.modules():
             # An activation that overwrites a noted output would take its gradient with it.
             if getattr(module, "inplace", False) is True:
                 module.inplace = False  # type: ignore[assignment]
@@ -123,7 +147,7 @@ def taped(
         yield tape
 
 
-def _note(module: nn.Module, tape: Tape) -> Callable[..., Any]:
+def _note(module: nn.Module, tape: Tape, names: Mapping[str, nn.Parameter]) -> Callable[..., Any]:
     """Return a hook that notes a call; outputs made once for all examples, as of positions, get a batch axis."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -133,13 +157,13 @@ def _note(module: nn.Module, tape: Tape) -> Callable[..., Any]:
         once = isinstance(output, Tensor) and out.ndim > 1 and out.shape[0] == 1 < tape.size
         if once:
             out = out.expand(tape.size, *out.shape[1:])
-        note(tape, Call(module, args, kwargs, out))
+        note(tape, Call(module, args, kwargs, out), names)
         return out if once else None
 
     return hook
 
 
-def note(tape: Tape, call: Call) -> None:
-    """Add a call to a tape, under each parameter that its module uses."""
-    for name, parameter in owned(call.module).items():
+def note(tape: Tape, call: Call, names: Mapping[str, nn.Parameter]) -> None:
+    """Add a call to a tape, under each parameter that it uses; ``names``: name in its module -> parameter."""
+    for name, parameter in names.items():
         tape.calls.setdefault(parameter, []).append((name, call))

@@ -32,6 +32,7 @@ _PROOF = 2  # examples that are checked one by one
 _TOLERANCE = 2e-3  # of a tensor's largest entry, in float32
 
 Totals = dict[nn.Parameter, Tensor]
+Moved = dict[nn.Parameter, tuple[nn.Module, str]]
 
 
 def estimate_fisher(
@@ -103,13 +104,14 @@ def estimate_fisher(
     totals: Totals = {
         p: torch.zeros_like(p, dtype=_accumulated(p), memory_format=torch.contiguous_format) for p in named
     }
-    generator, examples, reached = None, 0, set[nn.Parameter]()
+    generator, examples, moved = None, 0, Moved()
     with _evaluating(model):
         for batch in batches:
             if examples == 0:
                 task = choose(task, model, batch)
+                moved = _find_homes(model, batch, task, forward, verify and grouping == "example")
             size = _size(batch)
-            with taped(model, size, SPECIAL) as tape:
+            with taped(model, size, SPECIAL, moved) as tape:
                 outputs = run(model, batch, task, forward)
             if generator is None:
                 generator = torch.Generator(outputs.values.device).manual_seed(seed)
@@ -118,9 +120,6 @@ def estimate_fisher(
                 _add_joint(totals, outputs, columns)
             else:
                 _add_batch(totals, tape, outputs, columns)
-            reached |= tape.calls.keys()
-            if verify and examples == 0 and grouping == "example":
-                _prove(model, batch, task, forward, named)
             examples += outputs.size
     if not examples:
         raise ConfigError("a Fisher needs at least one batch of examples, found none")
@@ -181,20 +180,51 @@ def _add_joint(totals: Totals, outputs: Outputs, columns: list[Tensor]) -> None:
                 totals[parameter] += gradient.to(totals[parameter].dtype).square_()
 
 
-def _prove(model: nn.Module, batch: Batch, task: Task, forward: Forward | None, named: dict[nn.Parameter, str]) -> None:
-    """Hold the first examples' squared gradients against those that autograd gives one by one.
+def _find_homes(model: nn.Module, batch: Batch, task: Task, forward: Forward | None, verify: bool) -> Moved:
+    """Find the parameters that are used by other modules than those that hold them, by trying.
+
+    The first examples' squared gradients are held against those that autograd gives one by one. Where they differ, the
+    module around is differentiated as a whole, then the one around that, up to the model itself.
 
     Raises:
-        UnsupportedStateError: They differ: a module is called, or its parameter used, in a way that no rule knows.
+        UnsupportedStateError: They differ even then: the model mixes its examples.
     """
+    moved: Moved = {}
+    if not verify:
+        return moved
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     first = _first(batch, min(_PROOF, _size(batch)))
-    size = _size(first)
-    with taped(model, size, SPECIAL) as tape:
-        outputs = run(model, first, task, forward)
+    while wrong := _wrong(model, first, task, forward, list(names), moved):
+        for parameter in wrong:
+            home, name = moved.get(parameter, (None, ""))
+            if home is model:
+                raise UnsupportedStateError(
+                    f"the gradients of {names[parameter]} cannot be told apart example by example: the model mixes its "
+                    "examples; freeze it, or take grouping batch"
+                )
+            path = names[parameter].removesuffix(f".{name}" if name else "").rpartition(".")[0]
+            if not name:  # held by the module at path; the one around it is next
+                path = path.rpartition(".")[0]
+            within = names[parameter].removeprefix(f"{path}." if path else "")
+            moved[parameter] = (model.get_submodule(path), within)
+    return moved
+
+
+def _wrong(
+    model: nn.Module,
+    batch: Batch,
+    task: Task,
+    forward: Forward | None,
+    parameters: list[nn.Parameter],
+    moved: Moved,
+) -> list[nn.Parameter]:
+    """Return the parameters whose squared gradients are not the sum of those of each example alone."""
+    size = _size(batch)
+    with taped(model, size, SPECIAL, moved) as tape:
+        outputs = run(model, batch, task, forward)
     generator = torch.Generator(outputs.values.device).manual_seed(0)
     column = torch.randn(outputs.values.shape, generator=generator, device=outputs.values.device)
     column = column.to(outputs.values.dtype)
-    parameters = list(named)
     expected = {p: torch.zeros_like(p, dtype=_accumulated(p)) for p in parameters}
     used: set[nn.Parameter] = set()
     for n in range(size):
@@ -205,14 +235,12 @@ def _prove(model: nn.Module, batch: Batch, task: Task, forward: Forward | None, 
                 expected[parameter] += gradient.to(expected[parameter].dtype).square()
     totals = {p: torch.zeros_like(total) for p, total in expected.items()}
     _add_batch(totals, tape, outputs, [column])
+    reached = {p for p, uses in tape.calls.items() if any(call.gradient is not None for _, call in uses)}
     largest = max(float(total.max()) for total in expected.values() if total.numel())
-    for parameter in used:
-        bound = max(float(expected[parameter].max()), 1e-9 * largest)
-        if float((totals[parameter] - expected[parameter]).abs().max()) > _TOLERANCE * bound:
-            raise UnsupportedStateError(
-                f"the gradients of {named[parameter]} cannot be told apart example by example: it is used in a way "
-                "that no rule here knows; freeze it, or take grouping batch"
-            )
+    # Of what was reached, gradients that are nothing but rounding are not compared.
+    floors = {p: 1e-9 * largest if p in reached else 0.0 for p in used}
+    bounds = {p: _TOLERANCE * max(float(expected[p].max()), floors[p]) for p in used}
+    return [p for p in parameters if p in used and float((totals[p] - expected[p]).abs().max()) > bounds[p]]
 
 
 def _first(batch: Batch, count: int) -> Any:

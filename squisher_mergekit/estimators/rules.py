@@ -219,7 +219,7 @@ def _gradients(name: str, call: Call, size: int, examples: slice) -> Tensor:
     """Return the gradients of some examples, shape ``(n, *parameter)``."""
     module = call.module
     b = by_example(_gradient(call), size, call)[examples]
-    parameter = getattr(module, name)
+    parameter = module.get_parameter(name)
     if name == "bias" and (_is(module, nn.Linear) or _is_conv1d(module)):
         return _wide(b.reshape(len(b), -1, b.shape[-1])).sum(1)
     if _is_conv(module):
@@ -251,6 +251,8 @@ def _slope(name: str, call: Call) -> Tensor | None:
     None if the module is none of those where there is one.
     """
     module: Any = call.module
+    if "." in name:
+        return None
     known = isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm) or _is_rms_norm(module)
     if not known:
         return None
@@ -331,7 +333,7 @@ def _generic(name: str, call: Call, size: int, examples: slice) -> Tensor:
     found = []
     for n in range(size)[examples]:
         with torch.enable_grad():
-            parameter = getattr(module, name).detach().requires_grad_()
+            parameter = module.get_parameter(name).detach().requires_grad_()
             args, kwargs = _cut((call.args, dict(call.kwargs)), n, size)
             out = first_tensor(torch.func.functional_call(module, {**rest, name: parameter}, args, kwargs))
             assert out is not None

@@ -37,6 +37,7 @@ def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
     attention: Any = module
     table, original = attention.relative_attention_bias, attention.compute_bias
     ids: list[Tensor] = []
+    names = {name: p for name, p in table.named_parameters() if p.requires_grad}
 
     def compute_bias(*args: Any, **kwargs: Any) -> Tensor:
         handle = table.register_forward_pre_hook(lambda _, given: ids.append(given[0]))
@@ -46,7 +47,7 @@ def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
             handle.remove()
         out = bias.expand(tape.size, -1, -1, -1)
         if out.requires_grad:
-            note(tape, _BiasCall(table, (ids.pop().flatten().expand(tape.size, -1),), {}, out))
+            note(tape, _BiasCall(table, (ids.pop().flatten().expand(tape.size, -1),), {}, out), names)
         return out
 
     attention.compute_bias = compute_bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -97,7 +98,9 @@ def run(model: nn.Module, batch: Batch, task: Task, forward: Forward | None) -> 
     if forward is not None:
         found: Any = forward(model, inputs)
     elif isinstance(inputs, Mapping):
-        found = model(**inputs)
+        # A cache of keys and values, or of Mamba's states, is of no use here, and belongs to the whole batch.
+        cached = "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in inputs
+        found = model(**inputs, **({"use_cache": False} if cached else {}))
     else:
         found = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
     values = found if isinstance(found, Tensor) else found["logits"] if isinstance(found, Mapping) else found.logits
