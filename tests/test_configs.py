@@ -75,4 +75,4 @@ def test_the_hub_config_is_planned_from_a_cache(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("covers 100.0%") == 2
-    assert done.stdout.count("snapshots/" + "b" * 40) == 2
+    assert done.stdout.count("@" + "b" * 40) == 2
