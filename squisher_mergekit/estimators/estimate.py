@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.estimators.capture import Tape, taped
 from squisher_mergekit.estimators.labels import Labels
-from squisher_mergekit.estimators.rules import add_squares
+from squisher_mergekit.estimators.rules import add_outer, add_squares, outer_square
 from squisher_mergekit.estimators.special import SPECIAL
 from squisher_mergekit.estimators.tasks import Batch, Forward, Outputs, Task, choose, run
 from squisher_mergekit.fisher.config import Estimator, FisherConfig
@@ -162,11 +162,22 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _add_batch(totals: Totals, tape: Tape, outputs: Outputs, columns: list[Tensor]) -> None:
-    """Add the squares of a batch's per-example gradients, for each column."""
+    """Add the squares of a batch's per-example gradients, for each column.
+
+    Where a gradient is an outer product ``b_n a_n^T``, so is its square: the ``b_n^2`` of all columns are added up, and
+    multiplied with ``a_n^2`` once.
+    """
+    squares: dict[nn.Parameter, Tensor] = {}
     for number, column in enumerate(columns):
         tape.backward(outputs.values, column, keep=number + 1 < len(columns))
         for parameter, uses in tape.calls.items():
-            add_squares(totals[parameter], uses, tape.size)
+            b = outer_square(uses, tape.size) if len(columns) > 1 else None
+            if b is None:
+                add_squares(totals[parameter], uses, tape.size)
+            else:
+                squares[parameter] = squares[parameter].add_(b) if parameter in squares else b
+    for parameter, b in squares.items():
+        add_outer(totals[parameter], b, tape.calls[parameter], tape.size)
 
 
 def _add_joint(totals: Totals, outputs: Outputs, columns: list[Tensor]) -> None:

@@ -17,6 +17,7 @@ from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.estimators.capture import Call, first_tensor
 
 _CHUNK = 1 << 20  # entries of per-example gradients that are formed at once
+_CONVOLVED = 8  # examples that one grouped convolution takes; more are slower on a CPU
 
 Use = tuple[str, Call]
 
@@ -47,7 +48,8 @@ def add_squares(total: Tensor, uses: Sequence[Use], size: int) -> None:
     elif kinds == {"matrix", "rows"}:
         _tied_squares(total, uses, size)
     else:
-        for start in range(0, size, chunk := max(1, _CHUNK // max(total.numel(), 1))):
+        most = _CONVOLVED if all(_is_conv(call.module) for _, call in uses) else size
+        for start in range(0, size, chunk := min(most, max(1, _CHUNK // max(total.numel(), 1)))):
             examples = slice(start, min(start + chunk, size))
             gradients = sum(_gradients(name, call, size, examples) for name, call in uses)
             assert isinstance(gradients, Tensor)
@@ -144,6 +146,21 @@ def matrix_squares(total: Tensor, b: Tensor, a: Tensor) -> None:
         total += part.square_().sum(0)
 
 
+def outer_square(uses: Sequence[Use], size: int) -> Tensor | None:
+    """Return ``b_n^2``, shape ``(N, out)``, of a linear layer that is called once and sees no sequence; else None."""
+    if len(uses) != 1 or _kind(*uses[0]) != "matrix" or uses[0][1].gradient is None:
+        return None
+    b, _ = _matrix(*uses[0], size)
+    return _wide(b[:, 0].detach()).square() if b.shape[1] == 1 and not _is_conv1d(uses[0][1].module) else None
+
+
+def add_outer(total: Tensor, b_squared: Tensor, uses: Sequence[Use], size: int) -> None:
+    """Add ``sum_n b_n^2 (a_n^2)^T`` to a linear layer's total."""
+    ((_, call),) = uses
+    a = _wide(by_example(call.args[0], size, call).reshape(size, -1).detach())
+    total.addmm_(b_squared.T, a.square())
+
+
 # --- rows of a table --------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +241,8 @@ def _gradients(name: str, call: Call, size: int, examples: slice) -> Tensor:
         return _wide(b.reshape(len(b), -1, b.shape[-1])).sum(1)
     if _is_conv(module):
         return _conv_gradients(name, call, by_example(call.args[0], size, call)[examples], b)
+    if name == "bias" and _is_norm(module):
+        return _reduced(_wide(b), module, parameter)
     slope = _slope(name, call)
     if slope is not None:
         product = _wide(b) * by_example(slope, size, call)[examples]
@@ -246,18 +265,13 @@ def _reduced(product: Tensor, module: nn.Module, parameter: Tensor) -> Tensor:
 
 
 def _slope(name: str, call: Call) -> Tensor | None:
-    """Return the derivative of each output by the one entry of the parameter that scales or shifts it.
+    """Return the derivative of each output by the one entry of the weight that scales it.
 
     None if the module is none of those where there is one.
     """
     module: Any = call.module
-    if "." in name:
+    if "." in name or not _is_norm(module):
         return None
-    known = isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm) or _is_rms_norm(module)
-    if not known:
-        return None
-    if name == "bias":
-        return torch.ones_like(_wide(call.output.detach()))
     x = _wide(call.args[0].detach())
     if _is(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
@@ -268,6 +282,11 @@ def _slope(name: str, call: Call) -> Tensor | None:
             raise UnsupportedStateError("a batch norm without running statistics mixes its examples; take another norm")
         return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
     return _by_linearity(name, call)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    known = isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
+    return known or _is_rms_norm(module)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
