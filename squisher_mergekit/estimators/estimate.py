@@ -15,9 +15,11 @@ from squisher_mergekit.estimators.labels import Labels
 from squisher_mergekit.estimators.rules import add_outer, add_squares, outer_square
 from squisher_mergekit.estimators.special import SPECIAL
 from squisher_mergekit.estimators.tasks import Batch, Forward, Outputs, Task, choose, run
-from squisher_mergekit.fisher.config import Estimator, FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore
-from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.config import Coverage, Estimator, FisherConfig
+from squisher_mergekit.fisher.files import TIED, MemoryStore
+from squisher_mergekit.fisher.mapping import Fisher, TensorStore
+from squisher_mergekit.optimizers.models import describe
+from squisher_mergekit.optimizers.store import store_moments
 
 Grouping = Literal["example", "batch"]
 _NAMES: dict[tuple[Labels, Grouping], Estimator] = {
@@ -79,7 +81,7 @@ def estimate_fisher(
         verify: Hold the first two examples against gradients taken one by one.
 
     Returns:
-        The Fisher, float32 (float64 of a float64 model), by the names in memory.
+        The Fisher, float32 (float64 of a float64 model), by the names that saving the model gives its parameters.
 
     Raises:
         ConfigError: The arguments do not go together, or there is no example.
@@ -124,11 +126,29 @@ def estimate_fisher(
     if not examples:
         raise ConfigError("a Fisher needs at least one batch of examples, found none")
     scale = 1 / examples if statistic == "mean" else 1.0
-    tensors = {name: totals[p].mul_(scale) for p, name in named.items()}
+    store, aliases, adapter = _on_disk(model, {p: total.mul_(scale) for p, total in totals.items()})
     config = FisherConfig(
-        estimator=_NAMES[labels, grouping], statistic=statistic, num_examples=examples, datum="example"
+        estimator=_NAMES[labels, grouping],
+        statistic=statistic,
+        parameters="adapter" if adapter else "model",
+        num_examples=examples,
+        datum="example",
+        coverage=Coverage(**{"with": len(store.infos)}, without={other: f"{TIED}{n}" for other, n in aliases.items()}),
     )
-    return Fisher(MemoryStore(tensors), config)
+    return Fisher(store, config, aliases)
+
+
+def _on_disk(model: nn.Module, totals: Totals) -> tuple[TensorStore, Mapping[str, str], bool]:
+    """Return the tensors by their names on disk, other names of tied ones, and whether they are an adapter's."""
+    described = describe(model)
+    tensors = {described.names[id(p)]: total for p, total in totals.items()}
+    if described.adapter is not None:
+        return MemoryStore({described.adapter[name]: tensor for name, tensor in tensors.items()}), {}, True
+    bones = described.skeleton
+    store = store_moments("memory", tensors, bones, ())
+    kept = {recipe.key: name for name, recipe in store.recipes.items()}
+    aliases = {other: kept[name] for other, name in (bones.aliases if bones else {}).items() if name in kept}
+    return store, aliases, False
 
 
 def _accumulated(parameter: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher, check_shape
+from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.moments import Moment
 from squisher_mergekit.optimizers.saved import Saved
 from squisher_mergekit.optimizers.skeleton import Skeleton
@@ -18,7 +19,6 @@ from squisher_mergekit.optimizers.state import Slot
 from squisher_mergekit.optimizers.values import Stored
 from squisher_mergekit.optimizers.weights import headers
 from squisher_mergekit.training.live import LAYOUT, Facts, fisher_of
-from squisher_mergekit.training.models import describe, memory_names, unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.training.sharding import Together, is_sharded, rank
 from squisher_mergekit.training.writing import replace_fisher, to_dtype
 

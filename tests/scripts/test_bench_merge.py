@@ -24,9 +24,11 @@ def test_all_commands_run_and_are_compared_with_linear(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())
     assert set(found["samples"]) == {"read+write", "linear", "squisher", "ubgm_squisher"}
-    for [sample] in found["samples"].values():
+    for name, [sample] in found["samples"].items():
         assert sample["cpu_s"] > 0
-        assert 0 < sample["anonymous_gb"] <= sample["rss_gb"]
+        assert sample["anonymous_gb"] <= sample["rss_gb"]
+        # Reading and writing some kilobytes can be over before its memory is looked at.
+        assert sample["anonymous_gb"] > 0 or name == "read+write"
     assert "squisher: CPU" in done.stdout
     assert sorted(entry.name for entry in work.iterdir() if entry.is_dir()) == ["a", "b"]
     names = _names(work / "a", "model")
