@@ -8,7 +8,7 @@ alone loads pickles, and runs none; ``checksums`` verifies what they point to.
 From there on all go the same way. ``opening`` turns it into a Fisher: ``state`` finds the optimizers' slots,
 ``moments`` the second moment in each and ``values`` the form it is kept in; ``naming`` finds the parameter of each
 slot, or ``partition`` that of several optimizers', with the help of ``skeleton``, the model without its weights, or of
-``lora``; ``models`` knows the names of a live one; ``flat`` cuts what needs their shapes. ``store`` makes of them the tensors of ``model.safetensors``,
-``weights`` holds these against the headers there, ``updates`` against the way the weights moved, ``metadata`` writes
-down what is known.
+``lora``; ``models`` knows the names of a live one; ``flat`` cuts what needs their shapes, ``buffers`` what a trainer
+has cut. ``store`` makes of them the tensors of ``model.safetensors``, ``weights`` holds these against the headers
+there, ``updates`` against the way the weights moved, ``metadata`` writes down what is known.
 """
