@@ -12,6 +12,7 @@ from squisher_mergekit import __version__
 VERBS = {
     "extract": ("extract", "Read the optimizer state of a checkpoint into a Fisher."),
     "inspect": ("inspect", "Show what a Fisher holds: config, coverage, a table of its tensors."),
+    "estimate": ("estimate", "Estimate a Fisher from data, where there is no optimizer state."),
     "compare": ("compare", "Show how two Fishers agree: rank correlation, scale, zeros."),
     "push": ("push", "Publish a Fisher on the Hugging Face Hub."),
     "pull": ("pull", "Fetch a Fisher from the Hugging Face Hub."),

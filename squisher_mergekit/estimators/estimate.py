@@ -94,10 +94,7 @@ def estimate_fisher(
         >>> estimate_fisher(model, [(x, y)], task="regression")["weight"]
         tensor([[ 9., 36.]])
     """
-    if (labels, grouping) not in _NAMES:
-        raise ConfigError(
-            f"grouping batch needs labels true or sampled, found {labels}: of the others it has no meaning of its own"
-        )
+    check_kind(labels, grouping)
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ConfigError(f"num_samples must be a whole number of at least 1, found {num_samples!r}")
     named = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -136,6 +133,18 @@ def estimate_fisher(
         coverage=Coverage(**{"with": len(store.infos)}, without={other: f"{TIED}{n}" for other, n in aliases.items()}),
     )
     return Fisher(store, config, aliases)
+
+
+def check_kind(labels: Labels, grouping: Grouping) -> None:
+    """Refuse labels and a grouping that do not go together.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    if (labels, grouping) not in _NAMES:
+        raise ConfigError(
+            f"grouping batch needs labels true or sampled, found {labels}: of the others it has no meaning of its own"
+        )
 
 
 def _on_disk(model: nn.Module, totals: Totals) -> tuple[TensorStore, Mapping[str, str], bool]:

@@ -1,0 +1,147 @@
+"""``squisher estimate``: saved models, files of rows, and the Fisher that comes of them."""
+
+import csv
+import json
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from squisher_mergekit import load_fisher
+from squisher_mergekit.cli.main import main
+from squisher_mergekit.estimators.estimate import estimate_fisher
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far"]
+ROWS = [
+    ("the cat sat on the mat", "far", 0), ("a dog ran", "the mat", 2), ("far far far", "a cat", 1),
+    ("the dog", "sat", 1), ("a cat ran far on the mat", "a dog", 0),
+]  # fmt: skip
+SMALL = {"vocab_size": 14, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 19}
+
+
+def _tokenizer():
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, mask_token="[MASK]", **names)
+
+
+MODELS = {
+    "classification": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(**SMALL, num_labels=3, max_position_embeddings=32)
+    ),
+    "causal-lm": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=3)),
+    "masked-lm": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, max_position_embeddings=32)),
+    "seq2seq": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=14, d_model=12, d_kv=4, d_ff=19, num_layers=1, num_heads=3, decoder_start_token_id=0
+        )
+    ),
+}
+
+
+@pytest.fixture(params=MODELS)
+def saved(request, tmp_path):
+    """A small model of a task, saved with its tokenizer."""
+    torch.manual_seed(3)
+    model = MODELS[request.param]()
+    model.save_pretrained(tmp_path / "model")
+    _tokenizer().save_pretrained(tmp_path / "model")
+    return request.param, model, tmp_path / "model"
+
+
+def _write(path, names=("text", "target", "label")):
+    rows = [dict(zip(names, row, strict=True)) for row in ROWS]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, names)
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def _run(*arguments):
+    return CliRunner().invoke(main, ["estimate", *map(str, arguments), "--quiet"])
+
+
+def _by_hand(task, model):
+    """What estimate_fisher makes of the same rows, tokenized one by one without padding."""
+    tokenizer, made = _tokenizer(), []
+    for text, target, label in ROWS:
+        batch = dict(tokenizer([text], return_tensors="pt"))
+        if task == "classification":
+            batch["labels"] = torch.tensor([label])
+        else:
+            batch["labels"] = (
+                tokenizer([target], return_tensors="pt")["input_ids"] if task == "seq2seq" else batch["input_ids"]
+            )
+        made.append(batch)
+    return estimate_fisher(model, made, task=task)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_file_of_rows_gives_the_fisher_of_these_rows(saved, kind, tmp_path):
+    """Padded batches of two give what single rows give; names and fingerprint are those of the saved weights."""
+    task, model, folder = saved
+    data, out = _write(tmp_path / f"rows.{kind}"), tmp_path / "fisher"
+    done = _run(folder, "--task", task, "--data", data, "--batch-size", 2, "-o", out)
+    assert done.exit_code == 0, done.output
+    fisher = load_fisher(out, model=folder)
+    assert (fisher.config.estimator, fisher.config.num_examples, fisher.config.statistic) == ("empirical", 5, "mean")
+    assert fisher.config.weights_fingerprint.startswith("fp1:")
+    if task == "masked-lm":  # masks are drawn batch by batch
+        assert set(fisher) <= set(load_file(folder / "model.safetensors"))
+        return
+    expected = _by_hand(task, model)
+    assert set(fisher) == set(expected)
+    largest = max(float(tensor.max()) for tensor in expected.values())
+    for name, tensor in expected.items():
+        # Gradients that vanish by symmetry, of keys' biases, are rounding alone.
+        atol = max(1e-5 * float(tensor.max()), 1e-12 * largest)
+        torch.testing.assert_close(fisher[name], tensor, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--data": "nowhere.jsonl"}, "cannot be read"),
+        ({"--text-column": "body"}, "must have a column for the text, found text, target, label"),
+        ({"MODEL": "no/such"}, "must be a model for classification"),
+        ({"--labels": "predicted", "--joint": None}, "grouping batch needs labels true or sampled"),
+    ],
+)
+def test_what_is_missing_is_refused_in_one_line(change, words, tmp_path, monkeypatch):
+    """A missing file, column or model and labels that do not go together: exit code 1, one line, nothing left."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    MODELS["classification"]().save_pretrained(tmp_path / "model")
+    _tokenizer().save_pretrained(tmp_path / "model")
+    options = {"--task": "classification", "--data": _write(tmp_path / "rows.jsonl"), "-o": tmp_path / "out"} | change
+    model = options.pop("MODEL", tmp_path / "model")
+    flat = [part for key, value in options.items() for part in ((key,) if value is None else (key, value))]
+    done = _run(model, *flat)
+    assert done.exit_code == 1, done.output
+    assert words in done.output
+    assert done.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_exact_labels_of_tokens_are_refused(tmp_path):
+    """The expectation over all tokens would take a pass for each: the cure is sampling."""
+    MODELS["causal-lm"]().save_pretrained(tmp_path / "model")
+    _tokenizer().save_pretrained(tmp_path / "model")
+    data = _write(tmp_path / "rows.jsonl")
+    done = _run(tmp_path / "model", "--task", "causal-lm", "--data", data, "--labels", "exact", "-o", tmp_path / "out")
+    assert (done.exit_code, "take labels sampled" in done.output) == (1, True)
