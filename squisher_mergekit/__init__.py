@@ -11,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from squisher_mergekit.estimators.estimate import estimate_fisher
     from squisher_mergekit.fisher.config import FisherConfig
     from squisher_mergekit.fisher.mapping import Fisher
     from squisher_mergekit.optimizers.load import extract, load_fisher
@@ -25,6 +26,7 @@ __all__ = [
     "GradientSquares",
     "SquisherCallback",
     "__version__",
+    "estimate_fisher",
     "extract",
     "load_fisher",
     "save_squisher",
@@ -35,6 +37,7 @@ _HOMES = {
     "FisherConfig": "squisher_mergekit.fisher.config",
     "GradientSquares": "squisher_mergekit.training.gradients",
     "SquisherCallback": "squisher_mergekit.training.callback",
+    "estimate_fisher": "squisher_mergekit.estimators.estimate",
     "extract": "squisher_mergekit.optimizers.load",
     "load_fisher": "squisher_mergekit.optimizers.load",
     "save_squisher": "squisher_mergekit.training.writing",

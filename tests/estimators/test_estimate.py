@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.estimators.estimate import estimate_fisher
@@ -278,3 +279,93 @@ def test_frozen_parameters_are_left_out():
     part = estimate_fisher(model, [batch])
     assert set(part) == {"2.weight", "2.bias"}
     assert all(torch.equal(part[name], whole[name]) for name in part)
+
+
+def test_a_vision_transformer_matches_the_oracle():
+    """Class token and position embeddings, which no layer holds, included."""
+    torch.manual_seed(8)
+    config = tf.ViTConfig(
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=19, image_size=6, patch_size=2,
+        num_labels=3,
+    )  # fmt: skip
+    model = tf.ViTForImageClassification(config).double()
+    batch = {"pixel_values": torch.randn(5, 3, 6, 6).double(), "labels": torch.tensor([0, 2, 1, 1, 0])}
+    fisher = estimate_fisher(model, [batch], statistic="sum")
+    _assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"), model=model)
+
+
+class _TextTower(nn.Module):
+    """CLIP's text model with a classifier on top."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = tf.CLIPTextModel(tf.CLIPTextConfig(**SMALL, intermediate_size=19, max_position_embeddings=17))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, ids):
+        return self.head(self.tower(input_ids=ids).pooler_output)
+
+
+def test_clips_text_tower_matches_the_oracle():
+    """Within a model of the user's own, given pairs of inputs and labels."""
+    torch.manual_seed(9)
+    model = _TextTower().double()
+    batch = (_ids(29), torch.tensor([0, 2, 1, 1, 0]))
+    fisher = estimate_fisher(model, [batch], task="classification", statistic="sum")
+    _assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks transformers so
+def test_of_a_lora_the_adapter_alone_has_a_fisher():
+    """Names are those in adapter_model.safetensors, values the oracle's for A and B."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(10)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(_model("llama").float(), lora).double()
+    batch = _batch("causal-lm")
+    fisher = estimate_fisher(model, [batch], task="causal-lm", statistic="sum")
+    expected = oracle.fisher(model, [batch], oracle.tokens("causal-lm", "true"), "example")
+    assert fisher.config.parameters == "adapter"
+    _assert_close(fisher, {name.replace(".default", ""): tensor for name, tensor in expected.items()})
+
+
+def test_under_autocast_squares_are_still_float32():
+    """In bfloat16 the entries are within its precision of the float32 ones, and none is lost to a narrow square."""
+    torch.manual_seed(11)
+    model, batch = _model("bert").float(), _batch("classification")
+    exact = estimate_fisher(model, [batch])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = estimate_fisher(model, [batch], verify=False)
+    for name in (
+        "bert.encoder.layer.0.output.dense.weight",
+        "classifier.weight",
+        "bert.encoder.layer.1.output.LayerNorm.weight",
+    ):
+        assert narrow[name].dtype == torch.float32
+        relative = (narrow[name] - exact[name]).norm() / exact[name].norm()
+        assert relative < 0.05, (name, relative)
+
+
+class _Checkpointed(nn.Module):
+    """Forgets what is inside a block, and computes it again in the backward pass."""
+
+    def __init__(self, forgets):
+        super().__init__()
+        self.forgets = forgets
+        self.block = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 7))
+        self.out = nn.Linear(7, 3)
+
+    def forward(self, x):
+        hidden = checkpoint(self.block, x, use_reentrant=False) if self.forgets else self.block(x)
+        return self.out(hidden)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    """Activations that are computed again give the same entries, bit for bit."""
+    torch.manual_seed(12)
+    models = [_Checkpointed(True), _Checkpointed(False)]
+    models[1].load_state_dict(models[0].state_dict())
+    batch = (torch.randn(5, 7), torch.randint(3, (5,)))
+    for labels in ("true", "exact"):
+        again, whole = (estimate_fisher(model, [batch], labels) for model in models)
+        assert all(torch.equal(again[name], whole[name]) for name in whole)
