@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from squisher_mergekit.fisher.config import FisherConfig
     from squisher_mergekit.fisher.mapping import Fisher
     from squisher_mergekit.optimizers.load import extract, load_fisher
+    from squisher_mergekit.training.average import FisherAverage
     from squisher_mergekit.training.callback import SquisherCallback
     from squisher_mergekit.training.gradients import GradientSquares
     from squisher_mergekit.training.writing import save_squisher
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Fisher",
+    "FisherAverage",
     "FisherConfig",
     "GradientSquares",
     "SquisherCallback",
@@ -34,6 +36,7 @@ __all__ = [
 
 _HOMES = {
     "Fisher": "squisher_mergekit.fisher.mapping",
+    "FisherAverage": "squisher_mergekit.training.average",
     "FisherConfig": "squisher_mergekit.fisher.config",
     "GradientSquares": "squisher_mergekit.training.gradients",
     "SquisherCallback": "squisher_mergekit.training.callback",

@@ -94,45 +94,101 @@ def estimate_fisher(
         >>> estimate_fisher(model, [(x, y)], task="regression")["weight"]
         tensor([[ 9., 36.]])
     """
-    check_kind(labels, grouping)
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ConfigError(f"num_samples must be a whole number of at least 1, found {num_samples!r}")
-    named = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not named:
-        raise ConfigError("a Fisher needs parameters that ask for a gradient, but all are frozen; set requires_grad")
-    totals: Totals = {
-        p: torch.zeros_like(p, dtype=_accumulated(p), memory_format=torch.contiguous_format) for p in named
-    }
-    generator, examples, moved = None, 0, Moved()
-    with _evaluating(model):
-        for batch in batches:
-            if examples == 0:
-                task = choose(task, model, batch)
-                moved = _find_homes(model, batch, task, forward, verify and grouping == "example")
-            size = _size(batch)
-            with taped(model, size, SPECIAL, moved) as tape:
-                outputs = run(model, batch, task, forward)
-            if generator is None:
-                generator = torch.Generator(outputs.values.device).manual_seed(seed)
-            columns = list(outputs.columns(labels, num_samples, noise, generator))
-            if grouping == "batch":
-                _add_joint(totals, outputs, columns)
-            else:
-                _add_batch(totals, tape, outputs, columns)
-            examples += outputs.size
-    if not examples:
+    sums = Sums(model, labels, grouping, num_samples, task, forward, noise, seed, verify)
+    for batch in batches:
+        sums.add(batch)
+    if not sums.examples:
         raise ConfigError("a Fisher needs at least one batch of examples, found none")
-    scale = 1 / examples if statistic == "mean" else 1.0
-    store, aliases, adapter = _on_disk(model, {p: total.mul_(scale) for p, total in totals.items()})
-    config = FisherConfig(
-        estimator=_NAMES[labels, grouping],
-        statistic=statistic,
-        parameters="adapter" if adapter else "model",
-        num_examples=examples,
-        datum="example",
-        coverage=Coverage(**{"with": len(store.infos)}, without={other: f"{TIED}{n}" for other, n in aliases.items()}),
-    )
-    return Fisher(store, config, aliases)
+    scale = 1 / sums.examples if statistic == "mean" else 1.0
+    return sums.fisher(scale, statistic=statistic, num_examples=sums.examples, datum="example")
+
+
+class Sums:
+    """Sums of squared gradients over batches; see :func:`estimate_fisher` for the arguments.
+
+    ``totals``: parameter -> sum, shaped like it. ``examples``: how many have been added.
+
+    Raises:
+        ConfigError: The arguments do not go together, or nothing is to be trained.
+
+    Example:
+        >>> sums = Sums(nn.Linear(2, 1), task="regression")
+        >>> sums.add((torch.ones(3, 2), torch.zeros(3, 1)))
+        >>> sums.examples
+        3
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: Labels = "true",
+        grouping: Grouping = "example",
+        num_samples: int = 1,
+        task: Task = "auto",
+        forward: Forward | None = None,
+        noise: float = 1.0,
+        seed: int = 0,
+        verify: bool = True,
+    ) -> None:
+        check_kind(labels, grouping)
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ConfigError(f"num_samples must be a whole number of at least 1, found {num_samples!r}")
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ConfigError(
+                "a Fisher needs parameters that ask for a gradient, but all are frozen; set requires_grad"
+            )
+        contiguous = torch.contiguous_format
+        self.model = model
+        self.totals: Totals = {
+            p: torch.zeros_like(p, dtype=_accumulated(p), memory_format=contiguous) for p in parameters
+        }
+        self.examples = 0
+        self._labels, self._grouping, self._draws = labels, grouping, num_samples
+        self._task, self._forward, self._noise, self._seed = task, forward, noise, seed
+        self._verify = verify and grouping == "example"
+        self._generator: torch.Generator | None = None
+        self._moved: Moved | None = None
+
+    def add(self, batch: Batch) -> None:
+        """Add the squared gradients of a batch.
+
+        Raises:
+            ConfigError: It lacks something.
+            UnsupportedStateError: The model mixes its examples.
+        """
+        with _evaluating(self.model):
+            if self._moved is None:
+                self._task = choose(self._task, self.model, batch)
+                self._moved = _find_homes(self.model, batch, self._task, self._forward, self._verify)
+            with taped(self.model, _size(batch), SPECIAL, self._moved) as tape:
+                outputs = run(self.model, batch, self._task, self._forward)
+            if self._generator is None:
+                self._generator = torch.Generator(outputs.values.device).manual_seed(self._seed)
+            columns = list(outputs.columns(self._labels, self._draws, self._noise, self._generator))
+            if self._grouping == "batch":
+                _add_joint(self.totals, outputs, columns)
+            else:
+                _add_batch(self.totals, tape, outputs, columns)
+        self.examples += outputs.size
+
+    def fisher(self, scale: float = 1.0, **known: Any) -> Fisher:
+        """Return the sums, times a scale, by the names on disk.
+
+        Args:
+            scale: Factor.
+            known: Further keys of the metadata.
+        """
+        store, aliases, adapter = _on_disk(self.model, {p: total * scale for p, total in self.totals.items()})
+        config = FisherConfig(
+            estimator=_NAMES[self._labels, self._grouping],
+            parameters="adapter" if adapter else "model",
+            coverage=Coverage(
+                **{"with": len(store.infos)}, without={other: f"{TIED}{name}" for other, name in aliases.items()}
+            ),
+            **known,
+        )
+        return Fisher(store, config, aliases)
 
 
 def check_kind(labels: Labels, grouping: Grouping) -> None:

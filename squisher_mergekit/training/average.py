@@ -1,0 +1,136 @@
+"""A moving average of the per-example Fisher, kept while training."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from squisher_mergekit.errors import ConfigError, SquisherError
+from squisher_mergekit.estimators.estimate import Sums
+from squisher_mergekit.estimators.labels import Labels
+from squisher_mergekit.fisher.config import OptimizerInfo
+from squisher_mergekit.fisher.fingerprint import fingerprint
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.optimizers.models import unwrap_model
+from squisher_mergekit.training.sharding import rank
+from squisher_mergekit.training.writing import replace_fisher, to_dtype
+
+LOG = logging.getLogger("squisher_mergekit")
+AVERAGE_FOLDER = "fisher_average"
+
+
+class FisherAverage(TrainerCallback):  # type: ignore[misc]
+    """Keeps ``F = beta F + (1 - beta) mean_n g_n^2`` over a share of the batches, for the Hugging Face Trainer.
+
+    Adam squares the mean gradient of a batch; this squares the gradient of each example. It costs an extra pass over
+    the batches that it looks at: with a share of 0.05 about a twentieth more time, of which a forward pass is a third.
+    Written into ``fisher_average`` in each checkpoint and in the output folder, by the first process, from the batches
+    that this one sees.
+
+    Args:
+        beta: Decay a batch.
+        share: Of the optimizer's steps, of which the first batch is looked at.
+        labels: ``true`` or ``sampled``, see :func:`~squisher_mergekit.estimate_fisher`.
+        dtype: float32 or bfloat16, of the file.
+        compress: As for :func:`~squisher_mergekit.extract`.
+
+    Raises:
+        ConfigError: An argument is out of its range.
+
+    Source: the moving average of the true Fisher that the paper names as future work (Section 5).
+
+    Example:
+        >>> callback = FisherAverage(beta=0.9, share=0.1)
+        >>> # Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.95,
+        share: float = 0.05,
+        labels: Labels = "true",
+        dtype: torch.dtype | str = torch.float32,
+        compress: str | None = None,
+    ) -> None:
+        if not 0 < beta < 1:
+            raise ConfigError(f"beta must be between 0 and 1, found {beta}")
+        if not 0 < share <= 1:
+            raise ConfigError(f"share must be above 0 and at most 1, found {share}")
+        self.beta, self.every, self.labels = beta, max(1, round(1 / share)), labels
+        self.dtype, self.compress = to_dtype(dtype), compress
+        self.updates = 0
+        self._sums: Sums | None = None
+        self._average: dict[nn.Parameter, Tensor] = {}
+        self._batch: dict[str, Any] | None = None
+        self._due = False
+        self._hook: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at what the model is given from now on."""
+        model = unwrap_model(kwargs["model"])
+        self._sums = Sums(model, self.labels, seed=args.seed)
+        self._average = {p: torch.zeros_like(total) for p, total in self._sums.totals.items()}
+        self.updates = 0
+        self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See whether this step's first batch is to be kept."""
+        self._due = state.global_step % self.every == 0
+        self._batch = None
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._due and module.training and not args:
+            self._batch = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+            self._due = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the batch into the average, at the weights that its gradient is of."""
+        batch, sums, self._batch = self._batch, self._sums, None
+        if batch is None or sums is None:
+            return
+        before = sums.examples
+        for total in sums.totals.values():
+            total.zero_()
+        sums.add(batch)
+        for parameter, total in sums.totals.items():
+            self._average[parameter].lerp_(total.div_(sums.examples - before), 1 - self.beta)
+        self.updates += 1
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write into the checkpoint."""
+        self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write into the output folder."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._write(Path(args.output_dir))
+
+    def fisher(self) -> Fisher:
+        """Return the average as it is now.
+
+        Raises:
+            ConfigError: No batch has been seen.
+        """
+        if self._sums is None or not self.updates:
+            raise ConfigError("an average needs at least one batch, and none was seen; train first")
+        for parameter, average in self._average.items():
+            self._sums.totals[parameter].copy_(average)
+        return self._sums.fisher(
+            statistic="ema", steps=self.updates, optimizer=OptimizerInfo(beta2=self.beta), datum="example"
+        )
+
+    def _write(self, folder: Path) -> None:
+        if rank() or not self.updates:
+            return
+        try:
+            fisher = self.fisher()
+            mark = fingerprint(folder) if folder.is_dir() else None
+            fisher.config = fisher.config.model_copy(update={"weights_fingerprint": mark})
+            replace_fisher(fisher, folder / AVERAGE_FOLDER, self.dtype, self.compress)
+        except (SquisherError, OSError) as error:  # training is worth more than its Fisher
+            LOG.warning("no average of the Fisher could be written to %s: %s", folder, error)
