@@ -87,8 +87,8 @@ def restructured(data: bytes, chance: random.Random) -> bytes:
         file.flush()
         whole = [own(pickles.load(Path(file.name)))]
     places = [*walk(whole)]
-    for _ in range(chance.choice((1, 1, 3))):
-        container, key = chance.choice(places)
+    # Each at most once: numbers made whole and then floats again would be other numbers, and nothing would tell.
+    for container, key in chance.sample(places, min(len(places), chance.choice((1, 1, 3)))):
         if key in container if isinstance(container, dict) else key < len(container):
             spoil(container, key, chance)
     out = io.BytesIO()
