@@ -67,12 +67,17 @@ class SafetensorsStore:
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, a view of the mapped file."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         file = self._file_of[name]
-        if file not in self._open:
-            self._open[file] = safe_open(str(file), framework="pt", device="cpu")
-        tensor: torch.Tensor = self._open[file].get_tensor(name)
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(str(file), framework="pt", device="cpu")
+            tensor: torch.Tensor = self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(
+                f"{file} must be a whole safetensors file, but {name} cannot be read ({error!s:.100}); copy it again"
+            ) from error
         return tensor
 
 

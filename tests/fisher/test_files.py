@@ -12,6 +12,7 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundErro
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import (
     MemoryStore,
+    SafetensorsStore,
     has_fisher,
     read_fisher,
     safetensors_files,
@@ -267,3 +268,15 @@ def test_headers_tell_shape_dtype_and_bytes(tmp_path):
         "b": ((7,), torch.bfloat16, 14),
         "c": ((2,), torch.int64, 16),
     }
+
+
+def test_a_header_that_lies_about_places_is_refused_when_read(tmp_path):
+    """Offsets that overlap end where the file does, and are found by the library alone: the error is ours."""
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(4), "b": torch.ones(4)}, file)
+    file.write_bytes(file.read_bytes().replace(b"[0,16]", b"[0,12]"))
+    store = SafetensorsStore([file], "here")
+    with pytest.raises(
+        CorruptFileError, match=r"x\.safetensors must be a whole safetensors file, but a cannot be read"
+    ):
+        store.read("a")
