@@ -269,7 +269,9 @@ def _stage_3(
     ends = [sum(flat.numel() for flat in masters[0][: k + 1]) for k in range(count)]
     for name, shape in (item for group in groups for item in group.items()):
         share = -(-shape.numel() // len(ranks))
-        number = next(k for k, end in enumerate(ends) if offset < end)
+        number = next((k for k, end in enumerate(ends) if offset < end), None)
+        if number is None:
+            raise ValueError("buffers that end before their parameters do")
         master[name] = _gather(masters, offset, share, shape)
         state[name] = {
             key: _gather([[one[k][key] for k in range(count)] for one in states], offset, share, shape)
