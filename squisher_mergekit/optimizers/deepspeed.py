@@ -269,15 +269,15 @@ def _stage_3(
     ends = [sum(flat.numel() for flat in masters[0][: k + 1]) for k in range(count)]
     for name, shape in (item for group in groups for item in group.items()):
         share = -(-shape.numel() // len(ranks))
-        number = next((k for k, end in enumerate(ends) if offset < end), None)
-        if number is None:
+        if offset >= ends[-1]:
             raise ValueError("buffers that end before their parameters do")
+        part = next(k for k, end in enumerate(ends) if offset < end)
         master[name] = _gather(masters, offset, share, shape)
         state[name] = {
             key: _gather([[one[k][key] for k in range(count)] for one in states], offset, share, shape)
             if flat
             else value
-            for key, value, flat in entries(states[0][number])
+            for key, value, flat in entries(states[0][part])
         }
         offset += share
     return {"state": state, "param_groups": named_groups(settings, groups)}, master
