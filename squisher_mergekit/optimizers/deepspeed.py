@@ -19,7 +19,8 @@ from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedErr
 from squisher_mergekit.optimizers import pickles
 from squisher_mergekit.optimizers.buffers import check_lengths, cut, entries, prove
 from squisher_mergekit.optimizers.checksums import Checksums
-from squisher_mergekit.optimizers.saved import Saved, unverified
+from squisher_mergekit.optimizers.saved import Saved
+from squisher_mergekit.optimizers.steps import tagged
 from squisher_mergekit.optimizers.torch_file import is_state
 from squisher_mergekit.optimizers.values import Slices
 
@@ -35,11 +36,9 @@ def find(folder: Path) -> Path | None:
     """Return the folder of a step: this one, the one that ``latest`` names, or the last ``global_stepN`` in it."""
     if _is_step(folder):
         return folder
-    latest = folder / "latest"
-    if latest.is_file() and latest.stat().st_size < 256:
-        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-        if Path(tag).name == tag and _is_step(folder / tag):
-            return folder / tag
+    latest = tagged(folder, "latest")
+    if latest is not None and _is_step(latest):
+        return latest
     steps = {int(m[1]): path for path in folder.glob("global_step*") if (m := _TAG.fullmatch(path.name))}
     return next((steps[step] for step in sorted(steps, reverse=True) if _is_step(steps[step])), None)
 
@@ -52,19 +51,17 @@ def read(folder: Path, verify: bool) -> Saved:
         MismatchError: What was cut out for a parameter is not its weights.
         RefusedError: A file cannot be read safely, or is of a kind that cannot be cut.
     """
-    if folder.is_file():
-        folder = folder.parent
-    checksums = Checksums()
-    note = checksums if verify else None
+    checksums = Checksums(verify)
     model_file = model_files(folder)[0]
-    model = pickles.load(model_file, note)
+    model = pickles.load(model_file, checksums)
     if not isinstance(model, Mapping):
         raise CorruptFileError(f"{model_file} must hold DeepSpeed's states of a model; copy it again")
     files = _optim_files(folder)
-    verified = checksums.verify if verify else unverified
     if not files:  # without ZeRO the optimizer lies with the model
-        return Saved(folder, (_without_zero(model, folder),), module_of(model), "deepspeed", known_of(model), verified)
-    ranks = [_optimizer(pickles.load(file, note), file) for file in files]
+        return Saved(
+            folder, (_without_zero(model, folder),), module_of(model), "deepspeed", known_of(model), checksums.verify
+        )
+    ranks = [_optimizer(pickles.load(file, checksums), file) for file in files]
     _check_ranks(ranks, model, folder)
     try:
         stage = _stage_3 if "fp32_flat_groups" in ranks[0] else _stage_2
@@ -79,7 +76,7 @@ def read(folder: Path, verify: bool) -> Saved:
     module = module_of(model)
     if module is not None:
         prove(masters, module, folder)
-    return Saved(folder, (state,), module, "deepspeed", known, verified, masters)
+    return Saved(folder, (state,), module, "deepspeed", known, checksums.verify, masters)
 
 
 def _without_zero(model: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
 """IVON's Hessian: one flat tensor for each group, cut when the shapes of the parameters are known."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -60,7 +61,7 @@ def cut(state: OptimizerState, shapes: Sequence[tuple[int, ...]]) -> OptimizerSt
             for slot in group:
                 shape = next(rest)
                 slots.append(_cut(slot, offset, shape))
-                offset += Parameter("", shape).numel
+                offset += math.prod(shape)
             if group and group[0].flat is not None and offset != group[0].flat.numel():
                 raise NamingError(
                     f"the parameters named must have the {group[0].flat.numel()} entries of the flat tensor in "
@@ -74,7 +75,7 @@ def cut(state: OptimizerState, shapes: Sequence[tuple[int, ...]]) -> OptimizerSt
 def _cut(slot: Slot, offset: int, shape: tuple[int, ...]) -> Slot:
     if slot.flat is None:
         return slot
-    numel = Parameter("", shape).numel
+    numel = math.prod(shape)
     tensor = Slices(((slot.flat, offset, numel),), torch.Size(shape))
     return replace(slot, tensor=tensor, shape=shape, flat=None)
 

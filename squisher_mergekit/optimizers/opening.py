@@ -131,7 +131,11 @@ def _earlier(folder: Path) -> Path | None:
     """Return the checkpoint before this one in its run, if it has weights."""
     steps = steps_in(folder.parent) if STEP.fullmatch(folder.name) else {}
     number = next((step for step, path in steps.items() if path == folder), None)
-    return next((path for step, path in steps.items() if number is not None and step < number and headers(path)), None)
+    before = [path for step, path in steps.items() if number is not None and step < number]
+    try:
+        return next((path for path in before if headers(path)), None)
+    except CorruptFileError:  # what another checkpoint lacks is no fault of this one
+        return None
 
 
 def _find(file: Path, model: Path | None) -> Place:

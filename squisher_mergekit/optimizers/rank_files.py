@@ -18,7 +18,7 @@ from squisher_mergekit.errors import CorruptFileError, NotFoundError, Unsupporte
 from squisher_mergekit.optimizers import pickles
 from squisher_mergekit.optimizers.checksums import Checksums
 from squisher_mergekit.optimizers.pickles import Sharded
-from squisher_mergekit.optimizers.saved import Saved, unverified
+from squisher_mergekit.optimizers.saved import Saved
 from squisher_mergekit.optimizers.torch_file import is_state
 from squisher_mergekit.optimizers.values import Joined, Stored
 
@@ -38,16 +38,16 @@ def read(file: Path, verify: bool) -> Saved:
         NotFoundError: The file of a rank is missing.
         RefusedError: A file cannot be read safely, or the files do not belong together.
     """
-    folder, checksums = file.parent, Checksums()
+    folder, checksums = file.parent, Checksums(verify)
     states: list[Mapping[str, Any]] = []
     while files := _files(folder, len(states)):
         with _shards_allowed():
-            loaded = {rank: pickles.load(path, checksums if verify else None) for rank, path in sorted(files.items())}
+            loaded = {rank: pickles.load(path, checksums) for rank, path in sorted(files.items())}
         for rank, state in loaded.items():
             if not is_state(state):
                 raise CorruptFileError(f"{files[rank]} must hold an optimizer's state_dict, found none; copy it again")
         states.append(_joined(loaded, files[min(files)]))
-    return Saved(file, tuple(states), layout="accelerate-fsdp", verify=checksums.verify if verify else unverified)
+    return Saved(file, tuple(states), layout="accelerate-fsdp", verify=checksums.verify)
 
 
 def _files(folder: Path, number: int) -> dict[int, Path]:

@@ -44,13 +44,12 @@ def read(file: Path, verify: bool) -> Saved:
     Raises:
         RefusedError: It cannot be read safely, or holds no optimizer's state.
     """
-    checksums = Checksums()
-    note = checksums if verify else None
+    checksums = Checksums(verify)
     more = []
     if file.name == "optimizer.bin":
         paths = [path for path in file.parent.iterdir() if re.fullmatch(r"optimizer_\d+\.bin", path.name)]
-        more = [pickles.load(path, note) for path in sorted(paths, key=lambda path: (len(path.name), path.name))]
-    return content(pickles.load(file, note), file, more, checksums.verify if verify else unverified)
+        more = [pickles.load(path, checksums) for path in sorted(paths, key=lambda path: (len(path.name), path.name))]
+    return content(pickles.load(file, checksums), file, more, checksums.verify)
 
 
 def content(loaded: Any, file: Path, more: Sequence[Any] = (), verify: Callable[[Tensor], None] = unverified) -> Saved:

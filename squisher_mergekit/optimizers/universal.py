@@ -18,7 +18,8 @@ from squisher_mergekit.optimizers.deepspeed import (
     positive,
     shapes_of,
 )
-from squisher_mergekit.optimizers.saved import Saved, unverified
+from squisher_mergekit.optimizers.saved import Saved
+from squisher_mergekit.optimizers.steps import tagged
 from squisher_mergekit.optimizers.values import Slices
 
 _SETTINGS = "optimizer_state.pt"
@@ -29,11 +30,9 @@ def find(folder: Path) -> Path | None:
     """Return the folder with ``zero``: this one, the one that ``latest_universal`` names, or the last in it."""
     if _is_universal(folder):
         return folder
-    latest = folder / "latest_universal"
-    if latest.is_file() and latest.stat().st_size < 256:
-        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-        if Path(tag).name == tag and _is_universal(folder / tag):
-            return folder / tag
+    latest = tagged(folder, "latest_universal")
+    if latest is not None and _is_universal(latest):
+        return latest
     found = sorted((path for path in folder.glob("*_universal") if _is_universal(path)), key=lambda p: (len(p.name), p))
     return found[-1] if found else None
 
@@ -45,11 +44,10 @@ def read(folder: Path, verify: bool) -> Saved:
         MismatchError: The float32 weights saved with a second moment are not those of the model.
         RefusedError: A file cannot be read safely, or is missing.
     """
-    checksums = Checksums()
-    note = checksums if verify else None
+    checksums = Checksums(verify)
     model_file = model_files(folder)[0]
-    model = pickles.load(model_file, note)
-    loaded = pickles.load(folder / "zero" / _SETTINGS, note)
+    model = pickles.load(model_file, checksums)
+    loaded = pickles.load(folder / "zero" / _SETTINGS, checksums)
     if not isinstance(model, Mapping) or not isinstance(loaded, Mapping):
         raise CorruptFileError(f"{model_file.name} and {_SETTINGS} in {folder} must hold mappings; copy them again")
     module, groups = module_of(model) or {}, shapes_of(model, folder)
@@ -59,7 +57,7 @@ def read(folder: Path, verify: bool) -> Saved:
     state: dict[str, Any] = {}
     masters: dict[str, Slices] = {}
     for name, shape in (item for group in groups for item in group.items()):
-        state[name] = _entries(folder / "zero" / name, note, folder)
+        state[name] = _entries(folder / "zero" / name, checksums, folder)
         master = state[name].pop(_MASTER, None)
         if state[name]:
             state[name].setdefault("step", _steps(model))
@@ -81,7 +79,7 @@ def read(folder: Path, verify: bool) -> Saved:
         module or None,
         "deepspeed-universal",
         known,
-        checksums.verify if verify else unverified,
+        checksums.verify,
         masters,
     )
 
@@ -96,12 +94,12 @@ def _is_universal(folder: Path) -> bool:
     return (folder / "zero" / _SETTINGS).is_file()
 
 
-def _entries(folder: Path, note: Checksums | None, place: Path) -> dict[str, Any]:
+def _entries(folder: Path, checksums: Checksums, place: Path) -> dict[str, Any]:
     """Return key -> tensor of one parameter; empty if it was never stepped."""
     if folder.parent != place / "zero" or not folder.is_dir():
         raise NotFoundError(f"{place / 'zero'} must have a folder for each parameter, but {folder.name} is missing")
     entries: dict[str, Any] = {}
     for file in sorted(folder.glob("*.pt")):
-        loaded = pickles.load(file, note)
+        loaded = pickles.load(file, checksums)
         entries[file.stem] = loaded.get("param") if isinstance(loaded, Mapping) else loaded
     return entries

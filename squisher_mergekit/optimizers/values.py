@@ -246,7 +246,7 @@ class Joined:
 
     def read(self) -> Tensor:
         """Return the tensor."""
-        return torch.cat(self.shards, self.axis) if len(self.shards) > 1 else self.shards[0]
+        return torch.cat(self.shards, self.axis)
 
 
 Stored: TypeAlias = Tensor | Form
