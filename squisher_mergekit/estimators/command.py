@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +36,6 @@ def estimate_from(
     *,
     labels: Labels = "true",
     grouping: Grouping = "example",
-    statistic: Literal["mean", "sum"] = "mean",
     num_examples: int = 256,
     num_samples: int = 1,
     batch_size: int = 8,
@@ -56,7 +55,6 @@ def estimate_from(
         task: Not ``auto``.
         labels: See :func:`~squisher_mergekit.estimators.estimate.estimate_fisher`, as for the further ones.
         grouping: See there.
-        statistic: See there.
         num_examples: At most so many rows.
         num_samples: See there.
         batch_size: Rows at once.
@@ -83,7 +81,7 @@ def estimate_from(
     loaded, tokenizer = _load(model, task, progress)
     rows = tqdm(found, desc="Estimating", unit="example", disable=not progress)
     made = batches(rows, tokenizer, task, batch_size, max_length, columns or {}, seed)
-    fisher = estimate_fisher(loaded, made, labels, grouping, statistic, num_samples=num_samples, task=task, seed=seed)
+    fisher = estimate_fisher(loaded, made, labels, grouping, num_samples=num_samples, task=task, seed=seed)
     local = Path(model).expanduser()
     name = None if local.exists() else model
     mark = fingerprint(local) if local.is_dir() else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -161,12 +161,14 @@ class Sums:
             if self._moved is None:
                 self._task = choose(self._task, self.model, batch)
                 self._moved = _find_homes(self.model, batch, self._task, self._forward, self._verify)
-            with taped(self.model, _size(batch), SPECIAL, self._moved) as tape:
+            # The joint form takes the gradients of the parameters themselves, and needs nothing noted.
+            noted = taped(self.model, size_of(batch), SPECIAL, self._moved) if self._grouping == "example" else None
+            with noted or nullcontext() as tape:
                 outputs = run(self.model, batch, self._task, self._forward)
             if self._generator is None:
                 self._generator = torch.Generator(outputs.values.device).manual_seed(self._seed)
             columns = list(outputs.columns(self._labels, self._draws, self._noise, self._generator))
-            if self._grouping == "batch":
+            if tape is None:
                 _add_joint(self.totals, outputs, columns)
             else:
                 _add_batch(self.totals, tape, outputs, columns)
@@ -220,7 +222,7 @@ def _accumulated(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def _size(batch: Batch) -> int:
+def size_of(batch: Batch) -> int:
     """Return the number of examples of a batch.
 
     Raises:
@@ -289,7 +291,7 @@ def _find_homes(model: nn.Module, batch: Batch, task: Task, forward: Forward | N
     if not verify:
         return moved
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    first = _first(batch, min(_PROOF, _size(batch)))
+    first = _first(batch, min(_PROOF, size_of(batch)))
     while wrong := _wrong(model, first, task, forward, list(names), moved):
         for parameter in wrong:
             home, name = moved.get(parameter, (None, ""))
@@ -315,7 +317,7 @@ def _wrong(
     moved: Moved,
 ) -> list[nn.Parameter]:
     """Return the parameters whose squared gradients are not the sum of those of each example alone."""
-    size = _size(batch)
+    size = size_of(batch)
     with taped(model, size, SPECIAL, moved) as tape:
         outputs = run(model, batch, task, forward)
     generator = torch.Generator(outputs.values.device).manual_seed(0)
@@ -341,7 +343,7 @@ def _wrong(
 
 def _first(batch: Batch, count: int) -> Any:
     """Return the first examples of a batch."""
-    size = _size(batch)
+    size = size_of(batch)
 
     def cut(value: Any) -> Any:
         return value[:count] if isinstance(value, Tensor) and value.ndim and len(value) == size else value

@@ -8,16 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from squisher_mergekit.estimators.capture import Call, Tape, note
-
-
-class _BiasCall(Call):
-    """A call whose gradient ``(N, heads, q, k)`` is turned into that of looked-up rows ``(N, q k, heads)``."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "gradient" and value is not None:
-            value = value.permute(0, 2, 3, 1).flatten(1, 2)
-        super().__setattr__(name, value)
+from squisher_mergekit.estimators.capture import Call, Tape, Wrap, note
 
 
 def is_relative_bias(module: nn.Module) -> bool:
@@ -31,8 +22,8 @@ def is_relative_bias(module: nn.Module) -> bool:
 def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
     """Give T5's relative position bias, made once for all examples, a batch axis.
 
-    The bias ``(1, heads, q, k)`` is looked up in a table by ids ``(q, k)``. Expanded to the batch, the gradient at it
-    is that of each example, and the table's follows as that of any embedding.
+    The bias ``(1, heads, q, k)`` is looked up in a table by ids ``(q, k)``. As rows ``(N, q k, heads)``, expanded to
+    the batch, it is what an embedding gives out, with a gradient for each example.
     """
     attention: Any = module
     table, original = attention.relative_attention_bias, attention.compute_bias
@@ -45,10 +36,11 @@ def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
             bias: Tensor = original(*args, **kwargs)
         finally:
             handle.remove()
-        out = bias.expand(tape.size, -1, -1, -1)
-        if out.requires_grad:
-            note(tape, _BiasCall(table, (ids.pop().flatten().expand(tape.size, -1),), {}, out), names)
-        return out
+        if not bias.requires_grad:
+            return bias
+        rows = bias.squeeze(0).flatten(1).T.expand(tape.size, -1, -1)
+        note(tape, Call(table, (ids.pop().flatten().expand(tape.size, -1),), {}, rows), names)
+        return rows.transpose(1, 2).reshape(tape.size, *bias.shape[1:])
 
     attention.compute_bias = compute_bias
     try:
@@ -57,6 +49,5 @@ def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
         del attention.compute_bias
 
 
-Wrap = Callable[[nn.Module, Tape], Any]
 # What is done about which modules, beside noting their calls; the tables in them are not noted by themselves.
 SPECIAL: tuple[tuple[Callable[[nn.Module], bool], Wrap], ...] = ((is_relative_bias, relative_bias),)

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from squisher_mergekit.errors import ConfigError
+
 BLOCK = 128
 _UNIT = 128  # steps of low and high in an octave
 _LEAST = -149 * _UNIT  # of float32's smallest number
@@ -80,6 +82,16 @@ class LogCode:
 
 CODES = {"log8": LogCode((8, 16), 0.04), "log4": LogCode((4, 8, 16), 0.40)}
 NAMES = (*CODES, "rank1")
+
+
+def check_name(code: str | None) -> None:
+    """Refuse what is no compact form, nor None.
+
+    Raises:
+        ConfigError: It is unknown.
+    """
+    if code is not None and code not in NAMES:
+        raise ConfigError(f"compress must be None or one of {', '.join(NAMES)}, found {code!r}")
 
 
 def suffixes(code: str) -> tuple[str, str]:
@@ -139,7 +151,7 @@ def decode(parts: Mapping[str, Tensor], code: str, shape: Sequence[int]) -> Tens
                 [2., 4.]])
     """
     if code == "rank1":
-        return _unrank1(parts[".row"], parts[".col"])
+        return outer_of_means(parts[".row"], parts[".col"])
     return _unlog(parts[".code"], parts[".scale"], CODES[code], math.prod(shape)).reshape(tuple(shape))
 
 
@@ -262,15 +274,25 @@ def _float32(means: Tensor) -> Tensor:
     return torch.where(means > 0, means.clamp_min(_SMALLEST), means).to(torch.float32)
 
 
-def _unrank1(row: Tensor, col: Tensor) -> Tensor:
-    """Multiply rows and columns out; 0 where all rows are.
+def outer_of_means(row: Tensor, col: Tensor) -> Tensor:
+    """Return ``row_i col_j / mean(row)`` in float32; 0 where all rows are.
 
-    In float64: a quotient below float32's range can belong to a product within it.
+    In float64 within: a quotient below float32's range can belong to a product within it.
+
+    Args:
+        row: Means over the last axis, shape ``(..., m)``.
+        col: Means over the last but one, shape ``(..., n)``.
+
+    Example:
+        >>> outer_of_means(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0, 0.0]))
+        tensor([[1., 2., 0.],
+                [3., 6., 0.]])
     """
     batch = math.prod(row.shape[:-1])
     rows = row.to(torch.float64).reshape(batch, row.shape[-1])
     columns = col.to(torch.float64).reshape(batch, col.shape[-1])
-    mean = rows.mean(-1, keepdim=True)
+    # Absolute, so that rows below 0, which are damage, do not cancel out.
+    mean = rows.mean(-1, keepdim=True).abs()
     rows = torch.where(mean == 0, 0.0, rows / mean)
     out = torch.empty(*rows.shape, columns.shape[-1], dtype=torch.float32)
     for one, some in _slabs(*out.shape):

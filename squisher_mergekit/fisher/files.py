@@ -204,6 +204,26 @@ def tied_aliases(config: FisherConfig) -> dict[str, str]:
     return {name: why.removeprefix(TIED) for name, why in reasons.items() if why.startswith(TIED)}
 
 
+def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the dtype that a Fisher is to be written in.
+
+    Raises:
+        ConfigError: It is neither float32 nor bfloat16.
+
+    Example:
+        >>> to_dtype("bfloat16")
+        torch.bfloat16
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    found = known.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ConfigError(
+            f"dtype must be float32 or bfloat16, found {dtype!r}: a Fisher is written as one of these, float16 loses "
+            "its small entries"
+        )
+    return found
+
+
 def write_fisher(
     fisher: Fisher,
     out: Path,
@@ -235,10 +255,8 @@ def write_fisher(
             already.
         ValuesError: An entry is NaN, infinite or negative.
     """
-    if compress is not None and compress not in compact.NAMES:
-        raise ConfigError(f"compress must be None or one of {', '.join(compact.NAMES)}, found {compress!r}")
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"a Fisher is written as float32 or bfloat16, not {dtype}: float16 loses small entries")
+    compact.check_name(compress)
+    to_dtype(dtype)
     if out.exists() and (not out.is_dir() or has_fisher(out)):
         raise ConfigError(f"{out} must not hold a Fisher yet; remove it or choose another folder")
     if compress and fisher.config.offset("debiased"):

@@ -8,7 +8,7 @@ import torch
 
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.fisher import hub
-from squisher_mergekit.fisher.files import has_fisher, read_fisher, write_fisher
+from squisher_mergekit.fisher.files import has_fisher, read_fisher, to_dtype, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.optimizers import layouts, torch_file
 from squisher_mergekit.optimizers.opening import open_state
@@ -113,10 +113,7 @@ def extract(
     """
     from tqdm import tqdm
 
-    if isinstance(dtype, str):
-        if dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype must be float32 or bfloat16, found {dtype!r}")
-        dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+    wanted = to_dtype(dtype or torch.float32)
     known = {"examples_per_step": examples_per_step, "tokens_per_step": tokens_per_step}
     changes = {key: value for key, value in known.items() if value is not None}
     for key, value in changes.items():
@@ -125,7 +122,7 @@ def extract(
     fisher = load_fisher(source, model, base, names, verify=verify)
     fisher.config = fisher.config.model_copy(update=changes)
     bar = tqdm(list(fisher), desc="Extracting", unit="tensor", disable=not progress)
-    write_fisher(fisher, Path(out), dtype or torch.float32, bar, compress=compress)
+    write_fisher(fisher, Path(out), wanted, bar, compress=compress)
     return read_fisher(Path(out))
 
 

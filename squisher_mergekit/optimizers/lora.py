@@ -47,7 +47,7 @@ def adapter_skeleton(folder: Path, base: Path | None) -> Skeleton:
     modules = dict(model.named_modules())
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = tuple(Parameter(n, tuple(p.shape), types_around(n, modules)) for n, p in trainable.items())
-    on_disk = _disk_names(model)
+    on_disk = disk_names(model, model.state_dict())
 
     def convert(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {on_disk[name]: tensor for name, tensor in tensors.items()}
@@ -74,12 +74,18 @@ def _adapted(folder: Path, model: Any) -> Any:
         return peft.get_peft_model(model, config)
 
 
-def _disk_names(model: Any) -> dict[str, str]:
-    """Return name in memory -> the name under which peft saves it, found by following each tensor through."""
+def disk_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return name in memory -> the name under which peft saves it, found by following each tensor through.
+
+    Args:
+        model: Of peft.
+        state: Name in memory -> tensor.
+    """
     import peft
 
-    state = model.state_dict()
     origins = {id(tensor): name for name, tensor in state.items()}
     # False: whether to save the embeddings of the base as well is no matter here, and "auto" would ask the Hub.
-    saved = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    saved = peft.get_peft_model_state_dict(
+        model, state_dict=dict(state), adapter_name=str(model.active_adapter), save_embedding_layers=False
+    )
     return {origins[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in origins}

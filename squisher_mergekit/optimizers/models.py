@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import NamingError
+from squisher_mergekit.optimizers.lora import disk_names
 from squisher_mergekit.optimizers.names import unwrapped
 from squisher_mergekit.optimizers.naming import Parameter
 from squisher_mergekit.optimizers.skeleton import Skeleton, of_model
@@ -86,7 +87,8 @@ def describe(model: nn.Module, stored: Collection[str] = ()) -> Described:
     inner = unwrap_model(model)
     names = memory_names(model)
     if _is_a("peft", "PeftModel", inner):
-        return Described(names, adapter=_adapter_names(inner))
+        state = {_clean(name): tensor for name, tensor in (*inner.named_parameters(), *inner.named_buffers())}
+        return Described(names, adapter=disk_names(inner, state))
     flat = uses_fsdp1(model)
     if not _is_a("transformers", "PreTrainedModel", inner):
         return Described(names, None if flat else _plain(inner))
@@ -178,16 +180,3 @@ def _rebuilt(model: nn.Module) -> nn.Module:
             f"{error!s:.100}; take squisher extract on the checkpoint"
         ) from error
     return rebuilt
-
-
-def _adapter_names(model: Any) -> dict[str, str]:
-    """Return name in memory -> the name under which peft saves it, found by following each tensor through."""
-    import peft
-
-    state = {_clean(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    origins = {id(tensor): name for name, tensor in state.items()}
-    # False: whether to save the embeddings of the base as well is no matter here, and "auto" would ask the Hub.
-    saved = peft.get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=str(model.active_adapter), save_embedding_layers=False
-    )
-    return {origins[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in origins}

@@ -38,26 +38,9 @@ def divide(
         >>> divide([[(3, 3)], [(5, 3), (3,)]], [embed, norm, up], None, [[False], [True, True]], "optimizers.pt")
         [['up'], ['embed', 'norm']]
     """
-    forced, ends = set(changed or ()), tuple(len(sequence) for sequence in sequences)
-    spare = len(parameters) - sum(ends)
-    possible: dict[tuple[int, int], set[int]] = {}
-    if spare >= 0:
-        before = _reachable(sequences, parameters, forced, spare, place)
-        good = {ends} & before[-1]
-        for number in range(len(parameters) - 1, -1, -1):
-            steps = [
-                (state, k, new)
-                for state in before[number]
-                for k, new in _next(state, number, sequences, parameters[number], forced, spare)
-                if new in good
-            ]
-            for state, k, _ in steps:
-                if k is not None:
-                    possible.setdefault((k, state[k]), set()).add(number)
-            good = {state for state, _, _ in steps}
-        spare = spare if good else -1
-    shown = " + ".join(map(str, ends))
-    if spare < 0:
+    shown = " + ".join(str(len(sequence)) for sequence in sequences)
+    possible = _possible(sequences, parameters, set(changed or ()), place)
+    if possible is None:
         raise NamingError(
             f"the {shown} parameters of the optimizers in {place} must be the model's {len(parameters)}, dealt out in "
             f"its order, but do not fit in number and shape; give the --model that was trained, or {NAMES_CURE}"
@@ -74,6 +57,31 @@ def divide(
                 )
         names.append([parameters[some[0]].name if len(some) == 1 else None for some in places])
     return names
+
+
+def _possible(
+    sequences: Sequence[Sequence[Shape | None]], parameters: Sequence[Parameter], forced: Collection[str], place: str
+) -> dict[tuple[int, int], set[int]] | None:
+    """Return (sequence, slot) -> the parameters it can be in some way to deal all of them out; None without a way."""
+    ends = tuple(len(sequence) for sequence in sequences)
+    spare = len(parameters) - sum(ends)
+    if spare < 0:
+        return None
+    before = _reachable(sequences, parameters, forced, spare, place)
+    good = {ends} & before[-1]
+    possible: dict[tuple[int, int], set[int]] = {}
+    for number in range(len(parameters) - 1, -1, -1):
+        steps = [
+            (state, k)
+            for state in before[number]
+            for k, new in _next(state, number, sequences, parameters[number], forced, spare)
+            if new in good
+        ]
+        for state, k in steps:
+            if k is not None:
+                possible.setdefault((k, state[k]), set()).add(number)
+        good = {state for state, _ in steps}
+    return possible if good else None
 
 
 def _reachable(

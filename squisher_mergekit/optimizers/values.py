@@ -7,6 +7,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from squisher_mergekit.fisher.compact import outer_of_means
+
 BLOCK = 256
 
 
@@ -65,10 +67,7 @@ class RowsAndColumns:
 
     def read(self) -> Tensor:
         """Return the second moment; 0 where all rows are."""
-        # Absolute, so that rows below 0, which are damage, do not cancel out.
-        mean = self.rows.mean(-1, keepdim=True).abs()
-        relative = torch.where(mean == 0, 0.0, self.rows / mean)
-        return relative[..., :, None] * self.columns[..., None, :]
+        return outer_of_means(self.rows, self.columns).to(self.dtype)
 
 
 @dataclass(frozen=True)

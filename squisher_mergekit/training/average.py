@@ -1,6 +1,5 @@
 """A moving average of the per-example Fisher, kept while training."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,27 +8,27 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from squisher_mergekit.errors import ConfigError, SquisherError
-from squisher_mergekit.estimators.estimate import Sums
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.estimators.estimate import Sums, size_of
 from squisher_mergekit.estimators.labels import Labels
+from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import OptimizerInfo
+from squisher_mergekit.fisher.files import to_dtype
 from squisher_mergekit.fisher.fingerprint import fingerprint
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.optimizers.models import unwrap_model
 from squisher_mergekit.training.sharding import rank
-from squisher_mergekit.training.writing import replace_fisher, to_dtype
+from squisher_mergekit.training.writing import attempt, checkpoint_of, replace_fisher
 
-LOG = logging.getLogger("squisher_mergekit")
 AVERAGE_FOLDER = "fisher_average"
 
 
 class FisherAverage(TrainerCallback):  # type: ignore[misc]
     """Keeps ``F = beta F + (1 - beta) mean_n g_n^2`` over a share of the batches, for the Hugging Face Trainer.
 
-    Adam squares the mean gradient of a batch; this squares the gradient of each example. It costs an extra pass over
-    the batches that it looks at: with a share of 0.05 about a twentieth more time, of which a forward pass is a third.
-    Written into ``fisher_average`` in each checkpoint and in the output folder, by the first process, from the batches
-    that this one sees.
+    Adam squares the mean gradient of a batch; this squares the gradient of each example. It costs a forward and a
+    backward pass of its own over each batch that it looks at. Written into ``fisher_average`` in each checkpoint and in
+    the output folder, by the first process, from the batches that this one sees.
 
     Args:
         beta: Decay a batch.
@@ -41,7 +40,7 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
     Raises:
         ConfigError: An argument is out of its range.
 
-    Source: the moving average of the true Fisher that the paper names as future work (Section 5).
+    Source: the moving average of the true Fisher that the paper names as future work.
 
     Example:
         >>> callback = FisherAverage(beta=0.9, share=0.1)
@@ -62,9 +61,9 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
             raise ConfigError(f"share must be above 0 and at most 1, found {share}")
         self.beta, self.every, self.labels = beta, max(1, round(1 / share)), labels
         self.dtype, self.compress = to_dtype(dtype), compress
+        compact.check_name(compress)
         self.updates = 0
-        self._sums: Sums | None = None
-        self._average: dict[nn.Parameter, Tensor] = {}
+        self._sums: Sums | None = None  # its totals are the average
         self._batch: dict[str, Any] | None = None
         self._due = False
         self._hook: Any = None
@@ -73,7 +72,6 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
         """Look at what the model is given from now on."""
         model = unwrap_model(kwargs["model"])
         self._sums = Sums(model, self.labels, seed=args.seed)
-        self._average = {p: torch.zeros_like(total) for p, total in self._sums.totals.items()}
         self.updates = 0
         self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
 
@@ -92,17 +90,17 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
         batch, sums, self._batch = self._batch, self._sums, None
         if batch is None or sums is None:
             return
-        before = sums.examples
+        share = (1 - self.beta) / size_of(batch)
         for total in sums.totals.values():
-            total.zero_()
+            total.mul_(self.beta / share)
         sums.add(batch)
-        for parameter, total in sums.totals.items():
-            self._average[parameter].lerp_(total.div_(sums.examples - before), 1 - self.beta)
+        for total in sums.totals.values():
+            total.mul_(share)
         self.updates += 1
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write into the checkpoint."""
-        self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._write(checkpoint_of(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write into the output folder."""
@@ -118,19 +116,16 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
         """
         if self._sums is None or not self.updates:
             raise ConfigError("an average needs at least one batch, and none was seen; train first")
-        for parameter, average in self._average.items():
-            self._sums.totals[parameter].copy_(average)
         return self._sums.fisher(
             statistic="ema", steps=self.updates, optimizer=OptimizerInfo(beta2=self.beta), datum="example"
         )
 
     def _write(self, folder: Path) -> None:
-        if rank() or not self.updates:
-            return
-        try:
-            fisher = self.fisher()
-            mark = fingerprint(folder) if folder.is_dir() else None
-            fisher.config = fisher.config.model_copy(update={"weights_fingerprint": mark})
-            replace_fisher(fisher, folder / AVERAGE_FOLDER, self.dtype, self.compress)
-        except (SquisherError, OSError) as error:  # training is worth more than its Fisher
-            LOG.warning("no average of the Fisher could be written to %s: %s", folder, error)
+        if rank() == 0 and self.updates:
+            attempt(f"no average of the Fisher could be written to {folder}", lambda: self._replace(folder))
+
+    def _replace(self, folder: Path) -> None:
+        fisher = self.fisher()
+        mark = fingerprint(folder) if folder.is_dir() else None
+        fisher.config = fisher.config.model_copy(update={"weights_fingerprint": mark})
+        replace_fisher(fisher, folder / AVERAGE_FOLDER, self.dtype, self.compress)

@@ -1,7 +1,6 @@
 """The Hugging Face Trainer writes a Fisher beside each checkpoint."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from squisher_mergekit.errors import ConfigError, SquisherError, UnsupportedStateError
+from squisher_mergekit.errors import SquisherError, UnsupportedStateError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
-from squisher_mergekit.fisher.files import has_fisher, read_fisher
+from squisher_mergekit.fisher.files import has_fisher, read_fisher, to_dtype
 from squisher_mergekit.optimizers.load import find_state, load_fisher
 from squisher_mergekit.optimizers.models import unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.training.gradients import GradientSquares, gradient_norm
 from squisher_mergekit.training.live import Facts, unwrap_optimizer
 from squisher_mergekit.training.sharding import rank
-from squisher_mergekit.training.writing import copy_fisher, replace_fisher, to_dtype, write_squisher
+from squisher_mergekit.training.writing import attempt, checkpoint_of, copy_fisher, replace_fisher, write_squisher
 
 LOG = logging.getLogger("squisher_mergekit")
 EMA_FOLDER = "fisher_ema"
@@ -98,8 +97,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         self._written: tuple[int, Path] | None = None  # the step and folder of the last Fisher
         self._warned = False
         self._searching = False
-        if compress is not None and compress not in compact.NAMES:
-            raise ConfigError(f"compress must be None or one of {', '.join(compact.NAMES)}, found {compress!r}")
+        compact.check_name(compress)
         if beta is not None:
             GradientSquares(nn.Module(), beta)  # a wrong decay is refused now, not when training begins
 
@@ -120,7 +118,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         self._clipping = Clipping(seen)
         self.squares = GradientSquares(model, self.beta) if self.beta is not None else None
         if state.global_step:
-            _attempt("what the resumed checkpoint holds was not taken up", lambda: self._resume(args, state))
+            attempt("what the resumed checkpoint holds was not taken up", lambda: self._resume(args, state))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See whether clipping was active, and take the gradient into the moving average."""
@@ -132,7 +130,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         """Write into the checkpoint."""
         if not self.every_save or self._searching:
             return
-        folder = _checkpoint(args, state)
+        folder = checkpoint_of(args, state)
         if self._write(folder, folder, args, state, kwargs):
             self._written = (state.global_step, folder)
 
@@ -148,21 +146,21 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         if last is None:
             self._write(out, None, args, state, kwargs)
         elif rank() == 0:
-            _attempt(f"no Fisher of the weights of {last} could be copied to {out}", lambda: _copy(last, out))
+            attempt(f"no Fisher of the weights of {last} could be copied to {out}", lambda: _copy(last, out))
 
     def _write(self, out: Path, weights: Path | None, args: Any, state: Any, live: dict[str, Any]) -> bool:
         """Write what is kept; return whether it went well."""
         facts = self._facts(args, state, live["model"])
         done = True
         if self._keeps_moment:
-            done = _attempt(
+            done = attempt(
                 f"no Fisher could be written to {out}",
                 lambda: self._write_squisher(out, weights, facts, live["model"], live["optimizer"]),
             )
         squares = self.squares
         if squares is not None and squares.squares:
             ema = out / EMA_FOLDER
-            wrote = _attempt(
+            wrote = attempt(
                 f"no moving average could be written to {ema}",
                 lambda: squares.write(ema, weights, facts, self.dtype, self.compress),
             )
@@ -194,10 +192,10 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         """Go on from the Fisher in the checkpoint that training goes on from."""
         given = args.resume_from_checkpoint
         places = [Path(given)] if isinstance(given, str) and given.lower() != "true" else []
-        folder = next((place for place in (*places, _checkpoint(args, state)) if place.is_dir()), None)
+        folder = next((place for place in (*places, checkpoint_of(args, state)) if place.is_dir()), None)
         if folder is None:
             raise SquisherError(
-                f"there is no {_checkpoint(args, state)}; name it in TrainingArguments.resume_from_checkpoint as well"
+                f"there is no {checkpoint_of(args, state)}; name it in TrainingArguments.resume_from_checkpoint as well"
             )
         configs = [place / CONFIG_NAME for place in (folder, folder / EMA_FOLDER) if has_fisher(place)]
         if configs:
@@ -289,10 +287,6 @@ def examples_per_step(args: Any, state: Any, model: nn.Module) -> int:
     return batch * max(int(args.world_size) // sharing, 1)
 
 
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
 def _copy(source: Path, out: Path) -> None:
     places = [(source, out), (source / EMA_FOLDER, out / EMA_FOLDER)]
     found = [pair for pair in places if has_fisher(pair[0])]
@@ -300,13 +294,3 @@ def _copy(source: Path, out: Path) -> None:
         raise SquisherError("it has none")
     for place, target in found:
         copy_fisher(place, target)
-
-
-def _attempt(failure: str, work: Callable[[], None]) -> bool:
-    """Do something that training is not to be lost for; return whether it went well."""
-    try:
-        work()
-    except Exception as error:  # hours of training are worth more than any Fisher
-        LOG.warning("%s; training goes on: %s", failure, error)
-        return False
-    return True

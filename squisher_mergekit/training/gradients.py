@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
-from squisher_mergekit.fisher.files import read_fisher
+from squisher_mergekit.fisher.files import read_fisher, to_dtype
 from squisher_mergekit.fisher.mapping import Fisher, check_shape
 from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.moments import Moment
@@ -20,7 +20,7 @@ from squisher_mergekit.optimizers.values import Stored
 from squisher_mergekit.optimizers.weights import headers
 from squisher_mergekit.training.live import LAYOUT, Facts, fisher_of
 from squisher_mergekit.training.sharding import Together, is_sharded, rank
-from squisher_mergekit.training.writing import replace_fisher, to_dtype
+from squisher_mergekit.training.writing import replace_fisher
 
 
 class GradientSquares:

@@ -3,23 +3,21 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.config import CONFIG_NAME
-from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, write_fisher, written_beside
+from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, to_dtype, write_fisher, written_beside
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.optimizers.metadata import warnings_of
 from squisher_mergekit.training.live import Facts, squisher_of, states_of, unwrap_optimizer
 from squisher_mergekit.training.sharding import Together, rank
 
 LOG = logging.getLogger("squisher_mergekit")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def save_squisher(
@@ -118,18 +116,6 @@ def write_squisher(
     together.run(work)
 
 
-def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return the dtype that a Fisher is to be written in.
-
-    Raises:
-        ConfigError: It is neither float32 nor bfloat16.
-    """
-    found = DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ConfigError(f"dtype must be float32 or bfloat16, found {dtype!r}")
-    return found
-
-
 def replace_fisher(fisher: Fisher, out: Path, dtype: torch.dtype = torch.float32, compress: str | None = None) -> None:
     """Write a Fisher into a folder, in the place of one that lies there.
 
@@ -171,3 +157,18 @@ def _files(folder: Path) -> list[Path]:
     marks = [folder / f"{BASENAME}{end}" for end in ends]
     rest = sorted(folder.glob(f"{BASENAME}-*-of-*.safetensors"))
     return [file for file in (*marks, folder / CONFIG_NAME, *rest) if file.is_file()]
+
+
+def attempt(failure: str, work: Callable[[], object]) -> bool:
+    """Do something that training is not to be lost for; return whether it went well."""
+    try:
+        work()
+    except Exception as error:  # hours of training are worth more than any Fisher
+        LOG.warning("%s; training goes on: %s", failure, error)
+        return False
+    return True
+
+
+def checkpoint_of(args: Any, state: Any) -> Path:
+    """Return the folder of the Trainer's checkpoint of this step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
