@@ -45,7 +45,7 @@ def _fisher(tensors=None, **changes):
     return Fisher(MemoryStore(tensors or _tensors()), FisherConfig.model_validate(CONFIG | changes))
 
 
-def _same(found, tensors):
+def _assert_same(found, tensors):
     assert set(found) == set(tensors)
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
@@ -57,7 +57,7 @@ def test_one_file_comes_back_bit_for_bit(tmp_path):
     config = write_fisher(_fisher(), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fisher.safetensors", "fisher_config.json"]
     found = read_fisher(tmp_path / "out")
-    _same(found, _tensors())
+    _assert_same(found, _tensors())
     assert found.config == config
     assert torch.equal(found["lm_head.weight"], _tensors()["a.weight"])
     assert "c.weight" not in found
@@ -75,7 +75,7 @@ def test_safetensors_itself_reads_the_file(tmp_path):
     """The file is a plain safetensors file with the metadata that Hugging Face's loaders ask for."""
     write_fisher(_fisher(), tmp_path / "out")
     file = tmp_path / "out" / "fisher.safetensors"
-    _same(load_file(file), _tensors())
+    _assert_same(load_file(file), _tensors())
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
 
@@ -85,7 +85,7 @@ def test_the_folder_the_file_and_the_index_all_open(tmp_path):
     write_fisher(_fisher(), tmp_path / "one")
     write_fisher(_fisher(), tmp_path / "many", shard_bytes=200)
     for source in ("one", "one/fisher.safetensors", "many", "many/fisher.safetensors.index.json"):
-        _same(read_fisher(tmp_path / source), _tensors())
+        _assert_same(read_fisher(tmp_path / source), _tensors())
 
 
 def test_shards_are_named_and_indexed_as_hugging_face_does(tmp_path):
@@ -104,7 +104,7 @@ def test_shards_are_named_and_indexed_as_hugging_face_does(tmp_path):
     sizes = {file: sum(t.numel() * t.element_size() for t in some.values()) for file, some in held.items()}
     assert index["metadata"] == {"total_size": sum(sizes.values())}
     assert all(size <= limit or len(held[file]) == 1 for file, size in sizes.items())
-    _same(read_fisher(tmp_path / "out"), tensors)
+    _assert_same(read_fisher(tmp_path / "out"), tensors)
     assert has_fisher(tmp_path / "out")
 
 
@@ -112,7 +112,7 @@ def test_bfloat16_is_the_nearest_and_half_the_size(tmp_path):
     """bfloat16 rounds to nearest even, as torch does, and says so."""
     config = write_fisher(_fisher(), tmp_path / "out", torch.bfloat16)
     assert config.encoding == {"default": "bfloat16"}
-    _same(read_fisher(tmp_path / "out"), {name: tensor.bfloat16() for name, tensor in _tensors().items()})
+    _assert_same(read_fisher(tmp_path / "out"), {name: tensor.bfloat16() for name, tensor in _tensors().items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
@@ -165,7 +165,7 @@ def test_a_fisher_may_go_beside_the_weights(tmp_path):
         "fisher_config.json",
         "model.safetensors",
     ]
-    _same(read_fisher(tmp_path), _tensors())
+    _assert_same(read_fisher(tmp_path), _tensors())
 
 
 def test_written_beside_gives_way_to_an_error(tmp_path):

@@ -4,7 +4,6 @@ import builtins
 import io
 import json
 import logging
-import math
 import shutil
 from pathlib import Path
 
@@ -15,142 +14,24 @@ from safetensors.torch import load_file
 from squisher_mergekit import extract, load_fisher
 from squisher_mergekit.errors import (
     ConfigError,
-    CorruptFileError,
     MismatchError,
     NamingError,
     NotFoundError,
     UnsafeFileError,
-    UnsupportedStateError,
     ValuesError,
 )
 from squisher_mergekit.optimizers.load import find_state
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
 
-# case -> what load_fisher needs beside the folder: a file in it, and the base model
-ACCEPTED = {
-    "plain_adam": {},
-    "plain_adamw_named": {},
-    "plain_amsgrad": {},
-    "plain_adagrad": {},
-    "plain_rmsprop_centered": {},
-    "plain_frozen_in_group": {},
-    "plain_bundle_ddp_compile_prefix": {"file": "ckpt.pt"},
-    "trainer_llama_decay": {},
-    "trainer_bert_cls": {},
-    "trainer_gpt2_tied_frozen": {"base": "base"},
-    "trainer_mixtral_packed": {},
-    "trainer_sharded_index": {},
-    "trainer448_qwen2": {},
-    "trainer_lora_llama": {"base": "base_config"},
-    "accel_ddp": {},
-    "lightning_ckpt": {},
-    "plain_torch_adafactor": {},
-    "trainer_t5_adafactor": {},
-    "trainer_bnb8bit": {},
-    "trainer_torchao8bit": {},
-    "fsdp1_full": {},
-    "fsdp1_sharded": {},
-    "fsdp2_sharded_nodcp": {},
-    "dcp_nested": {},
-    "ds_zero1": {},
-    "ds_zero2": {},
-    "ds_zero3": {},
-    "ds_universal": {},
-    "ds_universal_3_small": {},
-    "ds_zero2_aligned_bf16": {},
-    "ds_zero2_robin_bf16_frozen": {},
-    "ds_zero3_small_bf16_frozen": {},
-    "fsdp1_nodcp": {},
-    "fsdp2_hybrid_nodcp": {},
-    "dcp_titan_few": {},
-    "torchao_4bit_few": {},
-}
-# Their row and column means are multiplied out, in an order of operations of its own.
-FACTORED = ("plain_torch_adafactor", "trainer_t5_adafactor")
-STATISTIC = {"plain_adagrad": "sum"}
-LAYOUT = {
-    "trainer": "transformers-trainer",
-    "plain": "torch",
-    "accel": "accelerate",
-    "lightning": "lightning",
-    "torchao": "torch",
-    "fsdp1_full": "accelerate",
-    "fsdp": "accelerate-fsdp",
-    "dcp": "torch-distributed",
-    "ds": "deepspeed",
-    "ds_universal": "deepspeed-universal",
-    "ds_universal_3_small": "deepspeed-universal",
-}
-FILES = {"fsdp1_full": "optimizer.bin", "fsdp1_sharded": "optimizer_0"}
-FILES |= dict.fromkeys(("fsdp2_sharded_nodcp", "fsdp1_nodcp", "fsdp2_hybrid_nodcp"), "optimizer_0_rank0.bin")
-FILES |= {"dcp_nested": "step-4"} | dict.fromkeys(("ds_universal", "ds_universal_3_small"), "global_step4_universal")
-FILES |= {name: "global_step4" for name in ACCEPTED if name.startswith("ds_zero")}
-
-
-def _case(name):
-    return json.loads((STATES / name / "case.json").read_text())
-
-
-def _source(name):
-    return STATES / name / ACCEPTED[name].get("file", "")
-
-
-def _base(name):
-    return STATES / name / ACCEPTED[name]["base"] if "base" in ACCEPTED[name] else None
-
 
 def _open(name):
-    return load_fisher(_source(name), base=_base(name))
+    needed = {"trainer_gpt2_tied_frozen": "base", "trainer_lora_llama": "base_config"}
+    return load_fisher(STATES / name, base=STATES / name / needed[name] if name in needed else None)
 
 
 def _copy(name, to):
     return Path(shutil.copytree(STATES / name, to / name))
-
-
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_every_accumulator_is_found_bit_for_bit_under_its_own_name(name):
-    """Names, shapes and bits are those of the accumulators that the run had in memory, no more and no fewer."""
-    fisher, expected = _open(name), load_file(STATES / name / "expected.safetensors")
-    assert set(fisher) == set(expected)
-    for key, tensor in expected.items():
-        assert fisher[key].dtype == tensor.dtype
-        assert fisher.info(key).shape == tuple(tensor.shape)
-        if name in FACTORED:
-            torch.testing.assert_close(fisher[key], tensor, rtol=1e-6, atol=0)
-        else:
-            assert torch.equal(fisher[key], tensor), key
-
-
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_the_config_says_what_the_run_was(name):
-    """Estimator, statistic, class, decay, steps and layout are those of the run; what is not known is null."""
-    config, case = _open(name).config, _case(name)
-    assert (config.estimator, config.statistic) == ("squisher", STATISTIC.get(name, "ema"))
-    unnamed = "bnb" in name or "torchao" in name  # theirs all write the same keys
-    assert unnamed or config.optimizer.class_.split(".")[-1] == case["optimizer"].split(".")[-1]
-    assert config.optimizer.beta2 == (None if name in FACTORED else case["beta2"])
-    without_amsgrad = (*FACTORED, "plain_adagrad", "trainer_bnb8bit", "plain_rmsprop_centered")
-    assert config.optimizer.amsgrad == (None if name in without_amsgrad else name == "plain_amsgrad")
-    assert config.steps == case["step"]
-    assert config.bias_corrected is (name in FACTORED)
-    assert config.parameters == ("adapter" if name == "trainer_lora_llama" else "model")
-    family = name.split("_")[0].replace("448", "").rstrip("12")
-    assert config.source.layout == LAYOUT.get(name, LAYOUT[family])
-    assert config.source.files == (case.get("optimizer_file") or FILES[name],)
-    assert config.coverage.with_ == len(load_file(STATES / name / "expected.safetensors"))
-    assert name == "ds_universal" or config.weights_fingerprint.startswith("fp1:")  # it has no weights beside
-    effective = case["per_device_train_batch_size"] * case["gradient_accumulation_steps"] * case["world_size"]
-    assert config.examples_per_step == (effective if family == "ds" else None)
-    assert (config.tokens_per_step, config.num_examples, config.mean) == (None,) * 3
-
-
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_the_config_holds_no_absolute_path(name):
-    """Neither the folder of the checkpoint nor any of its parents is written down."""
-    text = _open(name).config.to_json()
-    assert str(STATES) not in text
-    assert str(STATES.parents[1]) not in text
 
 
 def test_what_has_no_second_moment_is_listed_with_the_reason():
@@ -193,37 +74,6 @@ def test_an_accumulator_of_zeros_alone_is_refused(tmp_path):
     with pytest.raises(ValuesError, match="are 0; take a checkpoint"):
         extract(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-REFUSED = {
-    "plain_sgd_refuse": (UnsupportedStateError, ["SGD", "optimizer.pt", "AdamW"]),
-    "bad_malicious_pickle": (UnsafeFileError, ["optimizer.pt", "nothing of it was run", "state_dict"]),
-    "bad_malicious_dcp_metadata": (UnsafeFileError, [".metadata", "io.open", "nothing of it was run", "again"]),
-    "bad_missing_ds_rank": (NotFoundError, ["global_step4", "rank 1 is missing", "copy it"]),
-    "bad_truncated": (CorruptFileError, ["optimizer.pt", "truncated or damaged", "copy it again"]),
-    "bad_wrong_model_shape": (MismatchError, ["optimizer.pt", "embed_tokens", "[32, 8]", "[32, 16]", "--model"]),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_serve_is_refused_in_one_line(name):
-    """The right error, in one line that names the place, what was found and the cure."""
-    error, words = REFUSED[name]
-    with pytest.raises(error) as caught:
-        load_fisher(STATES / name)
-    message = str(caught.value)
-    assert type(caught.value) is error
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_checkpoint_leaves_nothing_behind(name, tmp_path):
-    """Extraction of what is refused makes neither the output folder nor anything beside it."""
-    with pytest.raises(REFUSED[name][0]):
-        extract(STATES / name, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_malicious_pickle_runs_no_code(tmp_path, monkeypatch):
@@ -386,28 +236,11 @@ def test_another_model_is_refused():
         load_fisher(STATES / "plain_adam", model=STATES / "trainer_llama_decay")
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_what_is_extracted_opens_as_it_was(name, tmp_path):
-    """Written portable and opened again: the same float32 bits, the same metadata, mean and norm added."""
-    original = _open(name)
-    written = extract(_source(name), tmp_path / "out", base=_base(name))
-    again = load_fisher(tmp_path / "out")
-    assert set(again) == set(original)
-    assert all(torch.equal(again[key], original[key]) for key in original)
-    wide = torch.cat([original.scaled(key).double().flatten() for key in original])
-    assert math.isclose(again.config.mean, wide.mean().item(), rel_tol=1e-6)
-    assert math.isclose(again.config.norm, wide.norm().item(), rel_tol=1e-6)
-    assert again.config.model_copy(update={"mean": None, "norm": None}) == original.config
-    assert again.config == written.config
-    assert again.aliases == original.aliases
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
 @pytest.mark.parametrize("name", ["trainer_llama_decay", "trainer_mixtral_packed"])
 def test_bfloat16_is_the_nearest(name, tmp_path):
     """In bfloat16 no entry is off by more than half a unit in its last place (2^-9 of its power of two)."""
     original = _open(name)
-    again = extract(_source(name), tmp_path / "out", dtype=torch.bfloat16)
+    again = extract(STATES / name, tmp_path / "out", dtype=torch.bfloat16)
     assert again.config.encoding == {"default": "bfloat16"}
     for key in original:
         exact, found = original[key].double(), again[key]

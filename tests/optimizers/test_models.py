@@ -9,7 +9,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from squisher_mergekit import load_fisher, save_squisher
 from squisher_mergekit.errors import NamingError, UnsupportedStateError
 from squisher_mergekit.optimizers.models import describe, memory_names
-from tests.training.cases import LENGTH, make
+from tests.optimizers.test_trainer import LENGTH
+from tests.training.cases import make
 
 
 def _step(model, steps=2):

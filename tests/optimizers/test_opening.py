@@ -277,6 +277,15 @@ def test_narrow_accumulators_are_warned_of(tmp_path, caplog):
         assert sum("stored as bfloat16" in line for line in _warnings(caplog, folder)) == expected
 
 
+def test_four_bits_are_warned_of(caplog):
+    """Torchao's 4 bits lose the small entries: a warning says not to weigh a merge by them, 8 bits have none."""
+    load_fisher(STATES / "torchao_4bit_few")
+    assert "in 4 bits, where small ones are lost" in caplog.text
+    caplog.clear()
+    load_fisher(STATES / "trainer_torchao8bit")
+    assert "small ones are lost" not in caplog.text
+
+
 def test_coupled_weight_decay_is_warned_of(tmp_path, caplog):
     """Adam's weight decay enters the gradient, AdamW's does not."""
     for make, expected in ((torch.optim.Adam, 1), (torch.optim.AdamW, 0)):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFileError
+from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.pickles import load
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
@@ -126,4 +126,18 @@ def test_the_fixture_with_code_names_what_it_asks_for(tmp_path):
     needed = torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "optimizer.pt")
     assert len(needed) == 1
     with pytest.raises(UnsafeFileError, match=needed[0].replace(".", r"\.")):
+        load(tmp_path / "optimizer.pt")
+
+
+@pytest.mark.parametrize(("module", "name"), [("galore_torch.projector", "GaLore"), ("apollo_torch.x", "APOLLO")])
+def test_optimizers_of_projections_are_refused_by_name(tmp_path, module, name):
+    """Their state holds an object of their library; the error says what it keeps, not that it is unsafe."""
+    torch.save(_state(), tmp_path / "old.pt")
+    with zipfile.ZipFile(tmp_path / "old.pt") as old, zipfile.ZipFile(tmp_path / "optimizer.pt", "w") as new:
+        for entry in old.namelist():
+            data = old.read(entry)
+            if entry.endswith("data.pkl"):
+                data = data[:2] + f"c{module}\nProjector\n0".encode() + data[2:]
+            new.writestr(entry, data)
+    with pytest.raises(UnsupportedStateError, match=f"{name} keeps that of a projection"):
         load(tmp_path / "optimizer.pt")

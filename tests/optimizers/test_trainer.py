@@ -71,7 +71,7 @@ FROZEN = {
 RUNS = [*((name, False) for name in MODELS), *((name, True) for name in FROZEN)]
 
 
-class _Tokens(Dataset):
+class Tokens(Dataset):
     """Random token ids: 24 rows, of labels too."""
 
     def __init__(self, name):
@@ -123,7 +123,7 @@ def _train(name, frozen, folder):
         learning_rate=1e-2, weight_decay=0.01, use_cpu=True, report_to="none", disable_tqdm=True,
         dataloader_pin_memory=False, logging_strategy="no",
     )  # fmt: skip
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=_Tokens(name))
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Tokens(name))
     trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     return Run(folder / "run" / f"checkpoint-{STEPS}", folder / "base", model, optimizer)

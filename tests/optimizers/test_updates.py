@@ -66,3 +66,14 @@ def test_real_checkpoints_with_a_base_are_not_doubted(caplog):
     folder = STATES / "trainer_gpt2_tied_frozen"
     load_fisher(folder, base=folder / "base")
     assert "model's order" not in caplog.text
+
+
+def test_a_damaged_earlier_checkpoint_does_not_stop_a_whole_one(tmp_path, caplog):
+    """What is compared with is a help, and no part of the checkpoint that was asked for."""
+    base, tuned = _run(tmp_path, (1, 0, 2))
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    base.rename(tmp_path / "checkpoint-2")
+    tuned.rename(tmp_path / "checkpoint-8")
+    assert len(load_fisher(tmp_path / "checkpoint-8")) == 3
+    assert "changed since" not in caplog.text

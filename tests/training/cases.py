@@ -2,26 +2,10 @@
 
 import torch
 import transformers
-from torch.utils.data import Dataset
 
-from tests.optimizers.test_trainer import MODELS
+from tests.optimizers.test_trainer import MODELS, Tokens
 
-STEPS, LENGTH = 3, 11
-
-
-class Tokens(Dataset):
-    """Random token ids: 24 rows, of labels too."""
-
-    def __init__(self, name):
-        generator = torch.Generator().manual_seed(7)
-        self.ids = torch.randint(3, 53, (24, LENGTH), generator=generator)
-        self.labels = torch.randint(0, 5, (24,), generator=generator) if name == "bert" else self.ids
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, index):
-        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+STEPS = 3
 
 
 def make(name, dtype=torch.float32):

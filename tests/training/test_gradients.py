@@ -7,7 +7,8 @@ from torch import nn
 from squisher_mergekit import GradientSquares, load_fisher
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.training.gradients import gradient_norm
-from tests.training.cases import LENGTH, make
+from tests.optimizers.test_trainer import LENGTH
+from tests.training.cases import make
 
 
 def _model():
