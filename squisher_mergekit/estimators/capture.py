@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from squisher_mergekit.errors import UnsupportedStateError
+
 
 @dataclass
 class Call:
@@ -53,12 +55,31 @@ class Tape:
             outputs: Of the model.
             column: Gradient at the outputs.
             keep: Another backward pass will follow.
+
+        Raises:
+            UnsupportedStateError: A checkpoint in the model is reentrant.
         """
         calls = list(self.all_calls())
-        at_outputs = [call.output for call in calls]
-        found = torch.autograd.grad(outputs, at_outputs, column, retain_graph=keep, allow_unused=True)
+        found = gradients(outputs, [call.output for call in calls], column, keep)
         for call, gradient in zip(calls, found, strict=True):
             call.gradient = gradient
+
+
+def gradients(outputs: Tensor, at: Sequence[Tensor], column: Tensor, keep: bool) -> tuple[Tensor | None, ...]:
+    """Return the gradients at some tensors; None at those that the outputs do not depend on.
+
+    Raises:
+        UnsupportedStateError: A checkpoint in the model is reentrant.
+    """
+    try:
+        return torch.autograd.grad(outputs, at, column, retain_graph=keep, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise UnsupportedStateError(
+            "gradients of chosen tensors need checkpoints that are not reentrant, but the model has one with "
+            "use_reentrant=True; set it to False"
+        ) from error
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -78,6 +99,7 @@ def first_tensor(output: Any) -> Tensor | None:
 
 
 Homes = dict[nn.Module, dict[str, nn.Parameter]]
+Moved = dict[nn.Parameter, tuple[nn.Module, str]]  # parameter -> the module that uses it, and its name in that
 
 
 def homes(model: nn.Module, moved: Mapping[nn.Parameter, tuple[nn.Module, str]]) -> Homes:

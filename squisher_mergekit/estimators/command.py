@@ -11,8 +11,9 @@ from torch import nn
 
 from squisher_mergekit.errors import NotFoundError
 from squisher_mergekit.estimators.data import batches, columns_of, read_rows
-from squisher_mergekit.estimators.estimate import Grouping, check_kind, estimate_fisher
+from squisher_mergekit.estimators.estimate import estimate_fisher
 from squisher_mergekit.estimators.labels import Labels
+from squisher_mergekit.estimators.sums import Grouping, check_kind
 from squisher_mergekit.estimators.tasks import Task
 from squisher_mergekit.fisher.config import SourceInfo
 from squisher_mergekit.fisher.files import read_fisher, write_fisher

@@ -69,8 +69,9 @@ def _choose(p: Tensor, targets: Tensor | None, kind: Labels, generator: torch.Ge
         return targets.clamp_min(0)
     if kind == "predicted":
         return p.argmax(-1)
-    flat = p.reshape(-1, p.shape[-1])
-    return torch.multinomial(flat, 1, generator=generator).reshape(p.shape[:-1])
+    # Of exponential variables with rates p the first to come is c with probability p_c. torch.multinomial draws in the
+    # same way, but makes the host wait for the device.
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
 def factor_columns(p: Tensor) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.estimators.labels import Labels, class_columns, regression_columns
 
 Task = Literal["auto", "classification", "causal-lm", "seq2seq", "masked-lm", "regression"]
+Datum = Literal["example", "token"]
 Batch = Mapping[str, Any] | tuple[Any, Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
 
@@ -37,13 +38,33 @@ class Outputs:
         """Number of examples."""
         return len(self.values)
 
-    def columns(self, kind: Labels, draws: int, noise: float, generator: torch.Generator | None) -> Iterator[Tensor]:
-        """Yield the gradients at the values, see :mod:`squisher_mergekit.estimators.labels`."""
+    @property
+    def tokens(self) -> Tensor | int:
+        """Number of tokens that have a target, or of those that are there if no targets are given."""
+        if self.targets is None:
+            return self.values[..., 0].numel()
+        return (self.targets >= 0).sum()
+
+    def columns(
+        self, kind: Labels, draws: int, noise: float, generator: torch.Generator | None, datum: Datum = "example"
+    ) -> Iterator[Tensor]:
+        """Yield the gradients at the values, see :mod:`squisher_mergekit.estimators.labels`.
+
+        Where each token is a datum, they are yielded for one place of the sequences after the other.
+        """
         detached = self.values.detach()
         if self.task == "regression":
-            yield from regression_columns(detached, self.targets, kind, draws, noise, generator)
+            columns = regression_columns(detached, self.targets, kind, draws, noise, generator)
         else:
-            yield from class_columns(detached, self.targets, kind, draws, generator)
+            columns = class_columns(detached, self.targets, kind, draws, generator)
+        if datum == "example":
+            yield from columns
+            return
+        for column in columns:
+            for place in range(column.shape[1]):
+                alone = torch.zeros_like(column)
+                alone[:, place] = column[:, place]
+                yield alone
 
 
 def choose(task: Task, model: nn.Module, batch: Batch) -> Task:
@@ -72,6 +93,7 @@ def choose(task: Task, model: nn.Module, batch: Batch) -> Task:
 
 _ENDINGS: dict[str, Task] = {
     "ForSequenceClassification": "classification",
+    "ForTokenClassification": "classification",
     "ForImageClassification": "classification",
     "ForAudioClassification": "classification",
     "ForMultipleChoice": "classification",
@@ -133,3 +155,16 @@ def _parts(model: Any, batch: Batch, task: Task) -> tuple[Any, Tensor | None]:
             )
         inputs["decoder_input_ids"] = shift(labels)
     return inputs, labels
+
+
+def size_of(batch: Batch) -> int:
+    """Return the number of examples of a batch.
+
+    Raises:
+        ConfigError: It has no tensor with examples in front.
+    """
+    parts = [*batch.values()] if isinstance(batch, Mapping) else [*batch][::-1]
+    for part in parts:
+        if isinstance(part, Tensor) and part.ndim:
+            return len(part)
+    raise ConfigError("a batch must have tensors with the examples in front, found none")

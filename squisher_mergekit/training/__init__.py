@@ -18,8 +18,8 @@ A moving average of the squared gradient that no reset of the optimizer and no p
     squares.update()  # before a penalty's backward pass, before optimizer.step()
     squares.save("runs/math/fisher_ema", weights="runs/math")
 
-``live`` turns a live optimizer into a Fisher, ``sharding`` gathers what several processes hold, ``writing`` puts it
-where an older one may lie. ``average`` keeps an average of the per-example Fisher.
+``live`` turns a live optimizer into a Fisher, ``writing`` puts it where an older one may lie. ``average`` keeps an
+average of the per-example Fisher.
 """
 
 from squisher_mergekit.training.average import FisherAverage

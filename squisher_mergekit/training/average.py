@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.estimate import Sums, size_of
 from squisher_mergekit.estimators.labels import Labels
+from squisher_mergekit.estimators.sums import Sums
+from squisher_mergekit.estimators.tasks import size_of
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import OptimizerInfo
 from squisher_mergekit.fisher.files import to_dtype
 from squisher_mergekit.fisher.fingerprint import fingerprint
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.optimizers.models import unwrap_model
-from squisher_mergekit.training.sharding import rank
+from squisher_mergekit.optimizers.sharding import rank
 from squisher_mergekit.training.writing import attempt, checkpoint_of, replace_fisher
 
 AVERAGE_FOLDER = "fisher_average"
@@ -116,9 +117,7 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
         """
         if self._sums is None or not self.updates:
             raise ConfigError("an average needs at least one batch, and none was seen; train first")
-        return self._sums.fisher(
-            statistic="ema", steps=self.updates, optimizer=OptimizerInfo(beta2=self.beta), datum="example"
-        )
+        return self._sums.fisher(statistic="ema", steps=self.updates, optimizer=OptimizerInfo(beta2=self.beta))
 
     def _write(self, folder: Path) -> None:
         if rank() == 0 and self.updates:

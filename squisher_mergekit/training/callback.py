@@ -14,9 +14,9 @@ from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.files import has_fisher, read_fisher, to_dtype
 from squisher_mergekit.optimizers.load import find_state, load_fisher
 from squisher_mergekit.optimizers.models import unwrap_model, uses_deepspeed, uses_fsdp1
+from squisher_mergekit.optimizers.sharding import rank
 from squisher_mergekit.training.gradients import GradientSquares, gradient_norm
 from squisher_mergekit.training.live import Facts, unwrap_optimizer
-from squisher_mergekit.training.sharding import rank
 from squisher_mergekit.training.writing import attempt, checkpoint_of, copy_fisher, replace_fisher, write_squisher
 
 LOG = logging.getLogger("squisher_mergekit")

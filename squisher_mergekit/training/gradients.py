@@ -14,12 +14,12 @@ from squisher_mergekit.fisher.mapping import Fisher, check_shape
 from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.moments import Moment
 from squisher_mergekit.optimizers.saved import Saved
+from squisher_mergekit.optimizers.sharding import Together, is_sharded, rank
 from squisher_mergekit.optimizers.skeleton import Skeleton
 from squisher_mergekit.optimizers.state import Slot
 from squisher_mergekit.optimizers.values import Stored
 from squisher_mergekit.optimizers.weights import headers
 from squisher_mergekit.training.live import LAYOUT, Facts, fisher_of
-from squisher_mergekit.training.sharding import Together, is_sharded, rank
 from squisher_mergekit.training.writing import replace_fisher
 
 

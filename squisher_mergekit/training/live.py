@@ -17,11 +17,11 @@ from squisher_mergekit.optimizers.flat import cut, is_flat
 from squisher_mergekit.optimizers.metadata import make_config, make_coverage
 from squisher_mergekit.optimizers.models import Described, describe, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.saved import Saved
+from squisher_mergekit.optimizers.sharding import Together, is_sharded
 from squisher_mergekit.optimizers.state import Slot, parse
 from squisher_mergekit.optimizers.store import store_moments
 from squisher_mergekit.optimizers.values import Stored, parts, read
 from squisher_mergekit.optimizers.weights import check, headers
-from squisher_mergekit.training.sharding import Together, is_sharded
 
 LAYOUT = "live"
 _NOWHERE = Path("training")  # for messages, where no weights were saved

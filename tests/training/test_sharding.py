@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import SquisherError
-from squisher_mergekit.training.sharding import Together
+from squisher_mergekit.optimizers.sharding import Together
 from tests.optimizers.test_trainer import _on_disk
 from tests.training import worker
 

@@ -20,6 +20,12 @@ def is_sharded(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is, or gathered from all processes if it is sharded; they must all ask for it."""
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return gathered
+
+
 def rank() -> int:
     """Return the number of this process; 0 where there is one alone."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,287 @@
+"""Sums of squared gradients that grow batch by batch, in one process or several."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from squisher_mergekit.errors import ConfigError, UnsupportedStateError
+from squisher_mergekit.estimators.capture import Moved, Tape, gradients, taped
+from squisher_mergekit.estimators.labels import Labels
+from squisher_mergekit.estimators.proof import find_homes
+from squisher_mergekit.estimators.special import SPECIAL
+from squisher_mergekit.estimators.squares import add_batch, add_joint, no_totals
+from squisher_mergekit.estimators.tasks import Batch, Datum, Forward, Outputs, Task, choose, run, size_of
+from squisher_mergekit.fisher.config import Coverage, Estimator, FisherConfig
+from squisher_mergekit.fisher.files import TIED, MemoryStore
+from squisher_mergekit.fisher.mapping import Fisher, TensorStore
+from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model, uses_fsdp1
+from squisher_mergekit.optimizers.sharding import Together, is_sharded, rank, whole
+from squisher_mergekit.optimizers.store import store_moments
+
+Grouping = Literal["example", "batch"]
+_NAMES: dict[tuple[Labels, Grouping], Estimator] = {
+    ("true", "example"): "empirical",
+    ("sampled", "example"): "sampled",
+    ("exact", "example"): "exact",
+    ("predicted", "example"): "predicted",
+    ("true", "batch"): "joint_empirical",
+    ("sampled", "batch"): "joint_sampled",
+}
+
+
+class Sums:
+    """Sums of squared gradients over batches; see :func:`~squisher_mergekit.estimate_fisher` for the arguments.
+
+    ``totals``: parameter -> sum, shaped like it and sharded as it is.
+
+    Raises:
+        ConfigError: The arguments do not go together, or nothing is to be trained.
+        UnsupportedStateError: The model's parameters are kept in a way that they cannot be differentiated in.
+
+    Example:
+        >>> sums = Sums(nn.Linear(2, 1), task="regression")
+        >>> sums.add((torch.ones(3, 2), torch.zeros(3, 1)))
+        >>> sums.examples
+        3
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: Labels = "true",
+        grouping: Grouping = "example",
+        num_samples: int = 1,
+        task: Task = "auto",
+        forward: Forward | None = None,
+        noise: float = 1.0,
+        seed: int = 0,
+        verify: bool = True,
+        datum: Datum = "example",
+    ) -> None:
+        check_kind(labels, grouping)
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ConfigError(f"num_samples must be a whole number of at least 1, found {num_samples!r}")
+        check_model(model, grouping)
+        self.model = unwrap_model(model)
+        self.totals = no_totals(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        self.batches = 0
+        self._count: Tensor | int = 0
+        self._labels, self._grouping, self._draws, self._datum = labels, grouping, num_samples, datum
+        self._task, self._forward, self._noise, self._seed = task, forward, noise, seed
+        self._verify = verify and grouping == "example"
+        self._moved: Moved | None = None
+        self._unreached: frozenset[nn.Parameter] = frozenset()  # known not to be used at all
+
+    @property
+    def examples(self) -> int:
+        """How many examples were added, or tokens if these are the data."""
+        return int(self._count)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes hold the totals in parts."""
+        return any(is_sharded(total) for total in self.totals.values())
+
+    def add(self, batch: Batch, number: int | None = None, *, counts: bool = True) -> None:
+        """Add the squared gradients of a batch.
+
+        Args:
+            batch: Of this process. If the model is sharded, all processes must add one.
+            number: The batch's, which its drawn labels depend on; by default how many came before.
+            counts: Whether it counts. One that does not adds nothing: it keeps the other processes company.
+
+        Raises:
+            ConfigError: It lacks something.
+            UnsupportedStateError: The model mixes its examples.
+        """
+        with _evaluating(self.model):
+            if self._moved is None:
+                self._task = choose(self._task, self.model, batch)
+                self._moved = find_homes(self.model, batch, self._task, self._forward) if self._verify else {}
+            # The joint form takes the gradients of the parameters themselves, and needs nothing noted.
+            noted = taped(self.model, size_of(batch), SPECIAL, self._moved) if self._grouping == "example" else None
+            with noted or nullcontext() as tape:
+                outputs = run(self.model, batch, self._task, self._forward)
+            columns = self._columns(outputs, self.batches if number is None else number)
+            if not counts:
+                columns = (column * 0 for column in columns)
+            if tape is None:
+                add_joint(self.totals, outputs, columns)
+            else:
+                self._check_reached(tape, outputs)
+                add_batch(self.totals, tape, outputs, columns)
+        self.batches += 1
+        if counts:
+            self._count = self._count + (outputs.size if self._datum == "example" else outputs.tokens)
+
+    def _columns(self, outputs: Outputs, number: int) -> Iterator[Tensor]:
+        if self._datum == "token" and outputs.values.ndim < 3:
+            raise ConfigError(
+                f"datum token needs a model whose outputs are one a token, found shape {list(outputs.values.shape)}; "
+                "take datum example"
+            )
+        # A batch's draws are its own, whichever process makes it, and whatever was done before.
+        digest = hashlib.blake2b(f"{self._seed} {number}".encode(), digest_size=4).digest()
+        generator = torch.Generator(outputs.values.device).manual_seed(int.from_bytes(digest, "big"))
+        return outputs.columns(self._labels, self._draws, self._noise, generator, self._datum)
+
+    def _check_reached(self, tape: Tape, outputs: Outputs) -> None:
+        """Refuse a parameter that the outputs depend on without a call of its module."""
+        unreached = frozenset(p for p in self.totals if p not in tape.calls) - self._unreached
+        if not unreached or self.sharded:
+            return
+        parameters = list(unreached)
+        found = gradients(outputs.values, parameters, torch.ones_like(outputs.values), keep=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                name = memory_names(self.model)[id(parameter)]
+                raise UnsupportedStateError(
+                    f"{name} is used without a call of the module that holds it, and its gradients cannot be told "
+                    "apart; give examples that use it first, with verify=True, or freeze it"
+                )
+        self._unreached |= unreached
+
+    def reduce(self) -> None:
+        """Add up what all processes have, which must all call this; each has the sums over all batches then."""
+        if not dist.is_initialized():
+            return
+        for total in self.totals.values():
+            if not is_sharded(total):  # those are summed up already
+                dist.all_reduce(total)
+        device = next(iter(self.totals)).device
+        count = torch.as_tensor(self._count, dtype=torch.int64, device=device).clone()
+        dist.all_reduce(count)
+        self._count = count
+
+    def start_again(self) -> None:
+        """Forget what :meth:`reduce` has left with the first process; to be called in all but that one."""
+        for total in self.totals.values():
+            if not is_sharded(total):
+                total.zero_()
+        self._count = 0
+
+    def named(self) -> dict[str, Tensor]:
+        """Return name in memory -> total."""
+        names = memory_names(self.model)
+        return {names[id(p)]: total for p, total in self.totals.items()}
+
+    def restore(self, totals: Mapping[str, Tensor], examples: int) -> None:
+        """Go on from sums by name that were kept; the first process has them, and each its part of sharded ones."""
+        for name, total in self.named().items():
+            if is_sharded(total) or rank() == 0:
+                _place(total, totals[name])
+        self._count = examples if rank() == 0 else 0
+
+    def fisher(self, together: Together | None = None, **known: Any) -> Fisher:
+        """Return the sums by the names on disk. They are the living ones, not copies.
+
+        Args:
+            together: What sharded sums are to be read through; without it they are gathered on the CPU at once, by all
+                processes, which must all call this.
+            known: Further keys of the metadata.
+        """
+        named = self.named()
+        tensors: dict[str, Any] = {}
+        for name, total in named.items():
+            if not is_sharded(total):
+                tensors[name] = total
+            else:
+                tensors[name] = together.add(total) if together else whole(total).cpu()
+        store, aliases, adapter = _on_disk(self.model, tensors)
+        config = FisherConfig(
+            estimator=_NAMES[self._labels, self._grouping],
+            parameters="adapter" if adapter else "model",
+            coverage=Coverage(
+                **{"with": len(store.infos)}, without={other: f"{TIED}{name}" for other, name in aliases.items()}
+            ),
+            datum=self._datum,
+            **known,
+        )
+        return Fisher(store, config, aliases)
+
+
+def check_kind(labels: Labels, grouping: Grouping) -> None:
+    """Refuse labels and a grouping that do not go together.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    if (labels, grouping) not in _NAMES:
+        raise ConfigError(
+            f"grouping batch needs labels true or sampled, found {labels}: of the others it has no meaning of its own"
+        )
+
+
+def check_model(model: nn.Module, grouping: Grouping) -> None:
+    """Refuse a model whose parameters cannot be differentiated as they are kept.
+
+    Raises:
+        ConfigError: All are frozen.
+        UnsupportedStateError: They are flattened, or another process has them.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ConfigError("a Fisher needs parameters that ask for a gradient, but all are frozen; set requires_grad")
+    if uses_fsdp1(model) or any(hasattr(parameter, "ds_id") for parameter in parameters):
+        raise UnsupportedStateError(
+            "a Fisher needs each layer's parameters as they are, but FSDP1 and DeepSpeed keep them flattened and cut "
+            "up; take FSDP2 (fully_shard), or a model in each process"
+        )
+    from torch.distributed.fsdp import FSDPModule
+
+    if not any(is_sharded(parameter) for parameter in parameters):
+        return
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise UnsupportedStateError(
+            "a sharded model must be one of FSDP2, but its tensors are split in another way, such as tensor "
+            "parallelism; take fully_shard, or a model in each process"
+        )
+    if grouping == "batch":
+        raise UnsupportedStateError(
+            "grouping batch squares the gradient of one process's batch, but FSDP2 adds up those of all processes; "
+            "take grouping example, or a model in each process"
+        )
+
+
+def _on_disk(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorStore, Mapping[str, str], bool]:
+    """Return the tensors by their names on disk, other names of tied ones, and whether they are an adapter's."""
+    described = describe(model)
+    if described.adapter is not None:
+        return MemoryStore({described.adapter[name]: tensor for name, tensor in tensors.items()}), {}, True
+    bones = described.skeleton
+    store = store_moments("memory", tensors, bones, ())
+    kept = {recipe.key: name for name, recipe in store.recipes.items()}
+    aliases = {other: kept[name] for other, name in (bones.aliases if bones else {}).items() if name in kept}
+    return store, aliases, False
+
+
+def _place(total: Any, tensor: Tensor) -> None:
+    """Fill in a total; of a sharded one the part of this process."""
+    if not is_sharded(total):
+        total.copy_(tensor)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    given = tensor.to(total.device, total.dtype)
+    total.copy_(distribute_tensor(given, total.device_mesh, total.placements))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode and uncompiled, and put every module back into its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with ExitStack() as stack:
+        for module, mode in modes:
+            stack.callback(setattr, module, "training", mode)
+        stack.enter_context(torch.enable_grad())
+        # Hooks are no part of what was compiled without them.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
