@@ -7,7 +7,7 @@ that its parameters' per-example gradients are made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,53 +20,112 @@ from squisher_mergekit.errors import UnsupportedStateError
 
 @dataclass
 class Call:
-    """One call of a module: its arguments, its output, and after a backward pass the gradient at the output."""
+    """One call of a module: its arguments, the dtype of its output, and in a backward pass the gradient at that."""
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    output: Tensor
+    dtype: torch.dtype
     gradient: Tensor | None = None
+
+
+Uses = list[tuple[str, Call]]  # a parameter's name in a module, and a call of this; in the order of the forward pass
+Take = Callable[[nn.Parameter, Uses], None]
 
 
 @dataclass
 class Tape:
     """The calls of a forward pass, by the parameters that they used, each shared one once.
 
-    ``size``: examples in the batch. ``calls``: parameter -> (name in its module, call), in the order of the pass.
+    ``size``: examples in the batch. ``calls``: parameter -> its uses. ``raw``: parameters that a module uses itself,
+    perhaps before the modules within, whose calls are noted.
     """
 
     size: int
-    calls: dict[nn.Parameter, list[tuple[str, Call]]] = field(default_factory=dict)
+    calls: dict[nn.Parameter, Uses] = field(default_factory=dict)
+    raw: list[nn.Parameter] = field(default_factory=list)
+    _used: dict[int, list[nn.Parameter]] = field(default_factory=dict)  # id of a call -> parameters
+    _first: list[Any] = field(default_factory=list)  # edges of the graph that nothing noted lies behind
+    _arrived: Callable[[Call, Tensor], None] | None = None
 
-    def all_calls(self) -> Iterator[Call]:
-        """Yield each call once."""
-        seen = set()
-        for uses in self.calls.values():
-            for _, call in uses:
-                if id(call) not in seen:
-                    seen.add(id(call))
-                    yield call
+    def note(self, call: Call, output: Tensor, names: Mapping[str, nn.Parameter]) -> None:
+        """Add a call, and ask for the gradient at its output.
 
-    def backward(self, outputs: Tensor, column: Tensor, keep: bool) -> None:
-        """Fill in the gradients at the outputs of all calls.
+        Args:
+            call: The call.
+            output: What it gave out. It may be overwritten afterwards: the gradient is that of what it was.
+            names: Name in the module -> parameter that the call uses.
+        """
+        for name, parameter in names.items():
+            self.calls.setdefault(parameter, []).append((name, call))
+        self._used[id(call)] = list(names.values())
+        output.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: self._arrived(call, gradient) if self._arrived else None
+        )
+        if not any(tensor.requires_grad for tensor in _tensors((call.args, call.kwargs))):
+            self._first.append(torch.autograd.graph.get_gradient_edge(output))
+
+    def backward(
+        self,
+        outputs: Tensor,
+        column: Tensor,
+        keep: bool,
+        take: Take,
+        late: Collection[nn.Parameter] = (),
+        unreached: Sequence[nn.Parameter] = (),
+    ) -> list[nn.Parameter]:
+        """Go back to the outputs of all calls, and give out each parameter's uses once their gradients are there.
+
+        A gradient is dropped as soon as all parameters of its call were given out, so that few are alive at a time.
 
         Args:
             outputs: Of the model.
             column: Gradient at the outputs.
             keep: Another backward pass will follow.
+            take: Called once for each parameter that was reached.
+            late: Parameters that are not given out: their gradients stay, until :meth:`forget`.
+            unreached: Further parameters, of which none should be on the way.
+
+        Returns:
+            Those of ``unreached`` that are.
 
         Raises:
             UnsupportedStateError: A checkpoint in the model is reentrant.
         """
-        calls = list(self.all_calls())
-        found = gradients(outputs, [call.output for call in calls], column, keep)
-        for call, gradient in zip(calls, found, strict=True):
+        waiting = {parameter: len(uses) for parameter, uses in self.calls.items()}
+
+        def arrived(call: Call, gradient: Tensor) -> None:
             call.gradient = gradient
+            used = self._used[id(call)]
+            for parameter in used:
+                waiting[parameter] -= 1
+                if not waiting[parameter] and parameter not in late:
+                    take(parameter, self.calls[parameter])
+            if not any(waiting[parameter] or parameter in late for parameter in used):
+                call.gradient = None
+
+        ends = [*self._first, *self.raw, *unreached]
+        self._arrived = arrived
+        try:
+            found = gradients(outputs, ends, column, keep)
+        finally:
+            self._arrived = None
+        for parameter, uses in self.calls.items():
+            # Some of its calls are none that the outputs depend on.
+            if waiting[parameter] and parameter not in late:
+                take(parameter, uses)
+        used = found[len(ends) - len(unreached) :]
+        return [parameter for parameter, gradient in zip(unreached, used, strict=True) if gradient is not None]
+
+    def forget(self) -> None:
+        """Drop the gradients of a backward pass."""
+        for uses in self.calls.values():
+            for _, call in uses:
+                call.gradient = None
 
 
-def gradients(outputs: Tensor, at: Sequence[Tensor], column: Tensor, keep: bool) -> tuple[Tensor | None, ...]:
-    """Return the gradients at some tensors; None at those that the outputs do not depend on.
+def gradients(outputs: Tensor, at: Sequence[Any], column: Tensor, keep: bool) -> tuple[Tensor | None, ...]:
+    """Return the gradients at some tensors or edges of the graph; None at those that the outputs do not depend on.
 
     Raises:
         UnsupportedStateError: A checkpoint in the model is reentrant.
@@ -157,15 +216,13 @@ def taped(
             for module in filter(applies, model.modules()):
                 left_out.update(child for child in module.children() if isinstance(child, nn.Embedding))
                 stack.enter_context(wrap(module, tape))
-        for module, names in homes(model, moved or {}).items():
+        found = homes(model, moved or {})
+        for module, names in found.items():
+            if any(child is not module and child in found for child in module.modules()):
+                tape.raw += names.values()
             if module not in left_out:
                 hook = _note(module, tape, names)
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
-        for module in model.modules():
-            # An activation that overwrites a noted output would take its gradient with it.
-            if getattr(module, "inplace", False) is True:
-                module.inplace = False  # type: ignore[assignment]
-                stack.callback(setattr, module, "inplace", True)
         yield tape
 
 
@@ -179,13 +236,7 @@ def _note(module: nn.Module, tape: Tape, names: Mapping[str, nn.Parameter]) -> C
         once = isinstance(output, Tensor) and out.ndim > 1 and out.shape[0] == 1 < tape.size
         if once:
             out = out.expand(tape.size, *out.shape[1:])
-        note(tape, Call(module, args, kwargs, out), names)
+        tape.note(Call(module, args, kwargs, out.dtype), out, names)
         return out if once else None
 
     return hook
-
-
-def note(tape: Tape, call: Call, names: Mapping[str, nn.Parameter]) -> None:
-    """Add a call to a tape, under each parameter that it uses; ``names``: name in its module -> parameter."""
-    for name, parameter in names.items():
-        tape.calls.setdefault(parameter, []).append((name, call))

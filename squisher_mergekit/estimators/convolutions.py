@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from squisher_mergekit.estimators.layers import is_exactly
+from torch import Tensor
 
 EXAMPLES = 32  # that one call takes: measured on a CPU; on both sides of it other counts are slower
 _FEW = 8  # input channels below which a CPU's grouped convolution is slower than one matrix product
@@ -33,15 +31,19 @@ def gradients(name: str, module: Any, x: Tensor, b: Tensor) -> Tensor:
         padding = (0,) * len(module.kernel_size)
     else:
         padding = module.padding
-    few = module.in_channels < _FEW and module.groups == 1
-    if few and is_exactly(module, nn.Conv2d):
+    if module.in_channels < _FEW and module.groups == 1:
         return _by_patches(module, x, b, padding)
     return _by_groups(module, x, b, padding)
 
 
 def _by_patches(module: Any, x: Tensor, b: Tensor, padding: Any) -> Tensor:
     """Multiply the patches that the kernel sees, ``(N, in k k, T)``, with what came back, ``(N, out, T)``."""
-    patches = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
+    x = F.pad(x, [width for width in reversed(padding) for _ in range(2)]).contiguous()
+    steps = x.stride()[2:]
+    apart = [step * dilation for step, dilation in zip(steps, module.dilation, strict=True)]
+    moved = [step * stride for step, stride in zip(steps, module.stride, strict=True)]
+    shape = (*x.shape[:2], *module.kernel_size, *b.shape[2:])
+    patches = x.as_strided(shape, (*x.stride()[:2], *apart, *moved)).reshape(len(x), -1, b[0, 0].numel())
     return torch.bmm(patches, b.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(len(x), *module.weight.shape)
 
 

@@ -36,9 +36,12 @@ def factors(call: Call, size: int) -> tuple[Tensor, Tensor]:
 
     Example n's gradient is ``B_n^T A_n``.
     """
-    a, b = by_example(call.args[0], size, call).detach(), gradient_at(call, size)
-    a, b = wide(a.reshape(size, -1, a.shape[-1])), wide(b.reshape(size, -1, b.shape[-1]))
+    a, b = _tokens(call.args[0], size, call), _tokens(gradient_at(call, size), size, call)
     return (a, b) if is_conv1d(call.module) else (b, a)
+
+
+def _tokens(tensor: Tensor, size: int, call: Call) -> Tensor:
+    return wide(by_example(tensor, size, call).detach().reshape(size, -1, tensor.shape[-1]))
 
 
 def add_matrix(total: Tensor, uses: Sequence[Use], size: int) -> None:
@@ -90,8 +93,7 @@ def outer_square(uses: Sequence[Use], size: int) -> Tensor | None:
 def add_outer(total: Tensor, b_squared: Tensor, uses: Sequence[Use], size: int) -> None:
     """Add ``sum_n b_n^2 (a_n^2)^T`` to a linear layer's total."""
     ((_, call),) = uses
-    _, a = factors(call, size)
-    total.addmm_(b_squared.T, a[:, 0].square())
+    total.addmm_(b_squared.T, _tokens(call.args[0], size, call)[:, 0].square())
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

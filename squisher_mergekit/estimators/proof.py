@@ -94,7 +94,7 @@ def _wrong(
                 used.add(parameter)
                 expected[parameter] += gradient.to(expected[parameter].dtype).square()
     totals = no_totals(parameters)
-    add_batch(totals, tape, outputs, [column])
+    add_batch(totals, tape, outputs, [column], [parameter for parameter in parameters if parameter not in tape.calls])
     return _unequal(totals, expected, used, tape)
 
 
@@ -120,12 +120,11 @@ def _unequal(
     tape: Tape,
 ) -> list[nn.Parameter]:
     tops = {p: _largest(total) for p, total in expected.items() if p in used}
-    reached = {p for p, uses in tape.calls.items() if any(call.gradient is not None for _, call in uses)}
     found = []
     for p, top in tops.items():
-        dtypes = {p.dtype, *(call.output.dtype for _, call in tape.calls.get(p, []))}
+        dtypes = {p.dtype, *(call.dtype for _, call in tape.calls.get(p, []))}
         # Of what was reached, gradients that are nothing but rounding are not compared.
-        floor = 1e-9 * max(tops.values()) if p in reached else 0.0
+        floor = 1e-9 * max(tops.values()) if p in tape.calls else 0.0
         # All processes have added their squares of the same examples to what is sharded.
         total: Any = totals[p]
         total = total / total.device_mesh.size() if is_sharded(total) else total

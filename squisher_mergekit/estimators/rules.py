@@ -91,7 +91,9 @@ def _gradients(use: Use, size: int, examples: slice, shape: torch.Size, values: 
     b = wide(gradient_at(call, size)[examples])
     if rule == "convolution":
         return convolutions.gradients(name, module, wide(by_example(call.args[0], size, call)[examples].detach()), b)
-    return _reduced(b if rule == "bias" else b * by_example(_slope(name, call), size, call)[examples], module, shape)
+    return _reduced(
+        b if rule == "bias" else by_example(_slope(name, call), size, call)[examples].mul_(b), module, shape
+    )
 
 
 def _reduced(product: Tensor, module: nn.Module, shape: torch.Size) -> Tensor:

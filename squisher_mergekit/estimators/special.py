@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from squisher_mergekit.estimators.capture import Call, Tape, Wrap, note
+from squisher_mergekit.estimators.capture import Call, Tape, Wrap
 
 
 def is_relative_bias(module: nn.Module) -> bool:
@@ -39,7 +39,7 @@ def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
         if not bias.requires_grad:
             return bias
         rows = bias.squeeze(0).flatten(1).T.expand(tape.size, -1, -1)
-        note(tape, Call(table, (ids.pop().flatten().expand(tape.size, -1),), {}, rows), names)
+        tape.note(Call(table, (ids.pop().flatten().expand(tape.size, -1),), {}, rows.dtype), rows, names)
         return rows.transpose(1, 2).reshape(tape.size, *bias.shape[1:])
 
     attention.compute_bias = compute_bias

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from squisher_mergekit.estimators.capture import Tape, gradients
+from squisher_mergekit.estimators.capture import Tape, Uses, gradients
+from squisher_mergekit.estimators.layers import rule_of
 from squisher_mergekit.estimators.matrices import add_outer, outer_square
 from squisher_mergekit.estimators.rules import add_squares
 from squisher_mergekit.estimators.tasks import Outputs
@@ -28,7 +29,9 @@ def _accumulated(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def add_batch(totals: Totals, tape: Tape, outputs: Outputs, columns: Iterable[Tensor]) -> None:
+def add_batch(
+    totals: Totals, tape: Tape, outputs: Outputs, columns: Iterable[Tensor], unreached: Sequence[nn.Parameter] = ()
+) -> list[nn.Parameter]:
     """Add the squares of a batch's per-example gradients, for each column.
 
     Where a gradient is an outer product ``b_n a_n^T``, so is its square: the ``b_n^2`` of all columns are added up, and
@@ -39,21 +42,34 @@ def add_batch(totals: Totals, tape: Tape, outputs: Outputs, columns: Iterable[Te
         tape: Of the forward pass that gave the outputs.
         outputs: Of the model.
         columns: Gradients at the outputs.
+        unreached: Parameters without a call, which the outputs should not depend on.
+
+    Returns:
+        Those that they do depend on.
     """
-    squares: dict[nn.Parameter, Tensor] = {}
+    outer: dict[nn.Parameter, Tensor] = {}
+
+    def take(parameter: nn.Parameter, uses: Uses) -> None:
+        b = outer_square(uses, tape.size)
+        if b is None:
+            add_squares(totals[parameter], uses, tape.size)
+        else:
+            outer[parameter] = outer[parameter].add_(b) if parameter in outer else b
+
+    # What runs a module again waits until the pass is over, and so does what all processes do together, in one order.
+    late = {
+        p for p in totals if is_sharded(p) or any(rule_of(n, c.module) == "generic" for n, c in tape.calls.get(p, []))
+    }
+    found: list[nn.Parameter] = []
     for column, last in _with_last(columns):
-        tape.backward(outputs.values, column, keep=not last)
-        for parameter, total in totals.items():
-            uses = tape.calls.get(parameter, [])
-            several = not last or parameter in squares
-            b = outer_square(uses, tape.size) if several and not is_sharded(parameter) else None
-            if b is not None:
-                squares[parameter] = squares[parameter].add_(b) if parameter in squares else b
-            else:
-                with _local(total) as local:
-                    add_squares(local, uses, tape.size)
-    for parameter, b in squares.items():
+        found += tape.backward(outputs.values, column, not last, take, late, () if found else unreached)
+        for parameter in (parameter for parameter in totals if parameter in late):
+            with _local(totals[parameter]) as local:
+                add_squares(local, tape.calls.get(parameter, []), tape.size)
+        tape.forget()
+    for parameter, b in outer.items():
         add_outer(totals[parameter], b, tape.calls[parameter], tape.size)
+    return found
 
 
 @contextmanager

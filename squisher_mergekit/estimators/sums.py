@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
-from squisher_mergekit.estimators.capture import Moved, Tape, gradients, taped
+from squisher_mergekit.estimators.capture import Moved, Tape, taped
 from squisher_mergekit.estimators.labels import Labels
 from squisher_mergekit.estimators.proof import find_homes
 from squisher_mergekit.estimators.special import SPECIAL
@@ -77,7 +77,7 @@ class Sums:
         self._task, self._forward, self._noise, self._seed = task, forward, noise, seed
         self._verify = verify and grouping == "example"
         self._moved: Moved | None = None
-        self._unreached: frozenset[nn.Parameter] = frozenset()  # known not to be used at all
+        self._unused: set[nn.Parameter] = set()  # which had no call, and were not needed
 
     @property
     def examples(self) -> int:
@@ -115,8 +115,10 @@ class Sums:
             if tape is None:
                 add_joint(self.totals, outputs, columns)
             else:
-                self._check_reached(tape, outputs)
-                add_batch(self.totals, tape, outputs, columns)
+                unreached = self._unreached_by(tape)
+                for parameter in add_batch(self.totals, tape, outputs, columns, unreached):
+                    self._refuse(parameter)
+                self._unused.update(unreached)
         self.batches += 1
         if counts:
             self._count = self._count + (outputs.size if self._datum == "example" else outputs.tokens)
@@ -132,21 +134,16 @@ class Sums:
         generator = torch.Generator(outputs.values.device).manual_seed(int.from_bytes(digest, "big"))
         return outputs.columns(self._labels, self._draws, self._noise, generator, self._datum)
 
-    def _check_reached(self, tape: Tape, outputs: Outputs) -> None:
-        """Refuse a parameter that the outputs depend on without a call of its module."""
-        unreached = frozenset(p for p in self.totals if p not in tape.calls) - self._unreached
-        if not unreached or self.sharded:
-            return
-        parameters = list(unreached)
-        found = gradients(outputs.values, parameters, torch.ones_like(outputs.values), keep=True)
-        for parameter, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                name = memory_names(self.model)[id(parameter)]
-                raise UnsupportedStateError(
-                    f"{name} is used without a call of the module that holds it, and its gradients cannot be told "
-                    "apart; give examples that use it first, with verify=True, or freeze it"
-                )
-        self._unreached |= unreached
+    def _unreached_by(self, tape: Tape) -> list[nn.Parameter]:
+        """Return the parameters without a call that are not known to be unused; of sharded ones that was checked."""
+        return [p for p in self.totals if p not in tape.calls and p not in self._unused and not is_sharded(p)]
+
+    def _refuse(self, parameter: nn.Parameter) -> None:
+        name = memory_names(self.model)[id(parameter)]
+        raise UnsupportedStateError(
+            f"{name} is used without a call of the module that holds it, and its gradients cannot be told apart; give "
+            "examples that use it first, with verify=True, or freeze it"
+        )
 
     def reduce(self) -> None:
         """Add up what all processes have, which must all call this; each has the sums over all batches then."""
