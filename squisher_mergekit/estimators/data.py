@@ -1,17 +1,20 @@
-"""From a file or a dataset of the Hub to batches for a model."""
+"""From a file or a dataset of the Hub to rows, and which of their columns is what."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import ConfigError, NotFoundError
-from squisher_mergekit.estimators.tasks import IGNORED, Task
+from squisher_mergekit.estimators.tasks import Task
+
+DataTask = Literal[
+    "causal-lm", "sequence-classification", "token-classification", "seq2seq", "masked-lm", "regression"
+]
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 # Names that columns usually have, in the order in which they are looked for.
@@ -19,10 +22,25 @@ _TEXTS = ("text", "sentence", "sentence1", "premise", "question", "source", "inp
 _SECONDS = ("text_pair", "sentence2", "hypothesis")
 _TARGETS = ("target", "summary", "highlights", "output", "answer")
 _LABELS = ("label", "labels", "class")
+# Of a row with more than one text, a language model would silently see only one: such rows need to be told what is
+# what, so that names of questions, inputs and sources are not here.
+_PROSE = ("text", "sentence", "document", "article")
+_CLASSIFIED = {"text": _TEXTS, "label": _LABELS, "pair": _SECONDS}
+_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "causal-lm": {"text": _PROSE},
+    "masked-lm": {"text": _PROSE},
+    "sequence-classification": _CLASSIFIED,
+    "regression": _CLASSIFIED,
+    "token-classification": {"text": ("tokens", "words"), "label": ("tags", "ner_tags", "labels")},
+    "seq2seq": {"text": _TEXTS, "target": _TARGETS},
+}
 
 
 def read_rows(data: str, split: str = "train", limit: int | None = None) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a jsonl, csv, tsv, parquet or text file, or of a dataset on the Hub.
+    """Yield the rows of a jsonl, json, csv, tsv, parquet or text file, or of a dataset on the Hub.
+
+    Each may be compressed (``rows.jsonl.gz``), but for parquet, which compresses itself. Of a text file each line is
+    a row, with the column ``text``.
 
     Args:
         data: The file, or the Hub's name of a dataset, ``org/name`` or ``org/name:configuration``.
@@ -31,17 +49,15 @@ def read_rows(data: str, split: str = "train", limit: int | None = None) -> Iter
 
     Raises:
         NotFoundError: There is no such file, and no such dataset.
+        ConfigError: The file's name does not say what it is.
     """
     import datasets
 
     path = Path(data).expanduser()
     try:
         if path.is_file():
-            kind = _READERS.get(path.suffix)
-            if kind is None:
-                raise ConfigError(f"{path} must end in one of {', '.join(_READERS)}; convert it")
-            extra = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **extra)
+            kind, options = _reader(path)
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
         else:
             name, _, configuration = data.partition(":")
             rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
@@ -55,90 +71,97 @@ def read_rows(data: str, split: str = "train", limit: int | None = None) -> Iter
         ) from error
 
 
-def columns_of(row: Mapping[str, Any], task: Task, given: Mapping[str, str | None]) -> dict[str, str]:
+def _reader(path: Path) -> tuple[str, dict[str, str]]:
+    """Return the reader of :mod:`datasets` for a file, by its name, and the reader's options."""
+    compressed = path.suffix == ".gz"
+    suffix = path.with_suffix("").suffix if compressed else path.suffix
+    kind = _READERS.get(suffix)
+    if kind is None:
+        raise ConfigError(f"{path} must end in one of {', '.join(_READERS)}, .gz may follow; convert it")
+    if compressed and kind == "parquet":
+        raise ConfigError(f"{path} must end in .parquet, which compresses itself; decompress it")
+    return kind, {"sep": "\t"} if suffix == ".tsv" else {}
+
+
+def columns_of(row: Mapping[str, Any], task: DataTask | Task, given: Mapping[str, str | None]) -> dict[str, str]:
     """Return which column of a row is what: ``text``, and by task ``pair``, ``target`` and ``label``.
+
+    For a causal language model that is one of three: ``text`` alone; ``text`` and ``target``, a prompt and its
+    completion; or ``messages``, a conversation. Where the user names none, it is the column ``text`` if there is one,
+    then ``prompt`` and ``completion``, then ``messages``.
 
     Args:
         row: The first one.
-        task: Not ``auto``.
-        given: The user's choice, by the same keys.
+        task: What the model does.
+        given: The user's choice, by the same keys. Naming a ``target`` makes ``text`` of a causal language model a
+            prompt; a ``text`` that holds a list is a conversation.
 
     Raises:
         ConfigError: A column that is needed is not there.
 
     Example:
-        >>> columns_of({"sentence": "a", "label": 1}, "classification", {})
+        >>> columns_of({"sentence": "a", "label": 1}, "sequence-classification", {})
         {'text': 'sentence', 'label': 'label'}
+        >>> columns_of({"prompt": "1 + 1 =", "completion": " 2"}, "causal-lm", {})
+        {'text': 'prompt', 'target': 'completion'}
     """
-    wanted = {"text": _TEXTS, "pair": _SECONDS, "target": _TARGETS, "label": _LABELS}
-    needed = {"classification": ("text", "label"), "regression": ("text", "label"), "seq2seq": ("text", "target")}
-    optional = {"classification": ("pair",), "regression": ("pair",)}
-    found = {}
-    for key in needed.get(task, ("text",)) + optional.get(task, ()):
-        chosen = given.get(key)
-        name = chosen if chosen is not None else next((name for name in wanted[key] if name in row), None)
-        if name is not None and name in row:
-            found[key] = name
-        elif chosen is not None or key not in optional.get(task, ()):
-            raise ConfigError(
-                f"a row must have a column for the {key}, found {', '.join(row)}; name it by --{key}-column"
-            )
+    if task == "causal-lm":
+        return _of_causal(row, given)
+    names = _NAMES["sequence-classification" if task == "classification" else task]
+    found = {key: _column(row, key, names[key], given) for key in names if key != "pair"}
+    if "pair" in names and (given.get("pair") is not None or any(name in row for name in _SECONDS)):
+        found["pair"] = _column(row, "pair", _SECONDS, given)
     return found
+
+
+def _of_causal(row: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the columns of a causal language model's row."""
+    if given.get("target") is not None:
+        return {
+            "text": _column(row, "text", ("prompt", *_PROSE), given),
+            "target": _column(row, "target", (), given),
+        }
+    if given.get("text") is None and "text" not in row:
+        if "prompt" in row and "completion" in row:
+            return {"text": "prompt", "target": "completion"}
+        if "messages" in row:
+            return {"messages": "messages"}
+    name = _column(row, "text", _PROSE, given)
+    return {"messages" if isinstance(row[name], list) else "text": name}
+
+
+def _column(row: Mapping[str, Any], key: str, usual: Iterable[str], given: Mapping[str, str | None]) -> str:
+    """Return the column that the user chose for a key, or the first of the usual ones that is there.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    chosen = given.get(key)
+    for name in usual if chosen is None else (chosen,):
+        if name in row:
+            return name
+    raise ConfigError(f"a row must have a column for the {key}, found {', '.join(row)}; name it by --{key}-column")
 
 
 def batches(
     rows: Iterable[Mapping[str, Any]],
     tokenizer: Any,
-    task: Task,
+    task: DataTask | Task,
     batch_size: int,
     max_length: int,
     given: Mapping[str, str | None],
     seed: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield tokenized batches, padded to their longest row, with labels.
+    """Yield the batches that a :class:`~squisher_mergekit.estimators.encode.BatchMaker` makes of rows, one by one."""
+    from squisher_mergekit.estimators.encode import BatchMaker
 
-    Args:
-        rows: Of text.
-        tokenizer: The model's.
-        task: Not ``auto``. Of ``masked-lm`` 15 % of the tokens are masked, as in training.
-        batch_size: Rows of a batch.
-        max_length: Tokens of a row; what is longer is cut.
-        given: Columns that the user names.
-        seed: Of the masks.
-
-    Raises:
-        ConfigError: A column is missing.
-    """
+    kind: Any = "sequence-classification" if task == "classification" else task
     iterator = iter(rows)
-    columns: dict[str, str] | None = None
-    generator = torch.Generator().manual_seed(seed)
+    maker, number = None, 0
     while part := list(islice(iterator, batch_size)):
-        columns = columns or columns_of(part[0], task, given)
-        texts = [str(row[columns["text"]]) for row in part]
-        pairs = [str(row[columns["pair"]]) for row in part] if "pair" in columns else None
-        encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-        batch = {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
-        if task in ("classification", "regression"):
-            kind = torch.int64 if task == "classification" else torch.float32
-            batch["labels"] = torch.tensor([row[columns["label"]] for row in part], dtype=kind)
-        elif task == "seq2seq":
-            targets = [str(row[columns["target"]]) for row in part]
-            wanted = tokenizer(
-                text_target=targets, truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+        if maker is None:
+            maker = BatchMaker(
+                tokenizer, kind, max_length, columns_of(part[0], kind, given), {}, seed, batch_size=batch_size
             )
-            batch["labels"] = wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, IGNORED)
-        else:
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
-            if task == "masked-lm":
-                _mask(batch, tokenizer, generator)
-        yield batch
-
-
-def _mask(batch: dict[str, Tensor], tokenizer: Any, generator: torch.Generator) -> None:
-    """Hide 15 % of the tokens that are none of the tokenizer's special ones; only these have a label."""
-    special = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-    for token in tokenizer.all_special_ids:
-        special |= batch["input_ids"] == token
-    hidden = (torch.rand(special.shape, generator=generator) < 0.15) & ~special
-    batch["labels"] = batch["labels"].masked_fill(~hidden, IGNORED)
-    batch["input_ids"] = batch["input_ids"].masked_fill(hidden, tokenizer.mask_token_id)
+        yield maker(part, number)
+        number += 1

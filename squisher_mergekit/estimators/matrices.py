@@ -14,8 +14,10 @@ from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.estimators.capture import Call
 from squisher_mergekit.estimators.layers import Use, by_example, gradient_at, is_conv1d, rule_of, wide
 
-# Entries of per-example gradients that are formed at once: what the caches of a CPU and of a GPU hold.
+# Entries of per-example gradients that are formed at once: what the caches of a CPU and of a GPU hold. From a size on
+# one matrix at a time is faster than several, as it is squared and added in one pass; measured on a CPU alone.
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 23}
+_LARGE = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 def chunk_of(total: Tensor) -> int:
@@ -67,14 +69,13 @@ def matrix_squares(total: Tensor, b: Tensor, a: Tensor) -> None:
     if b.shape[1] == 1:
         total.addmm_(b[:, 0].square().T, a[:, 0].square())
         return
-    chunk = chunk_of(total)
-    if chunk == 1:
+    if total.numel() >= _LARGE.get(total.device.type, _LARGE["cuda"]):
         one = torch.empty_like(total)
         for n in range(len(b)):
             torch.mm(b[n].T, a[n], out=one)
             total.addcmul_(one, one)
         return
-    for start in range(0, len(b), chunk):
+    for start in range(0, len(b), chunk := chunk_of(total)):
         part = torch.bmm(b[start : start + chunk].transpose(1, 2), a[start : start + chunk])
         total += part.square_().sum(0)
 
