@@ -12,9 +12,7 @@ from torch import Tensor
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.estimators.tasks import Task
 
-DataTask = Literal[
-    "causal-lm", "sequence-classification", "token-classification", "seq2seq", "masked-lm", "regression"
-]
+DataTask = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq", "masked-lm", "regression"]
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 # Names that columns usually have, in the order in which they are looked for.
