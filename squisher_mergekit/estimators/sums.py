@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -169,11 +169,16 @@ class Sums:
         names = memory_names(self.model)
         return {names[id(p)]: total for p, total in self.totals.items()}
 
-    def restore(self, totals: Mapping[str, Tensor], examples: int) -> None:
-        """Go on from sums by name that were kept; the first process has them, and each its part of sharded ones."""
+    def restore(self, total_of: Callable[[str], Tensor], examples: int) -> None:
+        """Go on from sums that were kept; the first process has them, and each its part of sharded ones.
+
+        Args:
+            total_of: Returns the total of a name in memory.
+            examples: How many are in them.
+        """
         for name, total in self.named().items():
             if is_sharded(total) or rank() == 0:
-                _place(total, totals[name])
+                _place(total, total_of(name))
         self._count = examples if rank() == 0 else 0
 
     def fisher(self, together: Together | None = None, **known: Any) -> Fisher:
