@@ -98,7 +98,7 @@ def estimate_from(
     import accelerate
     from tqdm import tqdm
 
-    here = accelerate.PartialState()
+    here = accelerate.PartialState(cpu=not torch.accelerator.is_available())
     rows, columns = _checked(request, out, sharded, here.num_processes)
     mark = _fingerprint(request.model)
     kept = Kept.of(out, asdict(request) | {"weights": mark, "rows": _digest(rows)})
