@@ -100,8 +100,8 @@ class BatchMaker:
         Raises:
             ConfigError: A value is missing or is no text, a label is not the model's, or a row can have no loss.
         """
-        encode, first = _ENCODERS[self.task], number * self.batch_size
-        examples = [encode(self, _Row(values, first + i)) for i, values in enumerate(rows)]
+        first = number * self.batch_size
+        examples = [self._example(_Row(values, first + i)) for i, values in enumerate(rows)]
         batch = self._collator(number)(examples)
         if "attention_mask" not in batch and len({len(example["input_ids"]) for example in examples}) > 1:
             raise ConfigError(
@@ -112,6 +112,13 @@ class BatchMaker:
     def tokenize(self, *texts: Any, **options: Any) -> Any:
         """Return the tokenizer's encoding of one row, cut to ``max_length``."""
         return self.tokenizer(*texts, truncation=True, max_length=self.max_length, **options)
+
+    def _example(self, row: _Row) -> dict[str, Any]:
+        """Return a row's encoding and labels."""
+        example = _ENCODERS[self.task](self, row)
+        if not example["input_ids"]:
+            raise row.refused("has no token in its text; remove it")
+        return example
 
     def _collator(self, number: int) -> Any:
         """Return what pads the rows of one batch, and masks them."""
