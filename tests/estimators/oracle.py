@@ -11,6 +11,8 @@ def fisher(model, batches, loss, kinds):
     ``loss``: model, example -> list of (weight, loss), one for each label. ``kinds``: ``example`` or ``batch``.
     """
     model = copy.deepcopy(model).double().eval()
+    if getattr(getattr(model, "config", None), "_experts_implementation", "eager") != "eager":
+        model.set_experts_implementation("eager")  # the others know no float64
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in named.items()}
     for batch in batches:
@@ -65,7 +67,7 @@ def tokens(task, kind):
     def loss(model, example):
         labels = example["labels"][0]
         inputs = {key: value for key, value in example.items() if key != "labels"}
-        if task == "seq2seq":
+        if task == "seq2seq" and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = shifted(model, example["labels"])
         logits = model(**inputs).logits[0]
         if task == "causal-lm":

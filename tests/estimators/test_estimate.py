@@ -1,125 +1,14 @@
-"""Fishers of every kind and architecture, held against the oracle."""
-
-import copy
-import tempfile
-from pathlib import Path
+"""Fishers of all kinds of nets and uses, held against the oracle."""
 
 import pytest
 import torch
-import transformers as tf
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.estimators.estimate import estimate_fisher
 from tests.estimators import oracle
-
-SIZE, LENGTH = 5, 7
-
-
-def _ids(vocab, seed=0, size=SIZE, length=LENGTH):
-    return torch.randint(3, vocab, (size, length), generator=torch.Generator().manual_seed(seed))
-
-
-def _masked(ids):
-    """Pad the ends of some sequences."""
-    mask = torch.ones_like(ids)
-    mask[0, 4:] = 0
-    mask[3, 2:] = 0
-    return mask
-
-
-SMALL = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "vocab_size": 29}
-LLAMA = SMALL | {"intermediate_size": 19, "num_key_value_heads": 3, "max_position_embeddings": 17}
-BERT = SMALL | {"intermediate_size": 19, "max_position_embeddings": 17, "num_labels": 3}
-
-DISTIL = {"vocab_size": 29, "dim": 12, "n_layers": 2, "n_heads": 3, "hidden_dim": 19, "num_labels": 3}
-GPT2 = {"vocab_size": 29, "n_embd": 12, "n_layer": 2, "n_head": 3, "n_positions": 17}
-MIXTRAL = LLAMA | {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"}
-T5 = {"vocab_size": 29, "d_model": 12, "d_kv": 4, "d_ff": 19, "num_layers": 2, "num_heads": 3}
-BART = {"vocab_size": 29, "d_model": 12, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 17}
-BART |= {f"{part}_attention_heads": 3 for part in ("encoder", "decoder")}
-BART |= {f"{part}_ffn_dim": 19 for part in ("encoder", "decoder")}
-MAMBA = {"vocab_size": 29, "hidden_size": 12, "num_hidden_layers": 2, "state_size": 4}
-
-# name -> task, configuration, class and settings
-MODELS = {
-    "bert": ("classification", tf.BertConfig, tf.BertForSequenceClassification, BERT),
-    "roberta": ("classification", tf.RobertaConfig, tf.RobertaForSequenceClassification, BERT | {"pad_token_id": 1}),
-    "albert": ("classification", tf.AlbertConfig, tf.AlbertForSequenceClassification, BERT | {"embedding_size": 8}),
-    "distilbert": ("classification", tf.DistilBertConfig, tf.DistilBertForSequenceClassification, DISTIL),
-    "bert-mlm": ("masked-lm", tf.BertConfig, tf.BertForMaskedLM, BERT),
-    "gpt2": ("causal-lm", tf.GPT2Config, tf.GPT2LMHeadModel, GPT2),
-    "llama": ("causal-lm", tf.LlamaConfig, tf.LlamaForCausalLM, LLAMA),
-    "llama-tied": ("causal-lm", tf.LlamaConfig, tf.LlamaForCausalLM, LLAMA | {"tie_word_embeddings": True}),
-    "qwen3": ("causal-lm", tf.Qwen3Config, tf.Qwen3ForCausalLM, LLAMA | {"head_dim": 4}),
-    "gemma": ("causal-lm", tf.GemmaConfig, tf.GemmaForCausalLM, LLAMA | {"head_dim": 4}),
-    "mistral": ("causal-lm", tf.MistralConfig, tf.MistralForCausalLM, LLAMA),
-    "mixtral": ("causal-lm", tf.MixtralConfig, tf.MixtralForCausalLM, MIXTRAL),
-    "phi3": ("causal-lm", tf.Phi3Config, tf.Phi3ForCausalLM, LLAMA | {"pad_token_id": 0}),
-    "mamba": ("causal-lm", tf.MambaConfig, tf.MambaForCausalLM, MAMBA),
-    "t5": ("seq2seq", tf.T5Config, tf.T5ForConditionalGeneration, T5 | {"decoder_start_token_id": 0}),
-    "bart": ("seq2seq", tf.BartConfig, tf.BartForConditionalGeneration, BART),
-}
-
-
-def _model(name):
-    _, config, kind, settings = MODELS[name]
-    return kind(config(**settings)).double()
-
-
-def _batch(task, size=SIZE):
-    ids = _ids(29, size=size)
-    mask = _masked(ids) if size == SIZE else torch.ones_like(ids)
-    if task == "classification":
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 2, 1, 1, 0])[:size]}
-    if task == "masked-lm":
-        labels = torch.where((ids + torch.arange(LENGTH)) % 3 == 0, ids, -100)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    if task == "seq2seq":
-        labels = _ids(29, 1, size, 4)
-        labels[1, 2:] = -100
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-def _loss(task, kind):
-    return oracle.classes(kind) if task == "classification" else oracle.tokens(task, kind)
-
-
-def _assert_close(fisher, expected, rtol=1e-5, model=None):
-    if model is not None:
-        expected = _as_saved(model, expected)
-    assert set(fisher) == set(expected)
-    largest = max(float(tensor.max()) for tensor in expected.values())
-    for name, tensor in expected.items():
-        bound = max(float(tensor.max()), 1e-12 * largest) * rtol
-        assert float((fisher[name].double() - tensor).abs().max()) <= bound, name
-
-
-def _as_saved(model, tensors):
-    """Push tensors through save_pretrained in the place of the weights."""
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            parameter.copy_(tensors[name])
-    with tempfile.TemporaryDirectory() as folder:
-        other.save_pretrained(folder)
-        saved = load_file(Path(folder) / "model.safetensors")
-    buffers = {name for name, _ in model.named_buffers()}
-    return {name: tensor for name, tensor in saved.items() if name not in buffers}
-
-
-@pytest.mark.parametrize("labels", ["true", "predicted"])
-@pytest.mark.parametrize("name", MODELS)
-def test_language_models_of_every_kind_match_the_oracle(name, labels):
-    """Example by example, with padding, ties, shared layers and experts: within 1e-5 of the largest entry."""
-    torch.manual_seed(1)
-    model, task = _model(name), MODELS[name][0]
-    batch = _batch(task)
-    fisher = estimate_fisher(model, [batch], labels, statistic="sum")
-    _assert_close(fisher, oracle.fisher(model, [batch], _loss(task, labels), "example"), model=model)
+from tests.estimators.models import assert_close, batch_of, make
 
 
 class _Twice(nn.Module):
@@ -172,7 +61,7 @@ def test_nets_of_every_layer_match_the_oracle(name, labels):
             module.running_var.uniform_(0.5, 2.0)
     batches = [(torch.randn(n, *shape).double(), torch.randint(classes, (n,))) for n in (5, 3)]
     fisher = estimate_fisher(model, batches, labels, statistic="sum")
-    _assert_close(fisher, oracle.fisher(model, batches, oracle.classes(labels), "example"))
+    assert_close(fisher, oracle.fisher(model, batches, oracle.classes(labels), "example"))
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "twice"])
@@ -183,7 +72,7 @@ def test_a_joint_fisher_squares_the_sum_of_each_batch(name):
     model = make().double()
     batches = [(torch.randn(n, *shape).double(), torch.randint(classes, (n,))) for n in (5, 3)]
     fisher = estimate_fisher(model, batches, "true", "batch", statistic="sum")
-    _assert_close(fisher, oracle.fisher(model, batches, oracle.classes("true"), "batch"))
+    assert_close(fisher, oracle.fisher(model, batches, oracle.classes("true"), "batch"))
 
 
 def test_drawn_labels_give_the_exact_fisher_on_average():
@@ -266,7 +155,7 @@ def test_a_weight_used_without_its_layer_is_found():
     model = _Elsewhere().double()
     batch = (torch.randn(5, 7).double(), torch.randint(3, (5,)))
     fisher = estimate_fisher(model, [batch], statistic="sum")
-    _assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"))
+    assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"))
 
 
 def test_frozen_parameters_are_left_out():
@@ -281,58 +170,24 @@ def test_frozen_parameters_are_left_out():
     assert all(torch.equal(part[name], whole[name]) for name in part)
 
 
-def test_a_vision_transformer_matches_the_oracle():
-    """Class token and position embeddings, which no layer holds, included."""
-    torch.manual_seed(8)
-    config = tf.ViTConfig(
-        hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=19, image_size=6, patch_size=2,
-        num_labels=3,
-    )  # fmt: skip
-    model = tf.ViTForImageClassification(config).double()
-    batch = {"pixel_values": torch.randn(5, 3, 6, 6).double(), "labels": torch.tensor([0, 2, 1, 1, 0])}
-    fisher = estimate_fisher(model, [batch], statistic="sum")
-    _assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"), model=model)
-
-
-class _TextTower(nn.Module):
-    """CLIP's text model with a classifier on top."""
-
-    def __init__(self):
-        super().__init__()
-        self.tower = tf.CLIPTextModel(tf.CLIPTextConfig(**SMALL, intermediate_size=19, max_position_embeddings=17))
-        self.head = nn.Linear(12, 3)
-
-    def forward(self, ids):
-        return self.head(self.tower(input_ids=ids).pooler_output)
-
-
-def test_clips_text_tower_matches_the_oracle():
-    """Within a model of the user's own, given pairs of inputs and labels."""
-    torch.manual_seed(9)
-    model = _TextTower().double()
-    batch = (_ids(29), torch.tensor([0, 2, 1, 1, 0]))
-    fisher = estimate_fisher(model, [batch], task="classification", statistic="sum")
-    _assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"))
-
-
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks transformers so
 def test_of_a_lora_the_adapter_alone_has_a_fisher():
     """Names are those in adapter_model.safetensors, values the oracle's for A and B."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(10)
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(_model("llama").float(), lora).double()
-    batch = _batch("causal-lm")
+    model = peft.get_peft_model(make("llama"), lora).double()
+    batch = batch_of("causal-lm")
     fisher = estimate_fisher(model, [batch], task="causal-lm", statistic="sum")
     expected = oracle.fisher(model, [batch], oracle.tokens("causal-lm", "true"), "example")
     assert fisher.config.parameters == "adapter"
-    _assert_close(fisher, {name.replace(".default", ""): tensor for name, tensor in expected.items()})
+    assert_close(fisher, {name.replace(".default", ""): tensor for name, tensor in expected.items()})
 
 
 def test_under_autocast_squares_are_still_float32():
     """In bfloat16 the entries are within its precision of the float32 ones, and none is lost to a narrow square."""
     torch.manual_seed(11)
-    model, batch = _model("bert").float(), _batch("classification")
+    model, batch = make("bert"), batch_of("classification")
     exact = estimate_fisher(model, [batch])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         narrow = estimate_fisher(model, [batch], verify=False)

@@ -1,0 +1,76 @@
+"""Every architecture in float32, with padding, against single examples in float64: within 1e-5 of the largest entry."""
+
+import pytest
+import torch
+
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.estimators.estimate import estimate_fisher
+from squisher_mergekit.estimators.tasks import Outputs
+from tests.estimators import oracle
+from tests.estimators.models import MODELS, assert_close, batch_of, loss_of, make, task_of
+
+CLASSIFIERS = [name for name in MODELS if task_of(name) == "classification"]
+SEQUENCES = [name for name in MODELS if name not in CLASSIFIERS]
+
+
+def _check(name, labels, grouping):
+    torch.manual_seed(1)
+    model, task = make(name), task_of(name)
+    kind = MODELS[name][0]
+    batches = [batch_of(kind), batch_of(kind, 2, seed=3)]
+    fisher = estimate_fisher(model, batches, labels, grouping, statistic="sum", task=task)
+    expected = oracle.fisher(model, batches, loss_of(kind, labels), grouping)
+    assert_close(fisher, expected, model=model)
+
+
+@pytest.mark.parametrize("labels", ["true", "predicted"])
+@pytest.mark.parametrize("name", MODELS)
+def test_given_labels_example_by_example(name, labels):
+    """Shared layers, ties, position ids without a batch, relative biases, experts: the true and the likeliest label."""
+    _check(name, labels, "example")
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_expectation_over_classes(name):
+    """Columns of a factor of the covariance of a draw give what all classes by their probability do."""
+    _check(name, "exact", "example")
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_the_expectation_over_tokens_is_refused(name):
+    """It would take a pass for each token of the vocabulary, at each place."""
+    with pytest.raises(ConfigError, match="take labels sampled"):
+        estimate_fisher(make(name), [batch_of(MODELS[name][0])], "exact", task=task_of(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_joint_form_of_given_labels(name):
+    """The square of each batch's summed gradient, added up over two batches."""
+    _check(name, "true", "batch")
+
+
+@pytest.mark.parametrize("grouping", ["example", "batch"])
+@pytest.mark.parametrize("name", MODELS)
+def test_drawn_labels_are_used_as_true_ones_are(name, grouping, monkeypatch):
+    """Given the labels that were drawn, the oracle finds the same; padding and what has no label draw none."""
+    torch.manual_seed(1)
+    model, task, batch = make(name), task_of(name), batch_of(MODELS[name][0])
+    seen = []
+    columns = Outputs.columns
+
+    def watched(self, *args):
+        found = list(columns(self, *args))
+        seen.append((self, found))
+        return iter(found)
+
+    monkeypatch.setattr(Outputs, "columns", watched)
+    fisher = estimate_fisher(model, [batch], "sampled", grouping, statistic="sum", task=task, seed=5)
+    [(outputs, [column])] = seen
+    drawn = (outputs.values.detach().softmax(-1) - column).argmax(-1).masked_fill(outputs.targets < 0, -100)
+    assert (drawn != outputs.targets).any()
+    if task == "causal-lm":  # what is predicted at a token is the next one
+        drawn = torch.cat([torch.full_like(drawn[:, :1], -100), drawn], 1)
+    given = batch if task == "seq2seq" else batch | {"labels": drawn}
+    if task == "seq2seq":  # what the decoder is given stays what it was
+        given = batch | {"decoder_input_ids": oracle.shifted(model, batch["labels"]), "labels": drawn}
+    assert_close(fisher, oracle.fisher(model, [given], loss_of(MODELS[name][0], "true"), grouping), model=model)
