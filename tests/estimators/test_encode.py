@@ -181,6 +181,15 @@ def test_all_turns_of_the_assistant_have_labels(trim):
     )
 
 
+def test_a_token_that_a_mark_cuts_has_a_label():
+    """What is marked begins behind the space that belongs to its first token."""
+    template = MARKED.replace("{% generation %}{{ ' ' + ", " {% generation %}{{ ")
+    _equal(
+        _chats(_gpt(), template)([{"messages": CHAT[:2]}], 0),
+        input_ids=[[4, 10, 3, 14, 2]], attention_mask=[[1] * 5], labels=[[-100, -100, -100, 14, 2]],
+    )  # fmt: skip
+
+
 def test_without_marks_every_token_of_a_conversation_has_a_label():
     """The template does not say which are the assistant's."""
     batch = _chats(_gpt(), UNMARKED)([{"messages": CHAT[:2]}], 0)
@@ -378,6 +387,16 @@ def test_targets_are_labels_filled_on_their_own(side):
         attention_mask=[[1, 1, 1, 1], [1, 1, 1, 0]],
         labels=[[2, 10, 3, -100, -100], [2, 5, 11, 12, 3]],
     )
+
+
+def test_targets_are_tokenized_as_targets():
+    """MBart's tokenizer ends a text by the language of the source, and a target by that of the target."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", "▁cat", "▁dog"]
+    vocab = [(name, float(-i)) for i, name in enumerate(names)]
+    tokenizer = transformers.MBartTokenizer(vocab=vocab, src_lang="en_XX", tgt_lang="ro_RO")
+    batch = _maker("seq2seq", tokenizer)([{"text": "cat dog", "target": "cat"}], 0)
+    english, romanian = tokenizer.convert_tokens_to_ids(["en_XX", "ro_RO"])
+    _equal(batch, input_ids=[[4, 5, 2, english]], attention_mask=[[1] * 4], labels=[[4, 2, romanian]])
 
 
 def test_a_tokenizer_in_python_serves_as_well():
