@@ -7,10 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from squisher_mergekit.errors import ConfigError, NotFoundError
-from squisher_mergekit.estimators.tasks import Task
 
 DataTask = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq", "masked-lm", "regression"]
 
@@ -24,7 +21,7 @@ _LABELS = ("label", "labels", "class")
 # what, so that names of questions, inputs and sources are not here.
 _PROSE = ("text", "sentence", "document", "article")
 _CLASSIFIED = {"text": _TEXTS, "label": _LABELS, "pair": _SECONDS}
-_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+_NAMES: dict[DataTask, dict[str, tuple[str, ...]]] = {
     "causal-lm": {"text": _PROSE},
     "masked-lm": {"text": _PROSE},
     "sequence-classification": _CLASSIFIED,
@@ -81,7 +78,7 @@ def _reader(path: Path) -> tuple[str, dict[str, str]]:
     return kind, {"sep": "\t"} if suffix == ".tsv" else {}
 
 
-def columns_of(row: Mapping[str, Any], task: DataTask | Task, given: Mapping[str, str | None]) -> dict[str, str]:
+def columns_of(row: Mapping[str, Any], task: DataTask, given: Mapping[str, str | None]) -> dict[str, str]:
     """Return which column of a row is what: ``text``, and by task ``pair``, ``target`` and ``label``.
 
     For a causal language model that is one of three: ``text`` alone; ``text`` and ``target``, a prompt and its
@@ -105,7 +102,7 @@ def columns_of(row: Mapping[str, Any], task: DataTask | Task, given: Mapping[str
     """
     if task == "causal-lm":
         return _of_causal(row, given)
-    names = _NAMES["sequence-classification" if task == "classification" else task]
+    names = _NAMES[task]
     found = {key: _column(row, key, names[key], given) for key in names if key != "pair"}
     if "pair" in names and (given.get("pair") is not None or any(name in row for name in _SECONDS)):
         found["pair"] = _column(row, "pair", _SECONDS, given)
@@ -139,27 +136,3 @@ def _column(row: Mapping[str, Any], key: str, usual: Iterable[str], given: Mappi
         if name in row:
             return name
     raise ConfigError(f"a row must have a column for the {key}, found {', '.join(row)}; name it by --{key}-column")
-
-
-def batches(
-    rows: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    task: DataTask | Task,
-    batch_size: int,
-    max_length: int,
-    given: Mapping[str, str | None],
-    seed: int = 0,
-) -> Iterator[dict[str, Tensor]]:
-    """Yield the batches that a :class:`~squisher_mergekit.estimators.encode.BatchMaker` makes of rows, one by one."""
-    from squisher_mergekit.estimators.encode import BatchMaker
-
-    kind: Any = "sequence-classification" if task == "classification" else task
-    iterator = iter(rows)
-    maker, number = None, 0
-    while part := list(islice(iterator, batch_size)):
-        if maker is None:
-            maker = BatchMaker(
-                tokenizer, kind, max_length, columns_of(part[0], kind, given), {}, seed, batch_size=batch_size
-            )
-        yield maker(part, number)
-        number += 1
