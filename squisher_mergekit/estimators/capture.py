@@ -37,13 +37,16 @@ Take = Callable[[nn.Parameter, Uses], None]
 class Tape:
     """The calls of a forward pass, by the parameters that they used, each shared one once.
 
-    ``size``: examples in the batch. ``calls``: parameter -> its uses. ``raw``: parameters that a module uses itself,
-    perhaps before the modules within, whose calls are noted.
+    ``size``: examples in the batch. ``spread``: modules whose output, if it is one for all examples, gets a batch axis;
+    None: all. ``calls``: parameter -> its uses. ``raw``: parameters that a module uses itself, perhaps before the
+    modules within, whose calls are noted. ``once``: modules whose output was spread.
     """
 
     size: int
+    spread: Collection[nn.Module] | None = None
     calls: dict[nn.Parameter, Uses] = field(default_factory=dict)
     raw: list[nn.Parameter] = field(default_factory=list)
+    once: set[nn.Module] = field(default_factory=set)
     _used: dict[int, list[nn.Parameter]] = field(default_factory=dict)  # id of a call -> parameters
     _first: list[Any] = field(default_factory=list)  # edges of the graph that nothing noted lies behind
     _arrived: Callable[[Call, Tensor], None] | None = None
@@ -115,7 +118,7 @@ class Tape:
             if waiting[parameter] and parameter not in late:
                 take(parameter, uses)
         used = found[len(ends) - len(unreached) :]
-        return [parameter for parameter, gradient in zip(unreached, used, strict=True) if gradient is not None]
+        return [p for p, gradient in zip(unreached, used, strict=True) if gradient is not None and gradient.any()]
 
     def forget(self) -> None:
         """Drop the gradients of a backward pass."""
@@ -128,13 +131,16 @@ def gradients(outputs: Tensor, at: Sequence[Any], column: Tensor, keep: bool) ->
     """Return the gradients at some tensors or edges of the graph; None at those that the outputs do not depend on.
 
     Raises:
-        UnsupportedStateError: A checkpoint in the model is reentrant.
+        UnsupportedStateError: torch cannot differentiate the model, or a checkpoint in it is reentrant.
     """
     try:
         return torch.autograd.grad(outputs, at, column, retain_graph=keep, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
-            raise
+            why = " ".join(str(error).split())[:200]
+            raise UnsupportedStateError(
+                f"the model must be differentiable in eval mode, but torch says: {why}"
+            ) from error
         raise UnsupportedStateError(
             "gradients of chosen tensors need checkpoints that are not reentrant, but the model has one with "
             "use_reentrant=True; set it to False"
@@ -196,6 +202,7 @@ def taped(
     size: int,
     special: Sequence[tuple[Callable[[nn.Module], bool], Wrap]] = (),
     moved: Mapping[nn.Parameter, tuple[nn.Module, str]] | None = None,
+    spread: Collection[nn.Module] | None = None,
 ) -> Iterator[Tape]:
     """Note the calls of all modules with trainable parameters while the body runs the model.
 
@@ -205,11 +212,12 @@ def taped(
         special: Which modules something has to be wrapped around, and what, as a context manager. Modules right in
             them are left to it.
         moved: See :func:`homes`.
+        spread: See :class:`Tape`.
 
     Yields:
         The tape, filled by one forward pass.
     """
-    tape = Tape(size)
+    tape = Tape(size, spread)
     with ExitStack() as stack:
         left_out: set[nn.Module] = set()
         for applies, wrap in special:
@@ -234,9 +242,18 @@ def _note(module: nn.Module, tape: Tape, names: Mapping[str, nn.Parameter]) -> C
         if out is None or not out.requires_grad:
             return None
         once = isinstance(output, Tensor) and out.ndim > 1 and out.shape[0] == 1 < tape.size
-        if once:
-            out = out.expand(tape.size, *out.shape[1:])
+        if once and (tape.spread is None or module in tape.spread):
+            tape.once.add(module)
+            # A copy, as what follows may write into it.
+            out = out.expand(tape.size, *out.shape[1:]).contiguous()
+            args = tuple(_repeated(arg, tape.size) for arg in args)
         tape.note(Call(module, args, kwargs, out.dtype), out, names)
-        return out if once else None
+        return out if module in tape.once and once else None
 
     return hook
+
+
+def _repeated(value: Any, size: int) -> Any:
+    """Return what was given once for all examples as if it were given for each."""
+    once = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1
+    return value.expand(size, *value.shape[1:]) if once else value

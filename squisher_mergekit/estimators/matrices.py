@@ -111,8 +111,7 @@ def lookups(call: Call, size: int) -> tuple[Tensor, Tensor]:
         raise UnsupportedStateError(
             "an embedding with max_norm or scale_grad_by_freq has no gradient of one example alone; set neither"
         )
-    ids = call.args[0]
-    ids = (ids.expand(size, *ids.shape[1:]) if ids.shape[0] == 1 else by_example(ids, size, call)).reshape(size, -1)
+    ids = by_example(call.args[0], size, call).reshape(size, -1)
     b = gradient_at(call, size)
     b = wide(b.reshape(size, -1, b.shape[-1]))
     padding = getattr(module, "padding_idx", None)

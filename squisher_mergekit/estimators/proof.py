@@ -7,7 +7,9 @@ differentiated as a whole, then the one around that, up to the model itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,87 +17,183 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.estimators.capture import Moved, Tape, gradients, taped
+from squisher_mergekit.estimators.capture import Moved, Tape, Uses, gradients, taped
+from squisher_mergekit.estimators.layers import gradient_at
 from squisher_mergekit.estimators.special import SPECIAL
-from squisher_mergekit.estimators.squares import add_batch, no_totals
+from squisher_mergekit.estimators.squares import Failed, add_batch, no_totals
 from squisher_mergekit.estimators.tasks import Batch, Forward, Outputs, Task, run, size_of
 from squisher_mergekit.optimizers.sharding import is_sharded
 
+LOG = logging.getLogger("squisher_mergekit")
 EXAMPLES = 2  # that are checked
 # Of a tensor's largest entry. A rule that does not fit is wrong by far more; narrow weights round that much.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
-def find_homes(model: nn.Module, batch: Batch, task: Task, forward: Forward | None) -> Moved:
+Wrong = dict[nn.Parameter, Exception | None]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found out about a model by trying.
+
+    ``moved``: parameters that are used by other modules than those that hold them. ``spread``: modules that give out
+    one thing for all examples. ``proven``: parameters whose squares were seen to be right; the others were not used.
+    """
+
+    moved: Moved
+    spread: Collection[nn.Module]
+    proven: set[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a model is run: ``model``, ``task`` and ``forward`` as for :func:`~squisher_mergekit.estimate_fisher`."""
+
+    model: nn.Module
+    task: Task
+    forward: Forward | None
+
+    def taped(self, batch: Batch, moved: Moved, spread: Collection[nn.Module] | None) -> tuple[Tape, Outputs]:
+        """Run the model on a batch, and note its calls."""
+        with taped(self.model, size_of(batch), SPECIAL, moved, spread) as tape:
+            return tape, run(self.model, batch, self.task, self.forward)
+
+
+def prove(trial: Trial, batch: Batch, known: Proof | None = None, count: int = EXAMPLES) -> Proof:
     """Find the parameters that are used by other modules than those that hold them, by trying.
 
     Args:
-        model: In eval mode. If it is sharded all processes must take part.
-        batch: The first one, of which the first two examples are taken.
-        task: What the outputs mean.
-        forward: See :func:`~squisher_mergekit.estimate_fisher`.
-
-    Returns:
-        What :func:`~squisher_mergekit.estimators.capture.taped` is to know.
+        trial: The model, in eval mode. If it is sharded all processes must take part.
+        batch: Whose first examples are differentiated one by one; of all of them it is seen whether they mix.
+        known: What was found out before.
+        count: How many examples are differentiated one by one.
 
     Raises:
         UnsupportedStateError: The model mixes its examples.
     """
-    moved: Moved = {}
+    model = trial.model
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    first = first_examples(batch, EXAMPLES)
     if any(is_sharded(parameter) for parameter in names):
         # Gradients of sharded parameters are means over the processes, which therefore must look at the same examples.
-        shared = [first]
+        shared = [batch]
         dist.broadcast_object_list(shared, src=0)
-        first = _to(shared[0], next(iter(names)).device)
+        batch = _to(shared[0], next(iter(names)).device)
+    moved = dict(known.moved) if known else {}
     # What is computed in a narrower dtype rounds by as much as some mistakes are large.
     with torch.autocast(next(iter(names)).device.type, enabled=False):
-        while wrong := _wrong(model, first, task, forward, list(names), moved):
-            for parameter in wrong:
-                _move(model, names[parameter], parameter, moved)
-    return moved
+        spread = known.spread if known else _spread(trial, batch)
+        while True:
+            used, wrong = _compare(trial, first_examples(batch, count), list(names), moved, spread)
+            tape, outputs = trial.taped(batch, moved, spread)
+            wrong |= {p: error for p, error in mixed(tape, outputs, list(names), keep=False).items() if p in used}
+            for parameter, error in wrong.items():
+                _move(model, names[parameter], parameter, moved, error)
+            if not wrong:
+                _tell(model, names, moved)
+                return Proof(moved, spread, used)
 
 
-def _move(model: nn.Module, full_name: str, parameter: nn.Parameter, moved: Moved) -> None:
+def _spread(trial: Trial, batch: Batch) -> Collection[nn.Module]:
+    """Return the modules whose one output for all examples can be repeated: if not all of them, none."""
+    with torch.no_grad():
+        values = run(trial.model, batch, trial.task, trial.forward).values
+    _reshard(trial.model)
+    try:
+        tape, outputs = trial.taped(batch, {}, None)
+    except (RuntimeError, ValueError, IndexError):
+        return ()
+    finally:
+        _reshard(trial.model)
+    close = outputs.values.shape == values.shape and torch.allclose(outputs.values, values, rtol=1e-3, atol=1e-4)
+    return tape.once if close else ()
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let go of the whole parameters that a forward pass has gathered for a backward pass, which does not follow."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def mixed(tape: Tape, outputs: Outputs, parameters: Iterable[nn.Parameter], keep: bool) -> Wrong:
+    """Return the parameters in whose calls examples do not lie where they are looked for.
+
+    Where the gradient at the outputs is 0 for some examples, it must be 0 for them at each call.
+
+    Args:
+        tape: Of the forward pass that gave the outputs.
+        outputs: Of the model.
+        parameters: Of the model.
+        keep: Another backward pass will follow.
+    """
+    size, values = tape.size, outputs.values
+    generator = torch.Generator(values.device).manual_seed(size)
+    column = torch.randn(values.shape, generator=generator, device=values.device).to(values.dtype)
+    silent = torch.arange(size, device=values.device) % 2 == 1
+    column[silent] = 0
+    wrong: Wrong = {}
+
+    def look(parameter: nn.Parameter, uses: Uses) -> None:
+        for _, call in uses:
+            try:
+                if call.gradient is not None and bool(gradient_at(call, size)[silent].any()):
+                    wrong[parameter] = None
+            except UnsupportedStateError as error:
+                wrong[parameter] = error
+
+    tape.backward(values, column, keep, look, unreached=[p for p in parameters if p not in tape.calls])
+    tape.forget()
+    return wrong
+
+
+def _tell(model: nn.Module, names: Mapping[nn.Parameter, str], moved: Moved) -> None:
+    whole = [names[parameter] for parameter, (home, _) in moved.items() if home is model]
+    if whole:
+        LOG.warning(
+            "%d of %d parameters (%s, ...) have gradients that only the whole model tells apart: it is run for one "
+            "example after the other, which is as slow as a loop",
+            len(whole), len(names), whole[0],
+        )  # fmt: skip
+
+
+def _move(model: nn.Module, full_name: str, parameter: nn.Parameter, moved: Moved, error: Exception | None) -> None:
     """Give a parameter to the module around the one that has it."""
     home, name = moved.get(parameter, (None, ""))
-    if home is model:
-        raise UnsupportedStateError(
-            f"the gradients of {full_name} cannot be told apart example by example: the model mixes its examples; "
-            "freeze it, or take grouping batch"
-        )
     path = full_name.removesuffix(f".{name}" if name else "").rpartition(".")[0]
+    if home is model or (home is None and not path):
+        why = "the model mixes its examples" if error is None else " ".join(str(error).split())[:200]
+        raise UnsupportedStateError(
+            f"the gradients of {full_name} cannot be told apart example by example: {why}; freeze it, or take "
+            "grouping batch"
+        ) from error
     if not name:  # held by the module at path; the one around it is next
         path = path.rpartition(".")[0]
     within = full_name.removeprefix(f"{path}." if path else "")
     moved[parameter] = (model.get_submodule(path), within)
 
 
-def _wrong(
-    model: nn.Module,
-    batch: Batch,
-    task: Task,
-    forward: Forward | None,
-    parameters: list[nn.Parameter],
-    moved: Moved,
-) -> list[nn.Parameter]:
-    """Return the parameters whose squared gradients are not the sum of those of each example alone."""
-    size = size_of(batch)
-    with taped(model, size, SPECIAL, moved) as tape:
-        outputs = run(model, batch, task, forward)
+def _compare(
+    trial: Trial, batch: Batch, parameters: list[nn.Parameter], moved: Moved, spread: Collection[nn.Module]
+) -> tuple[set[nn.Parameter], Wrong]:
+    """Return the parameters that are used, and those whose squares are not the sums of those of each example alone."""
+    tape, outputs = trial.taped(batch, moved, spread)
     generator = torch.Generator(outputs.values.device).manual_seed(0)
     column = torch.randn(outputs.values.shape, generator=generator, device=outputs.values.device)
     column = column.to(outputs.values.dtype)
     expected, used = no_totals(parameters), set()
-    for n in range(size):
+    for n in range(tape.size):
         for parameter, gradient in zip(parameters, _alone(outputs, parameters, column, n), strict=True):
             if gradient is not None:
                 used.add(parameter)
                 expected[parameter] += gradient.to(expected[parameter].dtype).square()
-    totals = no_totals(parameters)
-    add_batch(totals, tape, outputs, [column], [parameter for parameter in parameters if parameter not in tape.calls])
-    return _unequal(totals, expected, used, tape)
+    totals, failed = no_totals(parameters), Failed()
+    without = [parameter for parameter in parameters if parameter not in tape.calls]
+    add_batch(totals, tape, outputs, [column], without, failed)
+    unequal = _unequal(totals, expected, used, tape)
+    return used, {parameter: failed.get(parameter) for parameter in parameters if parameter in {*unequal, *failed}}
 
 
 def _alone(outputs: Outputs, parameters: Sequence[nn.Parameter], column: Tensor, n: int) -> Sequence[Tensor | None]:

@@ -152,7 +152,9 @@ def _generic(name: str, call: Call, size: int, examples: slice, values: Values) 
             args, kwargs = _cut((call.args, dict(call.kwargs)), n, size)
             out = first_tensor(torch.func.functional_call(call.module, {**values, name: parameter}, args, kwargs))
             assert out is not None
-            (gradient,) = torch.autograd.grad(out, parameter, b[n].reshape(out.shape), allow_unused=True)
+            # What an example does not use, such as another task's token, has no graph.
+            column, used = b[n].reshape(out.shape), out.requires_grad
+            (gradient,) = torch.autograd.grad(out, parameter, column, allow_unused=True) if used else (None,)
         found.append(torch.zeros_like(parameter) if gradient is None else gradient)
     return wide(torch.stack(found))
 

@@ -17,6 +17,7 @@ from squisher_mergekit.estimators.tasks import Outputs
 from squisher_mergekit.optimizers.sharding import is_sharded
 
 Totals = dict[nn.Parameter, Tensor]
+Failed = dict[nn.Parameter, Exception]
 
 
 def no_totals(parameters: Iterable[nn.Parameter]) -> Totals:
@@ -30,7 +31,13 @@ def _accumulated(parameter: Tensor) -> torch.dtype:
 
 
 def add_batch(
-    totals: Totals, tape: Tape, outputs: Outputs, columns: Iterable[Tensor], unreached: Sequence[nn.Parameter] = ()
+    totals: Totals,
+    tape: Tape,
+    outputs: Outputs,
+    columns: Iterable[Tensor],
+    unreached: Sequence[nn.Parameter] = (),
+    failed: Failed | None = None,
+    arrived: set[nn.Parameter] | None = None,
 ) -> list[nn.Parameter]:
     """Add the squares of a batch's per-example gradients, for each column.
 
@@ -43,33 +50,52 @@ def add_batch(
         outputs: Of the model.
         columns: Gradients at the outputs.
         unreached: Parameters without a call, which the outputs should not depend on.
+        failed: Where to note the parameters whose rule fails, and how; without it the error is raised.
+        arrived: Where to note the parameters that gradients came for, those without a total among them.
 
     Returns:
-        Those that they do depend on.
+        Those of ``unreached`` that the outputs do depend on.
     """
     outer: dict[nn.Parameter, Tensor] = {}
 
     def take(parameter: nn.Parameter, uses: Uses) -> None:
-        b = outer_square(uses, tape.size)
-        if b is None:
-            add_squares(totals[parameter], uses, tape.size)
-        else:
-            outer[parameter] = outer[parameter].add_(b) if parameter in outer else b
+        if arrived is not None and any(call.gradient is not None for _, call in uses):
+            arrived.add(parameter)
+        if parameter not in totals:
+            return
+        with _noted(parameter, failed), _local(totals[parameter]) as local:
+            b = None if is_sharded(totals[parameter]) else outer_square(uses, tape.size)
+            if b is None:
+                add_squares(local, uses, tape.size)
+            else:
+                outer[parameter] = outer[parameter].add_(b) if parameter in outer else b
 
     # What runs a module again waits until the pass is over, and so does what all processes do together, in one order.
-    late = {
-        p for p in totals if is_sharded(p) or any(rule_of(n, c.module) == "generic" for n, c in tape.calls.get(p, []))
-    }
+    late = [p for p in totals if is_sharded(p) or _runs_again(tape.calls.get(p, []))]
     found: list[nn.Parameter] = []
     for column, last in _with_last(columns):
-        found += tape.backward(outputs.values, column, not last, take, late, () if found else unreached)
-        for parameter in (parameter for parameter in totals if parameter in late):
-            with _local(totals[parameter]) as local:
-                add_squares(local, tape.calls.get(parameter, []), tape.size)
+        found += tape.backward(outputs.values, column, not last, take, set(late), () if found else unreached)
+        for parameter in late:
+            take(parameter, tape.calls.get(parameter, []))
         tape.forget()
     for parameter, b in outer.items():
-        add_outer(totals[parameter], b, tape.calls[parameter], tape.size)
+        with _noted(parameter, failed):
+            add_outer(totals[parameter], b, tape.calls[parameter], tape.size)
     return found
+
+
+def _runs_again(uses: Uses) -> bool:
+    return any(rule_of(name, call.module) == "generic" for name, call in uses)
+
+
+@contextmanager
+def _noted(parameter: nn.Parameter, failed: Failed | None) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # shapes are not what a rule takes them for
+        if failed is None:
+            raise
+        failed[parameter] = error
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
-from squisher_mergekit.estimators.capture import Moved, Tape, taped
+from squisher_mergekit.estimators.capture import Tape
 from squisher_mergekit.estimators.labels import Labels
-from squisher_mergekit.estimators.proof import find_homes
-from squisher_mergekit.estimators.special import SPECIAL
+from squisher_mergekit.estimators.proof import Proof, Trial, mixed, prove
 from squisher_mergekit.estimators.squares import add_batch, add_joint, no_totals
 from squisher_mergekit.estimators.tasks import Batch, Datum, Forward, Outputs, Task, choose, run, size_of
 from squisher_mergekit.fisher.config import Coverage, Estimator, FisherConfig
@@ -76,7 +75,7 @@ class Sums:
         self._labels, self._grouping, self._draws, self._datum = labels, grouping, num_samples, datum
         self._task, self._forward, self._noise, self._seed = task, forward, noise, seed
         self._verify = verify and grouping == "example"
-        self._moved: Moved | None = None
+        self._proof: Proof | None = None
         self._unused: set[nn.Parameter] = set()  # which had no call, and were not needed
 
     @property
@@ -102,28 +101,53 @@ class Sums:
             UnsupportedStateError: The model mixes its examples.
         """
         with _evaluating(self.model):
-            if self._moved is None:
+            if self.batches == 0 or self._proof is None:
                 self._task = choose(self._task, self.model, batch)
-                self._moved = find_homes(self.model, batch, self._task, self._forward) if self._verify else {}
-            # The joint form takes the gradients of the parameters themselves, and needs nothing noted.
-            noted = taped(self.model, size_of(batch), SPECIAL, self._moved) if self._grouping == "example" else None
-            with noted or nullcontext() as tape:
+            number = self.batches if number is None else number
+            if self._grouping == "batch":
                 outputs = run(self.model, batch, self._task, self._forward)
-            columns = self._columns(outputs, self.batches if number is None else number)
-            if not counts:
-                columns = (column * 0 for column in columns)
-            if tape is None:
-                add_joint(self.totals, outputs, columns)
+                add_joint(self.totals, outputs, self._columns(outputs, number, counts))
             else:
-                unreached = self._unreached_by(tape)
-                for parameter in add_batch(self.totals, tape, outputs, columns, unreached):
-                    self._refuse(parameter)
-                self._unused.update(unreached)
+                outputs = self._add_examples(batch, number, counts)
         self.batches += 1
         if counts:
             self._count = self._count + (outputs.size if self._datum == "example" else outputs.tokens)
 
-    def _columns(self, outputs: Outputs, number: int) -> Iterator[Tensor]:
+    def _add_examples(self, batch: Batch, number: int, counts: bool) -> Outputs:
+        trial = Trial(self.model, self._task, self._forward)
+        if self._proof is None:
+            self._proof = prove(trial, batch) if self._verify else Proof({}, (), set(self.totals))
+        totals = {p: total for p, total in self.totals.items() if p in self._proof.proven}
+        while True:
+            spread = self._proof.spread if self._verify else None
+            tape, outputs = trial.taped(batch, self._proof.moved, spread)
+            self._look_again(tape, outputs)
+            others = [p for p in self.totals if p not in tape.calls and p not in self._unused and not is_sharded(p)]
+            arrived: set[nn.Parameter] = set()
+            columns = self._columns(outputs, number, counts)
+            raw = add_batch(totals, tape, outputs, columns, others, arrived=arrived)
+            # What the examples so far have not used, such as a seldom expert, has yet to be proven.
+            new = (arrived - self._proof.proven) | set(raw)
+            if not new:
+                self._unused.update(others)
+                return outputs
+            if not self._verify or new <= self._proof.proven:
+                self._refuse(new.pop())
+            totals = {p: self.totals[p] for p in new}
+            again = prove(trial, batch, self._proof, size_of(batch))
+            self._proof = Proof(again.moved, again.spread, self._proof.proven | again.proven | new)
+
+    def _look_again(self, tape: Tape, outputs: Outputs) -> None:
+        """See that examples still lie where they are looked for, at the second batch, the fourth, and so on."""
+        if self._verify and self.batches and not self.batches & (self.batches + 1):
+            for parameter, error in mixed(tape, outputs, self.totals, keep=True).items():
+                name = memory_names(self.model)[id(parameter)]
+                raise UnsupportedStateError(
+                    f"the gradients of {name} cannot be told apart in batch {self.batches + 1}, as its module is given "
+                    "other parts of the examples each time; freeze it, or take grouping batch"
+                ) from error
+
+    def _columns(self, outputs: Outputs, number: int, counts: bool) -> Iterator[Tensor]:
         if self._datum == "token" and outputs.values.ndim < 3:
             raise ConfigError(
                 f"datum token needs a model whose outputs are one a token, found shape {list(outputs.values.shape)}; "
@@ -132,11 +156,8 @@ class Sums:
         # A batch's draws are its own, whichever process makes it, and whatever was done before.
         digest = hashlib.blake2b(f"{self._seed} {number}".encode(), digest_size=4).digest()
         generator = torch.Generator(outputs.values.device).manual_seed(int.from_bytes(digest, "big"))
-        return outputs.columns(self._labels, self._draws, self._noise, generator, self._datum)
-
-    def _unreached_by(self, tape: Tape) -> list[nn.Parameter]:
-        """Return the parameters without a call that are not known to be unused; of sharded ones that was checked."""
-        return [p for p in self.totals if p not in tape.calls and p not in self._unused and not is_sharded(p)]
+        for column in outputs.columns(self._labels, self._draws, self._noise, generator, self._datum):
+            yield column if counts else column * 0
 
     def _refuse(self, parameter: nn.Parameter) -> None:
         name = memory_names(self.model)[id(parameter)]

@@ -149,11 +149,8 @@ def _parts(model: Any, batch: Batch, task: Task) -> tuple[Any, Tensor | None]:
         if labels is None:
             raise ConfigError("a seq2seq batch must have labels or decoder_input_ids; give the targets of each example")
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or getattr(model, "_shift_right", None)
-        if shift is None:
-            raise ConfigError(
-                f"{type(model).__name__} cannot make decoder_input_ids of labels; give them in every batch"
-            )
-        inputs["decoder_input_ids"] = shift(labels)
+        # Some models shift the labels in their forward pass alone.
+        inputs |= {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels)}
     return inputs, labels
 
 
