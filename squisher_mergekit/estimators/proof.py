@@ -172,7 +172,19 @@ def _move(model: nn.Module, full_name: str, parameter: nn.Parameter, moved: Move
     if not name:  # held by the module at path; the one around it is next
         path = path.rpartition(".")[0]
     within = full_name.removeprefix(f"{path}." if path else "")
-    moved[parameter] = (model.get_submodule(path), within)
+    around = model.get_submodule(path)
+    if is_sharded(parameter) and _shards_within(around):
+        raise UnsupportedStateError(
+            f"{full_name} is used by {type(around).__name__}, which cannot be run by itself, as its layers are sharded "
+            "one by one; take a model in each process, or freeze it"
+        )
+    moved[parameter] = (around, within)
+
+
+def _shards_within(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(child, FSDPModule) for child in module.modules() if child is not module)
 
 
 def _compare(

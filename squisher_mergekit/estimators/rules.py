@@ -133,7 +133,7 @@ def _by_linearity(name: str, call: Call) -> Tensor:
     for fill in (1.0, 0.0):
         given = {**parameters, name: torch.full_like(parameters[name], fill)}
         with torch.no_grad():
-            out = first_tensor(torch.func.functional_call(call.module, given, args, dict(call.kwargs)))
+            out = first_tensor(_run_again(call.module, given, args, call.kwargs))
         assert out is not None
         ends.append(wide(out))
     return ends[0] - ends[1]
@@ -150,13 +150,30 @@ def _generic(name: str, call: Call, size: int, examples: slice, values: Values) 
         with torch.enable_grad():
             parameter = values[name].detach().requires_grad_()
             args, kwargs = _cut((call.args, dict(call.kwargs)), n, size)
-            out = first_tensor(torch.func.functional_call(call.module, {**values, name: parameter}, args, kwargs))
+            out = first_tensor(_run_again(call.module, {**values, name: parameter}, args, kwargs))
             assert out is not None
             # What an example does not use, such as another task's token, has no graph.
             column, used = b[n].reshape(out.shape), out.requires_grad
             (gradient,) = torch.autograd.grad(out, parameter, column, allow_unused=True) if used else (None,)
         found.append(torch.zeros_like(parameter) if gradient is None else gradient)
     return wide(torch.stack(found))
+
+
+class _Forward(nn.Module):
+    """A module without its hooks, which would gather what is given here whole."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.forward(*args, **kwargs)
+
+
+def _run_again(module: nn.Module, values: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a module with other parameters."""
+    given = {f"inner.{key}": value for key, value in values.items()}
+    return torch.func.functional_call(_Forward(module), given, args, dict(kwargs))
 
 
 def _cut(value: Any, n: int, size: int) -> Any:

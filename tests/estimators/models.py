@@ -136,9 +136,11 @@ def _as_saved(model, tensors):
     other = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
-            parameter.copy_(tensors[name])
+            if parameter.requires_grad:
+                parameter.copy_(tensors[name])
     with tempfile.TemporaryDirectory() as folder:
         other.save_pretrained(folder)
         saved = load_file(Path(folder) / "model.safetensors")
-    buffers = {name for name, _ in model.named_buffers()}
-    return {name: tensor for name, tensor in saved.items() if name not in buffers}
+    others = {name for name, _ in model.named_buffers()}
+    others |= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in saved.items() if name not in others}
