@@ -101,7 +101,7 @@ def estimate_from(
     here = accelerate.PartialState(cpu=not torch.accelerator.is_available())
     rows, columns = _checked(request, out, sharded, here.num_processes)
     mark = _fingerprint(request.model)
-    kept = Kept.of(out, asdict(request) | {"weights": mark, "rows": _digest(rows)})
+    kept = Kept.of(out, _asked(request, columns, mark, rows))
     done = kept.batches()
     model, tokenizer = load_model(request.model, request.task, progress and here.is_main_process)
     labels = getattr(model.config, "label2id", None) or {}
@@ -145,6 +145,13 @@ def _checked(request: Request, out: Path, sharded: bool, processes: int) -> tupl
 def _fingerprint(model: str) -> str | None:
     folder = Path(model).expanduser()
     return fingerprint(folder) if folder.is_dir() else None
+
+
+def _asked(request: Request, columns: Mapping[str, str], mark: str | None, rows: Rows) -> dict[str, Any]:
+    """Return what sums depend on: the rows and weights themselves, not where they lie."""
+    asked = asdict(request) | {"columns": dict(columns), "model": mark or request.model, "rows": _digest(rows)}
+    del asked["data"], asked["split"]
+    return asked
 
 
 def _digest(rows: Rows) -> str:

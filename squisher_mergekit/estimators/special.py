@@ -40,8 +40,7 @@ def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
             return bias
         rows = bias.squeeze(0).flatten(1).T.expand(tape.size, -1, -1)
         tape.note(Call(table, (ids.pop().flatten().expand(tape.size, -1),), {}, rows.dtype), rows, names)
-        # No view: blocks hand it on, and FSDP2 warns of views.
-        return rows.transpose(1, 2).reshape(tape.size, *bias.shape[1:]).clone()
+        return rows.transpose(1, 2).reshape(tape.size, *bias.shape[1:])
 
     attention.compute_bias = compute_bias
     try:
