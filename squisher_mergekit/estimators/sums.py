@@ -199,7 +199,7 @@ class Sums:
         """
         for name, total in self.named().items():
             if is_sharded(total) or rank() == 0:
-                _place(total, total_of(name))
+                place(total, total_of(name))
         self._count = examples if rank() == 0 else 0
 
     def fisher(self, together: Together | None = None, **known: Any) -> Fisher:
@@ -285,7 +285,7 @@ def _on_disk(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorStore,
     return store, aliases, False
 
 
-def _place(total: Any, tensor: Tensor) -> None:
+def place(total: Any, tensor: Tensor) -> None:
     """Fill in a total; of a sharded one the part of this process."""
     if not is_sharded(total):
         total.copy_(tensor)

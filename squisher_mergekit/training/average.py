@@ -5,21 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.estimators.labels import Labels
-from squisher_mergekit.estimators.sums import Sums
+from squisher_mergekit.estimators.sums import Sums, place
 from squisher_mergekit.estimators.tasks import size_of
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import OptimizerInfo
-from squisher_mergekit.fisher.files import to_dtype
+from squisher_mergekit.fisher.files import read_fisher, to_dtype
 from squisher_mergekit.fisher.fingerprint import fingerprint
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.optimizers.models import unwrap_model
-from squisher_mergekit.optimizers.sharding import rank
-from squisher_mergekit.training.writing import attempt, checkpoint_of, replace_fisher
+from squisher_mergekit.optimizers.sharding import Together, is_sharded
+from squisher_mergekit.training.gradients import in_memory
+from squisher_mergekit.training.writing import attempt, checkpoint_of, replace_fisher, resumed_from
 
 AVERAGE_FOLDER = "fisher_average"
 
@@ -27,9 +29,10 @@ AVERAGE_FOLDER = "fisher_average"
 class FisherAverage(TrainerCallback):  # type: ignore[misc]
     """Keeps ``F = beta F + (1 - beta) mean_n g_n^2`` over a share of the batches, for the Hugging Face Trainer.
 
-    Adam squares the mean gradient of a batch; this squares the gradient of each example. It costs a forward and a
-    backward pass of its own over each batch that it looks at. Written into ``fisher_average`` in each checkpoint and in
-    the output folder, by the first process, from the batches that this one sees.
+    Adam squares the mean gradient of a batch; this squares the gradient of each example. It costs a pass of its own
+    over each batch that it looks at, about 1.1 times a training step, and once a check of some two steps: 6 % more at a
+    share of 0.05 (``scripts/bench_average`` measures it). Written into ``fisher_average`` in each checkpoint and in the output
+    folder, by the first process; of several processes the mean. A resumed run goes on from its checkpoint's.
 
     Args:
         beta: Decay a batch.
@@ -74,6 +77,8 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
         model = unwrap_model(kwargs["model"])
         self._sums = Sums(model, self.labels, seed=args.seed)
         self.updates = 0
+        if state.global_step:
+            attempt("the resumed checkpoint's average was not taken up", lambda: self._resume(args, state))
         self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -91,7 +96,7 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
         batch, sums, self._batch = self._batch, self._sums, None
         if batch is None or sums is None:
             return
-        share = (1 - self.beta) / size_of(batch)
+        share = (1 - self.beta) / _everywhere(size_of(batch), sums)
         for total in sums.totals.values():
             total.mul_(self.beta / share)
         sums.add(batch)
@@ -110,21 +115,62 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
         self._write(Path(args.output_dir))
 
     def fisher(self) -> Fisher:
-        """Return the average as it is now.
+        """Return the average as it is now, in its living tensors: they change with the next batch.
 
         Raises:
             ConfigError: No batch has been seen.
         """
         if self._sums is None or not self.updates:
             raise ConfigError("an average needs at least one batch, and none was seen; train first")
-        return self._sums.fisher(statistic="ema", steps=self.updates, optimizer=OptimizerInfo(beta2=self.beta))
+        return self._fisher(self._sums, None)
+
+    def _fisher(self, sums: Sums, together: Together | None) -> Fisher:
+        info = OptimizerInfo(beta2=self.beta)
+        return sums.fisher(together, statistic="ema", steps=self.updates, optimizer=info)
 
     def _write(self, folder: Path) -> None:
-        if rank() == 0 and self.updates:
-            attempt(f"no average of the Fisher could be written to {folder}", lambda: self._replace(folder))
+        if self._sums is not None and self.updates:
+            sums = self._sums
+            attempt(f"no average of the Fisher could be written to {folder}", lambda: self._replace(sums, folder))
 
-    def _replace(self, folder: Path) -> None:
-        fisher = self.fisher()
-        mark = fingerprint(folder) if folder.is_dir() else None
-        fisher.config = fisher.config.model_copy(update={"weights_fingerprint": mark})
-        replace_fisher(fisher, folder / AVERAGE_FOLDER, self.dtype, self.compress)
+    def _replace(self, sums: Sums, folder: Path) -> None:
+        _mean_of_processes(sums)
+        together = Together()
+        fisher = self._fisher(sums, together)
+
+        def work() -> None:
+            mark = fingerprint(folder) if folder.is_dir() else None
+            fisher.config = fisher.config.model_copy(update={"weights_fingerprint": mark})
+            replace_fisher(fisher, folder / AVERAGE_FOLDER, self.dtype, self.compress)
+
+        together.run(work)
+
+    def _resume(self, args: Any, state: Any) -> None:
+        """Go on from the average in the checkpoint that training goes on from."""
+        fisher = read_fisher(resumed_from(args, state) / AVERAGE_FOLDER)
+        beta = fisher.config.optimizer.beta2 if fisher.config.optimizer else None
+        if beta != self.beta:
+            raise ConfigError(f"the average must be one with beta {self.beta}, found {beta}; give that one")
+        assert self._sums is not None
+        tensors, steps = in_memory(self._sums.model, fisher)
+        for name, total in self._sums.named().items():
+            place(total, tensors[name])
+        self.updates = max(steps.values())
+
+
+def _everywhere(size: int, sums: Sums) -> int:
+    """Return how many examples are added at once: of sharded sums those of all processes."""
+    if not sums.sharded:
+        return size
+    count = torch.tensor(size, device=next(iter(sums.totals)).device)
+    dist.all_reduce(count)
+    return int(count)
+
+
+def _mean_of_processes(sums: Sums) -> None:
+    """Give all processes the mean of their averages; sharded ones are of all already."""
+    if dist.is_initialized():
+        for total in sums.totals.values():
+            if not is_sharded(total):
+                dist.all_reduce(total)
+                total /= dist.get_world_size()

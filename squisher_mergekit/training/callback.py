@@ -17,7 +17,14 @@ from squisher_mergekit.optimizers.models import unwrap_model, uses_deepspeed, us
 from squisher_mergekit.optimizers.sharding import rank
 from squisher_mergekit.training.gradients import GradientSquares, gradient_norm
 from squisher_mergekit.training.live import Facts, unwrap_optimizer
-from squisher_mergekit.training.writing import attempt, checkpoint_of, copy_fisher, replace_fisher, write_squisher
+from squisher_mergekit.training.writing import (
+    attempt,
+    checkpoint_of,
+    copy_fisher,
+    replace_fisher,
+    resumed_from,
+    write_squisher,
+)
 
 LOG = logging.getLogger("squisher_mergekit")
 EMA_FOLDER = "fisher_ema"
@@ -190,13 +197,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
 
     def _resume(self, args: Any, state: Any) -> None:
         """Go on from the Fisher in the checkpoint that training goes on from."""
-        given = args.resume_from_checkpoint
-        places = [Path(given)] if isinstance(given, str) and given.lower() != "true" else []
-        folder = next((place for place in (*places, checkpoint_of(args, state)) if place.is_dir()), None)
-        if folder is None:
-            raise SquisherError(
-                f"there is no {checkpoint_of(args, state)}; name it in TrainingArguments.resume_from_checkpoint as well"
-            )
+        folder = resumed_from(args, state)
         configs = [place / CONFIG_NAME for place in (folder, folder / EMA_FOLDER) if has_fisher(place)]
         if configs:
             self._clipping.resume(FisherConfig.from_file(configs[0]).clipped_share, state.global_step)

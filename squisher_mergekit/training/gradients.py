@@ -176,14 +176,7 @@ class GradientSquares:
             ConfigError: It is of another decay.
             MismatchError: A shape is not the model's.
         """
-        described = describe(self.model, set(fisher))
-        names: Mapping[str, str] = described.adapter or {name: name for name in described.names.values()}
-        if described.skeleton is not None:
-            squares, steps = _in_memory(fisher, described.skeleton)
-        else:
-            found = {name: key for name, key in names.items() if key in fisher}
-            squares = {name: fisher[key] for name, key in found.items()}
-            steps = {name: fisher.config.steps_of(key) or 0 for name, key in found.items()}
+        squares, steps = in_memory(self.model, fisher)
         beta = fisher.config.optimizer.beta2 if fisher.config.optimizer else None
         self.load_state_dict({"beta": beta, "squares": squares, "steps": steps})
 
@@ -237,7 +230,18 @@ def _placed(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
     return tensor.detach().to(parameter.device, dtype, copy=True)
 
 
-def _in_memory(fisher: Fisher, skeleton: Skeleton) -> tuple[dict[str, Tensor], dict[str, int]]:
+def in_memory(model: nn.Module, fisher: Fisher) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return a Fisher's tensors, and the steps behind them, by the names that a model's parameters have in memory."""
+    described = describe(model, set(fisher))
+    names: Mapping[str, str] = described.adapter or {name: name for name in described.names.values()}
+    if described.skeleton is not None:
+        return _undone(fisher, described.skeleton)
+    found = {name: key for name, key in names.items() if key in fisher}
+    squares = {name: fisher[key] for name, key in found.items()}
+    return squares, {name: fisher.config.steps_of(key) or 0 for name, key in found.items()}
+
+
+def _undone(fisher: Fisher, skeleton: Skeleton) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Undo the way to disk: what is sent through it are the places of the entries, which tell where each one went."""
     keys: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for key, sources in skeleton.sources.items():

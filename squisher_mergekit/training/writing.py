@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from squisher_mergekit.errors import SquisherError
 from squisher_mergekit.fisher.config import CONFIG_NAME
 from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, to_dtype, write_fisher, written_beside
 from squisher_mergekit.fisher.mapping import Fisher
@@ -172,3 +173,19 @@ def attempt(failure: str, work: Callable[[], object]) -> bool:
 def checkpoint_of(args: Any, state: Any) -> Path:
     """Return the folder of the Trainer's checkpoint of this step."""
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def resumed_from(args: Any, state: Any) -> Path:
+    """Return the checkpoint that the Trainer goes on from.
+
+    Raises:
+        SquisherError: It cannot be found.
+    """
+    given = args.resume_from_checkpoint
+    places = [Path(given)] if isinstance(given, str) and given.lower() != "true" else []
+    folder = next((place for place in (*places, checkpoint_of(args, state)) if place.is_dir()), None)
+    if folder is None:
+        raise SquisherError(
+            f"there is no {checkpoint_of(args, state)}; name it in TrainingArguments.resume_from_checkpoint as well"
+        )
+    return folder

@@ -128,7 +128,8 @@ def test_what_is_missing_is_refused_in_one_line(change, words, tmp_path, monkeyp
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     MODELS["sequence-classification"]().save_pretrained(tmp_path / "model")
     _tokenizer().save_pretrained(tmp_path / "model")
-    options = {"--task": "sequence-classification", "--data": _write(tmp_path / "rows.jsonl"), "-o": tmp_path / "out"} | change
+    options = {"--task": "sequence-classification", "--data": _write(tmp_path / "rows.jsonl")}
+    options |= {"-o": tmp_path / "out"} | change
     model = options.pop("MODEL", tmp_path / "model")
     flat = [part for key, value in options.items() for part in ((key,) if value is None else (key, value))]
     done = _run(model, *flat)

@@ -1,6 +1,9 @@
 """The moving average of the per-example Fisher, in real runs of the Trainer."""
 
 import copy
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,7 +31,7 @@ class _Watch(tf.TrainerCallback):
         self.seen.append((copy.deepcopy(model), self.batch))
 
 
-def _train(folder, *callbacks, **settings):
+def _train(folder, *callbacks, resume=None, **settings):
     torch.manual_seed(4)
     model = tf.BertForSequenceClassification(
         tf.BertConfig(
@@ -45,7 +48,7 @@ def _train(folder, *callbacks, **settings):
         str(folder), per_device_train_batch_size=4, max_steps=6, save_steps=3, use_cpu=True, report_to=[],
         disable_tqdm=True, learning_rate=1e-2, **settings,
     )  # fmt: skip
-    tf.Trainer(model, args, train_dataset=rows, callbacks=list(callbacks)).train()
+    tf.Trainer(model, args, train_dataset=rows, callbacks=list(callbacks)).train(resume)
     return model
 
 
@@ -88,3 +91,43 @@ def test_arguments_out_of_range_are_refused(wrong):
     """Before training begins."""
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         FisherAverage(**wrong)
+
+
+def test_a_resumed_run_goes_on(tmp_path):
+    """Stopped after three steps and resumed, the average is that of the whole run."""
+    _train(tmp_path / "whole", FisherAverage(beta=0.7, share=1.0))
+    _train(tmp_path / "parts", FisherAverage(beta=0.7, share=1.0))
+    shutil.rmtree(tmp_path / "parts" / "fisher_average")
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-6")
+    _train(tmp_path / "parts", FisherAverage(beta=0.7, share=1.0), resume=str(tmp_path / "parts" / "checkpoint-3"))
+    whole, parts = (load_fisher(tmp_path / part / "fisher_average") for part in ("whole", "parts"))
+    assert parts.config.steps == whole.config.steps == 6
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name])
+
+
+def test_an_average_of_another_decay_is_not_taken_up(tmp_path, caplog):
+    """A line says so, and the average begins again."""
+    _train(tmp_path, FisherAverage(beta=0.7, share=1.0))
+    _train(tmp_path, FisherAverage(beta=0.6, share=1.0), resume=str(tmp_path / "checkpoint-3"))
+    assert "must be one with beta 0.6, found 0.7" in caplog.text
+    assert load_fisher(tmp_path / "fisher_average").config.steps == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_average_both_parts(tmp_path, kind):
+    """Replicated or sharded, the average is that of the whole batches, as in one process."""
+    files = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        line = [sys.executable, "-m", "tests.training.average_worker", kind, str(folder)]
+        runs = [subprocess.Popen([*line, str(rank), str(world)], stderr=subprocess.PIPE) for rank in range(world)]
+        said = [run.communicate(timeout=240)[1].decode() for run in runs]
+        assert not any(run.returncode for run in runs), said
+        files[world] = load_fisher(folder / "fisher_average")
+    assert set(files[1]) == set(files[2])
+    largest = max(float(files[1][name].max()) for name in files[1])
+    for name in files[1]:
+        torch.testing.assert_close(files[2][name], files[1][name], rtol=1e-4, atol=1e-7 * largest)
