@@ -120,6 +120,13 @@ class Tape:
         used = found[len(ends) - len(unreached) :]
         return [p for p, gradient in zip(unreached, used, strict=True) if gradient is not None and gradient.any()]
 
+    def close(self) -> None:
+        """Let go of the graph: its hooks know this tape, and neither would ever be freed."""
+        self.calls.clear()
+        self.raw.clear()
+        self._used.clear()
+        self._first.clear()
+
     def forget(self) -> None:
         """Drop the gradients of a backward pass."""
         for uses in self.calls.values():

@@ -63,6 +63,8 @@ class Kept:
         note = self._note()
         with safe_open(self.file, "pt") as tensors:
             sums.restore(tensors.get_tensor, int(note["examples"]))
+        if rank():  # the first process has them all
+            sums.start_again()
 
     def save(self, sums: Sums, batches: int) -> None:
         """Replace what was kept, in the first process; all must call this, after :meth:`Sums.reduce`."""

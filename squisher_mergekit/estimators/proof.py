@@ -8,7 +8,8 @@ differentiated as a whole, then the one around that, up to the model itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.estimators.capture import Moved, Tape, Uses, gradients, taped
 from squisher_mergekit.estimators.layers import gradient_at
 from squisher_mergekit.estimators.special import SPECIAL
-from squisher_mergekit.estimators.squares import Failed, add_batch, no_totals
+from squisher_mergekit.estimators.squares import Failed, Totals, add_batch, no_totals
 from squisher_mergekit.estimators.tasks import Batch, Forward, Outputs, Task, run, size_of
 from squisher_mergekit.optimizers.sharding import is_sharded
 
@@ -38,11 +39,12 @@ class Proof:
     """What was found out about a model by trying.
 
     ``moved``: parameters that are used by other modules than those that hold them. ``spread``: modules that give out
-    one thing for all examples. ``proven``: parameters whose squares were seen to be right; the others were not used.
+    one thing for all examples; None: any may. ``proven``: parameters whose squares were seen to be right; the others
+    were not used.
     """
 
     moved: Moved
-    spread: Collection[nn.Module]
+    spread: Collection[nn.Module] | None
     proven: set[nn.Parameter]
 
 
@@ -54,13 +56,20 @@ class Trial:
     task: Task
     forward: Forward | None
 
-    def taped(self, batch: Batch, moved: Moved, spread: Collection[nn.Module] | None) -> tuple[Tape, Outputs]:
-        """Run the model on a batch, and note its calls."""
+    @contextmanager
+    def taped(self, batch: Batch, moved: Moved, spread: Collection[nn.Module] | None) -> Iterator[tuple[Tape, Outputs]]:
+        """Run the model on a batch, and give out what was noted, for as long as the body lasts, and the outputs."""
         with taped(self.model, size_of(batch), SPECIAL, moved, spread) as tape:
-            return tape, run(self.model, batch, self.task, self.forward)
+            outputs = run(self.model, batch, self.task, self.forward)
+        try:
+            yield tape, outputs
+        finally:
+            tape.close()
 
 
-def prove(trial: Trial, batch: Batch, known: Proof | None = None, count: int = EXAMPLES) -> Proof:
+def prove(
+    trial: Trial, batch: Batch, known: Proof | None = None, count: int = EXAMPLES, scratch: Totals | None = None
+) -> Proof:
     """Find the parameters that are used by other modules than those that hold them, by trying.
 
     Args:
@@ -68,6 +77,7 @@ def prove(trial: Trial, batch: Batch, known: Proof | None = None, count: int = E
         batch: Whose first examples are differentiated one by one; of all of them it is seen whether they mix.
         known: What was found out before.
         count: How many examples are differentiated one by one.
+        scratch: Memory of the size of the model, all 0 before and afterwards.
 
     Raises:
         UnsupportedStateError: The model mixes its examples.
@@ -84,9 +94,9 @@ def prove(trial: Trial, batch: Batch, known: Proof | None = None, count: int = E
     with torch.autocast(next(iter(names)).device.type, enabled=False):
         spread = known.spread if known else _spread(trial, batch)
         while True:
-            used, wrong = _compare(trial, first_examples(batch, count), list(names), moved, spread)
-            tape, outputs = trial.taped(batch, moved, spread)
-            wrong |= {p: error for p, error in mixed(tape, outputs, list(names), keep=False).items() if p in used}
+            used, wrong = _compare(trial, first_examples(batch, count), scratch or no_totals(names), moved, spread)
+            with trial.taped(batch, moved, spread) as (tape, outputs):
+                wrong |= {p: error for p, error in mixed(tape, outputs, names, keep=False).items() if p in used}
             for parameter, error in wrong.items():
                 _move(model, names[parameter], parameter, moved, error)
             if not wrong:
@@ -100,12 +110,13 @@ def _spread(trial: Trial, batch: Batch) -> Collection[nn.Module]:
         values = run(trial.model, batch, trial.task, trial.forward).values
     _reshard(trial.model)
     try:
-        tape, outputs = trial.taped(batch, {}, None)
+        with trial.taped(batch, {}, None) as (tape, outputs):
+            found = outputs.values.detach()
     except (RuntimeError, ValueError, IndexError):
         return ()
     finally:
         _reshard(trial.model)
-    close = outputs.values.shape == values.shape and torch.allclose(outputs.values, values, rtol=1e-3, atol=1e-4)
+    close = found.shape == values.shape and torch.allclose(found, values, rtol=1e-3, atol=1e-4)
     return tape.once if close else ()
 
 
@@ -188,24 +199,39 @@ def _shards_within(module: nn.Module) -> bool:
 
 
 def _compare(
-    trial: Trial, batch: Batch, parameters: list[nn.Parameter], moved: Moved, spread: Collection[nn.Module]
+    trial: Trial, batch: Batch, expected: Totals, moved: Moved, spread: Collection[nn.Module] | None
 ) -> tuple[set[nn.Parameter], Wrong]:
-    """Return the parameters that are used, and those whose squares are not the sums of those of each example alone."""
-    tape, outputs = trial.taped(batch, moved, spread)
-    generator = torch.Generator(outputs.values.device).manual_seed(0)
-    column = torch.randn(outputs.values.shape, generator=generator, device=outputs.values.device)
-    column = column.to(outputs.values.dtype)
-    expected, used = no_totals(parameters), set()
-    for n in range(tape.size):
-        for parameter, gradient in zip(parameters, _alone(outputs, parameters, column, n), strict=True):
-            if gradient is not None:
-                used.add(parameter)
-                expected[parameter] += gradient.to(expected[parameter].dtype).square()
-    totals, failed = no_totals(parameters), Failed()
-    without = [parameter for parameter in parameters if parameter not in tape.calls]
-    add_batch(totals, tape, outputs, [column], without, failed)
-    unequal = _unequal(totals, expected, used, tape)
-    return used, {parameter: failed.get(parameter) for parameter in parameters if parameter in {*unequal, *failed}}
+    """Return the parameters that are used, and those whose squares are not the sums of those of each example alone.
+
+    ``expected`` is filled with these sums, and emptied again.
+    """
+    parameters = list(expected)
+    with trial.taped(batch, moved, spread) as (tape, outputs):
+        generator = torch.Generator(outputs.values.device).manual_seed(0)
+        column = torch.randn(outputs.values.shape, generator=generator, device=outputs.values.device)
+        column = column.to(outputs.values.dtype)
+        used = set()
+        for n in range(tape.size):
+            for parameter, gradient in zip(parameters, _alone(outputs, parameters, column, n), strict=True):
+                if gradient is not None:
+                    used.add(parameter)
+                    expected[parameter].addcmul_(*[gradient.to(expected[parameter].dtype)] * 2)
+            del gradient
+        tops = {parameter: _largest(expected[parameter]) for parameter in used}
+        bounds = _bounds(tops, tape)
+        # What is found is taken off what is expected, so that nothing has to be kept beside it.
+        for total in expected.values():
+            total.mul_(-_copies(total))
+        failed = Failed()
+        without = [parameter for parameter in parameters if parameter not in tape.calls]
+        add_batch(expected, tape, outputs, [column], without, failed)
+    wrong: Wrong = {}
+    for parameter in parameters:
+        off = _largest(expected[parameter]) / _copies(expected[parameter])
+        if parameter in failed or (parameter in used and off > bounds[parameter]):
+            wrong[parameter] = failed.get(parameter)
+        expected[parameter].zero_()
+    return used, wrong
 
 
 def _alone(outputs: Outputs, parameters: Sequence[nn.Parameter], column: Tensor, n: int) -> Sequence[Tensor | None]:
@@ -223,24 +249,20 @@ def _alone(outputs: Outputs, parameters: Sequence[nn.Parameter], column: Tensor,
             parameter.grad = gradient
 
 
-def _unequal(
-    totals: Mapping[nn.Parameter, Tensor],
-    expected: Mapping[nn.Parameter, Tensor],
-    used: set[nn.Parameter],
-    tape: Tape,
-) -> list[nn.Parameter]:
-    tops = {p: _largest(total) for p, total in expected.items() if p in used}
-    found = []
-    for p, top in tops.items():
-        dtypes = {p.dtype, *(call.dtype for _, call in tape.calls.get(p, []))}
+def _bounds(tops: Mapping[nn.Parameter, float], tape: Tape) -> dict[nn.Parameter, float]:
+    """Return how far squares may be off, by the largest entry of each parameter's."""
+    bounds = {}
+    for parameter, top in tops.items():
+        dtypes = {parameter.dtype, *(call.dtype for _, call in tape.calls.get(parameter, []))}
         # Of what was reached, gradients that are nothing but rounding are not compared.
-        floor = 1e-9 * max(tops.values()) if p in tape.calls else 0.0
-        # All processes have added their squares of the same examples to what is sharded.
-        total: Any = totals[p]
-        total = total / total.device_mesh.size() if is_sharded(total) else total
-        if _largest(total - expected[p]) > max(_TOLERANCE[dtype] for dtype in dtypes) * max(top, floor):
-            found.append(p)
-    return found
+        floor = 1e-9 * max(tops.values()) if parameter in tape.calls else 0.0
+        bounds[parameter] = max(_TOLERANCE[dtype] for dtype in dtypes) * max(top, floor)
+    return bounds
+
+
+def _copies(total: Any) -> int:
+    """Return how many processes add their squares of the same examples."""
+    return int(total.device_mesh.size()) if is_sharded(total) else 1
 
 
 def _largest(tensor: Any) -> float:

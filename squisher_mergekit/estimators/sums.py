@@ -21,7 +21,7 @@ from squisher_mergekit.fisher.config import Coverage, Estimator, FisherConfig
 from squisher_mergekit.fisher.files import TIED, MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher, TensorStore
 from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model, uses_fsdp1
-from squisher_mergekit.optimizers.sharding import Together, is_sharded, rank, whole
+from squisher_mergekit.optimizers.sharding import Together, is_sharded, whole
 from squisher_mergekit.optimizers.store import store_moments
 
 Grouping = Literal["example", "batch"]
@@ -76,6 +76,7 @@ class Sums:
         self._task, self._forward, self._noise, self._seed = task, forward, noise, seed
         self._verify = verify and grouping == "example"
         self._proof: Proof | None = None
+        self._empty = True
         self._unused: set[nn.Parameter] = set()  # which had no call, and were not needed
 
     @property
@@ -116,16 +117,17 @@ class Sums:
     def _add_examples(self, batch: Batch, number: int, counts: bool) -> Outputs:
         trial = Trial(self.model, self._task, self._forward)
         if self._proof is None:
-            self._proof = prove(trial, batch) if self._verify else Proof({}, (), set(self.totals))
+            scratch = self.totals if self._empty else None
+            self._proof = prove(trial, batch, scratch=scratch) if self._verify else Proof({}, None, set(self.totals))
+        self._empty = False
         totals = {p: total for p, total in self.totals.items() if p in self._proof.proven}
         while True:
-            spread = self._proof.spread if self._verify else None
-            tape, outputs = trial.taped(batch, self._proof.moved, spread)
-            self._look_again(tape, outputs)
-            others = [p for p in self.totals if p not in tape.calls and p not in self._unused and not is_sharded(p)]
-            arrived: set[nn.Parameter] = set()
-            columns = self._columns(outputs, number, counts)
-            raw = add_batch(totals, tape, outputs, columns, others, arrived=arrived)
+            with trial.taped(batch, self._proof.moved, self._proof.spread) as (tape, outputs):
+                self._look_again(tape, outputs)
+                others = [p for p in self.totals if p not in tape.calls and p not in self._unused and not is_sharded(p)]
+                arrived: set[nn.Parameter] = set()
+                columns = self._columns(outputs, number, counts)
+                raw = add_batch(totals, tape, outputs, columns, others, arrived=arrived)
             # What the examples so far have not used, such as a seldom expert, has yet to be proven.
             new = (arrived - self._proof.proven) | set(raw)
             if not new:
@@ -190,17 +192,16 @@ class Sums:
         names = memory_names(self.model)
         return {names[id(p)]: total for p, total in self.totals.items()}
 
-    def restore(self, total_of: Callable[[str], Tensor], examples: int) -> None:
-        """Go on from sums that were kept; the first process has them, and each its part of sharded ones.
+    def restore(self, total_of: Callable[[str], Tensor], examples: int = 0) -> None:
+        """Go on from sums that were kept; of sharded ones each process takes its part.
 
         Args:
             total_of: Returns the total of a name in memory.
             examples: How many are in them.
         """
         for name, total in self.named().items():
-            if is_sharded(total) or rank() == 0:
-                place(total, total_of(name))
-        self._count = examples if rank() == 0 else 0
+            _place(total, total_of(name))
+        self._empty, self._count = False, examples
 
     def fisher(self, together: Together | None = None, **known: Any) -> Fisher:
         """Return the sums by the names on disk. They are the living ones, not copies.
@@ -285,7 +286,7 @@ def _on_disk(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorStore,
     return store, aliases, False
 
 
-def place(total: Any, tensor: Tensor) -> None:
+def _place(total: Any, tensor: Tensor) -> None:
     """Fill in a total; of a sharded one the part of this process."""
     if not is_sharded(total):
         total.copy_(tensor)

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.estimators.labels import Labels
-from squisher_mergekit.estimators.sums import Sums, place
+from squisher_mergekit.estimators.sums import Sums
 from squisher_mergekit.estimators.tasks import size_of
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import OptimizerInfo
@@ -31,8 +31,8 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
 
     Adam squares the mean gradient of a batch; this squares the gradient of each example. It costs a pass of its own
     over each batch that it looks at, about 1.1 times a training step, and once a check of some two steps: 6 % more at a
-    share of 0.05 (``scripts/bench_average`` measures it). Written into ``fisher_average`` in each checkpoint and in the output
-    folder, by the first process; of several processes the mean. A resumed run goes on from its checkpoint's.
+    share of 0.05 (``scripts/bench_average`` measures it). Written into ``fisher_average`` in each checkpoint and in the
+    output folder, by the first process; of several processes the mean. A resumed run goes on from its checkpoint's.
 
     Args:
         beta: Decay a batch.
@@ -153,8 +153,7 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
             raise ConfigError(f"the average must be one with beta {self.beta}, found {beta}; give that one")
         assert self._sums is not None
         tensors, steps = in_memory(self._sums.model, fisher)
-        for name, total in self._sums.named().items():
-            place(total, tensors[name])
+        self._sums.restore(tensors.__getitem__)
         self.updates = max(steps.values())
 
 

@@ -86,9 +86,10 @@ def test_rows_that_belong_to_nobody_are_seen():
             return self.b(self.a(x.transpose(0, 1)).transpose(0, 1).tanh().sum(1))
 
     model = _Turned()
-    tape, outputs = Trial(model, "classification", None).taped((torch.randn(4, 4, 5), torch.arange(4) % 3), {}, ())
     names = {p: name for name, p in model.named_parameters()}
-    assert {names[p] for p in mixed(tape, outputs, names, keep=False)} == {"a.weight", "a.bias"}
+    trial, batch = Trial(model, "classification", None), (torch.randn(4, 4, 5), torch.arange(4) % 3)
+    with trial.taped(batch, {}, ()) as (tape, outputs):
+        assert {names[p] for p in mixed(tape, outputs, names, keep=False)} == {"a.weight", "a.bias"}
 
 
 def test_only_what_is_the_same_for_all_examples_is_repeated():
