@@ -1,14 +1,20 @@
 """What training left behind and what data say, side by side."""
 
+import json
+
+import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from squisher_mergekit import estimate_fisher, save_squisher
-from squisher_mergekit.fisher.compare import compare
+from squisher_mergekit.cli.main import main
+from squisher_mergekit.fisher.files import write_fisher
 
 
-def test_a_squisher_ranks_parameters_as_the_fisher_does(tmp_path):
-    """After 300 steps on a small task the accumulator's ranks go with those of the empirical Fisher."""
+@pytest.mark.parametrize("labels", ["true", "sampled", "exact"])
+def test_a_squisher_ranks_parameters_as_the_fisher_does(tmp_path, labels):
+    """After 300 steps on a small task the accumulator's ranks go with those of each Fisher, by squisher compare."""
     torch.manual_seed(13)
     model = nn.Sequential(nn.Linear(17, 23), nn.Tanh(), nn.Linear(23, 5))
     x = torch.randn(512, 17) * torch.linspace(0.1, 2, 17)
@@ -19,8 +25,11 @@ def test_a_squisher_ranks_parameters_as_the_fisher_does(tmp_path):
         nn.functional.cross_entropy(model(x[part]), y[part]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    squisher = save_squisher(model, optimizer, tmp_path, examples_per_step=16)
-    fisher = estimate_fisher(model, [(x, y)])
-    found = compare(squisher, fisher)
-    print(f"rank correlation of the Squisher with the empirical Fisher: {found.over_all.spearman:.3f}")
-    assert found.over_all.spearman > 0.8
+    save_squisher(model, optimizer, tmp_path / "squisher", examples_per_step=16)
+    write_fisher(estimate_fisher(model, [(x, y)], labels), tmp_path / "fisher")
+    names = [str(tmp_path / name) for name in ("squisher", "fisher")]
+    done = CliRunner().invoke(main, ["compare", *names, "--quiet", "--json", str(tmp_path / "report.json")])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "report.json").read_text())["over_all"]["spearman"]
+    print(f"rank correlation of the Squisher with the Fisher of {labels} labels: {found:.3f}")
+    assert found > 0.8
