@@ -77,7 +77,6 @@ class Sums:
         self._verify = verify and grouping == "example"
         self._proof: Proof | None = None
         self._empty = True
-        self._unused: set[nn.Parameter] = set()  # which had no call, and were not needed
 
     @property
     def examples(self) -> int:
@@ -117,27 +116,35 @@ class Sums:
     def _add_examples(self, batch: Batch, number: int, counts: bool) -> Outputs:
         trial = Trial(self.model, self._task, self._forward)
         if self._proof is None:
-            scratch = self.totals if self._empty else None
-            self._proof = prove(trial, batch, scratch=scratch) if self._verify else Proof({}, None, set(self.totals))
+            self._proof = self._first_proof(trial, batch) if self._verify else Proof({}, None, set(self.totals))
         self._empty = False
         totals = {p: total for p, total in self.totals.items() if p in self._proof.proven}
         while True:
             with trial.taped(batch, self._proof.moved, self._proof.spread) as (tape, outputs):
                 self._look_again(tape, outputs)
-                others = [p for p in self.totals if p not in tape.calls and p not in self._unused and not is_sharded(p)]
+                others = [p for p in self.totals if p not in tape.calls and not is_sharded(p)]
                 arrived: set[nn.Parameter] = set()
                 columns = self._columns(outputs, number, counts)
                 raw = add_batch(totals, tape, outputs, columns, others, arrived=arrived)
             # What the examples so far have not used, such as a seldom expert, has yet to be proven.
             new = (arrived - self._proof.proven) | set(raw)
             if not new:
-                self._unused.update(others)
                 return outputs
             if not self._verify or new <= self._proof.proven:
                 self._refuse(new.pop())
             totals = {p: self.totals[p] for p in new}
             again = prove(trial, batch, self._proof, size_of(batch))
             self._proof = Proof(again.moved, again.spread, self._proof.proven | again.proven | new)
+
+    def _first_proof(self, trial: Trial, batch: Batch) -> Proof:
+        if not self._empty:
+            return prove(trial, batch)
+        try:
+            return prove(trial, batch, scratch=self.totals)
+        except Exception:
+            for total in self.totals.values():
+                total.zero_()
+            raise
 
     def _look_again(self, tape: Tape, outputs: Outputs) -> None:
         """See that examples still lie where they are looked for, at the second batch, the fourth, and so on."""

@@ -72,6 +72,31 @@ def test_tokens_as_data(name):
     assert fisher.config.datum == "token"
 
 
+def test_a_parameter_that_comes_late_is_no_hole():
+    """A weight that no layer's call uses, and no batch but the second, has its gradient all the same."""
+
+    class _Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seldom, self.out = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.out(nn.functional.linear(x, self.seldom.weight) if (x[:, 0] > 5).all() else x)
+
+    torch.manual_seed(0)
+    model = _Late()
+    batches = [(torch.randn(n, 5), torch.arange(n) % 3) for n in (3, 4, 3)]
+    batches[1][0][:, 0] += 10
+    fisher = estimate_fisher(model, batches, statistic="sum", task="classification")
+    expected = torch.zeros(5, 5).double()
+    wide = copy.deepcopy(model).double()
+    for n in range(4):
+        out = wide.out(nn.functional.linear(batches[1][0][n].double(), wide.seldom.weight))
+        loss = nn.functional.cross_entropy(out, batches[1][1][n])
+        expected += torch.autograd.grad(loss, wide.seldom.weight)[0].square()
+    torch.testing.assert_close(fisher["seldom.weight"].double(), expected, rtol=1e-5, atol=1e-9)
+
+
 def test_tokens_are_those_of_a_language_model():
     """A classifier's outputs are one an example."""
     with pytest.raises(ConfigError, match="datum token needs a model whose outputs are one a token"):
@@ -91,7 +116,6 @@ def test_no_step_waits_for_the_device(name, labels, monkeypatch):
         # As after the first batch, of which what is used once for all examples is known.
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         sums._proof = Proof({}, tables, set(sums.totals))
-        sums._unused = set(sums.totals)
         sums.add(batch)
         assert all(total.shape == p.shape for p, total in sums.totals.items())
 
