@@ -92,7 +92,7 @@ def command(
     Rows have a column such as text, or prompt and completion, or messages; and label or target by task.
 
     \b
-    Examples:
+    Example:
         squisher estimate runs/math/checkpoint-500 --task causal-lm --data math.jsonl -o fishers/math
         accelerate launch -m squisher_mergekit estimate runs/math --task causal-lm --data math.jsonl -o fishers/math
 
