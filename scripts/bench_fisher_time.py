@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from bench_fisher_methods import METHODS, Method, Run, compare, kinds_of, offered, plain, truth
+from bench_fisher_methods import METHODS, OURS, Kind, Method, Run, compare, kinds_of, offered, plain, truth
 from bench_fisher_models import Batch, build, labels_of
 from bench_fisher_others import OTHERS, require
 from torch import nn
@@ -27,14 +27,18 @@ SLOW_ROUNDS = 3
 
 @dataclass
 class Row:
-    """What became of one method. ``problem`` is empty if it ran; then ``ratio`` is to the plain pass."""
+    """What became of one method. ``problem`` is empty if it ran; then ``ratio`` is to the plain pass.
 
-    kind: str
+    ``checking``: the same of our first two calls, which hold examples against autograd.
+    """
+
+    kind: Kind
     method: str
     ratio: float | None = None
     error: float | None = None
     found: str = ""
     problem: str = ""
+    checking: tuple[float, ...] = ()
 
 
 @dataclass
@@ -65,6 +69,9 @@ def time_report(name: str, repeat: int, device: str) -> dict[str, Any]:
     basis = statistics.median(plain_seconds)
     for entry in entries:
         entry.row.ratio = statistics.median(entry.seconds) / basis
+        if entry.method == OURS:
+            anew = OURS.prepare(model, batch, entry.row.kind, 0)
+            entry.row.checking = tuple(seconds(anew, device, warm=False) / basis for _ in range(2))
     return {
         "model": name,
         "device": device,
@@ -155,7 +162,10 @@ def table(report: dict[str, Any]) -> list[str]:
             continue
         line = f"{title}{row['ratio']:>8.2f}  {row['found']}"
         goal = goals.get(row["kind"]) if row["method"] == "ours" else None
-        lines.append(line if goal is None else f"{line}; goal {goal:g}: {verdict(row['ratio'] <= goal)}")
+        line += "" if goal is None else f"; goal {goal:g}: {verdict(row['ratio'] <= goal)}"
+        if row["checking"]:
+            line += "; first calls " + ", ".join(f"{ratio:.2f}" for ratio in row["checking"])
+        lines.append(line)
     return lines
 
 

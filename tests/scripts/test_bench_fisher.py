@@ -18,7 +18,15 @@ from bench_fisher_methods import ALL, METHODS, Comparison, Method, compare, kind
 from bench_fisher_models import llama  # noqa: E402
 from bench_fisher_time import Entry, Row, slower_chunks, table  # noqa: E402
 
-ROW = {"kind": "empirical", "method": "ours", "ratio": 1.2, "error": 3e-7, "found": "error 3.0e-07", "problem": ""}
+ROW = {
+    "kind": "empirical",
+    "method": "ours",
+    "ratio": 1.2,
+    "error": 3e-7,
+    "found": "error 3.0e-07",
+    "problem": "",
+    "checking": (),
+}
 REPORT = {"model": "mlp", "device": "cpu", "parameters": 10**6, "examples": 7, "plain_ms": 3.0, "rounds": 1}
 
 
@@ -132,6 +140,7 @@ def test_the_table_says_whether_a_goal_is_met():
     assert lines[1].endswith("1.21  error 3.0e-07; goal 1.2: missed")
     assert lines[2].endswith("1.20  error 3.0e-07")
     assert lines[3].endswith("-  cannot")
+    assert table(REPORT | {"rows": [ROW | {"checking": [3, 1.5]}]})[2].endswith("met; first calls 3.00, 1.50")
 
 
 def test_a_model_without_goals_has_a_table_all_the_same():
@@ -169,6 +178,7 @@ def test_the_small_net_is_measured(tmp_path):
     ]:
         assert rows[key]["error"] < 1e-5, rows[key]
         assert rows[key]["ratio"] > 0
+        assert len(rows[key]["checking"]) == (2 if key[1] == "ours" else 0)
     assert "goal 1.2" in done.stdout
 
 
