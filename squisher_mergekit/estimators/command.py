@@ -21,7 +21,7 @@ from squisher_mergekit.estimators.loading import TASKS, load_model, shard
 from squisher_mergekit.estimators.sums import Grouping, Sums, check_kind
 from squisher_mergekit.estimators.tasks import Datum
 from squisher_mergekit.fisher.config import SourceInfo
-from squisher_mergekit.fisher.files import has_fisher, read_fisher, write_fisher
+from squisher_mergekit.fisher.files import check_free, read_fisher, write_fisher
 from squisher_mergekit.fisher.fingerprint import fingerprint
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.optimizers.sharding import Together
@@ -130,8 +130,7 @@ def estimate_from(
 def _checked(request: Request, out: Path, sharded: bool, processes: int) -> tuple[Rows, Mapping[str, str]]:
     """Refuse what can be known to fail before a model is loaded; return the rows, and which column is what."""
     check_kind(request.labels, request.grouping)
-    if out.exists() and (not out.is_dir() or has_fisher(out)):
-        raise ConfigError(f"{out} must not hold a Fisher yet; remove it or choose another folder")
+    check_free(out)
     if sharded and processes == 1:
         raise ConfigError(
             "a model is sharded over several processes, but there is one; start more, by accelerate launch or torchrun"
@@ -192,8 +191,7 @@ def _keep(kept: Kept, sums: Sums, batches: int, first: bool) -> None:
 
 def _write(sums: Sums, request: Request, out: Path, dtype: torch.dtype, mark: str | None) -> None:
     """Write the mean; of a sharded model the first process gathers one tensor after the other."""
-    for total in sums.totals.values():
-        total /= sums.examples
+    sums.divide()
     together = Together()
     fisher = sums.fisher(together, statistic="mean", num_examples=sums.examples)
     name = None if Path(request.model).expanduser().exists() else request.model

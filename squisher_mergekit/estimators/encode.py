@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.estimators.data import DataTask
+from squisher_mergekit.estimators.labels import batch_seed
 from squisher_mergekit.estimators.tasks import IGNORED
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -131,7 +131,7 @@ class BatchMaker:
         if self.task == "masked-lm":
             collator = transformers.DataCollatorForLanguageModeling(self.tokenizer, mlm=True, seed=self.seed)
             # The one it would make of the seed goes on from batch to batch, and only in a main process.
-            collator.generator = torch.Generator().manual_seed(_mixed(self.seed, number))
+            collator.generator = torch.Generator().manual_seed(batch_seed(self.seed, number))
             return collator
         # Not DataCollatorForLanguageModeling: where padding is by the end of text, it takes the label of that token
         # away wherever it stands.
@@ -342,11 +342,6 @@ def _numbers(row: _Row, value: Any, label_ids: Mapping[str, int]) -> float | lis
     if label_ids and len(values) != len(label_ids):
         raise row.refused(f"has {len(values)} numbers as its label, but the model gives {len(label_ids)}")
     return [float(number) for number in values] if isinstance(value, list) else float(value)
-
-
-def _mixed(seed: int, number: int) -> int:
-    """Return a seed of 64 bits for a batch, unrelated to those of its neighbours and of other seeds."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError
 from squisher_mergekit.estimators.sums import Sums
-from squisher_mergekit.fisher.files import safetensors_notes
+from squisher_mergekit.fisher.files import safetensors_notes, sync
 from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
 from squisher_mergekit.optimizers.sharding import Sharded, Together, is_sharded, rank
 
@@ -69,20 +68,17 @@ class Kept:
     def save(self, sums: Sums, batches: int) -> None:
         """Replace what was kept, in the first process; all must call this, after :meth:`Sums.reduce`."""
         together, examples = Together(), sums.examples
+        note = json.dumps({"asked": dict(self.asked), "batches": batches, "examples": examples})
         named = {name: together.add(t) if is_sharded(t) else t for name, t in sums.named().items()}
 
         def work() -> None:
             new = self.file.with_name(f".{self.file.name}.new")
             try:
-                with SafetensorsWriter(
-                    new, header_room(list(named)) + len(json.dumps(dict(self.asked))) + 200
-                ) as writer:
-                    note = {"asked": dict(self.asked), "batches": batches, "examples": examples}
-                    writer.note(_NOTE, json.dumps(note))
+                with SafetensorsWriter(new, header_room([*named, note])) as writer:
+                    writer.note(_NOTE, note)
                     for name, total in named.items():
                         writer.add(name, total.read() if isinstance(total, Sharded) else total)
-                with new.open("rb") as stream:
-                    os.fsync(stream.fileno())
+                sync(new)
                 new.replace(self.file)
             finally:
                 new.unlink(missing_ok=True)

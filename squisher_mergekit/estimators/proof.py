@@ -23,14 +23,13 @@ from squisher_mergekit.estimators.layers import gradient_at
 from squisher_mergekit.estimators.special import SPECIAL
 from squisher_mergekit.estimators.squares import Failed, Totals, add_batch, no_totals
 from squisher_mergekit.estimators.tasks import Batch, Forward, Outputs, Task, run, size_of
-from squisher_mergekit.optimizers.sharding import is_sharded
+from squisher_mergekit.optimizers.sharding import is_sharded, sharded_modules
 
 LOG = logging.getLogger("squisher_mergekit")
 EXAMPLES = 2  # that are checked
 _SAME = 1e-2  # share of the largest output, by which outputs may differ that are the same but for rounding
 # Of a tensor's largest entry. A rule that does not fit is wrong by far more; narrow weights round that much.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-
 
 Wrong = dict[nn.Parameter, Exception | None]
 
@@ -86,10 +85,12 @@ def prove(
     model = trial.model
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if any(is_sharded(parameter) for parameter in names):
+        from accelerate.utils import send_to_device
+
         # Gradients of sharded parameters are means over the processes, which therefore must look at the same examples.
         shared = [batch]
         dist.broadcast_object_list(shared, src=0)
-        batch = _to(shared[0], next(iter(names)).device)
+        batch = send_to_device(shared[0], next(iter(names)).device)
     moved = dict(known.moved) if known else {}
     # What is computed in a narrower dtype rounds by as much as some mistakes are large.
     with torch.autocast(next(iter(names)).device.type, enabled=False):
@@ -114,6 +115,8 @@ def _spread(trial: Trial, batch: Batch) -> Collection[nn.Module]:
         with trial.taped(batch, {}, None) as (tape, outputs):
             found, once = outputs.values.detach(), set(tape.once)
             del outputs  # and the graph with it
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, IndexError):
         return ()
     finally:
@@ -127,11 +130,8 @@ def _spread(trial: Trial, batch: Batch) -> Collection[nn.Module]:
 
 def _reshard(model: nn.Module) -> None:
     """Let go of the whole parameters that a forward pass has gathered for a backward pass, which does not follow."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in sharded_modules(model):
+        module.reshard()
 
 
 def mixed(tape: Tape, outputs: Outputs, parameters: Iterable[nn.Parameter], keep: bool) -> Wrong:
@@ -146,8 +146,7 @@ def mixed(tape: Tape, outputs: Outputs, parameters: Iterable[nn.Parameter], keep
         keep: Another backward pass will follow.
     """
     size, values = tape.size, outputs.values
-    generator = torch.Generator(values.device).manual_seed(size)
-    column = torch.randn(values.shape, generator=generator, device=values.device).to(values.dtype)
+    column = _any_column(values)
     silent = torch.arange(size, device=values.device) % 2 == 1
     column[silent] = 0
     wrong: Wrong = {}
@@ -160,7 +159,7 @@ def mixed(tape: Tape, outputs: Outputs, parameters: Iterable[nn.Parameter], keep
             except UnsupportedStateError as error:
                 wrong[parameter] = error
 
-    tape.backward(values, column, keep, look, unreached=[p for p in parameters if p not in tape.calls])
+    tape.backward(values, column, keep, look, unreached=tape.without_call(parameters))
     tape.forget()
     return wrong
 
@@ -189,18 +188,12 @@ def _move(model: nn.Module, full_name: str, parameter: nn.Parameter, moved: Move
         path = path.rpartition(".")[0]
     within = full_name.removeprefix(f"{path}." if path else "")
     around = model.get_submodule(path)
-    if is_sharded(parameter) and _shards_within(around):
+    if is_sharded(parameter) and any(module is not around for module in sharded_modules(around)):
         raise UnsupportedStateError(
             f"{full_name} is used by {type(around).__name__}, which cannot be run by itself, as its layers are sharded "
             "one by one; take a model in each process, or freeze it"
         )
     moved[parameter] = (around, within)
-
-
-def _shards_within(module: nn.Module) -> bool:
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(child, FSDPModule) for child in module.modules() if child is not module)
 
 
 def _compare(
@@ -212,9 +205,7 @@ def _compare(
     """
     parameters = list(expected)
     with trial.taped(batch, moved, spread) as (tape, outputs):
-        generator = torch.Generator(outputs.values.device).manual_seed(0)
-        column = torch.randn(outputs.values.shape, generator=generator, device=outputs.values.device)
-        column = column.to(outputs.values.dtype)
+        column = _any_column(outputs.values)
         used = set()
         for n in range(tape.size):
             for parameter, gradient in zip(parameters, _alone(outputs, parameters, column, n), strict=True):
@@ -228,8 +219,7 @@ def _compare(
         for total in expected.values():
             total.mul_(-_copies(total))
         failed = Failed()
-        without = [parameter for parameter in parameters if parameter not in tape.calls]
-        add_batch(expected, tape, outputs, [column], without, failed)
+        add_batch(expected, tape, outputs, [column], tape.without_call(parameters), failed)
     wrong: Wrong = {}
     for parameter in parameters:
         off = _largest(expected[parameter]) / _copies(expected[parameter])
@@ -237,6 +227,12 @@ def _compare(
             wrong[parameter] = failed.get(parameter)
         expected[parameter].zero_()
     return used, wrong
+
+
+def _any_column(values: Tensor) -> Tensor:
+    """Return some gradient at the outputs, the same each time."""
+    generator = torch.Generator(values.device).manual_seed(0)
+    return torch.randn(values.shape, generator=generator, device=values.device).to(values.dtype)
 
 
 def _alone(outputs: Outputs, parameters: Sequence[nn.Parameter], column: Tensor, n: int) -> Sequence[Tensor | None]:
@@ -295,13 +291,3 @@ def first_examples(batch: Batch, count: int) -> Any:
         return {key: cut(value) for key, value in batch.items()}
     inputs = {k: cut(v) for k, v in batch[0].items()} if isinstance(batch[0], Mapping) else cut(batch[0])
     return inputs, cut(batch[1])
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_to(item, device) for item in value)
-    return value

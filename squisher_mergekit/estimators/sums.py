@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.estimators.capture import Tape
-from squisher_mergekit.estimators.labels import Labels
+from squisher_mergekit.estimators.labels import Labels, batch_seed
 from squisher_mergekit.estimators.proof import Proof, Trial, mixed, prove
 from squisher_mergekit.estimators.squares import add_batch, add_joint, no_totals
 from squisher_mergekit.estimators.tasks import Batch, Datum, Forward, Outputs, Task, choose, run, size_of
@@ -21,7 +20,7 @@ from squisher_mergekit.fisher.config import Coverage, Estimator, FisherConfig
 from squisher_mergekit.fisher.files import TIED, MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher, TensorStore
 from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model, uses_fsdp1
-from squisher_mergekit.optimizers.sharding import Together, is_sharded, whole
+from squisher_mergekit.optimizers.sharding import Together, is_sharded, placed, sharded_modules, whole
 from squisher_mergekit.optimizers.store import store_moments
 
 Grouping = Literal["example", "batch"]
@@ -76,7 +75,7 @@ class Sums:
         self._task, self._forward, self._noise, self._seed = task, forward, noise, seed
         self._verify = verify and grouping == "example"
         self._proof: Proof | None = None
-        self._empty = True
+        self._restored = False
 
     @property
     def examples(self) -> int:
@@ -101,8 +100,7 @@ class Sums:
             UnsupportedStateError: The model mixes its examples.
         """
         with _evaluating(self.model):
-            if self.batches == 0 or self._proof is None:
-                self._task = choose(self._task, self.model, batch)
+            self._task = choose(self._task, self.model, batch)
             number = self.batches if number is None else number
             if self._grouping == "batch":
                 outputs = run(self.model, batch, self._task, self._forward)
@@ -117,12 +115,11 @@ class Sums:
         trial = Trial(self.model, self._task, self._forward)
         if self._proof is None:
             self._proof = self._first_proof(trial, batch) if self._verify else Proof({}, None, set(self.totals))
-        self._empty = False
         totals = {p: total for p, total in self.totals.items() if p in self._proof.proven}
         while True:
             with trial.taped(batch, self._proof.moved, self._proof.spread) as (tape, outputs):
                 self._look_again(tape, outputs)
-                others = [p for p in self.totals if p not in tape.calls and not is_sharded(p)]
+                others = [p for p in tape.without_call(self.totals) if not is_sharded(p)]
                 arrived: set[nn.Parameter] = set()
                 columns = self._columns(outputs, number, counts)
                 raw = add_batch(totals, tape, outputs, columns, others, arrived=arrived)
@@ -137,14 +134,13 @@ class Sums:
             self._proof = Proof(again.moved, again.spread, self._proof.proven | again.proven | new)
 
     def _first_proof(self, trial: Trial, batch: Batch) -> Proof:
-        if not self._empty:
+        if self._restored:
             return prove(trial, batch)
         try:
             return prove(trial, batch, scratch=self.totals)
-        except Exception:
+        finally:
             for total in self.totals.values():
                 total.zero_()
-            raise
 
     def _look_again(self, tape: Tape, outputs: Outputs) -> None:
         """See that examples still lie where they are looked for, at the second batch, the fourth, and so on."""
@@ -162,9 +158,7 @@ class Sums:
                 f"datum token needs a model whose outputs are one a token, found shape {list(outputs.values.shape)}; "
                 "take datum example"
             )
-        # A batch's draws are its own, whichever process makes it, and whatever was done before.
-        digest = hashlib.blake2b(f"{self._seed} {number}".encode(), digest_size=4).digest()
-        generator = torch.Generator(outputs.values.device).manual_seed(int.from_bytes(digest, "big"))
+        generator = torch.Generator(outputs.values.device).manual_seed(batch_seed(self._seed, number))
         for column in outputs.columns(self._labels, self._draws, self._noise, generator, self._datum):
             yield column if counts else column * 0
 
@@ -194,6 +188,12 @@ class Sums:
                 total.zero_()
         self._count = 0
 
+    def divide(self) -> None:
+        """Turn the sums into means over the examples."""
+        examples = self.examples
+        for total in self.totals.values():
+            total /= examples
+
     def named(self) -> dict[str, Tensor]:
         """Return name in memory -> total."""
         names = memory_names(self.model)
@@ -207,8 +207,8 @@ class Sums:
             examples: How many are in them.
         """
         for name, total in self.named().items():
-            _place(total, total_of(name))
-        self._empty, self._count = False, examples
+            total.copy_(placed(total_of(name), total, total.dtype))
+        self._restored, self._count = True, examples
 
     def fisher(self, together: Together | None = None, **known: Any) -> Fisher:
         """Return the sums by the names on disk. They are the living ones, not copies.
@@ -265,11 +265,9 @@ def check_model(model: nn.Module, grouping: Grouping) -> None:
             "a Fisher needs each layer's parameters as they are, but FSDP1 and DeepSpeed keep them flattened and cut "
             "up; take FSDP2 (fully_shard), or a model in each process"
         )
-    from torch.distributed.fsdp import FSDPModule
-
     if not any(is_sharded(parameter) for parameter in parameters):
         return
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+    if not sharded_modules(model):
         raise UnsupportedStateError(
             "a sharded model must be one of FSDP2, but its tensors are split in another way, such as tensor "
             "parallelism; take fully_shard, or a model in each process"
@@ -291,17 +289,6 @@ def _on_disk(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorStore,
     kept = {recipe.key: name for name, recipe in store.recipes.items()}
     aliases = {other: kept[name] for other, name in (bones.aliases if bones else {}).items() if name in kept}
     return store, aliases, False
-
-
-def _place(total: Any, tensor: Tensor) -> None:
-    """Fill in a total; of a sharded one the part of this process."""
-    if not is_sharded(total):
-        total.copy_(tensor)
-        return
-    from torch.distributed.tensor import distribute_tensor
-
-    given = tensor.to(total.device, total.dtype)
-    total.copy_(distribute_tensor(given, total.device_mesh, total.placements))
 
 
 @contextmanager

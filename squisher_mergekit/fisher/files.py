@@ -224,6 +224,16 @@ def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
+def check_free(out: Path) -> None:
+    """Refuse a place for a Fisher where one is already, or a file.
+
+    Raises:
+        ConfigError: So it is.
+    """
+    if out.exists() and (not out.is_dir() or has_fisher(out)):
+        raise ConfigError(f"{out} must not hold a Fisher yet; remove it or choose another folder")
+
+
 def write_fisher(
     fisher: Fisher,
     out: Path,
@@ -257,8 +267,7 @@ def write_fisher(
     """
     compact.check_name(compress)
     to_dtype(dtype)
-    if out.exists() and (not out.is_dir() or has_fisher(out)):
-        raise ConfigError(f"{out} must not hold a Fisher yet; remove it or choose another folder")
+    check_free(out)
     if compress and fisher.config.offset("debiased"):
         fisher = _without_start(fisher)
     moments = Moments()
@@ -365,18 +374,19 @@ def written_beside(out: Path) -> Iterator[Path]:
         yield folder
         for path in folder.rglob("*"):
             if path.is_file():
-                _sync(path)
+                sync(path)
         if out.is_dir():
             for path in folder.iterdir():
                 path.replace(out / path.name)
         else:
             folder.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(parent, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import ConfigError, NotFoundError, RefusedError
 from squisher_mergekit.fisher.config import CONFIG_NAME
-from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, written_beside
+from squisher_mergekit.fisher.files import BASENAME, check_free, has_fisher, read_fisher, written_beside
 from squisher_mergekit.fisher.mapping import Fisher
 
 PATTERNS = [f"{BASENAME}.safetensors", f"{BASENAME}-*.safetensors", f"{BASENAME}.safetensors.index.json", CONFIG_NAME]
@@ -150,8 +150,7 @@ def pull(source: str, out: Path) -> Fisher:
         NotFoundError: There is no Fisher there.
         CorruptFileError: What is there is not whole.
     """
-    if out.exists() and (not out.is_dir() or has_fisher(out)):
-        raise ConfigError(f"{out} must not hold a Fisher yet; remove it or choose another folder")
+    check_free(out)
     cached = resolve(source, state=False)
     try:
         with written_beside(out) as folder:

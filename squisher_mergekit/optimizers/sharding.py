@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from squisher_mergekit.errors import SquisherError
 
@@ -24,6 +25,29 @@ def whole(tensor: Tensor) -> Tensor:
     """Return a tensor as it is, or gathered from all processes if it is sharded; they must all ask for it."""
     gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return gathered
+
+
+def placed(tensor: Tensor, like: Any, dtype: torch.dtype) -> Tensor:
+    """Return a tensor on the device of another; of a sharded one the part of this process, of a whole tensor.
+
+    Args:
+        tensor: Whole, or sharded as ``like`` is.
+        like: Where it is to lie.
+        dtype: What to convert it to.
+    """
+    moved = tensor.detach().to(like.device, dtype)
+    if not is_sharded(like) or is_sharded(tensor):
+        return moved
+    from torch.distributed.tensor import distribute_tensor
+
+    distributed: Tensor = distribute_tensor(moved, like.device_mesh, like.placements)
+    return distributed
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """Return the modules whose parameters FSDP2 holds in parts."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded by what was not imported
+    return [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
 
 
 def rank() -> int:

@@ -14,7 +14,7 @@ from squisher_mergekit.fisher.mapping import Fisher, check_shape
 from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.moments import Moment
 from squisher_mergekit.optimizers.saved import Saved
-from squisher_mergekit.optimizers.sharding import Together, is_sharded, rank
+from squisher_mergekit.optimizers.sharding import Together, is_sharded, placed, rank
 from squisher_mergekit.optimizers.skeleton import Skeleton
 from squisher_mergekit.optimizers.state import Slot
 from squisher_mergekit.optimizers.values import Stored
@@ -166,7 +166,9 @@ class GradientSquares:
                 raise MismatchError(f"an average must be of the model's parameters, but {name} is none of them")
             check_shape(name, tuple(tensor.shape), tuple(self._parameters[name].shape), "the state of GradientSquares")
         for name, tensor in state["squares"].items():
-            self.squares[name] = _placed(tensor, self._parameters[name])
+            parameter = self._parameters[name]
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            self.squares[name] = placed(tensor, parameter, dtype).clone()
         self.steps.update(state["steps"])
 
     def load_fisher(self, fisher: Fisher) -> None:
@@ -215,19 +217,6 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     joined: Tensor = torch.stack([norm.to(whole[0].device, torch.float32) for norm in whole])
     total: Tensor = torch.linalg.vector_norm(joined)
     return total
-
-
-def _placed(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return a copy of an average where and as its parameter lies."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    place: Any = parameter
-    if is_sharded(parameter) and not is_sharded(tensor):
-        from torch.distributed.tensor import distribute_tensor
-
-        moved = tensor.to(place.device, dtype)
-        distributed: Tensor = distribute_tensor(moved, place.device_mesh, place.placements)
-        return distributed
-    return tensor.detach().to(parameter.device, dtype, copy=True)
 
 
 def in_memory(model: nn.Module, fisher: Fisher) -> tuple[dict[str, Tensor], dict[str, int]]:
