@@ -7,7 +7,7 @@ that its parameters' per-example gradients are made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,8 @@ class Call:
     gradient: Tensor | None = None
 
 
-Uses = list[tuple[str, Call]]  # a parameter's name in a module, and a call of this; in the order of the forward pass
+Use = tuple[str, Call]  # a parameter's name in a module, and a call of this
+Uses = list[Use]  # in the order of the forward pass
 Take = Callable[[nn.Parameter, Uses], None]
 
 
@@ -120,6 +121,10 @@ class Tape:
         used = found[len(ends) - len(unreached) :]
         return [p for p, gradient in zip(unreached, used, strict=True) if gradient is not None and gradient.any()]
 
+    def without_call(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Return those of some parameters that no noted call used."""
+        return [parameter for parameter in parameters if parameter not in self.calls]
+
     def close(self) -> None:
         """Let go of the graph: its hooks know this tape, and neither would ever be freed."""
         self.calls.clear()
@@ -142,11 +147,13 @@ def gradients(outputs: Tensor, at: Sequence[Any], column: Tensor, keep: bool) ->
     """
     try:
         return torch.autograd.grad(outputs, at, column, retain_graph=keep, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             why = " ".join(str(error).split())[:200]
             raise UnsupportedStateError(
-                f"the model must be differentiable in eval mode, but torch says: {why}"
+                f"the model must be differentiable in eval mode, but torch says: {why}; freeze the part that is not"
             ) from error
         raise UnsupportedStateError(
             "gradients of chosen tensors need checkpoints that are not reentrant, but the model has one with "
@@ -195,9 +202,11 @@ def _owned(module: nn.Module) -> dict[str, nn.Parameter]:
 
     What it holds under a second name, such as BERT's bias of the words, is used by the module within that holds it.
     """
+    own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+    if not own:
+        return own
     within = {id(p) for child in module.children() for p in child.parameters()}
-    own = module.named_parameters(recurse=False)
-    return {name: p for name, p in own if p.requires_grad and id(p) not in within}
+    return {name: p for name, p in own.items() if id(p) not in within}
 
 
 Wrap = Callable[[nn.Module, Tape], Any]

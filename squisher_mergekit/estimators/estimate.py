@@ -60,7 +60,8 @@ def estimate_fisher(
         forward: Takes model and inputs, and returns the logits, where the model does not do so itself.
         noise: Standard deviation of a regression's targets.
         seed: Of the labels that are drawn.
-        verify: Hold the first two examples against gradients taken one by one.
+        verify: Hold the first two examples against gradients taken one by one, and see in the batches 1, 2, 4, 8 and so
+            on that the model does not mix its examples.
         datum: See above.
         distributed: The batches are this process's share, and the sums are added up over all processes of
             torch.distributed. Of a model sharded by FSDP2 they are in any case; all must have as many batches then.
@@ -88,6 +89,5 @@ def estimate_fisher(
     if not sums.examples:
         raise ConfigError("a Fisher needs at least one batch of examples, found none")
     if statistic == "mean":
-        for total in sums.totals.values():
-            total /= sums.examples
+        sums.divide()
     return sums.fisher(statistic=statistic, num_examples=sums.examples)

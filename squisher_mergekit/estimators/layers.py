@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.estimators.capture import Call
 
-Use = tuple[str, Call]  # a parameter's name in its module, and a call of this
-
 Rule = Literal["matrix", "rows", "convolution", "bias", "scale", "generic"]
 
 

@@ -55,11 +55,10 @@ def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, A
         ) from error
     finally:
         bars.enable_progress_bar()
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if getattr(loaded.config, "pad_token_id", None) is None:
-        # Without one a classifier cannot tell where a padded text ends.
-        loaded.config.pad_token_id = tokenizer.pad_token_id
+        # Without one a classifier cannot tell where a padded text ends. What pads is as in ``encode``.
+        pads = tokenizer.pad_token_id
+        loaded.config.pad_token_id = tokenizer.eos_token_id if pads is None else pads
     return loaded, tokenizer
 
 

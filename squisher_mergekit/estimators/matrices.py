@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.estimators.capture import Call
-from squisher_mergekit.estimators.layers import Use, by_example, gradient_at, is_conv1d, rule_of, wide
+from squisher_mergekit.estimators.capture import Call, Use
+from squisher_mergekit.estimators.layers import by_example, gradient_at, is_conv1d, rule_of, wide
 
 # Entries of per-example gradients that are formed at once: what the caches of a CPU and of a GPU hold. From a size on
 # one matrix at a time is faster than several, as it is squared and added in one pass; measured on a CPU alone.
@@ -87,8 +87,8 @@ def outer_square(uses: Sequence[Use], size: int) -> Tensor | None:
     ((name, call),) = uses
     if rule_of(name, call.module) != "matrix" or is_conv1d(call.module):
         return None
-    b, _ = factors(call, size)
-    return b[:, 0].square() if b.shape[1] == 1 else None
+    b = gradient_at(call, size)
+    return wide(b.reshape(size, -1)).square() if b.numel() == size * b.shape[-1] else None
 
 
 def add_outer(total: Tensor, b_squared: Tensor, uses: Sequence[Use], size: int) -> None:

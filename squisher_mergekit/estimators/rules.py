@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.estimators import convolutions
-from squisher_mergekit.estimators.capture import Call, first_tensor
+from squisher_mergekit.estimators.capture import Call, Use, first_tensor
 from squisher_mergekit.estimators.layers import (
-    Use,
     by_example,
     gradient_at,
     has_channels,

@@ -92,6 +92,8 @@ def _runs_again(uses: Uses) -> bool:
 def _noted(parameter: nn.Parameter, failed: Failed | None) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:  # shapes are not what a rule takes them for
         if failed is None:
             raise

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -146,3 +147,13 @@ def test_exact_labels_of_tokens_are_refused(tmp_path):
     data = _write(tmp_path / "rows.jsonl")
     done = _run(tmp_path / "model", "--task", "causal-lm", "--data", data, "--labels", "exact", "-o", tmp_path / "out")
     assert (done.exit_code, "take labels sampled" in done.output) == (1, True)
+
+
+def test_a_bar_tells_the_rate_and_the_time_left(saved, tmp_path):
+    """Of the examples: how many are done, of how many, how long it took and will take, and how many a second."""
+    task, _, folder = saved
+    data = _write(tmp_path / "rows.jsonl")
+    arguments = ["estimate", folder, "--task", task, "--data", data, "--batch-size", "2", "-o", tmp_path / "out"]
+    done = CliRunner().invoke(main, [*map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"Estimating: +100%.* 5/5 \[[0-9:]+<[0-9:]+, .*(example/s|s/example)", done.stderr)

@@ -158,6 +158,12 @@ def test_a_weight_used_without_its_layer_is_found():
     assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"))
 
 
+def test_unverified_a_hole_is_an_error_that_names_it():
+    """Such a weight is refused where nothing is tried beforehand, and not left at 0."""
+    with pytest.raises(UnsupportedStateError, match=r"a\.weight is used without a call of the module that holds it"):
+        estimate_fisher(_Elsewhere(), [(torch.randn(5, 7), torch.randint(3, (5,)))], verify=False)
+
+
 def test_frozen_parameters_are_left_out():
     """Only what asks for a gradient has a Fisher, and that is what it is without freezing."""
     torch.manual_seed(7)

@@ -130,16 +130,15 @@ def test_a_slow_way_is_told(caplog):
     assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"))
 
 
-def test_unverified_a_hole_is_an_error_that_names_it():
-    """A weight that is used without a call of its layer is refused, and not left at 0."""
+def test_memory_that_runs_out_is_no_verdict(monkeypatch):
+    """It is raised as what it is, and no parameter is moved because of it."""
 
-    class _Elsewhere(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-        def forward(self, x):
-            return self.b(nn.functional.linear(x, self.a.weight))
-
-    with pytest.raises(UnsupportedStateError, match=r"a\.weight is used without a call of the module that holds it"):
-        estimate_fisher(_Elsewhere(), [(torch.randn(4, 5), torch.arange(4) % 3)], verify=False)
+    batch = (torch.randn(4, 5), torch.arange(4) % 3)
+    for place in ("squares.add_squares", "capture.torch.autograd.grad"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"squisher_mergekit.estimators.{place}", full)
+            with pytest.raises(torch.OutOfMemoryError):
+                estimate_fisher(nn.Linear(5, 3), [batch])

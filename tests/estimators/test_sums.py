@@ -1,6 +1,8 @@
 """Sums that grow batch by batch: who is counted, what is drawn, what no device waits for."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -118,6 +120,19 @@ def test_no_step_waits_for_the_device(name, labels, monkeypatch):
         sums._proof = Proof({}, tables, set(sums.totals))
         sums.add(batch)
         assert all(total.shape == p.shape for p, total in sums.totals.items())
+
+
+def test_nothing_of_a_batch_stays():
+    """Activations are freed with the batch: no hook holds the graph that it hangs on."""
+    torch.manual_seed(0)
+    model, seen = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 3)), []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+    sums = Sums(model, task="classification")
+    for _ in range(2):
+        sums.add((torch.randn(5, 7), torch.arange(5) % 3))
+    gc.collect()
+    assert len(seen) > 2
+    assert not [activation for activation in seen if activation() is not None]
 
 
 @pytest.mark.parametrize("how", ["whole", "in place", "inside"])
