@@ -10,5 +10,6 @@ From there on all go the same way. ``opening`` turns it into a Fisher: ``state``
 slot, or ``partition`` that of several optimizers', with the help of ``skeleton``, the model without its weights, or of
 ``lora``; ``models`` knows the names of a live one; ``flat`` cuts what needs their shapes, ``buffers`` what a trainer
 has cut. ``store`` makes of them the tensors of ``model.safetensors``, ``weights`` holds these against the headers
-there, ``updates`` against the way the weights moved, ``metadata`` writes down what is known.
+there, ``updates`` against the way the weights moved, ``metadata`` writes down what is known. ``sharding`` is for
+tensors that several processes hold in parts, here and elsewhere.
 """

@@ -1,4 +1,4 @@
-"""Tensors that several processes hold in parts: the first process asks for them one by one, the others hand over."""
+"""Tensors that several processes hold in parts: where they lie, and how the first process gathers them one by one."""
 
 from __future__ import annotations
 
@@ -73,8 +73,7 @@ class Together:
     def gather(self, number: int) -> Tensor:
         """Ask for a tensor; for the first process, within :meth:`run`."""
         dist.broadcast_object_list([number], src=0)
-        whole: Tensor = self.tensors[number].full_tensor()
-        return whole.detach().cpu()
+        return whole(self.tensors[number]).detach().cpu()
 
     def run(self, work: Callable[[], T]) -> T | None:
         """Do the work in the first process.
