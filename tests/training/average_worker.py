@@ -31,6 +31,7 @@ def main(kind, folder, rank, world):
         state.global_step += 1
     average.on_train_end(args, state, None)
     if world > 1:
+        dist.barrier()  # none leaves while another one still talks to it
         dist.destroy_process_group()
 
 

@@ -97,6 +97,7 @@ def main(kind, folder, rank, world):
         if not resumed(squares, wrapped, folder / "out" / "fisher_ema"):
             raise AssertionError("the average did not come back from its file")
     if world > 1:
+        dist.barrier()  # none leaves while another one still talks to it
         dist.destroy_process_group()
 
 
