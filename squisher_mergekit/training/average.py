@@ -18,9 +18,9 @@ from squisher_mergekit.fisher.config import OptimizerInfo
 from squisher_mergekit.fisher.files import read_fisher, to_dtype
 from squisher_mergekit.fisher.fingerprint import fingerprint
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.optimizers.memory import in_memory
 from squisher_mergekit.optimizers.models import unwrap_model
 from squisher_mergekit.optimizers.sharding import Together, is_sharded
-from squisher_mergekit.training.gradients import in_memory
 from squisher_mergekit.training.writing import attempt, checkpoint_of, replace_fisher, resumed_from
 
 AVERAGE_FOLDER = "fisher_average"

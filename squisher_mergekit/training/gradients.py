@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.files import read_fisher, to_dtype
 from squisher_mergekit.fisher.mapping import Fisher, check_shape
+from squisher_mergekit.optimizers.memory import in_memory
 from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.moments import Moment
 from squisher_mergekit.optimizers.saved import Saved
 from squisher_mergekit.optimizers.sharding import Together, is_sharded, placed, rank
-from squisher_mergekit.optimizers.skeleton import Skeleton
 from squisher_mergekit.optimizers.state import Slot
 from squisher_mergekit.optimizers.values import Stored
 from squisher_mergekit.optimizers.weights import headers
@@ -217,48 +217,3 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     joined: Tensor = torch.stack([norm.to(whole[0].device, torch.float32) for norm in whole])
     total: Tensor = torch.linalg.vector_norm(joined)
     return total
-
-
-def in_memory(model: nn.Module, fisher: Fisher) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return a Fisher's tensors, and the steps behind them, by the names that a model's parameters have in memory."""
-    described = describe(model, set(fisher))
-    names: Mapping[str, str] = described.adapter or {name: name for name in described.names.values()}
-    if described.skeleton is not None:
-        return _undone(fisher, described.skeleton)
-    found = {name: key for name, key in names.items() if key in fisher}
-    squares = {name: fisher[key] for name, key in found.items()}
-    return squares, {name: fisher.config.steps_of(key) or 0 for name, key in found.items()}
-
-
-def _undone(fisher: Fisher, skeleton: Skeleton) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Undo the way to disk: what is sent through it are the places of the entries, which tell where each one went."""
-    keys: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for key, sources in skeleton.sources.items():
-        keys[sources].append(key)
-    shapes = {parameter.name: parameter.shape for parameter in skeleton.parameters}
-    squares, steps = {}, {}
-    for sources, stored in keys.items():
-        if not all(_found(fisher, key, skeleton) for key in stored):
-            continue
-        sizes = [torch.Size(shapes[source]).numel() for source in sources]
-        starts = [sum(sizes[:number]) for number in range(len(sizes))]
-        places = skeleton.convert(
-            {
-                source: torch.arange(start, start + size).reshape(shapes[source])
-                for source, start, size in zip(sources, starts, sizes, strict=True)
-            }
-        )
-        names = {key: _found(fisher, key, skeleton) or key for key in stored}
-        whole = torch.empty(sum(sizes), dtype=torch.promote_types(fisher[names[stored[0]]].dtype, torch.float32))
-        for key, name in names.items():
-            whole[places[key].reshape(-1)] = fisher[name].reshape(-1).to(whole.dtype)
-        for source, start, size in zip(sources, starts, sizes, strict=True):
-            squares[source] = whole[start : start + size].reshape(shapes[source])
-            steps[source] = min(fisher.config.steps_of(name) or 0 for name in names.values())
-    return squares, steps
-
-
-def _found(fisher: Fisher, key: str, skeleton: Skeleton) -> str | None:
-    """Return the name that a Fisher has for a stored tensor, perhaps that of one tied to it."""
-    same = (key, *(alias for alias, kept in skeleton.aliases.items() if kept == key))
-    return next((name for name in same if name in fisher), None)
