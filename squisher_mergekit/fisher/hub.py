@@ -16,6 +16,14 @@ from squisher_mergekit.fisher.mapping import Fisher
 
 PATTERNS = [f"{BASENAME}.safetensors", f"{BASENAME}-*.safetensors", f"{BASENAME}.safetensors.index.json", CONFIG_NAME]
 STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]
+MODEL_PATTERNS = [
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "*.json",
+    "*.txt",
+    "*.model",
+]
 FISHER_REVISION = "fisher"
 
 
@@ -75,6 +83,31 @@ def resolve(source: str, cache_dir: str | None = None, *, state: bool = True) ->
     raise NotFoundError(
         f"no {BASENAME}.safetensors and no optimizer state at {source} on the Hub or in its cache: {found}"
     )
+
+
+def model(source: str, option: str) -> Path:
+    """Fetch the weights of a model, its config and its tokenizer.
+
+    Args:
+        source: ``org/name[@revision]``.
+        option: What it is called in a message.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        NotFoundError: It is no Hub id, or cannot be reached.
+    """
+    repo, revision = split(source)
+    if repo.count("/") != 1 or repo.startswith(("/", ".", "~")):
+        raise NotFoundError(
+            f"{option} must be a folder or a Hub id org/name[@revision], but there is no {source}; relative paths "
+            "count from the working directory"
+        )
+    folder = _download(repo, revision, MODEL_PATTERNS, None)
+    if isinstance(folder, str):
+        raise NotFoundError(f"{option} must be a folder or a model on the Hub, but {source}: {folder}; check the name")
+    return folder
 
 
 def find_beside(

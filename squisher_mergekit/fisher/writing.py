@@ -17,8 +17,13 @@ _NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.bool: "BOOL",
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int16: "I16",
+    torch.int32: "I32",
     torch.int64: "I64",
 }
 _ALIGN = 8

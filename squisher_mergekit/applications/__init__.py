@@ -1,0 +1,1 @@
+"""What else a diagonal Fisher is good for: pruning, FISH masks, task embeddings, and not forgetting."""

@@ -1,0 +1,230 @@
+"""A mask: for every entry of a model's weights whether it is kept, in memory and as a compact file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
+from squisher_mergekit.fisher.config import FisherConfig
+from squisher_mergekit.fisher.files import SafetensorsStore, safetensors_notes, sync
+from squisher_mergekit.fisher.mapping import Fisher, TensorInfo
+from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
+from squisher_mergekit.optimizers.memory import in_memory
+
+MASK_NAME = "mask.safetensors"
+_FORMAT = "squisher-mask"
+_VERSION = 1
+
+
+class Mask(Mapping[str, Tensor]):
+    """A lazy mapping from the name of a weight, as in ``model.safetensors``, to a bool tensor: true is kept.
+
+    Args:
+        tensors: Name -> bool tensor.
+        about: How it was made, and ``weights_fingerprint`` of the weights that it was made at.
+        location: Where it lies, for messages.
+
+    Example:
+        >>> mask = Mask({"w": torch.tensor([True, False, False])})
+        >>> mask["w"].tolist(), mask.kept, mask.entries
+        ([True, False, False], 1, 3)
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None, location: str = "memory"
+    ) -> None:
+        self._tensors = tensors
+        self.about = dict(about or {})
+        self.location = location
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a weight without unpacking its mask."""
+        shapes = getattr(self._tensors, "shapes", None)
+        return shapes[name] if shapes is not None else tuple(self._tensors[name].shape)
+
+    @property
+    def kept(self) -> int:
+        """How many entries are kept."""
+        return sum(int(self[name].sum()) for name in self)
+
+    @property
+    def entries(self) -> int:
+        """How many entries there are."""
+        return sum(torch.Size(self.shape(name)).numel() for name in self)
+
+    def check(self, infos: Mapping[str, TensorInfo], place: object) -> None:
+        """Refuse weights that it is not of.
+
+        Raises:
+            MismatchError: It names one that is not there, leaves one out, or a shape differs.
+        """
+        wanted = {name: info.shape for name, info in infos.items() if info.dtype.is_floating_point}
+        for name in dict.fromkeys((*self, *wanted)):
+            ours, theirs = self.shape(name) if name in self else None, wanted.get(name)
+            if ours != theirs:
+                raise MismatchError(
+                    f"a mask must be of these weights, but {name} is {_shape(ours)} in {self.location} and "
+                    f"{_shape(theirs)} in {place}; give the mask that was made for this model"
+                )
+
+    def by_parameter(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the mask by the names that a model's parameters have in memory.
+
+        Raises:
+            MismatchError: It lacks a parameter, or a shape differs.
+        """
+        as_fisher = Fisher(_AsStore(self), FisherConfig(statistic="mean"))
+        found, _ = in_memory(model, as_fisher)
+        for name, parameter in model.named_parameters():
+            if name not in found or found[name].shape != parameter.shape:
+                raise MismatchError(
+                    f"a mask must be of this model, but of {name}, {list(parameter.shape)}, {self.location} has "
+                    f"{_shape(tuple(found[name].shape) if name in found else None)}; give the mask of this model"
+                )
+        return {name: tensor.to(torch.bool) for name, tensor in found.items()}
+
+
+class _AsStore:
+    """A mask as the tensors of a Fisher, so that they take the same way into memory."""
+
+    def __init__(self, mask: Mask) -> None:
+        self.location = mask.location
+        self._mask = mask
+        self.infos = {
+            name: TensorInfo(mask.shape(name), torch.bool, torch.Size(mask.shape(name)).numel()) for name in mask
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self._mask[name]
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+class MaskWriter:
+    """Writes a mask tensor by tensor, eight entries a byte; a tensor of which all or none is kept takes no byte.
+
+    Args:
+        file: To be made.
+        names: Of the tensors to come.
+        about: How the mask is made.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with MaskWriter(Path(folder) / MASK_NAME, ["w"], {}) as writer:
+        ...         writer.add("w", torch.tensor([True, False, True]))
+        ...     read_mask(Path(folder))["w"]
+        tensor([ True, False,  True])
+    """
+
+    def __init__(self, file: Path, names: list[str], about: Mapping[str, Any]) -> None:
+        self._file = file
+        self._writer = SafetensorsWriter(file, header_room(names, parts=3) + 2 * len(json.dumps(about)))
+        self._writer.note("format", _FORMAT)
+        self._writer.note("version", str(_VERSION))
+        self._writer.note("about", json.dumps(about))
+
+    def __enter__(self) -> MaskWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
+        if kind is None:
+            sync(self._file)
+
+    def add(self, name: str, kept: Tensor) -> int:
+        """Append the mask of one tensor, and return how many entries it keeps."""
+        count = int(kept.sum())
+        self._writer.note(f"{name}.shape", json.dumps(list(kept.shape)))
+        if count in (0, kept.numel()):
+            self._writer.note(f"{name}.all", str(int(count > 0)))
+        else:
+            bits = np.packbits(kept.detach().cpu().reshape(-1).numpy(), bitorder="little")
+            self._writer.add(name, torch.from_numpy(bits))
+        return count
+
+
+def write_mask(mask: Mask, file: Path) -> None:
+    """Write a mask beside its final name, then rename it."""
+    beside = file.with_name(f".{file.name}.part")
+    try:
+        with MaskWriter(beside, list(mask), mask.about) as writer:
+            for name in mask:
+                writer.add(name, mask[name])
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_mask(source: str | Path) -> Mask:
+    """Open a mask file; tensors are unpacked when asked for.
+
+    Args:
+        source: The file, or a folder with ``mask.safetensors``.
+
+    Raises:
+        NotFoundError: There is none.
+        CorruptFileError: It is no whole mask file, or one of a newer version.
+    """
+    path = Path(source).expanduser()
+    file = path / MASK_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise NotFoundError(f"a mask must be a file or a folder with {MASK_NAME}, but there is no {file}")
+    notes = safetensors_notes(file)
+    if notes.get("format") != _FORMAT or notes.get("version") != str(_VERSION):
+        raise CorruptFileError(
+            f"{file} must be a mask of version {_VERSION}, but it says format {notes.get('format')}, version "
+            f"{notes.get('version')}; make it with squisher mask select or squisher prune"
+        )
+    return Mask(_Packed(file, notes), json.loads(notes.get("about", "{}")), str(file))
+
+
+class _Packed(Mapping[str, Tensor]):
+    """The tensors of a mask file."""
+
+    def __init__(self, file: Path, notes: Mapping[str, str]) -> None:
+        self._file, self._store = file, SafetensorsStore([file], str(file))
+        ends = ".shape"
+        self.shapes = {
+            key[: -len(ends)]: tuple(json.loads(value)) for key, value in notes.items() if key.endswith(ends)
+        }
+        self._constant = {name: notes[f"{name}.all"] == "1" for name in self.shapes if f"{name}.all" in notes}
+        for name, shape in self.shapes.items():
+            packed = self._store.infos.get(name)
+            if name not in self._constant and (packed is None or packed.nbytes != -(-torch.Size(shape).numel() // 8)):
+                raise CorruptFileError(f"{file} must hold a bit for each entry of {name}, but does not; make it again")
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        if name in self._constant:
+            return torch.full(shape, self._constant[name])
+        bits = np.unpackbits(self._store.read(name).numpy(), count=torch.Size(shape).numel(), bitorder="little")
+        return torch.from_numpy(bits).view(torch.bool).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
