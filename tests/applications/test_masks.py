@@ -1,0 +1,97 @@
+"""Masks in memory and on disk."""
+
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from squisher_mergekit.applications.masks import MASK_NAME, Mask, read_mask, write_mask
+from squisher_mergekit.applications.weights import open_weights
+from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
+from tests.estimators.models import make
+
+
+@given(shape=st.lists(st.sampled_from([0, 1, 3, 7, 11]), max_size=3), share=st.floats(0, 1), seed=st.integers(0, 9))
+def test_a_mask_comes_back_from_disk(tmp_path_factory, shape, share, seed):
+    """Of any shape, scalars and empty tensors among them, whatever share is kept."""
+    folder = tmp_path_factory.mktemp("mask")
+    generator = torch.Generator().manual_seed(seed)
+    mask = Mask({"w": torch.rand(shape, generator=generator) < share, "b": torch.rand(13, generator=generator) < 0.5})
+    write_mask(mask, folder / MASK_NAME)
+    again = read_mask(folder)
+    assert list(again) == ["w", "b"]
+    assert all(torch.equal(again[name], mask[name]) for name in mask)
+    assert again.shape("w") == tuple(shape)
+    assert (again.kept, again.entries) == (mask.kept, mask.entries)
+
+
+def test_an_entry_takes_a_bit(tmp_path):
+    """And a tensor that is kept or dropped as a whole takes none."""
+    mask = Mask({"w": torch.rand(1000, 801) < 0.5, "all": torch.ones(1000, 800).bool(), "no": torch.zeros(99).bool()})
+    write_mask(mask, tmp_path / MASK_NAME)
+    assert (tmp_path / MASK_NAME).stat().st_size < 1000 * 801 / 8 + 4000
+
+
+def test_how_it_was_made_is_kept(tmp_path):
+    """In the header of the file."""
+    write_mask(Mask({"w": torch.ones(3).bool()}, {"score": "fisher", "keep": 0.5}), tmp_path / "my.safetensors")
+    assert read_mask(tmp_path / "my.safetensors").about == {"score": "fisher", "keep": 0.5}
+
+
+def test_what_is_no_mask_is_refused(tmp_path):
+    """Nothing there, another safetensors file, a cut one, one whose bits do not suffice."""
+    with pytest.raises(NotFoundError, match="must be a file or a folder with mask.safetensors"):
+        read_mask(tmp_path)
+    nn_file = tmp_path / "model.safetensors"
+    make("bert").save_pretrained(tmp_path)
+    with pytest.raises(CorruptFileError, match="must be a mask of version 1, but it says format pt"):
+        read_mask(nn_file)
+    file = tmp_path / MASK_NAME
+    write_mask(Mask({"w": torch.arange(77).remainder(2).bool()}), file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(CorruptFileError, match="must be a whole safetensors file"):
+        read_mask(file)
+    size = struct.unpack("<Q", whole[:8])[0]
+    file.write_bytes(whole[:8] + whole[8 : 8 + size].replace(b"[77]", b"[99]") + whole[8 + size :])
+    with pytest.raises(CorruptFileError, match="must hold a bit for each entry of w"):
+        read_mask(file)
+
+
+def test_a_mask_of_other_weights_is_refused(tmp_path):
+    """It names one that is not there, leaves one out, or has another shape."""
+    make("bert").save_pretrained(tmp_path)
+    infos = open_weights(tmp_path).infos
+    own = {name: torch.ones(info.shape).bool() for name, info in infos.items()}
+    Mask(own).check(infos, tmp_path)
+    for change in (
+        {"strange": torch.ones(2).bool()},
+        {"classifier.bias": torch.ones(4).bool()},
+        {"classifier.bias": None},
+    ):
+        tensors = {name: tensor for name, tensor in (own | change).items() if tensor is not None}
+        with pytest.raises(MismatchError, match=f"{next(iter(change))} is "):
+            Mask(tensors).check(infos, tmp_path)
+
+
+def test_a_mask_finds_its_parameters(tmp_path):
+    """A mask by the names in a file is one by the names in memory: a tied table, experts that are packed in memory."""
+    for name in ("llama-tied", "mixtral-grouped", "bert"):
+        model = make(name)
+        model.save_pretrained(tmp_path / name)
+        weights = open_weights(tmp_path / name)
+        # Kept is what is positive, so that the weights themselves tell where each bit belongs.
+        mask = Mask({key: weights.read(key) > 0 for key in weights.infos})
+        found = mask.by_parameter(model)
+        assert found.keys() == dict(model.named_parameters()).keys()
+        assert all(torch.equal(found[key], p > 0) for key, p in model.named_parameters())
+
+
+def test_a_mask_that_lacks_a_parameter_is_refused():
+    """A parameter without a mask would be neither kept nor dropped."""
+    mask = Mask({"weight": torch.ones(1, 3).bool()})
+    with pytest.raises(MismatchError, match=r"but of bias, \[1\], memory has missing"):
+        mask.by_parameter(nn.Linear(3, 1))
