@@ -43,7 +43,7 @@ def test_how_it_was_made_is_kept(tmp_path):
 
 def test_what_is_no_mask_is_refused(tmp_path):
     """Nothing there, another safetensors file, a cut one, one whose bits do not suffice."""
-    with pytest.raises(NotFoundError, match="must be a file or a folder with mask.safetensors"):
+    with pytest.raises(NotFoundError, match=r"must be a file or a folder with mask\.safetensors"):
         read_mask(tmp_path)
     nn_file = tmp_path / "model.safetensors"
     make("bert").save_pretrained(tmp_path)
@@ -67,11 +67,8 @@ def test_a_mask_of_other_weights_is_refused(tmp_path):
     infos = open_weights(tmp_path).infos
     own = {name: torch.ones(info.shape).bool() for name, info in infos.items()}
     Mask(own).check(infos, tmp_path)
-    for change in (
-        {"strange": torch.ones(2).bool()},
-        {"classifier.bias": torch.ones(4).bool()},
-        {"classifier.bias": None},
-    ):
+    changes = ({"strange": torch.ones(2).bool()}, {"classifier.bias": torch.ones(4).bool()}, {"classifier.bias": None})
+    for change in changes:
         tensors = {name: tensor for name, tensor in (own | change).items() if tensor is not None}
         with pytest.raises(MismatchError, match=f"{next(iter(change))} is "):
             Mask(tensors).check(infos, tmp_path)

@@ -19,14 +19,21 @@ KNOWN = {
     "t5": (set(), {"encoder.block.0.layer.0.SelfAttention.q.weight"}),
     "bart": (set(), {"model.decoder.layers.0.fc1.weight"}),
     "vit": ({"classifier.weight"}, {"vit.encoder.layer.0.intermediate.dense.weight"}),
-    "roberta": ({"classifier.dense.weight", "classifier.out_proj.weight"}, {"roberta.encoder.layer.0.output.dense.weight"}),
-}  # fmt: skip
+    "roberta": (
+        {"classifier.dense.weight", "classifier.out_proj.weight"},
+        {"roberta.encoder.layer.0.output.dense.weight"},
+    ),
+}
 EMBEDDINGS = {
     "bert": {f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")},
     "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"},
     "llama-tied": {"model.embed_tokens.weight"},
-    "t5": {"shared.weight"} | {f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for part in ("encoder", "decoder")},
-}  # fmt: skip
+    "t5": {
+        "shared.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    },
+}
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -21,7 +21,7 @@ def test_scores_change_no_input():
     for score in (scores.saliency(theta, fisher), scores.magnitude(theta), scores.movement(theta, base)):
         assert score.dtype == torch.float64
     scores.reset_loss(theta, base, fisher)
-    assert theta.tolist() == [1.0] * 3 and base.tolist() == [0.0] * 3 and fisher.tolist() == [1.0] * 3
+    assert [tensor.tolist() for tensor in (theta, base, fisher)] == [[1.0] * 3, [0.0] * 3, [1.0] * 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
