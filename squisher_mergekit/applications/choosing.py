@@ -11,7 +11,7 @@ from torch import Tensor
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.selection import KEPT, cut
 
-Scope = Literal["global", "tensor"]
+Scope = Literal["global", "layer"]
 Ranked = Callable[[str], Tensor]
 
 
@@ -43,7 +43,7 @@ def choose(
         sizes: Name -> number of entries, in the order in which ties are broken.
         ranked: From a name to integers that order as the scores do, the same each time.
         keep: How many entries are kept in all.
-        scope: ``global``: the largest of all tensors. ``tensor``: of each the same share.
+        scope: ``global``: the largest of all tensors. ``layer``: of each tensor the same share.
         least: Of each tensor at least this share is kept, rounded up, whatever the others' scores are.
 
     Yields:
@@ -66,7 +66,7 @@ def choose(
             f"keeping at least {least:g} of each tensor takes {sum(floors.values())} entries, but {keep} of "
             f"{sum(sizes.values())} are to be kept; ask for less of each, or prune less"
         )
-    shares = _even(sizes, keep) if scope == "tensor" else floors
+    shares = _even(sizes, keep) if scope == "layer" else floors
 
     def keys(name: str) -> Tensor:
         own = ranked(name)
