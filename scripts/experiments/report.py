@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+"""Writes what the experiments found into the README: tables and pictures, from the JSON files in results/ alone.
+
+    scripts/experiments/report.py            # rewrite the README's blocks and the pictures
+    scripts/experiments/report.py --check    # say whether they are what the JSON files tell
+
+A block of the README lies between ``<!-- results: NAME -->`` and ``<!-- end of results: NAME -->``.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.runner import RESULTS, ROOT
+
+README = ROOT / "README.md"
+PICTURES = Path(__file__).parent / "pictures"
+# Module of this package, whose ``tables(report)`` and ``pictures(report)`` say what is shown.
+EXPERIMENTS = (
+    "merging",
+    "gradient_matching",
+    "pruning",
+    "fish_mask",
+    "task2vec",
+    "ewc",
+    "cost",
+    "questions",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the README. ``rows``: the label of a row and its cells, as text; ``notes``: paragraphs below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def markdown(self) -> str:
+        """Return the table as Markdown."""
+        lines = [self.title, ""] if self.title else []
+        lines += ["| " + " | ".join(["", *self.columns]) + " |", "|" + "---|" * (len(self.columns) + 1)]
+        lines += ["| " + " | ".join([label, *cells]) + " |" for label, cells in self.rows]
+        for note in self.notes:
+            lines += ["", note]
+        return "\n".join(lines)
+
+
+def mean_sd(values: Sequence[float], digits: int = 1) -> str:
+    """Return mean and standard deviation (of a sample) as text.
+
+    Example:
+        >>> mean_sd([1.0, 2.0, 3.0])
+        '2.0 ± 1.0'
+    """
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def found(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+    """Return the report of an experiment; None if it has not been run."""
+    file = folder / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def block(name: str, report: Mapping[str, Any]) -> str:
+    """Return the text of an experiment's block."""
+    tables = importlib.import_module(f"experiments.{name}").tables(report)
+    versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
+    seeds = len(report["cells"])
+    made = (
+        f"<sub>`scripts/experiments/{name}.py --full`: {seeds} cells, {report['cpu_seconds'] / 60:.0f} CPU-minutes on one "
+        f"thread; {versions}; raw results in scripts/experiments/results/{name}.json</sub>"
+    )
+    return "\n\n".join([*(table.markdown() for table in tables), made])
+
+
+def written(text: str, blocks: Mapping[str, str]) -> str:
+    """Return the README with its blocks replaced.
+
+    Raises:
+        ValueError: A block has no place in it.
+    """
+    for name, content in blocks.items():
+        begin, end = f"<!-- results: {name} -->", f"<!-- end of results: {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"the README has no place for {name}: it needs {begin} and {end}")
+        text = pattern.sub(lambda _, whole=f"{begin}\n{content}\n{end}": whole, text, count=1)
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the README, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README differs")
+    options = parser.parse_args(arguments)
+    reports = {name: report for name in EXPERIMENTS if (report := found(name)) is not None}
+    before = README.read_text(encoding="utf-8")
+    after = written(before, {name: block(name, report) for name, report in reports.items()})
+    if options.check:
+        print("the README says what the results say" if after == before else "the README differs from the results")
+        return int(after != before)
+    README.write_text(after, encoding="utf-8")
+    PICTURES.mkdir(exist_ok=True)
+    for name, report in reports.items():
+        for file, data in importlib.import_module(f"experiments.{name}").pictures(report).items():
+            (PICTURES / file).write_bytes(data)
+            print(f"{PICTURES / file}: {len(data) / 1000:.0f} kB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
