@@ -80,10 +80,10 @@ def block(name: str, report: Mapping[str, Any]) -> str:
     """Return the text of an experiment's block."""
     tables = importlib.import_module(f"experiments.{name}").tables(report)
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
-    seeds = len(report["cells"])
+    count = len(report["cells"])
     made = (
-        f"<sub>`scripts/experiments/{name}.py --full`: {seeds} cells, {report['cpu_seconds'] / 60:.0f} CPU-minutes on one "
-        f"thread; {versions}; raw results in scripts/experiments/results/{name}.json</sub>"
+        f"<sub>`scripts/experiments/{name}.py --full`: {count} cells, {report['cpu_seconds'] / 60:.0f} CPU-minutes on "
+        f"one thread; {versions}; raw results in scripts/experiments/results/{name}.json</sub>"
     )
     return "\n\n".join([*(table.markdown() for table in tables), made])
 
