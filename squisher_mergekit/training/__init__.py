@@ -18,6 +18,12 @@ A moving average of the squared gradient that no reset of the optimizer and no p
     squares.update()  # before a penalty's backward pass, before optimizer.step()
     squares.save("runs/math/fisher_ema", weights="runs/math")
 
+Some weights alone, the others held to the bit (a FISH mask; a pruned network that is trained again)::
+
+    from squisher_mergekit.training import MaskedTraining
+    with MaskedTraining(model, optimizer, "runs/math/mask.safetensors"):
+        ...  # any loop; for the Trainer: MaskCallback("runs/math/mask.safetensors")
+
 ``live`` turns a live optimizer into a Fisher, ``writing`` puts it where an older one may lie. ``average`` keeps an
 average of the per-example Fisher.
 """
@@ -25,6 +31,7 @@ average of the per-example Fisher.
 from squisher_mergekit.training.average import FisherAverage
 from squisher_mergekit.training.callback import SquisherCallback
 from squisher_mergekit.training.gradients import GradientSquares
+from squisher_mergekit.training.masked import MaskCallback, MaskedTraining
 from squisher_mergekit.training.writing import save_squisher
 
-__all__ = ["FisherAverage", "GradientSquares", "SquisherCallback", "save_squisher"]
+__all__ = ["FisherAverage", "GradientSquares", "MaskCallback", "MaskedTraining", "SquisherCallback", "save_squisher"]
