@@ -1,0 +1,261 @@
+"""Task2Vec: a task as the Fisher of a network trained on it, averaged over each filter; and the file it is kept in."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
+from squisher_mergekit.fisher.config import Estimator, Scaling
+from squisher_mergekit.fisher.files import safetensors_notes, sync
+from squisher_mergekit.fisher.mapping import Fisher, check_values
+
+Per = Literal["row", "tensor", "entry"]
+
+FORMAT_VERSION = 1
+_KEY = "squisher_task2vec"
+# Heads of tasks, by the names that Hugging Face, timm and torchvision give them. A pooler belongs to the trunk.
+HEAD = re.compile(
+    r"(^|\.)(classifier|pre_classifier|classification_head|score|lm_head|embed_out|qa_outputs|cls)(\.|$)"
+    r"|^(fc|heads?)\."
+)
+
+
+class EmbeddingInfo(BaseModel):
+    """What is known of an embedding beside its values.
+
+    ``name``: of the task. ``source``: name of the folder or file of its Fisher. ``excluded``: tensors that were left
+    out, and why. The rest is as in ``fisher_config.json``.
+    """
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    per: Per = "row"
+    scaling: Scaling = "debiased"
+    excluded: dict[str, str] = Field(default_factory=dict)
+    estimator: Estimator | None = None
+    parameters: Literal["model", "adapter"] = "model"
+    num_examples: int | None = None
+    steps: int | dict[str, int] | None = None
+    examples_per_step: float | None = None
+    weights_fingerprint: str | None = None
+    source: str | None = None
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A task as a vector: parameter name -> mean F of each of its filters, float32, on the CPU."""
+
+    tensors: Mapping[str, Tensor]
+    info: EmbeddingInfo
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def mean(self) -> float:
+        """Mean over all values."""
+        return sum(tensor.sum(dtype=torch.float64).item() for tensor in self.tensors.values()) / self.size
+
+
+def embed(
+    fisher: Fisher,
+    *,
+    per: Per = "row",
+    scaling: Scaling = "debiased",
+    with_vectors: bool = False,
+    exclude: Sequence[str] = (),
+    name: str | None = None,
+    progress: Iterable[str] | None = None,
+) -> Embedding:
+    """Return the embedding of a task: the mean of F over each filter of the trunk.
+
+    For a tensor of shape ``[n, ...]``, value i is the mean of ``F[i]`` over all other axes: one value for a filter of
+    a convolution, a row of a matrix, a word of an embedding. (GPT-2 keeps its matrices as ``[in, out]``: a row is an
+    input there.) The head is left out, because tasks differ in its shape and meaning; so are tensors with one axis, as
+    in the original. One tensor of the Fisher is in memory at a time.
+
+    Args:
+        fisher: Of the network after it was trained on the task.
+        per: ``row``; ``tensor``: one value a tensor, its mean; ``entry``: every entry, no mean.
+        scaling: As for :meth:`Fisher.scaled`.
+        with_vectors: Take biases and other tensors with one axis as well, entry by entry.
+        exclude: Regular expressions; a tensor in whose name one is found is left out, as the head is.
+        name: Of the task; by default that of the Fisher's folder.
+        progress: The names of ``fisher``, wrapped in a progress bar.
+
+    Returns:
+        The embedding.
+
+    Raises:
+        ConfigError: An expression is wrong or matches no tensor, nothing is left, or a number that the scaling needs is
+            not recorded.
+        ValuesError: An entry is NaN, infinite or negative, or all values are 0.
+
+    Source:
+        Achille et al. (2019), "Task2Vec", section 2; Li et al. (2025), section 3.5.
+
+    Example:
+        >>> from squisher_mergekit.fisher.config import FisherConfig
+        >>> from squisher_mergekit.fisher.files import MemoryStore
+        >>> tensors = {"conv.weight": torch.tensor([[1.0, 3.0], [0.0, 5.0]]), "classifier.weight": torch.ones(2, 2)}
+        >>> found = embed(Fisher(MemoryStore(tensors), FisherConfig()), name="digits")
+        >>> found.tensors, found.info.excluded
+        ({'conv.weight': tensor([2.0000, 2.5000])}, {'classifier.weight': 'head'})
+    """
+    excluded = _excluded(fisher, with_vectors, exclude)
+    tensors = {}
+    for key in progress or list(fisher):
+        if key not in excluded:
+            check_values(fisher[key], key, fisher.location)
+            tensors[key] = _means(fisher.scaled(key, scaling), per).cpu()
+    if not any(bool((tensor > 0).any()) for tensor in tensors.values()):
+        raise ValuesError(
+            f"an embedding must hold a value above 0, but all means over {len(tensors)} tensors of {fisher.location} "
+            "are 0; take a Fisher made from more examples or a later checkpoint"
+        )
+    config = fisher.config
+    source = default_name(fisher.location)
+    info = EmbeddingInfo(
+        name=name or source,
+        per=per,
+        scaling=scaling,
+        excluded=excluded,
+        estimator=config.estimator,
+        parameters=config.parameters,
+        num_examples=config.num_examples,
+        steps=config.steps,
+        examples_per_step=config.examples_per_step,
+        weights_fingerprint=config.weights_fingerprint,
+        source=source,
+    )
+    return Embedding(tensors, info)
+
+
+def default_name(location: str) -> str:
+    """Return the name of the folder that a Fisher lies in, of a Hub id its last part.
+
+    Example:
+        >>> default_name("runs/movies/fisher.safetensors"), default_name("org/movies@main")
+        ('movies', 'movies')
+    """
+    path = Path(location.partition("@")[0] if not Path(location).exists() else location)
+    path = path.parent if path.suffix in (".safetensors", ".json", ".pt", ".bin") else path
+    return path.resolve().name
+
+
+def _excluded(fisher: Fisher, with_vectors: bool, exclude: Sequence[str]) -> dict[str, str]:
+    """Return the names that are left out, and why."""
+    reasons = {}
+    patterns = [_compiled(pattern) for pattern in exclude]
+    for pattern in patterns:
+        if not any(pattern.search(name) for name in fisher):
+            raise ConfigError(
+                f"an expression to exclude must be found in the name of a tensor, but {pattern.pattern!r} is in none "
+                f"of {fisher.location}; see the names with: squisher inspect"
+            )
+    for name in fisher:
+        found = next((pattern.pattern for pattern in patterns if pattern.search(name)), None)
+        if HEAD.search(name):
+            reasons[name] = "head"
+        elif found is not None:
+            reasons[name] = f"matches {found}"
+        elif len(fisher.info(name).shape) < 2 and not with_vectors:
+            reasons[name] = "one axis"
+    if len(reasons) == len(fisher):
+        counts = ", ".join(f"{list(reasons.values()).count(why)} {why}" for why in dict.fromkeys(reasons.values()))
+        raise ConfigError(
+            f"an embedding must keep a tensor, but all {len(fisher)} of {fisher.location} are left out ({counts}); "
+            "exclude fewer, or take tensors with one axis by --with-vectors"
+        )
+    return reasons
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"--exclude must be a regular expression, but {pattern!r} is none: {error}") from error
+
+
+def _means(tensor: Tensor, per: Per) -> Tensor:
+    """Return the means of F over rows, over the tensor, or its entries; flat, float32."""
+    if per == "tensor":
+        return tensor.mean(dtype=torch.float64).reshape(1).float()
+    if per == "entry" or tensor.dim() < 2:
+        return tensor.reshape(-1).float()
+    return tensor.flatten(1).mean(1, dtype=torch.float64).float()
+
+
+def write_embedding(embedding: Embedding, path: str | Path) -> None:
+    """Write an embedding as one safetensors file: a tensor a name, the metadata as JSON under ``squisher_task2vec``.
+
+    It is written beside, synced and renamed.
+
+    Raises:
+        ConfigError: There is something of this name already.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    if path.exists():
+        raise ConfigError(f"an embedding must be a new file, but there is {path} already; remove it or choose another")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in embedding.tensors.items()}
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.write_bytes(save(tensors, {"format": "pt", _KEY: embedding.info.model_dump_json()}))
+        sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def is_embedding(path: Path) -> bool:
+    """Return whether a file says that it is an embedding."""
+    return path.is_file() and path.suffix == ".safetensors" and _KEY in safetensors_notes(path)
+
+
+def read_embedding(path: str | Path) -> Embedding:
+    """Read what :func:`write_embedding` has written.
+
+    Raises:
+        NotFoundError: There is no such file, or it is no embedding.
+        CorruptFileError: It is damaged, or its metadata are.
+        ConfigError: It was written by a later version.
+        ValuesError: A value is NaN, infinite or negative.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not is_embedding(path):
+        raise NotFoundError(f"{path} must be an embedding; make one with: squisher task2vec embed FISHER -o OUT")
+    try:
+        data = json.loads(safetensors_notes(path)[_KEY])
+        version = data["format_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptFileError(f"{path} must hold the metadata of an embedding, but {error!r}; embed again") from error
+    if version != FORMAT_VERSION:
+        raise ConfigError(f"{path} must have format_version {FORMAT_VERSION}, found {version!r}; upgrade this package")
+    try:
+        info = EmbeddingInfo.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CorruptFileError(f"{path}: {where}: {first['msg']}, found {first['input']!r}; embed again") from error
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        check_values(tensor, name, str(path))
+    return Embedding(tensors, info)
