@@ -101,14 +101,21 @@ def run(experiment: Experiment, tier: str, work: Path, *, fresh: bool = False, q
 
 
 def cached(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return a folder that is made once: under another name first, so that half of it is never found there."""
+    """Return a folder that is made once: under another name first, so that half of it is never found there.
+
+    Of two processes that make it at once, the first one's is kept, and both return it.
+    """
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
             made = Path(scratch) / folder.name
             made.mkdir()
             make(made)
-            made.rename(folder)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
     return folder
 
 

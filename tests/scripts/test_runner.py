@@ -77,3 +77,21 @@ def test_what_is_cached_is_whole(tmp_path):
     for _ in range(2):
         assert (runner.cached(folder, make) / "weights").read_text() == "x"
     assert len(made) == 2
+
+
+def test_two_may_make_the_same_at_once(tmp_path):
+    """The one that is ready first is kept, whole, nothing of the other is left, and other failures stay errors."""
+    folder = tmp_path / "models" / "a"
+
+    def first(place):
+        (place / "weights").write_text("first")
+
+    def second(place):
+        (place / "weights").write_text("second")
+        runner.cached(folder, first)
+
+    assert runner.cached(folder, second) == folder
+    assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("weights", "first")]
+    assert list((tmp_path / "models").iterdir()) == [folder]
+    with pytest.raises(OSError, match="b"):
+        runner.cached(tmp_path / "b", lambda place: (tmp_path / "b").write_text("a file"))
