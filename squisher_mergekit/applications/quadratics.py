@@ -1,0 +1,71 @@
+"""A weighted quadratic of a model's weights, and sums of such."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.optimizers.sharding import is_sharded, placed, whole
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """``sum_i fisher_i (theta_i - anchor_i)^2 + offset``, of tensors shaped like the parameter."""
+
+    fisher: Tensor
+    anchor: Tensor
+    offset: float = 0.0
+
+    def distance(self, theta: Tensor) -> Tensor:
+        """Return ``theta - anchor``."""
+        return theta.to(self.anchor.dtype) - self.anchor
+
+    def at(self, theta: Tensor) -> Tensor:
+        """Return the sum at some weights.
+
+        Example:
+            >>> Quadratic(torch.tensor([3.0]), torch.tensor([1.0]), offset=0.5).at(torch.tensor([3.0]))
+            tensor(12.5000)
+        """
+        return whole(self.distance(theta).square().mul(self.fisher).sum()) + self.offset
+
+    def half_gradient(self, theta: Tensor) -> Tensor:
+        """Return ``fisher (theta - anchor)``, half of the gradient.
+
+        Example:
+            >>> Quadratic(torch.tensor([3.0]), torch.tensor([1.0])).half_gradient(torch.tensor([3.0]))
+            tensor([6.])
+        """
+        return self.distance(theta).mul_(self.fisher)
+
+
+def together(a: Quadratic, b: Quadratic) -> Quadratic:
+    """Return the sum of two quadratics, which is one again.
+
+    ``F (theta - p)^2 + G (theta - q)^2 = (F + G)(theta - m)^2 + FG / (F + G) (p - q)^2`` with
+    ``m = p + G / (F + G) (q - p)``. No term is negative, so nothing cancels, as it would in powers of theta; computed
+    in float64. Where F + G is 0, m is q.
+
+    Example:
+        >>> p, q = torch.tensor([0.0]), torch.tensor([4.0])
+        >>> together(Quadratic(torch.tensor([1.0]), p), Quadratic(torch.tensor([3.0]), q))
+        Quadratic(fisher=tensor([4.]), anchor=tensor([3.]), offset=12.0)
+    """
+    total = a.fisher.double() + b.fisher
+    share = torch.where(total > 0, b.fisher / total, 1.0)
+    apart = b.anchor.double() - a.anchor
+    offset = float(whole((apart.square() * share * a.fisher).sum()))
+    dtype = a.anchor.dtype
+    return Quadratic(total.to(dtype), (a.anchor + share * apart).to(dtype), a.offset + b.offset + offset)
+
+
+def moved(term: Quadratic, parameter: Tensor) -> Quadratic:
+    """Return a term on the device of its parameter, sharded as it is."""
+    if term.anchor.device == parameter.device and is_sharded(term.anchor) == is_sharded(parameter):
+        return term
+    gather = is_sharded(term.anchor) and not is_sharded(parameter)
+    fisher, anchor = (whole(part) if gather else part for part in (term.fisher, term.anchor))
+    dtype = anchor.dtype
+    return Quadratic(placed(fisher, parameter, dtype), placed(anchor, parameter, dtype), term.offset)
