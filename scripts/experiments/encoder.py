@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -70,10 +70,25 @@ def fine_tune(recipe: Recipe, work: Path) -> Path:
         A folder with ``final`` and a ``step-N`` for each of ``keep_at``; in each the weights and their Fisher, the
         Squisher. ``log.json``: the loss of each step, and the share of steps whose gradient was clipped.
     """
-    return cached(work / "models" / recipe.key, lambda folder: _train(recipe, work, folder))
+    return cached(work / "models" / recipe.key, lambda folder: train(recipe, work, folder))
 
 
-def _train(recipe: Recipe, work: Path, folder: Path) -> None:
+def train(
+    recipe: Recipe,
+    work: Path,
+    folder: Path,
+    watch: Callable[[int, nn.Module], None] | None = None,
+    optimizer_class: Callable[..., Any] = torch.optim.AdamW,
+) -> None:
+    """Fine-tune, and leave in a folder what :func:`fine_tune` describes.
+
+    Args:
+        recipe: How, and on what.
+        work: Folder of the models trained.
+        folder: Where to leave it.
+        watch: Called before each optimizer step with its number, from 1, and the model, whose gradients are clipped.
+        optimizer_class: An AdamW.
+    """
     start = encoder(work) if recipe.start is None else work / "models" / recipe.start / "final"
     set_seed(recipe.seed if recipe.head_seed is None else recipe.head_seed)
     model = load(start, labels=recipe.labels, layers=recipe.layers)
@@ -81,13 +96,15 @@ def _train(recipe: Recipe, work: Path, folder: Path) -> None:
     model.train()
     if recipe.frozen_words:
         model.get_input_embeddings().requires_grad_(False)
-    optimizer = torch.optim.AdamW(groups(model, recipe), betas=(0.9, recipe.beta2))
+    optimizer = optimizer_class(groups(model, recipe), betas=(0.9, recipe.beta2))
     losses, clipped = [], 0
     for step, batch in enumerate(batches(recipe.parts().train, recipe, recipe.steps), 1):
         loss = model(**batch).loss
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         clipped += int(norm > recipe.clip)
+        if watch is not None:
+            watch(step, model)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
