@@ -12,7 +12,7 @@ from squisher_mergekit.applications.weights import Weights
 from squisher_mergekit.errors import ConfigError, RefusedError
 from squisher_mergekit.fisher.mapping import TensorInfo
 from squisher_mergekit.optimizers.models import memory_names, unwrap_model
-from squisher_mergekit.optimizers.skeleton import meta_model, of_model
+from squisher_mergekit.optimizers.skeleton import Skeleton, meta_model, of_model
 
 Role = Literal["embedding", "norm", "bias", "output"]
 ROLES: tuple[Role, ...] = ("embedding", "norm", "bias", "output")
@@ -35,7 +35,7 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
     inner = unwrap_model(model)
     names = memory_names(inner)
     embeddings = {id(p) for m in inner.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    outputs = _outputs(inner)
+    outputs = output_parameters(inner)
     roles: dict[str, Role] = {}
     for parameter in inner.parameters():
         name = names[id(parameter)]
@@ -60,9 +60,19 @@ def roles_on_disk(weights: Weights) -> dict[str, Role]:
         skeleton = of_model(model, set(weights.infos))
     except RefusedError:
         return _by_name(weights.infos)
-    roles = roles_of(model)
+    return named_on_disk(roles_of(model), skeleton, weights.infos)
+
+
+def named_on_disk(roles: Mapping[str, Role], skeleton: Skeleton, names: Iterable[str]) -> dict[str, Role]:
+    """Return roles by the names on disk.
+
+    Args:
+        roles: By the names in memory.
+        skeleton: Of the model.
+        names: On disk.
+    """
     found: dict[str, Role] = {}
-    for name in weights.infos:
+    for name in names:
         sources = skeleton.sources.get(skeleton.aliases.get(name, name), ())
         role = roles.get(skeleton.first.get(sources[0], sources[0])) if sources else _by_shape(name, 2)
         if role is not None:
@@ -122,8 +132,8 @@ def _by_name(infos: Mapping[str, TensorInfo]) -> dict[str, Role]:
     return roles
 
 
-def _outputs(model: nn.Module) -> set[int]:
-    """Return the ids of the output layer's parameters."""
+def output_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the output layer's parameters, whatever their shape."""
     of_transformers: Any = model
     base = getattr(model, "base_model", None)
     if isinstance(base, nn.Module) and hasattr(model, "get_output_embeddings"):
