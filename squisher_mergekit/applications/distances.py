@@ -24,7 +24,8 @@ Task: TypeAlias = Embedding | Mapping[str, Tensor] | Tensor
 
 def unit_distance(a: Tensor, b: Tensor) -> float:
     """Return the cosine distance, ``1 - cos(a, b)``, as ``|a/|a| - b/|b||^2 / 2``: exactly 0 for equal vectors."""
-    return 0.5 * (a / a.norm() - b / b.norm()).square().sum().item()
+    apart = a / a.norm() - b / b.norm()
+    return float(apart.square().sum()) / 2
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -207,6 +208,31 @@ def distance_matrix(
     return result
 
 
+def clustered(matrix: Tensor) -> tuple[list[int], Tensor]:
+    """Return an order of tasks in which near ones stand together, and the tree that it comes from.
+
+    Average linkage, of asymmetric distances over the mean of both directions, with the leaves turned so that neighbours
+    are near. Where a distance is negative, all are shifted to be at least 0.
+
+    Args:
+        matrix: Distances, ``[n, n]``, n at least 2.
+
+    Returns:
+        The order, and scipy's linkage matrix, float64, ``[n - 1, 4]``: what is joined, at which height, how many.
+
+    Example:
+        >>> clustered(torch.tensor([[0.0, 5.0, 1.0], [5.0, 0.0, 6.0], [1.0, 6.0, 0.0]]))[0]
+        [1, 0, 2]
+    """
+    from scipy.cluster import hierarchy
+    from scipy.spatial.distance import squareform
+
+    mean = (matrix + matrix.T).double() / 2
+    condensed = squareform(mean.fill_diagonal_(0).numpy(), checks=False)
+    tree = hierarchy.linkage(condensed - min(condensed.min(), 0), method="average", optimal_ordering=True)
+    return hierarchy.leaves_list(tree).tolist(), torch.from_numpy(tree)
+
+
 def _check_arguments(metric: str, normalize: str, alpha: float, count: int) -> None:
     for what, value, known in (("metric", metric, get_args(Metric)), ("normalize", normalize, get_args(Normalize))):
         if value not in known:
@@ -265,5 +291,5 @@ def _flat(task: Mapping[str, Tensor], names: list[str], normalize: Normalize, la
 
 def _flat_trivial(flat: Tensor, sizes: list[int]) -> Tensor:
     """Return :func:`trivial` of a vector that is cut into tensors of these sizes."""
-    parts = {str(number): part for number, part in enumerate(flat.split(sizes))}
+    parts = {str(number): part for number, part in enumerate(torch.split(flat, sizes))}
     return torch.cat(list(trivial(parts).values()))

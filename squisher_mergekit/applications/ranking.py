@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from squisher_mergekit.applications.distances import ALPHA, Metric, Normalize, Task, distance_matrix
+from squisher_mergekit.applications.task2vec import Embedding
 from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError
 
 Scores = Mapping[str, float]
@@ -145,6 +148,22 @@ def assess(
         columns = zip(*(vars(row).values() for row in rows.values()), strict=True)
         found[order] = rows | {"mean": Quality(*(sum(column) / len(rows) for column in columns))}
     return found
+
+
+def orders_of(matrix: Tensor, names: list[str], targets: list[str]) -> dict[str, dict[str, float]]:
+    """Return target -> source -> distance, from a matrix of distances between all names."""
+    columns = {name: matrix[:, place].tolist() for place, name in enumerate(names)}
+    return {
+        target: {source: columns[target][place] for place, source in enumerate(names) if source != target}
+        for target in targets
+    }
+
+
+def known_sizes(tasks: Mapping[str, Embedding]) -> dict[str, float] | None:
+    """Return the number of examples behind each task's Fisher; None where one does not record it."""
+    found = {name: task.info.num_examples for name, task in tasks.items()}
+    sizes = {name: float(size) for name, size in found.items() if size is not None}
+    return sizes if len(sizes) == len(found) else None
 
 
 def _groups(keys: Keys) -> Iterator[tuple[int, list[str]]]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
 from squisher_mergekit.fisher.config import Estimator, Scaling
-from squisher_mergekit.fisher.files import safetensors_notes, sync
+from squisher_mergekit.fisher.files import safetensors_notes, sync, written_beside
 from squisher_mergekit.fisher.mapping import Fisher, check_values
+from squisher_mergekit.optimizers.load import load_fisher
 
 Per = Literal["row", "tensor", "entry"]
 
@@ -156,6 +157,48 @@ def default_name(location: str) -> str:
     return path.resolve().name
 
 
+def open_tasks(sources: Sequence[str], models: Sequence[str | Path] = ()) -> dict[str, Embedding | Fisher]:
+    """Open embeddings and Fishers, each under the name of its task.
+
+    Args:
+        sources: Each an embedding's file, or whatever ``load_fisher`` opens; ``NAME=`` in front names the task. Else an
+            embedding has its own name, and a Fisher that of its folder.
+        models: Weights for ``load_fisher``: none, one for all, or one for each source.
+
+    Returns:
+        Name -> embedding or Fisher, in the order given.
+
+    Raises:
+        ConfigError: A name is no file name, or two are equal; or there is another number of models.
+        RefusedError: One cannot be opened.
+    """
+    if len(models) not in (0, 1, len(sources)):
+        raise ConfigError(f"models must be one for all or one for each of {len(sources)} Fishers, found {len(models)}")
+    given = list(models) if len(models) == len(sources) else [*models, None][:1] * len(sources)
+    found: dict[str, Embedding | Fisher] = {}
+    for source, model in zip(sources, given, strict=True):
+        name, path = split_name(source)
+        task = read_embedding(path) if is_embedding(Path(path)) else load_fisher(path, model)
+        name = name or (task.info.name if isinstance(task, Embedding) else default_name(path))
+        if name in found:
+            raise ConfigError(f"tasks must have different names, but two are {name!r}; name them by NAME={path}")
+        if not re.fullmatch(r"[^./\\\0][^/\\\0]*", name):
+            raise ConfigError(f"a task's name must be one that a file can have, found {name!r}; name it by NAME={path}")
+        found[name] = task
+    return found
+
+
+def split_name(source: str) -> tuple[str | None, str]:
+    """Return name and path of ``NAME=PATH``; there is no name where the whole is a path, or has no ``=``.
+
+    Example:
+        >>> split_name("movies=runs/7/checkpoint-50"), split_name("runs/7")
+        (('movies', 'runs/7/checkpoint-50'), (None, 'runs/7'))
+    """
+    name, sign, path = source.partition("=")
+    return (name, path) if sign and not Path(source).exists() else (None, source)
+
+
 def _excluded(fisher: Fisher, with_vectors: bool, exclude: Sequence[str]) -> dict[str, str]:
     """Return the names that are left out, and why."""
     reasons = {}
@@ -210,8 +253,7 @@ def write_embedding(embedding: Embedding, path: str | Path) -> None:
     from safetensors.torch import save
 
     path = Path(path)
-    if path.exists():
-        raise ConfigError(f"an embedding must be a new file, but there is {path} already; remove it or choose another")
+    _check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in embedding.tensors.items()}
     beside = path.with_name(f".{path.name}.partial")
@@ -221,6 +263,42 @@ def write_embedding(embedding: Embedding, path: str | Path) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def places_of(names: Sequence[str], out: Path) -> dict[str, Path]:
+    """Return the file of each task: ``out`` itself if it ends in ``.safetensors``, else ``NAME.safetensors`` in it.
+
+    Raises:
+        ConfigError: There are several tasks for one file, or a file is there already.
+    """
+    single = out.suffix == ".safetensors"
+    if single and len(names) > 1:
+        raise ConfigError(f"{len(names)} embeddings need a folder, but {out} is a file; give a folder")
+    found = {name: out if single else out / f"{name}.safetensors" for name in names}
+    for path in found.values():
+        _check_new(path)
+    return found
+
+
+def write_embeddings(embeddings: Mapping[str, Embedding], out: Path) -> dict[str, Path]:
+    """Write embeddings to where :func:`places_of` says: all of them, or none.
+
+    Raises:
+        ConfigError: As there.
+    """
+    places = places_of(list(embeddings), out)
+    if out.suffix == ".safetensors":
+        write_embedding(next(iter(embeddings.values())), out)
+    else:
+        with written_beside(out) as folder:
+            for name, embedding in embeddings.items():
+                write_embedding(embedding, folder / places[name].name)
+    return places
+
+
+def _check_new(path: Path) -> None:
+    if path.exists():
+        raise ConfigError(f"an embedding must be a new file, but there is {path} already; remove it or choose another")
 
 
 def is_embedding(path: Path) -> bool:

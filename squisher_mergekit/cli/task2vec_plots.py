@@ -1,0 +1,86 @@
+"""The heat map of distances between tasks; matplotlib comes with the extra ``plots``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.cli import plots  # says what to install where matplotlib is missing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOST = 16
+_LONGEST = 24
+
+
+def heat_map(matrix: Tensor, names: Sequence[str], order: Sequence[int], tree: Tensor, title: str) -> bytes:
+    """Draw distances as a square of cells, dark for near tasks, with the tree of clusters above.
+
+    The darkness alone tells near from far, so it can be printed in black and white; where tasks are few, each cell has
+    its number. The diagonal is hatched.
+
+    Args:
+        matrix: Distances, ``[n, n]``, from the task of a row to that of a column.
+        names: Of the tasks.
+        order: In which to draw them.
+        tree: The linkage matrix that the order comes from.
+        title: Above the picture.
+
+    Returns:
+        A PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    count = len(names)
+    side = 2.6 + 0.52 * min(max(count, 4), 24)
+    figure = Figure(figsize=(side + 1.1, side + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, axes = figure.subplots(2, 1, height_ratios=(1, 6), sharex=True)
+    shown = matrix[list(order)][:, list(order)].clone().fill_diagonal_(float("nan"))
+    image = axes.imshow(shown.numpy(), cmap="Greys_r", aspect="auto")
+    for place in range(count):
+        axes.add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, hatch="////", edgecolor="0.6", lw=0))
+    figure.colorbar(image, ax=axes, label="distance (dark: near)", shrink=0.8)
+    labels = [names[place] if len(names[place]) <= _LONGEST else f"{names[place][: _LONGEST - 1]}…" for place in order]
+    axes.set_xticks(range(count), labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(count), labels)
+    directed = not torch.equal(matrix, matrix.T)
+    axes.set_xlabel("target task" if directed else "task")
+    axes.set_ylabel("source task" if directed else "task")
+    if count <= _MOST:
+        _write_cells(axes, shown)
+    _draw_tree(top, tree)
+    top.set_title(title, fontsize="medium", loc="left")
+    return plots._png(figure)
+
+
+def _write_cells(axes: Axes, shown: Tensor) -> None:
+    """Write each distance into its cell, in black on light and white on dark."""
+    known = shown[~shown.isnan()]
+    middle = (known.min() + known.max()).item() / 2
+    form = ".2f" if known.abs().max() >= 0.1 else ".1e"
+    for i, row in enumerate(shown.tolist()):
+        for j, value in enumerate(row):
+            if i != j:
+                color = "black" if value > middle else "white"
+                axes.text(j, i, f"{value:{form}}", ha="center", va="center", color=color, fontsize="small")
+
+
+def _draw_tree(axes: Axes, tree: Tensor) -> None:
+    """Draw which tasks are joined at which distance, above their columns."""
+    from scipy.cluster.hierarchy import dendrogram
+
+    drawn = dendrogram(tree.numpy(), no_plot=True)
+    for across, up in zip(drawn["icoord"], drawn["dcoord"], strict=True):
+        # scipy puts leaf i at 10 i + 5.
+        axes.plot([(x - 5) / 10 for x in across], up, color="black", linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("distance\nwhen joined", fontsize="small")
+    axes.tick_params(axis="x", bottom=False, labelbottom=False)
+    axes.spines[["right", "top", "bottom"]].set_visible(False)
