@@ -19,7 +19,7 @@ from squisher_mergekit.fisher.files import (
     written_beside,
 )
 from squisher_mergekit.fisher.fingerprint import difference, fingerprint
-from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, check_shape
+from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, TensorStore, check_shape
 from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
 
 BASENAME = "model"
@@ -34,7 +34,7 @@ class Weights:
 
     folder: Path
     files: tuple[Path, ...]
-    store: SafetensorsStore = field(repr=False)
+    store: TensorStore = field(repr=False)
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -156,11 +156,16 @@ def write_changed(
         moving = iter(names or weights.infos)
         for file in weights.files:
             _write_shard(weights, file, folder / file.name, moving, change)
-        for path in sorted(weights.folder.iterdir()):
-            if path.is_file() and path.suffix in _SUFFIXES and path.name not in _TRAINERS:
-                shutil.copyfile(path, folder / path.name)
+        copy_rest(weights, folder)
         if beside is not None:
             beside(folder)
+
+
+def copy_rest(weights: Weights, folder: Path) -> None:
+    """Copy what else belongs to a model: config, tokenizer, the index of its shards; not what is the trainer's."""
+    for path in sorted(weights.folder.iterdir()):
+        if path.is_file() and path.suffix in _SUFFIXES and path.name not in _TRAINERS:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _write_shard(

@@ -1,0 +1,117 @@
+"""Which tensors of a model are its head, which no pre-trained model has, and which are no weights at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from squisher_mergekit.applications.roles import output_parameters
+from squisher_mergekit.applications.weights import Weights
+from squisher_mergekit.errors import ConfigError, RefusedError, UnsupportedStateError
+from squisher_mergekit.fisher.files import MemoryStore
+from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model
+from squisher_mergekit.optimizers.skeleton import Skeleton, meta_model, of_model
+
+# Where there is no config to build the model from, names must do.
+_HEAD = re.compile(r"^(classifier|score|qa_outputs|head)\.")
+_MEMORY = Path("memory")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Names on disk: of the head, and of buffers, such as the running statistics of BatchNorm."""
+
+    heads: frozenset[str] = frozenset()
+    buffers: frozenset[str] = frozenset()
+
+
+def parts_on_disk(weights: Weights) -> Parts:
+    """Return head and buffers of the weights in a folder.
+
+    The model is built from its ``config.json``, without weights, to tell them. Where that cannot be done, the head is
+    what is called ``classifier``, ``score``, ``qa_outputs`` or ``head``, and buffers are not told from weights.
+    """
+    try:
+        model = meta_model(weights.folder)
+        bones = of_model(model, set(weights.infos))
+    except RefusedError:
+        return parts_by_name(weights.infos)
+    return _parts(model, bones, weights.infos)
+
+
+def parts_by_name(names: Iterable[str]) -> Parts:
+    """Return what is called as a head is.
+
+    Example:
+        >>> parts_by_name(["bert.pooler.dense.weight", "classifier.weight"]).heads
+        frozenset({'classifier.weight'})
+    """
+    return Parts(frozenset(name for name in names if _HEAD.search(name)))
+
+
+def in_memory(model: nn.Module) -> tuple[Weights, Parts]:
+    """Return a live model's weights by the names that they have on disk, its head and its buffers.
+
+    Raises:
+        UnsupportedStateError: It is none that is saved whole (an adapter, FSDP1).
+    """
+    inner = unwrap_model(model)
+    bones = describe(model).skeleton
+    if bones is None:
+        raise UnsupportedStateError(
+            f"a model must be saved whole to be chosen from, but {type(inner).__name__} is not; merge its adapter, or "
+            "gather it first"
+        )
+    names = memory_names(model)
+    by_name = {names[id(parameter)]: parameter.detach() for parameter in inner.parameters()}
+    stored = dict(bones.convert({one.name: by_name[one.name] for one in bones.parameters}))
+    tensors = {name: stored[name] for name in bones.sources if name in stored}
+    known = {name for name, _ in inner.named_parameters(remove_duplicate=False)}
+    tensors |= {name: tensor.detach() for name, tensor in inner.state_dict().items() if name not in known}
+    return of_tensors(tensors), _parts(inner, bones, tensors)
+
+
+def of_tensors(tensors: Mapping[str, Tensor]) -> Weights:
+    """Return tensors in memory as weights, without a folder."""
+    return Weights(_MEMORY, (), MemoryStore(tensors))
+
+
+def matching(names: Collection[str], patterns: Iterable[str], option: str) -> set[str]:
+    """Return the names that bear a pattern: a name, or a regular expression that is searched for in names.
+
+    Raises:
+        ConfigError: A pattern is no regular expression, or nothing bears it.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            hit = {name for name in names if name == pattern or re.search(pattern, name)}
+        except re.error as error:
+            raise ConfigError(f"{option} must be a name or a regular expression, found {pattern!r}: {error}") from error
+        if not hit:
+            raise ConfigError(
+                f"{option} must be of a tensor's name, but nothing matches {pattern!r}; names are like "
+                f"{next(iter(names), 'none')}"
+            )
+        found |= hit
+    return found
+
+
+def _parts(model: nn.Module, bones: Skeleton, names: Iterable[str]) -> Parts:
+    heads, known = _head_parameters(model), memory_names(model)
+    in_head = {known[number] for number in heads}
+    stored = {name: bones.sources.get(bones.aliases.get(name, name), ()) for name in names}
+    return Parts(
+        frozenset(name for name, sources in stored.items() if sources and set(sources) <= in_head),
+        frozenset(name for name, sources in stored.items() if not sources),
+    )
+
+
+def _head_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the head's parameters; a language model's output layer was pre-trained and is none."""
+    last = getattr(model, "get_output_embeddings", lambda: None)()
+    return set() if isinstance(last, nn.Module) else output_parameters(model)
