@@ -337,7 +337,7 @@ def _order_lines(orders: dict[str, dict[str, float]], results: dict[str, dict[st
 
 def _quality_lines(judged: dict[str, dict[str, Quality]], sized: bool) -> Iterator[str]:
     rows = list(judged["distance"])
-    width = max(len(row) for row in (*rows, "reciprocal rank"))
+    width = max(len("place of the best"), *(len(row) + 2 for row in rows))
     for title, measure in (
         ("reciprocal rank", "reciprocal_rank"),
         ("NDCG", "ndcg"),
@@ -346,6 +346,6 @@ def _quality_lines(judged: dict[str, dict[str, Quality]], sized: bool) -> Iterat
         yield f"{title:{width}}  " + "  ".join(f"{order:>8}" for order in judged)
         for row in rows:
             cells = "  ".join(f"{getattr(judged[order][row], measure):8.3f}" for order in judged)
-            yield f"  {'mean' if row == 'mean' else row:{width - 2}}  {cells}"
+            yield f"  {row:{width - 2}}  {cells}"
     if not sized:
         yield "the sizes of the data are not known to all Fishers; give --sizes for the order by size"
