@@ -63,3 +63,8 @@ def under_names(base: Weights, names: Mapping[str, str]) -> Weights:
     back = {old: new for new, old in names.items()}
     infos = {back.get(name, name): info for name, info in base.infos.items()}
     return replace(base, store=_Renamed(base.store, infos, names))
+
+
+def base_of(base: Weights, tuned: Weights) -> Weights:
+    """Return a base by the names of the model that was trained from it (see :func:`renamed`)."""
+    return under_names(base, renamed(tuned.infos, base.infos))

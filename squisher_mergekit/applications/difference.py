@@ -1,0 +1,242 @@
+"""What two models differ in, stored sparsely: put onto the one it makes the other, bit for bit, and back.
+
+In ``difference.safetensors`` a tensor that both have alike in shape and dtype has the places where their bits differ,
+``NAME.index`` (flat positions) or, where that is smaller, ``NAME.bits`` (a bit an entry), and the values there,
+``NAME.tuned`` and ``NAME.base``. What only one of the two has, such as a head, or what differs in shape, is stored
+whole under the same endings. Tensors that are the same take nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
+from squisher_mergekit.fisher.files import SafetensorsStore, safetensors_notes, sync
+from squisher_mergekit.fisher.mapping import TensorInfo
+from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
+
+DIFFERENCE_NAME = "difference.safetensors"
+Side = Literal["tuned", "base"]
+_FORMAT, _VERSION = "squisher-difference", "1"
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INDEX_BITS = 32
+Bits = npt.NDArray[Any]
+Places = npt.NDArray[Any]  # flat positions, or a bool an entry
+
+
+class Tensors(Protocol):
+    """A model's tensors by name."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Name -> header."""
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor; it must not be written to."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What else is known of the two models.
+
+    ``tuned``, ``base``: their ``config.json``, as text. ``tuned_fingerprint``, ``base_fingerprint``: of their weights.
+    ``renamed``: name in the tuned model -> name that the base has for the same tensor, where it differs.
+    """
+
+    tuned: str | None = None
+    base: str | None = None
+    tuned_fingerprint: str | None = None
+    base_fingerprint: str | None = None
+    renamed: Mapping[str, str] | None = None
+
+
+def write_difference(
+    tuned: Tensors, base: Tensors, file: Path, about: About, advance: Callable[[], object] = lambda: None
+) -> None:
+    """Write what differs between two models, tensor by tensor.
+
+    Args:
+        tuned: The one.
+        base: The other, by the names of the first.
+        file: To be made.
+        about: What else is known.
+        advance: Called for each tensor.
+    """
+    names = sorted({*tuned.infos, *base.infos})
+    notes = json.dumps(asdict(about))
+    with SafetensorsWriter(file, header_room(names, parts=3) + 2 * len(notes.encode())) as writer:
+        writer.note("format", _FORMAT)
+        writer.note("version", _VERSION)
+        writer.note("about", notes)
+        for name in names:
+            ours, theirs = tuned.infos.get(name), base.infos.get(name)
+            if ours and theirs and (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype):
+                _write_changes(writer, name, tuned.read(name), base.read(name))
+            else:
+                for side, one, info in (("tuned", tuned, ours), ("base", base, theirs)):
+                    if info is not None:
+                        writer.add(f"{name}.{side}", one.read(name))
+            advance()
+    sync(file)
+
+
+def _write_changes(writer: SafetensorsWriter, name: str, tuned: Tensor, base: Tensor) -> None:
+    ours, theirs = bits_of(tuned), bits_of(base)
+    changed = ours != theirs
+    count = int(np.count_nonzero(changed))
+    if not count:
+        return
+    writer.note(f"{name}.shape", json.dumps(list(tuned.shape)))
+    if count * _INDEX_BITS < changed.size and changed.size <= np.iinfo(np.int32).max:
+        writer.add(f"{name}.index", torch.from_numpy(np.flatnonzero(changed).astype(np.int32)))
+    else:
+        writer.add(f"{name}.bits", torch.from_numpy(np.packbits(changed, bitorder="little")))
+    for side, bits in (("tuned", ours), ("base", theirs)):
+        writer.add(f"{name}.{side}", torch.from_numpy(bits[changed]).view(tuned.dtype))
+
+
+def bits_of(tensor: Tensor) -> Bits:
+    """Return the bits of a tensor's entries as integers, flat: a view where possible.
+
+    Example:
+        >>> bits_of(torch.tensor([1.0, -0.0], dtype=torch.bfloat16)).tolist()
+        [16256, -32768]
+    """
+    flat = tensor.detach().cpu().reshape(-1).contiguous()
+    found: Bits = flat.view(_BITS[flat.element_size()]).numpy()
+    return found
+
+
+class Difference:
+    """A difference file, open for reading: what of it belongs to a tensor is read when it is asked for.
+
+    Args:
+        file: The file.
+
+    Raises:
+        CorruptFileError: It is no whole file, or one of a newer version.
+    """
+
+    def __init__(self, file: Path) -> None:
+        notes = safetensors_notes(file)
+        if (notes.get("format"), notes.get("version")) != (_FORMAT, _VERSION):
+            raise CorruptFileError(
+                f"{file} must be a difference of version {_VERSION}, but it says format {notes.get('format')}, version "
+                f"{notes.get('version')}; make it with squisher mask reset"
+            )
+        self.file, self._store = file, SafetensorsStore([file], str(file))
+        try:
+            self.about = About(**json.loads(notes["about"]))
+            ends = ".shape"
+            self._shapes = {k[: -len(ends)]: tuple(json.loads(v)) for k, v in notes.items() if k.endswith(ends)}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(f"{file} must be a whole difference, but {error!r}; make it again") from error
+        for name, shape in self._shapes.items():
+            self._check(name, shape)
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        infos, size = self._store.infos, torch.Size(shape).numel()
+        values = [infos.get(f"{name}.{side}") for side in ("tuned", "base")]
+        index, bits = infos.get(f"{name}.index"), infos.get(f"{name}.bits")
+        good = values[0] is not None and values[0] == values[1] and (index is None) != (bits is None)
+        if good and index is not None and values[0] is not None:
+            good = index.dtype == torch.int32 and index.shape == values[0].shape
+        if good and bits is not None:
+            good = bits.nbytes == -(-size // 8)
+        if not good:
+            raise CorruptFileError(
+                f"{self.file} must hold places and both values of {name}, but does not; make it again"
+            )
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The tensors that both models have alike in shape and dtype, and that differ."""
+        return tuple(self._shapes)
+
+    def changes(self, name: str) -> bool:
+        """Return whether some entries of a tensor change that both models have."""
+        return name in self._shapes
+
+    def whole(self, side: Side) -> dict[str, TensorInfo]:
+        """Return the tensors that are stored whole, of one of the two models."""
+        end = f".{side}"
+        return {
+            name[: -len(end)]: info
+            for name, info in self._store.infos.items()
+            if name.endswith(end) and name[: -len(end)] not in self._shapes
+        }
+
+    def read_whole(self, name: str, side: Side) -> Tensor:
+        """Return a tensor that is stored whole."""
+        return self._store.read(f"{name}.{side}")
+
+    def put(self, name: str, tensor: Tensor, side: Side, place: object) -> Tensor:
+        """Return a tensor of the one model as the other has it.
+
+        Args:
+            name: Its name in the tuned model.
+            tensor: It, as the model has it that is not ``side``.
+            side: The model that is wanted.
+            place: Of the model, for messages.
+
+        Raises:
+            MismatchError: It is not the tensor that the difference was made from, where they differ.
+            CorruptFileError: A place lies outside of it.
+        """
+        other: Side = "base" if side == "tuned" else "tuned"
+        old, new = self._store.read(f"{name}.{other}"), self._store.read(f"{name}.{side}")
+        if tuple(tensor.shape) != self._shapes[name] or tensor.dtype != old.dtype:
+            raise MismatchError(
+                f"{name} must be as in the {other} model of {self.file}, {list(self._shapes[name])} of {old.dtype}, "
+                f"but {place} has {list(tensor.shape)} of {tensor.dtype}; give that model"
+            )
+        places = self._places(name, tensor.numel(), old.numel())
+        bits = bits_of(tensor).copy()
+        wrong = int(np.count_nonzero(bits[places] != bits_of(old)))
+        if wrong:
+            raise MismatchError(
+                f"{name} must be as in the {other} model of {self.file}, but in {place} {wrong} of the {old.numel()} "
+                f"values that change are others; give the {other} model that the difference was made from"
+            )
+        bits[places] = bits_of(new)
+        return torch.from_numpy(bits).view(tensor.dtype).reshape(tensor.shape)
+
+    def _places(self, name: str, size: int, count: int) -> Places:
+        """Return where entries change: positions, or a bool an entry."""
+        places: Places
+        if f"{name}.index" in self._store.infos:
+            places = self._store.read(f"{name}.index").numpy()
+            good = len(places) == 0 or (places.min() >= 0 and places.max() < size)
+        else:
+            packed = self._store.read(f"{name}.bits").numpy()
+            places = np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)
+            good = int(np.count_nonzero(places)) == count
+        if not good:
+            raise CorruptFileError(f"{self.file} must have its places within {name}, but has not; make it again")
+        return places
+
+
+def read_difference(source: str | Path) -> Difference:
+    """Open a difference.
+
+    Args:
+        source: The file, or a folder with ``difference.safetensors``.
+
+    Raises:
+        NotFoundError: There is none.
+        CorruptFileError: It is no whole difference, or one of a newer version.
+    """
+    path = Path(source).expanduser()
+    file = path / DIFFERENCE_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise NotFoundError(f"a difference must be a file or a folder with {DIFFERENCE_NAME}, but there is no {file}")
+    return Difference(file)
