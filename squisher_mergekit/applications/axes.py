@@ -60,7 +60,7 @@ def _of_module(module: nn.Module | None, shape: tuple[int, ...]) -> int | None:
         return None
     if type(module).__name__ == "Conv1D" or isinstance(module, _TRANSPOSED):
         return 0
-    if isinstance(module, nn.Linear | _CONVOLUTIONS):
+    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
         return 1
     transposed = getattr(module, "is_transposed", None)
     if len(shape) == 3 and isinstance(transposed, bool):

@@ -6,6 +6,7 @@ Files and live models share all of it: both are read tensor by tensor, by the na
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -144,7 +145,7 @@ def make_plan(
         >>> make_plan(Recipe(0.5), {"a.weight": (2, 3), "a.bias": (2,)}, {"a.bias": "bias"}).sizes
         {'a.weight': 6}
     """
-    names = sorted(shapes)
+    names = sorted(shapes, key=_natural)
     why = ignored(roles, names, recipe.ignore, get_args(Role) if recipe.default_ignore else ())
     plan = Plan(recipe, {name: tuple(shapes[name]) for name in names}, why, {})
     entries = sum(plan.sizes.values())
@@ -162,6 +163,11 @@ def make_plan(
             f"entries, and a sparsity of {recipe.sparsity:g} keeps {recipe.keep(entries)} of {entries}; lower one"
         )
     return plan
+
+
+def _natural(name: str) -> list[int | str]:
+    """Order layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def _pattern_axes(plan: Plan, axes: Mapping[str, int | None]) -> dict[str, int]:

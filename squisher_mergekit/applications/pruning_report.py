@@ -70,7 +70,10 @@ class Report:
             "entries": self.entries,
             "chosen_from": self.over_all.entries,
             "kept": self.over_all.kept,
-            "layers": {layer.name: asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers},
+            "layers": {
+                layer.name: asdict(layer) | {"entries": layer.entries, "sparsity": layer.sparsity}
+                for layer in self.layers
+            },
             "ignored": dict(self.ignored),
             "fisher_differs": self.differs,
         }
