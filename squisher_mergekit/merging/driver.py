@@ -30,7 +30,7 @@ def read_config(text: str) -> Any:
 
 
 def plan_config(config: Any, options: Any) -> Any:
-    """Plan a merge as ``mergekit-yaml`` would, and stop there (a :class:`~squisher_mergekit.merging.plan.MergePlan`).
+    """Plan a merge as ``mergekit-yaml`` would, and stop there (a :class:`.preview.MergePlan`).
 
     Raises:
         RefusedError: The merge would be refused.

@@ -1,10 +1,11 @@
-"""The one place that knows mergekit's internals; everything is checked when mergekit is imported.
+"""How the methods hook into mergekit; with :mod:`.inputs` the one place that knows its internals.
 
-``activate`` is called by the start-up hook right after one of mergekit's modules has run. It changes classes in place,
-so that it works in any order of imports:
+``activate`` is called by the start-up hook right after one of mergekit's modules has run, and checks there what is
+needed of it. It changes classes in place, so that it works in any order of imports:
 
 * the registry gets the two methods;
-* ``ExecuteMergeMethodTask`` gets one more dependency, the Fishers of its tensor, and hands them to the method;
+* ``ExecuteMergeMethodTask`` gets one more dependency, the Fishers of its tensor (and a base's
+  weights, where ``density`` needs them), and hands them to the method;
 * ``MergePlanner`` refuses what headers can tell before any file is written, and leaves a base that ``squisher`` is
   only given for its tokenizer out of the sum;
 * the executors remove what a failed merge has written, and report at the end.
@@ -22,7 +23,6 @@ from types import ModuleType
 from typing import Any
 
 from squisher_mergekit.errors import UnsupportedMergekitError
-from squisher_mergekit.fisher.mapping import Fisher, TensorInfo
 from squisher_mergekit.merging.parameters import METHODS, SQUISHER, Block, check_blocks
 
 SUPPORTED = ">=0.1.5,<0.2"
@@ -139,7 +139,9 @@ def _extend_tasks(adapter: ModuleType) -> None:
     def with_fishers(self: Any) -> Any:
         found = arguments(self)
         if self.method_name in METHODS:
-            found["fishers"] = _gather_fishers(self)
+            from squisher_mergekit.merging.inputs import gather_fishers
+
+            found["fishers"] = gather_fishers(self)
         return found
 
     @functools.wraps(execute)
@@ -154,186 +156,6 @@ def _extend_tasks(adapter: ModuleType) -> None:
     task.arguments, task.execute = with_fishers, execute_with_fishers
     _extend_writer(io_tasks)
     _extend_executor(graph.Executor)
-
-
-def _gather_fishers(task: Any) -> Any:
-    from squisher_mergekit.merging.run import current_run
-    from squisher_mergekit.merging.tasks import FisherRequest, GatherFishers, hold
-
-    plan = current_run().planned(task) or plan_task(task)
-    source = task.gather_tensors
-    none = plan.inputs if plan.missing else ()
-    requests = [
-        FisherRequest(
-            model=use.input.key,
-            number=None if use.opened is None else hold(use.opened.fisher),
-            name=use.name,
-            scaling=plan.settings.scaling,
-            normalize=plan.normalize,
-            floor=plan.settings.floor,
-            fisher_scale=use.input.fisher_scale,
-            model_type=_model_type(use.input.key) if use.converted else None,
-        )
-        for use in plan.uses
-    ] + [
-        FisherRequest(
-            model=item.key, number=None, name=plan.name, scaling="raw", normalize="none", floor=0.0, fisher_scale=1.0
-        )
-        for item in none
-    ]
-    return GatherFishers(
-        requests=tuple(requests),
-        label=source.group_label(),
-        tokenizer_task=getattr(source, "tokenizer_task", None),
-        vocabulary_axis=task.output_weight.vocabulary_axis or 0,
-        pad_to_multiple_of=getattr(source, "pad_to_multiple_of", None),
-        truncate=hasattr(source, "weight_info") and hasattr(source, "gather_tensors"),
-    )
-
-
-def plan_task(task: Any) -> Any:
-    """Plan one ``ExecuteMergeMethodTask`` (a :class:`~squisher_mergekit.merging.plan.TensorPlan`).
-
-    Raises:
-        RefusedError: The Fishers cannot be found, read, or do not fit.
-    """
-    from squisher_mergekit.merging.plan import Settings, plan_tensor
-    from squisher_mergekit.merging.run import current_run
-
-    run = current_run()
-    inputs = [item for model in task.model_order if (item := _weight_input(task, model, run)) is not None]
-    given = dict(task.parameters.items())
-    settings = Settings(**{key: given[key] for key in Settings.__dataclass_fields__ if key in given})
-    plan = plan_tensor(
-        task.method_name,
-        task.output_weight.name,
-        inputs,
-        settings,
-        run.sources,
-        base=_base_folder(task),
-        passed_through=task.output_weight.optional and len(inputs) == 1 < len(task.model_order),
-        can_convert=_can_convert,
-        cache_dir=_cache_dir(),
-    )
-    return run.keep(task, plan)
-
-
-def _base_folder(task: Any) -> Path | None:
-    """Return where the base model's weights lie; None for single files, which no order of parameters follows from."""
-    from mergekit.io.tasks import LoaderCache
-
-    if task.base_model is None or Path(task.base_model.model.path).is_file():
-        return None
-    return Path(LoaderCache().get(task.base_model).index.base_path)
-
-
-def _cache_dir() -> str | None:
-    from mergekit.io.tasks import LoaderCache
-
-    found: str | None = LoaderCache().hf_cache_dir
-    return found
-
-
-def _weight_input(task: Any, model: Any, run: Any) -> Any:
-    """Describe one model's weight, or return None where it has none (mergekit then leaves the model out)."""
-    from mergekit.io.tasks import LoaderCache, LoadTensor
-
-    from squisher_mergekit.merging.plan import WeightInput
-
-    gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
-    if hasattr(gather, "weight_info"):
-        weight = gather.weight_info[model]
-        load = LoadTensor(model=model, tensor=weight.name, aliases=weight.aliases, tied_names=weight.tied_names)
-        loader = LoaderCache().get(model)
-        stored = load._resolve_name(loader)
-        own = (weight.name, *(weight.aliases or ()))
-        # A tied name is another tensor's, which stands in for this one: its Fisher is that tensor's.
-        aliases = own if stored is None or stored in own else ()
-        if stored is None and weight.optional and not _weight_converts(model, loader, own):
-            return None
-    else:
-        loader, stored, aliases = _raw_loader(gather, model), gather.tensors[model].tensor_name, ()
-        if stored not in loader.index.tensor_paths:
-            return None
-    if model not in run.models:
-        run.models[model] = _model_files(model, loader)
-    values = task.input_parameters[model]
-    return WeightInput(
-        key=model,
-        model=run.models[model],
-        stored=stored,
-        aliases=tuple(name for name in aliases if name != stored),
-        info=_tensor_info(Path(loader.index.base_path) / loader.index.tensor_paths[stored], stored) if stored else None,
-        fisher=values["fisher"],
-        weight=values["weight"],
-        fisher_scale=values["fisher_scale"],
-        is_base=model == task.base_model,
-    )
-
-
-def _raw_loader(gather: Any, model: Any) -> Any:
-    from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
-
-    return SimpleLoaderCache().get(gather.tensors[model].model)
-
-
-def _model_files(model: Any, loader: Any) -> Any:
-    from squisher_mergekit.merging.sources import ModelFiles
-
-    local = Path(model.model.path)
-    return ModelFiles(
-        label=str(model),
-        folder=Path(loader.index.base_path or "."),
-        names=frozenset(loader.index.tensor_paths),
-        file=local if local.is_file() else None,
-        repo=None if local.exists() else (model.model.path, model.model.revision),
-        adapter=model.lora is not None,
-        convertible=lambda: not local.is_file() and _converts(_model_type(model)),
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _infos(file: Path, stamp: int) -> dict[str, TensorInfo]:
-    from squisher_mergekit.fisher.files import tensor_infos
-
-    return tensor_infos(file)
-
-
-def _tensor_info(file: Path, name: str) -> TensorInfo | None:
-    """Read a weight's header; None for pickled weights, whose headers cannot be read apart."""
-    if file.suffix != ".safetensors":
-        return None
-    return _infos(file, file.stat().st_mtime_ns).get(name)
-
-
-@functools.cache
-def _model_type(model: Any) -> str | None:
-    from mergekit.io.tasks import LoaderCache
-
-    found: str | None = model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
-    return found
-
-
-@functools.cache
-def _converts(model_type: str | None) -> bool:
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    return bool(model_type and get_checkpoint_conversion_mapping(model_type))
-
-
-def _weight_converts(model: Any, loader: Any, names: tuple[str, ...]) -> bool:
-    from mergekit.architecture.conversion import can_convert_checkpoint_keys
-
-    stored = set(loader.index.tensor_paths)
-    return any(can_convert_checkpoint_keys(_model_type(model), stored, name) for name in names)
-
-
-def _can_convert(model: Any, fisher: Fisher, name: str) -> bool:
-    if Path(model.model.path).is_file() or not _converts(_model_type(model)):
-        return False
-    from mergekit.architecture.conversion import can_convert_checkpoint_keys
-
-    return bool(can_convert_checkpoint_keys(_model_type(model), set(fisher), name))
 
 
 # ---- the whole merge
@@ -384,7 +206,8 @@ def _conclude(run: Any, tasks: list[Any], dtype: str | None, shard_bytes: int) -
     from mergekit.common import dtype_from_name
 
     from squisher_mergekit.errors import MismatchError
-    from squisher_mergekit.merging.plan import MergePlan, describe_model
+    from squisher_mergekit.merging.inputs import plan_task
+    from squisher_mergekit.merging.preview import MergePlan, describe_model
 
     width = dtype_from_name(dtype).itemsize if dtype else 4
     run.plan = MergePlan(run.method, width, shard_bytes, [plan_task(task) for task in tasks])
@@ -440,12 +263,20 @@ def _extend_raw(module: ModuleType) -> None:
         if config.merge_method == SQUISHER and config.base_model not in listed:
             bound["config"] = config.model_copy(update={"base_model": None})
         run = _begin(config.merge_method, options)
+        run.base = _raw_reference(config.base_model)
         tasks = plan_flat_merge(**bound)
         merges = [task.tensor_task for task in tasks if hasattr(task, "tensor_task")]
         _conclude(run, merges, config.out_dtype or config.dtype, options.out_shard_size)
         return tasks
 
     module.plan_flat_merge = checked  # type: ignore[attr-defined]
+
+
+def _raw_reference(path: str | None) -> Any:
+    """Return a single file's path as mergekit's commands for such files do."""
+    from mergekit.common import ModelReference
+
+    return None if path is None else ModelReference.model_validate({"model": {"path": path}})
 
 
 def _extend_writer(io_tasks: ModuleType) -> None:

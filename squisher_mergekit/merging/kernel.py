@@ -7,7 +7,7 @@ thread each, and there are as many of them as torch has threads, so that mergeki
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import mul
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from squisher_mergekit.fisher.mapping import check_values, count_invalid, refuse_invalid
 from squisher_mergekit.merging import equations
+from squisher_mergekit.merging.density import Trim
 from squisher_mergekit.merging.equations import Extremes, Merged
 
 CHUNK = 1 << 18
@@ -32,7 +33,7 @@ class Input:
 
     ``theta``: its weight. ``fisher``: its raw Fisher, shaped alike, or None where every model has none (UBGM's base
     may have none on its own). ``weight``: w_i. ``scale``: factor on the Fisher. ``label``: name for messages, such as
-    ``layers.0.weight in /models/a/optimizer.pt``.
+    ``layers.0.weight in /models/a/optimizer.pt``. ``trim``: which entries of theta give way to the base's.
     """
 
     theta: Tensor
@@ -40,6 +41,7 @@ class Input:
     weight: float = 1.0
     scale: float = 1.0
     label: tuple[str, str] = ("", "")
+    trim: Trim | None = None
 
 
 @dataclass
@@ -178,14 +180,17 @@ class _Operands:
     fishers: list[Tensor]
     labels: list[tuple[str, str]]
     work: torch.dtype
+    trims: list[Trim | None]
 
     @classmethod
     def of(cls, inputs: Sequence[Input]) -> "_Operands":
         thetas = [item.theta.detach() for item in inputs]
         known = [(item.fisher.detach(), item.label) for item in inputs if item.fisher is not None]
-        double = any(t.dtype == torch.float64 for t in [*thetas, *(fisher for fisher, _ in known)])
+        trims = [item.trim if item.weight > 0 else None for item in inputs]
+        origins = [trim.origin for trim in trims if trim is not None]
+        double = any(t.dtype == torch.float64 for t in [*thetas, *(fisher for fisher, _ in known), *origins])
         work = torch.float64 if double else torch.float32
-        return cls(thetas, [fisher for fisher, _ in known], [label for _, label in known], work)
+        return cls(thetas, [fisher for fisher, _ in known], [label for _, label in known], work, trims)
 
     @property
     def on_accelerator(self) -> bool:
@@ -199,6 +204,11 @@ class _Operands:
         return torch.tensor(values, dtype=self.work, device=self.thetas[0].device)
 
 
+def _kept(trim: Trim | None) -> tuple[Tensor, Tensor] | None:
+    """Return, flat, which entries are kept, and what stands where they are not; chosen once for the whole tensor."""
+    return None if trim is None else (trim.kept().reshape(-1), trim.origin.reshape(-1))
+
+
 Step = Callable[[list[Tensor], list[Tensor], Extremes], Merged]
 
 
@@ -207,6 +217,11 @@ def _run_chunks(step: Step, operands: _Operands, count: int, out_dtype: torch.dt
     fishers = [fisher.reshape(-1) for fisher in operands.fishers]
     size, work = operands.size, operands.work
     out = torch.empty(size, dtype=out_dtype)
+    choices = _map(_kept, operands.trims, size) if any(operands.trims) else [None] * len(thetas)
+
+    def piece(i: int, part: slice) -> Tensor:
+        theta, choice = thetas[i][part].to(work), choices[i]
+        return theta if choice is None else torch.where(choice[0][part], theta, choice[1][part].to(work))
 
     def chunk(start: int) -> tuple[list[float], int]:
         part = slice(start, min(start + CHUNK, size))
@@ -215,11 +230,11 @@ def _run_chunks(step: Step, operands: _Operands, count: int, out_dtype: torch.dt
         for (low, high), fisher, label in zip(extremes, fishers, operands.labels, strict=True):
             if not (low >= 0 and high < float("inf")):
                 check_values(fisher, *label)
-        merged = step([theta[part].to(work) for theta in thetas], pieces, extremes)
+        merged = step([piece(i, part) for i in range(len(thetas))], pieces, extremes)
         out[part] = merged.values
         return [float(share) for share in merged.shares], int(merged.fell_back)
 
-    results = _map(chunk, size)
+    results = _map(chunk, range(0, size, CHUNK), size)
     shares = [sum(shares[i] for shares, _ in results) / max(size, 1) for i in range(count)]
     fell_back = sum(fell_back for _, fell_back in results)
     return Outcome(out.reshape(operands.thetas[0].shape), list(shares), fell_back)
@@ -238,6 +253,9 @@ def _run_fused(
     thetas = [theta.reshape(-1) for theta in operands.thetas]
     fishers = [fisher.reshape(-1) for fisher in operands.fishers]
     with torch.no_grad():
+        for i, trim in enumerate(operands.trims):
+            if (choice := _kept(trim)) is not None:
+                thetas[i] = torch.where(choice[0], thetas[i], choice[1])
         run = fused(function, operands.size)
         values, sums, fell_back, bad = run(thetas, fishers, used, factors, operands.work, out_dtype)
     shares: list[float | Tensor] = [0.0] * count
@@ -346,14 +364,14 @@ class _Pool:
 _POOL = _Pool()
 
 
-def _map(function: Callable[[int], Any], size: int) -> list[Any]:
-    starts = range(0, size, CHUNK)
+def _map(function: Callable[[Any], Any], parts: Iterable[Any], size: int) -> list[Any]:
+    """Run a function on parts of the work on a tensor of ``size`` entries, over the pool where that pays."""
 
-    def without_grad(start: int) -> Any:
+    def without_grad(part: Any) -> Any:
         with torch.no_grad():
-            return function(start)
+            return function(part)
 
     threads = torch.get_num_threads()
     if threads == 1 or size < 1 << 15:
-        return [without_grad(start) for start in starts]
-    return list(_POOL.get(threads).map(without_grad, starts))
+        return [without_grad(part) for part in parts]
+    return list(_POOL.get(threads).map(without_grad, parts))

@@ -10,15 +10,24 @@ from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
 from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.merging.density import Rows
 
 
 class LoadedFisher(TypedDict):
-    """A raw tensor (None: no information) and the factor that brings it to the scale of the merge."""
+    """A raw tensor (None: no information) and the factor that brings it to the scale of the merge.
+
+    For a ``density`` below 1: ``scores``, the tensor before the floor, None if that is the same; ``origin``, theta_0,
+    None if the base is an input itself; ``rows``, of a re-ordered vocabulary, see :class:`.density.Rows`.
+    """
 
     tensor: Tensor | None
     scale: float
     name: str
     location: str
+    density: float
+    scores: Tensor | None
+    origin: Tensor | None
+    rows: Rows | None
 
 
 def load_tensor(
@@ -29,6 +38,7 @@ def load_tensor(
     normalize: str,
     floor: float,
     fisher_scale: float,
+    density: float = 1.0,
 ) -> LoadedFisher:
     """Read one tensor of a Fisher.
 
@@ -42,6 +52,7 @@ def load_tensor(
         normalize: ``none``, ``mean`` or ``l2`` of the whole model.
         floor: Relative to the mean over the tensor.
         fisher_scale: Factor on this model's Fisher.
+        density: Share of this model's task vector that is kept.
 
     Returns:
         The tensor and its factor.
@@ -50,7 +61,7 @@ def load_tensor(
         ConfigError: The normalizer is 0, or a number that the scaling needs is not recorded.
     """
     if source is None:
-        return LoadedFisher(tensor=None, scale=1.0, name=name, location="")
+        return no_fisher(name)
     fisher = source if isinstance(source, Fisher) else Fisher(MemoryStore(source), FisherConfig(statistic="mean"))
     stored = fisher.resolve(name) or name
     scale = fisher_scale * fisher.factor(stored, scaling)
@@ -63,6 +74,16 @@ def load_tensor(
     if fisher.config.offset(scaling):
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         tensor = wide - fisher.offset(stored, scaling)
+    scores = None
     if floor > 0 and tensor.numel():
+        scores = tensor if density < 1 else None
         tensor = tensor.clamp_min(floor * tensor.mean(dtype=torch.float64).item())
-    return LoadedFisher(tensor=tensor, scale=scale, name=stored, location=fisher.location)
+    none = no_fisher(stored, fisher.location)
+    return {**none, "tensor": tensor, "scale": scale, "density": density, "scores": scores}
+
+
+def no_fisher(name: str, location: str = "") -> LoadedFisher:
+    """Return what stands for a Fisher where there is none."""
+    return LoadedFisher(
+        tensor=None, scale=1.0, name=name, location=location, density=1.0, scores=None, origin=None, rows=None
+    )

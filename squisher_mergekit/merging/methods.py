@@ -1,6 +1,7 @@
 """The merge methods ``squisher`` and ``ubgm_squisher`` as mergekit sees them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from mergekit.merge_methods.base import (
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.mapping import Fisher, check_shape
 from squisher_mergekit.merging import kernel, parameters
-from squisher_mergekit.merging.loading import LoadedFisher, load_tensor
+from squisher_mergekit.merging.density import Rows, Trim
+from squisher_mergekit.merging.loading import LoadedFisher, load_tensor, no_fisher
 from squisher_mergekit.merging.run import current_run
 
 # The per-input parameter under which the graph hands over the loaded Fisher of one tensor.
@@ -88,10 +90,11 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         """
         name = group.metadata.name or "the tensor"
         loaded = {entry.id: given[INJECTED][entry.id] for entry in group.entries}
-        in_graph = any(value is not None for value in loaded.values())
+        in_graph, base = any(value is not None for value in loaded.values()), group.base
         if not in_graph:
+            group = replace(group, entries=[e for e in group.entries if not self._bystander(e, given)])
             loaded = _from_memory(group, name, given, self.spec.name)
-        inputs = [_input(entry, name, loaded[entry.id], given) for entry in group.entries]
+        inputs = [_input(entry, name, loaded[entry.id], given["weight"][entry.id], base) for entry in group.entries]
         weights = [item.weight for item, entry in zip(inputs, group.entries, strict=True) if self._weighted(entry)]
         if not any(weight > 0 for weight in weights):
             raise ConfigError(f"the weights of {name} must not all be 0; give one model a positive weight")
@@ -106,6 +109,11 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
     def _weighted(self, entry: TensorEntry) -> bool:
         return not (self.spec.name == parameters.UBGM_SQUISHER and entry.is_base)
 
+    def _bystander(self, entry: TensorEntry, given: Mapping[str, Any]) -> bool:
+        """In memory the base of ``squisher`` is always an input; at weight 0, without a Fisher, it is theta_0 alone."""
+        known = isinstance(given["fisher"][entry.id], Mapping)
+        return self._weighted(entry) and entry.is_base and given["weight"][entry.id] == 0 and not known
+
     def _merge(self, group: TensorGroup, inputs: list[kernel.Input], given: Mapping[str, Any]) -> kernel.Outcome:
         dtype = group.entries[0].tensor.dtype
         if self.spec.name == parameters.SQUISHER:
@@ -115,13 +123,39 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         return kernel.merge_ubgm(base, others, given["prior"], dtype)
 
 
-def _input(entry: TensorEntry, name: str, loaded: LoadedFisher, given: Mapping[str, Any]) -> kernel.Input:
+def _input(
+    entry: TensorEntry, name: str, loaded: LoadedFisher, weight: float, base: TensorEntry | None
+) -> kernel.Input:
     fisher = loaded["tensor"]
     if fisher is not None:
         check_shape(name, tuple(fisher.shape), tuple(entry.tensor.shape), loaded["location"])
         fisher = fisher.to(entry.tensor.device)
     label = (loaded["name"] or name, loaded["location"])
-    return kernel.Input(entry.tensor, fisher, given["weight"][entry.id], loaded["scale"], label)
+    trim = None if fisher is None or entry.is_base else _trim(entry, name, loaded, fisher, base)
+    return kernel.Input(entry.tensor, fisher, weight, loaded["scale"], label, trim)
+
+
+def _trim(
+    entry: TensorEntry, name: str, loaded: LoadedFisher, fisher: torch.Tensor, base: TensorEntry | None
+) -> Trim | None:
+    if loaded["density"] == 1:
+        return None
+    origin = loaded["origin"]
+    if origin is None:
+        if base is None:
+            raise ConfigError(
+                f"density below 1 needs a base, the model that all were trained from, but for {name} none is given; "
+                "give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
+            )
+        origin = base.tensor
+    if origin.shape != entry.tensor.shape:
+        raise MismatchError(
+            f"density below 1 needs a base's tensors to be shaped as the model's, but {name} is "
+            f"{list(entry.tensor.shape)} and the base's {list(origin.shape)}; give the model that it was trained from"
+        )
+    scores = fisher if loaded["scores"] is None else loaded["scores"].to(fisher.device)
+    rows = None if loaded["rows"] is None else Rows(*loaded["rows"])
+    return Trim(origin.to(fisher.device), scores, loaded["density"], rows)
 
 
 def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method: str) -> dict[Any, LoadedFisher]:
@@ -151,6 +185,7 @@ def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method
             normalize=normalize,
             floor=given["floor"],
             fisher_scale=given["fisher_scale"][key],
+            density=given["density"][key],
         )
     if missing and given["missing"] == "error":
         raise MismatchError(
@@ -158,7 +193,7 @@ def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method
             "name the tensors (merge_tensors(name=...)), add it, or set missing='average'"
         )
     if missing:
-        loaded = {key: LoadedFisher(tensor=None, scale=1.0, name=name, location="memory") for key in loaded}
+        loaded = {key: no_fisher(name, "memory") for key in loaded}
     return loaded
 
 

@@ -11,6 +11,8 @@ from squisher_mergekit.errors import ConfigError
 SQUISHER = "squisher"
 UBGM_SQUISHER = "ubgm_squisher"
 METHODS = (SQUISHER, UBGM_SQUISHER)
+# Numbers, which mergekit can let run over the layers.
+GRADIENTS = ("weight", "fisher_scale", "density", "floor", "prior")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,16 @@ def _number(lowest: float, inclusive: bool, value: Any) -> float:
     return number
 
 
+def _share(value: Any) -> float:
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError):
+        number = float("nan")
+    if not 0 < number <= 1:
+        raise ValueError("a number > 0 and <= 1 (to keep nothing of a model, leave the model out)")
+    return number
+
+
 def _one_of(*choices: str) -> Callable[[Any], str]:
     def check(value: Any) -> str:
         if value not in choices:
@@ -66,6 +78,7 @@ PARAMETERS = (
     Parameter("fisher", "auto", _fisher, per_model=True, meaning="where the model's Fisher is"),
     Parameter("weight", 1.0, lambda v: _number(0, True, v), per_model=True, meaning="w_i"),
     Parameter("fisher_scale", 1.0, lambda v: _number(0, False, v), per_model=True, meaning="factor on the Fisher"),
+    Parameter("density", 1.0, _share, per_model=True, meaning="share of the task vector that is kept, chosen by F"),
     Parameter("scaling", "debiased", _one_of("debiased", "raw", "per_example"), meaning="which scale of the Fisher"),
     Parameter("normalize", "auto", _one_of("auto", "none", "mean", "l2"), meaning="per-model normalization"),
     Parameter("floor", 0.0, lambda v: _number(0, True, v), meaning="relative to the tensor's mean Fisher"),
@@ -110,7 +123,7 @@ def check_blocks(method: str, blocks: Iterable[Block]) -> None:
                 raise ConfigError(
                     f"{place} must stand under the top-level parameters: {key} is one for all models; move it there"
                 )
-            for value in _values(setting, place, gradient=key in ("weight", "fisher_scale", "floor", "prior")):
+            for value in _values(setting, place, gradient=key in GRADIENTS):
                 try:
                     parameter.validate(value)
                 except ConfigError as error:

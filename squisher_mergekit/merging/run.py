@@ -13,7 +13,8 @@ from squisher_mergekit.fisher.mapping import refuse_invalid
 from squisher_mergekit.fisher.names import kind_of
 from squisher_mergekit.merging.kernel import Outcome
 from squisher_mergekit.merging.output import Output
-from squisher_mergekit.merging.plan import MergePlan, TensorPlan
+from squisher_mergekit.merging.plan import TensorPlan
+from squisher_mergekit.merging.preview import MergePlan
 from squisher_mergekit.merging.sources import ModelFiles, Sources
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -60,6 +61,8 @@ class Run:
         self.plan: MergePlan | None = None
         self.sources = Sources()
         self.models: dict[Any, ModelFiles] = {}
+        # A base that a merge of single files names beside its models, kept from mergekit, which would sum it.
+        self.base: Any = None
         self._planned: dict[int, tuple[object, TensorPlan]] = {}
         self.output: Output | None = None
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""The graph task that loads the Fishers of one output tensor, just before they are used."""
+"""The graph task that loads the Fishers of one output tensor, and theta_0 for ``density``, just before their use."""
 
 import threading
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
 from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.merging.loading import LoadedFisher, load_tensor
+from squisher_mergekit.merging.density import Rows
+from squisher_mergekit.merging.loading import LoadedFisher, load_tensor, no_fisher
 
 _OPEN: dict[int, Fisher] = {}
 _LOCK = threading.Lock()
@@ -39,6 +40,7 @@ class FisherRequest(BaseModel, frozen=True):
     normalize: str
     floor: float
     fisher_scale: float
+    density: float = 1.0
     model_type: str | None = None
 
     def load(self) -> LoadedFisher:
@@ -48,7 +50,7 @@ class FisherRequest(BaseModel, frozen=True):
             RefusedError: It cannot be read.
         """
         if self.number is None:
-            return load_tensor(None, self.name, scaling="raw", normalize="none", floor=0.0, fisher_scale=1.0)
+            return no_fisher(self.name)
         with _LOCK:
             source: Any = _OPEN[self.number]
         if self.model_type is not None:
@@ -60,6 +62,7 @@ class FisherRequest(BaseModel, frozen=True):
             normalize=self.normalize,
             floor=self.floor,
             fisher_scale=self.fisher_scale,
+            density=self.density,
         )
 
 
@@ -94,25 +97,30 @@ class _Converted(Fisher):
 
 
 class GatherFishers(Task[dict[ModelReference, LoadedFisher]]):  # type: ignore[misc]
-    """Load the Fishers of one output tensor: model -> tensor and factor.
+    """Load the Fishers of one output tensor: model -> tensor and factor, and theta_0 where it is asked for.
 
     A plain dict, so that the executor moves the tensors to the device of the arithmetic. The label is that of the
     weights: a load without one would be scheduled before everything else, and hold all Fishers at once.
 
+    ``origins``: model -> the task that loads its theta_0; ``base``: the model that those are of, or that is an input.
     ``tokenizer_task``: where the vocabulary is re-ordered, rows move as the weights' rows do, and a row that a model
     lacks gets 0. ``truncate``: rows beyond the smallest vocabulary are cut off, as they are from the weights.
     """
 
     requests: tuple[FisherRequest, ...]
+    # Task[Any] would be made anew from each task's fields.
+    origins: tuple[tuple[ModelReference, Task], ...] = ()
     label: str | None
+    base: ModelReference | None = None
     tokenizer_task: BuildTokenizer | None = None
     vocabulary_axis: int = 0
     pad_to_multiple_of: int | None = None
     truncate: bool = False
 
     def arguments(self) -> dict[str, Task[Any]]:
-        """Return the tokenizer's task, if the vocabulary is re-ordered."""
-        return {} if self.tokenizer_task is None else {"tokenizer_info": self.tokenizer_task}
+        """Return the tasks that load theta_0, and the tokenizer's task, if the vocabulary is re-ordered."""
+        found: dict[str, Task[Any]] = {f"origin of {model}": task for model, task in self.origins}
+        return found if self.tokenizer_task is None else {"tokenizer_info": self.tokenizer_task, **found}
 
     def group_label(self) -> str | None:
         """Return the label of the weights."""
@@ -122,22 +130,66 @@ class GatherFishers(Task[dict[ModelReference, LoadedFisher]]):  # type: ignore[m
         """Return the weights' own priority."""
         return -1000
 
-    def execute(self, tokenizer_info: Any = None) -> dict[ModelReference, LoadedFisher]:
+    def execute(self, tokenizer_info: Any = None, **origins: Tensor) -> dict[ModelReference, LoadedFisher]:
         """Load, and follow the vocabulary."""
         loaded = {request.model: request.load() for request in self.requests}
-        known = {model: item["tensor"] for model, item in loaded.items() if item["tensor"] is not None}
+        for model, _ in self.origins:
+            loaded[model]["origin"] = origins[f"origin of {model}"]
         if tokenizer_info is not None:
-            vocabulary = len(tokenizer_info.tokenizer.get_vocab())
-            multiple = self.pad_to_multiple_of or 1
-            rows = -(-vocabulary // multiple) * multiple
-            for model, tensor in known.items():
-                permutation = tokenizer_info.permutations[model]
-                loaded[model]["tensor"] = permute_rows(tensor, permutation, rows, self.vocabulary_axis)
-        elif self.truncate and known:
-            rows = min(tensor.shape[self.vocabulary_axis] for tensor in known.values())
-            for model, tensor in known.items():
-                loaded[model]["tensor"] = tensor.narrow(self.vocabulary_axis, 0, rows)
+            self._permute(loaded, tokenizer_info)
+        elif self.truncate:
+            self._truncate(loaded)
         return loaded
+
+    def _permute(self, loaded: dict[ModelReference, LoadedFisher], tokenizer_info: Any) -> None:
+        vocabulary = len(tokenizer_info.tokenizer.get_vocab())
+        multiple = self.pad_to_multiple_of or 1
+        rows, moves = -(-vocabulary // multiple) * multiple, tokenizer_info.permutations
+        moved: dict[int, Tensor] = {}  # the models mostly share one theta_0
+        for model, item in loaded.items():
+            for key in ("tensor", "scores"):
+                item[key] = _follow(item[key], moves[model], rows, self.vocabulary_axis)
+            if item["density"] < 1:
+                item["rows"] = shared_rows(moves[model], moves[self.base], rows, self.vocabulary_axis)
+            if (origin := item["origin"]) is not None:
+                if id(origin) not in moved:
+                    moved[id(origin)] = permute_rows(origin, moves[self.base], rows, self.vocabulary_axis)
+                item["origin"] = moved[id(origin)]
+
+    def _truncate(self, loaded: dict[ModelReference, LoadedFisher]) -> None:
+        axis = self.vocabulary_axis
+        rows = min((item["tensor"].shape[axis] for item in loaded.values() if item["tensor"] is not None), default=0)
+        for item in loaded.values():
+            for key in ("tensor", "scores"):
+                tensor = item[key]
+                item[key] = None if tensor is None else tensor.narrow(axis, 0, rows)
+            if (origin := item["origin"]) is not None:
+                own = min(origin.shape[axis], rows)
+                same = {row: row for row in range(own)}
+                item["origin"] = origin.narrow(axis, 0, rows) if own == rows else permute_rows(origin, same, rows, axis)
+                item["rows"] = None if own == rows else Rows(torch.arange(own), torch.arange(own, rows), axis)
+
+
+def _follow(tensor: Tensor | None, permutation: dict[int, int], rows: int, axis: int) -> Tensor | None:
+    return None if tensor is None else permute_rows(tensor, permutation, rows, axis)
+
+
+def shared_rows(own: dict[int, int], base: dict[int, int], rows: int, axis: int) -> Rows:
+    """Return which rows of a re-ordered vocabulary a model and the base had before.
+
+    Args:
+        own: New row -> the model's old row, negative where it lacks the token.
+        base: The same of the base.
+        rows: Number of rows; those beyond the vocabulary are padding, which nobody had.
+        axis: The vocabulary's axis.
+
+    Example:
+        >>> shared_rows({0: 1, 1: 0, 2: -1}, {0: 0, 1: -1, 2: 1}, 4, axis=0)
+        Rows(shared=tensor([0]), unbased=tensor([1, 3]), axis=0)
+    """
+    unbased = [row for row in range(rows) if base.get(row, -1) < 0]
+    shared = [row for row in range(rows) if base.get(row, -1) >= 0 and own.get(row, -1) >= 0]
+    return Rows(torch.tensor(shared, dtype=torch.int64), torch.tensor(unbased, dtype=torch.int64), axis)
 
 
 def permute_rows(tensor: Tensor, permutation: dict[int, int], rows: int, axis: int) -> Tensor:

@@ -46,6 +46,16 @@ def ubgm_reference(
     return torch.where(known == 0, base, base + step / (known + d))
 
 
+def keep_largest(theta: Tensor, origin: Tensor, fisher: Tensor, density: float) -> Tensor:
+    """Put back to the base all but the ``density`` share of entries with the largest F, the first among equals."""
+    values = fisher.flatten().tolist()
+    count = max(1, round(density * len(values)))
+    kept = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+    result = origin.flatten().double()
+    result[kept] = theta.flatten().double()[kept]
+    return result.reshape(theta.shape)
+
+
 def assert_within(result: Tensor, reference: Tensor, size: Tensor) -> None:
     """Assert ``|result - reference| <= 2e-6 size + half a unit in the last place``; NaN anywhere fails."""
     assert result.shape == reference.shape

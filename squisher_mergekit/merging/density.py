@@ -1,0 +1,54 @@
+"""What ``density`` keeps of a model's task vector: the entries with the largest Fisher, tensor by tensor."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.fisher.selection import largest
+
+
+class Rows(NamedTuple):
+    """Rows of a vocabulary that was re-ordered, by which of model and base had their token before.
+
+    ``shared``: indices of the rows of both, among which is chosen. ``unbased``: indices of those that the base lacks,
+    which stay the model's own. All others, of the base alone, become the base's. ``axis``: the vocabulary's axis.
+    """
+
+    shared: Tensor
+    unbased: Tensor
+    axis: int
+
+
+@dataclass(frozen=True)
+class Trim:
+    """The choice for one tensor of one model: ``theta := theta_0 + m (theta - theta_0)``, m the mask of the kept.
+
+    ``origin``: theta_0. ``scores``: F before any floor. Both are shaped like the weight.
+    """
+
+    origin: Tensor
+    scores: Tensor
+    density: float
+    rows: Rows | None = None
+
+    def kept(self) -> Tensor:
+        """Return the mask m (bool, shaped like the weight); nothing here waits for an accelerator."""
+        if self.rows is None:
+            return largest(self.scores, keep_count(self.density, self.scores.numel()))
+        shared, unbased, axis = self.rows
+        among = self.scores.index_select(axis, shared)
+        chosen = largest(among, keep_count(self.density, among.numel()))
+        mask = torch.zeros_like(self.scores, dtype=torch.bool)
+        return mask.index_copy_(axis, shared, chosen).index_fill_(axis, unbased, True)
+
+
+def keep_count(density: float, size: int) -> int:
+    """Return how many of ``size`` entries are kept: ``density * size`` rounded (a half to the even), but at least 1.
+
+    Example:
+        >>> [keep_count(0.2, size) for size in (0, 1, 9, 10)]
+        [0, 1, 2, 2]
+    """
+    return min(size, max(1, round(density * size)))
