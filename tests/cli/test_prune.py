@@ -1,0 +1,122 @@
+"""``squisher prune`` through its command: model, table, report, and what is refused."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+
+from squisher_mergekit.applications.masks import read_mask
+from squisher_mergekit.applications.weights import open_weights
+from squisher_mergekit.cli.prune import command
+from squisher_mergekit.fisher.files import write_fisher
+from tests.applications.pruned import stored
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A model and its Fisher on disk, and a function that prunes it into ``out``."""
+    _, fisher = stored(tmp_path / "model", "bert")
+    write_fisher(fisher, tmp_path / "fisher")
+
+    def call(*arguments, out="out"):
+        fixed = [tmp_path / "model", "-o", tmp_path / out, "--quiet"]
+        return CliRunner().invoke(command, [str(argument) for argument in (*fixed, *arguments)])
+
+    return call
+
+
+def test_a_pruned_model_loads_and_the_table_adds_up(run, tmp_path):
+    """from_pretrained takes it; table and report say of each layer what the files hold."""
+    result = run("--fisher", tmp_path / "fisher", "--sparsity", "0.75", "--json", tmp_path / "made" / "report.json")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "made" / "report.json").read_text())
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "out")
+    lines = {line.split()[0]: line.split() for line in result.output.splitlines() if line.strip()}
+    mask = read_mask(tmp_path / "out")
+    for name, row in report["layers"].items():
+        zeros = model.get_parameter(name) == 0
+        assert torch.equal(zeros, ~mask[name])
+        assert lines[name] == [
+            name,
+            "x".join(map(str, row["shape"])),
+            f"{row['kept']:,}",
+            f"{zeros.float().mean():.2%}",
+        ]
+    assert report["recipe"]["sparsity"] == 0.75
+    assert report["kept"] == sum(row["kept"] for row in report["layers"].values())
+    assert report["chosen_from"] - report["kept"] == round(0.75 * report["chosen_from"])
+    assert f"of the whole model, {report['entries']:,} entries, {report['sparsity_of_model']:.2%}" in result.output
+    assert "left alone: " in result.output
+    assert "(embedding)" in result.output
+
+
+def test_options_reach_the_recipe(run, tmp_path):
+    """Pattern, ignored names and score stand in the notes of the mask."""
+    done = run("--score", "magnitude", "--pattern", "2:4", "--ignore", "pooler", "--ignore", r"layer\.0")
+    assert done.exit_code == 0, done.output
+    mask = read_mask(tmp_path / "out")
+    assert mask.about["pattern"] == [2, 4]
+    assert mask.about["ignore"] == ["pooler", r"layer\.0"]
+    assert mask["bert.pooler.dense.weight"].all()
+    held = mask["bert.encoder.layer.1.output.dense.weight"].reshape(12, 3, 4).sum(2)
+    assert torch.equal(held, torch.full((12, 3), 2))
+    options = ("--scope", "layer", "--least", 0.1, "--normalize", "none", "--seed", 7, "--scaling", "raw")
+    done = run("--score", "random", "--sparsity", 0.5, "--no-default-ignore", *options, out="other")
+    assert done.exit_code == 0, done.output
+    about = read_mask(tmp_path / "other").about
+    wanted = {"scope": "layer", "least": 0.1, "normalize": "none", "seed": 7, "scaling": "raw", "default_ignore": False}
+    assert {key: about[key] for key in wanted} == wanted
+    assert not mask_all_kept(tmp_path / "other", "bert.embeddings.word_embeddings.weight")
+
+
+def mask_all_kept(folder, name):
+    """Return whether a tensor is kept whole."""
+    return bool(read_mask(folder)[name].all())
+
+
+def test_a_layer_without_weights_is_pointed_out(run):
+    """Where the options let a whole layer go, a line says so."""
+    result = run("--score", "random", "--sparsity", "0.995", "--least", "0")
+    assert result.exit_code == 0, result.output
+    assert "layers have no weight left" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sparsity", "1"), "sparsity must be in [0, 1), found 1.0"),
+        (("--sparsity", "0.5"), "score fisher needs a Fisher; give --fisher"),
+        (("--sparsity", "0.5", "--score", "random", "--ignore", "nothing"), "nothing matches 'nothing'"),
+        (("--sparsity", "0.5", "--score", "random", "--ignore", "."), "all 41 tensors are ignored"),
+        (("--sparsity", "0.95", "--score", "random", "--least", "0.1"), "lower one"),
+        (("--pattern", "2:5", "--score", "random"), "has 12; ignore it"),
+        (("--sparsity", "0.5", "--fisher", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_is_refused_is_one_line(run, tmp_path, arguments, message):
+    """Exit 1, and nothing is left at the place of the model or of the report."""
+    result = run(*arguments, "--json", tmp_path / "no.json")
+    assert result.exit_code == 1
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fisher", "model"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--sparsity", "0.5", "--pattern", "2:4"), ("--pattern", "half")])
+def test_wrong_use_exits_with_two(run, arguments):
+    """Neither or both of sparsity and pattern, and no pattern at all."""
+    assert run(*arguments).exit_code == 2
+
+
+def test_strict_refuses_a_fisher_of_other_weights(run, tmp_path):
+    """The fingerprint tells; without --strict the model is pruned."""
+    file = open_weights(tmp_path / "model").files[0]
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    result = run("--fisher", tmp_path / "fisher", "--sparsity", "0.5", "--strict")
+    assert result.exit_code == 1
+    assert "was made at other weights" in result.output
+    assert run("--fisher", tmp_path / "fisher", "--sparsity", "0.5").exit_code == 0
