@@ -14,7 +14,8 @@ from torch import Tensor
 # The key of what is kept whatever its value: above that of infinity.
 KEPT = 2**31 - 1
 _LOW = 15
-_BLOCK = 1 << 22
+# Entries at a time: what is computed of them stays in the cache, and little is held beside the tensor.
+_BLOCK = 1 << 18
 
 
 def keys(values: Tensor) -> Tensor:
@@ -100,12 +101,15 @@ def largest(values: Tensor, keep: int) -> Tensor:
         >>> largest(torch.tensor([0.5, 2.0, 0.5, 3.0]), 3)
         tensor([ True,  True, False,  True])
     """
-    flat = values.reshape(-1).to(torch.float32)
-    if values.device.type == "cpu":
-        ranked = keys(flat)
-        return cut(lambda: [ranked], keep).take(ranked).reshape(values.shape)
+    flat = values.reshape(-1)
     kept = torch.zeros_like(flat, dtype=torch.bool)
-    kept[flat.topk(keep, sorted=False).indices] = True
+    if values.device.type == "cpu":
+        blocks = flat.split(_BLOCK)
+        found = cut(lambda: (keys(block.to(torch.float32)) for block in blocks), keep)
+        for block, part in zip(blocks, kept.split(_BLOCK), strict=True):
+            part.copy_(found.take(keys(block.to(torch.float32))))
+        return kept.reshape(values.shape)
+    kept[flat.to(torch.float32).topk(keep, sorted=False).indices] = True
     return kept.reshape(values.shape)
 
 

@@ -61,3 +61,12 @@ def test_largest_of_one_tensor(dtype):
         assert int(kept.sum()) == keep
         if 0 < keep < 105:
             assert values[kept].min() >= values[~kept].max()
+
+
+def test_largest_over_blocks_keeps_the_first_among_equals(monkeypatch):
+    """A tensor longer than a block gives the mask of the whole, also where equal entries lie in several blocks."""
+    monkeypatch.setattr(selection, "_BLOCK", 13)
+    values = torch.randint(0, 4, (7, 11), generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    for keep in (0, 1, 29, 50, 77):
+        (expected,) = _first_largest([values.flatten().tolist()], keep)
+        assert selection.largest(values, keep).flatten().tolist() == expected
