@@ -8,8 +8,6 @@ from squisher_mergekit.merging.plan import FisherUse, TensorPlan, WeightInput
 
 # What Python, torch and mergekit hold before the first tensor is read, and the chunks being worked on.
 _RESIDENT = 500_000_000
-# Bytes an entry, while the largest F of a tensor are looked for.
-_RANKS = 8
 
 
 @dataclass
@@ -181,9 +179,8 @@ def _fisher_bytes(tensor: TensorPlan) -> int:
 
 
 def _choice_bytes(tensor: TensorPlan) -> int:
-    """Return what choosing by F takes: a mark an entry and model, and one Fisher's ranks at a time."""
-    count = len(tensor.trimmed())
-    return tensor.size * (count + _RANKS) if count else 0
+    """Return what choosing by F holds: a mark an entry and model."""
+    return tensor.size * len(tensor.trimmed())
 
 
 def _size(count: int) -> str:

@@ -207,6 +207,6 @@ def permute_rows(tensor: Tensor, permutation: dict[int, int], rows: int, axis: i
     pairs = [(new, old) for new, old in permutation.items() if old >= 0]
     result = tensor.new_zeros([rows if i == axis else size for i, size in enumerate(tensor.shape)])
     if pairs:
-        new, old = (torch.tensor(side) for side in zip(*pairs, strict=True))
+        new, old = (torch.tensor(side, device=tensor.device) for side in zip(*pairs, strict=True))
         result.index_copy_(axis, new, tensor.index_select(axis, old))
     return result
