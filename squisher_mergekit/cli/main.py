@@ -18,6 +18,9 @@ VERBS = {
     "pull": ("pull", "Fetch a Fisher from the Hugging Face Hub."),
     "plan": ("plan", "Check a merge strictly and show what it would do, without doing it."),
     "merge": ("merge", "Check a merge, run it with mergekit, and report on it."),
+    "prune": ("prune", "Make the weights 0 that matter least, by their Fisher."),
+    "mask": ("mask", "FISH masks: choose the weights that matter most, take the others back."),
+    "task2vec": ("task2vec", "Tasks as vectors: embed Fishers, compare tasks, rank sources for a target."),
     "doctor": ("doctor", "Say whether a merge can run here, and what would stop it."),
 }
 
