@@ -3,9 +3,10 @@
     PYTHONPATH=scripts python -m experiments.ewc --plot accuracy.png --json ewc.json
 
 Task-incremental: the task is known when a digit is tested, so that two outputs compete. The network is that of the
-paper, 784-400-400-10; Adam with a learning rate of 1e-3, 64 digits a step, 150 steps a task, 800 digits of each task for
-training and 200 for testing. Lambda is chosen on seeds 10 and 11 (the best mean accuracy over the five tasks at the end,
-of powers of ten; of equal ones the smallest), and what is reported is of seeds 0, 1 and 2, which nothing was chosen on.
+paper, 784-400-400-10; Adam with a learning rate of 1e-3, 64 digits a step, 150 steps a task, 800 digits of each task
+for training and 200 for testing. Lambda is chosen on seeds 10 and 11 (the best mean accuracy over the five tasks at
+the end, of powers of ten; of equal ones the smallest). What is reported is of seeds 0, 1 and 2, which nothing was
+chosen on.
 
 Stated before those were run: at the end the mean accuracy with the Fisher and with the Squisher is each at least
 ``OVER_NONE`` above no penalty, and at least ``OVER_L2`` above the L2 penalty.
@@ -55,7 +56,7 @@ class Task:
 
 @dataclass
 class Found:
-    """``matrix[i, j]``: accuracy on task j after task i. ``ratios``: penalty by task gradient, squared, of each task."""
+    """``matrix[i, j]``: accuracy on task j after task i. ``ratios``: penalty by task gradient, squared, by task."""
 
     matrix: Tensor
     ratios: list[float] = field(default_factory=list)
@@ -94,8 +95,8 @@ def learn(method: str, lam: float, tasks: Sequence[Task], seed: int, steps: int 
     """Learn all tasks, and test on those seen after each.
 
     Args:
-        method: ``none``, ``l2``, ``fisher`` (exact), ``squisher`` (a separate average of the task's gradient) or ``own``
-            (the optimizer's second moment, which takes in the penalty's gradient).
+        method: ``none``, ``l2``, ``fisher`` (exact), ``squisher`` (a separate average of the task's gradient) or
+            ``own`` (the optimizer's second moment, which takes in the penalty's gradient).
         lam: Lambda.
         tasks: In the order to learn them.
         seed: Of the network and the order of the images.

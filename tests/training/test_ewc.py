@@ -1,0 +1,274 @@
+"""Runs of the real Trainer under the penalty, held against a loop written out, and what one run leaves to the next."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+
+from squisher_mergekit import GradientSquares
+from squisher_mergekit.applications.ewc import EWCPenalty
+from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
+from squisher_mergekit.training.ewc import EWCCallback, live_squisher
+from tests.training.cases import make, trainer
+from tests.training.worker import wrap
+
+ROOT = Path(__file__).parents[2]
+LAM, CLIP = 3.0, 0.5
+SETTINGS = {"lr_scheduler_type": "constant", "max_grad_norm": CLIP, "learning_rate": 1e-2}
+
+
+def model():
+    """Return a classifier without dropout, so that two runs can agree."""
+    made = make("bert")
+    for module in made.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return made
+
+
+def penalty_of(learner, **settings):
+    """Return a penalty with one task, whose anchor lies elsewhere and whose Fisher differs from weight to weight."""
+    anchor, generator = copy.deepcopy(learner), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in anchor.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    fisher = {name: torch.rand(p.shape, generator=generator) for name, p in anchor.named_parameters()}
+    penalty = EWCPenalty(LAM, **settings)
+    penalty.add(anchor, fisher)
+    return penalty
+
+
+class _Watch(transformers.TrainerCallback):
+    """Keeps each micro-batch, and the gradient that a step is taken with."""
+
+    def __init__(self):
+        self.batches, self.gradients = [], []
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def _look(self, module, args, kwargs):
+        if module.training:
+            self.batches.append({key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)})
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+
+
+def _loop(learner, penalty, batches, own=False):
+    """Train as the Trainer does, on two parts a step; return the Fisher that the task leaves."""
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2, weight_decay=0.0)
+    squares = GradientSquares(learner)
+    learner.train()
+    for first in range(0, len(batches), 2):
+        optimizer.zero_grad()
+        for batch in batches[first : first + 2]:
+            learner(**batch).loss.backward()  # of this model the Trainer takes the sum of the parts' losses
+        squares.update()
+        penalty.add_gradient(learner)
+        nn.utils.clip_grad_norm_(learner.parameters(), CLIP)
+        optimizer.step()
+    return live_squisher(learner, optimizer) if own else squares.fisher()
+
+
+def _same_state(a, b, rtol=1e-6):
+    a, b = a.state_dict(), b.state_dict()
+    assert a["tasks"] == b["tasks"]
+    assert set(a["terms"]) == set(b["terms"])
+    for name, term in a["terms"].items():
+        for key in ("fisher", "anchor"):
+            torch.testing.assert_close(term[key], b["terms"][name][key], rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["separate", "optimizer"])
+def test_the_callback_is_the_loop(tmp_path, source):
+    """Weights to 1e-6, and what is left to the next task: one penalty a step, before clipping, two parts a step."""
+    by_trainer, watch = model(), _Watch()
+    by_loop = copy.deepcopy(by_trainer)
+    penalty, same = penalty_of(by_trainer), penalty_of(by_trainer)
+    callback = EWCCallback(penalty, source=source)
+    trainer("bert", tmp_path, [watch, callback], by_trainer, **SETTINGS).train()
+    assert len(watch.batches) == 6
+    norms = [nn.utils.get_total_norm(gradients).item() for gradients in watch.gradients]
+    assert norms == pytest.approx([CLIP] * 3, rel=1e-4)  # with the penalty, and clipped
+    fisher = _loop(by_loop, same, watch.batches, own=source == "optimizer")
+    for name, parameter in by_loop.named_parameters():
+        torch.testing.assert_close(by_trainer.get_parameter(name), parameter, rtol=1e-6, atol=1e-6)
+    same.add(by_loop, fisher, examples_per_step=4)
+    assert penalty.tasks == 2
+    _same_state(penalty, same, rtol=1e-4)
+
+
+def test_the_separate_average_is_that_of_the_task_alone(tmp_path):
+    """From the same weights the first step's squares are those without a penalty; the optimizer's own are not."""
+    found = {}
+    for lam, source in ((0.0, "separate"), (1e3, "separate"), (1e3, "optimizer")):
+        learner = model()
+        penalty = EWCPenalty(lam)
+        penalty.load_state_dict(penalty_of(learner).state_dict())
+        before = penalty.state_dict()["terms"]
+        callback = EWCCallback(penalty, source=source)
+        trainer("bert", tmp_path, [callback], learner, **SETTINGS | {"max_steps": 1, "max_grad_norm": 0.0}).train()
+        after = penalty.state_dict()["terms"]
+        found[lam, source] = torch.cat([(after[n]["fisher"] - before[n]["fisher"]).flatten() for n in before])
+    torch.testing.assert_close(found[1e3, "separate"], found[0.0, "separate"])
+    assert found[1e3, "optimizer"].sum() > 100 * found[0.0, "separate"].sum()
+
+
+def test_the_log_has_the_penalty_and_the_ratio(tmp_path):
+    """Beside each loss; the loss stays the task's, and before the first task there is nothing to tell."""
+    settings = SETTINGS | {"logging_strategy": "steps", "logging_steps": 1}
+    learner = model()
+    penalty = penalty_of(learner)
+    with torch.no_grad():
+        expected = penalty(learner).item()
+    run = trainer("bert", tmp_path / "a", [EWCCallback(penalty)], learner, **settings | {"learning_rate": 0.0})
+    run.train()
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["ewc_penalty"] for entry in logs] == pytest.approx([expected] * 3)
+    assert all(entry["ewc_ratio"] > 0 for entry in logs)
+    assert [entry["loss"] for entry in logs] == pytest.approx([2 * math.log(5)] * 3, rel=0.01)
+    first = trainer("bert", tmp_path / "b", [EWCCallback(EWCPenalty(LAM))], model(), **settings)
+    first.train()
+    assert not any("ewc_penalty" in entry for entry in first.state.log_history)
+
+
+def test_one_callback_serves_several_tasks(tmp_path):
+    """Three runs leave three tasks, each with an average of its own; with at_end=False the user decides."""
+    learner, penalty = model(), EWCPenalty(LAM)
+    callback = EWCCallback(penalty)
+    for number in range(3):
+        trainer("bert", tmp_path / str(number), [callback], learner, **SETTINGS).train()
+        assert penalty.tasks == number + 1
+        assert set(callback.squares.steps.values()) == {3}
+    callback = EWCCallback(penalty, at_end=False)
+    trainer("bert", tmp_path / "last", [callback], learner, **SETTINGS).train()
+    assert penalty.tasks == 3
+    callback.finish_task(learner)
+    assert penalty.tasks == 4
+
+
+def test_a_resumed_run_goes_on(tmp_path):
+    """Stopped after two of four steps and resumed in a new Trainer, weights and penalty are those of one run."""
+    settings = SETTINGS | {"max_steps": 4, "save_steps": 2}
+    whole, parts = model(), model()
+    one, two = penalty_of(whole), penalty_of(whole)
+    state = two.state_dict()
+    trainer("bert", tmp_path / "one", [EWCCallback(one)], whole, **settings).train()
+    trainer("bert", tmp_path / "two", [EWCCallback(two)], parts, **settings).train()
+    again, penalty = model(), EWCPenalty(LAM)
+    penalty.load_state_dict(state)
+    run = trainer("bert", tmp_path / "two", [EWCCallback(penalty)], again, **settings)
+    run.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-2"))
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), parameter, rtol=1e-6, atol=1e-6)
+    _same_state(penalty, one, rtol=1e-5)
+
+
+def test_a_scaled_loss_gets_a_scaled_penalty():
+    """Under a GradScaler the average is of the true gradient, and what is added is multiplied as the loss was."""
+    found = {}
+    for scale in (None, 1024.0):
+        learner = model()
+        callback = EWCCallback(penalty_of(learner))
+        scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+        callback._model, callback._optimizer = learner, SimpleNamespace(scaler=scaler)
+        callback.squares = GradientSquares(learner)
+        ids = torch.arange(3, 14).unsqueeze(0)
+        loss = learner(input_ids=ids, labels=torch.tensor([2])).loss
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        callback.on_step_begin(None, None, None)
+        callback._add()
+        found[scale] = learner, callback.squares.squares
+    for name, parameter in found[None][0].named_parameters():
+        torch.testing.assert_close(found[1024.0][0].get_parameter(name).grad, 1024.0 * parameter.grad)
+        torch.testing.assert_close(found[1024.0][1][name], found[None][1][name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"source": "adam"}, "found 'adam'"), ({"beta": 1.0}, "beta must be between 0 and 1")]
+)
+def test_arguments_out_of_range_are_refused(arguments, message):
+    """Before training begins."""
+    with pytest.raises(ConfigError, match=message):
+        EWCCallback(EWCPenalty(1.0), **arguments)
+
+
+def test_a_model_of_another_shape_is_refused_in_its_first_step(tmp_path):
+    """The error comes through the backward pass as it is."""
+    penalty = penalty_of(model())
+    penalty._terms["classifier.bias"] = penalty._terms["bert.pooler.dense.bias"]
+    with pytest.raises(MismatchError, match=r"classifier.bias in the shape \[12\] of its anchor, but it has \[5\]"):
+        trainer("bert", tmp_path, [EWCCallback(penalty)], model(), **SETTINGS).train()
+
+
+def test_outputs_that_tell_nothing_are_refused():
+    """Where no backward pass was seen to end, the step is refused rather than taken without the penalty."""
+    callback = EWCCallback(EWCPenalty(1.0))
+    args = SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=1, world_size=1, accelerator_config=None)
+    state = SimpleNamespace(train_batch_size=2, global_step=0)
+    learner = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(learner.parameters())
+    callback.on_train_begin(args, state, None, model=learner, optimizer=optimizer)
+    callback.on_step_begin(args, state, None)
+    learner(torch.ones(1, 2))
+    with pytest.raises(UnsupportedStateError, match="none came by the outputs of Linear"):
+        callback.on_pre_optimizer_step(args, state, None, model=learner)
+
+
+def test_a_sharded_model_is_refused(tmp_path):
+    """The callback and the living state say what to do under FSDP2."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        learner = wrap("fsdp2", make("llama"))
+        optimizer = torch.optim.Adam(learner.parameters())
+        with pytest.raises(UnsupportedStateError, match="FSDP2 in a loop of your own"):
+            EWCCallback(EWCPenalty(1.0)).on_train_begin(None, None, None, model=learner, optimizer=optimizer)
+        with pytest.raises(UnsupportedStateError, match="take save_squisher"):
+            live_squisher(learner, optimizer)
+    finally:
+        dist.destroy_process_group()
+
+
+TRAINER = """
+import sys
+import torch
+from squisher_mergekit.training.ewc import EWCCallback
+from tests.training.cases import trainer
+from tests.training.test_ewc import SETTINGS, model, penalty_of
+learner, more = model(), {"ddp_backend": "gloo", "per_device_train_batch_size": 1} if sys.argv[2] == "2" else {}
+penalty = penalty_of(learner)
+run = trainer("bert", sys.argv[1], [EWCCallback(penalty)], learner, **SETTINGS | more)
+run.train()
+if run.is_world_process_zero():
+    torch.save(penalty.state_dict(), sys.argv[1] + "/penalty.pt")
+"""
+
+
+@pytest.mark.slow
+def test_the_trainer_in_two_processes(tmp_path):
+    """On halves of each batch they leave the anchors and the Fisher that one process leaves on the whole of it."""
+    script = tmp_path / "run.py"
+    script.write_text(TRAINER)
+    found = []
+    for world in ("1", "2"):
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if world == "2" else []
+        done = subprocess.run(
+            [sys.executable, *start, str(script), str(tmp_path / world), world],
+            capture_output=True, text=True, check=False, timeout=240, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        penalty = EWCPenalty(LAM)
+        penalty.load_state_dict(torch.load(tmp_path / world / "penalty.pt", weights_only=True))
+        found.append(penalty)
+    assert found[0].tasks == 2
+    _same_state(*found, rtol=1e-3)
