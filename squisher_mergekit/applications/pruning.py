@@ -24,7 +24,8 @@ from squisher_mergekit.fisher.mapping import check_values
 ScoreName = Literal["fisher", "magnitude", "random", "taylor_squared"]
 Normalize = Literal["layer", "none"]
 Rounds = Literal["harmonic", "geometric", "linear"]
-LEAST = 0.01
+# The least of each layer beside what is kept over all. Settled on two seeds of scripts/experiments/pruning.py.
+_LEAST = 1 / 3
 # How often `masks` asks for each tensor: to check it, and for the choice.
 PASSES, PATTERN_PASSES = 4, 2
 _ROWS = 1 << 20
@@ -39,11 +40,12 @@ class Recipe:
         score: ``fisher``: ``theta^2 F / 2``. ``magnitude``: ``|theta|``. ``random``: drawn evenly, the baseline.
             ``taylor_squared``: ``(theta g)^2`` with g the mean gradient, the squared mean where the Fisher has the mean
             of squares; in memory only.
-        normalize: ``layer``: a score is divided by the mean score of its tensor. ``none``: taken as it is; theta^2 F
-            differs by orders of magnitude between layers, so that a global choice then empties whole ones.
+        normalize: ``none``: scores are compared as they are. ``layer``: each is divided by the mean score of its
+            tensor; a small layer, of which every weight matters more, then loses as much as a large one.
         scope: ``global``: the lowest scores of all tensors go. ``layer``: of each tensor the same share.
-        least: Of each tensor at least this share is kept, whatever its scores: one that training has not reached has
-            F = 0 throughout, and would go first and whole.
+        least: Of each tensor at least this share is kept, whatever its scores. Without it a global choice empties whole
+            layers: theta^2 F differs by orders of magnitude between them, and where training has not come F is 0. By
+            default a third of the share that is kept over all.
         pattern: ``(n, m)``: of each m weights in a row along the input axis the n with the largest scores are kept, as
             sparse matrix units need them. It takes the place of sparsity, scope and least.
         ignore: Names, or regular expressions that are searched for in names, of tensors to leave alone.
@@ -61,9 +63,9 @@ class Recipe:
 
     sparsity: float | None = None
     score: ScoreName = "fisher"
-    normalize: Normalize = "layer"
+    normalize: Normalize = "none"
     scope: Scope = "global"
-    least: float = LEAST
+    least: float | None = None
     pattern: tuple[int, int] | None = None
     ignore: tuple[str, ...] = ()
     default_ignore: bool = True
@@ -81,9 +83,16 @@ class Recipe:
             )
         if self.sparsity is not None:
             check_share("sparsity", self.sparsity, whole=False)
-        check_share("least", self.least, whole=False)
+        check_share("least", self.floor, whole=False)
         if self.pattern is not None and not 0 < self.pattern[0] < self.pattern[1] <= 128:
             raise ConfigError(f"a pattern n:m must have 0 < n < m <= 128, found {':'.join(map(str, self.pattern))}")
+
+    @property
+    def floor(self) -> float:
+        """The share of each tensor that is kept whatever its scores are."""
+        if self.least is not None:
+            return self.least
+        return 0.0 if self.sparsity is None else _LEAST * (1 - self.sparsity)
 
     def keep(self, entries: int) -> int:
         """Return how many of so many entries are kept."""
@@ -94,7 +103,7 @@ class Recipe:
 
     def about(self) -> dict[str, Any]:
         """Return it as JSON takes it; what the pattern replaces is left out."""
-        known = asdict(self)
+        known = asdict(self) | {"least": self.floor}
         left_out = ("sparsity", "scope", "least", "normalize") if self.pattern else ("pattern",)
         return {key: value for key, value in known.items() if key not in left_out}
 
@@ -156,10 +165,10 @@ def make_plan(
         )
     if recipe.pattern is not None:
         return Plan(recipe, plan.shapes, why, _pattern_axes(plan, axes or {}))
-    floors = sum(math.ceil(size * recipe.least) for size in plan.sizes.values())
+    floors = sum(math.ceil(size * recipe.floor) for size in plan.sizes.values())
     if floors > recipe.keep(entries):
         raise ConfigError(
-            f"sparsity and least must go together, but keeping at least {recipe.least:g} of each tensor takes {floors} "
+            f"sparsity and least must go together, but keeping at least {recipe.floor:g} of each tensor takes {floors} "
             f"entries, and a sparsity of {recipe.sparsity:g} keeps {recipe.keep(entries)} of {entries}; lower one"
         )
     return plan
@@ -242,7 +251,7 @@ def masks(plan: Plan, inputs: Inputs, advance: Callable[[], object] = lambda: No
 
     if recipe.pattern is None:
         keep = recipe.keep(sum(plan.sizes.values()))
-        yield from choose(plan.sizes, ranked, keep, scope=recipe.scope, least=recipe.least)
+        yield from choose(plan.sizes, ranked, keep, scope=recipe.scope, least=recipe.floor)
         return
     for name in plan.sizes:
         yield name, largest_of(ranked(name), *recipe.pattern, axis=plan.axes[name])

@@ -42,11 +42,11 @@ class _Pattern(click.ParamType):
 )
 @click.option(
     "--normalize",
-    type=click.Choice(["layer", "none"]),
-    default="layer",
+    type=click.Choice(["none", "layer"]),
+    default="none",
     show_default=True,
-    help="layer: divide scores by their mean over the tensor. theta^2 F differs by orders of magnitude between layers; "
-    "taken as it is (none), a global choice empties whole layers.",
+    help="none: compare scores as they are. layer: divide them by their mean over the tensor; a small layer, of which "
+    "every weight matters more, then loses as much as a large one.",
 )
 @click.option(
     "--scope",
@@ -58,9 +58,8 @@ class _Pattern(click.ParamType):
 @click.option(
     "--least",
     type=float,
-    default=0.01,
-    show_default=True,
-    help="Keep at least this share of each tensor, also of one that training never reached (F = 0).",
+    help="Keep at least this share of each tensor: theta^2 F differs by orders of magnitude between layers, a global "
+    "choice would empty some. By default a third of the share that is kept over all; 0 for none.",
 )
 @click.option("--pattern", type=_Pattern(), help="In place of --sparsity: keep N of each M weights along the inputs.")
 @click.option("--ignore", multiple=True, help="A name, or a regular expression, of tensors to leave alone; repeatable.")
@@ -84,7 +83,7 @@ def command(
     score: str,
     normalize: str,
     scope: str,
-    least: float,
+    least: float | None,
     pattern: tuple[int, int] | None,
     ignore: tuple[str, ...],
     no_default_ignore: bool,
@@ -148,7 +147,7 @@ def table(report: Report) -> Iterator[str]:
     yield f"of the whole model, {report.entries:,} entries, {report.sparsity_of_model:.2%} were pruned"
     empty = [layer.name for layer in report.layers if not layer.kept]
     if empty:
-        yield f"{len(empty)} layers have no weight left, {empty[0]} among them; see --least and --normalize"
+        yield f"{len(empty)} layers have no weight left, {empty[0]} among them; see --least"
     reasons = Counter(report.ignored.values())
     if reasons:
         yield "left alone: " + ", ".join(f"{count} ({why})" for why, count in reasons.items())

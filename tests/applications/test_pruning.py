@@ -56,22 +56,21 @@ def test_magnitude_and_the_squared_mean_are_what_they_say():
             assert torch.equal(found[name], mask)
 
 
-def test_a_raw_global_ranking_empties_a_layer_and_the_defaults_do_not():
-    """The trap of theta^2 F: b is a thousand times flatter; a floor or scores in units of their mean keep it."""
+def test_a_global_ranking_empties_a_layer_and_the_defaults_do_not():
+    """The trap of theta^2 F: that of b is a thousand times smaller; a third of what is kept over all is left to it."""
     weights, fisher = _tensors(2)
-    raw = _found(weights, fisher, Recipe(0.9, normalize="none", least=0))
-    assert not raw["b.weight"].any()
-    floored = _found(weights, fisher, Recipe(0.9, normalize="none", least=0.05))
-    assert int(floored["b.weight"].sum()) == 4
-    usual = _found(weights, fisher, Recipe(0.9))
-    assert int(usual["b.weight"].sum()) >= 4
+    assert not _found(weights, fisher, Recipe(0.9, least=0))["b.weight"].any()
+    assert int(_found(weights, fisher, Recipe(0.9, least=0.05))["b.weight"].sum()) == 4
+    assert int(_found(weights, fisher, Recipe(0.9))["b.weight"].sum()) == 3  # of 65, 0.1 / 3
+    assert int(_found(weights, fisher, Recipe(0.9, normalize="layer", least=0))["b.weight"].sum()) > 4
 
 
 def test_a_layer_without_fisher_keeps_its_least():
-    """Where F is 0 throughout, the default still leaves one in a hundred, rounded up."""
+    """Where F is 0 throughout, whatever scores are measured by."""
     weights, fisher = _tensors(3)
     fisher["b.weight"].zero_()
-    assert int(_found(weights, fisher, Recipe(0.5))["b.weight"].sum()) == 1
+    for normalize in ("none", "layer"):
+        assert int(_found(weights, fisher, Recipe(0.7, normalize=normalize))["b.weight"].sum()) == 7
 
 
 def test_the_same_share_of_each_layer_goes():

@@ -24,7 +24,7 @@ CASES = [
     ("llama", torch.bfloat16, {"score": "random", "seed": 5}),
     ("mixtral", torch.bfloat16, {"pattern": (2, 4)}),
     ("gpt2", torch.float32, {"pattern": (1, 3)}),  # Conv1D keeps [in, out]
-    ("t5", torch.float32, {"normalize": "none", "least": 0.2}),
+    ("t5", torch.float32, {"normalize": "layer", "least": 0.2}),
 ]
 
 

@@ -62,11 +62,18 @@ def test_options_reach_the_recipe(run, tmp_path):
     assert mask["bert.pooler.dense.weight"].all()
     held = mask["bert.encoder.layer.1.output.dense.weight"].reshape(12, 3, 4).sum(2)
     assert torch.equal(held, torch.full((12, 3), 2))
-    options = ("--scope", "layer", "--least", 0.1, "--normalize", "none", "--seed", 7, "--scaling", "raw")
+    options = ("--scope", "layer", "--least", 0.1, "--normalize", "layer", "--seed", 7, "--scaling", "raw")
     done = run("--score", "random", "--sparsity", 0.5, "--no-default-ignore", *options, out="other")
     assert done.exit_code == 0, done.output
     about = read_mask(tmp_path / "other").about
-    wanted = {"scope": "layer", "least": 0.1, "normalize": "none", "seed": 7, "scaling": "raw", "default_ignore": False}
+    wanted = {
+        "scope": "layer",
+        "least": 0.1,
+        "normalize": "layer",
+        "seed": 7,
+        "scaling": "raw",
+        "default_ignore": False,
+    }
     assert {key: about[key] for key in wanted} == wanted
     assert not mask_all_kept(tmp_path / "other", "bert.embeddings.word_embeddings.weight")
 
