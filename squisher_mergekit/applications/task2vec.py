@@ -16,7 +16,7 @@ from torch import Tensor
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
 from squisher_mergekit.fisher.config import Estimator, Scaling
 from squisher_mergekit.fisher.files import safetensors_notes, sync, written_beside
-from squisher_mergekit.fisher.mapping import Fisher, check_values
+from squisher_mergekit.fisher.mapping import Fisher, Moments, check_values
 from squisher_mergekit.optimizers.load import load_fisher
 
 Per = Literal["row", "tensor", "entry"]
@@ -120,8 +120,7 @@ def embed(
     tensors = {}
     for key in progress or list(fisher):
         if key not in excluded:
-            check_values(fisher[key], key, fisher.location)
-            tensors[key] = _means(fisher.scaled(key, scaling), per).cpu()
+            tensors[key] = _values(fisher, key, scaling, per)
     if not any(bool((tensor > 0).any()) for tensor in tensors.values()):
         raise ValuesError(
             f"an embedding must hold a value above 0, but all means over {len(tensors)} tensors of {fisher.location} "
@@ -233,13 +232,20 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ConfigError(f"--exclude must be a regular expression, but {pattern!r} is none: {error}") from error
 
 
-def _means(tensor: Tensor, per: Per) -> Tensor:
-    """Return the means of F over rows, over the tensor, or its entries; flat, float32."""
-    if per == "tensor":
-        return tensor.mean(dtype=torch.float64).reshape(1).float()
-    if per == "entry" or tensor.dim() < 2:
-        return tensor.reshape(-1).float()
-    return tensor.flatten(1).mean(1, dtype=torch.float64).float()
+def _values(fisher: Fisher, name: str, scaling: Scaling, per: Per) -> Tensor:
+    """Return the means of F over the rows of a tensor, over all of it, or its entries; flat, float32."""
+    raw = fisher[name]
+    check_values(raw, name, fisher.location)
+    if per == "entry":
+        return fisher.scaled(name, scaling).reshape(-1).float().cpu()
+    rows = raw.flatten(1) if raw.dim() > 1 else raw.reshape(-1, 1)
+    offset, step = fisher.offset(name, scaling), max(1, Moments.BLOCK // max(rows.shape[1], 1))
+    # A block at a time: the float64 copy of a whole embedding table would be the largest thing in memory.
+    means = torch.empty(len(rows), dtype=torch.float64, device=raw.device)
+    for at in range(0, len(rows), step):
+        means[at : at + step] = rows[at : at + step].to(torch.float64, copy=True).sub_(offset).mean(1)
+    means.mul_(fisher.factor(name, scaling))
+    return (means.mean().reshape(1) if per == "tensor" else means).float().cpu()
 
 
 def write_embedding(embedding: Embedding, path: str | Path) -> None:

@@ -82,6 +82,23 @@ def test_scaling():
         embed(_fisher(_network(), estimator="squisher", statistic="ema", optimizer={"beta2": 0.9}))
 
 
+def test_a_large_tensor_is_averaged_in_blocks():
+    """Rows beyond the first block are the mean of the scaled entries too, less the start of Adagrad's sums."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"w": 0.7 + torch.rand(10007, 53, generator=generator), "zero": torch.full((3, 5), 0.7)}
+    optimizer = {"initial_accumulator_value": 0.7}
+    fisher = _fisher(tensors, estimator="squisher", statistic="sum", steps=5, optimizer=optimizer)
+    found = embed(fisher).tensors
+    for name in tensors:
+        assert torch.allclose(found[name], fisher.scaled(name).double().mean(1).float(), rtol=1e-6, atol=1e-9)
+    assert found["zero"].tolist() == [0, 0, 0]
+    assert torch.equal(fisher["w"], tensors["w"])
+    double = _fisher({"w": tensors["w"].double()})
+    before = double["w"].clone()
+    embed(double)
+    assert torch.equal(double["w"], before)
+
+
 @pytest.mark.parametrize(
     ("name", "head"),
     [
