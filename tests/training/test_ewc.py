@@ -245,7 +245,10 @@ import torch
 from squisher_mergekit.training.ewc import EWCCallback
 from tests.training.cases import trainer
 from tests.training.test_ewc import SETTINGS, model, penalty_of
-learner, more = model(), {"ddp_backend": "gloo", "per_device_train_batch_size": 1} if sys.argv[2] == "2" else {}
+# Or else the Trainer multiplies this model's loss by the number of processes.
+more = {"average_tokens_across_devices": False}
+more |= {"ddp_backend": "gloo", "per_device_train_batch_size": 1} if sys.argv[2] == "2" else {}
+learner = model()
 penalty = penalty_of(learner)
 run = trainer("bert", sys.argv[1], [EWCCallback(penalty)], learner, **SETTINGS | more)
 run.train()
