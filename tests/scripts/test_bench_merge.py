@@ -41,6 +41,19 @@ def test_all_commands_run_and_are_compared_with_linear(tmp_path):
 
 
 @pytest.mark.slow
+def test_density_is_compared_with_ties(tmp_path):
+    """With --density squisher and ties run at it too, from a base of their own."""
+    only = ["--only", "squisher", "squisher trim", "ties trim"]
+    done = _bench("--work", str(tmp_path / "work"), "--density", "0.2", *only)
+    assert done.returncode == 0, done.stderr
+    assert "density: CPU " in done.stdout
+    assert " x ties" in done.stdout
+    config = json.loads((tmp_path / "work" / "ties_trim.yml").read_text())
+    assert config["base_model"] == str(tmp_path / "work" / "base")
+    assert [entry["parameters"]["density"] for entry in config["models"]] == [0.2, 0.2]
+
+
+@pytest.mark.slow
 def test_a_command_that_fails_stops_the_run(tmp_path):
     """A merge that fails gives its output and a non-zero exit, not a time."""
     done = _bench("--work", str(tmp_path), "--only", "linear", "--options=--no-such-option")
