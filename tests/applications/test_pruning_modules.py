@@ -10,6 +10,7 @@ from torch.nn.utils import prune as torch_prune
 from squisher_mergekit.applications.pruning import schedule
 from squisher_mergekit.applications.pruning_modules import choose_weights, prune
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
+from squisher_mergekit.training.masked import MaskedTraining
 from tests.applications.pruned import slow_masks, stored
 
 
@@ -204,3 +205,38 @@ def test_a_fisher_of_something_else_is_refused(fisher, message):
         prune(model, fisher, 0.5)
     assert "\n" not in str(error.value)
     assert not torch_prune.is_pruned(model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.001, momentum=0.9, weight_decay=0.1),
+    ],
+    ids=["adamw", "sgd"],
+)
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_pruned_weights_stay_zero_in_training(make, by_torch):
+    """Bit for bit, with decay and old momenta: under masks of torch, and where MaskedTraining holds the weights."""
+    model = _network()
+    optimizer = make(model.parameters())
+    _train(model, optimizer, 3)
+    fisher = _fisher(model)
+    if by_torch:
+        report = prune(model, fisher, 0.75)
+        _train(model, optimizer, 20)
+    else:
+        report = choose_weights(model, fisher, 0.75)
+        for name in ("0.weight", "4.weight"):
+            model.get_parameter(name).data.mul_(report.mask[name])
+        with MaskedTraining(model, optimizer, report.mask):
+            _train(model, optimizer, 20)
+    for name, tensor in _effective(model).items():
+        assert torch.equal(tensor != 0, report.mask[name])
+
+
+def _train(model, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 2, 5, 5)).square().mean().backward()
+        optimizer.step()
