@@ -69,7 +69,7 @@ def prune(
         ([[1.0, 0.0], [3.0, 0.0]], True)
     """
     inner = unwrap_model(model)
-    with _unmasked(inner) as earlier:
+    with unmasked(inner) as earlier:
         report = choose_weights(model, fisher, sparsity, gradient=gradient, earlier=earlier, **options)
         chosen = _chosen_parameters(inner, report)
         _check_maskable(inner, chosen)
@@ -150,7 +150,7 @@ def apply_masks(model: nn.Module, chosen: Mapping[str, Tensor]) -> None:
         model: The model, unwrapped. A parameter that several modules share is masked in each.
         chosen: Parameter name -> bool tensor, true where it is kept.
     """
-    with _unmasked(model):
+    with unmasked(model):
         holders = _holders(model)
     torch_masks: Any = torch_prune
     for name, mask in chosen.items():
@@ -258,7 +258,7 @@ def _check_maskable(model: nn.Module, chosen: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def _unmasked(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def unmasked(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Give pruned parameters their own names for a while; yields their masks by these."""
     before: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
     found: dict[int, Tensor] = {}

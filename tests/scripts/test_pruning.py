@@ -24,7 +24,7 @@ MARGIN_OF_MEANS = 0.05
 def test_fisher_and_squisher_prune_better_than_chance():
     """Single weights at 75 and 90 %, a short training under the mask: both are above random, in every seed.
 
-    Magnitude is shown beside them in the experiment; at these sparsities it is between the two and as good at 50 %.
+    Magnitude, shown beside them in the experiment, is as good as both.
     """
     found = [pruning.curves(seed, (0.75, 0.9), ("fisher", "squisher", "random"))[1] for seed in (0, 1)]
     for score in ("fisher", "squisher"):
