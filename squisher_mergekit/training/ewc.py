@@ -129,18 +129,19 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc]
                 lambda: squares.load_fisher(read_fisher(resumed_from(args, state) / SQUARES_FOLDER)),
             )
         self._remove()
-        self._hook = self._model.register_forward_hook(self._look)
+        # What it asks of autograd cannot be compiled.
+        look: Any = torch.compiler.disable(self._look)  # type: ignore[no-untyped-call]
+        self._hook = self._model.register_forward_hook(look)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wait for the last backward pass of this step."""
         self._due = True
 
-    @torch.compiler.disable
     def _look(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         """Ask to be called when the backward pass that ends a step reaches the outputs."""
         if not (self._due and module.training and _ends_a_step()):
             return
-        reached = next((tensor for tensor in _tensors(outputs) if tensor.requires_grad), None)
+        reached: Any = next((tensor for tensor in _tensors(outputs) if tensor.requires_grad), None)
         if reached is not None:
             reached.register_hook(lambda _: _when_gradients_are_whole(self._add))
 
@@ -232,7 +233,7 @@ def _when_gradients_are_whole(work: Callable[[], None]) -> None:
 
     DDP and FSDP2 finish the gradients in callbacks of the engine; one that is queued by a callback comes after those.
     """
-    engine: Any = Variable._execution_engine  # type: ignore[attr-defined]
+    engine: Any = Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(work))
 
 

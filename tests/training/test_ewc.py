@@ -174,6 +174,17 @@ def test_a_resumed_run_goes_on(tmp_path):
     _same_state(penalty, one, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_trained_alike(tmp_path):
+    """Under torch.compile the penalty enters each step as without it."""
+    plain, compiled = model(), model()
+    settings = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer("bert", tmp_path / "a", [EWCCallback(penalty_of(plain))], plain, **SETTINGS).train()
+    trainer("bert", tmp_path / "b", [EWCCallback(penalty_of(compiled))], compiled, **SETTINGS | settings).train()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(compiled.get_parameter(name), parameter, rtol=1e-5, atol=1e-5)
+
+
 def test_a_scaled_loss_gets_a_scaled_penalty():
     """Under a GradScaler the average is of the true gradient, and what is added is multiplied as the loss was."""
     found = {}
