@@ -141,9 +141,10 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc]
         """Ask to be called when the backward pass that ends a step reaches the outputs."""
         if not (self._due and module.training and _ends_a_step()):
             return
-        reached: Any = next((tensor for tensor in _tensors(outputs) if tensor.requires_grad), None)
-        if reached is not None:
-            reached.register_hook(lambda _: _when_gradients_are_whole(self._add))
+        for tensor in _tensors(outputs):  # it is not known which of them the loss is made of
+            if tensor.requires_grad:
+                reached: Any = tensor
+                reached.register_hook(lambda _: _when_gradients_are_whole(self._add))
 
     def _add(self) -> None:
         model = self._model

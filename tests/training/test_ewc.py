@@ -222,18 +222,45 @@ def test_a_model_of_another_shape_is_refused_in_its_first_step(tmp_path):
         trainer("bert", tmp_path, [EWCCallback(penalty)], model(), **SETTINGS).train()
 
 
-def test_outputs_that_tell_nothing_are_refused():
-    """Where no backward pass was seen to end, the step is refused rather than taken without the penalty."""
-    callback = EWCCallback(EWCPenalty(1.0))
+class _Several(nn.Linear):
+    """Returns what no loss is made of beside what one is."""
+
+    def forward(self, inputs):
+        found = super().forward(inputs)
+        return {"unused": (found * 2, "text"), "used": [found]}
+
+
+def _begun(learner, penalty):
+    """Return a callback within its first step, without a Trainer."""
+    callback = EWCCallback(penalty)
     args = SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=1, world_size=1, accelerator_config=None)
     state = SimpleNamespace(train_batch_size=2, global_step=0)
-    learner = nn.Linear(2, 1)
-    optimizer = torch.optim.Adam(learner.parameters())
-    callback.on_train_begin(args, state, None, model=learner, optimizer=optimizer)
+    callback.on_train_begin(args, state, None, model=learner, optimizer=torch.optim.Adam(learner.parameters()))
     callback.on_step_begin(args, state, None)
+    return callback
+
+
+def test_any_output_of_the_model_will_do():
+    """A loss of one of several outputs: the penalty is added once, 3 x (1 - 0) to the task's gradient of 5."""
+    learner, penalty = _Several(1, 1, bias=False), EWCPenalty(3.0)
+    nn.init.zeros_(learner.weight)
+    penalty.add(learner, {"weight": torch.ones(1, 1)})
+    nn.init.ones_(learner.weight)
+    callback = _begun(learner, penalty)
+    found = learner(torch.tensor([[5.0]]))
+    found["used"][0].sum().backward()
+    assert learner.weight.grad.item() == 8.0
+    assert callback.squares.fisher().scaled("weight").item() == pytest.approx(25.0)
+    callback.on_pre_optimizer_step(None, None, None)
+
+
+def test_outputs_that_tell_nothing_are_refused():
+    """Where no backward pass was seen to end, the step is refused rather than taken without the penalty."""
+    learner = nn.Linear(2, 1)
+    callback = _begun(learner, EWCPenalty(1.0))
     learner(torch.ones(1, 2))
     with pytest.raises(UnsupportedStateError, match="none came by the outputs of Linear"):
-        callback.on_pre_optimizer_step(args, state, None, model=learner)
+        callback.on_pre_optimizer_step(None, None, None)
 
 
 def test_a_sharded_model_is_refused(tmp_path):
