@@ -63,6 +63,14 @@ def test_what_is_read_is_the_optimizers_state(tmp_path):
         assert torch.equal(fisher[name], state[number]["exp_avg_sq"])
 
 
+def test_differences_are_in_units_of_their_tensor():
+    """But those of tensors that are nothing but rounding beside the others in units of 1e-12 of the largest entry."""
+    expected = {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([0.5, 0.25]), "c": torch.tensor([1e-20])}
+    found = {"a": torch.tensor([4.0, 2.0]), "b": torch.tensor([0.5, 0.5]), "c": torch.tensor([3e-20])}
+    assert cost.apart(found, expected) == 0.5
+    assert cost.apart({"c": found["c"], "a": expected["a"]}, {n: expected[n] for n in "ac"}) == pytest.approx(5e-9)
+
+
 def test_a_cell_says_how_far_both_ways_are_apart(tmp_path, monkeypatch):
     """Beside the repeats of each way, and leaves nothing behind."""
     inputs, targets = _examples(9, (digits.SIDE**2,), digits.CLASSES)
