@@ -132,18 +132,7 @@ def _of_transformers(model: Any, choice: Choice) -> nn.Module:
             f'{max(widths)} units would be left; choose with scope="layer", or make them 0 by mask_units'
         )
     state = _cut(model.state_dict(), choice)
-    for config in _configs(model.config, counts.pop(), widths.pop()):
-        with torch.device("meta"):
-            sketch = type(model)(config)
-        if {name: tensor.shape for name, tensor in sketch.state_dict().items()} == {
-            name: tensor.shape for name, tensor in state.items()
-        }:
-            break
-    else:
-        raise UnsupportedStateError(
-            f"the config of {type(model).__name__} has no key for as few units as these (heads need an own head_dim), "
-            "so that it could not be saved; mask_units makes the units 0"
-        )
+    config = _config_of(model, {name: tensor.shape for name, tensor in state.items()}, counts.pop(), widths.pop())
     small: Any = type(model)._from_config(config, dtype=model.dtype)
     small.load_state_dict(state)
     for (_, new), (_, old) in zip(small.named_parameters(), model.named_parameters(), strict=True):
@@ -153,25 +142,41 @@ def _of_transformers(model: Any, choice: Choice) -> nn.Module:
     return small.to(model.device).train(model.training)  # type: ignore[no-any-return]
 
 
-def _configs(config: Any, count: int, kept: int) -> list[Any]:
-    """Return configs that may describe the smaller model, to be tried."""
-    found = []
+def _config_of(model: Any, shapes: Mapping[str, torch.Size], count: int, kept: int) -> Any:
+    """Return the config that gives weights of these shapes, found by trying.
+
+    Raises:
+        UnsupportedStateError: There is none, or transformers would not load it.
+    """
+    why = "it has no key for the width; heads need an own head_dim"
+    for values in _changes(model.config, count, kept):
+        config = copy.deepcopy(model.config)
+        try:
+            for key, value in values.items():
+                setattr(config, key, value)
+            config = type(config).from_dict(config.to_dict())  # what loading does, checks included
+            with torch.device("meta"):
+                sketch = type(model)(config)
+        except Exception as error:  # of whatever kind a config's own checks and a model's constructor raise
+            why = f"{values} is refused: {str(error).splitlines()[-1].strip()}"
+            continue
+        if {name: tensor.shape for name, tensor in sketch.state_dict().items()} == shapes:
+            return config
+    raise UnsupportedStateError(
+        f"the config of {type(model).__name__} must describe the smaller model, so that it can be saved, but {why}; "
+        "keep another number of units, or mask_units makes the units 0"
+    )
+
+
+def _changes(config: Any, count: int, kept: int) -> list[dict[str, int]]:
+    """Return changes of a config that may describe the smaller model."""
     keys = [key for key in _WIDTHS if hasattr(config, key) and getattr(config, key) in (count, None)]
-    for some in ([key] for key in keys):
-        found.append(_changed(config, dict.fromkeys(some, kept)))
+    found = [{key: kept} for key in keys]
     if len(keys) > 1:
-        found.append(_changed(config, dict.fromkeys(keys, kept)))
+        found.append(dict.fromkeys(keys, kept))
     heads = getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads and groups == count and hasattr(config, "head_dim"):
         width = config.head_dim or config.hidden_size // heads
-        values = {"num_attention_heads": heads // count * kept, "num_key_value_heads": kept, "head_dim": width}
-        found.append(_changed(config, values))
+        found.append({"num_attention_heads": heads // count * kept, "num_key_value_heads": kept, "head_dim": width})
     return found
-
-
-def _changed(config: Any, values: Mapping[str, int]) -> Any:
-    changed = copy.deepcopy(config)
-    for key, value in values.items():
-        setattr(changed, key, value)
-    return changed

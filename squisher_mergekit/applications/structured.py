@@ -112,7 +112,7 @@ def choose_units(
         normalize: ``layer``: scores are divided by their mean over the layer. ``none``: as they are; units of different
             layers differ in size and in F by orders of magnitude, and a global choice leaves little but the floor
             of some layers.
-        scope: ``global``, or of each ``layer`` the same share.
+        scope: ``global``: the lowest of all layers go. ``layer``: of each the same share, rounded to the unit.
         least: Of each layer at least this share is kept, and one unit.
         gradient: Of ``taylor_squared``: parameter name -> gradient averaged over examples.
         scaling: Of a Fisher.
@@ -143,20 +143,17 @@ def choose_units(
     found = unit_scores(model, units, fisher, score=score, gradient=gradient, scaling=scaling, seed=seed)
     means = {name: values.mean().item() if normalize == "layer" else 1.0 for name, values in found.items()}
     sizes = {layer.name: layer.count for layer in units}
-    total = sum(sizes.values())
 
     def ranked(name: str) -> Tensor:
         return single.ranked(lambda block: block, found[name], unit=means[name])
 
     # A share this small is one unit when rounded up.
     floor = max(least, 1 / max(sizes.values()))
-    kept = dict(choose(sizes, ranked, total - round(total * sparsity), scope=scope, least=floor))
-    if scope == "layer":
-        empty = next((name for name, mask in kept.items() if not mask.any()), None)
-        if empty is not None:
-            raise ConfigError(
-                f"a layer must keep a unit, but {empty} would lose all {sizes[empty]}; lower the sparsity"
-            )
+    groups = [sizes] if scope == "global" else [{name: size} for name, size in sizes.items()]
+    kept: dict[str, Tensor] = {}
+    for group in groups:
+        total = sum(group.values())
+        kept |= choose(group, ranked, total - round(total * sparsity), least=floor)
     return Choice(tuple(units), kept)
 
 
