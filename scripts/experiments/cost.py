@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a Fisher costs beside a Squisher (Table 1 of the paper): CPU seconds to compute the one and to read the other.
 
-The paper times, for each of its settings, the computation of the Fisher on a GPU, and the reading of the optimizer's
+The paper times, for each of its settings, the computation of the Fisher and the reading of the optimizer's
 state. Here each setting has its small counterpart, on one thread of a CPU: MiniLM for merging, gradient matching, FISH
 mask and Task2Vec, a small convolutional network for pruning and a perceptron for EWC. Two ways to the same Fisher:
 
@@ -255,7 +255,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         "Squisher from `optimizer.pt`",
         "Squisher from the portable file",
         "Fisher (ours) / Squisher (`optimizer.pt`)",
-        "the paper's Fisher, GPU-s",
+        "the paper's Fisher, seconds",
     ]
     return [
         Table("**What a Fisher costs beside a Squisher.** CPU seconds on one thread", columns, rows, _notes(report))
