@@ -104,10 +104,10 @@ def largest(values: Tensor, keep: int) -> Tensor:
     flat = values.reshape(-1)
     kept = torch.zeros_like(flat, dtype=torch.bool)
     if values.device.type == "cpu":
-        blocks = flat.split(_BLOCK)
-        found = cut(lambda: (keys(block.to(torch.float32)) for block in blocks), keep)
-        for block, part in zip(blocks, kept.split(_BLOCK), strict=True):
-            part.copy_(found.take(keys(block.to(torch.float32))))
+        blocks = [slice(start, start + _BLOCK) for start in range(0, len(flat), _BLOCK)]
+        found = cut(lambda: (keys(flat[block].to(torch.float32)) for block in blocks), keep)
+        for block in blocks:
+            kept[block] = found.take(keys(flat[block].to(torch.float32)))
         return kept.reshape(values.shape)
     kept[flat.to(torch.float32).topk(keep, sorted=False).indices] = True
     return kept.reshape(values.shape)
