@@ -132,7 +132,7 @@ class MaskWriter:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with MaskWriter(Path(folder) / MASK_NAME, ["w"], {}) as writer:
-        ...         writer.add("w", torch.tensor([True, False, True]))
+        ...         _ = writer.add("w", torch.tensor([True, False, True]))
         ...     read_mask(Path(folder))["w"]
         tensor([ True, False,  True])
     """
