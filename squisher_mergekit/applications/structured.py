@@ -19,6 +19,10 @@ from squisher_mergekit.fisher.mapping import Fisher, check_values
 from squisher_mergekit.optimizers.memory import by_parameter
 from squisher_mergekit.optimizers.models import memory_names, unwrap_model
 
+# The least of each layer beside what is kept over all. Settled on two seeds of the network of
+# scripts/experiments/pruning.py, filters at 25 and 50 %.
+_LEAST = 2 / 3
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -89,9 +93,9 @@ def choose_units(
     sparsity: float = 0.0,
     *,
     score: ScoreName = "fisher",
-    normalize: Normalize = "layer",
+    normalize: Normalize = "none",
     scope: Scope = "global",
-    least: float = 0.05,
+    least: float | None = None,
     gradient: Mapping[str, Tensor] | None = None,
     scaling: Scaling = "debiased",
     seed: int = 0,
@@ -109,11 +113,11 @@ def choose_units(
         score: ``fisher``. ``taylor_squared``: ``(sum_i theta_i g_i)^2`` with g the mean gradient, what the code behind
             the paper's table calls its Fisher score: a squared mean, in which weights of a unit cancel, too.
             ``magnitude``: ``sum_i |theta_i|``. ``random``: the baseline.
-        normalize: ``layer``: scores are divided by their mean over the layer. ``none``: as they are; units of different
-            layers differ in size and in F by orders of magnitude, and a global choice leaves little but the floor
-            of some layers.
+        normalize: ``none``: scores are compared as they are. ``layer``: each is divided by their mean over the layer.
         scope: ``global``: the lowest of all layers go. ``layer``: of each the same share, rounded to the unit.
-        least: Of each layer at least this share is kept, and one unit.
+        least: Of each layer at least this share is kept, and one unit. Scores of layers differ by orders of magnitude:
+            above a small floor a global choice takes nearly all of some. By default two thirds of
+            the share that is kept over all.
         gradient: Of ``taylor_squared``: parameter name -> gradient averaged over examples.
         scaling: Of a Fisher.
         seed: Of ``random``.
@@ -132,6 +136,7 @@ def choose_units(
         tensor([ True, False,  True])
     """
     check_share("sparsity", sparsity, whole=False)
+    least = _LEAST * (1 - sparsity) if least is None else least
     check_share("least", least, whole=False)
     for name, value, kinds in (
         ("score", score, ScoreName),
