@@ -14,18 +14,14 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-class _Pattern(click.ParamType):
-    """``n:m`` as two numbers."""
-
-    name = "N:M"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int] | None:
-        n, colon, m = str(value).partition(":")
-        if not (colon and n.isdecimal() and m.isdecimal()):
-            self.fail(f"{value!r} is not of the form 2:4", param, ctx)
-        return int(n), int(m)
+def _pattern(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """Read ``n:m`` as two numbers."""
+    if value is None:
+        return None
+    n, colon, m = value.partition(":")
+    if not (colon and n.isdecimal() and m.isdecimal()):
+        raise click.BadParameter(f"{value!r} is not of the form 2:4")
+    return int(n), int(m)
 
 
 @click.command("prune")
@@ -61,7 +57,12 @@ class _Pattern(click.ParamType):
     help="Keep at least this share of each tensor: theta^2 F differs by orders of magnitude between layers, a global "
     "choice would empty some. By default a third of the share that is kept over all; 0 for none.",
 )
-@click.option("--pattern", type=_Pattern(), help="In place of --sparsity: keep N of each M weights along the inputs.")
+@click.option(
+    "--pattern",
+    metavar="N:M",
+    callback=_pattern,
+    help="In place of --sparsity: keep N of each M weights along the inputs.",
+)
 @click.option("--ignore", multiple=True, help="A name, or a regular expression, of tensors to leave alone; repeatable.")
 @click.option("--no-default-ignore", is_flag=True, help="Prune embeddings, norms, biases and the output layer as well.")
 @click.option(

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from squisher_mergekit.applications.masks import read_mask
 from squisher_mergekit.applications.weights import open_weights
-from squisher_mergekit.cli.prune import command
+from squisher_mergekit.cli.main import main
 from squisher_mergekit.fisher.files import write_fisher
 from tests.applications.pruned import stored
 
@@ -22,7 +22,7 @@ def run(tmp_path):
 
     def call(*arguments, out="out"):
         fixed = [tmp_path / "model", "-o", tmp_path / out, "--quiet"]
-        return CliRunner().invoke(command, [str(argument) for argument in (*fixed, *arguments)])
+        return CliRunner().invoke(main, ["prune", *(str(argument) for argument in (*fixed, *arguments))])
 
     return call
 
