@@ -39,6 +39,7 @@ GRID = {
     "fisher": (1e2, 1e3, 1e4, 1e5, 1e6),
     "squisher": (1e1, 1e2, 1e3, 1e4, 1e5),
 }
+CHOSEN = {"none": 0.0, "l2": 1e-4, "fisher": 1e4, "squisher": 1e4}  # by main(); what the test takes
 RUNAWAY = 1e5  # lambda at which the optimizer's own second moments run away
 TASKS, BATCH, STEPS, RATE = 5, 64, 150, 1e-3
 

@@ -160,7 +160,7 @@ class EWCPenalty:
         Call it once a step in all processes, when the gradient of the task is whole: after the last backward pass of an
         accumulation (accelerate: ``if accelerator.sync_gradients``), after a GradScaler's ``unscale_``, and before
         clipping. Every 100 steps, and by :meth:`add`, the :meth:`ratio` is looked at; one line in the log, once a task,
-        says so if it is above 10,000: the penalty runs away.
+        says so if it is above a million: the penalty runs away.
 
         Raises:
             MismatchError: A penalised parameter is gone, or has another shape.
