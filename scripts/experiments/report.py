@@ -30,7 +30,7 @@ EXPERIMENTS = (
     "gradient_matching",
     "pruning",
     "fish_mask",
-    "task2vec",
+    "transfer",
     "ewc",
     "cost",
     "questions",
