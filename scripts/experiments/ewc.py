@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from experiments import digits
 from squisher_mergekit import GradientSquares, estimate_fisher
-from squisher_mergekit.applications import continual
-from squisher_mergekit.applications.ewc import EWCPenalty, identity
+from squisher_mergekit.applications.ewc import continual
+from squisher_mergekit.applications.ewc.penalty import EWCPenalty, identity
 from squisher_mergekit.training.ewc import live_squisher
 
 OVER_NONE, OVER_L2 = 0.015, 0.01

@@ -46,9 +46,9 @@ from experiments.encoder import Recipe
 from experiments.report import Table, mean_sd
 from experiments.runner import Experiment, Result, Settings
 from squisher_mergekit import Fisher, estimate_fisher, load_fisher
-from squisher_mergekit.applications.fish_mask import select
+from squisher_mergekit.applications.fish_mask.choice import select
+from squisher_mergekit.applications.fish_mask.resetting import reset
 from squisher_mergekit.applications.masks import Mask
-from squisher_mergekit.applications.resetting import reset
 from squisher_mergekit.training import MaskedTraining
 
 WORDS = "word_embeddings"

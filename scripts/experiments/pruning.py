@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from experiments import digits
 from squisher_mergekit import estimate_fisher
-from squisher_mergekit.applications.pruning_modules import choose_weights
+from squisher_mergekit.applications.pruning.modules import choose_weights
 from squisher_mergekit.training.ewc import live_squisher
 from squisher_mergekit.training.masked import MaskedTraining
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from squisher_mergekit.applications.fish_files import Selected, Written
+    from squisher_mergekit.applications.fish_mask.files import Selected, Written
 
 _PATH = click.Path(path_type=Path)
 _SHOWN = 8
@@ -96,7 +96,7 @@ def select_command(
     Example:
         squisher mask select runs/movies --fisher runs/movies/checkpoint-500 --keep 0.005 -o mask.safetensors
     """
-    from squisher_mergekit.applications.fish_files import select_files
+    from squisher_mergekit.applications.fish_mask.files import select_files
     from squisher_mergekit.cli.output import write_json
 
     fisher = options.pop("fisher")
@@ -127,7 +127,7 @@ def reset_command(
     Example:
         squisher mask reset runs/movies --base bert-base --fisher runs/movies --keep 0.005 -o movies
     """
-    from squisher_mergekit.applications.fish_files import reset_files
+    from squisher_mergekit.applications.fish_mask.files import reset_files
     from squisher_mergekit.cli.output import write_json
 
     base = options.pop("base")
@@ -166,7 +166,7 @@ def apply_command(base: str, difference: str, out: Path, strict: bool, quiet: bo
     Example:
         squisher mask apply bert-base --difference movies/difference.safetensors -o movies-again
     """
-    from squisher_mergekit.applications.patching import apply_files
+    from squisher_mergekit.applications.fish_mask.patching import apply_files
 
     apply_files(base, difference, out, strict=strict, progress=not quiet)
 
@@ -181,7 +181,7 @@ def remove_command(model: str, difference: str, out: Path, strict: bool, quiet: 
     Example:
         squisher mask remove movies --difference movies/difference.safetensors -o bert-base-again
     """
-    from squisher_mergekit.applications.patching import remove_files
+    from squisher_mergekit.applications.fish_mask.patching import remove_files
 
     remove_files(model, difference, out, strict=strict, progress=not quiet)
 

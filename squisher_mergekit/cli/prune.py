@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from squisher_mergekit.applications.pruning_report import Report
+    from squisher_mergekit.applications.pruning.report import Report
 
 _PATH = click.Path(path_type=Path)
 
@@ -106,7 +106,7 @@ def command(
         squisher prune runs/math/checkpoint-500 --fisher fishers/math --sparsity 0.5 -o pruned
         squisher prune runs/math/checkpoint-500 --fisher fishers/math --pattern 2:4 -o pruned-2-4
     """
-    from squisher_mergekit.applications.pruning_files import prune_files
+    from squisher_mergekit.applications.pruning.files import prune_files
     from squisher_mergekit.cli.output import write_json
 
     if (sparsity is None) == (pattern is None):

@@ -11,9 +11,9 @@ import click
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from squisher_mergekit.applications.distances import Metric, Normalize
-    from squisher_mergekit.applications.ranking import Quality
-    from squisher_mergekit.applications.task2vec import Embedding, Per
+    from squisher_mergekit.applications.task2vec.distances import Metric, Normalize
+    from squisher_mergekit.applications.task2vec.embedding import Embedding, Per
+    from squisher_mergekit.applications.task2vec.ranking import Quality
     from squisher_mergekit.fisher.config import Scaling
 
 _PATH = click.Path(path_type=Path)
@@ -108,7 +108,13 @@ def embed_command(
     Example:
         squisher task2vec embed movies=runs/1/checkpoint-50 news=runs/2/checkpoint-50 -o tasks
     """
-    from squisher_mergekit.applications.task2vec import Embedding, embed, open_tasks, places_of, write_embeddings
+    from squisher_mergekit.applications.task2vec.embedding import (
+        Embedding,
+        embed,
+        open_tasks,
+        places_of,
+        write_embeddings,
+    )
     from squisher_mergekit.cli.output import write_json
 
     tasks = open_tasks(fishers, model)
@@ -152,7 +158,7 @@ def distance_command(
     Example:
         squisher task2vec distance tasks/*.safetensors --plot tasks.png --json tasks.json
     """
-    from squisher_mergekit.applications.distances import clustered, distance_matrix
+    from squisher_mergekit.applications.task2vec.distances import clustered, distance_matrix
     from squisher_mergekit.cli.output import write_json, write_whole
 
     if plot is not None:
@@ -209,8 +215,8 @@ def rank_command(
     Example:
         squisher task2vec rank movies=a news=b spam=c --each --transfer results.csv --sizes sizes.csv
     """
-    from squisher_mergekit.applications import ranking
-    from squisher_mergekit.applications.distances import distance_matrix
+    from squisher_mergekit.applications.task2vec import ranking
+    from squisher_mergekit.applications.task2vec.distances import distance_matrix
     from squisher_mergekit.cli.output import write_json
 
     known = _known_alpha(metric, alpha)
@@ -235,7 +241,7 @@ def rank_command(
 
 
 def _known_alpha(metric: str, alpha: float | None) -> float:
-    from squisher_mergekit.applications.distances import ALPHA
+    from squisher_mergekit.applications.task2vec.distances import ALPHA
 
     if alpha is not None and metric != "asymmetric":
         raise click.UsageError("--alpha belongs to --metric asymmetric")
@@ -244,7 +250,7 @@ def _known_alpha(metric: str, alpha: float | None) -> float:
 
 def _embedded(sources: Sequence[str], models: Sequence[Path], quiet: bool) -> dict[str, Embedding]:
     """Return all tasks as embeddings, Fishers embedded with the defaults."""
-    from squisher_mergekit.applications.task2vec import Embedding, embed, open_tasks
+    from squisher_mergekit.applications.task2vec.embedding import Embedding, embed, open_tasks
 
     return {
         name: task

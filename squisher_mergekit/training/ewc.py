@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from transformers import TrainerCallback
 
-from squisher_mergekit.applications.ewc import EWCPenalty
+from squisher_mergekit.applications.ewc.penalty import EWCPenalty
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher

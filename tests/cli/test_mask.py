@@ -7,10 +7,10 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from squisher_mergekit.applications.fish_files import reset_files, select_files
+from squisher_mergekit.applications.fish_mask.files import reset_files, select_files
 from squisher_mergekit.applications.masks import read_mask
 from squisher_mergekit.cli.mask import command
-from tests.applications.fish import Pair, same
+from tests.applications.fish_mask.fish import Pair, same
 
 
 def _run(*arguments):

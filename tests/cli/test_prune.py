@@ -11,7 +11,7 @@ from squisher_mergekit.applications.masks import read_mask
 from squisher_mergekit.applications.weights import open_weights
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.fisher.files import write_fisher
-from tests.applications.pruned import stored
+from tests.applications.pruning.pruned import stored
 
 
 @pytest.fixture

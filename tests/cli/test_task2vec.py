@@ -9,8 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from squisher_mergekit.applications.distances import distance, distance_matrix
-from squisher_mergekit.applications.task2vec import read_embedding
+from squisher_mergekit.applications.task2vec.distances import distance, distance_matrix
+from squisher_mergekit.applications.task2vec.embedding import read_embedding
 from squisher_mergekit.cli.task2vec import command
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import MemoryStore, write_fisher

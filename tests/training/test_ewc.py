@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 from squisher_mergekit import GradientSquares
-from squisher_mergekit.applications.ewc import EWCPenalty
+from squisher_mergekit.applications.ewc.penalty import EWCPenalty
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.training.ewc import EWCCallback, live_squisher
 from tests.training.cases import make, trainer

@@ -1,0 +1,292 @@
+"""Elastic weight consolidation (EWC): a quadratic penalty that keeps a model near what earlier tasks taught it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from squisher_mergekit.applications.ewc.quadratics import Quadratic, moved, together
+from squisher_mergekit.applications.ewc.runaway import Watch, squared
+from squisher_mergekit.errors import ConfigError, MismatchError
+from squisher_mergekit.fisher.mapping import Fisher, check_values
+from squisher_mergekit.optimizers.memory import by_parameter
+from squisher_mergekit.optimizers.models import memory_names, unwrap_model
+from squisher_mergekit.optimizers.sharding import is_sharded, placed, whole
+
+LOG = logging.getLogger("squisher_mergekit")
+Mode = Literal["separate", "online"]
+Scale = Literal["batch", "dataset"]
+# What squares the mean gradient of a batch; the other estimators square that of one example.
+_OF_BATCHES = ("squisher", "ema_empirical")
+
+
+def identity(model: nn.Module) -> dict[str, Tensor]:
+    """Return ones for all trainable parameters, by the names in memory: the L2 baseline, in place of a Fisher.
+
+    Example:
+        >>> identity(nn.Linear(2, 1, bias=False))
+        {'weight': tensor([[1., 1.]])}
+    """
+    return {name: torch.ones_like(p.detach()) for name, p in _parameters(model).items() if p.requires_grad}
+
+
+class EWCPenalty:
+    """The penalty ``lambda / 2 sum_t sum_i F_ti (theta_i - theta^_ti)^2`` over the tasks t that were learnt.
+
+    In any loop, two lines: ``penalty.add_gradient(model)`` after the backward pass of the task's loss, before clipping
+    and the step; and ``penalty.add(model, fisher)`` after a task. ``penalty(model)`` is the same as a scalar, to be
+    added to a loss: slower, and one backward pass covers both, so that an average of the gradient (Adam's own, or
+    :class:`~squisher_mergekit.GradientSquares`) takes in the penalty.
+
+    The terms of all tasks are kept as one quadratic, so that memory and time do not grow with their number: a Fisher
+    and an anchor in float32 (float64 for float64) beside each parameter. Parameters without a Fisher, such as a new
+    head, are free (``unpenalised``); frozen ones are left out while they are frozen.
+
+    Args:
+        lam: The paper's lambda, finite and not negative; 0 is no penalty. The same for all tasks.
+        mode: ``separate``: each task has its anchor and its Fisher, summed. ``online``: one Fisher
+            ``F = F_new + gamma F_old`` about the latest anchor.
+        gamma: Of ``online``, from 0 to 1.
+        scale: What makes a Fisher of its debiased values (see :meth:`~squisher_mergekit.Fisher.scaled`). ``batch``:
+            times the examples of a step, if it is an average of squared gradients of batches (the optimizer's, or that
+            of ``GradientSquares``), as their mean gradient's square is the Fisher divided by that number; a computed
+            one as it is. ``dataset``: times ``num_examples`` in place of that, as in the paper (there on values that
+            are not debiased). A number: times that, whatever was estimated.
+
+    Raises:
+        ConfigError: An argument is out of its range.
+
+    Source: Eq. 14 of "Fishers for Free?" (Li et al., ICML 2025); Kirkpatrick et al., 2017; ``online``: Schwarz et al.,
+    2018.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> penalty = EWCPenalty(lam=10.0)
+        >>> penalty.add(model, {"weight": torch.tensor([[1.0, 4.0]])})
+        >>> _ = nn.init.ones_(model.weight)
+        >>> penalty(model)
+        tensor(25., grad_fn=<MulBackward0>)
+        >>> penalty.add_gradient(model)
+        >>> model.weight.grad
+        tensor([[10., 40.]])
+    """
+
+    def __init__(
+        self, lam: float, *, mode: Mode = "separate", gamma: float = 1.0, scale: Scale | float = "batch"
+    ) -> None:
+        if not 0 <= lam < math.inf:
+            raise ConfigError(f"lambda must be finite and not negative, found {lam}; 0 is no penalty")
+        if mode not in ("separate", "online"):
+            raise ConfigError(f"mode must be separate or online, found {mode!r}")
+        if not 0 <= gamma <= 1:
+            raise ConfigError(f"gamma must be from 0 to 1, found {gamma}")
+        if scale not in ("batch", "dataset") and not (isinstance(scale, float | int) and 0 < scale < math.inf):
+            raise ConfigError(f"scale must be batch, dataset or a positive number, found {scale!r}")
+        self.lam, self.mode, self.gamma, self.scale = float(lam), mode, float(gamma), scale
+        self.tasks = 0
+        self.unpenalised: tuple[str, ...] = ()
+        self._terms: dict[str, Quadratic] = {}
+        self._watch = Watch()
+
+    @torch.no_grad()
+    def add(
+        self,
+        model: nn.Module,
+        fisher: Mapping[str, Tensor],
+        num_examples: int | None = None,
+        *,
+        examples_per_step: float | None = None,
+    ) -> None:
+        """Keep what the model has learnt: its weights as they are now as anchors, and their Fisher.
+
+        Args:
+            model: With the weights of the task just learnt; wrapped or not. Of a model sharded by FSDP2, each process
+                keeps its part, and all must call this.
+            fisher: A Fisher, or a mapping by the names in memory. A mapping tells no scale: it is multiplied by
+                ``scale`` if that is a number, and taken as it is if not.
+            num_examples: Of the task, for ``scale="dataset"``.
+            examples_per_step: For ``scale="batch"``, where the Fisher does not record it.
+
+        Raises:
+            MismatchError: Names or shapes are not the model's.
+            ValuesError: An entry is NaN, infinite or negative.
+            ConfigError: A number that the scale needs is not known, or lambda times the Fisher overflows.
+        """
+        parameters = _parameters(model)
+        factor = self._factor(fisher, num_examples, examples_per_step)
+        place = fisher.location if isinstance(fisher, Fisher) else "memory"
+        found = by_parameter(model, fisher)
+        if not found:
+            raise MismatchError(
+                f"EWC needs the Fisher of at least one parameter, but {place} has none; give another one"
+            )
+        fresh = {}
+        for name, tensor in found.items():
+            check_values(_local(tensor), name, place)
+            parameter = parameters[name]
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            entries = placed(tensor.to(dtype) * factor, parameter, dtype)
+            fresh[name] = Quadratic(entries, parameter.detach().to(dtype, copy=True))
+        terms = self._joined(fresh, self._of(parameters), parameters)
+        self._check(terms)
+        self._terms, self.tasks = terms, self.tasks + 1
+        self._list_free(parameters)
+        self._watch.look()
+        self._watch.start()
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """Return the penalty as a scalar that can be differentiated; 0 before the first task.
+
+        Raises:
+            MismatchError: A penalised parameter is gone, or has another shape.
+        """
+        parameters = _parameters(model)
+        terms = self._of(parameters) if self.lam else {}
+        having = [term.at(parameters[name]) for name, term in terms.items() if parameters[name].requires_grad]
+        if not having:
+            return torch.zeros((), device=next((p.device for p in parameters.values()), None))
+        return 0.5 * self.lam * torch.stack([part.to(having[0]) for part in having]).sum()
+
+    @torch.no_grad()
+    def add_gradient(self, model: nn.Module) -> None:
+        """Add the penalty's gradient ``lambda F (theta - theta^)`` to ``.grad``, without a graph.
+
+        Call it once a step in all processes, when the gradient of the task is whole: after the last backward pass of an
+        accumulation (accelerate: ``if accelerator.sync_gradients``), after a GradScaler's ``unscale_``, and before
+        clipping. Every 100 steps, and by :meth:`add`, the :meth:`ratio` is looked at; one line in the log, once a task,
+        says so if it is above a million: the penalty runs away.
+
+        Raises:
+            MismatchError: A penalised parameter is gone, or has another shape.
+        """
+        parameters = _parameters(model)
+        norms: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for name, term in (self._of(parameters) if self.lam else {}).items():
+            parameter = parameters[name]
+            if not parameter.requires_grad:
+                continue
+            gradient = term.half_gradient(parameter.detach()).mul_(self.lam)
+            norms[0].append(torch.linalg.vector_norm(gradient))
+            if parameter.grad is None:
+                parameter.grad = gradient.to(parameter.dtype)
+            else:
+                norms[1].append(torch.linalg.vector_norm(parameter.grad, dtype=gradient.dtype))
+                parameter.grad.add_(gradient)
+        if norms[0]:
+            self._watch.note(*map(squared, norms))
+
+    def ratio(self) -> float | None:
+        """Return the penalty's squared gradient by the task's, of the penalised parameters, each summed over steps.
+
+        They are those of :meth:`add_gradient` in the present hundred; None before the first.
+        """
+        return self._watch.ratio()
+
+    def drop(self, *names: str) -> None:
+        """Forget what is known of some parameters, such as a head that was replaced.
+
+        Raises:
+            MismatchError: There is nothing known of one.
+        """
+        for name in names:
+            if name not in self._terms:
+                raise MismatchError(f"what is dropped must be penalised, but {name!r} is not; give a name in memory")
+        self._terms = {name: term for name, term in self._terms.items() if name not in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on: numbers, strings and tensors; sharded tensors as they are."""
+        terms = {name: {"fisher": t.fisher, "anchor": t.anchor, "offset": t.offset} for name, t in self._terms.items()}
+        return {"mode": self.mode, "gamma": self.gamma, "tasks": self.tasks, "terms": terms}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was taken; lambda may be another one.
+
+        Raises:
+            ConfigError: It is of another mode or gamma, or lambda times the Fisher overflows.
+        """
+        for key in ("mode", "gamma"):
+            if state[key] != getattr(self, key):
+                raise ConfigError(
+                    f"the penalty must have the {key} {getattr(self, key)}, found {state[key]}; give that one"
+                )
+        terms = {name: Quadratic(**term) for name, term in state["terms"].items()}
+        self._check(terms)
+        self._terms, self.tasks = terms, state["tasks"]
+        self._watch.start()
+
+    def _factor(self, fisher: Mapping[str, Tensor], num_examples: float | None, per_step: float | None) -> float:
+        if not isinstance(self.scale, str):
+            return float(self.scale)
+        if not isinstance(fisher, Fisher) or fisher.config.estimator not in _OF_BATCHES:
+            return 1.0
+        name = "num_examples" if self.scale == "dataset" else "examples_per_step"
+        number = num_examples if self.scale == "dataset" else per_step or fisher.config.examples_per_step
+        if number is None:
+            raise ConfigError(
+                f"scale {self.scale} needs {name}, which is not known of {fisher.location}; give add(..., {name}=N), "
+                "or a number as scale"
+            )
+        if not 0 < number < math.inf:
+            raise ConfigError(f"{name} must be a positive number, found {number}")
+        return float(number)
+
+    def _of(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Quadratic]:
+        """Return the terms, each where its parameter lies now."""
+        for name, term in self._terms.items():
+            cure = f"give the model that it was made with, or penalty.drop({name!r})"
+            if name not in parameters:
+                raise MismatchError(f"EWC needs the parameters that it penalises, but the model has no {name}; {cure}")
+            found, wanted = list(parameters[name].shape), list(term.anchor.shape)
+            if found != wanted:
+                raise MismatchError(
+                    f"EWC needs {name} in the shape {wanted} of its anchor, but it has {found}; give new classes a "
+                    f"head of their own, or penalty.drop({name!r})"
+                )
+            self._terms[name] = moved(term, parameters[name])
+        return self._terms
+
+    def _joined(
+        self, fresh: Mapping[str, Quadratic], old: Mapping[str, Quadratic], parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, Quadratic]:
+        """Return the terms of all tasks; where the new one has no Fisher, it is 0."""
+        if self.mode == "separate":
+            return {**old, **{n: together(old[n], term) if n in old else term for n, term in fresh.items()}}
+        joined = dict(fresh)
+        for name, term in old.items():
+            fisher = term.fisher * self.gamma + (fresh[name].fisher if name in fresh else 0.0)
+            joined[name] = Quadratic(fisher, parameters[name].detach().to(fisher.dtype, copy=True))
+        return joined
+
+    def _check(self, terms: Mapping[str, Quadratic]) -> None:
+        for name, term in terms.items():
+            largest = float(whole(term.fisher.max())) if term.fisher.numel() else 0.0
+            if not self.lam * largest < torch.finfo(term.fisher.dtype).max:
+                raise ConfigError(
+                    f"lambda times the Fisher must be finite in {term.fisher.dtype}, but lambda is {self.lam:.3g} and "
+                    f"the largest entry of {name} {largest:.3g}; give a smaller lambda"
+                )
+
+    def _list_free(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """List the trainable parameters that have no Fisher; in the log those that are new in the list."""
+        free = tuple(name for name, p in parameters.items() if p.requires_grad and name not in self._terms)
+        new = [name for name in free if name not in self.unpenalised]
+        if new:
+            shown = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
+            LOG.warning("EWC leaves %d trainable parameters free, having no Fisher of them: %s", len(new), shown)
+        self.unpenalised = free
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    names = memory_names(model)
+    return {names[id(parameter)]: parameter for parameter in unwrap_model(model).parameters()}
+
+
+def _local(tensor: Any) -> Tensor:
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part

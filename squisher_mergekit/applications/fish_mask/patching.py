@@ -1,0 +1,210 @@
+"""A difference put onto the base, or taken off the trained model again: bit for bit the other of the two."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from squisher_mergekit.applications.fish_mask.bases import under_names
+from squisher_mergekit.applications.fish_mask.difference import Difference, Side, bits_of, read_difference
+from squisher_mergekit.applications.weights import BASENAME, Weights, check_out, copy_rest, open_weights
+from squisher_mergekit.errors import MismatchError
+from squisher_mergekit.fisher.files import safetensors_notes, tensor_infos, written_beside
+from squisher_mergekit.fisher.fingerprint import difference as difference_of
+from squisher_mergekit.fisher.fingerprint import fingerprint
+from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
+
+LOG = logging.getLogger("squisher_mergekit")
+
+
+def apply_files(
+    base: str | Path, difference: str | Path, out: str | Path, *, strict: bool = False, progress: bool = False
+) -> None:
+    """Make the model that a difference was made from: put it onto the base.
+
+    Args:
+        base: A folder with ``model.safetensors`` or its shards, or a Hub id ``org/name[@revision]``.
+        difference: ``difference.safetensors``, or a folder with it.
+        out: The folder to make; new or empty. Its config is that of the trained model, its tokenizer the base's.
+        strict: Refuse a base that differs, as far as a sample of its bytes tells, where the difference changes
+            nothing; otherwise a warning says so.
+        progress: Show a bar.
+
+    Raises:
+        MismatchError: It is not the base: names, shapes, or a value that the difference changes.
+        ConfigError: ``out`` is taken.
+        RefusedError: Something cannot be read. In all cases nothing is left at ``out``.
+
+    Example:
+        >>> apply_files("nowhere/at/all", "difference.safetensors", "out")
+        Traceback (most recent call last):
+        squisher_mergekit.errors.NotFoundError: ...
+    """
+    _turn("BASE", base, difference, out, "tuned", strict, progress)
+
+
+def remove_files(
+    model: str | Path, difference: str | Path, out: str | Path, *, strict: bool = False, progress: bool = False
+) -> None:
+    """Make the base again: take a difference off the model that it made.
+
+    Args:
+        model: A folder with ``model.safetensors`` or its shards, or a Hub id ``org/name[@revision]``.
+        difference: ``difference.safetensors``, or a folder with it.
+        out: The folder to make; new or empty. Its config is that of the base, its tokenizer the model's.
+        strict: As for :func:`apply_files`.
+        progress: Show a bar.
+
+    Raises:
+        RefusedError: As for :func:`apply_files`.
+
+    Example:
+        >>> remove_files("nowhere/at/all", "difference.safetensors", "out")
+        Traceback (most recent call last):
+        squisher_mergekit.errors.NotFoundError: ...
+    """
+    _turn("MODEL", model, difference, out, "base", strict, progress)
+
+
+def patched(tensors: Mapping[str, Tensor], difference: Difference, side: Side = "tuned") -> dict[str, Tensor]:
+    """Return tensors in memory as the other model has them.
+
+    Args:
+        tensors: All tensors of the one model, by its names.
+        difference: Of the two.
+        side: ``tuned``: the tensors are the base's, and the trained model's are wanted. ``base``: the other way round.
+
+    Raises:
+        MismatchError: They are not those that the difference was made from, where they differ.
+    """
+    ours = _by_tuned(difference, side)
+    names = {ours.get(name, name): name for name in tensors}
+    _check_names(names, difference, side, "memory")
+    turned = _turned(((name, tensors[own]) for name, own in names.items()), difference, side, "memory")
+    theirs = _theirs(difference, side)
+    return {theirs.get(name, name): tensor for name, tensor in turned} | {
+        theirs.get(name, name): difference.read_whole(name, side) for name in _added(names, difference, side)
+    }
+
+
+def _turn(
+    option: str, source: str | Path, difference: str | Path, out: str | Path, side: Side, strict: bool, progress: bool
+) -> None:
+    target, opened = Path(out).expanduser(), read_difference(difference)
+    check_out(target)
+    weights = open_weights(source, option)
+    if side == "tuned":
+        weights = under_names(weights, opened.about.renamed or {})
+    _check_names(weights.infos, opened, side, weights.folder)
+    _check_fingerprint(weights, opened, side, strict)
+    with (
+        tqdm(weights.infos, desc="Writing", unit="tensor", disable=not progress, delay=2) as bar,
+        written_beside(target) as folder,
+    ):
+        _write(weights, opened, side, folder, bar.update)
+        copy_rest(weights, folder)
+        _finish(weights, opened, side, folder)
+
+
+def _write(weights: Weights, opened: Difference, side: Side, folder: Path, advance: Callable[[], object]) -> None:
+    ours, theirs, added = _by_tuned(opened, side), _theirs(opened, side), _added(weights.infos, opened, side)
+    for file in weights.files:
+        names = [ours.get(name, name) for name in tensor_infos(file)]
+        last = added if file == weights.files[-1] else []
+        room = header_room([theirs.get(name, name) for name in (*names, *last)])
+        with SafetensorsWriter(folder / file.name, room) as writer:
+            for key, value in safetensors_notes(file).items():
+                writer.note(key, value)
+            read = ((name, weights.read(name)) for name in names)
+            for name, tensor in _turned(read, opened, side, weights.folder):
+                writer.add(theirs.get(name, name), tensor)
+                advance()
+            for name in last:
+                writer.add(theirs.get(name, name), opened.read_whole(name, side))
+
+
+def _turned(
+    tensors: Iterable[tuple[str, Tensor]], opened: Difference, side: Side, place: object
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the wanted model has of the tensors of the other; all by the tuned model's names."""
+    old, new = opened.whole(_other(side)), opened.whole(side)
+    for name, tensor in tensors:
+        if name in old:
+            if not np.array_equal(bits_of(tensor), bits_of(opened.read_whole(name, _other(side)))):
+                raise MismatchError(
+                    f"{name} must be as in the {_other(side)} model of {opened.file}, but {place} has other values; "
+                    f"give the {_other(side)} model that the difference was made from"
+                )
+            if name in new:
+                yield name, opened.read_whole(name, side)
+        elif opened.changes(name):
+            yield name, opened.put(name, tensor, side, place)
+        else:
+            yield name, tensor
+
+
+def _finish(weights: Weights, opened: Difference, side: Side, folder: Path) -> None:
+    """Write the wanted model's config, and an index where there are shards."""
+    config = getattr(opened.about, side)
+    if config is not None:
+        (folder / "config.json").write_text(config, encoding="utf-8")
+    if len(weights.files) > 1:
+        infos = {file.name: tensor_infos(folder / file.name) for file in weights.files}
+        index = {
+            "metadata": {"total_size": sum(info.nbytes for own in infos.values() for info in own.values())},
+            "weight_map": {name: file for file, own in infos.items() for name in own},
+        }
+        (folder / f"{BASENAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _other(side: Side) -> Side:
+    return "base" if side == "tuned" else "tuned"
+
+
+def _by_tuned(opened: Difference, side: Side) -> dict[str, str]:
+    """Return name that the source has -> the tuned model's, where it differs."""
+    return {} if side == "base" else {base: tuned for tuned, base in (opened.about.renamed or {}).items()}
+
+
+def _theirs(opened: Difference, side: Side) -> Mapping[str, str]:
+    """Return the tuned model's name -> the one that the wanted model has, where it differs."""
+    return (opened.about.renamed or {}) if side == "base" else {}
+
+
+def _added(names: Iterable[str], opened: Difference, side: Side) -> list[str]:
+    known = set(names)
+    return [name for name in opened.whole(side) if name not in known]
+
+
+def _check_names(names: Iterable[str], opened: Difference, side: Side, place: object) -> None:
+    """Refuse a model by what headers tell."""
+    known, old = set(names), opened.whole(_other(side))
+    missing = next((name for name in (*opened.changed, *old) if name not in known), None)
+    if missing is not None:
+        raise MismatchError(
+            f"{missing} must be in the {_other(side)} model of {opened.file}, but {place} has none; give the "
+            f"{_other(side)} model that the difference was made from"
+        )
+    there = next((name for name in opened.whole(side) if name in known and name not in old), None)
+    if there is not None:
+        raise MismatchError(
+            f"{there} is what the difference {opened.file} adds, but {place} has it already; give the {_other(side)} "
+            "model that the difference was made from"
+        )
+
+
+def _check_fingerprint(weights: Weights, opened: Difference, side: Side, strict: bool) -> None:
+    made_at: str | None = getattr(opened.about, f"{_other(side)}_fingerprint")
+    differs = difference_of(made_at, fingerprint(weights.folder))
+    if not differs:
+        return
+    message = f"{weights.folder} is not the {_other(side)} model that {opened.file} was made from: {differs}"
+    if strict or made_at is None or not differs.startswith("same names"):
+        raise MismatchError(f"{message}; give that model")
+    LOG.warning(f"{message}; where the difference changes nothing, its values are taken as they are")

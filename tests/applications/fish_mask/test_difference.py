@@ -1,0 +1,229 @@
+"""What two models differ in: put on and taken off again, bit for bit, on any other model refused."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from squisher_mergekit.applications.fish_mask.difference import (
+    DIFFERENCE_NAME,
+    About,
+    Difference,
+    read_difference,
+    write_difference,
+)
+from squisher_mergekit.applications.fish_mask.files import reset_files
+from squisher_mergekit.applications.fish_mask.patching import apply_files, patched, remove_files
+from squisher_mergekit.applications.weights import open_weights
+from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError
+from squisher_mergekit.fisher.files import MemoryStore
+from tests.applications.fish_mask.fish import Pair, bits, same
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64]
+CASES = [
+    ("bert", torch.float32, "2GB"),
+    ("bert", torch.bfloat16, "5KB"),
+    ("llama-tied", torch.bfloat16, "7KB"),
+    ("mixtral", torch.float32, "9KB"),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "shard"), CASES)
+def test_put_on_and_taken_off(tmp_path, name, dtype, shard):
+    """The base becomes the reset model and that the base: tensors, names, config; both load and compute."""
+    pair, out = Pair(tmp_path, name, dtype, shard), tmp_path / "out"
+    reset_files(pair.tuned, pair.base, out, fisher=pair.fisher, keep=0.2)
+    apply_files(pair.base, out, tmp_path / "again", strict=True)
+    assert same(tmp_path / "again", out)
+    remove_files(tmp_path / "again", out / DIFFERENCE_NAME, tmp_path / "base_again", strict=True)
+    assert same(tmp_path / "base_again", pair.base)
+    for made, wanted in (("again", out), ("base_again", pair.base)):
+        assert json.loads((tmp_path / made / "config.json").read_text()) == json.loads(
+            (wanted / "config.json").read_text()
+        )
+    first, second = pair.load(out), pair.load(tmp_path / "again")
+    assert all(torch.equal(bits(p), bits(q)) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "dtype", "shard"), CASES)
+def test_in_memory_as_on_disk(tmp_path, name, dtype, shard):
+    """Mappings of all tensors go the same way."""
+    pair, out = Pair(tmp_path, name, dtype, shard), tmp_path / "out"
+    reset_files(pair.tuned, pair.base, out, score="random", keep=0.2, difference_only=True)
+    base = {key: open_weights(pair.base).read(key) for key in open_weights(pair.base).infos}
+    tuned = patched(base, read_difference(out))
+    apply_files(pair.base, out, tmp_path / "again")
+    disk = open_weights(tmp_path / "again")
+    assert tuned.keys() == disk.infos.keys()
+    assert all(torch.equal(bits(tensor), bits(disk.read(key))) for key, tensor in tuned.items())
+    back = patched(tuned, read_difference(out), "base")
+    assert back.keys() == base.keys()
+    assert all(torch.equal(bits(tensor), bits(base[key])) for key, tensor in back.items())
+
+
+@given(
+    shape=st.lists(st.sampled_from([0, 1, 7, 11]), max_size=3),
+    share=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 9),
+)
+def test_any_tensor(tmp_path_factory, shape, share, dtype, seed):
+    """Of any shape and density; a NaN and the sign of a zero are differences like others."""
+    generator = torch.Generator().manual_seed(seed)
+    base = (torch.randn(shape, generator=generator) * 9).to(dtype)
+    changed = torch.rand(shape, generator=generator) < share
+    other = torch.where(torch.rand(shape, generator=generator) < 0.5, float("nan"), -0.0)
+    tuned = torch.where(changed, other.to(dtype) if dtype.is_floating_point else base + 1, base)
+    found = _difference(tmp_path_factory.mktemp("d"), {"w": tuned, "same": base}, {"w": base, "same": base})
+    assert not found.changes("same")
+    for one, side, wanted in ((base, "tuned", tuned), (tuned, "base", base)):
+        result = patched({"w": one, "same": base}, found, side)["w"]
+        assert result.shape == wanted.shape
+        assert torch.equal(bits(result), bits(wanted))
+
+
+def _difference(folder, tuned, base, **about):
+    write_difference(MemoryStore(tuned), MemoryStore(base), folder / DIFFERENCE_NAME, About(**about))
+    return read_difference(folder)
+
+
+def test_what_one_alone_has(tmp_path):
+    """A head, a dropped layer, a resized table, an integer buffer: whole, and gone or back as it should be."""
+    tuned = {"head": torch.ones(3), "table": torch.ones(7, 2), "same": torch.ones(5), "ids": torch.arange(5)}
+    base = {"mlm": torch.zeros(2), "table": torch.zeros(6, 2), "same": torch.ones(5), "ids": torch.arange(5).flip(0)}
+    found = _difference(tmp_path, tuned, base)
+    for one, side, wanted in ((base, "tuned", tuned), (tuned, "base", base)):
+        result = patched(one, found, side)
+        assert result.keys() == wanted.keys()
+        assert all(torch.equal(result[name], wanted[name]) for name in wanted)
+
+
+def test_a_change_takes_its_place_and_two_values(tmp_path):
+    """12 bytes in float32, 8 in bfloat16; dense changes a bit an entry for all places."""
+    base, places = torch.zeros(100_003), torch.arange(0, 100_003, 200)
+    for dtype, changed, size in (
+        (torch.float32, places, 12 * len(places)),
+        (torch.bfloat16, places, 8 * len(places)),
+        (torch.float32, slice(None), 8 * 100_003 + 100_003 / 8),
+    ):
+        tuned = base.to(dtype).clone()
+        tuned[changed] = 1
+        _difference(tmp_path, {"w": tuned}, {"w": base.to(dtype)})
+        assert size <= (tmp_path / DIFFERENCE_NAME).stat().st_size < size + 2000
+
+
+def _other(folder, source, change):
+    """Save a changed copy of a model's weights."""
+    tensors = {name: open_weights(source).read(name).clone() for name in open_weights(source).infos}
+    change(tensors)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    return folder
+
+
+def test_other_models_are_refused(tmp_path):
+    """Not the base: other names, shapes, dtypes, or values where something changes; nothing is written."""
+    pair, out, target = Pair(tmp_path, "bert"), tmp_path / "out", tmp_path / "target"
+    reset_files(pair.tuned, pair.base, out, fisher=pair.fisher, keep=0.2)
+    found = read_difference(out)
+    name = next(one for one in found.changed if one.endswith("attention.self.query.weight"))
+    own = found.about.renamed[name]
+    place = int(found._places(name, 144, len(found._store.read(f"{name}.base"))).nonzero()[0][0])
+
+    def one_value(tensors):
+        tensors[own].view(-1)[place] += 1
+
+    for number, (change, message) in enumerate(
+        (
+            (one_value, f"{name} must be as in the base model of .* but in .* 1 of the [0-9]+ values that change"),
+            (lambda tensors: tensors.pop(own), f"{name} must be in the base model of .*, but .* has none"),
+            (
+                lambda tensors: tensors.update({own: torch.ones(12, 13)}),
+                "names, shapes or dtypes of the weights differ",
+            ),
+            (lambda tensors: tensors.update({own: tensors[own].half()}), "names, shapes or dtypes of the weights"),
+            (lambda tensors: tensors.update(more=torch.ones(1)), "names, shapes or dtypes of the weights differ"),
+        )
+    ):
+        with pytest.raises(MismatchError, match=message):
+            apply_files(_other(tmp_path / f"other{number}", pair.base, change), out, target)
+    with pytest.raises(MismatchError, match=r"classifier\.\w+ is what the difference .* adds, but .* has it already"):
+        apply_files(out, out, target)
+    with pytest.raises(MismatchError, match=r"bert\.\S+ must be in the tuned model of .* has none"):
+        remove_files(pair.base, out, target)
+    head = _other(tmp_path / "head", out, lambda tensors: tensors["classifier.bias"].add_(1))
+    with pytest.raises(MismatchError, match=r"classifier\.bias must be as in the tuned model .* has other values"):
+        remove_files(head, out, target)
+    with pytest.raises(ConfigError, match="must be new or empty"):
+        apply_files(pair.base, out, pair.tuned)
+    assert not target.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_base_that_differs_elsewhere(tmp_path, caplog):
+    """Where nothing changes, the fingerprint tells: a warning, or refused when strict."""
+    pair, out = Pair(tmp_path, "bert"), tmp_path / "out"
+    reset_files(pair.tuned, pair.base, out, score="random", keep=0.2, exclude=("word_embeddings",))
+    name = "embeddings.word_embeddings.weight"
+    other = _other(tmp_path / "other", pair.base, lambda tensors: tensors[name].add_(1))
+    with pytest.raises(MismatchError, match=r"is not the base model that .* was made from: same names"):
+        apply_files(other, out, tmp_path / "strict", strict=True)
+    assert not (tmp_path / "strict").exists()
+    apply_files(other, out, tmp_path / "loose")
+    assert "same names, shapes and dtypes, but other values" in caplog.text
+    assert torch.equal(open_weights(tmp_path / "loose").read(f"bert.{name}"), open_weights(other).read(name))
+
+
+def test_damaged_files_are_refused(tmp_path):
+    """Nothing there, another file, a cut one, one with places outside, with too few, without values."""
+    with pytest.raises(NotFoundError, match=r"a folder with difference\.safetensors, but there is no"):
+        read_difference(tmp_path)
+    file = tmp_path / DIFFERENCE_NAME
+    save_file({"w": torch.ones(3)}, file)
+    with pytest.raises(CorruptFileError, match="must be a difference of version 1, but it says format None"):
+        read_difference(tmp_path)
+    base = {"w": torch.zeros(1009), "x": torch.zeros(1009)}
+    tuned = {"w": torch.arange(1009).eq(7).float(), "x": torch.arange(1009).remainder(2).float()}
+    _difference(tmp_path, tuned, base)
+    whole, notes = file.read_bytes(), _notes(file)
+    file.write_bytes(whole[:-1])
+    with pytest.raises(CorruptFileError, match="must be a whole safetensors file"):
+        read_difference(tmp_path)
+    file.write_bytes(whole)
+    tensors = load_file(file)
+    for change, message in (
+        ({"w.index": torch.tensor([1009], dtype=torch.int32)}, "must have its places within w, but has not"),
+        ({"w.index": torch.tensor([-1], dtype=torch.int32)}, "must have its places within w, but has not"),
+        ({"x.bits": torch.zeros_like(tensors["x.bits"])}, "must have its places within x, but has not"),
+        ({"w.index": torch.tensor([7])}, "must hold places and both values of w, but does not"),
+        ({"w.base": torch.zeros(2)}, "must hold places and both values of w, but does not"),
+        ({"x.bits": torch.zeros(3, dtype=torch.uint8)}, "must hold places and both values of x, but does not"),
+        ({"x.bits": None}, "must hold places and both values of x, but does not"),
+    ):
+        damaged = {name: one for name, one in (tensors | change).items() if one is not None}
+        save_file(damaged, file, notes)
+        with pytest.raises(CorruptFileError, match=message):
+            patched(base, read_difference(tmp_path))
+    save_file(tensors, file, notes | {"about": '{"unknown": 1}'})
+    with pytest.raises(CorruptFileError, match="must be a whole difference, but TypeError"):
+        Difference(file)
+
+
+def _notes(file):
+    data = file.read_bytes()
+    return json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
+
+
+def test_places_are_not_repeated_in_memory():
+    """The bits that are compared are a view of the tensor's memory."""
+    from squisher_mergekit.applications.fish_mask.difference import bits_of
+
+    tensor = torch.zeros(13)
+    bits_of(tensor)[3] = np.float32(1).view(np.int32)
+    assert tensor[3] == 1

@@ -1,0 +1,97 @@
+"""Where units are found, and where they are not."""
+
+import pytest
+from torch import nn
+
+from squisher_mergekit.applications.pruning.units import chain_units, ffn_units, head_units
+from squisher_mergekit.errors import ConfigError
+from tests.applications.pruning.networks import cnn, transformer
+
+
+class _Functional(nn.Module):
+    """A network whose activations and flattening are functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU())
+        self.fc1, self.fc2 = nn.Linear(45, 7), nn.Linear(7, 2)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(self.features(x).flatten(1)).relu())
+
+
+def test_a_chain_is_declared_where_the_forward_pass_is_a_function():
+    """Sequences in it are taken apart, and the flattening is told by sizes."""
+    found = chain_units(_Functional(), ["features", "fc1", "fc2"])
+    assert [(layer.name, layer.count, layer.read[0].tensor, layer.read[0].width) for layer in found] == [
+        ("features.0", 5, "fc1.weight", 9),
+        ("fc1", 7, "fc2.weight", 1),
+    ]
+    with pytest.raises(ConfigError, match=r"must be an nn.Sequential .* _Functional; name its modules"):
+        chain_units(_Functional())
+    with pytest.raises(ConfigError, match="'fc9' is none of _Functional's"):
+        chain_units(_Functional(), ["features", "fc9"])
+    with pytest.raises(ConfigError, match="one is in it twice"):
+        chain_units(_Functional(), ["fc1", "fc1"])
+
+
+def test_batchnorm_goes_with_the_channels_before_it():
+    """Affine terms are part of a unit, statistics follow it."""
+    found = {layer.name: layer for layer in chain_units(cnn())}
+    assert [one.tensor for one in found["1.0"].made] == ["1.0.weight", "1.2.weight", "1.2.bias"]
+    assert [one.tensor for one in found["1.0"].buffers] == ["1.2.running_mean", "1.2.running_var"]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        (nn.Sigmoid(),),  # 0.5 at 0
+        (nn.LayerNorm(6),),  # mixes channels
+        (nn.BatchNorm1d(6, affine=False),),  # 0 does not stay 0
+        (nn.Linear(6, 12), nn.GLU()),  # halves
+        (nn.Softmax(1),),
+    ],
+)
+def test_what_does_not_leave_zero_alone_ends_a_unit(between):
+    """The layer before it is left whole; those after it are found."""
+    first = nn.Linear(3, 6)
+    model = nn.Sequential(first, *between, nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    names = [layer.name for layer in chain_units(model)]
+    assert names[-1] == str(len(model) - 3)
+    assert names in ([names[-1]], ["0", names[-1]] if len(between) == 2 else [])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(3, 4)),
+        nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.Conv2d(4, 2, 3)),
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4)),
+        nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Linear(6, 2)),  # reads the last axis of an image
+        nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(20, 2)),  # places come before channels
+    ],
+)
+def test_no_unit_is_guessed(model):
+    """One layer alone, groups, and readers that do not read channels."""
+    with pytest.raises(ConfigError, match="none that is known; name one by chain="):
+        chain_units(model)
+
+
+def test_transformers_without_known_layers_are_refused():
+    """In one line; heads that share all keys have nothing to choose from."""
+    for find, message in ((ffn_units, "feed-forward parts"), (head_units, "attention must be of layers")):
+        with pytest.raises(ConfigError, match=message) as error:
+            find(nn.Linear(2, 2))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="share one head of keys and values"):
+        head_units(transformer("qwen2"))
+    with pytest.raises(ConfigError, match="feed-forward parts"):
+        ffn_units(transformer("mixtral"))
+
+
+def test_fused_attention_is_cut_in_three():
+    """GPT-2 keeps queries, keys and values of a head in one matrix, 12 columns apart."""
+    layer = head_units(transformer("gpt2"))[0]
+    assert layer.count == 3
+    starts = [(one.tensor.rpartition(".")[2], one.axis, one.width, one.start) for one in layer.made]
+    assert starts == [part for start in (0, 12, 24) for part in (("weight", 1, 4, start), ("bias", 0, 4, start))]
