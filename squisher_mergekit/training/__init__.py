@@ -25,13 +25,23 @@ Some weights alone, the others held to the bit (a FISH mask; a pruned network th
         ...  # any loop; for the Trainer: MaskCallback("runs/math/mask.safetensors")
 
 ``live`` turns a live optimizer into a Fisher, ``writing`` puts it where an older one may lie. ``average`` keeps an
-average of the per-example Fisher.
+average of the per-example Fisher. ``masked`` trains some weights and holds the others; ``ewc`` keeps a model near what
+earlier tasks taught it.
 """
 
 from squisher_mergekit.training.average import FisherAverage
 from squisher_mergekit.training.callback import SquisherCallback
+from squisher_mergekit.training.ewc import EWCCallback
 from squisher_mergekit.training.gradients import GradientSquares
 from squisher_mergekit.training.masked import MaskCallback, MaskedTraining
 from squisher_mergekit.training.writing import save_squisher
 
-__all__ = ["FisherAverage", "GradientSquares", "MaskCallback", "MaskedTraining", "SquisherCallback", "save_squisher"]
+__all__ = [
+    "EWCCallback",
+    "FisherAverage",
+    "GradientSquares",
+    "MaskCallback",
+    "MaskedTraining",
+    "SquisherCallback",
+    "save_squisher",
+]
