@@ -6,7 +6,7 @@ scores and masks them, ``shrinking`` makes the network smaller.
 """
 
 from squisher_mergekit.applications.pruning.files import prune_files
-from squisher_mergekit.applications.pruning.modules import prune
+from squisher_mergekit.applications.pruning.modules import choose_weights, prune
 from squisher_mergekit.applications.pruning.recipe import Recipe, schedule
 from squisher_mergekit.applications.pruning.report import Report
 from squisher_mergekit.applications.pruning.shrinking import shrink
@@ -18,6 +18,7 @@ __all__ = [
     "Report",
     "chain_units",
     "choose_units",
+    "choose_weights",
     "ffn_units",
     "head_units",
     "mask_units",
