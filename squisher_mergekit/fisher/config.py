@@ -96,6 +96,11 @@ class FisherConfig(_Frozen):
         """Whether this is an optimizer's accumulator (a Squisher)."""
         return self.estimator == "squisher"
 
+    @property
+    def of_batches(self) -> bool:
+        """Whether what was squared is the mean gradient of a batch (an optimizer's, or ``GradientSquares``)."""
+        return self.estimator in ("squisher", "ema_empirical")
+
     def steps_of(self, name: str) -> int | None:
         """Return how many optimizer steps the accumulator of one parameter has seen."""
         return of_parameter(self.steps, name)
@@ -114,8 +119,8 @@ class FisherConfig(_Frozen):
 
         ``raw``: 1. ``debiased``, the mean square per step: ``1 / (1 - beta2^t)`` for a moving average that is not
         corrected yet, ``1 / t`` for an optimizer's sum, ``1 / num_examples`` for a computed sum, 1 for a mean.
-        ``per_example``: that times ``examples_per_step`` for an optimizer's statistic (PAPER Eq. 12: a mean loss
-        over B examples gives ``v ~ g^2 / B``), and as ``debiased`` for a computed one.
+        ``per_example``: that times ``examples_per_step`` for squares of a batch's gradient (Eq. 12 of the paper: a mean
+        loss over B examples gives ``v ~ g^2 / B``), and as ``debiased`` for those of single examples.
 
         Args:
             name: Parameter name (steps and decay may differ between parameters).
@@ -130,7 +135,7 @@ class FisherConfig(_Frozen):
         if scaling == "raw":
             return 1.0
         debiased = self._debias(name)
-        if scaling == "debiased" or not self.from_optimizer:
+        if scaling == "debiased" or not self.of_batches:
             return debiased
         if not self.examples_per_step:
             raise ConfigError(

@@ -94,6 +94,8 @@ def test_the_scale_per_example_by_hand():
     assert _squisher(statistic="sum", steps=4, examples_per_step=2.5).factor("w", "per_example") == 2.5 / 4
     computed = FisherConfig(estimator="sampled", statistic="sum", num_examples=8, examples_per_step=32)
     assert computed.factor("w", "per_example") == 1 / 8
+    average = _squisher(estimator="ema_empirical", examples_per_step=32)
+    assert average.factor("w", "per_example") == pytest.approx(32 / 0.271, rel=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,6 @@ from squisher_mergekit.optimizers.sharding import is_sharded, placed, whole
 LOG = logging.getLogger("squisher_mergekit")
 Mode = Literal["separate", "online"]
 Scale = Literal["batch", "dataset"]
-# What squares the mean gradient of a batch; the other estimators square that of one example.
-_OF_BATCHES = ("squisher", "ema_empirical")
 
 
 def identity(model: nn.Module) -> dict[str, Tensor]:
@@ -223,7 +221,7 @@ class EWCPenalty:
     def _factor(self, fisher: Mapping[str, Tensor], num_examples: float | None, per_step: float | None) -> float:
         if not isinstance(self.scale, str):
             return float(self.scale)
-        if not isinstance(fisher, Fisher) or fisher.config.estimator not in _OF_BATCHES:
+        if not isinstance(fisher, Fisher) or not fisher.config.of_batches:
             return 1.0
         name = "num_examples" if self.scale == "dataset" else "examples_per_step"
         number = num_examples if self.scale == "dataset" else per_step or fisher.config.examples_per_step
