@@ -17,7 +17,6 @@ the same.
 """
 
 import io
-import logging
 import statistics
 import sys
 import tempfile
@@ -151,7 +150,6 @@ def _losses(logits: Tensor, target: Tensor, labels: str) -> Iterator[tuple[Tenso
 
 def cell(settings: Settings, work: Path) -> Result:
     """Time one setting."""
-    logging.getLogger("squisher_mergekit").setLevel(logging.ERROR)  # that a run was short is known here
     torch.manual_seed(0)
     setting, repeats = SETTINGS[settings["setting"]], settings["repeats"]
     model, singles, batches = setting.make(settings["examples"], work)

@@ -23,7 +23,6 @@ that of a Fisher with a second one, of another 128 training texts.
 """
 
 import importlib
-import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -247,7 +246,6 @@ def place(beta2: float, step: int) -> str:
 
 def cell(settings: Settings, work: Path) -> Result:
     """Answer one question with one seed."""
-    logging.getLogger("squisher_mergekit").setLevel(logging.ERROR)  # that a run was short is known here
     return QUESTIONS[settings["question"]](settings, work)
 
 

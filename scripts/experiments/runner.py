@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -58,6 +59,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="do not take up cells of an earlier run")
     options = parser.parse_args(arguments)
     deterministic()
+    logging.getLogger("squisher_mergekit").setLevel(logging.ERROR)  # that these runs are short is known
     tier = "full" if options.full else "quick"
     out = options.out or (RESULTS if options.full else options.work / "quick") / f"{experiment.name}.json"
     report = run(experiment, tier, options.work, fresh=options.fresh)
