@@ -59,10 +59,15 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="do not take up cells of an earlier run")
     options = parser.parse_args(arguments)
     deterministic()
-    logging.getLogger("squisher_mergekit").setLevel(logging.ERROR)  # that these runs are short is known
     tier = "full" if options.full else "quick"
     out = options.out or (RESULTS if options.full else options.work / "quick") / f"{experiment.name}.json"
-    report = run(experiment, tier, options.work, fresh=options.fresh)
+    log = logging.getLogger("squisher_mergekit")
+    level = log.level
+    log.setLevel(logging.ERROR)  # that these runs are short is known
+    try:
+        report = run(experiment, tier, options.work, fresh=options.fresh)
+    finally:
+        log.setLevel(level)
     write_json(out, report)
     print(f"{experiment.name}: {len(report['cells'])} cells, {report['cpu_seconds']:.0f} CPU-s -> {out}")
     return 0
