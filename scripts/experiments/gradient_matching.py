@@ -238,8 +238,11 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     )
     notes = [
         f"Points of mean accuracy above the plain average: {text}. alpha/prior chosen on the validation texts, seed by "
-        f"seed: {chosen}."
+        f"seed: {chosen} ({_on_edge(report)})."
     ]
+    if all(result["test"]["task_arithmetic"] == result["test"]["linear"] for result in _results(report)):
+        domains = len(_results(report)[0]["texts"])
+        notes.append(f"Task arithmetic came out as the plain average, which is what it is at an alpha of 1/{domains}.")
     ubgm = {"Fisher": gains["ubgm-fisher"], "Squisher": gains["ubgm-squisher"]}
     undecided = [name for name, found in ubgm.items() if min(found) <= 0]
     if undecided:
@@ -250,6 +253,14 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
             f"{sum(_results(report)[0]['texts'].values()) / 100:.0f} of the texts tested on."
         )
     return notes
+
+
+def _on_edge(report: Mapping[str, Any]) -> str:
+    """Say how many choices lie where the grid ends, a prior of 0 aside, which is an end of the range itself."""
+    choices = [choice for result in _results(report) for choice in result["chosen"].values()]
+    ends = (min(ALPHAS), max(ALPHAS))
+    count = sum(choice["alpha"] in ends or choice["prior"] == max(PRIORS) for choice in choices)
+    return f"{count} of {len(choices)} lie where the grid ends: alpha {ends[0]} or {ends[1]:g}, prior {max(PRIORS):g}"
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:

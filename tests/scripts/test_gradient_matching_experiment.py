@@ -89,12 +89,14 @@ def test_the_table_says_what_the_cells_say():
     assert "`ubgm_squisher` with Squishers +1.8 ± 0.4 (above 0 in 2 of 2 seeds)" in table.notes[0]
     assert "`ubgm_squisher` with Squishers 0.5/0, 0.5/0.1" in table.notes[0]
     assert "`task_arithmetic` 0.25/0, 0.25/0" in table.notes[0]
+    assert "2 of 6 lie where the grid ends: alpha 0.25 or 1, prior 1" in table.notes[0]
+    assert "an alpha of 1/2." in table.notes[1]
 
 
 def test_an_order_that_is_not_the_papers_is_said():
     """For those kinds of Fisher alone that are not above the average on every seed; the Fisher's row is equal to it."""
-    assert "on every seed with the Fisher." in ubgm.tables(_report(79.0))[0].notes[1]
-    assert "on every seed with the Fisher and the Squisher." in ubgm.tables(_report(77.2))[0].notes[1]
+    assert "on every seed with the Fisher." in ubgm.tables(_report(79.0))[0].notes[2]
+    assert "on every seed with the Fisher and the Squisher." in ubgm.tables(_report(77.2))[0].notes[2]
 
 
 def test_the_picture_is_a_small_png():
