@@ -31,7 +31,7 @@ EXPERIMENTS = (
     "pruning",
     "fish_mask",
     "transfer",
-    "ewc",
+    "forgetting",
     "cost",
     "questions",
 )
