@@ -20,9 +20,12 @@ Settled before a reported seed was looked at:
 * Recipe: that of scripts/experiments/task2vec.py, but with a rate of 2e-4 for the trunk. Of 5e-5 and 2e-4, tried with
   six of the tasks, three targets and seed 100, sources differ more after the latter. After 4 steps at 5e-5 a head has
   learnt nothing on some targets; after 8, one target is at 99 % from every source.
-* Seeds 0, 1, 2 are reported. A seed draws texts, order and heads, and has a third of the tasks as targets, so that
-  each task is a target once: all pairs on all seeds would take three times as long.
+* Seeds 0, 1, 2 are reported. A seed draws texts, order and heads.
 * In-class, as the paper has it, is within a topic here; only topics that leave three sources or more count.
+
+All tasks are sources. Each seed has its own targets, since all pairs on all seeds would take five times as long; so the
+spread over seeds is one over targets as well. Every task was to be a target once; that was cut to eleven for want of
+time, when five of the first seed had been measured and three looked at. All that were measured are shown.
 
     scripts/experiments/transfer.py --full
 """
@@ -66,7 +69,12 @@ TASKS = (
     *("graphics-windows", "pc-mac", "autos-motorcycles", "baseball-hockey", "sci", "talk"),
     *("election", "spam"),
 )
-SEEDS = 3
+# Those of each seed. More can be added: cells and tasks that are there are taken up.
+TARGETS = (
+    ("movies", "reuters", "pc-mac", "imdb", "drugs"),
+    ("products", "business-politics", "talk"),
+    ("tweets", "sports-tech", "graphics-windows"),
+)
 
 __all__ = ["EXPERIMENT", "main", "pictures", "tables"]
 
@@ -205,7 +213,7 @@ EXPERIMENT = Experiment(
     "transfer",
     "Task2Vec: orders of source tasks by distance, against measured transfer.",
     cell,
-    full=[{"seed": seed, "target": target, **_FULL} for seed in range(SEEDS) for target in TASKS[seed::SEEDS]],
+    full=[{"seed": seed, "target": target, **_FULL} for seed, row in enumerate(TARGETS) for target in row],
     quick=[{"seed": seed, "target": TASKS[seed], **_QUICK} for seed in range(2)],
 )
 
