@@ -179,8 +179,9 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         agree.append(spearman(one, other) or 0.0)
     return [
         f"After the best source a target is {_mean(best):.1f} points above training from the published encoder (which "
-        f"is flattered: it was found on the same texts), after the average source {_mean(average):+.1f}. {_same_topic(report)} Distances by Squisher and by Fisher agree "
-        f"with a rank correlation of {mean_sd(agree, 2)} within a target (over targets).",
+        f"is flattered: it was found on the same texts), after the average source {_mean(average):+.1f}. "
+        f"{_same_topic(report)} Distances by Squisher and by Fisher agree with a rank correlation of "
+        f"{mean_sd(agree, 2)} within a target (over targets).",
         _other_metrics(report),
     ]
 
