@@ -166,9 +166,22 @@ def _about_filters(found: Found) -> list[str]:
     return [
         f"Filters are compared as was best on seeds {seeds}: {compared}. Tried there as well: {LONGER} steps of "
         f"training instead of {RETRAIN}, at {percent(found.longer)}: {longer}.",
-        f"Of {whole} filters the Squisher keeps, in the mean, at {kept}. A network so narrow has few filters to spare: "
-        "right after pruning little is left of it, and what it is worth after training on depends more on its widths "
-        "than on which filters they were.",
+        f"Of {whole} filters the Squisher keeps, in the mean, at {kept}.",
+        *_little_left(found),
+    ]
+
+
+def _little_left(found: Found, least: float = 20) -> list[str]:
+    """Say where no score leaves more than so many % accuracy, the likely cause if no order is seen there."""
+    by_score = [list(map(mean, found.points("filters", score, "at_once"))) for score in SCORES]
+    best = [max(values) for values in zip(*by_score, strict=True)]
+    gone = [value < least for value in best]
+    if not any(gone):
+        return []
+    most = max(value for value, yes in zip(best, gone, strict=True) if yes)
+    return [
+        f"At {found.shares(gone)} no score leaves more than {most:.1f} % right after pruning. So narrow a network is "
+        "then trained almost anew, the likely reason why no clear order is seen there."
     ]
 
 

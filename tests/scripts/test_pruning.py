@@ -4,6 +4,7 @@ The margins were set on seeds 100 and 101, where retrained networks of Fisher an
 random at 75 and 90 %, before seeds 0 and 1 were looked at.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from experiments import pruning, pruning_report  # noqa: E402
+from experiments.runner import RESULTS  # noqa: E402
 
 MARGIN = 0.03  # of test accuracy, in each seed
 MARGIN_OF_MEANS = 0.05
@@ -127,6 +129,7 @@ def test_notes_say_where_the_order_holds_and_where_it_does_not():
     assert "1.0, 1.0 points apart" in weights.notes[2]
     assert "Both are above random on every seed at 50 %." in filters.notes[2]
     assert "The paper's order does not come out at 90 %." in filters.notes[2]
+    assert not any("no score leaves" in note for note in filters.notes)
     assert "190 steps of training instead of 30, at 50 %: Fisher 91.0 ± 1.4;" in filters.notes[3]
 
 
@@ -134,6 +137,15 @@ def test_the_way_to_prune_filters_is_the_best_of_the_search():
     """Each score has its own."""
     best = pruning_report.best_ways(pruning_report.Found(_report()))
     assert best == {"fisher": WAYS[0], "squisher": WAYS[1], "magnitude": WAYS[2], "random": WAYS[0]}
+
+
+def test_the_ways_that_are_reported_are_those_that_the_search_found():
+    """What the module says was chosen, by the cells of the search in its results."""
+    report = json.loads((RESULTS / "pruning.json").read_text(encoding="utf-8"))
+    assert pruning_report.best_ways(pruning_report.Found(report)) == pruning.CHOSEN
+    assert not {cell["settings"]["seed"] for cell in report["cells"] if "longer" in cell["settings"]} & set(
+        pruning.SEEDS
+    )
 
 
 def test_the_picture_is_a_small_png():
