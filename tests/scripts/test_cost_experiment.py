@@ -1,5 +1,6 @@
 """The experiment on costs: the loop that is timed against a Fisher by hand, and what is reported."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from experiments import cost, digits
+from experiments import cost, digits, runner
 
 from squisher_mergekit import estimate_fisher, load_fisher
 
@@ -130,3 +131,11 @@ def test_the_picture_is_a_png():
     assert name == "cost.png"
     assert data.startswith(b"\x89PNG")
     assert len(data) < 120_000
+
+
+def test_what_is_reported_is_of_the_cells_as_they_are_now():
+    """All settings, and both ways to a Fisher gave the same in each."""
+    report = json.loads((runner.RESULTS / "cost.json").read_text())
+    assert [cell["settings"] for cell in report["cells"]] == [dict(settings) for settings in cost.EXPERIMENT.full]
+    assert report["revision"] == cost.EXPERIMENT.revision
+    assert max(cell["result"]["apart"] for cell in report["cells"]) < 1e-3
