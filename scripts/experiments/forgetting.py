@@ -15,13 +15,16 @@ Two of them, split task-incremental and permuted, have the ablation of Table 2 t
 squared gradient of the task alone (``GradientSquares``), times the 64 images of a step. Its variants: times the 800 of
 a task (the paper's N); times nothing; an average over 20 steps (beta 0.95 in place of 0.999; Adam keeps its own); the
 joint Fisher in its place; Adam begun anew with each task; Adam's own second moment, which takes in the penalty's
-gradient and never begins anew. They are held against the exact Fisher of the task's 800 digits.
+gradient and never begins anew. They are held against the exact Fisher of the task's 800 digits. Not run: the last two
+together, and Adam begun anew without a penalty, so what that alone does to learning is not told apart.
 
 Settled before a reported seed was looked at, on seed 10:
 
 * Lambda: four powers of ten for each method, the best mean accuracy at the end on seed 10; of equal ones the smallest.
   Where the four lie was placed, by column (``START``), by a sweep with the Squisher over 1e1, 1e3, 1e5 and 1e7 on that
   seed, and moved by a method's own unit (``shift``), which was not searched for.
+  In a first full run the best of seven grids was at an end on seed 10, the L2 penalty's among them: those seven were
+  moved that way by a power of ten, once (``MOVED``). The reported seeds had been run by then; the move is by seed 10.
 * Seeds 0, 1 and 2 are reported. A seed draws which digits are tested, classes or permutations, order, and network;
   all seeds draw from the same 5,000 digits.
 
@@ -50,6 +53,7 @@ from experiments.forgetting_report import (
     HELD,
     MAIN,
     METHODS,
+    MOVED,
     RATE,
     START,
     STEPS,
@@ -67,7 +71,8 @@ def lambdas(column: str, method: str) -> tuple[float, ...]:
     """Return what lambda is chosen from."""
     if METHODS[method].source == "none":
         return (0.0,)
-    return tuple(10.0 ** (START[column] + METHODS[method].shift + step) for step in range(4))
+    first = START[column] + METHODS[method].shift + MOVED.get((column, method), 0)
+    return tuple(10.0 ** (first + step) for step in range(4))
 
 
 @dataclass(frozen=True)
