@@ -18,7 +18,7 @@ joint Fisher in its place; Adam begun anew with each task; Adam's own second mom
 gradient and never begins anew. They are held against the exact Fisher of the task's 800 digits. Not run: the last two
 together, and Adam begun anew without a penalty, so what that alone does to learning is not told apart.
 
-Settled before a reported seed was looked at, on seed 10:
+Settled on seed 10, all but the last move of the grids before a reported seed was looked at:
 
 * Lambda: four powers of ten for each method, the best mean accuracy at the end on seed 10; of equal ones the smallest.
   Where the four lie was placed, by column (``START``), by a sweep with the Squisher over 1e1, 1e3, 1e5 and 1e7 on that
