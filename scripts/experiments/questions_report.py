@@ -233,7 +233,7 @@ def pictures(report: Report) -> dict[str, bytes]:
     left.set_ylabel("mean accuracy of the merge over the tasks (%)")
     _curves(right, found, "rank")
     _line(right, of(found, "ceiling"), "-.", "a second computed Fisher")
-    right.set_ylabel("rank correlation with a computed Fisher (1 = same order)")
+    right.set_ylabel("rank correlation with a computed Fisher")
     for axes in (left, right):
         axes.set_xlabel("optimizer steps behind the Squisher")
         axes.legend(fontsize=8)
