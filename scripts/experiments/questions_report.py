@@ -55,14 +55,15 @@ def of(found: Sequence[Found], key: str) -> list[float]:
 
 
 def gain(one: Sequence[float], other: Sequence[float], digits: int = 1) -> str:
-    """Return one less the other, seed by seed, with its sign.
+    """Return one less the other, seed by seed, with its sign; none where the mean is rounded to 0.
 
     Example:
         >>> gain([3.0, 4.0], [1.0, 4.0])
         '+1.0 ± 1.4'
     """
     text = mean_sd([a - b for a, b in zip(one, other, strict=True)], digits)
-    return text if text.startswith("-") else f"+{text}"
+    mean = text.partition(" ")[0]
+    return text.removeprefix("-") if float(mean) == 0 else text if mean.startswith("-") else f"+{text}"
 
 
 def _about(report: Report, question: str) -> str:
@@ -90,7 +91,8 @@ def _steps(report: Report) -> Table:
             rows.append((f"{label}, β2 = {beta2}", cells))
     return Table(
         "**After how many steps is a Squisher good?** Weights of the last step, Squisher after so many: "
-        f"{_about(report, 'steps')}; rank correlation with a computed Fisher at the last weights",
+        f"{_about(report, 'steps')}; rank correlation with a computed Fisher at the last weights "
+        "(every eleventh entry, table of words apart)",
         [f"{step} steps" for step in steps],
         rows,
         _notes_on_steps(found, betas, steps),
@@ -111,12 +113,15 @@ def _notes_on_steps(found: Sequence[Found], betas: Sequence[float], steps: Seque
         f"a second computed Fisher with the first, on as many other texts, is {mean_sd(of(found, 'ceiling'), 3)}, the "
         f"best of a Squisher's {best:.3f}, {'above' if best > ceiling else 'below'} it.",
         f"Seed by seed, β2 = {betas[-1]}: after {steps[0]} steps {gain(early, average)} points over the plain "
-        f"average, after {steps[-1]} steps {gain(last, average)}, which is {gain(last, fisher)} beside the computed "
-        f"Fisher. After {steps[-1]} steps the decays differ by {mean_sd(spread)} points within a seed. The average "
-        f"with β2 = {betas[-1]} is Adam's own second moment to within {max(of(found, 'unlike_adams')):.0e} of its "
-        "largest entry.",
+        f"average, after {steps[-1]} steps {gain(last, average)}, and {gain(last, fisher)} beside the computed Fisher. "
+        f"After {steps[-1]} steps the decays differ by {mean_sd(spread)} points within a seed. The average with "
+        f"β2 = {betas[-1]} is Adam's own second moment {_exactly(max(of(found, 'unlike_adams')))}.",
     ]
     return notes + _order(last, fisher, average)
+
+
+def _exactly(apart: float) -> str:
+    return f"to within {apart:.0e} of its largest entry" if apart else "to the bit"
 
 
 def _order(squisher: Sequence[float], fisher: Sequence[float], average: Sequence[float]) -> list[str]:
@@ -224,19 +229,19 @@ def pictures(report: Report) -> dict[str, bytes]:
     from matplotlib.figure import Figure
 
     found = results(report, "steps")
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     _curves(left, found, "accuracy")
     _line(left, of(found, "fisher"), "-.", "computed Fisher")
     _line(left, of(found, "average"), (0, (1, 1)), "plain average")
-    left.set_ylabel("mean accuracy of the merge over the tasks (%)")
+    left.set_ylabel("accuracy of the merge, mean of tasks (%)")
     _curves(right, found, "rank")
     _line(right, of(found, "ceiling"), "-.", "a second computed Fisher")
     right.set_ylabel("rank correlation with a computed Fisher")
     for axes in (left, right):
-        axes.set_xlabel("optimizer steps behind the Squisher")
-        axes.legend(fontsize=8)
+        axes.set_xlabel("optimizer steps behind the Squisher (bars: all seeds)", fontsize=9)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
         axes.grid(color="0.9")
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)
@@ -259,7 +264,7 @@ def _curves(axes: Any, found: Sequence[Found], key: str) -> None:
             color=shade,
             capsize=2,
             elinewidth=0.8,
-            label=f"Squisher, β2 = {beta2} (bars: all seeds)",
+            label=f"Squisher, β2 = {beta2}",
         )
     axes.set_xscale("log")
     axes.set_xticks(steps, [str(step) for step in steps])

@@ -204,3 +204,12 @@ def test_what_is_reported_is_of_the_cells_as_they_are_now():
     last = questions_report.values(along, "accuracy", beta2=0.999, step=50)
     assert last == questions_report.values(forms, "accuracy", form="float32")
     assert questions_report.of(along, "average") == questions_report.of(forms, "average")
+
+
+@pytest.mark.parametrize(
+    ("one", "text"), [([1.0, 2.0], "0.0 ± 0.0"), ([1.5, 2.5], "+0.5 ± 0.0"), ([0.5, 1.5], "-0.5 ± 0.0")]
+)
+def test_differences_have_a_sign_but_where_they_are_nothing(one, text):
+    """Also where rounding leaves a negative zero."""
+    assert questions_report.gain(one, [1.0, 2.0]) == text
+    assert questions_report.gain([value - 1e-9 for value in one], [1.0, 2.0]) == text
