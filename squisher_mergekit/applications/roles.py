@@ -11,7 +11,7 @@ from torch import nn
 from squisher_mergekit.applications.weights import Weights
 from squisher_mergekit.errors import ConfigError, RefusedError
 from squisher_mergekit.fisher.mapping import TensorInfo
-from squisher_mergekit.optimizers.models import memory_names, unwrap_model
+from squisher_mergekit.optimizers.models import parameters_of, unwrap_model
 from squisher_mergekit.optimizers.skeleton import Skeleton, meta_model, of_model
 
 Role = Literal["embedding", "norm", "bias", "output"]
@@ -33,12 +33,10 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
         {'0.bias': 'bias', '1.weight': 'norm', '1.bias': 'bias', '2.weight': 'output', '2.bias': 'bias'}
     """
     inner = unwrap_model(model)
-    names = memory_names(inner)
     embeddings = {id(p) for m in inner.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     outputs = output_parameters(inner)
     roles: dict[str, Role] = {}
-    for parameter in inner.parameters():
-        name = names[id(parameter)]
+    for name, parameter in parameters_of(inner).items():
         role = _by_shape(name, parameter.ndim)
         if id(parameter) in embeddings or (role is None and _EMBEDDING.search(name)):
             role = "embedding"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher, check_shape
-from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model
+from squisher_mergekit.optimizers.models import describe, parameters_of, unwrap_model
 from squisher_mergekit.optimizers.skeleton import Skeleton
 
 Read = Callable[[str], Tensor]
@@ -34,8 +34,7 @@ def by_parameter(model: nn.Module, fisher: Mapping[str, Tensor], scaling: Scalin
         >>> by_parameter(nn.Linear(2, 1), {"weight": torch.tensor([[1.0, 4.0]])})
         {'weight': tensor([[1., 4.]])}
     """
-    names = memory_names(model)
-    shapes = {names[id(parameter)]: tuple(parameter.shape) for parameter in unwrap_model(model).parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters_of(model).items()}
     place = fisher.location if isinstance(fisher, Fisher) else "memory"
     found, known = dict(fisher) if not isinstance(fisher, Fisher) else {}, set(shapes)
     if isinstance(fisher, Fisher):

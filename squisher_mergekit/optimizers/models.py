@@ -65,9 +65,19 @@ def uses_deepspeed(model: nn.Module, optimizer: Any) -> bool:
     return any("deepspeed" in type(one).__module__ for one in (model, optimizer))
 
 
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by their names in memory, the first of a tied one's, wrappers left out.
+
+    Example:
+        >>> list(parameters_of(nn.DataParallel(nn.Linear(2, 3))))
+        ['weight', 'bias']
+    """
+    return {_clean(name): parameter for name, parameter in unwrap_model(model).named_parameters()}
+
+
 def memory_names(model: nn.Module) -> dict[int, str]:
-    """Return id of a parameter -> its name in memory, the first of a tied one's, wrappers left out."""
-    return {id(parameter): _clean(name) for name, parameter in unwrap_model(model).named_parameters()}
+    """Return id of a parameter -> its name in memory, see :func:`parameters_of`."""
+    return {id(parameter): name for name, parameter in parameters_of(model).items()}
 
 
 def describe(model: nn.Module, stored: Collection[str] = ()) -> Described:

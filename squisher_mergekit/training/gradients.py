@@ -12,7 +12,7 @@ from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStat
 from squisher_mergekit.fisher.files import read_fisher, to_dtype
 from squisher_mergekit.fisher.mapping import Fisher, check_shape
 from squisher_mergekit.optimizers.memory import in_memory
-from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model, uses_deepspeed, uses_fsdp1
+from squisher_mergekit.optimizers.models import describe, parameters_of, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.moments import Moment
 from squisher_mergekit.optimizers.saved import Saved
 from squisher_mergekit.optimizers.sharding import Together, is_sharded, placed, rank
@@ -65,8 +65,7 @@ class GradientSquares:
         self.beta = beta
         self.squares: dict[str, Tensor] = {}
         self.steps: dict[str, int] = {}
-        names = memory_names(model)
-        self._parameters = {names[id(p)]: p for p in unwrap_model(model).parameters()}
+        self._parameters = parameters_of(model)
 
     @torch.no_grad()
     def update(self, norm: Tensor | None = None) -> bool:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from squisher_mergekit.applications.masks import Mask, read_mask
 from squisher_mergekit.errors import MismatchError, UnsupportedStateError
-from squisher_mergekit.optimizers.models import memory_names, unwrap_model, uses_deepspeed, uses_fsdp1
+from squisher_mergekit.optimizers.models import parameters_of, unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.sharding import is_sharded
 from squisher_mergekit.training.live import unwrap_optimizer
 
@@ -66,8 +66,8 @@ class MaskedTraining:
         several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         _refuse_parts(model, several)
         self.optimizers = [unwrap_optimizer(one) for one in several]
-        names, read = memory_names(model), read_mask(mask) if isinstance(mask, str | Path) else mask
-        live = {names[id(p)]: p for p in unwrap_model(model).parameters() if p.requires_grad}
+        read = read_mask(mask) if isinstance(mask, str | Path) else mask
+        live = {name: p for name, p in parameters_of(model).items() if p.requires_grad}
         _check_optimizers(self.optimizers, live.values())
         masks = _by_name(model, read, live)
         # Where all of a tensor is trained nothing has to be done.
@@ -206,7 +206,7 @@ def _by_name(
 ) -> dict[str, Tensor]:
     """Return the mask of each parameter that is trained."""
     given = mask.by_parameter(model) if isinstance(mask, Mask) else mask
-    known = memory_names(model).values()
+    known = parameters_of(model)
     names = {name: name for name in known} | {_unpruned(name): name for name in known}
     strange = next((name for name in given if name not in names), None)
     if strange is not None:

@@ -15,7 +15,7 @@ from squisher_mergekit.applications.ewc.runaway import Watch, squared
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.mapping import Fisher, check_values
 from squisher_mergekit.optimizers.memory import by_parameter
-from squisher_mergekit.optimizers.models import memory_names, unwrap_model
+from squisher_mergekit.optimizers.models import parameters_of
 from squisher_mergekit.optimizers.sharding import is_sharded, placed, whole
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -30,7 +30,7 @@ def identity(model: nn.Module) -> dict[str, Tensor]:
         >>> identity(nn.Linear(2, 1, bias=False))
         {'weight': tensor([[1., 1.]])}
     """
-    return {name: torch.ones_like(p.detach()) for name, p in _parameters(model).items() if p.requires_grad}
+    return {name: torch.ones_like(p.detach()) for name, p in parameters_of(model).items() if p.requires_grad}
 
 
 class EWCPenalty:
@@ -116,7 +116,7 @@ class EWCPenalty:
             ValuesError: An entry is NaN, infinite or negative.
             ConfigError: A number that the scale needs is not known, or lambda times the Fisher overflows.
         """
-        parameters = _parameters(model)
+        parameters = parameters_of(model)
         factor = self._factor(fisher, num_examples, examples_per_step)
         place = fisher.location if isinstance(fisher, Fisher) else "memory"
         found = by_parameter(model, fisher)
@@ -144,7 +144,7 @@ class EWCPenalty:
         Raises:
             MismatchError: A penalised parameter is gone, or has another shape.
         """
-        parameters = _parameters(model)
+        parameters = parameters_of(model)
         terms = self._of(parameters) if self.lam else {}
         having = [term.at(parameters[name]) for name, term in terms.items() if parameters[name].requires_grad]
         if not having:
@@ -163,7 +163,7 @@ class EWCPenalty:
         Raises:
             MismatchError: A penalised parameter is gone, or has another shape.
         """
-        parameters = _parameters(model)
+        parameters = parameters_of(model)
         norms: tuple[list[Tensor], list[Tensor]] = ([], [])
         for name, term in (self._of(parameters) if self.lam else {}).items():
             parameter = parameters[name]
@@ -278,11 +278,6 @@ class EWCPenalty:
             shown = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
             LOG.warning("EWC leaves %d trainable parameters free, having no Fisher of them: %s", len(new), shown)
         self.unpenalised = free
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    names = memory_names(model)
-    return {names[id(parameter)]: parameter for parameter in unwrap_model(model).parameters()}
 
 
 def _local(tensor: Any) -> Tensor:

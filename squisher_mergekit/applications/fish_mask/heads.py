@@ -13,7 +13,7 @@ from squisher_mergekit.applications.roles import output_parameters
 from squisher_mergekit.applications.weights import Weights
 from squisher_mergekit.errors import ConfigError, RefusedError, UnsupportedStateError
 from squisher_mergekit.fisher.files import MemoryStore
-from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model
+from squisher_mergekit.optimizers.models import describe, memory_names, parameters_of, unwrap_model
 from squisher_mergekit.optimizers.skeleton import Skeleton, meta_model, of_model
 
 # Where there is no config to build the model from, names must do.
@@ -66,8 +66,7 @@ def in_memory(model: nn.Module) -> tuple[Weights, Parts]:
             f"a model must be saved whole to be chosen from, but {type(inner).__name__} is not; merge its adapter, or "
             "gather it first"
         )
-    names = memory_names(model)
-    by_name = {names[id(parameter)]: parameter.detach() for parameter in inner.parameters()}
+    by_name = {name: parameter.detach() for name, parameter in parameters_of(inner).items()}
     stored = dict(bones.convert({one.name: by_name[one.name] for one in bones.parameters}))
     tensors = {name: stored[name] for name in bones.sources if name in stored}
     known = {name for name, _ in inner.named_parameters(remove_duplicate=False)}

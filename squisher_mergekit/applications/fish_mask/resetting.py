@@ -14,7 +14,7 @@ from squisher_mergekit.applications.masks import Mask
 from squisher_mergekit.applications.weights import Weights, check_alike
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.mapping import TensorInfo
-from squisher_mergekit.optimizers.models import memory_names, unwrap_model
+from squisher_mergekit.optimizers.models import parameters_of
 
 
 def reset_values(tuned: Tensor, base: Tensor, mask: Tensor) -> Tensor:
@@ -55,13 +55,8 @@ def reset(model: nn.Module, base: nn.Module | Mapping[str, Tensor], mask: Mask |
         [[1.0, 6.0]]
     """
     masked = mask.by_parameter(model) if isinstance(mask, Mask) else mask
-    names = memory_names(model)
-    parameters = {names[id(parameter)]: parameter for parameter in unwrap_model(model).parameters()}
-    before = (
-        {memory_names(base)[id(p)]: p.detach() for p in unwrap_model(base).parameters()}
-        if isinstance(base, nn.Module)
-        else base
-    )
+    parameters = parameters_of(model)
+    before = {name: p.detach() for name, p in parameters_of(base).items()} if isinstance(base, nn.Module) else base
     tuned, below = of_tensors({name: p.detach() for name, p in parameters.items()}), of_tensors(before)
     view = Reset(tuned, base_of(below, tuned), Mask({name: one.cpu().bool() for name, one in masked.items()}))
     view.check()

@@ -21,7 +21,7 @@ from squisher_mergekit.applications.roles import named_on_disk, roles_of
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.optimizers.memory import by_parameter
-from squisher_mergekit.optimizers.models import describe, memory_names, unwrap_model
+from squisher_mergekit.optimizers.models import describe, memory_names, parameters_of, unwrap_model
 from squisher_mergekit.optimizers.sharding import is_sharded
 from squisher_mergekit.optimizers.skeleton import Skeleton
 
@@ -109,8 +109,8 @@ def choose_weights(
     """
     recipe, earlier = Recipe(sparsity, **options), earlier or {}
     inner = unwrap_model(model)
-    skeleton, names = _skeleton(inner), memory_names(inner)
-    weights = {names[id(parameter)]: parameter.detach() for parameter in inner.parameters()}
+    skeleton = _skeleton(inner)
+    weights = {name: parameter.detach() for name, parameter in parameters_of(inner).items()}
     weights |= {name: weights[name] * mask for name, mask in earlier.items()}
     stored = _Stored(skeleton, weights)
     shapes = {

@@ -17,7 +17,7 @@ from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher, check_values
 from squisher_mergekit.optimizers.memory import by_parameter
-from squisher_mergekit.optimizers.models import memory_names, unwrap_model
+from squisher_mergekit.optimizers.models import parameters_of, unwrap_model
 
 # The least of each layer beside what is kept over all. Settled on two seeds of the network of
 # scripts/experiments/pruning.py, filters at 25 and 50 %.
@@ -194,8 +194,7 @@ def unit_scores(
         return {layer.name: single.chance(layer.name, seed)(torch.empty(layer.count)) for layer in units}
     inner = unwrap_model(model)
     with unmasked(inner) as earlier:
-        names = memory_names(inner)
-        weights = {names[id(parameter)]: parameter.detach() for parameter in inner.parameters()}
+        weights = {name: parameter.detach() for name, parameter in parameters_of(inner).items()}
         beside = _beside(inner, fisher if score == "fisher" else gradient, score, scaling, units)
     weights |= {name: weights[name] * mask for name, mask in earlier.items()}
     found = {layer.name: _score(layer, weights, beside, score) for layer in units}
@@ -250,8 +249,7 @@ def unit_masks(model: nn.Module, choice: Choice) -> dict[str, Tensor]:
         MismatchError: The choice is not of this model.
     """
     with unmasked(unwrap_model(model)):
-        names = memory_names(model)
-        shapes = {names[id(parameter)]: parameter.shape for parameter in unwrap_model(model).parameters()}
+        shapes = {name: parameter.shape for name, parameter in parameters_of(model).items()}
     masks: dict[str, Tensor] = {}
     for layer in choice.units:
         for one in layer.made:
