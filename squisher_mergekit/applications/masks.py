@@ -18,6 +18,7 @@ from squisher_mergekit.fisher.files import SafetensorsStore, safetensors_notes, 
 from squisher_mergekit.fisher.mapping import Fisher, TensorInfo
 from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
 from squisher_mergekit.optimizers.memory import in_memory
+from squisher_mergekit.optimizers.models import parameters_of
 
 MASK_NAME = "mask.safetensors"
 _FORMAT = "squisher-mask"
@@ -92,7 +93,7 @@ class Mask(Mapping[str, Tensor]):
         """
         as_fisher = Fisher(_AsStore(self), FisherConfig(statistic="mean"))
         found, _ = in_memory(model, as_fisher)
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_of(model).items():
             if name not in found or found[name].shape != parameter.shape:
                 raise MismatchError(
                     f"a mask must be of this model, but of {name}, {list(parameter.shape)}, {self.location} has "

@@ -87,6 +87,16 @@ def test_a_mask_finds_its_parameters(tmp_path):
         assert all(torch.equal(found[key], p > 0) for key, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_mask_finds_the_parameters_of_a_wrapped_model(wrap):
+    """What is wrapped around a model, for several processes or to compile it, is no part of its names."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    mask = Mask({name: p > 0 for name, p in model.named_parameters()})
+    found = mask.by_parameter(wrap(model))
+    assert found.keys() == mask.keys()
+    assert all(torch.equal(found[name], mask[name]) for name in mask)
+
+
 def test_a_mask_that_lacks_a_parameter_is_refused():
     """A parameter without a mask would be neither kept nor dropped."""
     mask = Mask({"weight": torch.ones(1, 3).bool()})
