@@ -1,4 +1,4 @@
-"""The second moments of an optimizer's file under the names of the weights, converted when read."""
+"""Second moments, or any other tensor for each parameter, by the names on disk; converted when read."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field

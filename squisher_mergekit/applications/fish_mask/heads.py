@@ -15,6 +15,7 @@ from squisher_mergekit.errors import ConfigError, RefusedError, UnsupportedState
 from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.optimizers.models import describe, memory_names, parameters_of, unwrap_model
 from squisher_mergekit.optimizers.skeleton import Skeleton, meta_model, of_model
+from squisher_mergekit.optimizers.store import store_moments
 
 # Where there is no config to build the model from, names must do.
 _HEAD = re.compile(r"^(classifier|score|qa_outputs|head)\.")
@@ -67,8 +68,8 @@ def in_memory(model: nn.Module) -> tuple[Weights, Parts]:
             "gather it first"
         )
     by_name = {name: parameter.detach() for name, parameter in parameters_of(inner).items()}
-    stored = dict(bones.convert({one.name: by_name[one.name] for one in bones.parameters}))
-    tensors = {name: stored[name] for name in bones.sources if name in stored}
+    stored = store_moments(str(_MEMORY), by_name, bones, ())
+    tensors = {name: stored.read(name) for name in stored.infos}
     known = {name for name, _ in inner.named_parameters(remove_duplicate=False)}
     tensors |= {name: tensor.detach() for name, tensor in inner.state_dict().items() if name not in known}
     return of_tensors(tensors), _parts(inner, bones, tensors)

@@ -24,7 +24,9 @@ from squisher_mergekit.optimizers.memory import by_parameter
 from squisher_mergekit.optimizers.models import describe, memory_names, parameters_of, unwrap_model
 from squisher_mergekit.optimizers.sharding import is_sharded
 from squisher_mergekit.optimizers.skeleton import Skeleton
+from squisher_mergekit.optimizers.store import MomentStore, store_moments
 
+_PLACE = "memory"  # for messages
 _ORIG, _MASK = "_orig", "_mask"  # what torch.nn.utils.prune appends to the name of a pruned parameter
 
 
@@ -112,7 +114,7 @@ def choose_weights(
     skeleton = _skeleton(inner)
     weights = {name: parameter.detach() for name, parameter in parameters_of(inner).items()}
     weights |= {name: weights[name] * mask for name, mask in earlier.items()}
-    stored = _Stored(skeleton, weights)
+    stored = store_moments(_PLACE, weights, skeleton, ())
     shapes = {
         name: skeleton.shapes[name]
         for name, sources in skeleton.sources.items()
@@ -120,7 +122,7 @@ def choose_weights(
     }
     axes = input_axes(inner, skeleton, shapes) if recipe.pattern else None
     plan = make_plan(recipe, shapes, named_on_disk(roles_of(inner), skeleton, shapes), axes)
-    inputs = _inputs(inner, recipe, stored, fisher, gradient, list(plan.sizes))
+    inputs = _inputs(inner, recipe, stored, skeleton, fisher, gradient, list(plan.sizes))
     found = dict(masks(plan, inputs))
     _check_earlier(found, skeleton, earlier, weights)
     kept = {name: int(mask.sum()) for name, mask in found.items()}
@@ -133,7 +135,8 @@ def _check_earlier(
 ) -> None:
     """Refuse masks that would bring back what an earlier round has pruned."""
     every = torch.ones((), dtype=torch.bool)
-    old = _Stored(skeleton, {name: earlier.get(name, every.expand(tensor.shape)) for name, tensor in weights.items()})
+    whole = {name: earlier.get(name, every.expand(tensor.shape)) for name, tensor in weights.items()}
+    old = store_moments(_PLACE, whole, skeleton, ())
     for name, mask in found.items() if earlier else ():
         revived = int((mask & (old.read(name).cpu() == 0)).sum())
         if revived:
@@ -161,21 +164,6 @@ def apply_masks(model: nn.Module, chosen: Mapping[str, Tensor]) -> None:
             torch_masks.custom_from_mask(module, attribute, mask.to(parameter.device))
 
 
-class _Stored:
-    """The tensors of a model as they would be stored, made of those in memory when asked for."""
-
-    def __init__(self, skeleton: Skeleton, tensors: Mapping[str, Tensor]) -> None:
-        self._skeleton, self._tensors = skeleton, tensors
-        self._last: tuple[tuple[str, ...], Mapping[str, Tensor]] = ((), {})
-
-    def read(self, name: str) -> Tensor:
-        """Return one tensor by its name on disk."""
-        sources = self._skeleton.sources[name]
-        if self._last[0] != sources:  # experts that are packed in memory come out together
-            self._last = sources, self._skeleton.convert({source: self._tensors[source] for source in sources})
-        return self._last[1][name]
-
-
 def _skeleton(model: nn.Module) -> Skeleton:
     skeleton = describe(model).skeleton
     sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
@@ -190,7 +178,8 @@ def _skeleton(model: nn.Module) -> Skeleton:
 def _inputs(
     model: nn.Module,
     recipe: Recipe,
-    stored: _Stored,
+    stored: MomentStore,
+    skeleton: Skeleton,
     fisher: Mapping[str, Tensor] | None,
     gradient: Mapping[str, Tensor] | None,
     names: list[str],
@@ -207,8 +196,7 @@ def _inputs(
     if given is None:
         raise ConfigError(f"score {recipe.score} needs {what}; give one, or take score magnitude or random")
     values = by_parameter(model, given, "raw")
-    skeleton = stored._skeleton
-    location = given.location if isinstance(given, Fisher) else "memory"
+    location = given.location if isinstance(given, Fisher) else _PLACE
     for name in names:
         lacking = next((source for source in skeleton.sources[name] if source not in values), None)
         if lacking is not None:
@@ -216,7 +204,7 @@ def _inputs(
                 f"{what} must cover every parameter that is chosen from, but {location} lacks {lacking}; give one that "
                 "has it, or ignore the parameter"
             )
-    beside = _Stored(skeleton, values)
+    beside = store_moments(location, values, skeleton, ())
     if not isinstance(given, Fisher):
         return Inputs(stored.read, beside.read, location=location)
 
