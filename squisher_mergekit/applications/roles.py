@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from torch import nn
 
 from squisher_mergekit.applications.weights import Weights
-from squisher_mergekit.errors import ConfigError, RefusedError
+from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.mapping import TensorInfo
 from squisher_mergekit.optimizers.models import parameters_of, unwrap_model
-from squisher_mergekit.optimizers.skeleton import Skeleton, meta_model, of_model
+from squisher_mergekit.optimizers.skeleton import Skeleton
 
 Role = Literal["embedding", "norm", "bias", "output"]
 ROLES: tuple[Role, ...] = ("embedding", "norm", "bias", "output")
@@ -53,11 +53,9 @@ def roles_on_disk(weights: Weights) -> dict[str, Role]:
     The model is built from its ``config.json``, without weights, to tell them. Where that cannot be done, names must
     do: ``embed``, ``lm_head``, ``classifier`` and the like.
     """
-    try:
-        model = meta_model(weights.folder)
-        skeleton = of_model(model, set(weights.infos))
-    except RefusedError:
+    if weights.outline is None:
         return _by_name(weights.infos)
+    model, skeleton = weights.outline
     return named_on_disk(roles_of(model), skeleton, weights.infos)
 
 
@@ -76,6 +74,33 @@ def named_on_disk(roles: Mapping[str, Role], skeleton: Skeleton, names: Iterable
         if role is not None:
             found[name] = role
     return found
+
+
+def matching(names: Collection[str], pattern: str, what: str) -> list[str]:
+    """Return the names that bear a pattern: a name, or a regular expression that is searched for in names.
+
+    Args:
+        names: All of them.
+        pattern: The pattern.
+        what: It is, for a message.
+
+    Raises:
+        ConfigError: It is no regular expression, or nothing bears it.
+
+    Example:
+        >>> matching(["a.weight", "a.bias", "b.bias"], "^a", "what is left out")
+        ['a.weight', 'a.bias']
+    """
+    try:
+        hit = [name for name in names if name == pattern or re.search(pattern, name)]
+    except re.error as error:
+        raise ConfigError(f"{what} must be a name or a regular expression, found {pattern!r}: {error}") from error
+    if not hit:
+        raise ConfigError(
+            f"{what} must be of a tensor's name, but nothing matches {pattern!r}; names are like "
+            f"{next(iter(names), 'none')}"
+        )
+    return hit
 
 
 def ignored(
@@ -98,17 +123,7 @@ def ignored(
         if roles.get(name) in wanted:
             why[name] = str(roles[name])
     for pattern in patterns:
-        try:
-            hit = [name for name in everything if name == pattern or re.search(pattern, name)]
-        except re.error as error:
-            raise ConfigError(
-                f"an ignored name must be a name or a regular expression, found {pattern!r}: {error}"
-            ) from error
-        if not hit:
-            raise ConfigError(
-                f"an ignored name must be that of a tensor, but nothing matches {pattern!r}; names are like "
-                f"{everything[0] if everything else 'none'}"
-            )
+        hit = matching(everything, pattern, "an ignored name")
         why.update({name: f"matches {pattern}" for name in hit if name not in why})
     return why
 

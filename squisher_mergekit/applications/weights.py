@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from squisher_mergekit.errors import ConfigError, MismatchError, NotFoundError
+from squisher_mergekit.errors import ConfigError, MismatchError, NotFoundError, RefusedError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import (
     SafetensorsStore,
@@ -21,6 +22,7 @@ from squisher_mergekit.fisher.files import (
 from squisher_mergekit.fisher.fingerprint import difference, fingerprint
 from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, TensorStore, check_shape
 from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
+from squisher_mergekit.optimizers.skeleton import Skeleton, meta_model, of_model
 
 BASENAME = "model"
 # What belongs to a model beside its weights; the rest of a checkpoint is the trainer's.
@@ -44,6 +46,15 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """Return one tensor, a view of the mapped file; it must not be written to."""
         return self.store.read(name)
+
+    @cached_property
+    def outline(self) -> tuple[nn.Module, Skeleton] | None:
+        """The model that ``config.json`` describes, without weights, and its names on disk; None if there is none."""
+        try:
+            model = meta_model(self.folder)
+            return model, of_model(model, set(self.infos))
+        except RefusedError:
+            return None
 
 
 def open_weights(source: str | Path, option: str = "MODEL") -> Weights:

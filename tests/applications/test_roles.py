@@ -56,10 +56,9 @@ def test_roles_of_models_of_transformers(name, tmp_path):
 def test_names_do_where_there_is_no_config(name, tmp_path):
     """They tell the same of the usual architectures."""
     make(name).save_pretrained(tmp_path)
-    weights = open_weights(tmp_path)
-    by_config = roles.roles_on_disk(weights)
+    by_config = roles.roles_on_disk(open_weights(tmp_path))
     (tmp_path / "config.json").unlink()
-    assert roles.roles_on_disk(weights) == by_config
+    assert roles.roles_on_disk(open_weights(tmp_path)) == by_config
 
 
 def test_roles_of_any_other_model():

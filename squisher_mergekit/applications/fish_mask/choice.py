@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from squisher_mergekit.applications import scores
 from squisher_mergekit.applications.choosing import Scope, choose
 from squisher_mergekit.applications.fish_mask.bases import base_of
-from squisher_mergekit.applications.fish_mask.heads import Parts, in_memory, matching, of_tensors, parts_by_name
+from squisher_mergekit.applications.fish_mask.heads import Parts, in_memory, of_tensors, parts_by_name
 from squisher_mergekit.applications.masks import Mask
+from squisher_mergekit.applications.roles import matching
 from squisher_mergekit.applications.weights import Weights, check_alike, check_fits
 from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
@@ -130,8 +131,10 @@ def make_plan(choice: Choice, weights: Weights, parts: Parts) -> Plan:
     infos = {name: weights.infos[name] for name in sorted(weights.infos)}
     shapes = {name: info.shape for name, info in infos.items() if info.dtype.is_floating_point}
     names = [name for name in shapes if name not in parts.buffers]
-    excluded = matching(names, choice.exclude, "exclude")
-    heads = set(parts.heads) if choice.head is None else matching(names, choice.head, "head")
+    excluded = {hit for pattern in choice.exclude for hit in matching(names, pattern, "exclude")}
+    heads = set(parts.heads)
+    if choice.head is not None:
+        heads = {hit for pattern in choice.head for hit in matching(names, pattern, "head")}
     both = sorted(heads & excluded)
     if both:
         raise ConfigError(f"a tensor can be kept as head or excluded, but {both[0]} is to be both; name the head anew")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from squisher_mergekit.applications.roles import output_parameters
 from squisher_mergekit.applications.weights import Weights
-from squisher_mergekit.errors import ConfigError, RefusedError, UnsupportedStateError
+from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.optimizers.models import describe, memory_names, parameters_of, unwrap_model
-from squisher_mergekit.optimizers.skeleton import Skeleton, meta_model, of_model
+from squisher_mergekit.optimizers.skeleton import Skeleton
 from squisher_mergekit.optimizers.store import store_moments
 
 # Where there is no config to build the model from, names must do.
@@ -36,12 +36,7 @@ def parts_on_disk(weights: Weights) -> Parts:
     The model is built from its ``config.json``, without weights, to tell them. Where that cannot be done, the head is
     what is called ``classifier``, ``score``, ``qa_outputs`` or ``head``, and buffers are not told from weights.
     """
-    try:
-        model = meta_model(weights.folder)
-        bones = of_model(model, set(weights.infos))
-    except RefusedError:
-        return parts_by_name(weights.infos)
-    return _parts(model, bones, weights.infos)
+    return parts_by_name(weights.infos) if weights.outline is None else _parts(*weights.outline, weights.infos)
 
 
 def parts_by_name(names: Iterable[str]) -> Parts:
@@ -78,27 +73,6 @@ def in_memory(model: nn.Module) -> tuple[Weights, Parts]:
 def of_tensors(tensors: Mapping[str, Tensor]) -> Weights:
     """Return tensors in memory as weights, without a folder."""
     return Weights(_MEMORY, (), MemoryStore(tensors))
-
-
-def matching(names: Collection[str], patterns: Iterable[str], option: str) -> set[str]:
-    """Return the names that bear a pattern: a name, or a regular expression that is searched for in names.
-
-    Raises:
-        ConfigError: A pattern is no regular expression, or nothing bears it.
-    """
-    found: set[str] = set()
-    for pattern in patterns:
-        try:
-            hit = {name for name in names if name == pattern or re.search(pattern, name)}
-        except re.error as error:
-            raise ConfigError(f"{option} must be a name or a regular expression, found {pattern!r}: {error}") from error
-        if not hit:
-            raise ConfigError(
-                f"{option} must be of a tensor's name, but nothing matches {pattern!r}; names are like "
-                f"{next(iter(names), 'none')}"
-            )
-        found |= hit
-    return found
 
 
 def _parts(model: nn.Module, bones: Skeleton, names: Iterable[str]) -> Parts:

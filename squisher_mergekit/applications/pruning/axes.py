@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from squisher_mergekit.applications.weights import Weights
-from squisher_mergekit.errors import RefusedError
-from squisher_mergekit.optimizers.skeleton import Skeleton, meta_model, of_model
+from squisher_mergekit.optimizers.skeleton import Skeleton
 
 Shapes = Mapping[str, tuple[int, ...]]
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -48,11 +47,9 @@ def axes_on_disk(weights: Weights, shapes: Shapes) -> dict[str, int | None]:
         weights: The weights.
         shapes: Of those that are asked for.
     """
-    try:
-        model = meta_model(weights.folder)
-        return input_axes(model, of_model(model, set(weights.infos)), shapes)
-    except RefusedError:
+    if weights.outline is None:
         return {name: _by_shape(shape) for name, shape in shapes.items()}
+    return input_axes(*weights.outline, shapes)
 
 
 def _of_module(module: nn.Module | None, shape: tuple[int, ...]) -> int | None:

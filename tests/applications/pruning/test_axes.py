@@ -46,4 +46,4 @@ def test_on_disk_the_config_tells(tmp_path):
     weights = open_weights(tmp_path)
     assert axes_on_disk(weights, {name: (12, 48)}) == {name: 0}
     (tmp_path / "config.json").unlink()
-    assert axes_on_disk(weights, {name: (12, 48), "experts": (2, 3, 5)}) == {name: 1, "experts": None}
+    assert axes_on_disk(open_weights(tmp_path), {name: (12, 48), "experts": (2, 3, 5)}) == {name: 1, "experts": None}
