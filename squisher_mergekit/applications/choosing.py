@@ -15,21 +15,18 @@ Scope = Literal["global", "layer"]
 Ranked = Callable[[str], Tensor]
 
 
-def check_share(name: str, value: float, *, whole: bool) -> None:
+def check_share(name: str, value: float) -> None:
     """Refuse a share that is none.
 
     Args:
         name: What it is called.
         value: The share.
-        whole: Whether 1 is allowed.
 
     Raises:
-        ConfigError: It is not in [0, 1), or [0, 1].
+        ConfigError: It is not in [0, 1).
     """
-    if not (0 <= value < 1 or (whole and value == 1)):
-        raise ConfigError(
-            f"{name} must be in [0, 1{']' if whole else ')'}, found {value}; give it as a share, not in %"
-        )
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name} must be in [0, 1), found {value}; give it as a share, not in %")
 
 
 def choose(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -143,7 +143,6 @@ def write_changed(
     weights: Weights,
     out: Path,
     change: Callable[[str, Tensor], Tensor | None],
-    names: Iterable[str] | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a copy of a model in which tensors are changed; nothing stays at ``out`` unless all of it was written.
@@ -156,7 +155,6 @@ def write_changed(
         out: The folder to make; new or empty.
         change: From name and tensor to the new tensor, of the same dtype; None leaves the tensor out. It is called once
             a tensor, in the order of ``weights.infos``, and what it returns must not change any more.
-        names: ``weights.infos``, wrapped in a progress bar.
         beside: Called at the end with the folder that is being written, for further files.
 
     Raises:
@@ -164,9 +162,8 @@ def write_changed(
     """
     check_out(out)
     with written_beside(out) as folder:
-        moving = iter(names or weights.infos)
         for file in weights.files:
-            _write_shard(weights, file, folder / file.name, moving, change)
+            _write_shard(weights, file, folder / file.name, change)
         copy_rest(weights, folder)
         if beside is not None:
             beside(folder)
@@ -179,15 +176,12 @@ def copy_rest(weights: Weights, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _write_shard(
-    weights: Weights, file: Path, target: Path, names: Iterator[str], change: Callable[[str, Tensor], Tensor | None]
-) -> None:
+def _write_shard(weights: Weights, file: Path, target: Path, change: Callable[[str, Tensor], Tensor | None]) -> None:
     own = list(tensor_infos(file))
     with SafetensorsWriter(target, header_room(own)) as writer:
         for key, value in safetensors_notes(file).items():
             writer.note(key, value)
         for name in own:
-            assert next(names) == name
             changed = change(name, weights.read(name))
             if changed is not None:
                 writer.add(name, changed)

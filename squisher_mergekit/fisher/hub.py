@@ -16,14 +16,7 @@ from squisher_mergekit.fisher.mapping import Fisher
 
 PATTERNS = [f"{BASENAME}.safetensors", f"{BASENAME}-*.safetensors", f"{BASENAME}.safetensors.index.json", CONFIG_NAME]
 STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]
-MODEL_PATTERNS = [
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-    "*.json",
-    "*.txt",
-    "*.model",
-]
+MODEL_PATTERNS = ["model.safetensors", "model-*.safetensors", "*.json", "*.txt", "*.model"]
 FISHER_REVISION = "fisher"
 
 
@@ -36,6 +29,21 @@ def split(source: str) -> tuple[str, str | None]:
     """
     repo, _, revision = source.partition("@")
     return repo, revision or None
+
+
+def _id_of(source: str, required: str) -> tuple[str, str | None]:
+    """Return name and revision of a Hub id.
+
+    Raises:
+        NotFoundError: It is none.
+    """
+    repo, revision = split(source)
+    if repo.count("/") != 1 or repo.startswith(("/", ".", "~")):
+        raise NotFoundError(
+            f"{required} or a Hub id org/name[@revision], but there is no {source}; relative paths count from the "
+            "working directory"
+        )
+    return repo, revision
 
 
 def is_ours(name: str) -> bool:
@@ -63,12 +71,7 @@ def resolve(source: str, cache_dir: str | None = None, *, state: bool = True) ->
     Raises:
         NotFoundError: It is no Hub id, cannot be reached, or holds neither.
     """
-    repo, revision = split(source)
-    if repo.count("/") != 1 or repo.startswith(("/", ".", "~")):
-        raise NotFoundError(
-            f"a Fisher must be a file, a folder or a Hub id org/name[@revision], but there is no {source}; "
-            "relative paths count from the working directory"
-        )
+    repo, revision = _id_of(source, "a Fisher must be a file, a folder")
     found = find_beside(repo, revision, cache_dir, also=() if revision else (FISHER_REVISION,))
     if isinstance(found, Path):
         return found
@@ -98,12 +101,7 @@ def model(source: str, option: str) -> Path:
     Raises:
         NotFoundError: It is no Hub id, or cannot be reached.
     """
-    repo, revision = split(source)
-    if repo.count("/") != 1 or repo.startswith(("/", ".", "~")):
-        raise NotFoundError(
-            f"{option} must be a folder or a Hub id org/name[@revision], but there is no {source}; relative paths "
-            "count from the working directory"
-        )
+    repo, revision = _id_of(source, f"{option} must be a folder")
     folder = _download(repo, revision, MODEL_PATTERNS, None)
     if isinstance(folder, str):
         raise NotFoundError(f"{option} must be a folder or a model on the Hub, but {source}: {folder}; check the name")

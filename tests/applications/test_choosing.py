@@ -72,5 +72,4 @@ def test_a_least_share_that_asks_for_too_much_is_refused():
 def test_what_is_no_share_is_refused(value):
     """Negative, all, in per cent, no number."""
     with pytest.raises(ConfigError, match=r"sparsity must be in \[0, 1\), found"):
-        check_share("sparsity", value, whole=False)
-    check_share("keep", 1.0, whole=True)
+        check_share("sparsity", value)

@@ -82,8 +82,8 @@ class Recipe:
                 "n in m makes 1 - n/m of the weights 0"
             )
         if self.sparsity is not None:
-            check_share("sparsity", self.sparsity, whole=False)
-        check_share("least", self.floor, whole=False)
+            check_share("sparsity", self.sparsity)
+        check_share("least", self.floor)
         if self.pattern is not None and not 0 < self.pattern[0] < self.pattern[1] <= 128:
             raise ConfigError(f"a pattern n:m must have 0 < n < m <= 128, found {':'.join(map(str, self.pattern))}")
 
@@ -345,7 +345,7 @@ def schedule(sparsity: float, rounds: int, kind: Rounds = "harmonic") -> tuple[f
         >>> [round(each, 4) for each in schedule(0.75, 3)]
         [0.5, 0.6667, 0.75]
     """
-    check_share("sparsity", sparsity, whole=False)
+    check_share("sparsity", sparsity)
     if rounds < 1:
         raise ConfigError(f"rounds must be at least 1, found {rounds}")
     if kind not in get_args(Rounds):

@@ -135,9 +135,9 @@ def choose_units(
         >>> choose_units(model, chain_units(model), fisher, 1 / 3).kept["0"]
         tensor([ True, False,  True])
     """
-    check_share("sparsity", sparsity, whole=False)
+    check_share("sparsity", sparsity)
     least = _LEAST * (1 - sparsity) if least is None else least
-    check_share("least", least, whole=False)
+    check_share("least", least)
     for name, value, kinds in (
         ("score", score, ScoreName),
         ("normalize", normalize, Normalize),
