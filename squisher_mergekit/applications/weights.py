@@ -25,8 +25,7 @@ from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
 from squisher_mergekit.optimizers.skeleton import Skeleton, meta_model, of_model
 
 BASENAME = "model"
-# What belongs to a model beside its weights; the rest of a checkpoint is the trainer's.
-_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
+# The trainer's, by endings that a model's own files have.
 _TRAINERS = {"trainer_state.json", "fisher_config.json", "fisher.safetensors.index.json", "all_results.json"}
 
 
@@ -172,7 +171,7 @@ def write_changed(
 def copy_rest(weights: Weights, folder: Path) -> None:
     """Copy what else belongs to a model: config, tokenizer, the index of its shards; not what is the trainer's."""
     for path in sorted(weights.folder.iterdir()):
-        if path.is_file() and path.suffix in _SUFFIXES and path.name not in _TRAINERS:
+        if path.is_file() and path.suffix in hub.MODEL_ENDINGS and path.name not in _TRAINERS:
             shutil.copyfile(path, folder / path.name)
 
 

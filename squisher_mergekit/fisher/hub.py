@@ -16,7 +16,9 @@ from squisher_mergekit.fisher.mapping import Fisher
 
 PATTERNS = [f"{BASENAME}.safetensors", f"{BASENAME}-*.safetensors", f"{BASENAME}.safetensors.index.json", CONFIG_NAME]
 STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]
-MODEL_PATTERNS = ["model.safetensors", "model-*.safetensors", "*.json", "*.txt", "*.model"]
+# Endings of what belongs to a model beside its weights: config, tokenizer, chat template, code.
+MODEL_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+MODEL_PATTERNS = ["model.safetensors", "model-*.safetensors", *(f"*{ending}" for ending in MODEL_ENDINGS)]
 FISHER_REVISION = "fisher"
 
 

@@ -22,7 +22,7 @@ def saved(tmp_path):
     """A Llama in three shards, with what a tokenizer and a trainer leave beside it."""
     folder = tmp_path / "model"
     make("llama").save_pretrained(folder, max_shard_size="5KB")
-    for name in ("tokenizer.json", "vocab.txt", "trainer_state.json", "optimizer.pt", "training_args.bin"):
+    for name in ("tokenizer.json", "chat_template.jinja", "trainer_state.json", "optimizer.pt", "training_args.bin"):
         (folder / name).write_text("{}")
     (folder / "checkpoint-3").mkdir()
     assert len(list(folder.glob("model-*.safetensors"))) > 2
@@ -117,6 +117,7 @@ def test_weights_come_from_the_hub(saved, tmp_path, monkeypatch):
         hub.add("me/llama", files)
         found = open_weights("me/llama")
     assert found.infos == open_weights(saved).infos
+    assert (found.folder / "chat_template.jinja").is_file()
     assert not any("optimizer" in path for _, path in hub.requests)
 
 
