@@ -66,7 +66,7 @@ def histogram(summary: Summary, title: str) -> bytes:
     shown = "" if len(kinds) == len(sizes) else f", the {len(kinds)} most numerous of {len(sizes)} kinds of layer"
     axes.set_xlabel(f"log10 F ({summary.scaling}, positive entries; each curve to its own height{shown})")
     axes.set_title(_tail(title), fontsize="medium", loc="left")
-    return _png(figure)
+    return png(figure)
 
 
 def scatter(comparison: compare.Comparison, a: str, b: str) -> bytes:
@@ -96,7 +96,7 @@ def scatter(comparison: compare.Comparison, a: str, b: str) -> bytes:
     axes.set_title(
         "\n".join([f"A: {_tail(a)}", f"B: {_tail(b)}", *_captions(comparison)]), fontsize="medium", loc="left"
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _window(histogram: torch.Tensor) -> tuple[torch.Tensor, int, int]:
@@ -123,7 +123,8 @@ def _tail(name: str, length: int = 70) -> str:
     return name if len(name) <= length else f"...{name[-length:]}"
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
     return stream.getvalue()

@@ -58,7 +58,7 @@ def heat_map(matrix: Tensor, names: Sequence[str], order: Sequence[int], tree: T
         _write_cells(axes, shown)
     _draw_tree(top, tree)
     top.set_title(title, fontsize="medium", loc="left")
-    return _grey(plots._png(figure))
+    return _grey(plots.png(figure))
 
 
 def _grey(picture: bytes) -> bytes:

@@ -128,8 +128,7 @@ class Fisher(Mapping[str, torch.Tensor]):
         raw = self[name]
         dtype = torch.promote_types(raw.dtype, torch.float32)
         # The factor of an early step can leave float32 at the ends of its range; one rounding, at the end.
-        wide = raw.to(torch.float64, copy=True).sub_(self.offset(name, scaling)).mul_(self.factor(name, scaling))
-        return wide.to(dtype)
+        return rescaled(raw, self.offset(name, scaling), self.factor(name, scaling)).to(dtype)
 
     def moments(self, scaling: Scaling = "debiased") -> tuple[float, float]:
         """Return mean and L2 norm over all entries, summed in float64 once; the recorded ones where they exist.
@@ -146,6 +145,11 @@ class Fisher(Mapping[str, torch.Tensor]):
                 sums.add(self, name, scaling)
             self._moments[scaling] = (sums.mean, sums.norm)
         return self._moments[scaling]
+
+
+def rescaled(raw: torch.Tensor, offset: float, factor: float) -> torch.Tensor:
+    """Return ``(F - offset) factor`` as a new float64 tensor, see :meth:`Fisher.offset` and :meth:`Fisher.factor`."""
+    return raw.to(torch.float64, copy=True).sub_(offset).mul_(factor)
 
 
 class Moments:

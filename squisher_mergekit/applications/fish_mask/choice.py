@@ -24,7 +24,7 @@ from squisher_mergekit.applications.weights import Weights, check_alike, check_f
 from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import MemoryStore
-from squisher_mergekit.fisher.mapping import Fisher, check_values
+from squisher_mergekit.fisher.mapping import Fisher, check_values, rescaled
 from squisher_mergekit.fisher.summary import known_scaling
 
 ScoreName = Literal["fisher", "reset", "movement", "random"]
@@ -207,7 +207,7 @@ class Sources:
         assert self.fisher is not None
         scaling = known_scaling(self.fisher)
         offset, factor = self.fisher.offset(name, scaling), self.fisher.factor(name, scaling)
-        return lambda fisher: fisher.to(torch.float64, copy=True).sub_(offset).mul_(factor)
+        return lambda fisher: rescaled(fisher, offset, factor)
 
     def _check_once(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         if name in self._checked:

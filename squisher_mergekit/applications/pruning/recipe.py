@@ -19,7 +19,7 @@ from squisher_mergekit.applications.choosing import Scope, check_share, choose
 from squisher_mergekit.applications.roles import Role, ignored
 from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.fisher.config import Scaling
-from squisher_mergekit.fisher.mapping import check_values
+from squisher_mergekit.fisher.mapping import check_values, rescaled
 
 ScoreName = Literal["fisher", "magnitude", "random", "taylor_squared"]
 Normalize = Literal["layer", "none"]
@@ -288,7 +288,7 @@ def _scored(recipe: Recipe, inputs: Inputs, name: str) -> tuple[scores.Score, tu
     offset, factor = inputs.scale(name)
 
     def saliency(theta: Tensor, raw: Tensor) -> Tensor:
-        return scores.saliency(theta, raw.double().sub(offset).mul_(factor))
+        return scores.saliency(theta, rescaled(raw, offset, factor))
 
     return saliency, (weight, inputs.beside(name))
 
