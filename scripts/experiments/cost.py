@@ -16,7 +16,6 @@ paper takes whole training sets). Medians over three repeats of CPU time; second
 the same.
 """
 
-import io
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from experiments import digits, encoder
+from experiments import digits, drawing, encoder
 from experiments.report import Table
 from experiments.runner import Experiment, Result, Settings, main
 from squisher_mergekit import estimate_fisher, extract, load_fisher
@@ -291,12 +290,8 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """Return CPU seconds by setting and way, on a logarithmic axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = medians(report)
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new(9, 3.8)
     axes = figure.add_subplot()
     looks = {
         "loop": ("Fisher, one example at a time", "0.25", ""),
@@ -314,9 +309,7 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return {"cost.png": data.getvalue()}
+    return {"cost.png": drawing.png(figure)}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A real encoder: fine-tuning that leaves weights and Squisher behind, and scoring."""
 
 import json
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -186,12 +185,6 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: bool 
             if name in own and (head or not name.startswith(HEAD)):
                 own[name].copy_(tensor)
     return model
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard deviation (of a sample)."""
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
 
 
 @cache

@@ -25,7 +25,6 @@ Settled before a reported seed was looked at, on seed 100:
 
 import argparse
 import copy
-import io
 import json
 import sys
 import tempfile
@@ -41,9 +40,9 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from experiments import encoder, runner
+from experiments import drawing, encoder, runner
 from experiments.encoder import Recipe
-from experiments.report import Table, mean_sd
+from experiments.report import Table, mean_sd, spread
 from experiments.runner import Experiment, Result, Settings
 from squisher_mergekit import Fisher, estimate_fisher, load_fisher
 from squisher_mergekit.applications.fish_mask.choice import select
@@ -237,29 +236,13 @@ _STYLES = {
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """Return accuracy by share kept: after a reset, and of training inside the mask."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new(9, 3.8)
     panels = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    dense, _ = encoder.spread([cell["result"]["dense"] for cell in report["cells"]])
+    dense, _ = spread([cell["result"]["dense"] for cell in report["cells"]])
     for axes, (kind, rows), title in zip(panels, _KINDS.items(), ("reset", "trained inside the mask"), strict=True):
         for row in rows:
-            mark, line, fill = _STYLES[row]
-            spreads = {share: encoder.spread(values) for share, values in found(report, kind, row).items()}
-            axes.errorbar(
-                [100 * share for share in spreads],
-                [mean for mean, _ in spreads.values()],
-                [deviation for _, deviation in spreads.values()],
-                fmt=mark + line,
-                color="0.2",
-                markerfacecolor=fill,
-                markersize=5.5,
-                linewidth=1,
-                elinewidth=0.7,
-                label=LABELS[row],
-            )
+            shares = found(report, kind, row)
+            drawing.curve(axes, [100 * share for share in shares], list(shares.values()), _STYLES[row], LABELS[row])
         axes.axhline(dense, color="0.5", linewidth=1, label="all weights fine-tuned")
         axes.axhline(50, color="0.8", linewidth=1, label="chance")
         axes.set_xscale("log")
@@ -273,9 +256,7 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
     )
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return {"fish_mask.png": data.getvalue()}
+    return {"fish_mask.png": drawing.png(figure)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

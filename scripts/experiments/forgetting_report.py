@@ -1,12 +1,12 @@
 """What the experiment with EWC compares, and the tables and the picture of what it found."""
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from experiments.report import Table, mean_sd
+from experiments import drawing
+from experiments.report import Table, mean_sd, spread
 from experiments.runner import Result
 from squisher_mergekit.applications.ewc.runaway import RUNAWAY
 
@@ -146,7 +146,7 @@ def _verdict(found: Mapping[str, Result]) -> str:
     verdict = "**not the paper's order**"
     if in_order(found):
         verdict = "the paper's order by the means, **not on every seed**"
-    alone, gain = _deviation(ends(found["none"])), mean(gains(found, "squisher"))
+    alone, gain = spread(ends(found["none"]))[1], mean(gains(found, "squisher"))
     if alone > gain > 1:
         verdict += f" (likely because each seed draws its tasks anew: without a penalty, seeds differ by ± {alone:.1f})"
     return verdict
@@ -242,29 +242,14 @@ _STYLES = {
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the accuracy on the tasks learnt so far, by their number."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = results(report)
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new(9, 6)
     panels = figure.subplots(2, 2, sharex=True).flat
     for axes, column in zip(panels, COLUMNS, strict=True):
-        for shift, (name, (mark, line, fill)) in enumerate(_STYLES.items()):
+        for shift, (name, style) in enumerate(_STYLES.items()):
             steps = [list(values) for values in zip(*found[column][name]["so_far"], strict=True)]
-            middle = [mean(values) for values in steps]
-            axes.errorbar(
-                [number + 1 + 0.05 * (shift - 1.5) for number in range(len(middle))],
-                middle,
-                [_deviation(values) for values in steps],
-                fmt=mark + line,
-                color="0.2",
-                markerfacecolor=fill,
-                markersize=5.5,
-                linewidth=1,
-                elinewidth=0.7,
-                label=METHODS[name].label,
-            )
+            places = [number + 1 + 0.05 * (shift - 1.5) for number in range(len(steps))]
+            drawing.curve(axes, places, steps, style, METHODS[name].label)
         axes.set_title(COLUMNS[column], fontsize=10)
         axes.set_xticks(range(1, TASKS + 1))
         axes.grid(axis="y", color="0.93")
@@ -272,10 +257,4 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     figure.supylabel("accuracy, mean over the tasks learnt (%)", fontsize=10)
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=100)
-    return {"forgetting.png": data.getvalue()}
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
+    return {"forgetting.png": drawing.png(figure, dpi=100)}

@@ -17,7 +17,6 @@ Settled before a reported seed was looked at:
 * Seeds 0, 1, 2 are reported: of texts, order and dropout; the base's classifier is drawn by it and goes to all four.
 """
 
-import io
 import sys
 from collections.abc import Mapping
 from itertools import product
@@ -31,7 +30,7 @@ from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import load_file
 from torch import Tensor
 
-from experiments import encoder
+from experiments import drawing, encoder
 from experiments.encoder import Recipe
 from experiments.merging import dots, empirical_fisher, signed
 from experiments.report import Table, mean_sd
@@ -265,11 +264,7 @@ def _on_edge(report: Mapping[str, Any]) -> str:
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """Return accuracies by domain and row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new(8, 4.2)
     axes = figure.subplots()
     results = _results(report)
     found = {
@@ -284,9 +279,7 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     axes.axvline(len(results[0]["texts"]) - 0.5, color="0.7", linewidth=0.8)
     axes.set_ylabel("accuracy on held-out texts (%)")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return {"gradient_matching.png": data.getvalue()}
+    return {"gradient_matching.png": drawing.png(figure)}
 
 
 _SHOWN = (

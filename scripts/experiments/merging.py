@@ -22,7 +22,6 @@ Settled before a reported seed was looked at:
   took its place. Nothing else was changed after it.
 """
 
-import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,9 +35,9 @@ from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from experiments import encoder
+from experiments import drawing, encoder
 from experiments.encoder import HEAD, Recipe
-from experiments.report import Table, mean_sd
+from experiments.report import Table, mean_sd, spread
 from experiments.runner import Experiment, Result, Settings, main
 from experiments.texts import Parts, classes
 from squisher_mergekit import Fisher, estimate_fisher, load_fisher
@@ -304,11 +303,7 @@ def _early(report: Mapping[str, Any]) -> Table:
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """Return accuracies by task and row, a panel a start of the heads."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new(9, 3.6)
     panels = figure.subplots(1, len(HEADS), sharey=True)
     for axes, heads in zip(panels, HEADS, strict=True):
         results = _results(report, heads)
@@ -326,16 +321,14 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
     )
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return {"merging.png": data.getvalue()}
+    return {"merging.png": drawing.png(figure)}
 
 
 def dots(axes: Any, found: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """Draw mean and standard deviation of each row (a marker) in each column (a place)."""
     columns = list(next(iter(found.values())))
     for number, ((label, row), (mark, shade)) in enumerate(zip(found.items(), _MARKS[: len(found)], strict=True)):
-        spreads = [encoder.spread(row[column]) for column in columns]
+        spreads = [spread(row[column]) for column in columns]
         axes.errorbar(
             [place + 0.75 * ((number + 0.5) / len(found) - 0.5) for place in range(len(columns))],
             [mean for mean, _ in spreads],

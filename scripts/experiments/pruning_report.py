@@ -1,10 +1,10 @@
 """Tables and pictures of ``pruning``: of its report alone, so that nothing that trains has to be imported."""
 
-import io
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from experiments import drawing
 from experiments.report import Table, mean_sd
 
 SCORES = ("fisher", "squisher", "magnitude", "random")
@@ -193,12 +193,8 @@ def _kept(found: Found, score: str) -> list[list[float]]:
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """Return accuracy against sparsity: single weights and filters, right after pruning and after training on."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = Found(report)
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new(9, 6)
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for row, (moment, name) in zip(panels, MOMENTS.items(), strict=True):
         whole = mean(100 * one["whole"][moment] for one in found.reported)
@@ -206,7 +202,7 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
             axes.axhline(whole, color="0.6", linewidth=1, label="whole network")
             for number, score in enumerate(SCORES):
                 places = [100 * share + 0.8 * (number - 1.5) for share in found.sparsities]
-                _draw(axes, score, places, found.points(kind, score, moment))
+                drawing.curve(axes, places, found.points(kind, score, moment), _STYLES[score], LABELS[score])
             axes.set_title(f"{title}, {name}", fontsize=10)
             axes.set_xticks([100 * share for share in found.sparsities])
             axes.grid(axis="y", color="0.93")
@@ -215,23 +211,4 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
         axes.set_xlabel("sparsity (%)")
     handles = panels[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=100)
-    return {"pruning.png": data.getvalue()}
-
-
-def _draw(axes: Any, score: str, places: Sequence[float], values: Sequence[Sequence[float]]) -> None:
-    """Draw a curve: means over seeds, with standard deviations."""
-    mark, line, fill = _STYLES[score]
-    axes.errorbar(
-        places,
-        list(map(mean, values)),
-        [stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values],
-        fmt=mark + line,
-        color="0.2",
-        markerfacecolor=fill,
-        markersize=5.5,
-        linewidth=1,
-        elinewidth=0.7,
-        label=LABELS[score],
-    )
+    return {"pruning.png": drawing.png(figure, dpi=100)}

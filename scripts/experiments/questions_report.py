@@ -1,9 +1,9 @@
 """Tables and pictures of ``questions``: of its report alone, so that nothing that trains has to be imported."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments import drawing
 from experiments.report import Table, mean_sd
 
 Report = Mapping[str, Any]
@@ -225,12 +225,8 @@ def _data(report: Report) -> Table:
 
 def pictures(report: Report) -> dict[str, bytes]:
     """Return quality against steps: accuracy of the merge, and rank correlation with a computed Fisher."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = results(report, "steps")
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new(9, 4.4)
     left, right = figure.subplots(1, 2)
     _curves(left, found, "accuracy")
     _line(left, of(found, "fisher"), "-.", "computed Fisher")
@@ -243,9 +239,7 @@ def pictures(report: Report) -> dict[str, bytes]:
         axes.set_xlabel("optimizer steps behind the Squisher (bars: all seeds)", fontsize=9)
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
         axes.grid(color="0.9")
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return {"quality_against_steps.png": data.getvalue()}
+    return {"quality_against_steps.png": drawing.png(figure)}
 
 
 def _curves(axes: Any, found: Sequence[Found], key: str) -> None:

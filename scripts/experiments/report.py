@@ -63,11 +63,19 @@ def mean_sd(values: Sequence[float], digits: int = 1) -> str:
         >>> mean_sd([1.0, 2.0, 3.0])
         '2.0 ± 1.0'
     """
+    mean, deviation = spread(values)
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard deviation (of a sample; 0 of one).
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0])
+        (2.0, 1.0)
+    """
     mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.{digits}f}"
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    return mean, (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
 
 
 def found(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:

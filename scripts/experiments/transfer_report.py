@@ -1,13 +1,13 @@
 """Tables and pictures of ``transfer``: of its report alone, so that nothing that trains has to be imported."""
 
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from experiments.report import Table, mean_sd
+from experiments import drawing
+from experiments.report import Table, mean_sd, spread
 from squisher_mergekit.applications.task2vec.ranking import Quality, assess
 from squisher_mergekit.fisher.compare import spearman
 
@@ -118,12 +118,6 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard deviation (of a sample; 0 of one)."""
-    mean = _mean(values)
-    return mean, (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
-
-
 def _order_note(found: Mapping[str, Sequence[Quality]]) -> str:
     """Say whether both Fishers are above the size of the data and above a random order, as in the paper."""
     said = []
@@ -151,17 +145,17 @@ def _order_note(found: Mapping[str, Sequence[Quality]]) -> str:
 
 def _noise(report: Mapping[str, Any], variant: str) -> str:
     """Say how much sources differ for a target, and how much of that is chance."""
-    spread, noise, near = [], [], []
+    differ, noise, near = [], [], []
     for cell in report["cells"]:
         if names := sources_of(cell, variant):
             halves, scores = cell["result"]["halves"], scores_of(cell["result"])
             values = torch.tensor([scores[name] for name in names], dtype=torch.float64)
             apart = torch.tensor([halves[name][0] - halves[name][1] for name in names], dtype=torch.float64)
-            spread.append(values.var().item())
+            differ.append(values.var().item())
             noise.append(apart.var().item() / 4)  # the mean of two halves has a quarter of their difference's variance
             near.append((values >= values.max() - 2).sum().item())
     return (
-        f"Sources of a target differ by {_mean(spread) ** 0.5:.1f} points (standard deviation); "
+        f"Sources of a target differ by {_mean(differ) ** 0.5:.1f} points (standard deviation); "
         f"{_mean(noise) ** 0.5:.1f} points would come from so few test texts alone, and {_mean(near):.1f} sources, on "
         "average, are within 2 points of the best. So its place is partly chance: the last row says how far."
     )
@@ -217,18 +211,14 @@ _FILLS = {"all": "black", "topic": "0.65", "two": "white"}
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """Return accuracy after a source against its distance, and the quality of each order."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new(9, 3.8)
     left, right = figure.subplots(1, 2)
     _draw_pairs(left, report)
     for offset, (variant, about) in zip((0.2, 0, -0.2), VARIANTS.items(), strict=True):
         found = qualities(report, variant)
         for place, (row, values) in enumerate(reversed(found.items())):
             if values:
-                mean, deviation = _spread([value.ndcg for value in values])
+                mean, deviation = spread([value.ndcg for value in values])
                 right.errorbar(
                     mean,
                     place + offset,
@@ -243,9 +233,7 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     right.set_xlabel("NDCG (1: the measured order)")
     right.grid(axis="x", color="0.93")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return {"transfer.png": data.getvalue()}
+    return {"transfer.png": drawing.png(figure)}
 
 
 def _draw_pairs(axes: Any, report: Mapping[str, Any]) -> None:

@@ -1,0 +1,52 @@
+"""What the experiments' pictures have in common: readable without colours, made without a screen."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.report import spread
+
+
+def new(width: float, height: float) -> Any:
+    """Return an empty figure, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure: Any, dpi: int = 110) -> bytes:
+    """Return a figure as a PNG."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=dpi)
+    return data.getvalue()
+
+
+def curve(
+    axes: Any, places: Sequence[float], values: Sequence[Sequence[float]], style: tuple[str, str, str], label: str
+) -> None:
+    """Draw means over seeds against places, with standard deviations.
+
+    Args:
+        axes: Where.
+        places: Of the points.
+        values: Of each point, a value a seed.
+        style: Marker, line, and what fills the marker.
+        label: In the legend.
+    """
+    mark, line, fill = style
+    spreads = [spread(seeds) for seeds in values]
+    axes.errorbar(
+        places,
+        [mean for mean, _ in spreads],
+        [deviation for _, deviation in spreads],
+        fmt=mark + line,
+        color="0.2",
+        markerfacecolor=fill,
+        markersize=5.5,
+        linewidth=1,
+        elinewidth=0.7,
+        label=label,
+    )
