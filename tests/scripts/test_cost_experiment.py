@@ -75,7 +75,7 @@ def test_differences_are_in_units_of_their_tensor():
 def test_a_cell_says_how_far_both_ways_are_apart(tmp_path, monkeypatch):
     """Beside the repeats of each way, and leaves nothing behind."""
     inputs, targets = _examples(9, (digits.SIDE**2,), digits.CLASSES)
-    monkeypatch.setattr(digits, "load", lambda seed: digits.Digits(inputs, targets, inputs, targets))
+    monkeypatch.setattr(digits, "load", lambda seed: digits.Sets(inputs, targets, inputs, targets))
     setting = cost.Setting("made up", 1.0, cost.images_of(cost.convolutional), "exact")
     monkeypatch.setitem(cost.SETTINGS, "made up", setting)
     found = cost.cell({"setting": "made up", "examples": 8, "repeats": 2}, tmp_path)

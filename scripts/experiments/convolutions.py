@@ -1,0 +1,108 @@
+"""Convolutions learnt on emoji of no task's class, then frozen: each emoji of the tasks becomes features once.
+
+The layers are the paper's for split CIFAR-100: five of 3 x 3, with 16 to 256 channels, the last four with stride 2,
+which make 1,024 features of 32 x 32 pixels. It learns them on CIFAR-10. Here they learn to tell apart the
+subcategories that are left: People & Body, and those with too few emoji to be a class of the tasks.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from tqdm import tqdm
+
+from experiments import digits, emojis, runner
+
+CHANNELS = (3, 16, 32, 64, 128, 256)
+FEATURES = CHANNELS[-1] * 4
+APART = "People & Body"
+LEAST = 20  # emoji that a subcategory must have to be a class of the tasks
+HELD, MOST = 6, 40  # emoji of a subcategory that are tested; that are learnt from at most
+BATCH, RATE, EPOCHS, SEED, SHIFT = 128, 2e-3, 40, 0, 3
+
+
+def classes(pictures: emojis.Emojis) -> tuple[list[int], list[int]]:
+    """Return the subcategories that are classes of the tasks, and those that convolutions are learnt on."""
+    sizes = pictures.sizes()
+    tasks = [group for group, name in enumerate(pictures.names) if name[0] != APART and sizes[group] >= LEAST]
+    return tasks, [group for group in range(len(pictures.names)) if group not in tasks]
+
+
+def network(outputs: int) -> nn.Sequential:
+    """Return the convolutions, and a layer of outputs on top; no normalisation after the last, as in the paper."""
+    layers: list[nn.Module] = []
+    last = len(CHANNELS) - 2
+    for number, (before, after) in enumerate(pairwise(CHANNELS)):
+        layers.append(nn.Conv2d(before, after, 3, stride=1 if number == 0 else 2, padding=1, bias=number == last))
+        if number < last:
+            layers += [nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(nn.Sequential(*layers, nn.Flatten()), nn.ReLU(), nn.Linear(FEATURES, outputs))
+
+
+def moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images moved by up to ``SHIFT`` pixels and half of them mirrored, white coming in from the edges."""
+    count, _, side, _ = images.shape
+    wide = pad(images, [SHIFT] * 4, value=1.0)
+    down, right = torch.randint(2 * SHIFT + 1, (2, count, 1), generator=generator)
+    rows, columns = down + torch.arange(side), right + torch.arange(side)
+    columns = torch.where(torch.rand(count, 1, generator=generator) < 0.5, columns.flip(1), columns)
+    return wide[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def learn(images: Tensor, labels: Tensor) -> nn.Sequential:
+    """Return a network that has learnt which label an image has."""
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    model = network(int(labels.max()) + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
+    steps = max(EPOCHS * len(images) // BATCH, 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+    for _ in tqdm(range(steps), desc="convolutions", unit="step", delay=2, leave=False):
+        rows = torch.randint(len(images), (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        cross_entropy(model(moved(images[rows], generator)), labels[rows]).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def make(pictures: emojis.Emojis, file: Path) -> None:
+    """Write the features of the tasks' pictures, and whose they are.
+
+    They have mean 0 and standard deviation 1 over the pictures, and features, that the convolutions were learnt on.
+    """
+    tasks, left = (torch.tensor(groups) for groups in classes(pictures))
+    wanted, others = (torch.isin(pictures.groups, groups).nonzero().squeeze(1) for groups in (tasks, left))
+    drawn, _ = emojis.split(pictures.emoji[others], pictures.groups[others], 0, MOST, SEED)
+    others = others[drawn]
+    model = learn(pictures.images[others], torch.searchsorted(left, pictures.groups[others]))
+    with torch.no_grad():
+        known, found = (
+            torch.cat([model[0](part) for part in pictures.images[rows].split(256)]) for rows in (others, wanted)
+        )
+    tensors = {
+        "features": (found - known.mean()) / known.std(),
+        "emoji": pictures.emoji[wanted],
+        "labels": torch.searchsorted(tasks, pictures.groups[wanted]),
+    }
+    save_file(tensors, file)
+
+
+def load(seed: int, work: Path) -> digits.Sets:
+    """Return the features of the tasks' emoji, split at random by emoji.
+
+    Args:
+        seed: Of the split and of the order; the convolutions are the same for all seeds.
+        work: Folder where features are kept.
+    """
+    made = (emojis.STYLES, CHANNELS, LEAST, MOST, BATCH, RATE, EPOCHS, SEED, SHIFT, torch.__version__)
+    folder = runner.cached(
+        work / "emoji" / runner.key(*made), lambda place: make(emojis.load(), place / "features.safetensors")
+    )
+    found = load_file(folder / "features.safetensors")
+    parts = emojis.split(found["emoji"], found["labels"], HELD, MOST, seed)
+    train, test = ((found["features"][rows], found["labels"][rows]) for rows in parts)
+    return digits.Sets(*train, *test)
