@@ -8,6 +8,7 @@ import torch
 
 from experiments import drawing
 from experiments.report import Table, mean_sd, spread
+from squisher_mergekit.applications.task2vec.distances import clustered
 from squisher_mergekit.applications.task2vec.ranking import Quality, assess
 from squisher_mergekit.fisher.compare import spearman
 
@@ -210,7 +211,35 @@ _FILLS = {"all": "black", "topic": "0.65", "two": "white"}
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return accuracy after a source against its distance, and the quality of each order."""
+    """Return the distances between tasks; and accuracy by a source's distance, beside the quality of each order."""
+    return {"transfer.png": _quality(report), "transfer_distances.png": _distances(report)}
+
+
+def distances(report: Mapping[str, Any]) -> tuple[list[str], torch.Tensor]:
+    """Return the tasks, and the Squisher's distance of each two, mean over the seeds on which one is a target."""
+    names = list(dict.fromkeys(cell["settings"]["target"] for cell in report["cells"]))
+    found: dict[frozenset[str], list[float]] = {}
+    for cell in report["cells"]:
+        for source, value in cell["result"]["distances"]["squisher"][DEFAULT].items():
+            found.setdefault(frozenset((source, cell["settings"]["target"])), []).append(value)
+    matrix = torch.zeros(len(names), len(names), dtype=torch.float64)
+    for row, one in enumerate(names):
+        for column, other in enumerate(names):
+            if one != other:
+                matrix[row, column] = _mean(found[frozenset((one, other))])
+    return names, matrix
+
+
+def _distances(report: Mapping[str, Any]) -> bytes:
+    from squisher_mergekit.cli.task2vec_plots import heat_map
+
+    names, matrix = distances(report)
+    seeds = len({cell["settings"]["seed"] for cell in report["cells"]})
+    order, tree = clustered(matrix)
+    return heat_map(matrix, names, order, tree, f"Distances by Squisher (0 to 1), mean over {seeds} seeds")
+
+
+def _quality(report: Mapping[str, Any]) -> bytes:
     figure = drawing.new(9, 3.8)
     left, right = figure.subplots(1, 2)
     _draw_pairs(left, report)
@@ -233,7 +262,7 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     right.set_xlabel("NDCG (1: the measured order)")
     right.grid(axis="x", color="0.93")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return {"transfer.png": drawing.png(figure)}
+    return drawing.png(figure)
 
 
 def _draw_pairs(axes: Any, report: Mapping[str, Any]) -> None:

@@ -57,16 +57,11 @@ def test_the_tasks_are_many_and_share_no_texts():
     assert transfer.topic_of("pc-mac") == "newsgroups"
 
 
-def test_no_task_is_a_target_twice():
-    """Of the full tier: three targets or more on each of three seeds, among them the three large topics."""
-    targets = {seed: [one["target"] for one in transfer.EXPERIMENT.full if one["seed"] == seed] for seed in range(3)}
-    every = [target for row in targets.values() for target in row]
-    assert len(set(every)) == len(every) == len(transfer.EXPERIMENT.full)
-    assert set(every) <= set(transfer.TASKS)
-    assert all(len(row) >= 3 for row in targets.values())
-    assert all(
-        {"sentiment", "news", "newsgroups"} <= {transfer.topic_of(name) for name in row} for row in targets.values()
-    )
+def test_every_task_is_the_target_of_all_others_on_every_seed():
+    """Three seeds, nineteen targets each."""
+    found = [(one["seed"], one["target"]) for one in transfer.EXPERIMENT.full]
+    assert sorted(found) == sorted((seed, target) for seed in range(3) for target in transfer.TASKS)
+    assert all(one["tasks"] == transfer.TASKS for one in transfer.EXPERIMENT.full)
 
 
 def test_parts_are_disjoint_and_leave_a_third_of_a_small_set(monkeypatch):
@@ -158,12 +153,20 @@ def test_tables_and_notes_are_made_from_the_numbers():
     )
 
 
-def test_the_picture_is_a_small_png():
-    """Pairs at the left, orders at the right."""
+def test_distances_are_means_over_what_was_measured_of_two_tasks():
+    """Of a and b, each a target once: 0.1 and 0.1 (each the first source of the other); of a and d 0.3 and 0.1."""
+    names, matrix = transfer_report.distances(_report())
+    assert names == ["a", "b", "d"]
+    assert torch.equal(matrix, matrix.T)
+    assert matrix[0].tolist() == pytest.approx([0, 0.1, (0.3 + 0.1) / 2])
+
+
+def test_the_pictures_are_small_pngs():
+    """Pairs at the left, orders at the right; and a square of distances."""
     pytest.importorskip("matplotlib")
-    data = transfer.pictures(_report())["transfer.png"]
-    assert data.startswith(b"\x89PNG")
-    assert len(data) < 120_000
+    found = transfer.pictures(_report())
+    assert set(found) == {"transfer.png", "transfer_distances.png"}
+    assert all(data.startswith(b"\x89PNG") and len(data) < 120_000 for data in found.values())
 
 
 def test_the_kept_results_hold_every_pair():
