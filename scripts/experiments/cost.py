@@ -220,6 +220,7 @@ EXPERIMENT = Experiment(
     ],
     quick=[{"setting": name, "examples": 50, "repeats": 1} for name in ("pruning", "ewc")],
     revision=2,
+    repeats=False,
 )
 
 

@@ -35,7 +35,7 @@ class Experiment:
 
     ``cell``: from a cell's settings and a folder for what may be kept (trained models, archives) to what it found.
     ``full`` and ``quick``: the settings of all cells. ``revision``: to be raised when ``cell`` changes, so that nothing
-    that an older one found is taken.
+    that an older one found is taken. ``repeats``: whether a cell gives the same digits each time; seconds do not.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Experiment:
     full: Sequence[Settings]
     quick: Sequence[Settings]
     revision: int = 1
+    repeats: bool = True
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +58,14 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file to write; by default in results/ (full) or --work (quick)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of cells done and models trained")
     parser.add_argument("--fresh", action="store_true", help="do not take up cells of an earlier run")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="run all cells again in an empty folder and compare what they find with --out, to the digit; write nothing",
+    )
     options = parser.parse_args(arguments)
+    if options.check and not experiment.repeats:
+        parser.error(f"{experiment.name} measures seconds, which do not repeat")
     deterministic()
     tier = "full" if options.full else "quick"
     out = options.out or (RESULTS if options.full else options.work / "quick") / f"{experiment.name}.json"
@@ -65,12 +73,30 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     level = log.level
     log.setLevel(logging.ERROR)  # that these runs are short is known
     try:
+        if options.check:
+            return check(experiment, tier, out)
         report = run(experiment, tier, options.work, fresh=options.fresh)
     finally:
         log.setLevel(level)
     write_json(out, report)
     print(f"{experiment.name}: {len(report['cells'])} cells, {report['cpu_seconds']:.0f} CPU-s -> {out}")
     return 0
+
+
+def check(experiment: Experiment, tier: str, kept: Path) -> int:
+    """Run all cells in an empty folder, and say which found other than what is kept; returns 0 if none did."""
+    before = json.loads(kept.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as work:
+        after = run(experiment, tier, Path(work))
+    now = [(cell["settings"], cell["result"]) for cell in after["cells"]]
+    differ = [cell["settings"] for cell in before["cells"] if (cell["settings"], cell["result"]) not in now]
+    for settings in differ:
+        print(f"not found again: {json.dumps(settings)}")
+    if differ and before["versions"] != after["versions"]:
+        print(f"made with {before['versions']}, here are {after['versions']}")
+    same = len(before["cells"]) - len(differ)
+    print(f"{experiment.name}: {same} of {len(before['cells'])} cells of {kept} found again, to the digit")
+    return int(bool(differ))
 
 
 def run(experiment: Experiment, tier: str, work: Path, *, fresh: bool = False, quiet: bool = False) -> Result:

@@ -61,6 +61,25 @@ def test_the_command_writes_one_file(tmp_path, capsys):
     assert str(out) in capsys.readouterr().out
 
 
+def test_a_check_runs_all_again_and_compares_digits(tmp_path, capsys):
+    """0 if all cells find the same, and nothing is written; 1, and the cell, if a digit of one differs."""
+    out, calls = tmp_path / "squares.json", []
+    runner.main(_experiment(calls), ["--full", "--work", str(tmp_path / "work"), "--out", str(out)])
+    written = out.read_bytes()
+    command = ["--full", "--check", "--work", str(tmp_path / "work"), "--out", str(out)]
+    assert runner.main(_experiment(calls), command) == 0
+    assert calls == [*range(5), *range(5)]
+    assert "5 of 5 cells" in capsys.readouterr().out
+    report = json.loads(written)
+    report["cells"][3]["result"]["square"] += 1e-12
+    out.write_text(json.dumps(report))
+    assert runner.main(_experiment(calls), command) == 1
+    assert json.loads(out.read_text()) == report
+    assert 'not found again: {"seed": 3}' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        runner.main(dataclasses.replace(_experiment(calls), repeats=False), command)
+
+
 def test_what_is_cached_is_whole(tmp_path):
     """A folder whose making failed is not there, and is made anew; one that is there is taken."""
     folder, made = tmp_path / "models" / "a", []
