@@ -109,8 +109,6 @@ def ubgm_squisher(
         prior: d, in the units of the scaled Fishers (0-dim if a tensor).
         extremes: The smallest and the largest entry of each of ``fishers``, then of ``base_fisher``, if known; on an
             accelerator this looks at a ``prior`` that is a tensor.
-        extremes: The smallest and the largest entry of each of ``fishers``, then of ``base_fisher``, if known; on an
-            accelerator this looks at a ``prior`` that is a tensor.
 
     Returns:
         The merged weight.
