@@ -113,7 +113,7 @@ def course_of(column: str, seed: int) -> Course:
     return Course(tasks, tested)
 
 
-def _sizes(data: digits.Digits) -> list[tuple[Tensor, int]]:
+def _sizes(data: digits.Sets) -> list[tuple[Tensor, int]]:
     return [(data.train, EACH), (data.train_labels, EACH), (data.test, HELD), (data.test_labels, HELD)]
 
 
