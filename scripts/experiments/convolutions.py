@@ -60,7 +60,7 @@ def learn(images: Tensor, labels: Tensor) -> nn.Sequential:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
     steps = max(EPOCHS * len(images) // BATCH, 1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    for _ in tqdm(range(steps), desc="convolutions", unit="step", delay=2, leave=False):
+    for _ in tqdm(range(steps), desc="convolutions", unit="step", delay=2, mininterval=1, leave=False):
         rows = torch.randint(len(images), (BATCH,), generator=generator)
         optimizer.zero_grad()
         cross_entropy(model(moved(images[rows], generator)), labels[rows]).backward()
