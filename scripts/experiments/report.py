@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes what the experiments found into the README: tables and pictures, from the JSON files in results/ alone.
+"""Writes what experiments and benchmarks found into the README: tables and pictures, from the files in results/ alone.
 
     scripts/experiments/report.py            # rewrite the README's blocks and the pictures
     scripts/experiments/report.py --check    # say whether they are what the JSON files tell
@@ -35,6 +35,8 @@ EXPERIMENTS = (
     "cost",
     "questions",
 )
+# Files that scripts/bench_* wrote, whose tables experiments/benchmarks.py makes.
+BENCHMARKS = ("bench_fisher", "bench_fisher_memory", "bench_applications", "bench_merge", "bench_average")
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,17 @@ def found(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
 
 
 def block(name: str, report: Mapping[str, Any]) -> str:
-    """Return the text of an experiment's block."""
-    tables = importlib.import_module(f"experiments.{name}").tables(report)
+    """Return the text of the block of an experiment or a benchmark."""
+    if name in BENCHMARKS:
+        benchmarks = importlib.import_module("experiments.benchmarks")
+        tables, made = benchmarks.TABLES[name](report["measured"]), benchmarks.made_by(report)
+    else:
+        tables = importlib.import_module(f"experiments.{name}").tables(report)
+        count, minutes = len(report["cells"]), report["cpu_seconds"] / 60
+        made = f"`scripts/experiments/{name}.py --full`: {count} cells, {minutes:.0f} CPU-minutes on one thread"
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
-    count = len(report["cells"])
-    made = (
-        f"<sub>`scripts/experiments/{name}.py --full`: {count} cells, {report['cpu_seconds'] / 60:.0f} CPU-minutes on "
-        f"one thread; {versions}; raw results in scripts/experiments/results/{name}.json</sub>"
-    )
-    return "\n\n".join([*(table.markdown() for table in tables), made])
+    last = f"<sub>{made}; {versions}; raw results in scripts/experiments/results/{name}.json</sub>"
+    return "\n\n".join([*(table.markdown() for table in tables), last])
 
 
 def written(text: str, blocks: Mapping[str, str]) -> str:
@@ -116,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README differs")
     options = parser.parse_args(arguments)
-    reports = {name: report for name in EXPERIMENTS if (report := found(name)) is not None}
+    reports = {name: report for name in EXPERIMENTS + BENCHMARKS if (report := found(name)) is not None}
     before = README.read_text(encoding="utf-8")
     after = written(before, {name: block(name, report) for name, report in reports.items()})
     if options.check:
@@ -125,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     README.write_text(after, encoding="utf-8")
     PICTURES.mkdir(exist_ok=True)
     for name, report in reports.items():
+        if name in BENCHMARKS:
+            continue
         for file, data in importlib.import_module(f"experiments.{name}").pictures(report).items():
             (PICTURES / file).write_bytes(data)
             print(f"{PICTURES / file}: {len(data) / 1000:.0f} kB")
