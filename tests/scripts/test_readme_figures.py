@@ -1,0 +1,133 @@
+"""The README's prose has no measured figure: those stand in blocks that are made from JSON files."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from experiments import report  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"<!-- results: (\w+) -->.*?<!-- end of results: \1 -->", re.DOTALL)
+WORDS = "two|three|four|five|six|seven|eight|nine|ten|twenty|hundred|thousand|million"
+UNITS = "CPU-[a-z]+|seconds?|s|ms|minutes?|hours?|[kMGT]i?B|bytes?|percent|points?|times|(?:plain[ ])?passes"
+FIGURE = re.compile(
+    rf"""
+    (?<![\w.])(?:
+        \d[\d,]*(?:\.\d+)?[ -]?(?:(?:{UNITS})\b|%|±)  # with a unit
+      | (?:{WORDS})[ -](?:{UNITS})\b                  # the same in words
+      | \d+(?:\.\d+)?e[-+]?\d+                        # a power of ten
+      | \d+\.\d+                                      # any fraction
+      | \d\d+[ ]to[ ]\d+                              # a range
+    )""",
+    re.VERBOSE,
+)
+# Why a figure may be typed: words that it stands in, each of them once or more in the README. A reason that is a test
+# names the one that holds what is promised.
+ALLOWED = {
+    "title of a section": ["In 60 seconds"],
+    "version": ["mergekit `>=0.1.5,<0.2`", "(0.50.2 was used, on the CPU)", "Apache-2.0"],
+    "section of the paper": ["section 3.5)"],
+    "default of an option": [
+        "| `weight` | per model | 1.0 |",
+        "| `fisher_scale` | per model | 1.0 |",
+        "| `density` | per model | 1.0 |",
+        "`FisherAverage(beta=0.95, share=0.05)`",
+        "| `--alpha` | 0.15 |",
+        "a ratio above 1e6 over 100 steps is one warning",
+    ],
+    "value in an example": [
+        "`SquisherCallback(beta=0.999)`",
+        "`squisher prune MODEL --fisher F --sparsity 0.5 -o OUT`",
+    ],
+    "condition of a warning": ["bf16 training with beta2 > 0.95 freezes it"],
+    "constant of the original's code": ["at F around 1e-14 the original's 1e-8 would turn it"],
+    "figure of the paper": [
+        "the Squisher is *below* no penalty there (29.6 against 46.7 %)",
+        "in the paper as well the methods are 0.1 points apart",
+        "the paper's Table 6: BERT-large on GLUE at 0.5 %",
+    ],
+    "setting of an experiment": ["25 to 90 % of them, five seeds"],
+    "twice the spacing of float32": ["closer than 2.4e-7 of themselves"],
+    "tolerance of scripts/check_states": ["(Adafactor to 1e-6)"],
+    "tests/fisher/test_compact.py::test_the_bound_holds_for_any_float32": ["a relative error below 4 % and 40 %"],
+    "tests/fisher/test_compact.py::test_sizes": ["A dense Fisher takes 26 % and 13 % of float32"],
+    "tests/estimators/test_architectures.py::test_given_labels_example_by_example": [
+        "to 1e-5 of each tensor's largest entry"
+    ],
+    "tests/applications/fish_mask/test_difference.py::test_a_change_takes_its_place_and_two_values": [
+        "(12 bytes in float32, 8 in bfloat16;"
+    ],
+}
+
+
+def prose(text):
+    """Return the README without blocks of results and of code, on one line."""
+    lines = BLOCK.sub("", text).splitlines()
+    return " ".join(" ".join(line for line in lines if not line.startswith("    ")).split())
+
+
+def figures(text):
+    """Return the figures that no phrase allows, each with what stands around it."""
+    phrases = [phrase for allowed in ALLOWED.values() for phrase in allowed]
+    spans = [found.span() for phrase in phrases for found in re.finditer(re.escape(phrase), text)]
+    return [
+        text[max(found.start() - 30, 0) : found.end() + 30]
+        for found in FIGURE.finditer(text)
+        if not any(begin <= found.start() and found.end() <= end for begin, end in spans)
+    ]
+
+
+def test_no_figure_is_typed():
+    """Each number with a unit, power of ten or fraction outside of the blocks is on the list."""
+    assert figures(prose(README)) == []
+
+
+@pytest.mark.parametrize("phrase", [phrase for allowed in ALLOWED.values() for phrase in allowed])
+def test_the_list_has_nothing_that_is_gone(phrase):
+    """What is allowed still stands there, and has a figure."""
+    assert phrase in prose(README)
+    assert FIGURE.search(phrase)
+
+
+@pytest.mark.parametrize("reason", [reason for reason in ALLOWED if reason.startswith("tests/")])
+def test_a_promise_is_held_by_a_test(reason):
+    """The file and the test of a reason exist."""
+    file, _, name = reason.partition("::")
+    assert f"def {name}" in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "it took 23 CPU-seconds and 0.64 GB",
+        "33 kB for the network",
+        "8.5 % to the CPU time",
+        "the first batch takes 3 to 5 plain passes",
+        "0.6 CPU-s",
+        "a good 5 minutes",
+        "79.4",
+        "passed 1e9 within a few tasks",
+        "| `squisher` | 78.2 |",
+        "12 ± 3",
+        "ten times dearer",
+        "single models reach 87 to 92 on seeds 0, 3, 4 and 5",
+        "two points better",
+        "1,200 MB",
+        "45% of the entries",
+    ],
+)
+def test_a_typed_figure_is_found(typed):
+    """Whatever its unit is, in prose or in a table of one's own."""
+    assert figures(prose(f"{README}\n{typed}\n"))
+
+
+def test_blocks_are_those_that_are_made():
+    """Each has its place once and its file, and each file is shown."""
+    names = BLOCK.findall(README)
+    assert sorted(names) == sorted(report.EXPERIMENTS + report.BENCHMARKS)
+    assert all(report.found(name) for name in names)
