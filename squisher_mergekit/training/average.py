@@ -30,9 +30,9 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
     """Keeps ``F = beta F + (1 - beta) mean_n g_n^2`` over a share of the batches, for the Hugging Face Trainer.
 
     Adam squares the mean gradient of a batch; this squares the gradient of each example. It costs a pass of its own
-    over each batch that it looks at, and once a check: at a share of 0.05 8.5 % of the CPU time of a run of 120 steps
-    (``scripts/bench_average``). Written into ``fisher_average`` in each checkpoint and in the output folder, by the
-    first process; of several processes the mean. A resumed run goes on from its checkpoint's.
+    over each batch that it looks at, and once a check (``scripts/bench_average`` measures it). Written into
+    ``fisher_average`` in each checkpoint and in the output folder, by the first process; of several processes the
+    mean. A resumed run goes on from its checkpoint's.
 
     Args:
         beta: Decay a batch.
