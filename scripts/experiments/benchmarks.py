@@ -192,7 +192,7 @@ def applications(measured: Measured) -> list[Table]:
 def _written(files: Mapping[str, int], whole: int) -> str:
     """Return the files beside those of a model, with their bytes and the share of the weights' that these are."""
     return ", ".join(
-        f"{FILES[name]} {_bytes(size)} ({100 * size / whole:.2g} % of the weights)"
+        f"{FILES[name]} {_bytes(size)} ({100 * size / whole:.1f} % of the weights)"
         for name, size in files.items()
         if name in FILES
     )

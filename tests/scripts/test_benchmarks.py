@@ -93,11 +93,11 @@ def test_a_fishers_memory_is_that_of_the_leanest_chunk():
 @pytest.mark.parametrize(("peak", "said"), [(0.74, "all keep it"), (0.84, "**not all keep it**")])
 def test_commands_have_time_memory_and_what_they_write(peak, said):
     """Files of the whole model are not listed; the bound is the report's."""
-    files = {"difference.safetensors": 12_000_000, "mask.safetensors": 37_000, "model-00001-of-00002.safetensors": 9}
+    files = {"difference.safetensors": 12_000_000, "mask.safetensors": 370_000, "model-00001-of-00002.safetensors": 9}
     cases = {"mask reset": {"cpu_s": 14.26, "anonymous_gb": peak, "files": files}}
     found = {"parameters": 297_000_000, "dtype": "bfloat16", "weights_bytes": 600_000_000, "limit_gb": 0.831}
     (table,) = benchmarks.applications([found | {"cases": cases}])
-    written = "difference 12.0 MB (2 % of the weights), mask 37 kB (0.0062 % of the weights)"
+    written = "difference 12.0 MB (2.0 % of the weights), mask 370 kB (0.1 % of the weights)"
     assert table.rows == [("`mask reset --keep 0.005`", ["14.3", f"{peak}", written])]
     assert f"here 0.83 GB: at most {peak} GB, {said}." in table.notes[0]
 
