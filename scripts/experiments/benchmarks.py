@@ -33,7 +33,7 @@ def fisher_time(measured: Measured) -> list[Table]:
     ]
     by_method = [_by_method(one["rows"]) for one in measured]
     rows = [(title, [_time_cell(found.get(key)) for found in by_method]) for key, title in _titles(by_method)]
-    return [Table("**What a Fisher costs.** CPU time beside a plain forward and backward pass", columns, rows, [
+    return [Table("**What a Fisher costs.** CPU time on one thread, as a multiple of a plain forward and backward pass", columns, rows, [
         _reading(measured), _others(measured), _checks(measured),
     ])]  # fmt: skip
 
@@ -278,6 +278,6 @@ TABLES: Mapping[str, Callable[[Measured], list[Table]]] = {
 def made_by(report: Mapping[str, Any]) -> str:
     """Return by which command a report was made, and on what machine."""
     return (
-        f"`{report['command']}`: {report['cpu_seconds'] / 60:.0f} CPU-minutes on one thread of a machine with "
+        f"`{report['command']}`: {report['cpu_seconds'] / 60:.0f} CPU-minutes on a machine with "
         f"{report['cores']} cores that others used as well (load average {report['load_average']})"
     )

@@ -169,4 +169,4 @@ def test_a_report_says_how_it_was_made(tmp_path, monkeypatch):
     assert found["measured"] == [{"a": 1}]
     assert found["versions"].keys() == runner.versions().keys() | {"tqdm"}
     made = benchmarks.made_by(found | {"cpu_seconds": 150.0, "load_average": 1.5, "cores": 2})
-    assert made.startswith("`scripts/bench_x --only 'squisher trim'`: 2 CPU-minutes on one thread of a machine with 2")
+    assert made.startswith("`scripts/bench_x --only 'squisher trim'`: 2 CPU-minutes on a machine with 2 cores")
