@@ -33,9 +33,8 @@ def fisher_time(measured: Measured) -> list[Table]:
     ]
     by_method = [_by_method(one["rows"]) for one in measured]
     rows = [(title, [_time_cell(found.get(key)) for found in by_method]) for key, title in _titles(by_method)]
-    return [Table("**What a Fisher costs.** CPU time on one thread, as a multiple of a plain forward and backward pass", columns, rows, [
-        _reading(measured), _others(measured), _checks(measured),
-    ])]  # fmt: skip
+    title = "**What a Fisher costs.** CPU time on one thread, as a multiple of a plain forward and backward pass"
+    return [Table(title, columns, rows, [_reading(measured), _others(measured), _checks(measured)])]
 
 
 def _by_method(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
@@ -258,8 +257,7 @@ def averages(measured: Measured) -> list[Table]:
     columns = ["CPU s without", *(f"added by `FisherAverage(share={share})`" for share in shares)]
     note = (
         "A small BERT on batches of 16 times 64 tokens; the least of "
-        f"{_span([one['rounds'] for one in measured], 0)} rounds. The first batch is checked, which counts for more "
-        "in a short run."
+        f"{_span([one['rounds'] for one in measured], 0)} rounds. The check of the first batch is in it."
     )
     return [
         Table("**`FisherAverage` while training.** CPU time of the same run with and without it", columns, rows, [note])
