@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -170,3 +171,25 @@ def test_a_report_says_how_it_was_made(tmp_path, monkeypatch):
     assert found["versions"].keys() == runner.versions().keys() | {"tqdm"}
     made = benchmarks.made_by(found | {"cpu_seconds": 150.0, "load_average": 1.5, "cores": 2})
     assert made.startswith("`scripts/bench_x --only 'squisher trim'`: 2 CPU-minutes on a machine with 2 cores")
+
+
+TINY_MERGE = ["--hidden=36", "--layers=2", "--intermediate=47", "--vocab=61", "--repeat=1", "--density=0.2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "small", "said"),
+    [
+        ("bench_fisher", ["--models", "mlp", "--repeat", "1"], "| **ours, exact** |"),
+        ("bench_applications", ["--size", "tiny"], "| `mask reset --keep 0.5` |"),
+        ("bench_merge", TINY_MERGE, "| `ties`, density 0.2 |"),
+        ("bench_average", ["--steps", "2", "--repeat", "1", "--shares", "0.5"], "| 2 steps |"),
+    ],
+)
+def test_what_a_benchmark_writes_can_be_shown(name, small, said, tmp_path):
+    """From the command to the block."""
+    file = tmp_path / "out.json"
+    subprocess.run([sys.executable, SCRIPTS / name, *small, "--json", file], check=True, capture_output=True)
+    shown = report.block(name, json.loads(file.read_text()))
+    assert said in shown
+    assert f"`scripts/{name} {small[0]} {small[1]}" in shown
