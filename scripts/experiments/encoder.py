@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -70,6 +71,15 @@ def fine_tune(recipe: Recipe, work: Path) -> Path:
         Squisher. ``log.json``: the loss of each step, and the share of steps whose gradient was clipped.
     """
     return cached(work / "models" / recipe.key, lambda folder: train(recipe, work, folder))
+
+
+def keep(recipe: Recipe, work: Path, folder: Path) -> Path:
+    """Keep what :func:`train` left in a folder, so that :func:`fine_tune` takes it; returns where."""
+
+    def copy(place: Path) -> None:
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+
+    return cached(work / "models" / recipe.key, copy)
 
 
 def train(

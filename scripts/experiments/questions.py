@@ -134,6 +134,7 @@ def after_steps(settings: Settings, work: Path) -> Result:
         for task, recipe in recipes.items():
             kept = Averages(scratch / "averages" / task, BETAS, settings["taken_at"])
             encoder.train(recipe, work, scratch / task, kept.watch)
+            encoder.keep(recipe, work, scratch / task)  # the next questions are of the same models
         models = Models(recipes, {task: scratch / task / "final" for task in recipes}, settings["fisher_texts"])
         fishers, others = (models.estimated(models.texts(part)) for part in range(2))
         rows = []

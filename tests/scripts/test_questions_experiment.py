@@ -196,7 +196,7 @@ def test_the_picture_is_a_png():
 
 
 def test_what_is_reported_is_of_the_cells_as_they_are_now():
-    """Three seeds each; and a run that was repeated in another process gave the same merges to the digit."""
+    """Three seeds each; the average after the last step merges as the optimizer's own state does, to the digit."""
     report = json.loads((runner.RESULTS / "questions.json").read_text())
     wanted = [json.loads(json.dumps(settings)) for settings in questions.EXPERIMENT.full]
     assert [cell["settings"] for cell in report["cells"]] == wanted
@@ -213,3 +213,14 @@ def test_differences_have_a_sign_but_where_they_are_nothing(one, text):
     """Also where rounding leaves a negative zero."""
     assert questions_report.gain(one, [1.0, 2.0]) == text
     assert questions_report.gain([value - 1e-9 for value in one], [1.0, 2.0]) == text
+
+
+def test_a_model_trained_for_one_question_is_taken_for_the_next(tmp_path, monkeypatch):
+    """What was kept under a recipe is what fine-tuning by it returns, without training."""
+    recipe, made = encoder.Recipe("tweets", 0), tmp_path / "made"
+    (made / "final").mkdir(parents=True)
+    (made / "final" / "weights").write_text("x")
+    monkeypatch.setattr(encoder, "train", lambda *args: pytest.fail("trained again"))
+    kept = encoder.keep(recipe, tmp_path / "work", made)
+    assert encoder.fine_tune(recipe, tmp_path / "work") == kept
+    assert (kept / "final" / "weights").read_text() == "x"
