@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,14 +59,15 @@ def read(archives: dict[str, Path]) -> Emojis:
 
     Of emoji that look the same in a style, such as the flags of a country and of its islands, the first one alone.
     """
-    table: list[dict] = []
+    table: list[dict[str, Any]] = []
     sheets = {}
     for style, file in archives.items():
         sheet, listed = f"package/img/{style}/sheets-clean/{SIDE}.png", "package/emoji.json"
         members = _members(file, (sheet, listed))
         table = table or json.loads(members[listed])
         sheets[style] = _on_white(members[sheet])
-    kept, pictures, seen = [], [], set()
+    kept, pictures = [], []
+    seen: set[tuple[str, bytes]] = set()
     for one in table:
         if all(one[f"has_img_{style}"] for style in archives):
             found = [_cut(sheet, one["sheet_x"], one["sheet_y"]) for sheet in sheets.values()]
