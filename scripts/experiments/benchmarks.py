@@ -132,10 +132,11 @@ def fisher_memory(measured: Measured) -> list[Table]:
         for key, title in _titles(by_method)
         if key != ("", "plain")
     ]
-    copies = ", ".join(f"{one['copy'] / 1e6:.0f}" for one in measured)
+    copies = " and ".join(f"{one['copy'] / 1e6:.0f}" for one in measured)
     note = (
         f"Beside model and batch, each method in a process of its own; one copy of the weights takes {copies} MB. Of "
-        "methods that take chunks of the batch, the chunk that needs least. What others get wrong or lack is said above."
+        "methods that take chunks of the batch, the chunk that needs least. What others get wrong or lack is said "
+        "above."
     )
     return [Table("**What a Fisher takes of memory.** MB that the peak grows by", columns, rows, [note])]
 
