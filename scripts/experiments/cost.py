@@ -34,8 +34,8 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from experiments import digits, drawing, encoder
-from experiments.report import Table
 from experiments.runner import Experiment, Result, Settings, main
+from experiments.tables import Table
 from squisher_mergekit import estimate_fisher, extract, load_fisher
 
 Batch = Any  # a dict of what an encoder takes, or a pair of images and labels

@@ -7,8 +7,8 @@ from typing import Any
 
 from experiments import drawing
 from experiments.courses import COLUMNS
-from experiments.report import Table, mean_sd, spread
 from experiments.runner import Result
+from experiments.tables import Table, mean_sd, spread
 from squisher_mergekit.applications.ewc.runaway import RUNAWAY
 
 BATCH, RATE = 64, 1e-3

@@ -33,8 +33,8 @@ from torch import Tensor
 from experiments import drawing, encoder
 from experiments.encoder import Recipe
 from experiments.merging import dots, empirical_fisher, signed
-from experiments.report import Table, mean_sd
 from experiments.runner import Experiment, Result, Settings, main
+from experiments.tables import Table, mean_sd
 from squisher_mergekit import Fisher, load_fisher
 
 _LENGTH = 32

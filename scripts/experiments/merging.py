@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from experiments import drawing, encoder
 from experiments.encoder import HEAD, Recipe
-from experiments.report import Table, mean_sd, spread
 from experiments.runner import Experiment, Result, Settings, main
+from experiments.tables import Table, mean_sd, spread
 from experiments.texts import Parts, classes
 from squisher_mergekit import Fisher, estimate_fisher, load_fisher
 

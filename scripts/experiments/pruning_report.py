@@ -5,7 +5,7 @@ from statistics import mean
 from typing import Any
 
 from experiments import drawing
-from experiments.report import Table, mean_sd
+from experiments.tables import Table, mean_sd
 
 SCORES = ("fisher", "squisher", "magnitude", "random")
 RETRAIN, LONGER = 30, 190  # optimizer steps after pruning, and those that were tried as well

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import drawing
-from experiments.report import Table, mean_sd
+from experiments.tables import Table, mean_sd
 
 Report = Mapping[str, Any]
 Found = Mapping[str, Any]

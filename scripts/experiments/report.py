@@ -13,7 +13,6 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,47 +36,6 @@ EXPERIMENTS = (
 )
 # Files that scripts/bench_* wrote, whose tables experiments/benchmarks.py makes.
 BENCHMARKS = ("bench_fisher", "bench_fisher_memory", "bench_applications", "bench_merge", "bench_average")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the README. ``rows``: the label of a row and its cells, as text; ``notes``: paragraphs below it."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[str]]]
-    notes: Sequence[str] = field(default_factory=tuple)
-
-    def markdown(self) -> str:
-        """Return the table as Markdown."""
-        lines = [self.title, ""] if self.title else []
-        lines += ["| " + " | ".join(["", *self.columns]) + " |", "|" + "---|" * (len(self.columns) + 1)]
-        lines += ["| " + " | ".join([label, *cells]) + " |" for label, cells in self.rows]
-        for note in self.notes:
-            lines += ["", note]
-        return "\n".join(lines)
-
-
-def mean_sd(values: Sequence[float], digits: int = 1) -> str:
-    """Return mean and standard deviation (of a sample) as text.
-
-    Example:
-        >>> mean_sd([1.0, 2.0, 3.0])
-        '2.0 ± 1.0'
-    """
-    mean, deviation = spread(values)
-    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard deviation (of a sample; 0 of one).
-
-    Example:
-        >>> spread([1.0, 2.0, 3.0])
-        (2.0, 1.0)
-    """
-    mean = sum(values) / len(values)
-    return mean, (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
 
 
 def found(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:

@@ -61,7 +61,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="run all cells again in an empty folder and compare what they find with --out, to the digit; write nothing",
+        help="run all cells again in an empty folder and compare them with --out, to the digit; write nothing",
     )
     options = parser.parse_args(arguments)
     if options.check and not experiment.repeats:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from experiments import drawing
-from experiments.report import Table, mean_sd, spread
+from experiments.tables import Table, mean_sd, spread
 from squisher_mergekit.applications.task2vec.distances import clustered
 from squisher_mergekit.applications.task2vec.ranking import Quality, assess
 from squisher_mergekit.fisher.compare import spearman

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from demo_tasks import assets, data
-from experiments import report, texts
+from experiments import report, tables, texts
 
 
 def _tar(path, files):
@@ -92,7 +92,7 @@ def test_an_archive_of_npm_is_held_against_its_digest(tmp_path, monkeypatch):
 
 def test_a_table_is_markdown():
     """Title, head, rows and notes."""
-    table = report.Table("Accuracy", ["mean"], [("ours", [report.mean_sd([1.0, 3.0])])], ["A note."])
+    table = tables.Table("Accuracy", ["mean"], [("ours", [tables.mean_sd([1.0, 3.0])])], ["A note."])
     assert table.markdown() == "Accuracy\n\n|  | mean |\n|---|---|\n| ours | 2.0 ± 1.4 |\n\nA note."
 
 

@@ -1,0 +1,47 @@
+"""Tables of the README, and figures as they are shown there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the README. ``rows``: the label of a row and its cells, as text; ``notes``: paragraphs below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def markdown(self) -> str:
+        """Return the table as Markdown."""
+        lines = [self.title, ""] if self.title else []
+        lines += ["| " + " | ".join(["", *self.columns]) + " |", "|" + "---|" * (len(self.columns) + 1)]
+        lines += ["| " + " | ".join([label, *cells]) + " |" for label, cells in self.rows]
+        for note in self.notes:
+            lines += ["", note]
+        return "\n".join(lines)
+
+
+def mean_sd(values: Sequence[float], digits: int = 1) -> str:
+    """Return mean and standard deviation (of a sample) as text.
+
+    Example:
+        >>> mean_sd([1.0, 2.0, 3.0])
+        '2.0 ± 1.0'
+        >>> mean_sd([-0.02])
+        '0.0'
+    """
+    mean, deviation = spread(values)
+    return f"{round(mean, digits) + 0.0:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard deviation (of a sample; 0 of one).
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0])
+        (2.0, 1.0)
+    """
+    mean = sum(values) / len(values)
+    return mean, (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
