@@ -133,8 +133,9 @@ def _verdict(report: Mapping[str, Any], share: str) -> str:
     label, apart, least = f"{float(share):.1%}", abs(squisher - fisher), min(squisher, fisher) - random
     if any(2 * won <= of for won, of in (wins(report, "reset", row, share) for row in ("squisher", "fisher"))):
         return (
-            f"At {label} the paper's order is **not there** on most tasks and seeds: so few weights of so small a model, "
-            f"whichever they are, leave next to nothing of a task ({squisher:.1f} %; a guess: {chance_of(report):.1f} %)."
+            f"At {label} the paper's order is **not there** on most tasks and seeds: so few weights of so small a "
+            f"model, whichever they are, leave next to nothing of a task ({squisher:.1f} %; a guess: "
+            f"{chance_of(report):.1f} %)."
         )
     near = "nearer to each other than to it" if apart < least else "**but not near each other**"
     return f"At {label} it is: both are above it, {near} ({apart:.1f} points apart)."
