@@ -61,7 +61,8 @@ def _is_other(kind: str, method: str) -> bool:
 def _time_cell(row: Mapping[str, Any] | None) -> str:
     if row is None or row["problem"]:
         return _problem(row)
-    return ", ".join([f"{row['ratio']:.3g}", *_flaws(row)])
+    ratio = row["ratio"]
+    return ", ".join([f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}", *_flaws(row)])
 
 
 def _flaws(row: Mapping[str, Any]) -> list[str]:

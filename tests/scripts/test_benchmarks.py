@@ -53,11 +53,11 @@ def test_a_fishers_time_is_shown_as_it_was_measured():
         ]
     )
     assert table.rows == [
-        ("**ours, true labels**", ["1.25", "1.5"]),
-        ("**ours, sampled**", ["1.3", "1.6"]),
-        ("**ours, exact**", ["3", ""]),
-        ("`vmap(grad)`", ["2.51", "1.2"]),
-        ("A", ["1.1, 2 of 9 tensors wrong, 3 of 9 tensors missing", ""]),
+        ("**ours, true labels**", ["1.25", "1.50"]),
+        ("**ours, sampled**", ["1.30", "1.60"]),
+        ("**ours, exact**", ["3.00", ""]),
+        ("`vmap(grad)`", ["2.51", "1.20"]),
+        ("A", ["1.10, 2 of 9 tensors wrong, 3 of 9 tensors missing", ""]),
         ("B", ["refuses", ""]),
         ("C", ["not installed", ""]),
     ]
