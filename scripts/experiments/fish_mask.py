@@ -13,7 +13,7 @@ is trained, 10 % are 41 %.
 Settled before a reported seed was looked at, on seed 100:
 
 * Recipe: learning rate 2e-4, the head's 1e-3, clipping at 1. Film reviews were left out: this encoder learns too little
-  of them in 100 steps (66 % right). So was BBC news, which needs hardly more than a new head.
+  of them in 100 steps (66 % right).
 * Scores: F, as in the paper; (theta - theta_0)^2 F / 2; |theta - theta_0|; drawn. F is the Squisher, or the empirical
   Fisher (true labels, one example at a time) of 256 of the texts trained on.
 * Training inside a mask is another experiment: the pre-trained model is trained anew, with the same batches, and only
