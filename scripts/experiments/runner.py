@@ -64,17 +64,19 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
         help="run all cells again in an empty folder and compare them with --out, to the digit; write nothing",
     )
     options = parser.parse_args(arguments)
-    if options.check and not experiment.repeats:
-        parser.error(f"{experiment.name} measures seconds, which do not repeat")
-    deterministic()
     tier = "full" if options.full else "quick"
     out = options.out or (RESULTS if options.full else options.work / "quick") / f"{experiment.name}.json"
+    if options.check and not experiment.repeats:
+        parser.error(f"{experiment.name} measures seconds, which do not repeat")
+    if options.check and not out.is_file():
+        parser.error(f"--check compares with {out}, which is not there; run without it first, or name a file by --out")
+    deterministic()
     log = logging.getLogger("squisher_mergekit")
     level = log.level
     log.setLevel(logging.ERROR)  # that these runs are short is known
     try:
         if options.check:
-            return check(experiment, tier, out)
+            return check(experiment, tier, out, options.work)
         report = run(experiment, tier, options.work, fresh=options.fresh)
     finally:
         log.setLevel(level)
@@ -83,11 +85,12 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(experiment: Experiment, tier: str, kept: Path) -> int:
-    """Run all cells in an empty folder, and say which found other than what is kept; returns 0 if none did."""
+def check(experiment: Experiment, tier: str, kept: Path, work: Path) -> int:
+    """Run all cells in an empty folder below ``work`` and say which find other than what is kept; returns 0 if none."""
     before = json.loads(kept.read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as work:
-        after = run(experiment, tier, Path(work))
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".check.", dir=work) as folder:
+        after = run(experiment, tier, Path(folder))
     now = [(cell["settings"], cell["result"]) for cell in after["cells"]]
     differ = [cell["settings"] for cell in before["cells"] if (cell["settings"], cell["result"]) not in now]
     for settings in differ:

@@ -76,8 +76,14 @@ def test_a_check_runs_all_again_and_compares_digits(tmp_path, capsys):
     assert runner.main(_experiment(calls), command) == 1
     assert json.loads(out.read_text()) == report
     assert 'not found again: {"seed": 3}' in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"cells"}
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         runner.main(dataclasses.replace(_experiment(calls), repeats=False), command)
+    assert "seconds, which do not repeat" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        runner.main(_experiment(calls), [*command, "--out", str(tmp_path / "none.json")])
+    assert "none.json, which is not there" in capsys.readouterr().err
 
 
 def test_what_is_cached_is_whole(tmp_path):
