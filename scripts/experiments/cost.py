@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from experiments import digits, drawing, encoder
+from experiments import digits, drawing, encoder, forgetting
 from experiments.runner import Experiment, Result, Settings, main
 from experiments.tables import Table
 from squisher_mergekit import estimate_fisher, extract, load_fisher
@@ -93,10 +92,8 @@ def convolutional() -> nn.Module:
 
 
 def perceptron() -> nn.Module:
-    """Return the network of the paper's EWC: two hidden layers of 400."""
-    sizes = (digits.SIDE**2, 400, 400)
-    hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(sizes[-1], digits.CLASSES))
+    """Return the network that EWC is tried on."""
+    return forgetting.network(digits.SIDE**2, digits.CLASSES, seed=0)
 
 
 SETTINGS = {

@@ -19,6 +19,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from experiments import benchmarks
 from experiments.runner import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -34,8 +35,7 @@ EXPERIMENTS = (
     "cost",
     "questions",
 )
-# Files that scripts/bench_* wrote, whose tables experiments/benchmarks.py makes.
-BENCHMARKS = ("bench_fisher", "bench_fisher_memory", "bench_applications", "bench_merge", "bench_average")
+BENCHMARKS = tuple(benchmarks.TABLES)
 
 
 def found(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
@@ -47,7 +47,6 @@ def found(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
 def block(name: str, report: Mapping[str, Any]) -> str:
     """Return the text of the block of an experiment or a benchmark."""
     if name in BENCHMARKS:
-        benchmarks = importlib.import_module("experiments.benchmarks")
         tables, made = benchmarks.TABLES[name](report["measured"]), benchmarks.made_by(report)
     else:
         tables = importlib.import_module(f"experiments.{name}").tables(report)
@@ -86,10 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(after != before)
     README.write_text(after, encoding="utf-8")
     PICTURES.mkdir(exist_ok=True)
-    for name, report in reports.items():
-        if name in BENCHMARKS:
-            continue
-        for file, data in importlib.import_module(f"experiments.{name}").pictures(report).items():
+    for name in (one for one in reports if one not in BENCHMARKS):
+        for file, data in importlib.import_module(f"experiments.{name}").pictures(reports[name]).items():
             (PICTURES / file).write_bytes(data)
             print(f"{PICTURES / file}: {len(data) / 1000:.0f} kB")
     return 0
