@@ -1,6 +1,6 @@
 """The README's tables of the benchmarks, from the JSON files that they write with ``--json``.
 
-Times are CPU seconds of a machine that had other work to do: ratios within one run mean something, seconds little.
+Times are CPU seconds of a machine that may have other work to do: ratios within one run mean something, seconds little.
 """
 
 import re
@@ -279,5 +279,5 @@ def made_by(report: Mapping[str, Any]) -> str:
     """Return by which command a report was made, and on what machine."""
     return (
         f"`{report['command']}`: {report['cpu_seconds'] / 60:.0f} CPU-minutes on a machine with "
-        f"{report['cores']} cores that others used as well (load average {report['load_average']})"
+        f"{report['cores']} cores, at a load average of {report['load_average']}"
     )

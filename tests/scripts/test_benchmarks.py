@@ -170,7 +170,9 @@ def test_a_report_says_how_it_was_made(tmp_path, monkeypatch):
     assert found["measured"] == [{"a": 1}]
     assert found["versions"].keys() == runner.versions().keys() | {"tqdm"}
     made = benchmarks.made_by(found | {"cpu_seconds": 150.0, "load_average": 1.5, "cores": 2})
-    assert made.startswith("`scripts/bench_x --only 'squisher trim'`: 2 CPU-minutes on a machine with 2 cores")
+    assert made.startswith(
+        "`scripts/bench_x --only 'squisher trim'`: 2 CPU-minutes on a machine with 2 cores, at a load average of 1.5"
+    )
 
 
 TINY_MERGE = ["--hidden=36", "--layers=2", "--intermediate=47", "--vocab=61", "--repeat=1", "--density=0.2"]
