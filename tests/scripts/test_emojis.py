@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from demo_tasks.assets import DemoError
 from experiments import convolutions, emojis
+
+from tests.scripts.archives import tarball
 
 pytest.importorskip("PIL")
 
@@ -37,12 +38,7 @@ def _archive(file, style, table, colours):
     files = {"package/emoji.json": json.dumps(table).encode()}
     if colours is not None:
         files[f"package/img/{style}/sheets-clean/32.png"] = _sheet(colours)
-    with tarfile.open(file, "w:gz") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return file
+    return tarball(file, files)
 
 
 def _emoji(column, row, group, *styles):

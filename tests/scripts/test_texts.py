@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -15,20 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from demo_tasks import assets, data
 from experiments import report, tables, texts
 
-
-def _tar(path, files):
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
+from tests.scripts.archives import tarball
 
 
 def test_sentences_without_a_class_are_left_out(tmp_path):
     """The class of the others is a word."""
     rows = [{"text": "good", "class": 1}, {"text": "bad", "class": 0}, {"text": "?", "class": None}]
-    archive = _tar(tmp_path / "x.tgz", {"package/test/fixtures/imdb.json": json.dumps(rows).encode()})
+    archive = tarball(tmp_path / "x.tgz", {"package/test/fixtures/imdb.json": json.dumps(rows).encode()})
     assert texts.SETS["imdb"].source.read(archive) == [("good", "1"), ("bad", "0")]
 
 
@@ -36,7 +28,7 @@ def test_mails_lose_their_headers(tmp_path):
     """What follows the first empty line is the text; the folder tells what it is."""
     mail = {"text": "From: a\nTo: b\n\nBuy now\n\nPlease"}
     files = {f"package/data/{group}/1.json": json.dumps(mail).encode() for group in ("spam-1", "hard-ham-1", "other")}
-    found = texts.SETS["spam"].source.read(_tar(tmp_path / "x.tgz", files))
+    found = texts.SETS["spam"].source.read(tarball(tmp_path / "x.tgz", files))
     assert found == [("Buy now\n\nPlease", "spam"), ("Buy now\n\nPlease", "ham")]
 
 
