@@ -155,7 +155,7 @@ def _trained_note(report: Mapping[str, Any]) -> str:
         note += (
             f" At {', '.join(worse)} a random mask is **as good or better**: which weights a finished model cannot do "
             "without does not tell which to train, likely since F is large in few tensors, and weights from everywhere "
-            "learn better. Tried: rates up and down for either mask, each of which has the one best on another seed."
+            "learn better. Tried: rates up and down for either mask; each has its best one of another seed (see below)."
         )
     return note
 

@@ -30,6 +30,7 @@ EXPERIMENTS = (
     "gradient_matching",
     "pruning",
     "fish_mask",
+    "fish_rates",
     "transfer",
     "forgetting",
     "cost",

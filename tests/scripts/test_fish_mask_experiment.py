@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from experiments import fish_mask, fish_mask_report
+from experiments import fish_mask, fish_mask_report, fish_rates, report
 
 # Stated on the grounds of one seed, 100, on which they were 23 and 32: points above a random mask, mean over SEEDS.
 SHARE, MARGIN, RESET_MARGIN = 0.025, 10, 20  # of all weights: a tenth of what is trained
@@ -68,6 +68,31 @@ def test_every_task_has_three_seeds_and_the_shares_of_the_paper():
     assert all(one["keep"] == (0.005, 0.025, 0.1) for one in fish_mask.EXPERIMENT.full)
     assert all(len(rates) == 3 for rates in fish_mask.RATES.values())
     assert set(fish_mask.RATES) == set(fish_mask_report.TRAINED)
+
+
+def test_rates_are_those_that_the_search_found():
+    """Of each mask and share the best, which is at no end of the rates tried, on a seed that is not reported."""
+    found = report.found("fish_rates")
+    assert fish_rates.best(found) == fish_mask.RATES
+    for rates in fish_rates.means(found).values():
+        assert max(rates, key=rates.__getitem__) not in (min(rates), max(rates))
+    assert {cell["settings"]["seed"] for cell in found["cells"]}.isdisjoint(range(3))
+
+
+def test_the_best_rate_is_by_the_mean_over_tasks():
+    """Of two tasks: 70 and 80 beat 90 and 50; it stands in bold, what was not tried is empty."""
+    cells = [
+        {
+            "settings": {"task": task, "row": row},
+            "result": {"0.1": {"0.001": high, "0.003": low} if row == "random" else {"0.001": 60.0}},
+        }
+        for row in fish_mask_report.TRAINED
+        for task, high, low in (("tweets", 70.0, 90.0), ("election", 80.0, 50.0))
+    ]
+    assert fish_rates.best({"cells": cells}) == {"squisher": (0.001,), "random": (0.001,)}
+    (table,) = fish_rates.tables({"cells": cells})
+    assert table.columns == ["0.001", "0.003"]
+    assert dict(table.rows) == {"Squisher, 10.0%": ["**60.0**", ""], "random, 10.0%": ["**75.0**", "70.0"]}
 
 
 def test_the_picture_is_a_small_png():
