@@ -14,8 +14,8 @@ from torch import Tensor
 from squisher_mergekit.optimizers.sharding import whole
 
 LOG = logging.getLogger("squisher_mergekit")
-# Squared penalty gradient by squared task gradient, above which a warning is given. At a large lambda a separate average
-# stays below 1e4 and a penalty that feeds on itself passes 1e8 within five tasks (tests/scripts/test_ewc.py).
+# Squared penalty gradient by squared task gradient, above which a warning is given. At a large lambda a separate
+# average stays below 1e4, and a penalty that feeds on itself passes 1e8 within five tasks (tests/scripts/test_ewc.py).
 RUNAWAY = 1e6
 WINDOW = 100  # steps between two looks at that ratio
 
