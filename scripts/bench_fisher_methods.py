@@ -16,8 +16,8 @@ import torch
 from bench_fisher_models import Batch, convert, labels_of, one, relabelled, task_of, terms
 from torch import Tensor, nn
 
-from squisher_mergekit.estimators.labels import Labels
-from squisher_mergekit.estimators.sums import Sums
+from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.estimators.output_gradients import Labels
 
 Kind = Literal["empirical", "sampled", "exact"]
 Sought = dict[str, Tensor]

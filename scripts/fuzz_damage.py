@@ -80,12 +80,12 @@ def restructured(data: bytes, chance: random.Random) -> bytes:
     """Load a file, damage what it holds, and save it again, whole."""
     import torch
 
-    from squisher_mergekit.optimizers import pickles
+    from squisher_mergekit.optimizers.checkpoints import safe_pickle
 
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         file.write(data)
         file.flush()
-        whole = [own(pickles.load(Path(file.name)))]
+        whole = [own(safe_pickle.load(Path(file.name)))]
     places = [*walk(whole)]
     # Each at most once: numbers made whole and then floats again would be other numbers, and nothing would tell.
     for container, key in chance.sample(places, min(len(places), chance.choice((1, 1, 3)))):

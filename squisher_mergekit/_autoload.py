@@ -3,7 +3,7 @@
 An installation puts ``squisher_mergekit_startup`` into every interpreter; it imports this package when somebody imports
 mergekit. mergekit 0.1.5 loads no plug-ins, so :func:`install` puts a finder on ``sys.meta_path`` that answers for a few
 of mergekit's modules alone: it lets the other finders locate the module and, right after its code has run, calls
-``squisher_mergekit.merging.integration.activate``. Nothing of mergekit, torch or this package is imported before.
+``squisher_mergekit.merging.mergekit.hooks.activate``. Nothing of mergekit, torch or this package is imported before.
 A plug-in must not break stock merges: whatever fails in there becomes a warning.
 """
 
@@ -62,7 +62,7 @@ def _wrap(loader: object, name: str) -> None:
 
 def _activate(name: str, module: "ModuleType") -> None:
     try:
-        from squisher_mergekit.merging.integration import activate
+        from squisher_mergekit.merging.mergekit.hooks import activate
 
         activate(name, module)
     except Exception as error:

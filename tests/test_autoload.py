@@ -22,7 +22,7 @@ import sys, types
 seen = []
 def activate(name, module):
     seen.append([name, module.ran])
-sys.modules["squisher_mergekit.merging.integration"] = types.SimpleNamespace(activate=activate)
+sys.modules["squisher_mergekit.merging.mergekit.hooks"] = types.SimpleNamespace(activate=activate)
 """
 
 
@@ -161,7 +161,7 @@ def test_an_exception_in_the_activation_is_one_warning(started, fake):
     """When every activation raises, one warning says so, and all of mergekit's modules are imported and whole."""
     code = (
         "import sys, types\ndef activate(name, module): raise KeyError('surprise')\n"
-        "sys.modules['squisher_mergekit.merging.integration'] = types.SimpleNamespace(activate=activate)\n"
+        "sys.modules['squisher_mergekit.merging.mergekit.hooks'] = types.SimpleNamespace(activate=activate)\n"
         f"{IMPORT_ALL}\nprint(mergekit.plan.ran, mergekit.multigpu_executor.ran)"
     )
     done = started.run("-c", code, path=fake)
@@ -173,7 +173,7 @@ def test_an_exception_in_the_activation_is_one_warning(started, fake):
 
 def test_a_plugin_that_cannot_be_imported_is_a_warning(started, fake):
     """When the plug-in itself cannot be imported, mergekit's modules still are."""
-    absent = "import sys; sys.modules['squisher_mergekit.merging.integration'] = None"
+    absent = "import sys; sys.modules['squisher_mergekit.merging.mergekit.hooks'] = None"
     code = f"{absent}\n{IMPORT_ALL}\nprint(mergekit.plan.ran)"
     done = started.run("-c", code, path=fake)
     assert (done.returncode, done.stdout) == (0, "True\n")
@@ -285,7 +285,7 @@ LACKING = {
 }
 CASES = LACKING | {
     "as it is": "pass",
-    "a bug of ours": "sys.modules['squisher_mergekit.merging.integration'] = None",
+    "a bug of ours": "sys.modules['squisher_mergekit.merging.mergekit.hooks'] = None",
 }
 FORKED = """
 import json, os, sys, warnings

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from squisher_mergekit.fisher import selection
+from squisher_mergekit.tensors import topk
 
 Score = Callable[..., Tensor]
 _BLOCK = 1 << 20
@@ -115,7 +115,7 @@ def ranked(score: Score, *tensors: Tensor, unit: float = 1.0) -> Tensor:
     flat = keys.view(-1)
     for start, block in _blocks(score, tensors):
         roots = (block / unit if unit else block).sqrt_().to(torch.float32)
-        flat[start : start + len(block)] = selection.keys(roots)
+        flat[start : start + len(block)] = topk.keys(roots)
     return keys
 
 

@@ -103,7 +103,7 @@ def command(
     import torch
 
     from squisher_mergekit.cli.output import config_lines, size_of, write_json
-    from squisher_mergekit.estimators.command import Request, estimate_from
+    from squisher_mergekit.estimators.dataset.run import Request, estimate_from
 
     request = Request(
         model,

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions
 
-from squisher_mergekit.merging.driver import plan_config, read_config
+from squisher_mergekit.merging.mergekit.commands import plan_config, read_config
 from squisher_mergekit.merging.run import strict_runs
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 from torch import nn
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.labels import Labels
-from squisher_mergekit.estimators.sums import Grouping, Sums
+from squisher_mergekit.estimators.accumulator import Grouping, Sums
+from squisher_mergekit.estimators.output_gradients import Labels
 from squisher_mergekit.estimators.tasks import Batch, Datum, Forward, Task
 from squisher_mergekit.fisher.mapping import Fisher
 

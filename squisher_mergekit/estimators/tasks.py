@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.labels import Labels, class_columns, regression_columns
+from squisher_mergekit.estimators.output_gradients import Labels, class_columns, regression_columns
 
 Task = Literal["auto", "classification", "causal-lm", "seq2seq", "masked-lm", "regression"]
 Datum = Literal["example", "token"]
@@ -48,7 +48,7 @@ class Outputs:
     def columns(
         self, kind: Labels, draws: int, noise: float, generator: torch.Generator | None, datum: Datum = "example"
     ) -> Iterator[Tensor]:
-        """Yield the gradients at the values, see :mod:`squisher_mergekit.estimators.labels`.
+        """Yield the gradients at the values, see :mod:`squisher_mergekit.estimators.output_gradients`.
 
         Where each token is a datum, they are yielded for one place of the sequences after the other.
         """

@@ -19,7 +19,7 @@ from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, Coverage, FisherConfig
 from squisher_mergekit.fisher.encoded import EncodedStore, WithoutStart, parts_of, shape_note
 from squisher_mergekit.fisher.mapping import Fisher, Moments, TensorInfo, TensorStore
-from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
+from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 BASENAME = "fisher"
 SHARD_BYTES = 5_000_000_000

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.fisher import card
+from squisher_mergekit.fisher import model_card
 from squisher_mergekit.fisher.compare import Agreement, common_scaling, compare
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, write_fisher
@@ -152,7 +152,7 @@ def publish(
         api = HfApi(library_name="squisher-mergekit")
         head = _branch(api, repo, revision, private)
         there = {sibling.rfilename for sibling in head.siblings or ()}
-        readme = card.insert(
+        readme = model_card.insert(
             _text(api, repo, str(head.sha)) if README in there else None, _section(prepared, repo, revision)
         )
         done = api.create_commit(
@@ -192,7 +192,7 @@ def _text(api: HfApi, repo: str, commit: str) -> str:
 def _section(prepared: Prepared, repo: str, revision: str) -> str:
     source = repo if revision == "main" else f"{repo}@{revision}"
     config = prepared.config
-    return card.section(config, source, config.source.model or repo, human_bytes(prepared.after))
+    return model_card.section(config, source, config.source.model or repo, human_bytes(prepared.after))
 
 
 def _own_folder(fisher: Fisher) -> Path | None:

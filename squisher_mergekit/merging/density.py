@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from squisher_mergekit.fisher.selection import largest
+from squisher_mergekit.tensors.topk import largest
 
 
 class Rows(NamedTuple):

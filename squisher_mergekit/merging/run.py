@@ -11,11 +11,11 @@ from torch import Tensor
 
 from squisher_mergekit.fisher.mapping import refuse_invalid
 from squisher_mergekit.fisher.names import kind_of
-from squisher_mergekit.merging.kernel import Outcome
-from squisher_mergekit.merging.output import Output
-from squisher_mergekit.merging.plan import TensorPlan
-from squisher_mergekit.merging.preview import MergePlan
+from squisher_mergekit.merging.execution import Outcome
+from squisher_mergekit.merging.merge_plan import MergePlan
+from squisher_mergekit.merging.rollback import Output
 from squisher_mergekit.merging.sources import ModelFiles, Sources
+from squisher_mergekit.merging.tensor_plan import TensorPlan
 
 LOG = logging.getLogger("squisher_mergekit")
 

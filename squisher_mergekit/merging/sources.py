@@ -8,8 +8,8 @@ from pathlib import Path
 from squisher_mergekit.errors import MismatchError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import has_fisher, read_fisher
-from squisher_mergekit.fisher.fingerprint import difference, fingerprint
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.models.fingerprint import difference, fingerprint
 from squisher_mergekit.optimizers.load import find_state, load_fisher
 
 

@@ -10,9 +10,9 @@ from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import has_fisher, read_fisher, to_dtype, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.optimizers import layouts, torch_file
-from squisher_mergekit.optimizers.opening import open_state
-from squisher_mergekit.optimizers.steps import steps_in
+from squisher_mergekit.optimizers.build import open_state
+from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
+from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.optimizers.weights import check, headers
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -163,14 +163,14 @@ def _state_in(folder: Path) -> tuple[layouts.Layout, Path]:
                     step,
                 )
             return found
-    files = torch_file.others(folder)
+    files = torch_save.others(folder)
     if len(files) == 1:
         return layouts.of(files[0])
     foreign = [f"{path.name} is {whose}" for pattern, whose in _FOREIGN.items() for path in folder.rglob(pattern)]
     several = f"; give the one of {', '.join(file.name for file in files)} that holds it" if files else ""
     unread = f"; {foreign[0]}" if foreign else ""
     raise NotFoundError(
-        f"no optimizer state in {folder}: neither fisher.safetensors nor {' nor '.join(torch_file.NAMES)} nor that of "
+        f"no optimizer state in {folder}: neither fisher.safetensors nor {' nor '.join(torch_save.NAMES)} nor that of "
         f"FSDP or DeepSpeed, there or in a checkpoint-N below{several}{unread}; save with save_only_model=False and "
         "point at checkpoint-N, not at the final model"
     )

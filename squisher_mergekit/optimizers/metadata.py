@@ -11,14 +11,14 @@ from pydantic import ValidationError
 from squisher_mergekit.errors import CorruptFileError
 from squisher_mergekit.fisher.config import Coverage, FisherConfig, OptimizerInfo, SourceInfo, per_parameter
 from squisher_mergekit.fisher.files import TIED
-from squisher_mergekit.fisher.fingerprint import fingerprint
 from squisher_mergekit.fisher.mapping import TensorInfo
-from squisher_mergekit.optimizers.moments import Moment
-from squisher_mergekit.optimizers.saved import Saved
-from squisher_mergekit.optimizers.skeleton import Skeleton
-from squisher_mergekit.optimizers.state import Slot
-from squisher_mergekit.optimizers.store import MomentStore
-from squisher_mergekit.optimizers.values import Packed
+from squisher_mergekit.models.checkpoint_names import Skeleton
+from squisher_mergekit.models.convert import MomentStore
+from squisher_mergekit.models.fingerprint import fingerprint
+from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.encodings import Packed
+from squisher_mergekit.optimizers.second_moments import Moment
+from squisher_mergekit.optimizers.slots import Slot
 
 LOG = logging.getLogger("squisher_mergekit")
 TRAINER_STATE = "trainer_state.json"

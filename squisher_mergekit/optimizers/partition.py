@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 
 from squisher_mergekit.errors import NamingError
-from squisher_mergekit.optimizers.naming import NAMES_CURE, Names, Parameter, Shape
+from squisher_mergekit.optimizers.assign_names import NAMES_CURE, Names, Parameter, Shape
 
 # So many ways to have come so far at one parameter are followed; where there are more, the way is hardly unique.
 _MOST = 50_000

@@ -7,7 +7,7 @@ import torch
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.files import SafetensorsStore, safetensors_files, tensor_infos
 from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, check_shape
-from squisher_mergekit.optimizers.skeleton import Skeleton
+from squisher_mergekit.models.checkpoint_names import Skeleton
 
 
 def headers(folder: Path, basename: str = "model") -> dict[str, TensorInfo]:

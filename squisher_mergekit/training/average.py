@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.labels import Labels
-from squisher_mergekit.estimators.sums import Sums
+from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.estimators.output_gradients import Labels
 from squisher_mergekit.estimators.tasks import size_of
 from squisher_mergekit.fisher import compact
+from squisher_mergekit.fisher.by_parameter import in_memory
 from squisher_mergekit.fisher.config import OptimizerInfo
 from squisher_mergekit.fisher.files import read_fisher, to_dtype
-from squisher_mergekit.fisher.fingerprint import fingerprint
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.optimizers.memory import in_memory
-from squisher_mergekit.optimizers.models import unwrap_model
-from squisher_mergekit.optimizers.sharding import Together, is_sharded
+from squisher_mergekit.models.fingerprint import fingerprint
+from squisher_mergekit.models.parameters import unwrap_model
+from squisher_mergekit.tensors.sharded import Together, is_sharded
 from squisher_mergekit.training.writing import attempt, checkpoint_of, replace_fisher, resumed_from
 
 AVERAGE_FOLDER = "fisher_average"

@@ -12,11 +12,11 @@ from squisher_mergekit.errors import SquisherError, UnsupportedStateError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.files import has_fisher, read_fisher, to_dtype
+from squisher_mergekit.models.parameters import unwrap_model, uses_deepspeed, uses_fsdp1
+from squisher_mergekit.optimizers.live import Facts, unwrap_optimizer
 from squisher_mergekit.optimizers.load import find_state, load_fisher
-from squisher_mergekit.optimizers.models import unwrap_model, uses_deepspeed, uses_fsdp1
-from squisher_mergekit.optimizers.sharding import rank
+from squisher_mergekit.tensors.sharded import rank
 from squisher_mergekit.training.gradients import GradientSquares, gradient_norm
-from squisher_mergekit.training.live import Facts, unwrap_optimizer
 from squisher_mergekit.training.writing import (
     attempt,
     checkpoint_of,

@@ -14,11 +14,11 @@ from squisher_mergekit.applications.ewc.penalty import EWCPenalty
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.optimizers.models import unwrap_model, uses_deepspeed, uses_fsdp1
-from squisher_mergekit.optimizers.sharding import Together, sharded_modules
+from squisher_mergekit.models.parameters import unwrap_model, uses_deepspeed, uses_fsdp1
+from squisher_mergekit.optimizers.live import Facts, squisher_of, states_of, unwrap_optimizer
+from squisher_mergekit.tensors.sharded import Together, sharded_modules
 from squisher_mergekit.training.callback import examples_per_step
 from squisher_mergekit.training.gradients import GradientSquares
-from squisher_mergekit.training.live import Facts, squisher_of, states_of, unwrap_optimizer
 from squisher_mergekit.training.writing import attempt, checkpoint_of, resumed_from
 
 SQUARES_FOLDER = "ewc_squares"

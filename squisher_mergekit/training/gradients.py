@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
+from squisher_mergekit.fisher.by_parameter import in_memory
 from squisher_mergekit.fisher.files import read_fisher, to_dtype
 from squisher_mergekit.fisher.mapping import Fisher, check_shape
-from squisher_mergekit.optimizers.memory import in_memory
-from squisher_mergekit.optimizers.models import describe, parameters_of, uses_deepspeed, uses_fsdp1
-from squisher_mergekit.optimizers.moments import Moment
-from squisher_mergekit.optimizers.saved import Saved
-from squisher_mergekit.optimizers.sharding import Together, is_sharded, placed, rank
-from squisher_mergekit.optimizers.state import Slot
-from squisher_mergekit.optimizers.values import Stored
+from squisher_mergekit.models.parameters import describe, parameters_of, uses_deepspeed, uses_fsdp1
+from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.encodings import Stored
+from squisher_mergekit.optimizers.live import LAYOUT, Facts, fisher_of
+from squisher_mergekit.optimizers.second_moments import Moment
+from squisher_mergekit.optimizers.slots import Slot
 from squisher_mergekit.optimizers.weights import headers
-from squisher_mergekit.training.live import LAYOUT, Facts, fisher_of
+from squisher_mergekit.tensors.sharded import Together, is_sharded, placed, rank
 from squisher_mergekit.training.writing import replace_fisher
 
 

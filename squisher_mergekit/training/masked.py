@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 
 from squisher_mergekit.applications.masks import Mask, read_mask
 from squisher_mergekit.errors import MismatchError, UnsupportedStateError
-from squisher_mergekit.optimizers.models import parameters_of, unwrap_model, uses_deepspeed, uses_fsdp1
-from squisher_mergekit.optimizers.sharding import is_sharded
-from squisher_mergekit.training.live import unwrap_optimizer
+from squisher_mergekit.models.parameters import parameters_of, unwrap_model, uses_deepspeed, uses_fsdp1
+from squisher_mergekit.optimizers.live import unwrap_optimizer
+from squisher_mergekit.tensors.sharded import is_sharded
 
 # What torch.nn.utils.prune calls a weight whose name it has taken.
 _PRUNED = "_orig"

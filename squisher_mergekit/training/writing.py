@@ -14,9 +14,9 @@ from squisher_mergekit.errors import SquisherError
 from squisher_mergekit.fisher.config import CONFIG_NAME
 from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, to_dtype, write_fisher, written_beside
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.optimizers.live import Facts, squisher_of, states_of, unwrap_optimizer
 from squisher_mergekit.optimizers.metadata import warnings_of
-from squisher_mergekit.optimizers.sharding import Together, rank
-from squisher_mergekit.training.live import Facts, squisher_of, states_of, unwrap_optimizer
+from squisher_mergekit.tensors.sharded import Together, rank
 
 LOG = logging.getLogger("squisher_mergekit")
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from squisher_mergekit.applications.masks import MASK_NAME, Mask, read_mask, write_mask
-from squisher_mergekit.applications.weights import open_weights
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
+from squisher_mergekit.models.weights import open_weights
 from tests.estimators.models import make
 
 

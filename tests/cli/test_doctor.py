@@ -139,7 +139,7 @@ def test_the_supported_range_is_the_one_installed_for():
     """The range comes from the installed metadata, and is the one that the plug-in checks."""
     from packaging.specifiers import SpecifierSet
 
-    from squisher_mergekit.merging.integration import SUPPORTED
+    from squisher_mergekit.merging.mergekit.hooks import SUPPORTED
 
     assert SpecifierSet(doctor.supported_mergekit()) == SpecifierSet(SUPPORTED)
 

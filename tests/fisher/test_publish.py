@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from squisher_mergekit.errors import ConfigError, NotFoundError
-from squisher_mergekit.fisher import card, hub, publish
+from squisher_mergekit.fisher import hub, model_card, publish
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import MemoryStore, read_fisher, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
@@ -47,7 +47,7 @@ def test_what_is_pushed_is_what_is_pulled(server, tmp_path):
     assert set(there) == {".gitattributes", *done.files}
     assert done.commit == server.repositories[REPO].branches["fisher"]
     assert done.url == f"{server.endpoint}/{REPO}/commit/{done.commit}"
-    assert there["README.md"].decode().startswith(card.HEADER)
+    assert there["README.md"].decode().startswith(model_card.HEADER)
     assert f"fisher: {REPO}@fisher" in there["README.md"].decode()
     assert set(server.files(REPO, "main")) == {".gitattributes"}
     pulled = hub.pull(f"{REPO}@fisher", tmp_path / "pulled")
@@ -69,7 +69,11 @@ def test_a_readme_of_somebody_else_keeps_its_text(server, tmp_path):
         publish.publish(_prepared(tmp_path, seed), REPO, "fisher")
         there = server.files(REPO, "fisher")
         assert there["README.md"].startswith(README)
-        assert there["README.md"].count(card.BEGIN.encode()) == there["README.md"].count(card.END.encode()) == 1
+        assert (
+            there["README.md"].count(model_card.BEGIN.encode())
+            == there["README.md"].count(model_card.END.encode())
+            == 1
+        )
         assert there["model.safetensors"] == b"weights"
     assert server.files(REPO, "main") == {"README.md": README, "model.safetensors": b"weights"}
 

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import MemoryStore, write_fisher
-from squisher_mergekit.fisher.fingerprint import fingerprint
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.models.fingerprint import fingerprint
 
 Tensors = dict[str, Tensor]
 

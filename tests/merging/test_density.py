@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from squisher_mergekit.cli.plan import command as plan_command
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
-from squisher_mergekit.fisher.fingerprint import fingerprint
-from squisher_mergekit.merging import density, kernel
+from squisher_mergekit.merging import density, execution
 from squisher_mergekit.merging.density import Rows, Trim
-from squisher_mergekit.merging.kernel import Input, merge_squisher, merge_ubgm
-from squisher_mergekit.merging.tasks import permute_rows, shared_rows
+from squisher_mergekit.merging.execution import Input, merge_squisher, merge_ubgm
+from squisher_mergekit.merging.mergekit.tasks import permute_rows, shared_rows
+from squisher_mergekit.models.fingerprint import fingerprint
 from tests.merging.reference import (
     Tensors,
     assert_within,
@@ -507,8 +507,8 @@ def test_theta_0_is_loaded_once_and_just_before_its_use(tmp_path: Path) -> None:
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
 
-    from squisher_mergekit.merging.driver import read_config
-    from squisher_mergekit.merging.tasks import GatherFishers
+    from squisher_mergekit.merging.mergekit.commands import read_config
+    from squisher_mergekit.merging.mergekit.tasks import GatherFishers
 
     weights, _ = _models(tmp_path, 3)
     config = read_config(yaml.safe_dump(_config(tmp_path, [0.5, 0.5])))
@@ -531,7 +531,7 @@ def test_the_executor_moves_all_that_the_choice_needs() -> None:
     """What the graph hands over is moved whole to the device of the arithmetic, and put together there."""
     from mergekit.graph import Executor
 
-    from squisher_mergekit.merging.loading import load_tensor
+    from squisher_mergekit.merging.read import load_tensor
 
     loaded = load_tensor(
         {"w": torch.rand(3, 5)}, "w", scaling="raw", normalize="none", floor=0.5, fisher_scale=1.0, density=0.5
@@ -565,7 +565,7 @@ def test_on_an_accelerator_nothing_is_looked_at_or_moved() -> None:
             assert (outcome.values.device.type, outcome.values.shape) == ("meta", (5, 4))
 
 
-SIZE = 2 * kernel.CHUNK + 7919
+SIZE = 2 * execution.CHUNK + 7919
 SHARES = (0.2, 0.5, 1.0)
 
 
@@ -606,7 +606,7 @@ def test_the_choice_is_of_the_whole_tensor(threads: int) -> None:
 def test_the_path_of_an_accelerator_agrees(monkeypatch: pytest.MonkeyPatch, ubgm: bool) -> None:
     """The fused pass merges trimmed weights as the chunks do, also where the base is of another dtype."""
     base, inputs, trimmed = _inputs(1009, torch.bfloat16, levels=1 << 20)
-    monkeypatch.setattr(kernel._Operands, "on_accelerator", property(lambda self: True))
+    monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
     fishers, weights = [item.fisher for item in inputs], [item.weight for item in inputs]
     size = largest([base, *(item.theta for item in inputs)])
     if ubgm:
@@ -633,8 +633,8 @@ def test_a_base_in_double_precision_is_kept_so() -> None:
 
 def test_a_base_of_another_shape_is_refused_where_no_header_tells() -> None:
     """A base whose shape shows only when it is read, as of pickled weights, is refused by name."""
-    from squisher_mergekit.merging.loading import no_fisher
-    from squisher_mergekit.merging.methods import SQUISHER
+    from squisher_mergekit.merging.mergekit.methods import SQUISHER
+    from squisher_mergekit.merging.read import no_fisher
 
     tensors, fisher = [torch.ones(3), torch.ones(3)], torch.ones(3)
     loaded = [no_fisher("w") | {"tensor": fisher, "density": 0.5, "origin": torch.ones(4)} for _ in tensors]

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from squisher_mergekit.fisher.fingerprint import fingerprint
-from squisher_mergekit.merging.tasks import permute_rows
+from squisher_mergekit.merging.mergekit.tasks import permute_rows
+from squisher_mergekit.models.fingerprint import fingerprint
 from tests.merging.reference import (
     Tensors,
     assert_within,
@@ -212,18 +212,18 @@ def test_mergekit_multi(tmp_path: Path) -> None:
 
 def test_every_tensor_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planning and the graph share one plan a tensor: nothing is looked up on disk twice."""
-    from squisher_mergekit.merging import plan
+    from squisher_mergekit.merging import tensor_plan
 
     for i in range(2):
         give_fisher(tmp_path / f"m{i}", llama(tmp_path / f"m{i}", i), i)
     planned = []
-    stock = plan.plan_tensor
+    stock = tensor_plan.plan_tensor
 
     def counted(method: str, name: str, *rest: Any, **options: Any) -> Any:
         planned.append(name)
         return stock(method, name, *rest, **options)
 
-    monkeypatch.setattr(plan, "plan_tensor", counted)
+    monkeypatch.setattr(tensor_plan, "plan_tensor", counted)
     result = merged(
         {"merge_method": "squisher", "models": [{"model": str(tmp_path / f"m{i}")} for i in range(2)]}, tmp_path / "out"
     )
@@ -239,8 +239,8 @@ def test_fishers_are_loaded_just_before_use(tmp_path: Path) -> None:
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
 
-    from squisher_mergekit.merging.driver import read_config
-    from squisher_mergekit.merging.tasks import GatherFishers
+    from squisher_mergekit.merging.mergekit.commands import read_config
+    from squisher_mergekit.merging.mergekit.tasks import GatherFishers
 
     for i in range(2):
         give_fisher(tmp_path / f"m{i}", llama(tmp_path / f"m{i}", i), i)

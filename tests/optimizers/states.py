@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from squisher_mergekit import load_fisher
-from squisher_mergekit.optimizers import pickles
+from squisher_mergekit.optimizers.checkpoints import safe_pickle
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
 
@@ -24,7 +24,7 @@ def truth(name):
 
 def rewrite(file, change):
     """Load a file of torch.save, change its content in place, and save it again."""
-    loaded = torch.load(file, weights_only=True) if "optim_states" not in file.name else pickles.load(file)
+    loaded = torch.load(file, weights_only=True) if "optim_states" not in file.name else safe_pickle.load(file)
     loaded = _copied(loaded)
     change(loaded)
     file.unlink()
@@ -59,7 +59,9 @@ def _copied(value):
 def without_stand_ins(value):
     """Leave out stand-ins of a library's objects, which cannot be saved."""
     if isinstance(value, dict):
-        return {key: without_stand_ins(item) for key, item in value.items() if not isinstance(item, pickles.StandIn)}
+        return {
+            key: without_stand_ins(item) for key, item in value.items() if not isinstance(item, safe_pickle.StandIn)
+        }
     if type(value) is list:
-        return [without_stand_ins(item) for item in value if not isinstance(item, pickles.StandIn)]
+        return [without_stand_ins(item) for item in value if not isinstance(item, safe_pickle.StandIn)]
     return value

@@ -8,7 +8,7 @@ import torch
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import NamingError
-from squisher_mergekit.optimizers.naming import Parameter
+from squisher_mergekit.optimizers.assign_names import Parameter
 from squisher_mergekit.optimizers.partition import divide
 
 

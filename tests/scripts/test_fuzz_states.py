@@ -31,7 +31,7 @@ def test_a_reader_that_errs_is_found(tmp_path):
         "import sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'squisher_mergekit.optimizers.pickles':\n"
+        "        if name == 'squisher_mergekit.optimizers.checkpoints.safe_pickle':\n"
         "            from squisher_mergekit.optimizers import checksums\n"
         "            checksums.Record.check_bytes = lambda *_: None\n"
         "sys.meta_path.insert(0, Finder())\n"

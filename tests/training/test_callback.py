@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from squisher_mergekit import SquisherCallback, load_fisher
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
+from squisher_mergekit.optimizers.live import Facts
 from squisher_mergekit.training.callback import Clipping, write_saved
-from squisher_mergekit.training.live import Facts
 from tests.optimizers.states import STATES
 from tests.optimizers.test_trainer import FROZEN, MODELS
 from tests.training.cases import STEPS, accumulators, make, trainer

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from squisher_mergekit.applications.masks import MASK_NAME, Mask, read_mask, write_mask
-from squisher_mergekit.applications.weights import open_weights
 from squisher_mergekit.errors import MismatchError, UnsupportedStateError
+from squisher_mergekit.models.weights import open_weights
 from squisher_mergekit.training.masked import MaskCallback, MaskedTraining
 from tests.training.cases import Tokens, make, trainer
 from tests.training.masked_worker import CLIP, data, mlp, random_mask, steps

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from squisher_mergekit.applications.ewc.quadratics import Quadratic, moved, together
 from squisher_mergekit.applications.ewc.runaway import Watch, squared
 from squisher_mergekit.errors import ConfigError, MismatchError
+from squisher_mergekit.fisher.by_parameter import by_parameter
 from squisher_mergekit.fisher.mapping import Fisher, check_values
-from squisher_mergekit.optimizers.memory import by_parameter
-from squisher_mergekit.optimizers.models import parameters_of
-from squisher_mergekit.optimizers.sharding import is_sharded, placed, whole
+from squisher_mergekit.models.parameters import parameters_of
+from squisher_mergekit.tensors.sharded import is_sharded, placed, whole
 
 LOG = logging.getLogger("squisher_mergekit")
 Mode = Literal["separate", "online"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squisher_mergekit.optimizers.sharding import is_sharded, placed, whole
+from squisher_mergekit.tensors.sharded import is_sharded, placed, whole
 
 
 @dataclass(frozen=True)

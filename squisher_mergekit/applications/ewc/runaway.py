@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squisher_mergekit.optimizers.sharding import whole
+from squisher_mergekit.tensors.sharded import whole
 
 LOG = logging.getLogger("squisher_mergekit")
 # Squared penalty gradient by squared task gradient, above which a warning is given. At a large lambda a separate

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.applications import scores
-from squisher_mergekit.applications.choosing import Scope, choose
 from squisher_mergekit.applications.fish_mask.bases import base_of
 from squisher_mergekit.applications.fish_mask.heads import Parts, in_memory, of_tensors, parts_by_name
 from squisher_mergekit.applications.masks import Mask
-from squisher_mergekit.applications.roles import matching
-from squisher_mergekit.applications.weights import Weights, check_alike, check_fits
+from squisher_mergekit.applications.selection import Scope, choose
 from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher, check_values, rescaled
 from squisher_mergekit.fisher.summary import known_scaling
+from squisher_mergekit.models.roles import matching
+from squisher_mergekit.models.weights import Weights, check_alike, check_fits
 
 ScoreName = Literal["fisher", "reset", "movement", "random"]
 PASSES = 3

@@ -22,7 +22,7 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
 from squisher_mergekit.fisher.files import SafetensorsStore, safetensors_notes, sync
 from squisher_mergekit.fisher.mapping import TensorInfo
-from squisher_mergekit.fisher.writing import SafetensorsWriter, header_room
+from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 DIFFERENCE_NAME = "difference.safetensors"
 Side = Literal["tuned", "base"]

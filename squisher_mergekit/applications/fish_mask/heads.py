@@ -9,13 +9,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from squisher_mergekit.applications.roles import output_parameters
-from squisher_mergekit.applications.weights import Weights
 from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.fisher.files import MemoryStore
-from squisher_mergekit.optimizers.models import describe, memory_names, parameters_of, unwrap_model
-from squisher_mergekit.optimizers.skeleton import Skeleton
-from squisher_mergekit.optimizers.store import store_moments
+from squisher_mergekit.models.checkpoint_names import Skeleton
+from squisher_mergekit.models.convert import store_moments
+from squisher_mergekit.models.parameters import describe, memory_names, parameters_of, unwrap_model
+from squisher_mergekit.models.roles import output_parameters
+from squisher_mergekit.models.weights import Weights
 
 # Where there is no config to build the model from, names must do.
 _HEAD = re.compile(r"^(classifier|score|qa_outputs|head)\.")

@@ -14,17 +14,17 @@ from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.parametrize import ParametrizationList
 
 from squisher_mergekit.applications.masks import Mask
-from squisher_mergekit.applications.pruning.axes import input_axes
 from squisher_mergekit.applications.pruning.recipe import Inputs, Recipe, make_plan, masks
 from squisher_mergekit.applications.pruning.report import Report, make_report
-from squisher_mergekit.applications.roles import named_on_disk, roles_of
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
+from squisher_mergekit.fisher.by_parameter import by_parameter
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.optimizers.memory import by_parameter
-from squisher_mergekit.optimizers.models import describe, memory_names, parameters_of, unwrap_model
-from squisher_mergekit.optimizers.sharding import is_sharded
-from squisher_mergekit.optimizers.skeleton import Skeleton
-from squisher_mergekit.optimizers.store import MomentStore, store_moments
+from squisher_mergekit.models.checkpoint_names import Skeleton
+from squisher_mergekit.models.convert import MomentStore, store_moments
+from squisher_mergekit.models.input_axes import input_axes
+from squisher_mergekit.models.parameters import describe, memory_names, parameters_of, unwrap_model
+from squisher_mergekit.models.roles import named_on_disk, roles_of
+from squisher_mergekit.tensors.sharded import is_sharded
 
 _PLACE = "memory"  # for messages
 _ORIG, _MASK = "_orig", "_mask"  # what torch.nn.utils.prune appends to the name of a pruned parameter

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.applications import scores
-from squisher_mergekit.applications.choosing import Scope, check_share, choose
-from squisher_mergekit.applications.roles import Role, ignored
+from squisher_mergekit.applications.selection import Scope, check_share, choose
 from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import check_values, rescaled
+from squisher_mergekit.models.roles import Role, ignored
 
 ScoreName = Literal["fisher", "magnitude", "random", "taylor_squared"]
 Normalize = Literal["layer", "none"]

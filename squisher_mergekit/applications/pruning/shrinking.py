@@ -13,7 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from squisher_mergekit.applications.pruning.modules import unmasked
 from squisher_mergekit.applications.pruning.structured import Choice, Slice, unit_masks
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.optimizers.models import unwrap_model
+from squisher_mergekit.models.parameters import unwrap_model
 
 # What transformers' configs call the width of a feed-forward part.
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.applications import scores as single
-from squisher_mergekit.applications.choosing import Scope, check_share, choose
 from squisher_mergekit.applications.pruning.modules import apply_masks, unmasked
 from squisher_mergekit.applications.pruning.recipe import Normalize, ScoreName
+from squisher_mergekit.applications.selection import Scope, check_share, choose
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
+from squisher_mergekit.fisher.by_parameter import by_parameter
 from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher, check_values
-from squisher_mergekit.optimizers.memory import by_parameter
-from squisher_mergekit.optimizers.models import parameters_of, unwrap_model
+from squisher_mergekit.models.parameters import parameters_of, unwrap_model
 
 # The least of each layer beside what is kept over all. Settled on two seeds of the network of
 # scripts/experiments/pruning.py, filters at 25 and 50 %.

@@ -10,7 +10,7 @@ from torch import nn
 from squisher_mergekit.applications.pruning.modules import unmasked
 from squisher_mergekit.applications.pruning.structured import Slice, Units
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
-from squisher_mergekit.optimizers.models import unwrap_model
+from squisher_mergekit.models.parameters import unwrap_model
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

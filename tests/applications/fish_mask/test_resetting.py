@@ -8,8 +8,8 @@ from squisher_mergekit.applications.fish_mask.difference import DIFFERENCE_NAME
 from squisher_mergekit.applications.fish_mask.files import reset_files, select_files
 from squisher_mergekit.applications.fish_mask.resetting import reset
 from squisher_mergekit.applications.masks import MASK_NAME, Mask, read_mask, write_mask
-from squisher_mergekit.applications.weights import open_weights
 from squisher_mergekit.errors import ConfigError, MismatchError
+from squisher_mergekit.models.weights import open_weights
 from tests.applications.fish_mask.fish import Pair, bits, same
 from tests.estimators.models import make
 

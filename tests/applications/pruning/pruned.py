@@ -2,11 +2,11 @@
 
 import torch
 
-from squisher_mergekit.applications.weights import open_weights
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import MemoryStore
-from squisher_mergekit.fisher.fingerprint import fingerprint
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.models.fingerprint import fingerprint
+from squisher_mergekit.models.weights import open_weights
 from tests.training.cases import make
 
 

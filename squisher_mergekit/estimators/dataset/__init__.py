@@ -1,0 +1,1 @@
+"""A Fisher from a dataset on disk: rows, batches, model loading, resume."""

@@ -1,0 +1,100 @@
+"""Sums of an estimate under way, in a file, so that what was interrupted can be taken up again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from squisher_mergekit.errors import ConfigError, CorruptFileError
+from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.fisher.files import safetensors_notes, sync
+from squisher_mergekit.tensors.sharded import Sharded, Together, is_sharded, rank
+from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
+
+_NOTE = "estimate"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The file of an estimate under way, beside what is to become of it.
+
+    ``file``: ``OUT.partial.safetensors``, the totals by the names in memory and a note of how far they go.
+    ``asked``: all that the result depends on; what was kept is taken up by the same alone.
+
+    Example:
+        >>> Kept.of(Path("fishers/math"), {}).file.as_posix()
+        'fishers/math.partial.safetensors'
+    """
+
+    file: Path
+    asked: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, out: Path, asked: Mapping[str, Any]) -> Kept:
+        """Return the file beside a folder."""
+        return cls(out.with_name(f"{out.name}.partial.safetensors"), json.loads(json.dumps(asked)))
+
+    def batches(self) -> int:
+        """Return how many batches are in what was kept; 0 if nothing was.
+
+        Raises:
+            ConfigError: It is of another estimate.
+            CorruptFileError: It is none of ours, or damaged.
+        """
+        if not self.file.exists():
+            return 0
+        note = self._note()
+        for key, value in self.asked.items():
+            if note["asked"].get(key) != value:
+                raise ConfigError(
+                    f"{self.file} holds an estimate with {key} {note['asked'].get(key)}, not {value}; repeat that call "
+                    "to finish it, or remove the file to start again"
+                )
+        return int(note["batches"])
+
+    def restore(self, sums: Sums) -> None:
+        """Put back what was kept, in all processes."""
+        from safetensors import safe_open
+
+        note = self._note()
+        with safe_open(self.file, "pt") as tensors:
+            sums.restore(tensors.get_tensor, int(note["examples"]))
+        if rank():  # the first process has them all
+            sums.start_again()
+
+    def save(self, sums: Sums, batches: int) -> None:
+        """Replace what was kept, in the first process; all must call this, after :meth:`Sums.reduce`."""
+        together, examples = Together(), sums.examples
+        note = json.dumps({"asked": dict(self.asked), "batches": batches, "examples": examples})
+        named = {name: together.add(t) if is_sharded(t) else t for name, t in sums.named().items()}
+
+        def work() -> None:
+            new = self.file.with_name(f".{self.file.name}.new")
+            try:
+                with SafetensorsWriter(new, header_room([*named, note])) as writer:
+                    writer.note(_NOTE, note)
+                    for name, total in named.items():
+                        writer.add(name, total.read() if isinstance(total, Sharded) else total)
+                sync(new)
+                new.replace(self.file)
+            finally:
+                new.unlink(missing_ok=True)
+
+        together.run(work)
+
+    def remove(self) -> None:
+        """Remove the file, in the first process."""
+        if rank() == 0:
+            self.file.unlink(missing_ok=True)
+
+    def _note(self) -> dict[str, Any]:
+        try:
+            note: dict[str, Any] = json.loads(safetensors_notes(self.file)[_NOTE])
+        except (CorruptFileError, KeyError, ValueError) as error:
+            raise CorruptFileError(
+                f"{self.file} must be an estimate under way, but is damaged or another file; remove it to start again"
+            ) from error
+        return note

@@ -1,0 +1,87 @@
+"""What kind of layer a module is, and where the examples are in what it was given and gave out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.estimators.per_example.tape import Call
+
+Rule = Literal["matrix", "rows", "convolution", "bias", "scale", "generic"]
+
+
+def rule_of(name: str, module: nn.Module) -> Rule:
+    """Return which rule makes the gradients of a module's parameter.
+
+    Example:
+        >>> rule_of("weight", nn.Linear(2, 3)), rule_of("bias", nn.LayerNorm(3)), rule_of("weight", nn.PReLU())
+        ('matrix', 'bias', 'generic')
+    """
+    linear = is_exactly(module, nn.Linear) or is_conv1d(module)
+    if name == "weight" and linear:
+        return "matrix"
+    if name == "weight" and is_exactly(module, nn.Embedding):
+        return "rows"
+    if is_conv(module):
+        return "convolution"
+    if name == "bias" and (linear or is_norm(module)):
+        return "bias"
+    if "." not in name and is_norm(module):
+        return "scale"
+    return "generic"
+
+
+def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a module computes what this kind does, and nothing more."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether this is GPT-2's linear layer, whose weight is transposed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Return whether this is a convolution, over one to three axes."""
+    return any(is_exactly(module, kind) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def has_channels(module: nn.Module) -> bool:
+    """Return whether this is a norm whose parameters belong to the second axis."""
+    return isinstance(module, nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether this scales what it has normalized, entry by entry."""
+    rms = "RMSNorm" in type(module).__name__ or type(module).__name__ in ("T5LayerNorm", "LayerNorm")
+    return isinstance(module, nn.LayerNorm) or has_channels(module) or rms
+
+
+def by_example(tensor: Tensor, size: int, call: Call) -> Tensor:
+    """Return a tensor with the examples in front: shape ``(N, ...)``.
+
+    Raises:
+        UnsupportedStateError: It cannot be told whose entries are whose.
+    """
+    if tensor.ndim and tensor.shape[0] == size:
+        return tensor
+    if tensor.ndim > 1 and tensor.shape[0] and tensor.shape[0] % size == 0:
+        return tensor.reshape(size, -1, *tensor.shape[1:])
+    raise UnsupportedStateError(
+        f"{type(call.module).__name__} must keep its {size} examples apart, but has a tensor of shape "
+        f"{list(tensor.shape)}; leave its parameters out by freezing them, or take grouping batch"
+    )
+
+
+def gradient_at(call: Call, size: int) -> Tensor:
+    """Return the gradient at a call's output, shape ``(N, ...)``."""
+    assert call.gradient is not None
+    return by_example(call.gradient, size, call).detach()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or in float64 if it is that: nothing is squared in less."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

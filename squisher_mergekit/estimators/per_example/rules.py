@@ -1,0 +1,200 @@
+"""Squared per-example gradients of a parameter, from its modules' inputs and the gradients at their outputs.
+
+``A`` is a module's input and ``B`` the gradient at its output, example by example. One rule a kind of module; what has
+none goes the generic way, by differentiating that module alone for each example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.estimators.per_example import convolution
+from squisher_mergekit.estimators.per_example.layer_kinds import (
+    by_example,
+    gradient_at,
+    has_channels,
+    is_conv,
+    is_conv1d,
+    is_exactly,
+    rule_of,
+    wide,
+)
+from squisher_mergekit.estimators.per_example.linear_embedding import (
+    add_matrix,
+    add_rows,
+    add_tied,
+    chunk_of,
+    factors,
+    lookups,
+    token_sums,
+)
+from squisher_mergekit.estimators.per_example.tape import Call, Use, first_tensor
+from squisher_mergekit.tensors.sharded import whole
+
+Values = Mapping[str, Tensor]
+
+
+def add_squares(total: Tensor, uses: Sequence[Use], size: int) -> None:
+    """Add the squared gradients of all examples to a parameter's total.
+
+    ``total += sum_n (sum_u g_nu)^2``, over the examples n and the uses u of a shared parameter.
+
+    Args:
+        total: Shaped like the parameter, float32 or float64.
+        uses: In the order of the forward pass; those without a gradient count as 0.
+        size: Number of examples.
+
+    Raises:
+        UnsupportedStateError: A module does not keep its examples apart.
+    """
+    uses = [use for use in uses if use[1].gradient is not None]
+    kinds = {rule_of(name, call.module) for name, call in uses}
+    if not kinds:
+        return
+    if kinds == {"matrix"}:
+        add_matrix(total, uses, size)
+    elif kinds == {"rows"}:
+        add_rows(total, uses, size)
+    elif kinds == {"matrix", "rows"} and not any(is_conv1d(call.module) for _, call in uses):
+        add_tied(total, uses, size)
+    else:
+        most = convolution.EXAMPLES if all(is_conv(call.module) for _, call in uses) else size
+        values = [_values(name, call) for name, call in uses]
+        for start in range(0, size, chunk := min(most, chunk_of(total))):
+            examples = slice(start, min(start + chunk, size))
+            parts = [
+                _gradients(use, size, examples, total.shape, known) for use, known in zip(uses, values, strict=True)
+            ]
+            total += sum(parts[1:], parts[0]).to(total.dtype).square_().sum(0).reshape(total.shape)
+
+
+def _values(name: str, call: Call) -> Values:
+    """Return a module's parameters, whole, if its rule needs them."""
+    if rule_of(name, call.module) != "generic":
+        return {}
+    return {key: whole(p.detach()) for key, p in call.module.named_parameters()}
+
+
+def _gradients(use: Use, size: int, examples: slice, shape: torch.Size, values: Values) -> Tensor:
+    """Return the gradients of some examples, shape ``(n, *parameter)``."""
+    name, call = use
+    module, rule = call.module, rule_of(use[0], use[1].module)
+    if rule == "generic":
+        return _generic(name, call, size, examples, values)
+    if rule == "matrix":
+        b, a = factors(call, size)
+        return torch.bmm(b[examples].transpose(1, 2), a[examples])
+    if rule == "rows":
+        ids, at_rows = lookups(call, size)
+        tokens, sums = token_sums(ids[examples], at_rows[examples])
+        places = tokens.unsqueeze(-1).expand_as(sums)
+        return sums.new_zeros(len(sums), *shape).scatter_add_(1, places, sums)
+    b = wide(gradient_at(call, size)[examples])
+    if rule == "convolution":
+        return convolution.gradients(name, module, wide(by_example(call.args[0], size, call)[examples].detach()), b)
+    return _reduced(
+        b if rule == "bias" else by_example(_slope(name, call), size, call)[examples].mul_(b), module, shape
+    )
+
+
+def _reduced(product: Tensor, module: nn.Module, shape: torch.Size) -> Tensor:
+    """Sum over all but the examples and the axes of the parameter: the last ones, or the channels of an image."""
+    if has_channels(module):
+        return product.reshape(len(product), product.shape[1], -1).sum(-1)
+    return product.reshape(len(product), -1, *shape).sum(1)
+
+
+def _slope(name: str, call: Call) -> Tensor:
+    """Return the derivative of each of a norm's outputs by the one entry of the weight that scales it."""
+    module: Any = call.module
+    x = wide(call.args[0].detach())
+    if is_exactly(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, None, None, module.eps)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if module.running_mean is None:
+            raise UnsupportedStateError("a batch norm without running statistics mixes its examples; take another norm")
+        return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
+    return _by_linearity(name, call)
+
+
+def _by_linearity(name: str, call: Call) -> Tensor:
+    """Return the slope of a norm of any code: its output with weights 1, less that with weights 0.
+
+    The norms of language models scale by the weight, or by one more than it; both are linear in it, entry by entry. A
+    bias is in both outputs, and so not in the difference.
+    """
+    parameters = {
+        key: torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+        for key, p in call.module.named_parameters(recurse=False)
+    }
+    args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in call.args)
+    ends = []
+    for fill in (1.0, 0.0):
+        given = {**parameters, name: torch.full_like(parameters[name], fill)}
+        with torch.no_grad():
+            out = first_tensor(_run_again(call.module, given, args, call.kwargs))
+        assert out is not None
+        ends.append(wide(out))
+    return ends[0] - ends[1]
+
+
+def _generic(name: str, call: Call, size: int, examples: slice, values: Values) -> Tensor:
+    """Return those of any module, by differentiating it for one example after the other.
+
+    Tensors among its arguments that have the examples in front are cut, all others are given whole.
+    """
+    b = gradient_at(call, size)
+    found = []
+    for n in range(size)[examples]:
+        with torch.enable_grad():
+            parameter = values[name].detach().requires_grad_()
+            args, kwargs = _cut((call.args, dict(call.kwargs)), n, size)
+            out = first_tensor(_run_again(call.module, {**values, name: parameter}, args, kwargs))
+            assert out is not None
+            # What an example does not use, such as another task's token, has no graph.
+            column, used = b[n].reshape(out.shape), out.requires_grad
+            (gradient,) = torch.autograd.grad(out, parameter, column, allow_unused=True) if used else (None,)
+        found.append(torch.zeros_like(parameter) if gradient is None else gradient)
+    return wide(torch.stack(found))
+
+
+class _Forward(nn.Module):
+    """A module without its hooks, which would gather what is given here whole."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.forward(*args, **kwargs)
+
+
+def _run_again(module: nn.Module, values: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a module with other parameters."""
+    given = {f"inner.{key}": value for key, value in values.items()}
+    return torch.func.functional_call(_Forward(module), given, args, dict(kwargs))
+
+
+def _cut(value: Any, n: int, size: int) -> Any:
+    """Return one example's part of a module's arguments."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if value.ndim and value.shape[0] == size:
+            return value[n : n + 1]
+        if value.ndim > 1 and value.shape[0] and value.shape[0] % size == 0:
+            rows = value.shape[0] // size
+            return value[n * rows : (n + 1) * rows]
+        return value
+    if isinstance(value, dict):
+        return {key: _cut(item, n, size) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_cut(item, n, size) for item in value)
+    return value

@@ -1,0 +1,187 @@
+"""The whole merge before it runs: what it lacks, where its Fishers come from, what it will read and hold."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from squisher_mergekit.errors import MismatchError
+from squisher_mergekit.merging.tensor_plan import FisherUse, TensorPlan, WeightInput
+
+# What Python, torch and mergekit hold before the first tensor is read, and the chunks being worked on.
+_RESIDENT = 500_000_000
+
+
+@dataclass
+class MergePlan:
+    """The whole merge before it runs; ``str()`` of it is the preview that ``squisher plan`` prints."""
+
+    method: str
+    out_bytes_per_entry: int = 4
+    shard_bytes: int = 5_000_000_000
+    tensors: list[TensorPlan] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Refuse what ``missing: error`` and the use of each Fisher forbid.
+
+        Raises:
+            MismatchError: Tensors lack a Fisher, or a Fisher serves no tensor at all.
+        """
+        lacking: dict[str, dict[str, str]] = {}
+        for tensor in self.tensors:
+            for label, why in tensor.missing.items():
+                if tensor.settings.missing == "error":
+                    lacking.setdefault(label, {})[tensor.name] = why
+        for label, reasons in lacking.items():
+            covered = sum(1 for tensor in self.tensors if self._has(tensor, label)) - len(reasons)
+            shown = ", ".join(f"{name} ({why})" for name, why in list(reasons.items())[:3])
+            more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+            raise MismatchError(
+                f"the Fisher for {label} must cover every merged tensor, but covers {covered} of "
+                f"{covered + len(reasons)}; missing {shown}{more}. Set missing: average to merge those by weighted "
+                "mean, or give a Fisher that has them"
+            )
+        for model in self.models():
+            if model["entries"] and not model["covered"]:
+                raise MismatchError(
+                    f"the names of a Fisher must be those of the weights, but none of {model['fisher']} fits "
+                    f"{model['model']}; give the Fisher of this model"
+                )
+
+    @staticmethod
+    def _has(tensor: TensorPlan, label: str) -> bool:
+        return any(item.model.label == label for item in tensor.inputs)
+
+    def warnings(self) -> list[str]:
+        """Return what has to be said about the Fishers, each once."""
+        found = [use.opened.warning for tensor in self.tensors for use in tensor.uses if use.opened is not None]
+        return list(dict.fromkeys(warning for warning in found if warning))
+
+    def models(self) -> list[dict[str, Any]]:
+        """Return one summary a model: where its Fisher comes from, steps, beta2, scale, coverage."""
+        summaries: dict[str, dict[str, Any]] = {}
+        for tensor in self.tensors:
+            for use in tensor.uses:
+                label = use.input.model.label
+                summary = summaries[label] = summaries.get(label) or _describe(use, tensor)
+                summary["covered"] += tensor.size
+                low, high = summary["density"] or [1.0, 0.0]
+                summary["density"] = [min(low, use.input.density), max(high, use.input.density)]
+                summary["entries"] += tensor.size
+            for item in tensor.inputs:
+                if tensor.missing:
+                    summary = summaries.setdefault(item.model.label, _blank(item))
+                    summary["entries"] += tensor.size
+        return list(summaries.values())
+
+    def fallbacks(self) -> dict[str, str]:
+        """Return tensor -> why it will be the weighted mean."""
+        return {
+            tensor.name: "; ".join(f"{label}: {why}" for label, why in tensor.missing.items())
+            for tensor in self.tensors
+            if tensor.missing
+        }
+
+    def bytes_to_read(self) -> dict[str, int]:
+        """Return the bytes of weights and of Fishers that the merge will read."""
+        weights = sum(info.nbytes for tensor in self.tensors for info in tensor.weights())
+        fishers = sum(_fisher_bytes(tensor) for tensor in self.tensors)
+        return {"weights": weights, "fishers": fishers}
+
+    def memory(self) -> dict[str, int]:
+        """Return an estimate in bytes: ``anonymous`` memory of the process, and the largest ``mapped`` file part."""
+        out = [tensor.size * self.out_bytes_per_entry for tensor in self.tensors] or [0]
+        mapped = [sum(info.nbytes for info in t.weights()) + _fisher_bytes(t) for t in self.tensors]
+        held = min(sum(out), self.shard_bytes + max(out))
+        chosen = max((_choice_bytes(tensor) for tensor in self.tensors), default=0)
+        return {"anonymous": _RESIDENT + held + max(out) + chosen, "mapped": max(mapped, default=0)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the preview as plain data."""
+        return {
+            "method": self.method,
+            "tensors": len(self.tensors),
+            "entries": sum(tensor.size for tensor in self.tensors),
+            "models": self.models(),
+            "fallbacks": self.fallbacks(),
+            "warnings": self.warnings(),
+            "bytes_to_read": self.bytes_to_read(),
+            "memory": self.memory(),
+        }
+
+    def __str__(self) -> str:
+        data = self.as_dict()
+        lines = [f"{self.method}: {data['tensors']} tensors, {data['entries']:,} entries"]
+        for model in data["models"]:
+            share = model["covered"] / max(model["entries"], 1)
+            lines += [f"  {model['model']}", f"    {describe_model(model)}", f"    covers {share:.1%} of the entries"]
+        fallbacks = data["fallbacks"]
+        lines.append(
+            f"  {len(fallbacks)} tensors fall back to the weighted mean" if fallbacks else "  nothing falls back"
+        )
+        lines += [f"    {name}: {why}" for name, why in list(fallbacks.items())[:20]]
+        lines += [f"    ... and {len(fallbacks) - 20} more"] if len(fallbacks) > 20 else []
+        lines += [f"  warning: {warning}" for warning in data["warnings"]]
+        read, memory = data["bytes_to_read"], data["memory"]
+        lines.append(f"  reads {_size(read['weights'])} of weights and {_size(read['fishers'])} of Fishers")
+        lines.append(
+            f"  memory about {_size(memory['anonymous'])}, and {_size(memory['mapped'])} of mapped files at a time"
+        )
+        return "\n".join(lines)
+
+
+def _describe(use: FisherUse, tensor: TensorPlan) -> dict[str, Any]:
+    summary = _blank(use.input)
+    if use.opened is None:
+        return summary | {"fisher": "none (F = 0)"}
+    fisher, config = use.opened.fisher, use.opened.fisher.config
+    optimizer = config.optimizer
+    factor = fisher.factor(use.name, tensor.settings.scaling) if not use.converted else None
+    return summary | {
+        "fisher": fisher.location,
+        "estimator": config.estimator,
+        "layout": config.source.layout,
+        "optimizer": optimizer.class_ if optimizer else None,
+        "steps": config.steps_of(use.name),
+        "beta2": config.beta2_of(use.name),
+        "scaling": tensor.settings.scaling,
+        "normalize": tensor.normalize,
+        "scale": factor * use.input.fisher_scale if factor is not None else None,
+    }
+
+
+def _blank(item: WeightInput) -> dict[str, Any]:
+    keys = ("estimator", "layout", "optimizer", "steps", "beta2", "scaling", "normalize", "scale", "density")
+    empty = dict.fromkeys(keys)
+    return {"model": item.model.label, "fisher": item.fisher, **empty, "covered": 0, "entries": 0}
+
+
+def describe_model(model: dict[str, Any]) -> str:
+    """Return one line about a model's Fisher: source, estimator, steps, decay, scale."""
+    told = [model["estimator"], model["layout"], model["optimizer"]]
+    told += [f"{key} {model[key]}" for key in ("steps", "beta2") if model[key] is not None]
+    if model["scale"] is not None:
+        told.append(f"{model['scaling']} x{model['scale']:.4g}")
+    if model["normalize"] not in (None, "none"):
+        told.append(f"divided by its {model['normalize']}")
+    low, high = model["density"] or (1.0, 1.0)
+    if low < 1:
+        told.append(f"density {low:g}" if low == high else f"density {low:g} to {high:g}")
+    details = ", ".join(str(item) for item in told if item is not None)
+    return f"fisher {model['fisher']}" + (f" ({details})" if details else "")
+
+
+def _fisher_bytes(tensor: TensorPlan) -> int:
+    total = 0
+    for use in tensor.uses:
+        if use.opened is not None:
+            fisher = use.opened.fisher
+            total += 4 * tensor.size if use.converted else fisher.info(use.name).nbytes
+    return total
+
+
+def _choice_bytes(tensor: TensorPlan) -> int:
+    """Return what choosing by F holds: a mark an entry and model."""
+    return tensor.size * len(tensor.trimmed())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,1 @@
+"""The only room that imports mergekit: hooks, the adapter to its tasks, the two methods, its commands."""

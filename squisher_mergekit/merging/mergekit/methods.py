@@ -1,0 +1,225 @@
+"""The merge methods ``squisher`` and ``ubgm_squisher`` as mergekit sees them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+    TensorEntry,
+    TensorGroup,
+)
+
+from squisher_mergekit.errors import ConfigError, MismatchError
+from squisher_mergekit.fisher.mapping import Fisher, check_shape
+from squisher_mergekit.merging import execution, parameters
+from squisher_mergekit.merging.density import Rows, Trim
+from squisher_mergekit.merging.read import LoadedFisher, load_tensor, no_fisher
+from squisher_mergekit.merging.run import current_run
+
+# The per-input parameter under which the graph hands over the loaded Fisher of one tensor.
+INJECTED = "_fisher"
+
+
+class _Spec(ParameterSpec):  # type: ignore[misc]
+    """A parameter whose refusals are this package's own one-line errors."""
+
+    def validate(self, value: Any) -> Any:
+        return _CHECKS[self.name].validate(value)
+
+
+_CHECKS = {parameter.name: parameter for parameter in parameters.PARAMETERS}
+
+
+def _specs(method: str) -> tuple[ParameterSpec, ...]:
+    own = [
+        _Spec(
+            name=parameter.name,
+            value_type=Any,
+            scope=ParameterScope.INPUT if parameter.per_model else ParameterScope.SHARED,
+            default=parameter.default,
+            description=parameter.meaning,
+        )
+        for parameter in parameters.of_method(method)
+    ]
+    return (*own, ParameterSpec(name=INJECTED, value_type=Any, scope=ParameterScope.INPUT, default=None))
+
+
+class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
+    """A merge in which every model's weight comes with its Fisher.
+
+    From YAML the Fishers are loaded by the graph, each just before its use. In memory (``merge_tensors``,
+    ``merge_state_dicts``) they are given as the parameter ``fisher``: for each input a mapping from tensor name to
+    tensor, or a :class:`~squisher_mergekit.fisher.mapping.Fisher`.
+    """
+
+    def __init__(self, spec: MergeMethodSpec) -> None:
+        self.spec = spec
+
+    def validate_inputs(
+        self, input_ids: Sequence[Any], base_id: Any | None = None, *, group_name: str | None = None
+    ) -> None:
+        """Check how many models there are, and whether there is a base.
+
+        Raises:
+            ConfigError: The method cannot merge these inputs.
+        """
+        try:
+            super().validate_inputs(input_ids, base_id, group_name=group_name)
+        except ValueError as error:
+            needs = {
+                parameters.SQUISHER: "needs one or more models",
+                parameters.UBGM_SQUISHER: "needs base_model: (listed in every slice's sources, if slices are used) "
+                "and at least one other model",
+            }[self.spec.name]
+            raise ConfigError(f"{self.spec.name} {needs}; {error}") from None
+
+    def merge_group(self, group: TensorGroup, /, **given: Any) -> torch.Tensor:
+        """Merge one tensor.
+
+        Raises:
+            ConfigError: The weights are all 0, or a Fisher is missing.
+        """
+        name = group.metadata.name or "the tensor"
+        loaded = {entry.id: given[INJECTED][entry.id] for entry in group.entries}
+        in_graph, base = any(value is not None for value in loaded.values()), group.base
+        if not in_graph:
+            group = replace(group, entries=[e for e in group.entries if not self._bystander(e, given)])
+            loaded = _from_memory(group, name, given, self.spec.name)
+        inputs = [_input(entry, name, loaded[entry.id], given["weight"][entry.id], base) for entry in group.entries]
+        weights = [item.weight for item, entry in zip(inputs, group.entries, strict=True) if self._weighted(entry)]
+        if not any(weight > 0 for weight in weights):
+            raise ConfigError(f"the weights of {name} must not all be 0; give one model a positive weight")
+        outcome = self._merge(group, inputs, given)
+        if in_graph:
+            labels = [str(entry.id) for entry in group.entries if self._weighted(entry)]
+            current_run().record(name, labels, outcome)
+        else:
+            outcome.check()
+        return outcome.values
+
+    def _weighted(self, entry: TensorEntry) -> bool:
+        return not (self.spec.name == parameters.UBGM_SQUISHER and entry.is_base)
+
+    def _bystander(self, entry: TensorEntry, given: Mapping[str, Any]) -> bool:
+        """In memory the base of ``squisher`` is always an input; at weight 0, without a Fisher, it is theta_0 alone."""
+        known = isinstance(given["fisher"][entry.id], Mapping)
+        return self._weighted(entry) and entry.is_base and given["weight"][entry.id] == 0 and not known
+
+    def _merge(self, group: TensorGroup, inputs: list[execution.Input], given: Mapping[str, Any]) -> execution.Outcome:
+        dtype = group.entries[0].tensor.dtype
+        if self.spec.name == parameters.SQUISHER:
+            return execution.merge_squisher(inputs, dtype)
+        others = [item for item, entry in zip(inputs, group.entries, strict=True) if not entry.is_base]
+        base = next(item for item, entry in zip(inputs, group.entries, strict=True) if entry.is_base)
+        return execution.merge_ubgm(base, others, given["prior"], dtype)
+
+
+def _input(
+    entry: TensorEntry, name: str, loaded: LoadedFisher, weight: float, base: TensorEntry | None
+) -> execution.Input:
+    fisher = loaded["tensor"]
+    if fisher is not None:
+        check_shape(name, tuple(fisher.shape), tuple(entry.tensor.shape), loaded["location"])
+        fisher = fisher.to(entry.tensor.device)
+    label = (loaded["name"] or name, loaded["location"])
+    trim = None if fisher is None or entry.is_base else _trim(entry, name, loaded, fisher, base)
+    return execution.Input(entry.tensor, fisher, weight, loaded["scale"], label, trim)
+
+
+def _trim(
+    entry: TensorEntry, name: str, loaded: LoadedFisher, fisher: torch.Tensor, base: TensorEntry | None
+) -> Trim | None:
+    if loaded["density"] == 1:
+        return None
+    origin = loaded["origin"]
+    if origin is None:
+        if base is None:
+            raise ConfigError(
+                f"density below 1 needs a base, the model that all were trained from, but for {name} none is given; "
+                "give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
+            )
+        origin = base.tensor
+    if origin.shape != entry.tensor.shape:
+        raise MismatchError(
+            f"density below 1 needs a base's tensors to be shaped as the model's, but {name} is "
+            f"{list(entry.tensor.shape)} and the base's {list(origin.shape)}; give the model that it was trained from"
+        )
+    scores = fisher if loaded["scores"] is None else loaded["scores"].to(fisher.device)
+    rows = None if loaded["rows"] is None else Rows(*loaded["rows"])
+    return Trim(origin.to(fisher.device), scores, loaded["density"], rows)
+
+
+def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method: str) -> dict[Any, LoadedFisher]:
+    """Look the tensor up in the mappings that an in-memory call was given."""
+    sources = {entry.id: given["fisher"][entry.id] for entry in group.entries}
+    for key, source in sources.items():
+        if isinstance(source, Mapping):
+            continue
+        base = next((entry.id for entry in group.entries if entry.is_base), None)
+        if source == "none" and key == base and method == parameters.UBGM_SQUISHER:
+            continue
+        raise ConfigError(
+            f"{method} in memory needs a Fisher for input {key!r}: a mapping name -> tensor, found {source!r}; "
+            "pass parameters={'fisher': [mapping, ...]}"
+        )
+    estimated = [source for source in sources.values() if isinstance(source, Fisher)]
+    squishers = all(fisher.config.from_optimizer for fisher in estimated)
+    normalize = given["normalize"] if given["normalize"] != "auto" else "none" if squishers else "mean"
+    loaded, missing = {}, []
+    for key, source in sources.items():
+        if isinstance(source, Mapping) and name not in source:
+            missing.append(key)
+        loaded[key] = load_tensor(
+            source if isinstance(source, Mapping) and name in source else None,
+            name,
+            scaling=given["scaling"],
+            normalize=normalize,
+            floor=given["floor"],
+            fisher_scale=given["fisher_scale"][key],
+            density=given["density"][key],
+        )
+    if missing and given["missing"] == "error":
+        raise MismatchError(
+            f"{method} needs a Fisher of {name} for every input, but {', '.join(map(repr, missing))} has none; "
+            "name the tensors (merge_tensors(name=...)), add it, or set missing='average'"
+        )
+    if missing:
+        loaded = {key: no_fisher(name, "memory") for key in loaded}
+    return loaded
+
+
+SQUISHER = FisherMergeMethod(
+    MergeMethodSpec(
+        name=parameters.SQUISHER,
+        parameters=_specs(parameters.SQUISHER),
+        contract=InputContract(base=BasePolicy.IGNORED, min_inputs=1),
+        pretty_name="Squisher (Fisher merging)",
+        reference_url="https://arxiv.org/abs/2111.09832",
+        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
+    )
+)
+
+UBGM_SQUISHER = FisherMergeMethod(
+    MergeMethodSpec(
+        name=parameters.UBGM_SQUISHER,
+        parameters=_specs(parameters.UBGM_SQUISHER),
+        contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2),
+        pretty_name="Squisher (uncertainty-based gradient matching)",
+        reference_url="https://arxiv.org/abs/2310.12808",
+    )
+)
+
+# A mergekit that loads entry points may have come first.
+_PRESENT = {method.spec.name for method in registry.registered_methods()}
+for _method in (SQUISHER, UBGM_SQUISHER):
+    if _method.spec.name not in _PRESENT:
+        registry.register(_method)

@@ -1,0 +1,91 @@
+"""The parameters of a LoRA adapter, in the order in which its optimizer got them."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import CorruptFileError, NotFoundError
+from squisher_mergekit.models.checkpoint_names import Skeleton, meta_model, types_around
+from squisher_mergekit.optimizers.assign_names import Parameter
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def adapter_skeleton(folder: Path, base: Path | None) -> Skeleton:
+    """Build the adapter over its base model, both without weights; names on disk are those of ``adapter_model``.
+
+    Args:
+        folder: Where ``adapter_config.json`` lies.
+        base: The base model, or a folder with its ``config.json`` alone.
+
+    Returns:
+        The trainable parameters.
+
+    Raises:
+        NotFoundError: ``base`` is not given, or holds no ``config.json``.
+        CorruptFileError: peft cannot build the adapter.
+    """
+    if base is None or not (base / "config.json").is_file():
+        found = "" if base is None else f", but {base} has no config.json"
+        raise NotFoundError(
+            f"{folder} is a LoRA checkpoint, whose parameters can be named only with its base model{found}; "
+            "give --base DIR (its config.json is enough)"
+        )
+    try:
+        model = _adapted(folder, meta_model(base))
+    except CorruptFileError:
+        raise
+    except Exception as error:  # peft reports a config that does not fit the model in many ways
+        raise CorruptFileError(
+            f"{folder} must be an adapter that peft can build over {base}, but {str(error)[:200]}; "
+            "give the --base it was trained on"
+        ) from error
+    modules = dict(model.named_modules())
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = tuple(Parameter(n, tuple(p.shape), types_around(n, modules)) for n, p in trainable.items())
+    on_disk = disk_names(model, model.state_dict())
+
+    def convert(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {on_disk[name]: tensor for name, tensor in tensors.items()}
+
+    saved = [name for name in trainable if name in on_disk]
+    return Skeleton(
+        parameters,
+        {name: name for name in trainable},
+        {on_disk[name]: (name,) for name in saved},
+        {on_disk[name]: tuple(trainable[name].shape) for name in saved},
+        {},
+        convert,
+    )
+
+
+def _adapted(folder: Path, model: Any) -> Any:
+    import peft
+
+    config: Any = peft.PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False  # nothing would be trainable
+    with torch.device("meta"), warnings.catch_warnings():
+        # peft asks transformers in a way that transformers deprecates.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        return peft.get_peft_model(model, config)
+
+
+def disk_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return name in memory -> the name under which peft saves it, found by following each tensor through.
+
+    Args:
+        model: Of peft.
+        state: Name in memory -> tensor.
+    """
+    import peft
+
+    origins = {id(tensor): name for name, tensor in state.items()}
+    # False: whether to save the embeddings of the base as well is no matter here, and "auto" would ask the Hub.
+    saved = peft.get_peft_model_state_dict(
+        model, state_dict=dict(state), adapter_name=str(model.active_adapter), save_embedding_layers=False
+    )
+    return {origins[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in origins}

@@ -1,0 +1,70 @@
+"""Along which axis of a weight its inputs lie, which is where a pattern of n in m runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from squisher_mergekit.models.checkpoint_names import Skeleton
+from squisher_mergekit.models.weights import Weights
+
+Shapes = Mapping[str, tuple[int, ...]]
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def input_axes(model: nn.Module, skeleton: Skeleton, shapes: Shapes) -> dict[str, int | None]:
+    """Return the input axis of each weight by the module that has it.
+
+    Linear layers keep [out, in], GPT-2's Conv1D [in, out], convolutions [out, in, ...], transposed ones [in, out, ...].
+    Packed experts say themselves whether they are transposed.
+
+    Args:
+        model: The model, unwrapped.
+        skeleton: Its names on disk.
+        shapes: Of the tensors on disk.
+
+    Returns:
+        Name on disk -> axis; None where it is not known.
+    """
+    owners = {
+        f"{path}.{name}" if path else name: module
+        for path, module in model.named_modules()
+        for name in module._parameters
+    }
+    axes = {}
+    for name, shape in shapes.items():
+        sources = skeleton.sources.get(skeleton.aliases.get(name, name), ())
+        axes[name] = _of_module(owners.get(sources[0]) if sources else None, shape)
+    return axes
+
+
+def axes_on_disk(weights: Weights, shapes: Shapes) -> dict[str, int | None]:
+    """Return the input axis of each weight in a folder; without a ``config.json`` matrices count as [out, in].
+
+    Args:
+        weights: The weights.
+        shapes: Of those that are asked for.
+    """
+    if weights.outline is None:
+        return {name: _by_shape(shape) for name, shape in shapes.items()}
+    return input_axes(*weights.outline, shapes)
+
+
+def _of_module(module: nn.Module | None, shape: tuple[int, ...]) -> int | None:
+    if len(shape) < 2:
+        return None
+    if type(module).__name__ == "Conv1D" or isinstance(module, _TRANSPOSED):
+        return 0
+    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+        return 1
+    transposed = getattr(module, "is_transposed", None)
+    if len(shape) == 3 and isinstance(transposed, bool):
+        return 1 if transposed else 2
+    return _by_shape(shape)
+
+
+def _by_shape(shape: tuple[int, ...]) -> int | None:
+    # Three axes can be experts of either orientation.
+    return 1 if len(shape) in (2, 4, 5) else None

@@ -1,0 +1,159 @@
+"""Which weights are no ordinary matrices: embeddings, norms, biases, and the output layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal
+
+from torch import nn
+
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.fisher.mapping import TensorInfo
+from squisher_mergekit.models.checkpoint_names import Skeleton
+from squisher_mergekit.models.parameters import parameters_of, unwrap_model
+from squisher_mergekit.models.weights import Weights
+
+Role = Literal["embedding", "norm", "bias", "output"]
+ROLES: tuple[Role, ...] = ("embedding", "norm", "bias", "output")
+# Where there is no config to build the model from, names must do.
+_EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|word_embeddings)([._]|$)")
+_OUTPUT = re.compile(r"^(lm_head|classifier|score|qa_outputs|cls|head|fc_out|output_projection|embed_out)\.")
+
+
+def roles_of(model: nn.Module) -> dict[str, Role]:
+    """Return the parameters of a model that have a role, by name in memory.
+
+    Embeddings are those of ``nn.Embedding``, and what lies in a module named so. Vectors are biases if they are called
+    so, else norms. The output layer is, in a model of transformers, what its base model does not have; in any other
+    the last module that has a matrix.
+
+    Example:
+        >>> roles_of(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2)))
+        {'0.bias': 'bias', '1.weight': 'norm', '1.bias': 'bias', '2.weight': 'output', '2.bias': 'bias'}
+    """
+    inner = unwrap_model(model)
+    embeddings = {id(p) for m in inner.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    outputs = output_parameters(inner)
+    roles: dict[str, Role] = {}
+    for name, parameter in parameters_of(inner).items():
+        role = _by_shape(name, parameter.ndim)
+        if id(parameter) in embeddings or (role is None and _EMBEDDING.search(name)):
+            role = "embedding"
+        elif role is None and id(parameter) in outputs:
+            role = "output"
+        if role is not None:
+            roles[name] = role
+    return roles
+
+
+def roles_on_disk(weights: Weights) -> dict[str, Role]:
+    """Return the weights in a folder that have a role, by name on disk.
+
+    The model is built from its ``config.json``, without weights, to tell them. Where that cannot be done, names must
+    do: ``embed``, ``lm_head``, ``classifier`` and the like.
+    """
+    if weights.outline is None:
+        return _by_name(weights.infos)
+    model, skeleton = weights.outline
+    return named_on_disk(roles_of(model), skeleton, weights.infos)
+
+
+def named_on_disk(roles: Mapping[str, Role], skeleton: Skeleton, names: Iterable[str]) -> dict[str, Role]:
+    """Return roles by the names on disk.
+
+    Args:
+        roles: By the names in memory.
+        skeleton: Of the model.
+        names: On disk.
+    """
+    found: dict[str, Role] = {}
+    for name in names:
+        sources = skeleton.sources.get(skeleton.aliases.get(name, name), ())
+        role = roles.get(skeleton.first.get(sources[0], sources[0])) if sources else _by_shape(name, 2)
+        if role is not None:
+            found[name] = role
+    return found
+
+
+def matching(names: Collection[str], pattern: str, what: str) -> list[str]:
+    """Return the names that bear a pattern: a name, or a regular expression that is searched for in names.
+
+    Args:
+        names: All of them.
+        pattern: The pattern.
+        what: It is, for a message.
+
+    Raises:
+        ConfigError: It is no regular expression, or nothing bears it.
+
+    Example:
+        >>> matching(["a.weight", "a.bias", "b.bias"], "^a", "what is left out")
+        ['a.weight', 'a.bias']
+    """
+    try:
+        hit = [name for name in names if name == pattern or re.search(pattern, name)]
+    except re.error as error:
+        raise ConfigError(f"{what} must be a name or a regular expression, found {pattern!r}: {error}") from error
+    if not hit:
+        raise ConfigError(
+            f"{what} must be of a tensor's name, but nothing matches {pattern!r}; names are like "
+            f"{next(iter(names), 'none')}"
+        )
+    return hit
+
+
+def ignored(
+    roles: Mapping[str, Role], names: Iterable[str], patterns: Iterable[str] = (), skip: Iterable[Role] = ROLES
+) -> dict[str, str]:
+    """Return name -> why it is not chosen from.
+
+    Args:
+        roles: Of the names.
+        names: All of them.
+        patterns: Names, or regular expressions that are searched for in names.
+        skip: The roles to leave alone.
+
+    Raises:
+        ConfigError: A pattern is no regular expression, or nothing bears it.
+    """
+    everything, why = list(names), {}
+    wanted = set(skip)
+    for name in everything:
+        if roles.get(name) in wanted:
+            why[name] = str(roles[name])
+    for pattern in patterns:
+        hit = matching(everything, pattern, "an ignored name")
+        why.update({name: f"matches {pattern}" for name in hit if name not in why})
+    return why
+
+
+def _by_shape(name: str, ndim: int) -> Role | None:
+    if name.rpartition(".")[2] == "bias":
+        return "bias"
+    return "norm" if ndim < 2 else None
+
+
+def _by_name(infos: Mapping[str, TensorInfo]) -> dict[str, Role]:
+    roles: dict[str, Role] = {}
+    for name, info in infos.items():
+        role = _by_shape(name, len(info.shape))
+        if role is None:
+            role = "embedding" if _EMBEDDING.search(name) else "output" if _OUTPUT.search(name) else None
+        if role is not None:
+            roles[name] = role
+    return roles
+
+
+def output_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the output layer's parameters, whatever their shape."""
+    of_transformers: Any = model
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and hasattr(model, "get_output_embeddings"):
+        inside = {id(parameter) for parameter in base.parameters()} if base is not model else None
+        last = of_transformers.get_output_embeddings()
+        found = {id(parameter) for parameter in last.parameters()} if isinstance(last, nn.Module) else set()
+        rest = {id(parameter) for parameter in model.parameters()}
+        return found | (rest - inside if inside is not None else set())
+    holders = [module for module in model.modules() if any(p.ndim > 1 for p in module.parameters(recurse=False))]
+    return {id(parameter) for parameter in holders[-1].parameters(recurse=False)} if holders else set()

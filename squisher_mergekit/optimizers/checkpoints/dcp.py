@@ -1,0 +1,232 @@
+"""A distributed checkpoint of torch: an index, ``.metadata``, and pieces of tensors in ``*.distcp``.
+
+So write accelerate and the Trainer under FSDP with sharded states (``optimizer_0/``), torchtitan (``step-N/``), and
+others. The optimizer's entries are nested (``optimizer.param_groups.0.betas``) or flattened
+(``optimizer.param_groups.NAME.betas``); tensors are read piece by piece, when asked for.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedError, UnsupportedStateError
+from squisher_mergekit.optimizers.checkpoints import safe_pickle
+from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+
+INDEX = ".metadata"
+_GROUPS = "param_groups."
+_STATE = "state."
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor: where it lies in the whole, and where in which file."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: Path
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor in pieces, each in a file of its own or a part of one; memory when read: that of the tensor."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+    verify: bool
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """None is mapped: the pieces are read, and verified, one by one."""
+        return ()
+
+    def read(self) -> Tensor:
+        """Return the tensor."""
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for piece in self.pieces:
+            place = tuple(slice(begin, begin + size) for begin, size in zip(piece.offsets, piece.sizes, strict=True))
+            safe_pickle.read_part(piece.file, piece.start, piece.length, whole[place], self.verify)
+        return whole
+
+
+def find(folder: Path) -> Path | None:
+    """Return the folder of a distributed checkpoint: this one, or accelerate's ``optimizer_0`` in it."""
+    return next((place for place in (folder, folder / "optimizer_0") if (place / INDEX).is_file()), None)
+
+
+def read(folder: Path, verify: bool) -> Saved:
+    """Read the index, and arrange what it holds of optimizers.
+
+    Raises:
+        UnsafeFileError: The index asks for more than it needs; nothing was run.
+        CorruptFileError: It is damaged, or does not fit the files.
+        UnsupportedStateError: There is no optimizer in it.
+    """
+    folders = [folder]
+    if folder.name == "optimizer_0":
+        more = (path for path in folder.parent.glob("optimizer_[0-9]*") if (path / INDEX).is_file())
+        folders += sorted(path for path in more if path != folder and path.name.removeprefix("optimizer_").isdigit())
+    states = [state for one in folders for state in _states(one, verify)]
+    if not states:
+        raise UnsupportedStateError(
+            f"{folder} must hold an optimizer's state, but its index names none (the weights alone?); "
+            "give the checkpoint of the optimizer, or save it as well"
+        )
+    layout = "accelerate-fsdp" if folder.name == "optimizer_0" else "torch-distributed"
+    return Saved(folder, tuple(states), layout=layout)
+
+
+def _states(folder: Path, verify: bool) -> Iterator[Mapping[str, Any]]:
+    index = folder / INDEX
+    try:
+        entries = dict(_entries(safe_pickle.load_metadata(index), folder, verify))
+    except RefusedError:
+        raise
+    except Exception as error:  # a damaged index can lack any attribute, or have any type in its place
+        raise CorruptFileError(
+            f"{index} must be a whole index of a distributed checkpoint, but it is damaged ({error!r:.100}); copy it "
+            "again"
+        ) from None
+    prefixes = {key[: key.index(_GROUPS)] for key in entries if _GROUPS in key}
+    for prefix in sorted(prefix for prefix in prefixes if not prefix or prefix.endswith(".")):
+        yield _state(prefix, entries, index)
+
+
+def _entries(metadata: Any, folder: Path, verify: bool) -> Iterator[tuple[str, Any]]:
+    """Yield key -> tensor in pieces, or for other values their one piece."""
+    where = defaultdict(list)
+    for at, stored in metadata.storage_data.items():
+        offset = getattr(at, "offset", None)
+        where[str(at.fqn)].append((None if offset is None else tuple(offset), stored))
+    sizes: dict[Path, int] = {}
+    for key, described in metadata.state_dict_metadata.items():
+        chunks = getattr(described, "chunks", None)
+        pieces = [_piece(offset, stored, chunks or (), folder, sizes, key) for offset, stored in where[str(key)]]
+        if chunks is None:
+            yield str(key), pieces[0]
+            continue
+        shape, dtype = torch.Size(described.size), described.properties.state[0]
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{key} has no dtype")
+        _check_pieces(str(key), shape, dtype, pieces, len(chunks), folder)
+        yield str(key), Pieces(str(key), shape, dtype, tuple(pieces), verify)
+
+
+def _piece(
+    offset: tuple[int, ...] | None, stored: Any, chunks: Sequence[Any], folder: Path, sizes: dict[Path, int], key: str
+) -> Piece:
+    """Return where a piece lies, in a file inside the folder.
+
+    Raises:
+        CorruptFileError: The file is outside, or shorter.
+        NotFoundError: It is missing.
+        UnsupportedStateError: It is encoded.
+    """
+    relative = PurePosixPath(str(stored.relative_path))
+    if relative.is_absolute() or ".." in relative.parts or "\\" in str(relative):
+        raise CorruptFileError(f"{folder / INDEX} must name files in its own folder, found {relative} for {key}")
+    if getattr(stored, "transform_descriptors", None):
+        raise UnsupportedStateError(
+            f"{key} in {folder} is compressed or encrypted; save the checkpoint without extensions"
+        )
+    file = folder / relative
+    if file not in sizes:
+        if not file.is_file():
+            raise NotFoundError(f"{folder / INDEX} names {relative}, which is missing; copy the whole checkpoint")
+        sizes[file] = file.stat().st_size
+    start, length = int(stored.offset), int(stored.length)
+    if start < 0 or length < 0 or start + length > sizes[file]:
+        raise CorruptFileError(
+            f"{file} must have {start + length} bytes, by its index, but has {sizes[file]}; copy the checkpoint again"
+        )
+    (chunk,) = [chunk for chunk in chunks if tuple(chunk.offsets) == offset] or [None]
+    return Piece(offset or (), () if chunk is None else tuple(chunk.sizes), file, start, length)
+
+
+def _check_pieces(
+    key: str, shape: torch.Size, dtype: torch.dtype, pieces: Sequence[Piece], count: int, folder: Path
+) -> None:
+    """Refuse pieces that are not exactly the tensor, or that have fewer bytes than entries.
+
+    Raises:
+        CorruptFileError: They are not.
+    """
+    total = 0
+    for piece in pieces:
+        whole = zip(piece.offsets, piece.sizes, shape, strict=True)
+        inside = all(begin >= 0 and size >= 0 and begin + size <= length for begin, size, length in whole)
+        entries = torch.Size(piece.sizes).numel()
+        total += entries if inside and entries * dtype.itemsize <= piece.length else shape.numel() + 1
+    overlap = any(_overlap(a, b) for i, a in enumerate(pieces) for b in pieces[:i])
+    if len(pieces) != count or total != shape.numel() or overlap:
+        raise CorruptFileError(
+            f"the pieces of {key} in {folder} must make up its {list(shape)} entries, but do not; copy the checkpoint "
+            "again"
+        )
+
+
+def _overlap(a: Piece, b: Piece) -> bool:
+    places = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    return bool(a.sizes) and all(
+        max(start_a, start_b) < min(start_a + size_a, start_b + size_b) for start_a, size_a, start_b, size_b in places
+    )
+
+
+class _Settings(Mapping[str, Any]):
+    """A parameter group, whose entries are read when asked for: there can be a dozen for each parameter."""
+
+    def __init__(self, pieces: Mapping[str, Any], params: list[Any]) -> None:
+        self._pieces = pieces
+        self._read = {"params": params}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._read:
+            self._read[key] = _value(self._pieces[key])
+        return self._read[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._pieces, "params"]))
+
+    def __len__(self) -> int:
+        return len(self._pieces.keys() | {"params"})
+
+
+def _value(entry: Any) -> Any:
+    return entry.read() if isinstance(entry, Pieces) else safe_pickle.load_part(entry.file, entry.start, entry.length)
+
+
+def _state(prefix: str, entries: Mapping[str, Any], index: Path) -> Mapping[str, Any]:
+    """Arrange the entries of one optimizer as its ``state_dict`` would be."""
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    state: dict[Any, dict[str, Any]] = defaultdict(dict)
+    for key, entry in entries.items():
+        rest = key.removeprefix(prefix)
+        owner, _, field = rest.partition(".")[2].rpartition(".")
+        if rest.startswith(_GROUPS) and key.startswith(prefix) and owner:
+            groups[owner][field] = entry
+        elif rest.startswith(_STATE) and key.startswith(prefix) and owner:
+            state[owner][field] = _value(entry) if field == "step" else entry
+    nested = all(re.fullmatch(r"\d+", owner) and "params" in group for owner, group in groups.items())
+    settings = []
+    for owner in sorted(groups, key=int) if nested else groups:
+        params = _value(groups[owner]["params"]) if nested else [owner]
+        if not isinstance(params, list) or not all(isinstance(name, str | int) for name in params):
+            raise CorruptFileError(
+                f"the params of a group in {index} must be a list of names; copy the checkpoint again"
+            )
+        settings.append(_Settings({key: entry for key, entry in groups[owner].items() if key != "params"}, params))
+    numbers = {str(name): name for group in settings for name in group["params"]}
+    return {
+        "state": {numbers.get(owner, owner): entry for owner, entry in state.items()},
+        "param_groups": settings,
+    }

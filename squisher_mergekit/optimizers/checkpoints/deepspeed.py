@@ -1,0 +1,333 @@
+"""DeepSpeed's ZeRO checkpoints: flat buffers, one part in the file of each rank, cut by ``param_shapes``.
+
+``global_stepN/`` holds ``*_optim_states.pt`` of every rank and ``*_model_states.pt``. In stages 1 and 2 a group's
+parameters lie one after the other in a buffer that was cut into equal parts, one a rank; in stage 3 each parameter was
+cut for itself, and every rank holds its part at the same place. The slice mappings saved beside are never used: with
+round-robin gradients they are wrong. Instead each cut is held against the weights, through the float32 copies of them
+that lie in buffers of the same layout.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedError, UnsupportedStateError
+from squisher_mergekit.optimizers.checkpoints import safe_pickle
+from squisher_mergekit.optimizers.checkpoints.flat_buffers import check_lengths, cut, entries, prove
+from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.checkpoints.run_folder import tagged
+from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
+from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
+from squisher_mergekit.optimizers.encodings import Slices
+
+_OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_TAG = re.compile(r"global_step(\d+)")
+_UNIVERSAL = "convert the checkpoint with DeepSpeed's ds_to_universal"
+
+Shapes = list[Mapping[str, torch.Size]]
+
+
+def find(folder: Path) -> Path | None:
+    """Return the folder of a step: this one, the one that ``latest`` names, or the last ``global_stepN`` in it."""
+    if _is_step(folder):
+        return folder
+    latest = tagged(folder, "latest")
+    if latest is not None and _is_step(latest):
+        return latest
+    steps = {int(m[1]): path for path in folder.glob("global_step*") if (m := _TAG.fullmatch(path.name))}
+    return next((steps[step] for step in sorted(steps, reverse=True) if _is_step(steps[step])), None)
+
+
+def read(folder: Path, verify: bool) -> Saved:
+    """Read the files of all ranks.
+
+    Raises:
+        NotFoundError: The file of a rank is missing.
+        MismatchError: What was cut out for a parameter is not its weights.
+        RefusedError: A file cannot be read safely, or is of a kind that cannot be cut.
+    """
+    checksums = Checksums(verify)
+    model_file = model_files(folder)[0]
+    model = safe_pickle.load(model_file, checksums)
+    if not isinstance(model, Mapping):
+        raise CorruptFileError(f"{model_file} must hold DeepSpeed's states of a model; copy it again")
+    files = _optim_files(folder)
+    if not files:  # without ZeRO the optimizer lies with the model
+        return Saved(
+            folder, (_without_zero(model, folder),), module_of(model), "deepspeed", known_of(model), checksums.verify
+        )
+    ranks = [_optimizer(safe_pickle.load(file, checksums), file) for file in files]
+    _check_ranks(ranks, model, folder)
+    try:
+        stage = _stage_3 if "fp32_flat_groups" in ranks[0] else _stage_2
+        state, masters = stage(ranks, model, folder)
+    except RefusedError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{folder} must hold whole states of DeepSpeed, but lacks or mistakes {error!s:.100}; copy it again"
+        ) from None
+    known = known_of(model) | {"max_grad_norm": positive(ranks[0].get("clip_grad"))}
+    module = module_of(model)
+    if module is not None:
+        prove(masters, module, folder)
+    return Saved(folder, (state,), module, "deepspeed", known, checksums.verify, masters)
+
+
+def _without_zero(model: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Return the optimizer's state saved with the model, its parameters named by ``param_shapes``.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    state = model.get("optimizer")
+    if isinstance(state, Mapping) and not is_state(state):
+        state = state.get("optimizer_state_dict")  # within that of a wrapper for 16 bits
+    if not is_state(state) or not isinstance(state, Mapping):
+        raise NotFoundError(f"{folder} must hold *_optim_states.pt of every rank, found none; copy them as well")
+    names = [list(shapes) for shapes in model.get("param_shapes") or [] if isinstance(shapes, Mapping)]
+    groups = state["param_groups"]
+    if [len(some) for some in names] != [len(group["params"]) for group in groups]:
+        return state
+    named = [{**group, "param_names": some} for group, some in zip(groups, names, strict=True)]
+    return {**state, "param_groups": named}
+
+
+def _is_step(folder: Path) -> bool:
+    """Return whether a folder holds a step's files, and is no universal checkpoint (with ``zero``)."""
+    return folder.is_dir() and bool(_names(folder, _OPTIM) or _names(folder, _MODEL)) and not (folder / "zero").is_dir()
+
+
+def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    return [path.name for path in folder.iterdir() if pattern.fullmatch(path.name)]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the model's files in the order of their ranks.
+
+    Raises:
+        NotFoundError: There is none.
+        UnsupportedStateError: The model was split over several GPUs by tensor, pipeline or expert parallelism.
+    """
+    split = [path.name for path in folder.iterdir() if re.match(r"layer_\d+|expp_rank|.*expert_\d+", path.name)]
+    matches = [(int(m[1] or 0), int(m[2]), path) for path in folder.iterdir() if (m := _MODEL.fullmatch(path.name))]
+    split += [path.name for _, model_rank, path in matches if model_rank]
+    if split:
+        raise UnsupportedStateError(
+            f"{folder} must hold a model that is whole on each rank, but {split[0]} is of tensor, pipeline or expert "
+            "parallelism, whose parts are cut in other ways; estimate a Fisher from data"
+        )
+    if not matches:
+        raise NotFoundError(
+            f"{folder} must hold *_model_states.pt, which tells how the buffers are cut, found none; copy it as well"
+        )
+    return [path for _, _, path in sorted(matches)]
+
+
+def _optim_files(folder: Path) -> list[Path]:
+    """Return the optimizer's files in the order of their ranks.
+
+    Raises:
+        NotFoundError: One is missing.
+        CorruptFileError: There are two for one rank.
+    """
+    matches = sorted((int(m[1]), int(m[2]), path) for path in folder.iterdir() if (m := _OPTIM.fullmatch(path.name)))
+    ranks = [rank for rank, _, _ in matches]
+    if any(model_rank for _, model_rank, _ in matches):
+        raise UnsupportedStateError(
+            f"{folder} must hold a model that is whole on each rank, but {matches[-1][2].name} is of tensor "
+            "parallelism; estimate a Fisher from data"
+        )
+    if len(set(ranks)) < len(ranks):
+        raise CorruptFileError(f"{folder} must hold one optimizer's file of each rank, found two of one; remove one")
+    _need_all(ranks, len(ranks), folder)
+    return [path for _, _, path in matches]
+
+
+def _need_all(ranks: Sequence[int], count: int, folder: Path) -> None:
+    there = set(ranks)
+    first = next(rank for rank in range(len(there) + 1) if rank not in there)
+    if first < max([count, *(rank + 1 for rank in ranks)]):
+        raise NotFoundError(
+            f"{folder} must hold the optimizer's files of all ranks, but that of rank {first} is missing; "
+            "copy it as well"
+        )
+
+
+def _optimizer(loaded: Any, file: Path) -> Mapping[str, Any]:
+    state = loaded.get("optimizer_state_dict") if isinstance(loaded, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise CorruptFileError(f"{file} must hold an optimizer_state_dict of DeepSpeed, found none; copy it again")
+    return state
+
+
+def _check_ranks(ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a number of files that is not the number of ranks that wrote."""
+    for count in [model.get("dp_world_size"), *(rank.get("partition_count") for rank in ranks)]:
+        counts = count if isinstance(count, list) else [count]
+        for one in counts:
+            if isinstance(one, int) and one > len(ranks):
+                _need_all(range(len(ranks)), one, folder)
+            if one is not None and not (isinstance(one, int) and one == len(ranks)):
+                raise CorruptFileError(
+                    f"{folder} must hold the optimizer's files of {one!r:.20} ranks, found {len(ranks)}; "
+                    "remove those of another run"
+                )
+
+
+def module_of(model: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
+    """Return the weights saved in a file of model states; None in stage 3, where they are empty."""
+    module = model.get("module")
+    if not isinstance(module, Mapping) or not all(isinstance(value, Tensor) for value in module.values()):
+        return None
+    return module if any(value.numel() for value in module.values()) else None
+
+
+def known_of(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file of model states tells of training: examples per step, over all ranks and accumulation."""
+    steps, samples = model.get("global_steps"), model.get("global_samples")
+    version = model.get("ds_version")
+    known: dict[str, Any] = {}
+    if isinstance(steps, int) and isinstance(samples, int) and steps > 0 and samples > 0:
+        known["examples_per_step"] = samples / steps
+    return known | ({"versions": {"deepspeed": version}} if isinstance(version, str) else {})
+
+
+def positive(value: Any) -> float | None:
+    """Return a positive number as such, and None for anything else."""
+    return float(value) if isinstance(value, int | float) and 0 < value < float("inf") else None
+
+
+def shapes_of(model: Mapping[str, Any], place: Path) -> Shapes:
+    """Return ``param_shapes``: group by group name -> shape, in the order of the buffers.
+
+    Raises:
+        CorruptFileError: There is none, or it is something else.
+    """
+    groups = model.get("param_shapes")
+    sound = isinstance(groups, list) and all(
+        isinstance(group, Mapping) and all(isinstance(shape, torch.Size) for shape in group.values())
+        for group in groups
+    )
+    if not sound or not isinstance(groups, list):
+        raise CorruptFileError(f"the param_shapes in {place} must be names and shapes; copy it again")
+    return groups
+
+
+def _stage_2(
+    ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Any], dict[str, Slices]]:
+    """Cut the buffers of stages 1 and 2: group by group, the ranks' parts are one after the other."""
+    groups, bases = shapes_of(model, folder), [rank["base_optimizer_state"] for rank in ranks]
+    elastic = isinstance(bases[0], list)
+    states = [dict(enumerate(base)) if elastic else base["state"] for base in bases]
+    settings = _elastic_settings(model, len(groups), folder) if elastic else bases[0]["param_groups"]
+    masters = [rank["single_partition_of_fp32_groups"] for rank in ranks]
+    paddings = ranks[0].get("param_alignment_paddings") or [[0] * len(shapes) for shapes in groups]
+    if not len(groups) == len(settings) == len(paddings) == len(masters[0]):
+        raise ValueError(f"{len(groups)} groups of parameters for {len(settings)} of the optimizer")
+    state: dict[str, Any] = {}
+    master: dict[str, Slices] = {}
+    for number, shapes in enumerate(groups):
+        check_lengths([one[number] for one in masters], [one[number] for one in states])
+        offset = 0
+        for (name, shape), padding in zip(shapes.items(), paddings[number], strict=True):
+            place = (offset, shape.numel())
+            master[name] = Slices(tuple(cut([one[number] for one in masters], *place)), shape)
+            state[name] = {
+                key: Slices(tuple(cut([one[number][key] for one in states], *place)), shape) if flat else value
+                for key, value, flat in entries(states[0][number])
+            }
+            offset += shape.numel() + int(padding)
+    return {"state": state, "param_groups": named_groups(settings, groups)}, master
+
+
+def _stage_3(
+    ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Any], dict[str, Slices]]:
+    """Cut the buffers of stage 3: of each parameter every rank has an equal part, at the same place."""
+    groups, inner = shapes_of(model, folder), [rank["optimizer_state_dict"] for rank in ranks]
+    states, settings = [one["state"] for one in inner], inner[0]["param_groups"]
+    masters = [rank["fp32_flat_groups"] for rank in ranks]
+    count = len(masters[0])
+    if not all(len(one) == count for one in [*states, *masters]) or sorted(states[0]) != list(range(count)):
+        raise ValueError("a sub-group of parameters")
+    for rank, flats in enumerate(masters):
+        for number, flat in enumerate(flats):
+            check_lengths([flat, flat], [states[rank][number]] * 2)
+    state: dict[str, Any] = {}
+    master: dict[str, Slices] = {}
+    offset = 0
+    ends = [sum(flat.numel() for flat in masters[0][: k + 1]) for k in range(count)]
+    for name, shape in (item for group in groups for item in group.items()):
+        share = -(-shape.numel() // len(ranks))
+        if offset >= ends[-1]:
+            raise ValueError("buffers that end before their parameters do")
+        part = next(k for k, end in enumerate(ends) if offset < end)
+        master[name] = _gather(masters, offset, share, shape)
+        state[name] = {
+            key: _gather([[one[k][key] for k in range(count)] for one in states], offset, share, shape)
+            if flat
+            else value
+            for key, value, flat in entries(states[0][part])
+        }
+        offset += share
+    return {"state": state, "param_groups": named_groups(settings, groups)}, master
+
+
+def _gather(ranks: Sequence[Sequence[Tensor]], offset: int, share: int, shape: torch.Size) -> Slices:
+    """Return a parameter of which each rank has ``share`` entries at ``offset``, the last ones padding perhaps."""
+    left = shape.numel()
+    slices: list[tuple[Tensor, int, int]] = []
+    for buffers in ranks:
+        slices += cut(buffers, offset, min(share, left))
+        left -= min(share, left)
+    return Slices(tuple(slices), shape)
+
+
+def named_groups(settings: Sequence[Mapping[str, Any]], groups: Shapes) -> list[dict[str, Any]]:
+    """Return the optimizer's groups with the names of their parameters.
+
+    Stage 3 divides groups, and the optimizer's name the parts by number. Where they do not, all must have the same
+    settings, for it is not written which is part of which.
+
+    Args:
+        settings: The optimizer's groups.
+        groups: ``param_shapes``.
+
+    Raises:
+        UnsupportedStateError: It cannot be told which settings are whose.
+    """
+    parts = [one.get("params") for one in settings]
+    listed = [number for some in parts if isinstance(some, list) for number in some]
+    if all(isinstance(number, int) for number in listed) and sorted(listed) == [*range(len(groups))]:
+        return [
+            {**one, "params": [name for number in some or () for name in groups[number]]}
+            for one, some in zip(settings, parts, strict=True)
+        ]
+    if len(settings) == len(groups):
+        return [{**one, "params": list(shapes)} for one, shapes in zip(settings, groups, strict=True)]
+    for key in ("betas", "alpha", "rho", "decay_rate", "beta2_decay"):
+        if len({str(one.get(key)) for one in settings}) > 1:
+            raise UnsupportedStateError(
+                f"the groups of a ZeRO-3 optimizer must share their {key} where they were divided; {_UNIVERSAL}"
+            )
+    return [{**settings[0], "params": [name for shapes in groups for name in shapes]}]
+
+
+def _elastic_settings(model: Mapping[str, Any], count: int, folder: Path) -> list[dict[str, Any]]:
+    """Return the settings of an elastic checkpoint, which stand in DeepSpeed's configuration if anywhere."""
+    config = model.get("ds_config")
+    optimizer = config.get("optimizer") if isinstance(config, Mapping) else None
+    params = optimizer.get("params") if isinstance(optimizer, Mapping) else None
+    if not isinstance(params, Mapping) or "betas" not in params:
+        raise UnsupportedStateError(
+            f"{folder} is an elastic checkpoint, which does not tell the optimizer's betas; train without "
+            "elastic_checkpoint"
+        )
+    return [dict(params) for _ in range(count)]

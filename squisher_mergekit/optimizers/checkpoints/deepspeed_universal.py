@@ -1,0 +1,105 @@
+"""DeepSpeed's universal checkpoints: a folder for each parameter, ``zero/NAME/exp_avg_sq.pt``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from squisher_mergekit.errors import CorruptFileError, NotFoundError
+from squisher_mergekit.optimizers.checkpoints import safe_pickle
+from squisher_mergekit.optimizers.checkpoints.deepspeed import (
+    known_of,
+    model_files,
+    module_of,
+    named_groups,
+    positive,
+    shapes_of,
+)
+from squisher_mergekit.optimizers.checkpoints.flat_buffers import prove
+from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.checkpoints.run_folder import tagged
+from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
+from squisher_mergekit.optimizers.encodings import Slices
+
+_SETTINGS = "optimizer_state.pt"
+_MASTER = "fp32"
+
+
+def find(folder: Path) -> Path | None:
+    """Return the folder with ``zero``: this one, the one that ``latest_universal`` names, or the last in it."""
+    if _is_universal(folder):
+        return folder
+    latest = tagged(folder, "latest_universal")
+    if latest is not None and _is_universal(latest):
+        return latest
+    found = sorted((path for path in folder.glob("*_universal") if _is_universal(path)), key=lambda p: (len(p.name), p))
+    return found[-1] if found else None
+
+
+def read(folder: Path, verify: bool) -> Saved:
+    """Read what was saved for each parameter.
+
+    Raises:
+        MismatchError: The float32 weights saved with a second moment are not those of the model.
+        RefusedError: A file cannot be read safely, or is missing.
+    """
+    checksums = Checksums(verify)
+    model_file = model_files(folder)[0]
+    model = safe_pickle.load(model_file, checksums)
+    loaded = safe_pickle.load(folder / "zero" / _SETTINGS, checksums)
+    if not isinstance(model, Mapping) or not isinstance(loaded, Mapping):
+        raise CorruptFileError(f"{model_file.name} and {_SETTINGS} in {folder} must hold mappings; copy them again")
+    module, groups = module_of(model) or {}, shapes_of(model, folder)
+    settings = loaded.get("param_groups")
+    if not isinstance(settings, list) or not all(isinstance(one, Mapping) for one in settings):
+        raise CorruptFileError(f"{_SETTINGS} in {folder} must have the settings of the optimizer; convert it again")
+    state: dict[str, Any] = {}
+    masters: dict[str, Slices] = {}
+    for name, shape in (item for group in groups for item in group.items()):
+        state[name] = _entries(folder / "zero" / name, checksums, folder)
+        master = state[name].pop(_MASTER, None)
+        if state[name]:
+            state[name].setdefault("step", _steps(model))
+        for key, value in state[name].items():
+            if isinstance(value, Tensor) and value.ndim == 1 and value.numel() == shape.numel():
+                state[name][key] = value.reshape(shape)  # flat where it was made from stage 3
+        if any(isinstance(value, Tensor) and value.ndim and value.shape != shape for value in state[name].values()):
+            raise CorruptFileError(
+                f"the tensors of {name} in {folder} must have the shape {list(shape)}; convert it again"
+            )
+        if isinstance(master, Tensor) and master.numel() == shape.numel():
+            masters[name] = Slices(((master.reshape(-1), 0, master.numel()),), shape)
+    if module:
+        prove(masters, module, folder)
+    known = known_of(model) | {"max_grad_norm": positive(loaded.get("clip_grad"))}
+    return Saved(
+        folder,
+        ({"state": state, "param_groups": named_groups(settings, groups)},),
+        module or None,
+        "deepspeed-universal",
+        known,
+        checksums.verify,
+        masters,
+    )
+
+
+def _steps(model: Mapping[str, Any]) -> int | None:
+    """Return how many steps the optimizer made: of stage 3 no parameter has a count of its own."""
+    counts = [model.get("global_steps"), model.get("skipped_steps", 0)]
+    return counts[0] - counts[1] if all(isinstance(count, int) for count in counts) else None
+
+
+def _is_universal(folder: Path) -> bool:
+    return (folder / "zero" / _SETTINGS).is_file()
+
+
+def _entries(folder: Path, checksums: Checksums, place: Path) -> dict[str, Any]:
+    """Return key -> tensor of one parameter; empty if it was never stepped."""
+    if folder.parent != place / "zero" or not folder.is_dir():
+        raise NotFoundError(f"{place / 'zero'} must have a folder for each parameter, but {folder.name} is missing")
+    entries: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.pt")):
+        loaded = safe_pickle.load(file, checksums)
+        entries[file.stem] = loaded.get("param") if isinstance(loaded, Mapping) else loaded
+    return entries

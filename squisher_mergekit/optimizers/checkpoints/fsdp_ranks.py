@@ -1,0 +1,178 @@
+"""FSDP's sharded state without a distributed checkpoint: ``optimizer_0_rankR.bin``, one file a rank.
+
+So writes accelerate with ``use_dcp=False``. Each tensor is FSDP2's ``DTensor``, this rank's shard and how the whole was
+cut, or FSDP1's ``ShardedTensor``, which tells the place of every shard.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsupportedStateError
+from squisher_mergekit.optimizers.checkpoints import safe_pickle
+from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.checkpoints.safe_pickle import Sharded
+from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
+from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
+from squisher_mergekit.optimizers.encodings import Joined, Stored
+
+NAME = re.compile(r"optimizer_(\d+)_rank(\d+)\.bin")
+
+
+def find(folder: Path) -> Path | None:
+    """Return the file of the lowest rank, None if there is none."""
+    files = _files(folder, 0)
+    return files[min(files)] if files else None
+
+
+def read(file: Path, verify: bool) -> Saved:
+    """Read the files of all ranks beside one of them.
+
+    Raises:
+        NotFoundError: The file of a rank is missing.
+        RefusedError: A file cannot be read safely, or the files do not belong together.
+    """
+    folder, checksums = file.parent, Checksums(verify)
+    states: list[Mapping[str, Any]] = []
+    while files := _files(folder, len(states)):
+        with _shards_allowed():
+            loaded = {rank: safe_pickle.load(path, checksums) for rank, path in sorted(files.items())}
+        for rank, state in loaded.items():
+            if not is_state(state):
+                raise CorruptFileError(f"{files[rank]} must hold an optimizer's state_dict, found none; copy it again")
+        states.append(_joined(loaded, files[min(files)]))
+    return Saved(file, tuple(states), layout="accelerate-fsdp", verify=checksums.verify)
+
+
+def _files(folder: Path, number: int) -> dict[int, Path]:
+    """Return rank -> file of one optimizer."""
+    matches = [(match, path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
+    return {int(match[2]): path for match, path in matches if int(match[1]) == number}
+
+
+@contextmanager
+def _shards_allowed() -> Iterator[None]:
+    """Make torch's own sharded tensors known to ``weights_only``, and keep it from warning that nothing runs here."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, _dtensor_spec, placement_types
+
+    # torch registers them as it imports them, but forgets that again if it happens within another safe_globals.
+    named = dict.fromkeys(("DTensorSpec", "TensorMeta", "ShardOrderEntry"), _dtensor_spec)
+    named |= dict.fromkeys(("Shard", "Replicate", "Partial", "_StridedShard"), placement_types)
+    known = [getattr(home, name) for name, home in named.items() if hasattr(home, name)]
+    logger = logging.getLogger("torch.distributed.device_mesh")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with torch.serialization.safe_globals([DeviceMesh, DTensor, *known]):
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _joined(loaded: Mapping[int, Mapping[str, Any]], file: Path) -> Mapping[str, Any]:
+    """Join the shards of every tensor in the states of all ranks."""
+    first = loaded[min(loaded)]
+    state: dict[Any, dict[str, Any]] = {}
+    for name, entry in first["state"].items():
+        if not isinstance(entry, Mapping):
+            raise CorruptFileError(f"the state of {name} in {file} must be a mapping; copy it again")
+        state[name] = {}
+        for key, value in entry.items():
+            others = {rank: one["state"].get(name) for rank, one in loaded.items()}
+            shards = {rank: one.get(key) if isinstance(one, Mapping) else None for rank, one in others.items()}
+            state[name][key] = _join(shards, value, f"{key} of {name} in {file}")
+    return {"state": state, "param_groups": first["param_groups"]}
+
+
+def _join(shards: Mapping[int, Any], value: Any, place: str) -> Any:
+    """Join a value's shards, if it is a tensor cut by FSDP2 or FSDP1."""
+    if hasattr(value, "placements"):
+        return _join_mesh(shards, place)
+    return _join_shards(shards, place) if isinstance(value, Sharded) else value
+
+
+def _join_shards(shards: Mapping[int, Any], place: str) -> Stored:
+    """Join FSDP1's shards of one tensor, which tell their own offsets and those of all.
+
+    Raises:
+        NotFoundError: A rank is missing.
+        CorruptFileError: The shards do not add up to the whole.
+    """
+    try:
+        found = {
+            tuple(shard.metadata.shard_offsets): shard.tensor
+            for one in shards.values()
+            if isinstance(one, Sharded)
+            for shard in one.state[0]
+        }
+        whole = shards[min(shards)].state[1]
+        wanted = {tuple(shard.shard_offsets): tuple(shard.shard_sizes) for shard in whole.shards_metadata}
+        shape = tuple(whole.size)
+    except (AttributeError, IndexError, TypeError) as error:
+        raise CorruptFileError(f"{place} must tell where its shards belong, but {error!s:.80}; copy it again") from None
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise NotFoundError(
+            f"{place} is in {len(wanted)} shards, but that from row {missing[0][0] if missing[0] else 0} on is in no "
+            "file; copy the files of all ranks"
+        )
+    order = sorted(found)
+    tensors = tuple(found[offset] for offset in order)
+    fits = all(isinstance(t, Tensor) and tuple(t.shape) == wanted.get(o) for o, t in zip(order, tensors, strict=True))
+    row = 0
+    for offset, tensor in zip(order, tensors, strict=True):
+        fits = fits and (not offset or (offset[0] == row and not any(offset[1:])))
+        row += tensor.shape[0] if fits and tensor.ndim else 0
+    if not fits or _total(tensors, 0) != shape:
+        raise CorruptFileError(f"the shards of {place} must add up to the shape {list(shape)}; copy the files again")
+    return Joined(tensors, 0) if len(tensors) > 1 else tensors[0]
+
+
+def _join_mesh(shards: Mapping[int, Any], place: str) -> Stored:
+    """Join one tensor's shards in the order of the mesh.
+
+    Raises:
+        NotFoundError: A rank is missing.
+        CorruptFileError: The shards do not add up to the whole.
+    """
+    whole = shards[min(shards)]
+    mesh, placements, shape = whole.device_mesh.mesh, whole.placements, tuple(whole.shape)
+    missing = sorted(set(mesh.flatten().tolist()) - {rank for rank, shard in shards.items() if shard is not None})
+    if missing:
+        raise NotFoundError(
+            f"{place} is spread over {mesh.numel()} ranks, but the file of rank {missing[0]} is missing or lacks it; "
+            "copy the files of all ranks"
+        )
+    cut = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
+    if len(cut) > 1 or any(type(placements[axis]).__name__ != "Shard" for axis in cut) or len(placements) != mesh.ndim:
+        raise UnsupportedStateError(
+            f"{place} must be cut along one axis, found {placements}; save with state_dict_type FULL_STATE_DICT"
+        )
+    ranks: Sequence[int] = [int(mesh.flatten()[0])]
+    if cut:
+        ranks = mesh.movedim(cut[0], 0).reshape(mesh.shape[cut[0]], -1)[:, 0].tolist()
+    locals_ = [getattr(shards[rank], "_local_tensor", None) for rank in ranks]
+    along = placements[cut[0]].dim if cut else 0
+    tensors = tuple(local for local in locals_ if isinstance(local, Tensor))
+    fits = len(tensors) == len(ranks) and all(local.ndim == len(shape) for local in tensors)
+    if not fits or (cut and not 0 <= along < len(shape)) or _total(tensors, along) != shape:
+        raise CorruptFileError(f"the shards of {place} must add up to the shape {list(shape)}; copy the files again")
+    full = tuple(local for local in tensors if local.numel()) or tensors[:1]
+    return Joined(full, along) if len(full) > 1 else full[0]
+
+
+def _total(shards: Sequence[Tensor], axis: int) -> tuple[int, ...] | None:
+    """Return the shape of the whole, None if the shards differ along another axis."""
+    if not shards[0].ndim:
+        return ()
+    rest = {(*shard.shape[:axis], *shard.shape[axis + 1 :]) for shard in shards}
+    if len(rest) > 1:
+        return None
+    return (*shards[0].shape[:axis], sum(shard.shape[axis] for shard in shards), *shards[0].shape[axis + 1 :])

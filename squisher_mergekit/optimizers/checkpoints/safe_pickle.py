@@ -1,0 +1,335 @@
+"""Loading what ``torch.save`` wrote, without running a line of it."""
+
+import io
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFileError, UnsupportedStateError
+from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums, Record, check_archive
+
+
+class StandIn:
+    """Takes the place of a class whose library is not needed: it holds what was saved of an object, and does nothing.
+
+    ``given``: the arguments that the object was made with. ``state``: what it was restored from, if not attributes.
+    """
+
+    def __init__(self, *given: Any) -> None:
+        self.given = given
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 2 and state[0] is None:  # attributes in slots
+            state = state[1]
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
+class Quantized(Tensor):
+    """Takes the place of torchao's tensors in few bits: it holds their parts as attributes, and can do nothing.
+
+    ``codes``, ``scale``; ``qmap`` unless the codes are float8; ``_shape`` where they are packed, two a byte.
+    """
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        """Refuse to compute: the entries are in the parts."""
+        return NotImplemented
+
+
+class Sharded(Quantized):
+    """Takes the place of FSDP1's tensor: ``state`` holds this rank's shards, and where all shards belong."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _ProcessGroupState(StandIn):
+    pass
+
+
+def _state_of_processes(*_: Any) -> type[StandIn]:
+    """Take the place of ``getattr``, by which FSDP1's tensors ask for one class and nothing else."""
+    return _ProcessGroupState
+
+
+_QUANTIZED = ("subclass_8bit.OptimState8bit", "subclass_4bit.OptimState4bit", "subclass_fp8.OptimStateFp8")
+_STAND_INS: list[Any] = (
+    [
+        (type(name.rpartition(".")[2], (StandIn,), {}), name)
+        for name in (
+            "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+            "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+            "deepspeed.runtime.zero.config.ZeroStageEnum",
+            "deepspeed.utils.tensor_fragment.fragment_address",
+            "torch.distributed._shard.metadata.ShardMetadata",
+            "torch.distributed.remote_device._remote_device",
+            "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
+            "torch.distributed._shard.sharding_spec.chunk_sharding_spec.ChunkShardingSpec",
+            "torch.distributed._shard.sharded_tensor.metadata.ShardedTensorMetadata",
+            "torch.distributed._shard.sharded_tensor.shard.Shard",
+            "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+        )
+    ]
+    + [
+        (Sharded, "torch.distributed._shard.sharded_tensor.api.ShardedTensor"),
+        (_state_of_processes, "builtins.getattr"),
+        (_ProcessGroupState, "torch.distributed._shard.sharded_tensor.api.ShardedTensor.ProcessGroupState"),
+    ]
+    + [
+        (Quantized, f"{home}.{name}")
+        for name in _QUANTIZED
+        for home in ("torchao.optim", "torchao.prototype.low_bit_optim")
+    ]
+)
+
+
+def load(path: Path, checksums: Checksums | None = None) -> Any:
+    """Load a file of tensors: ``weights_only`` always, memory-mapped where the file is a zip archive.
+
+    Files in torch's format from before 1.6 are no archives and cannot be mapped; they are read whole. Objects of
+    DeepSpeed and torchao come as stand-ins, which do nothing.
+
+    Args:
+        path: The file.
+        checksums: Where to note the archive's, for its tensors to be held against when they are read.
+
+    Returns:
+        What was saved; its tensors are views of the mapped file and must not be written to.
+
+    Raises:
+        NotFoundError: There is no such file.
+        UnsafeFileError: Its pickle needs more than tensors and plain containers; nothing was run.
+        CorruptFileError: It is truncated, damaged, or no such file.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"a file written by torch.save must be at {path}, but there is none")
+    try:
+        archive = zipfile.is_zipfile(path)
+        with torch.serialization.safe_globals(_STAND_INS):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        if archive:
+            with path.open("rb") as stream:
+                records = check_archive(stream)
+            if checksums is not None:
+                checksums.add(path, records, loaded)
+    except pickle.UnpicklingError as error:
+        needed = sorted(_unsafe_globals(path, error))
+        if needed:
+            raise _refusal(path, needed) from None
+        raise _corrupt(path, error) from None
+    # A damaged stream can make the unpickler fail in any way: wrong opcodes, types, indices, encodings.
+    except Exception as error:
+        raise _corrupt(path, error) from None
+    return loaded
+
+
+class _Region(io.RawIOBase):
+    """A part of an open file, as a file of its own."""
+
+    def __init__(self, stream: io.FileIO, start: int, length: int) -> None:
+        self._stream, self._start, self._length, self._at = stream, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(self._length - self._at, 0)]
+        self._stream.seek(self._start + self._at)
+        count = self._stream.readinto(view) if view else 0
+        self._at += count or 0
+        return count or 0
+
+
+def load_part(path: Path, start: int, length: int) -> Any:
+    """Load what ``torch.save`` wrote into a part of a file; for small values, tensors too.
+
+    Args:
+        path: The file.
+        start: Where the part begins, in bytes.
+        length: Its bytes.
+
+    Returns:
+        What was saved, in memory.
+
+    Raises:
+        UnsafeFileError: Its pickle needs more than tensors and plain containers; nothing was run.
+        CorruptFileError: The file is shorter, or the part is damaged or was not written by ``torch.save``.
+    """
+    with _part(path, start, length) as (stream, _):
+        return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+def read_part(path: Path, start: int, length: int, into: Tensor, verify: bool) -> None:
+    """Read one tensor that ``torch.save`` wrote into a part of a file.
+
+    Args:
+        path: The file.
+        start: Where the part begins, in bytes.
+        length: Its bytes.
+        into: Where to put it, of its shape and dtype.
+        verify: Hold the bytes against the archive's checksum.
+
+    Raises:
+        UnsafeFileError: Its pickle needs more than tensors and plain containers; nothing was run.
+        CorruptFileError: The part is damaged, or holds something else.
+    """
+    with _part(path, start, length) as (stream, records):
+        with torch.serialization.skip_data():
+            described = torch.load(stream, map_location="cpu", weights_only=True)
+        if not isinstance(described, Tensor) or described.shape != into.shape or described.dtype != into.dtype:
+            raise CorruptFileError(
+                f"{path} must hold a part of shape {list(into.shape)} at byte {start}, as its index says, "
+                "but holds something else; copy the checkpoint again"
+            )
+        found = [record for name, record in records.items() if "/data/" in name]
+        nbytes = into.numel() * into.itemsize
+        if not nbytes:
+            return
+        if len(found) != 1 or not described.is_contiguous() or described.storage_offset() or found[0].size != nbytes:
+            raise ValueError("a tensor that is not all of its storage")
+        target = into if into.is_contiguous() else torch.empty(into.shape, dtype=into.dtype)
+        flat = target.reshape(-1).view(torch.uint8).numpy()
+        stream.seek(found[0].offset)
+        if stream.readinto(flat.data) != nbytes:
+            raise ValueError("the file has become shorter")
+        if verify:
+            found[0].check_bytes(flat, path)
+        if target is not into:
+            into.copy_(target)
+
+
+@contextmanager
+def _part(path: Path, start: int, length: int) -> Iterator[tuple[Any, dict[str, Record]]]:
+    """Open a part of a file, and turn whatever goes wrong with it into an error of ours."""
+    place = f"{path} from byte {start} on"
+    try:
+        if start < 0 or length < 0 or start + length > path.stat().st_size:
+            raise ValueError(f"the file has {path.stat().st_size} bytes")
+        with path.open("rb", buffering=0) as file:
+            stream = io.BufferedReader(_Region(file, start, length))
+            records = check_archive(stream)
+            stream.seek(0)
+            yield stream, records
+    except CorruptFileError:
+        raise
+    except pickle.UnpicklingError as error:
+        needed = re.findall(r"(?:GLOBAL|global) `?([\w.]+\.\w+)", str(error))[:1]
+        if needed:
+            raise _refusal(path, needed) from None
+        raise _corrupt(place, error) from None
+    except Exception as error:
+        raise _corrupt(place, error) from None
+
+
+# What the index of a distributed checkpoint is made of. Everything but shapes and dtypes comes as a stand-in.
+_METADATA = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),
+}  # fmt: skip
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes of ``_METADATA`` by name, shapes and dtypes, and no other."""
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        super().__init__(stream)
+        self._path = path
+        # New ones each time: a pickle may write to the classes it is given.
+        self._known: dict[tuple[str, str], Any] = {
+            (module, name): type(name, (StandIn,), {}) for module, names in _METADATA.items() for name in names
+        }
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        found = self._known.get((module_name, global_name))
+        if found is not None:
+            return found
+        value = getattr(torch, global_name, None) if module_name == "torch" else None
+        if value is torch.Size or isinstance(value, torch.dtype):
+            return value
+        raise UnsafeFileError(
+            f"{self._path} must be the index of a distributed checkpoint, but its pickle asks for "
+            f"{module_name}.{global_name}; nothing of it was run. Save the checkpoint again"
+        )
+
+
+def load_metadata(path: Path) -> Any:
+    """Load ``.metadata``, the index of a distributed checkpoint, which is a plain pickle.
+
+    Args:
+        path: The file.
+
+    Returns:
+        An object with the attributes of ``torch.distributed.checkpoint.metadata.Metadata``, all of it stand-ins.
+
+    Raises:
+        UnsafeFileError: It asks for anything but the classes of such an index; nothing was run.
+        CorruptFileError: It is truncated, damaged, or no such file.
+    """
+    try:
+        with path.open("rb") as stream:
+            return _MetadataUnpickler(stream, path).load()
+    except UnsafeFileError:
+        raise
+    except Exception as error:
+        raise _corrupt(path, error) from None
+
+
+# Libraries whose optimizers put an object into their state, and no second moment of the parameters.
+_PROJECTED = {"galore_torch": "GaLore", "apollo_torch": "APOLLO"}
+
+
+def _refusal(path: Path, needed: Sequence[str]) -> UnsafeFileError | UnsupportedStateError:
+    for name in needed:
+        if name.partition(".")[0] in _PROJECTED:
+            return UnsupportedStateError(
+                f"a Fisher needs the mean squared gradient of each parameter, but {_PROJECTED[name.partition('.')[0]]} "
+                f"keeps that of a projection ({path}); train with AdamW, or estimate a Fisher from data"
+            )
+    return UnsafeFileError(
+        f"{path} must hold tensors only, but its pickle asks for {', '.join(needed)}; nothing of it was run. "
+        "Save the optimizer's state_dict alone"
+    )
+
+
+def _corrupt(path: Path | str, error: Exception) -> CorruptFileError:
+    if isinstance(error, CorruptFileError):
+        return error
+    brief = (" ".join(str(error).split()) or type(error).__name__)[:120]
+    return CorruptFileError(
+        f"{path} must be a whole file that torch.save wrote, but it is truncated or damaged ({brief}); copy it again"
+    )
+
+
+def _unsafe_globals(path: Path, error: pickle.UnpicklingError) -> list[str]:
+    """Name what a pickle asks for; torch lists it for zip archives only, of other files its error names the first."""
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):
+            return list(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # the file is no archive, or damaged in any way as well
+        return re.findall(r"(?:GLOBAL|global) `?([\w.]+\.\w+)", str(error))[:1]

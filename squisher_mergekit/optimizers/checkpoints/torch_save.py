@@ -1,0 +1,127 @@
+"""A file of ``torch.save``: an optimizer's ``state_dict``, or a bundle that holds one or several, a model perhaps too.
+
+So write the Hugging Face Trainer (``optimizer.pt``), accelerate (``optimizer.bin``, ``optimizer_1.bin`` of a second
+optimizer; with FSDP and the full state dict the same file under names), Lightning and Fabric (``*.ckpt``), and people.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.optimizers.checkpoints import safe_pickle
+from squisher_mergekit.optimizers.checkpoints.raw_state import Saved, unverified
+from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
+from squisher_mergekit.optimizers.names import unwrapped
+
+NAMES = ("optimizer.pt", "optimizer.bin")
+# What else lies in a checkpoint and is no optimizer's file.
+_OTHERS = re.compile(
+    r"training_args|rng_state|random_states|scheduler|scaler|sampler|pytorch_model|adapter_model|custom_checkpoint|"
+    r".*(?:model_states|optim_states)|optimizer_\d+"
+)
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_LIGHTNING = "pytorch-lightning_version"
+_MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
+
+
+def find(folder: Path) -> Path | None:
+    """Return the optimizer's file in a folder, by the names that trainers give it."""
+    return next((folder / name for name in NAMES if (folder / name).is_file()), None)
+
+
+def others(folder: Path) -> list[Path]:
+    """Return the files in a folder that may hold an optimizer's state under a name of the user's own."""
+    return sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES and not _OTHERS.match(file.name))
+
+
+def read(file: Path, verify: bool) -> Saved:
+    """Read the file, and those of accelerate's further optimizers beside it.
+
+    Raises:
+        RefusedError: It cannot be read safely, or holds no optimizer's state.
+    """
+    checksums = Checksums(verify)
+    more = []
+    if file.name == "optimizer.bin":
+        paths = [path for path in file.parent.iterdir() if re.fullmatch(r"optimizer_\d+\.bin", path.name)]
+        more = [
+            safe_pickle.load(path, checksums) for path in sorted(paths, key=lambda path: (len(path.name), path.name))
+        ]
+    return content(safe_pickle.load(file, checksums), file, more, checksums.verify)
+
+
+def content(loaded: Any, file: Path, more: Sequence[Any] = (), verify: Callable[[Tensor], None] = unverified) -> Saved:
+    """Find the optimizers' states in what ``torch.load`` gave, and the model saved beside.
+
+    Args:
+        loaded: Content of the file.
+        file: For messages.
+        more: Content of further files, of further optimizers of the same model.
+        verify: Holds the bytes of a tensor against their checksum.
+
+    Raises:
+        UnsupportedStateError: There is no optimizer's state in it.
+    """
+    states = [state for one in (loaded, *more) for state in states_in(one)]
+    if not states:
+        raise UnsupportedStateError(
+            f"{file} must hold an optimizer's state_dict (state and param_groups), found none; "
+            "save optimizer.state_dict() to a file of its own"
+        )
+    model = None if is_state(loaded) else find_model(loaded)
+    layout = None
+    if isinstance(loaded, Mapping) and _LIGHTNING in loaded:
+        layout, model = "lightning", None if model is None else _without_attribute(model)
+    return Saved(file, tuple(states), model, layout, verify=verify)
+
+
+def is_state(value: Any) -> bool:
+    """Return whether this is the ``state_dict`` of an optimizer."""
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("state"), Mapping)
+        and isinstance(value.get("param_groups"), list)
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in value["param_groups"])
+    )
+
+
+def states_in(loaded: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the optimizers' states in what was loaded, in one container or two."""
+    if is_state(loaded):
+        yield loaded
+        return
+    for value in _members(loaded):
+        if is_state(value):
+            yield value
+        else:
+            yield from (inner for inner in _members(value) if is_state(inner))
+
+
+def _members(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else []
+
+
+def find_model(loaded: Any) -> Mapping[str, Tensor] | None:
+    """Return the one model beside the optimizer; None where there is none, or no telling which of several."""
+    if not isinstance(loaded, Mapping):
+        return None
+    found = {
+        key: value
+        for key, value in loaded.items()
+        if isinstance(value, Mapping) and value and all(isinstance(item, Tensor) for item in value.values())
+    }
+    usual = [key for key in _MODEL_KEYS if key in found]
+    if not usual and len(found) != 1:
+        return None
+    return {unwrapped(str(name)): tensor for name, tensor in found[usual[0] if usual else next(iter(found))].items()}
+
+
+def _without_attribute(model: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Strip the attribute under which a LightningModule holds its model, if it holds nothing else."""
+    attributes = {name.partition(".")[0] for name in model}
+    nested = len(attributes) == 1 and all("." in name for name in model)
+    return {name.partition(".")[2] if nested else name: tensor for name, tensor in model.items()}

@@ -1,0 +1,1 @@
+"""Files of tensors: safetensors, a streaming writer, atomic output, the Hub, lazy and sharded tensors, exact top-k."""

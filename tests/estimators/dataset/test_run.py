@@ -1,0 +1,204 @@
+"""``squisher estimate`` by several processes, interrupted, and of adapters."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from squisher_mergekit import load_fisher
+from squisher_mergekit.errors import ConfigError, CorruptFileError
+from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.estimators.dataset import run
+from squisher_mergekit.estimators.dataset.run import Request, estimate_from
+from tests.cli.test_estimate import SMALL, _tokenizer
+
+ROOT = Path(__file__).parents[3]
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small Mixtral with its tokenizer, and 23 rows of text."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(3)
+    settings = SMALL | {"hidden_size": 24, "intermediate_size": 20, "num_local_experts": 3, "num_experts_per_tok": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**settings, num_key_value_heads=3))
+    model.save_pretrained(folder / "model")
+    _tokenizer().save_pretrained(folder / "model")
+    draw = random.Random(0)
+    rows = [{"text": " ".join(draw.choices(WORDS, k=draw.randint(2, 9)))} for _ in range(23)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _request(saved, **changes):
+    given = {"labels": "sampled", "num_samples": 2, "batch_size": 3} | changes
+    return Request(str(saved / "model"), str(saved / "rows.jsonl"), "causal-lm", **given)
+
+
+def _stop_after(monkeypatch, batches):
+    """Let the call be interrupted when so many batches were added."""
+    add, seen = Sums.add, []
+
+    def counted(self, *args, **kwargs):
+        if len(seen) == batches:
+            raise KeyboardInterrupt
+        seen.append(1)
+        add(self, *args, **kwargs)
+
+    monkeypatch.setattr(run.Sums, "add", counted)
+
+
+def _interrupted(saved, out, batches, monkeypatch):
+    with monkeypatch.context() as patch:
+        _stop_after(patch, batches)
+        with pytest.raises(KeyboardInterrupt):
+            estimate_from(_request(saved), out, save_every=9)
+
+
+def _close(found, expected):
+    """Within rounding of each tensor's largest entry."""
+    assert set(found) == set(expected)
+    return max(float((found[name] - expected[name]).abs().max() / expected[name].max()) for name in expected) < 1e-6
+
+
+def test_what_was_interrupted_goes_on_to_the_bit(saved, tmp_path, monkeypatch):
+    """The sums of six batches are kept, the call is repeated: the file is that of one call, and nothing else stays."""
+    whole = estimate_from(_request(saved), tmp_path / "whole")
+    _interrupted(saved, tmp_path / "out", 7, monkeypatch)
+    partial = tmp_path / "out.partial.safetensors"
+    assert partial.is_file()
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 2)  # six of eight are there
+        again = estimate_from(_request(saved), tmp_path / "out", save_every=9)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert again.config == whole.config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"seed": 1}, "with seed 0, not 1"), ({"batch_size": 4}, "batch_size 3")]
+)
+def test_only_the_same_call_goes_on(saved, tmp_path, monkeypatch, change, words):
+    """What was kept of another request is refused in a line, and left alone."""
+    _interrupted(saved, tmp_path / "out", 4, monkeypatch)
+    before = (tmp_path / "out.partial.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=words):
+        estimate_from(_request(saved, **change), tmp_path / "out", save_every=9)
+    assert (tmp_path / "out.partial.safetensors").read_bytes() == before
+
+
+def test_another_file_in_its_place_is_refused(saved, tmp_path):
+    """A damaged file, or one of the user's, is not overwritten."""
+    (tmp_path / "out.partial.safetensors").write_bytes(b"mine")
+    with pytest.raises(CorruptFileError, match="must be an estimate under way"):
+        estimate_from(_request(saved), tmp_path / "out")
+    assert (tmp_path / "out.partial.safetensors").read_bytes() == b"mine"
+
+
+def test_sharding_needs_processes(saved, tmp_path):
+    """One process has nobody to share with."""
+    with pytest.raises(ConfigError, match="start more, by accelerate launch or torchrun"):
+        estimate_from(_request(saved), tmp_path / "out", sharded=True)
+
+
+def test_bfloat16_is_near(saved, tmp_path):
+    """Passes in bfloat16 give entries within its precision."""
+    exact = estimate_from(_request(saved, labels="true"), tmp_path / "exact")
+    narrow = estimate_from(_request(saved, labels="true", precision="bf16"), tmp_path / "narrow")
+    off = [float((narrow[name] - exact[name]).norm() / exact[name].norm()) for name in exact]
+    assert 0 < max(off) < 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks transformers so
+def test_of_an_adapters_folder_the_adapter_has_a_fisher(saved, tmp_path):
+    """The base model is found by the adapter's config; names are those in adapter_model.safetensors."""
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved / "model")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    request = Request(str(tmp_path / "adapter"), str(saved / "rows.jsonl"), "causal-lm")
+    fisher = estimate_from(request, tmp_path / "out")
+    assert fisher.config.parameters == "adapter"
+    assert all("lora_" in name for name in fisher)
+    assert all(float(fisher[name].max()) > 0 for name in fisher)
+    assert load_fisher(tmp_path / "out", base=saved / "model").config == fisher.config
+
+
+def _launch(saved, out, *options, launcher=("torch.distributed.run", "--nproc-per-node", "2")):
+    arguments = [
+        "estimate",
+        saved / "model",
+        "--task",
+        "causal-lm",
+        "--data",
+        saved / "rows.jsonl",
+        "--labels",
+        "sampled",
+    ]
+    arguments += ["--num-samples", "2", "--batch-size", "3", "-o", out, "--quiet", *options]
+    line = [sys.executable, "-m", *launcher, "-m", "squisher_mergekit", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--nproc-per-node", "2"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("options", [(), ("--shard",)])
+def test_two_processes_find_what_one_does(saved, tmp_path, launcher, options):
+    """Eight batches in turn, the last one odd, with the model in each process or split over them: within rounding."""
+    one = estimate_from(_request(saved), tmp_path / "one")
+    done = _launch(saved, tmp_path / "two", *options, launcher=LAUNCHERS[launcher])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("num examples  23") == 1
+    two = load_fisher(tmp_path / "two", model=saved / "model")
+    assert _close(two, one)
+    assert (two.config.num_examples, two.config.weights_fingerprint) == (23, one.config.weights_fingerprint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--shard",)])
+def test_others_finish_what_was_kept(saved, tmp_path, monkeypatch, options):
+    """What one process has kept, two take up, sharded or not."""
+    one = estimate_from(_request(saved), tmp_path / "one")
+    _interrupted(saved, tmp_path / "two", 7, monkeypatch)
+    done = _launch(saved, tmp_path / "two", "--save-every", "3", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert _close(load_fisher(tmp_path / "two"), one)
+    assert not (tmp_path / "two.partial.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(saved, tmp_path):
+    """SIGKILL after the sums were kept: no half-written file, and the same call finishes to the bit."""
+    rows = [json.loads(line) for line in (saved / "rows.jsonl").read_text().splitlines()] * 40
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["estimate", saved / "model", "--task", "causal-lm", "--data", many, "--num-examples", len(rows)]
+    line = [sys.executable, "-m", "squisher_mergekit", *map(str, arguments), "--save-every", "16", "--quiet", "-o"]
+    run = subprocess.Popen([*line, tmp_path / "out"], cwd=ROOT)
+    partial = tmp_path / "out.partial.safetensors"
+    while not partial.exists() and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    for out in ("out", "whole"):
+        subprocess.run([*line, tmp_path / out], cwd=ROOT, check=True, capture_output=True)
+    again, whole = load_fisher(tmp_path / "out"), load_fisher(tmp_path / "whole")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)

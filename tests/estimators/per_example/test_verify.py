@@ -1,0 +1,144 @@
+"""What is found out about a model before and while it is differentiated."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.estimators.estimate import estimate_fisher
+from squisher_mergekit.estimators.per_example.verify import Trial, mixed, prove
+from tests.estimators import oracle
+from tests.estimators.models import assert_close, batch_of, make
+
+
+class _Experts(nn.Module):
+    """Sends each token to one of several layers; which are given what depends on the data."""
+
+    def __init__(self, experts=3):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(5, 5) for _ in range(experts))
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x):
+        flat = x.reshape(-1, 5)
+        way = (flat[:, 0] * 2).round().long() % len(self.experts)
+        found = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            rows = (way == number).nonzero()[:, 0]
+            if len(rows):
+                found = found.index_add(0, rows, expert(flat[rows]))
+        return self.out(found.reshape(x.shape).tanh().sum(1))
+
+
+def _routed(size, ways):
+    """Return a batch whose tokens go to given experts."""
+    x = torch.randn(size, len(ways), 5, generator=torch.Generator().manual_seed(size))
+    x[..., 0] = torch.tensor(ways) / 2
+    return x, torch.arange(size) % 3
+
+
+def test_experts_that_are_given_parts_of_the_examples_are_run_whole():
+    """Tokens of several examples in one call are told apart by the module around."""
+    torch.manual_seed(0)
+    model = _Experts()
+    batches = [(torch.randn(n, 4, 5), torch.arange(n) % 3) for n in (5, 3, 4)]
+    fisher = estimate_fisher(model, batches, statistic="sum", task="classification")
+    assert_close(fisher, oracle.fisher(model, batches, oracle.classes("true"), "example"))
+
+
+def test_what_the_first_batches_did_not_use_is_proven_when_it_comes():
+    """An expert that is first chosen in the third batch, by tokens of some examples alone, has the right gradient."""
+    torch.manual_seed(0)
+    model = _Experts(4)
+    last = _routed(4, [0, 1, 0, 3])
+    last[0][1:3, 3, 0] = 1.0
+    batches = [_routed(4, [0, 1, 0]), _routed(3, [1, 0, 1]), last]
+    fisher = estimate_fisher(model, batches, statistic="sum", task="classification")
+    assert float(fisher["experts.2.weight"].max()) > 0
+    assert_close(fisher, oracle.fisher(model, batches, oracle.classes("true"), "example"))
+
+
+def test_other_parts_in_later_batches_are_noticed():
+    """Where the first batches happened to lie as rows of examples do, and a later one does not: refused."""
+    torch.manual_seed(0)
+    model = _Experts(2)
+    sums = Sums(model, task="classification")
+    sums.add(_routed(4, [0, 1, 0]))
+    shifted = _routed(4, [0, 1, 0])
+    shifted[0][0, :, 0], shifted[0][1, :, 0] = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.0, 0.0, 0.0])
+    shifted[0][2, :, 0] = torch.tensor([0.5, 0.0, 0.0])
+    with pytest.raises(UnsupportedStateError, match="cannot be told apart in batch 2"):
+        sums.add(shifted)
+
+
+def test_rows_that_belong_to_nobody_are_seen():
+    """A layer along the wrong axis has a gradient where that of the example is 0."""
+
+    class _Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x.transpose(0, 1)).transpose(0, 1).tanh().sum(1))
+
+    model = _Turned()
+    names = {p: name for name, p in model.named_parameters()}
+    trial, batch = Trial(model, "classification", None), (torch.randn(4, 4, 5), torch.arange(4) % 3)
+    with trial.taped(batch, {}, ()) as (tape, outputs):
+        assert {names[p] for p in mixed(tape, outputs, names, keep=False)} == {"a.weight", "a.bias"}
+
+
+def test_only_what_is_the_same_for_all_examples_is_repeated():
+    """Of BERT the table of positions; of a model that takes one row for no batch, nothing."""
+    found = prove(Trial(make("bert").eval(), "classification", None), batch_of("classification"))
+    assert [module.num_embeddings for module in found.spread] == [17]
+    assert not found.moved
+
+    class _Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.out = nn.Parameter(torch.randn(1, 5)), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.out(x * self.out(self.query).sum())
+
+    torch.manual_seed(0)
+    model, batch = _Single(), (torch.randn(4, 5), torch.arange(4) % 3)
+    fisher = estimate_fisher(model, [batch], statistic="sum", task="classification")
+    assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"))
+
+
+def test_a_slow_way_is_told(caplog):
+    """Where the whole model must be run for one example after the other, a line says so."""
+
+    class _Across(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x.T[None].transpose(1, 2)[0]).tanh()) + self.b.weight.sum()
+
+    model, batch = _Across(), (torch.randn(4, 5), torch.arange(4) % 3)
+    with caplog.at_level(logging.WARNING):
+        fisher = estimate_fisher(model, [batch], statistic="sum", task="classification")
+    assert "as slow as a loop" in caplog.text
+    assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"))
+
+
+def test_memory_that_runs_out_is_no_verdict(monkeypatch):
+    """It is raised as what it is, and no parameter is moved because of it."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    batch = (torch.randn(4, 5), torch.arange(4) % 3)
+    for place in ("accumulate.add_squares", "tape.torch.autograd.grad"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"squisher_mergekit.estimators.per_example.{place}", full)
+            with pytest.raises(torch.OutOfMemoryError):
+                estimate_fisher(nn.Linear(5, 3), [batch])

@@ -1,0 +1,231 @@
+"""Sums that grow batch by batch: who is counted, what is drawn, what no device waits for."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from squisher_mergekit.errors import ConfigError, UnsupportedStateError
+from squisher_mergekit.estimators import output_gradients as labels_module
+from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.estimators.dataset.load_model import shard
+from squisher_mergekit.estimators.estimate import estimate_fisher
+from squisher_mergekit.estimators.per_example.verify import Proof
+from tests.estimators import oracle
+from tests.estimators.models import MODELS, assert_close, batch_of, loss_of, make, task_of
+
+
+@pytest.fixture
+def group(tmp_path):
+    """Make this process a group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_batch_draws_by_its_number_alone():
+    """Batches added in any order, by one or by two, draw the same labels."""
+    torch.manual_seed(0)
+    model = make("llama").double()
+    batches = [batch_of("causal-lm", seed=n) for n in range(3)]
+    forwards, backwards = Sums(model, "sampled"), Sums(model, "sampled")
+    for number in (0, 1, 2):
+        forwards.add(batches[number])
+        backwards.add(batches[2 - number], 2 - number)
+    for p, total in forwards.totals.items():
+        torch.testing.assert_close(backwards.totals[p], total)
+
+
+def test_another_seed_draws_others():
+    """And the same seed the same."""
+    torch.manual_seed(0)
+    model, batch = make("llama"), batch_of("causal-lm")
+    first, again, other = (estimate_fisher(model, [batch], "sampled", seed=seed) for seed in (3, 3, 4))
+    name = "lm_head.weight"
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+
+
+@pytest.mark.parametrize("name", ["llama", "bert-mlm", "t5"])
+def test_tokens_as_data(name):
+    """The squared gradient of each token's loss, divided by the number of tokens."""
+    torch.manual_seed(0)
+    model, kind, batch = make(name), MODELS[name][0], batch_of(MODELS[name][0])
+    fisher = estimate_fisher(model, [batch], datum="token", statistic="sum", task=task_of(name))
+    singles = []
+    labels = batch["labels"].clone()
+    if kind == "seq2seq":
+        batch = batch | {"decoder_input_ids": oracle.shifted(model, labels)}
+    if kind == "causal-lm":
+        labels[:, 0] = -100
+    for place in range(labels.shape[1]):
+        alone = torch.full_like(labels, -100)
+        alone[:, place] = labels[:, place]
+        singles.append(batch | {"labels": alone})
+    assert_close(fisher, oracle.fisher(model, singles, loss_of(kind, "true"), "example"), model=model)
+    assert fisher.config.num_examples == int((labels >= 0).sum())
+    assert fisher.config.datum == "token"
+
+
+def test_a_parameter_that_comes_late_is_no_hole():
+    """A weight that no layer's call uses, and no batch but the second, has its gradient all the same."""
+
+    class _Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seldom, self.out = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.out(nn.functional.linear(x, self.seldom.weight) if (x[:, 0] > 5).all() else x)
+
+    torch.manual_seed(0)
+    model = _Late()
+    batches = [(torch.randn(n, 5), torch.arange(n) % 3) for n in (3, 4, 3)]
+    batches[1][0][:, 0] += 10
+    fisher = estimate_fisher(model, batches, statistic="sum", task="classification")
+    expected = torch.zeros(5, 5).double()
+    wide = copy.deepcopy(model).double()
+    for n in range(4):
+        out = wide.out(nn.functional.linear(batches[1][0][n].double(), wide.seldom.weight))
+        loss = nn.functional.cross_entropy(out, batches[1][1][n])
+        expected += torch.autograd.grad(loss, wide.seldom.weight)[0].square()
+    torch.testing.assert_close(fisher["seldom.weight"].double(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_tokens_are_those_of_a_language_model():
+    """A classifier's outputs are one an example."""
+    with pytest.raises(ConfigError, match="datum token needs a model whose outputs are one a token"):
+        estimate_fisher(make("bert"), [batch_of("classification")], datum="token")
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-mlm", "gpt2", "llama-tied", "t5", "qwen3"])
+@pytest.mark.parametrize("labels", ["true", "sampled"])
+def test_no_step_waits_for_the_device(name, labels, monkeypatch):
+    """With tensors that have no values nothing can ask for one: shapes alone decide what is done."""
+    choose = labels_module._choose  # no draw without values knows a generator
+    monkeypatch.setattr(labels_module, "_choose", lambda p, targets, kind, _: choose(p, targets, kind, None))
+    with FakeTensorMode():
+        model, batch = make(name), batch_of(MODELS[name][0])
+        model.eval()
+        sums = Sums(model, labels, task=task_of(name), verify=False)
+        # As after the first batch, of which what is used once for all examples is known.
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        sums._proof = Proof({}, tables, set(sums.totals))
+        sums.add(batch)
+        assert all(total.shape == p.shape for p, total in sums.totals.items())
+
+
+def test_nothing_of_a_batch_stays():
+    """Activations are freed with the batch: no hook holds the graph that it hangs on."""
+    torch.manual_seed(0)
+    model, seen = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 3)), []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+    sums = Sums(model, task="classification")
+    for _ in range(2):
+        sums.add((torch.randn(5, 7), torch.arange(5) % 3))
+    gc.collect()
+    assert len(seen) > 2
+    assert not [activation for activation in seen if activation() is not None]
+
+
+@pytest.mark.parametrize("how", ["whole", "in place", "inside"])
+def test_a_compiled_model_runs_as_it_is(how):
+    """Whatever torch.compile is put around or into, the squares are those of the plain model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 3))
+    batch = (torch.randn(5, 7), torch.arange(5) % 3)
+    plain = estimate_fisher(model, [batch])
+    compiled = copy.deepcopy(model)
+    if how == "whole":
+        compiled = torch.compile(compiled, backend="eager")
+    elif how == "in place":
+        compiled.compile(backend="eager")
+    else:
+        compiled[0] = torch.compile(compiled[0], backend="eager")
+    compiled(batch[0])
+    found = estimate_fisher(compiled, [batch])
+    assert {name: found[name].tolist() for name in found} == {name: plain[name].tolist() for name in plain}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # where nothing asks for one
+def test_reentrant_checkpoints_are_refused():
+    """They cannot be asked for the gradients of chosen tensors; the cure is in the line."""
+
+    class _Reentrant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(7, 7), nn.Linear(7, 3)
+
+        def forward(self, x):
+            return self.b(checkpoint(self.a, self.a(x), use_reentrant=True))
+
+    with pytest.raises(UnsupportedStateError, match="use_reentrant=True; set it to False"):
+        estimate_fisher(_Reentrant(), [(torch.randn(5, 7), torch.arange(5) % 3)])
+
+
+def test_autocast_needs_no_setting():
+    """Under bfloat16 the proof still holds, which is made in float32, and squares are float32."""
+    torch.manual_seed(0)
+    model, batch = make("llama"), batch_of("causal-lm")
+    exact = estimate_fisher(model, [batch])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = estimate_fisher(model, [batch])
+    assert all(narrow[name].dtype == torch.float32 for name in narrow)
+    off = [float((narrow[name] - exact[name]).norm() / exact[name].norm()) for name in exact]
+    assert max(off) < 0.1, max(off)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral-grouped", "t5", "vit"])
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .FSDPT5Block. returned a view:UserWarning")  # so it does alone
+def test_a_sharded_model_has_the_same_fisher(name):
+    """Totals lie as FSDP2's parameters do, and .grad is left alone."""
+    torch.manual_seed(1)
+    model, kind = make(name), MODELS[name][0]
+    batches = [batch_of(kind), batch_of(kind, 2, seed=3)]
+    whole = estimate_fisher(copy.deepcopy(model), batches, "sampled", task=task_of(name))
+    split = shard(model, torch.device("cpu"))
+    sums = Sums(split, "sampled", task=task_of(name))
+    assert all(hasattr(total, "full_tensor") for total in sums.totals.values())
+    found = estimate_fisher(split, batches, "sampled", task=task_of(name))
+    assert_close(found, {name: whole[name].double() for name in whole})
+    assert all(p.grad is None for p in split.parameters())
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")  # there is one process
+def test_what_cannot_be_told_apart_in_shards_is_refused():
+    """FSDP1's flat parameters, the joint form of a sharded model, and tensors split in other ways."""
+    flat = FullyShardedDataParallel(nn.Linear(7, 3), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(UnsupportedStateError, match="take FSDP2"):
+        Sums(flat, task="classification")
+    split = nn.Linear(7, 3)
+    fully_shard(split)
+    with pytest.raises(UnsupportedStateError, match="grouping batch squares the gradient of one process's batch"):
+        Sums(split, grouping="batch", task="classification")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    parallel = parallelize_module(nn.Linear(7, 3), init_device_mesh("cpu", (1,)), ColwiseParallel())
+    with pytest.raises(UnsupportedStateError, match="split in another way"):
+        Sums(parallel, task="classification")
+
+
+@pytest.mark.usefixtures("group")
+def test_a_batch_for_company_adds_nothing():
+    """It runs, so that other processes can go on, and neither sums nor count change."""
+    torch.manual_seed(1)
+    model, batch = make("llama"), batch_of("causal-lm")
+    sums = Sums(shard(model, torch.device("cpu")))
+    sums.add(batch)
+    before = {name: total.full_tensor().clone() for name, total in sums.named().items()}
+    sums.add(batch, counts=False)
+    assert all(torch.equal(total.full_tensor(), before[name]) for name, total in sums.named().items())
+    assert sums.examples == len(batch["labels"])

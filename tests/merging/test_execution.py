@@ -1,0 +1,220 @@
+"""How the equations are run: chunks, the pool, the fused pass."""
+
+import weakref
+
+import pytest
+import torch
+
+from squisher_mergekit.errors import ValuesError
+from squisher_mergekit.merging import execution
+from squisher_mergekit.merging.execution import Input, merge_squisher, merge_ubgm
+from squisher_mergekit.merging.run import Run
+from tests.merging.reference import assert_within, draw_fisher, largest, squisher_reference, ubgm_reference
+
+SIZE = 2 * execution.CHUNK + 7919
+WEIGHTS = (1.0, 0.3, 2.0)
+
+
+def _inputs(size: int, dtype: torch.dtype, seed: int = 0) -> list[Input]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Input(
+            torch.randn(size, generator=generator).to(dtype),
+            draw_fisher([size], generator),
+            weight,
+            1.0,
+            (f"w{i}", "f"),
+        )
+        for i, weight in enumerate(WEIGHTS)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_chunks_over_the_pool_agree_with_float64(dtype: torch.dtype) -> None:
+    """A tensor of several chunks, the last one short, merges as in float64 in every dtype."""
+    inputs = _inputs(SIZE, dtype)
+    thetas, fishers = [i.theta for i in inputs], [i.fisher for i in inputs]
+    outcome = merge_squisher(inputs, dtype)
+    assert outcome.values.dtype == dtype
+    assert_within(outcome.values, squisher_reference(thetas, fishers, WEIGHTS), largest(thetas))
+
+
+def test_chunks_that_need_no_care_agree_with_float64() -> None:
+    """Fishers far from over- and underflow, in one chunk alone or in all, merge as in float64 by both methods."""
+    generator = torch.Generator().manual_seed(7)
+    inputs = [
+        Input(torch.randn(SIZE, generator=generator), 10 ** (torch.rand(SIZE, generator=generator) * 20 - 20), weight)
+        for weight in (1.0, *WEIGHTS)
+    ]
+    assert inputs[1].fisher is not None
+    inputs[1].fisher[:5] = 0
+    base, *others = inputs
+    thetas, fishers = [i.theta for i in others], [i.fisher for i in others]
+    merged = merge_squisher(others, torch.float32)
+    assert_within(merged.values, squisher_reference(thetas, fishers, WEIGHTS), largest(thetas))
+    assert (sum(merged.shares), merged.fell_back) == (pytest.approx(1, rel=1e-6), 0)
+    size = base.theta.double().abs() + sum(
+        w * (t.double() - base.theta).abs() for w, t in zip(WEIGHTS, thetas, strict=True)
+    )
+    for prior in (0.0, 0.1):
+        reference = ubgm_reference(base.theta, base.fisher, thetas, fishers, WEIGHTS, prior)
+        assert_within(merge_ubgm(base, others, prior, torch.float32).values, reference, size)
+
+
+def test_threads_change_nothing_and_are_restored() -> None:
+    """One torch thread or three give bit-equal results, and torch's thread count is left as it was."""
+    inputs, before = _inputs(SIZE, torch.float32), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = merge_squisher(inputs, torch.float32).values
+        torch.set_num_threads(3)
+        pooled = merge_squisher(inputs, torch.float32).values
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone, pooled)
+
+
+def test_a_worker_has_one_torch_thread() -> None:
+    """In the pool torch works with one thread, whatever its default is; with more it would spin at every operation."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        pool = execution._Pool().get(3)
+        counts = [pool.submit(lambda: (torch.ones(3) + 1, torch.get_num_threads())[1]).result() for _ in range(6)]
+        pool.shutdown()
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [1] * 6
+
+
+def test_inputs_are_not_changed_and_may_be_strided() -> None:
+    """Transposed inputs merge like contiguous ones, and nothing is written into an input."""
+    generator = torch.Generator().manual_seed(1)
+    thetas = [torch.randn(31, 17, generator=generator) for _ in range(2)]
+    fishers = [draw_fisher([31, 17], generator) for _ in range(2)]
+    copies = [tensor.clone() for tensor in (*thetas, *fishers)]
+    strided = merge_squisher(
+        [Input(t.t().contiguous().t(), f.t().contiguous().t()) for t, f in zip(thetas, fishers, strict=True)],
+        torch.float32,
+    )
+    plain = merge_squisher([Input(t, f) for t, f in zip(thetas, fishers, strict=True)], torch.float32)
+    assert torch.equal(strided.values, plain.values)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip((*thetas, *fishers), copies, strict=True))
+
+
+@pytest.mark.parametrize(("bad", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-1e-9, "negative")])
+@pytest.mark.parametrize("place", [3, SIZE - 1])
+def test_an_invalid_entry_is_named(bad: float, word: str, place: int) -> None:
+    """NaN, infinite and negative entries of F are refused with the tensor, the file and the kind."""
+    inputs = _inputs(SIZE, torch.float32)
+    assert inputs[1].fisher is not None
+    inputs[1].fisher[place] = bad
+    with pytest.raises(ValuesError, match=f"w1 in f has 1 {word} of {SIZE}"):
+        merge_squisher(inputs, torch.float32)
+
+
+def test_without_fishers_the_weighted_mean() -> None:
+    """Where a Fisher is missing, models enter by their weights; UBGM adds the mean difference to the base."""
+    inputs = [Input(i.theta, None, i.weight) for i in _inputs(101, torch.float32)]
+    mean = sum(i.weight * i.theta.double() for i in inputs) / sum(WEIGHTS)
+    outcome = merge_squisher(inputs, torch.float32)
+    torch.testing.assert_close(outcome.values.double(), mean, rtol=1e-6, atol=1e-6)
+    assert outcome.fell_back == 101
+    with_base = merge_ubgm(Input(torch.full((101,), 5.0), None), inputs, 0.0, torch.float32)
+    torch.testing.assert_close(with_base.values.double(), mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def as_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path of an accelerator, with the tensors on the CPU."""
+    monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
+
+
+@pytest.mark.usefixtures("as_accelerator")
+@pytest.mark.parametrize("prior", [None, 0.0, 0.5])
+def test_the_fused_pass_agrees_with_float64(prior: float | None) -> None:
+    """The pass for accelerators gives the same merges, shares and counts as the chunks on the CPU."""
+    inputs = _inputs(1009, torch.bfloat16)
+    thetas, fishers = [i.theta for i in inputs], [i.fisher for i in inputs]
+    if prior is None:
+        outcome = merge_squisher(inputs, torch.float32)
+        assert_within(outcome.values, squisher_reference(thetas, fishers, WEIGHTS), largest(thetas))
+        assert float(sum(outcome.shares)) == pytest.approx(1.0, rel=1e-5)
+        return
+    base, *others = inputs
+    outcome = merge_ubgm(base, others, prior, torch.float32)
+    reference = ubgm_reference(base.theta, base.fisher, thetas[1:], fishers[1:], WEIGHTS[1:], prior)
+    size = base.theta.double().abs() + sum(
+        w * (t.double() - base.theta.double()).abs() for w, t in zip(WEIGHTS[1:], thetas[1:], strict=True)
+    )
+    assert_within(outcome.values, reference, size)
+
+
+@pytest.mark.usefixtures("as_accelerator")
+def test_the_fused_pass_flags_invalid_entries_later() -> None:
+    """On an accelerator nothing waits: the flag is looked at when the outcome is checked."""
+    inputs = _inputs(1009, torch.float32)
+    assert inputs[2].fisher is not None
+    inputs[2].fisher[5] = float("nan")
+    outcome = merge_squisher(inputs, torch.float32)
+    with pytest.raises(ValuesError, match="w2 in f has 1 NaN of 1009 entries"):
+        outcome.check()
+
+
+@pytest.mark.usefixtures("as_accelerator")
+def test_what_is_looked_at_later_holds_no_fisher_and_no_result() -> None:
+    """A run on an accelerator keeps counts only: not every Fisher of the model until the end."""
+    run = Run("squisher")
+    inputs = _inputs(1009, torch.float32)
+    outcome = merge_squisher(inputs, torch.float32)
+    held = [weakref.ref(tensor) for item in inputs for tensor in (item.theta, item.fisher)] + [
+        weakref.ref(outcome.values)
+    ]
+    run.record("w", ["0", "1", "2"], outcome)
+    del inputs, outcome
+    assert [ref() for ref in held] == [None] * 7
+    run.check()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_accelerator")
+@pytest.mark.filterwarnings("ignore")
+def test_the_fused_pass_compiles_once_for_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled pass serves other sizes and weights without compiling again, and agrees with float64."""
+    import torch._dynamo
+
+    monkeypatch.setattr(execution, "COMPILE_FROM", 1)
+    torch._dynamo.reset()
+    execution._COMPILED.clear()
+    counters = torch._dynamo.utils.counters
+    compiled = []
+    for seed, size in enumerate((1009, 2003, 3001)):
+        inputs = [
+            Input(i.theta, i.fisher, i.weight * (1 + seed), 1.0 + seed) for i in _inputs(size, torch.bfloat16, seed)
+        ]
+        thetas, fishers = [i.theta for i in inputs], [i.fisher for i in inputs]
+        outcome = merge_squisher(inputs, torch.bfloat16)
+        assert_within(outcome.values, squisher_reference(thetas, fishers, WEIGHTS), largest(thetas))
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[0] == compiled[1] == compiled[2] == 1
+    assert not execution._COMPILER_MISSING.is_set()
+
+
+def test_without_a_compiler_the_pass_runs_eagerly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where torch.compile fails, one line says so and the plain function runs, now and later."""
+
+    def broken(function: object, **_: object) -> object:
+        def fail(*_: object) -> object:
+            raise RuntimeError("no compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(execution, "_COMPILED", {})
+    monkeypatch.setattr(execution, "_COMPILER_MISSING", type(execution._COMPILER_MISSING)())
+    assert execution.fused(lambda x: x + 1, execution.COMPILE_FROM)(1) == 2
+    assert execution.fused(lambda x: x + 2, execution.COMPILE_FROM)(1) == 3
+    assert len([record for record in caplog.records if "eager" in record.message]) == 1

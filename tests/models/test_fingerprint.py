@@ -1,0 +1,133 @@
+"""The fingerprint of weights: the same for the same weights in any file layout, another for any others."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from squisher_mergekit.models.fingerprint import difference, fingerprint
+
+
+def _weights(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embed.weight": (53, 31), "norm.weight": (31,), "scale": (), "empty": (0, 5)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def _print(folder, weights, name="model"):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / f"{name}.safetensors")
+    return fingerprint(folder, name)
+
+
+def test_the_form(tmp_path):
+    """fp1, the structure's digest of 6 bytes, the content's of 12."""
+    structure, content = _print(tmp_path, _weights()).removeprefix("fp1:").split("-")
+    assert (len(bytes.fromhex(structure)), len(bytes.fromhex(content))) == (6, 12)
+
+
+def test_it_does_not_depend_on_the_layout_of_files(tmp_path):
+    """One file, shards in any order, another order in the file: one fingerprint."""
+    weights = _weights()
+    one = _print(tmp_path / "one", weights)
+    assert _print(tmp_path / "turned", dict(reversed(weights.items()))) == one
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    names = {name: f"model-{i}.safetensors" for i, name in enumerate(weights)}
+    for name, file in names.items():
+        save_file({name: weights[name]}, shards / file)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert fingerprint(shards) == one
+    assert fingerprint(tmp_path / "one" / "model.safetensors") == one
+
+
+@pytest.mark.parametrize("place", [(0, 0), (52, 30)])
+def test_one_changed_value_at_an_end_of_a_large_tensor_is_seen(tmp_path, place):
+    """The first and the last block of every tensor are in the sample."""
+    weights = _weights()
+    before = _print(tmp_path / "a", weights)
+    weights["embed.weight"][place] += 1
+    after = _print(tmp_path / "b", weights)
+    assert after != before
+    assert after.split("-")[0] == before.split("-")[0]
+    assert difference(before, after).startswith("same names, shapes and dtypes, but other values")
+
+
+@pytest.mark.parametrize("index", range(31))
+def test_any_changed_value_of_a_small_tensor_is_seen(tmp_path, index):
+    """A tensor of at most 1024 bytes is read whole."""
+    weights = _weights()
+    before = _print(tmp_path / "a", weights)
+    weights["norm.weight"][index] = 7
+    assert _print(tmp_path / "b", weights) != before
+
+
+def test_all_bytes_of_a_tensor_at_the_limit_are_in_the_sample(tmp_path):
+    """At 256 floats, 1024 bytes, no value escapes."""
+    weights = {"w": torch.zeros(256)}
+    prints = {_print(tmp_path, weights)}
+    for index in range(256):
+        prints.add(_print(tmp_path, {"w": torch.zeros(256).index_fill(0, torch.tensor(index), 1.0)}))
+    assert len(prints) == 257
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w | {"scale": w["scale"].double()},
+        lambda w: w | {"norm.weight": w["norm.weight"].reshape(31, 1)},
+        lambda w: w | {"more": torch.ones(2)},
+        lambda w: {("norm.bias" if name == "norm.weight" else name): tensor for name, tensor in w.items()},
+        lambda w: {name: tensor.bfloat16() for name, tensor in w.items()},
+        lambda w: w | {"empty": torch.zeros(5, 0)},
+    ],
+)
+def test_another_name_shape_or_dtype_changes_the_structure(tmp_path, change):
+    """What the headers say is in the first digest, and the difference says so."""
+    before = _print(tmp_path / "a", _weights())
+    after = _print(tmp_path / "b", change(_weights()))
+    assert after.split("-")[0] != before.split("-")[0]
+    assert difference(before, after).startswith("names, shapes or dtypes of the weights differ")
+
+
+def test_two_tensors_swapped_are_seen(tmp_path):
+    """Values belong to their names."""
+    weights = {"a": torch.zeros(3), "b": torch.ones(3)}
+    assert _print(tmp_path / "a", weights) != _print(tmp_path / "b", {"a": weights["b"], "b": weights["a"]})
+
+
+def test_no_weights_have_no_fingerprint(tmp_path):
+    """A folder without safetensors weights is unknown, and unknown differs from nothing."""
+    assert fingerprint(tmp_path) is None
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    assert fingerprint(tmp_path) is None
+    assert fingerprint(tmp_path / "pytorch_model.bin") is None
+    assert difference(None, "fp1:a-b") is None
+    assert difference("fp1:a-b", None) is None
+    assert difference("fp1:a-b", "fp1:a-b") is None
+
+
+def test_an_adapter_has_its_own(tmp_path):
+    """An adapter's weights are read by their own file name."""
+    assert _print(tmp_path, _weights(), "adapter_model").startswith("fp1:")
+    assert fingerprint(tmp_path) is None
+
+
+def test_the_cost_does_not_grow_with_the_tensor(tmp_path, monkeypatch):
+    """Of a tensor of 4 MB eight blocks of 128 bytes are read, beside the header."""
+    import io
+
+    save_file({"w": torch.zeros(1 << 20)}, tmp_path / "model.safetensors")
+    read = []
+    original = io.BufferedReader.read
+
+    class Spy(io.BufferedReader):
+        def read(self, size=-1):
+            read.append(size)
+            return original(self, size)
+
+    monkeypatch.setattr("pathlib.Path.open", lambda self, mode: Spy(io.FileIO(self, "r")))
+    fingerprint(tmp_path)
+    assert read.count(128) == 8
+    assert sum(read) < 2000

@@ -1,0 +1,49 @@
+"""Where the inputs of a weight lie."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from squisher_mergekit.models.input_axes import axes_on_disk, input_axes
+from squisher_mergekit.models.parameters import describe
+from squisher_mergekit.models.weights import open_weights
+from tests.training.cases import make
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (nn.Linear(5, 3), 5),
+        (nn.Conv1d(5, 3, 7), 5),
+        (nn.Conv2d(5, 3, 7), 5),
+        (nn.Conv3d(5, 3, 2), 5),
+        (nn.ConvTranspose2d(5, 3, 7), 5),
+        (Conv1D(3, 5), 5),
+    ],
+)
+def test_the_axis_is_that_of_the_inputs(module, inputs):
+    """Each kind of layer by its own layout."""
+    shapes = {"weight": tuple(module.weight.shape)}
+    axis = input_axes(module, describe(module).skeleton, shapes)["weight"]
+    assert module.weight.shape[axis] == inputs
+
+
+@pytest.mark.parametrize(("transposed", "axis"), [(True, 1), (False, 2), (None, None)])
+def test_packed_experts_say_which_way_they_lie(transposed, axis):
+    """Three axes are experts, inputs and outputs in either order; unsaid, nothing is guessed."""
+    module = nn.Module()
+    module.packed = nn.Parameter(torch.zeros(3, 5, 7))
+    if transposed is not None:
+        module.is_transposed = transposed
+    assert input_axes(module, describe(module).skeleton, {"packed": (3, 5, 7)}) == {"packed": axis}
+
+
+def test_on_disk_the_config_tells(tmp_path):
+    """GPT-2's Conv1D keeps [in, out]; without its config, matrices count as [out, in]."""
+    make("gpt2").save_pretrained(tmp_path)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    weights = open_weights(tmp_path)
+    assert axes_on_disk(weights, {name: (12, 48)}) == {name: 0}
+    (tmp_path / "config.json").unlink()
+    assert axes_on_disk(open_weights(tmp_path), {name: (12, 48), "experts": (2, 3, 5)}) == {name: 1, "experts": None}

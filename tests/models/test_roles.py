@@ -1,0 +1,104 @@
+"""Which weights have a role."""
+
+import pytest
+from torch import nn
+
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.models import roles
+from squisher_mergekit.models.weights import open_weights
+from tests.estimators.models import make
+
+# What is an output layer, and what is an ordinary matrix, in models of transformers, by names on disk.
+KNOWN = {
+    "bert": ({"classifier.weight"}, {"bert.pooler.dense.weight", "bert.encoder.layer.1.attention.self.key.weight"}),
+    "distilbert": ({"classifier.weight", "pre_classifier.weight"}, {"distilbert.transformer.layer.0.ffn.lin1.weight"}),
+    "llama": ({"lm_head.weight"}, {"model.layers.0.mlp.up_proj.weight"}),
+    "llama-tied": (set(), {"model.layers.0.mlp.up_proj.weight"}),
+    "gpt2": (set(), {"transformer.h.1.mlp.c_fc.weight"}),
+    "mixtral": ({"lm_head.weight"}, {"model.layers.0.block_sparse_moe.experts.2.w1.weight"}),
+    "t5": (set(), {"encoder.block.0.layer.0.SelfAttention.q.weight"}),
+    "bart": (set(), {"model.decoder.layers.0.fc1.weight"}),
+    "vit": ({"classifier.weight"}, {"vit.encoder.layer.0.intermediate.dense.weight"}),
+    "roberta": (
+        {"classifier.dense.weight", "classifier.out_proj.weight"},
+        {"roberta.encoder.layer.0.output.dense.weight"},
+    ),
+}
+EMBEDDINGS = {
+    "bert": {f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")},
+    "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"},
+    "llama-tied": {"model.embed_tokens.weight"},
+    "t5": {
+        "shared.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    },
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_roles_of_models_of_transformers(name, tmp_path):
+    """Heads are outputs, tables are embeddings, vectors are norms or biases, and the rest has no role."""
+    make(name).save_pretrained(tmp_path)
+    weights = open_weights(tmp_path)
+    found = roles.roles_on_disk(weights)
+    outputs, plain = KNOWN[name]
+    assert {key for key, role in found.items() if role == "output"} == outputs
+    assert plain <= weights.infos.keys() - found.keys()
+    for key, info in weights.infos.items():
+        if len(info.shape) < 2:
+            assert found[key] == ("bias" if key.endswith("bias") else "norm")
+    if name in EMBEDDINGS:
+        assert {key for key, role in found.items() if role == "embedding"} == EMBEDDINGS[name]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "llama-tied", "mixtral", "vit"])
+def test_names_do_where_there_is_no_config(name, tmp_path):
+    """They tell the same of the usual architectures."""
+    make(name).save_pretrained(tmp_path)
+    by_config = roles.roles_on_disk(open_weights(tmp_path))
+    (tmp_path / "config.json").unlink()
+    assert roles.roles_on_disk(open_weights(tmp_path)) == by_config
+
+
+def test_roles_of_any_other_model():
+    """The output is the last module with a matrix, also where a vector comes after it."""
+    model = nn.ModuleDict(
+        {
+            "table": nn.Embedding(7, 3),
+            "conv": nn.Conv2d(3, 5, 3),
+            "bn": nn.BatchNorm2d(5),
+            "fc": nn.Linear(5, 11),
+            "scale": nn.LayerNorm(11),
+        }
+    )
+    assert roles.roles_of(model) == {
+        "table.weight": "embedding",
+        "conv.bias": "bias",
+        "bn.weight": "norm",
+        "bn.bias": "bias",
+        "fc.weight": "output",
+        "fc.bias": "bias",
+        "scale.weight": "norm",
+        "scale.bias": "bias",
+    }
+
+
+def test_what_is_ignored_and_why():
+    """Roles, names and patterns; the first reason counts."""
+    names = ["a.weight", "a.bias", "b.weight", "head.weight"]
+    found = roles.ignored({"a.bias": "bias", "head.weight": "output"}, names, ["b.weight", r"^a\."])
+    assert found == {
+        "a.bias": "bias",
+        "head.weight": "output",
+        "b.weight": "matches b.weight",
+        "a.weight": r"matches ^a\.",
+    }
+    assert roles.ignored({"a.bias": "bias"}, names, skip=()) == {}
+
+
+@pytest.mark.parametrize(("pattern", "message"), [("(", "found '\\('"), ("nothing", "nothing matches 'nothing'")])
+def test_a_pattern_that_serves_nothing_is_refused(pattern, message):
+    """It is misspelt, most likely."""
+    with pytest.raises(ConfigError, match=message):
+        roles.ignored({}, ["a.weight"], [pattern])

@@ -1,0 +1,165 @@
+"""Weights on disk, and changed copies of a model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError
+from squisher_mergekit.fisher.config import FisherConfig
+from squisher_mergekit.fisher.files import MemoryStore
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.models.fingerprint import fingerprint
+from squisher_mergekit.models.weights import check_alike, check_fits, open_weights, write_changed
+from tests import hub_server
+from tests.estimators.models import make
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A Llama in three shards, with what a tokenizer and a trainer leave beside it."""
+    folder = tmp_path / "model"
+    make("llama").save_pretrained(folder, max_shard_size="5KB")
+    for name in ("tokenizer.json", "chat_template.jinja", "trainer_state.json", "optimizer.pt", "training_args.bin"):
+        (folder / name).write_text("{}")
+    (folder / "checkpoint-3").mkdir()
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    return folder
+
+
+def _fisher(weights, mark=None, **others):
+    tensors = {name: torch.ones(info.shape) for name, info in weights.infos.items()} | others
+    config = FisherConfig(estimator="empirical", statistic="mean", weights_fingerprint=mark)
+    return Fisher(MemoryStore({name: tensor for name, tensor in tensors.items() if tensor is not None}), config)
+
+
+def test_a_changed_copy_is_the_model_but_for_the_change(saved, tmp_path):
+    """Shards, index, config and tokenizer stay; from_pretrained loads it; other weights are the same to the bit."""
+    weights, out = open_weights(saved), tmp_path / "out"
+    write_changed(weights, out, lambda name, tensor: tensor * 2 if "q_proj" in name else tensor)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (saved, out))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor * 2 if "q_proj" in name else tensor), name
+    kept = {path.name for path in saved.iterdir()} - {"trainer_state.json", "optimizer.pt", "training_args.bin"}
+    assert {path.name for path in out.iterdir()} == kept - {"checkpoint-3"}
+    for file in saved.glob("model-*"):
+        assert list(load_file(file)) == list(load_file(out / file.name))
+
+
+def test_bits_of_every_dtype_are_copied(tmp_path):
+    """What is not changed leaves as it came: floats of 8 to 64 bits, integers, bools, scalars and empty tensors."""
+    dtypes = (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
+              torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)  # fmt: skip
+    tensors = {str(dtype): torch.arange(7).reshape(7, 1).to(dtype) for dtype in dtypes}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 5)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt", "mine": "yes"})
+    write_changed(open_weights(tmp_path), tmp_path / "out", lambda _, tensor: tensor)
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype
+        assert torch.equal(again[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
+    assert fingerprint(tmp_path) == fingerprint(tmp_path / "out")
+
+
+def test_a_tensor_can_be_left_out(tmp_path):
+    """None in place of a tensor."""
+    save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "model.safetensors")
+    write_changed(open_weights(tmp_path), tmp_path / "out", lambda name, tensor: tensor if name == "b" else None)
+    assert list(load_file(tmp_path / "out" / "model.safetensors")) == ["b"]
+
+
+def test_nothing_is_left_of_a_copy_that_failed(saved, tmp_path):
+    """Neither at the place itself nor beside it."""
+
+    def change(name, tensor):
+        if "layers.1" in name:
+            raise RuntimeError("halfway")
+        return tensor
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        write_changed(open_weights(saved), tmp_path / "out", change)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_place_that_is_taken_is_refused(saved, tmp_path):
+    """A file, and a folder with anything in it; an empty folder is none."""
+    weights = open_weights(saved)
+    (tmp_path / "file").write_text("x")
+    for taken in (tmp_path / "file", saved):
+        with pytest.raises(ConfigError, match="must be new or empty"):
+            write_changed(weights, taken, lambda _, tensor: tensor)
+    (tmp_path / "empty").mkdir()
+    write_changed(weights, tmp_path / "empty", lambda _, tensor: tensor)
+    assert open_weights(tmp_path / "empty").infos == weights.infos
+
+
+def test_weights_that_are_not_there(saved, tmp_path):
+    """No folder and no Hub id, a folder without safetensors, a lost shard: each in one line."""
+    with pytest.raises(NotFoundError, match="--base must be a folder or a Hub id"):
+        open_weights(tmp_path / "nowhere", "--base")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(NotFoundError, match=r"bare has none; save the model by save_pretrained"):
+        open_weights(tmp_path / "bare")
+    next(saved.glob("model-00002*")).unlink()
+    with pytest.raises(CorruptFileError, match="copy the missing shard"):
+        open_weights(saved)
+
+
+def test_weights_come_from_the_hub(saved, tmp_path, monkeypatch):
+    """By id; what is not part of a model is not fetched."""
+    files = {path.name: path.read_bytes() for path in saved.iterdir() if path.is_file()}
+    with hub_server.serve() as hub:
+        hub_server.point_at(hub, tmp_path / "home", monkeypatch)
+        hub.add("me/llama", files)
+        found = open_weights("me/llama")
+    assert found.infos == open_weights(saved).infos
+    assert (found.folder / "chat_template.jinja").is_file()
+    assert not any("optimizer" in path for _, path in hub.requests)
+
+
+def test_a_fisher_that_fits_is_taken_with_a_word_on_its_weights(saved):
+    """Nothing is said where the weights are those it was made at, or unknown."""
+    weights = open_weights(saved)
+    assert check_fits(_fisher(weights, fingerprint(saved)), weights, weights.infos) is None
+    assert check_fits(_fisher(weights), weights, weights.infos) is None
+    assert "differ" in (check_fits(_fisher(weights, "fp1:0-1"), weights, weights.infos) or "")
+
+
+def test_a_fisher_that_does_not_fit_is_refused(saved):
+    """It lacks a tensor, has one too many, or one of another shape."""
+    weights = open_weights(saved)
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(MismatchError, match=f"lacks {name}"):
+        check_fits(_fisher(weights, **{name: None}), weights, weights.infos)
+    check_fits(_fisher(weights, **{name: None}), weights, [other for other in weights.infos if other != name])
+    with pytest.raises(MismatchError, match="but strange in memory is not in"):
+        check_fits(_fisher(weights, strange=torch.ones(2)), weights, ())
+    with pytest.raises(MismatchError, match=r"must have the weight's shape"):
+        check_fits(_fisher(weights, **{name: torch.ones(2)}), weights, ())
+
+
+def test_models_that_are_not_alike_are_refused(saved, tmp_path):
+    """Another shape, another dtype, a missing tensor."""
+    weights = open_weights(saved)
+    check_alike(weights, weights, weights.infos)
+    name = "lm_head.weight"
+    for change, found in (
+        (lambda tensor: tensor[1:].clone(), r"has \[28, 12\]"),
+        (lambda tensor: tensor.bfloat16(), "of torch.bfloat16"),
+        (lambda tensor: None, "has none"),
+    ):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        write_changed(weights, out, lambda key, tensor, change=change: change(tensor) if key == name else tensor)
+        with pytest.raises(MismatchError, match=found):
+            check_alike(weights, open_weights(out), weights.infos)
+
+
+def test_the_index_is_kept(saved, tmp_path):
+    """It is that of the same shards."""
+    write_changed(open_weights(saved), tmp_path / "out", lambda _, tensor: tensor)
+    index = "model.safetensors.index.json"
+    assert json.loads((tmp_path / "out" / index).read_text()) == json.loads((saved / index).read_text())

@@ -1,0 +1,54 @@
+"""Parameters in flat buffers that were cut up."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from squisher_mergekit.errors import MismatchError
+from squisher_mergekit.optimizers.checkpoints.flat_buffers import check_lengths, cut, prove
+from squisher_mergekit.optimizers.encodings import Slices
+
+
+@pytest.mark.parametrize("start", range(12))
+def test_a_cut_over_several_buffers_is_that_of_their_concatenation(start):
+    """For every start and length the slices, joined, are what concatenating first would give."""
+    buffers = [torch.arange(5.0), torch.empty(0), torch.arange(5.0, 6.0), torch.arange(6.0, 12.0)]
+    whole = torch.cat(buffers)
+    for length in range(1, 13 - start):
+        slices = [flat[begin : begin + size] for flat, begin, size in cut(buffers, start, length)]
+        assert torch.equal(torch.cat(slices), whole[start : start + length])
+    with pytest.raises(ValueError, match="1 entries before"):
+        list(cut(buffers, start, 13 - start))
+
+
+def test_buffers_of_several_types_or_shapes_are_refused():
+    """What is no flat tensor of one type is not concatenated in thought either."""
+    for other in (torch.zeros(2, 2), torch.zeros(4, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="flat buffers"):
+            list(cut([torch.zeros(3), other], 0, 5))
+
+
+@pytest.mark.parametrize("place", [0, 1, 63, 236, 299, 300, 363, 436, 499])
+def test_the_proof_looks_at_the_ends_of_every_slice(place):
+    """A shift by one entry shows anywhere; a single wrong entry shows within 64 of an end of a slice."""
+    weight = torch.randn(500)
+    buffers = [weight[:300].clone(), torch.cat([weight[300:], torch.zeros(7)])]
+    master = Slices(tuple(cut(buffers, 0, 500)), torch.Size([20, 25]))
+    assert prove({"w": master}, {"w": weight.reshape(20, 25)}, Path("step")) == 1
+    other = weight.clone()
+    other[place] += 1
+    with pytest.raises(MismatchError, match="w is not its weights"):
+        prove({"w": master}, {"w": other.reshape(20, 25)}, Path("step"))
+    shifted = Slices(tuple(cut(buffers, 1, 500)), torch.Size([20, 25]))
+    with pytest.raises(MismatchError, match="w is not its weights"):
+        prove({"w": shifted}, {"w": weight.reshape(20, 25)}, Path("step"))
+
+
+def test_lengths_may_differ_by_padding_alone():
+    """Where no weights follow a buffer may be longer than they are; elsewhere, or shorter, it may not."""
+    weights = [torch.zeros(4), torch.zeros(3), torch.zeros(0)]
+    check_lengths(weights, [{"v": torch.zeros(4), "step": 3}, {"v": torch.zeros(4)}, {"v": torch.zeros(4)}])
+    for lengths in ((3, 4, 4), (5, 4, 4), (4, 2, 4)):
+        with pytest.raises(ValueError, match="length of v"):
+            check_lengths(weights, [{"v": torch.zeros(n)} for n in lengths])

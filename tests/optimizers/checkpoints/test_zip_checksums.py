@@ -1,0 +1,83 @@
+"""Flipped bytes in a zip archive of torch's, which torch.load itself does not notice."""
+
+import zipfile
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from squisher_mergekit import load_fisher
+from squisher_mergekit.cli.main import main
+from squisher_mergekit.errors import CorruptFileError
+from squisher_mergekit.optimizers.checkpoints import safe_pickle
+from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums, check_archive
+from tests.optimizers.states import copy, flip, truth
+
+CASE, NAME = "trainer_llama_decay", "model.layers.0.mlp.up_proj.weight"
+
+
+def _flipped(folder):
+    """Flip a bit of an entry of one second moment."""
+    file = folder / "optimizer.pt"
+    row = truth(CASE)[NAME][3].numpy().tobytes()
+    flip(file, file.read_bytes().index(row) + 5)
+    return folder
+
+
+def test_a_flipped_bit_is_noticed_where_it_is_read(tmp_path):
+    """The tensor it is in is refused, all others are right; nothing of it is noticed on opening."""
+    fisher = load_fisher(_flipped(copy(CASE, tmp_path)))
+    with pytest.raises(CorruptFileError, match=r"checksum .*--no-verify"):
+        fisher[NAME]
+    assert all(torch.equal(fisher[name], tensor) for name, tensor in truth(CASE).items() if name != NAME)
+
+
+def test_extraction_refuses_it_unless_told_not_to_look(tmp_path):
+    """Squisher extract leaves nothing behind; with --no-verify it takes the number as it is."""
+    folder = _flipped(copy(CASE, tmp_path))
+    done = CliRunner().invoke(main, ["extract", str(folder), "-o", str(tmp_path / "out"), "--quiet"])
+    assert (done.exit_code, "checksum" in done.output, (tmp_path / "out").exists()) == (1, True, False)
+    done = CliRunner().invoke(main, ["extract", str(folder), "-o", str(tmp_path / "out"), "--quiet", "--no-verify"])
+    assert done.exit_code == 0
+    found = load_fisher(tmp_path / "out")[NAME]
+    assert int((found != truth(CASE)[NAME]).sum()) == 1
+
+
+def test_a_flipped_bit_of_the_pickle_is_noticed_always(tmp_path):
+    """What says how the tensors are made is held against its checksum whether or not anybody asks."""
+    file = copy(CASE, tmp_path) / "optimizer.pt"
+    with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
+        record = next(r for name, r in check_archive(stream).items() if name.endswith("data.pkl"))
+        content = archive.read(record.name)
+    place = content.index(b"betas") + 1  # another key, no damage to the pickle's grammar
+    flip(file, record.offset + place, mask=0x02)
+    for verify in (True, False):
+        with pytest.raises(CorruptFileError, match=r"optimizer\.pt"):
+            load_fisher(file, verify=verify)
+
+
+def test_a_tensor_must_be_one_record(tmp_path):
+    """A pickle that claims more of the file than its record is refused, also with its checksum made right."""
+    torch.save({"a": torch.ones(4), "b": torch.ones(4)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as old, zipfile.ZipFile(tmp_path / "y.pt", "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("data.pkl"):
+                assert data.count(b"K\x04t") == 2  # the number of entries of each storage
+                data = data.replace(b"K\x04t", b"K\x05t", 1)
+            new.writestr(name, data)
+    with pytest.raises(CorruptFileError, match="must each be one record"):
+        safe_pickle.load(tmp_path / "y.pt", Checksums(wanted=True))
+
+
+def test_compressed_records_are_refused(tmp_path):
+    """Torch stores records as they are; a compressed one could unfold to any size."""
+    torch.save({"a": torch.ones(4)}, tmp_path / "x.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pt") as old,
+        zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with (tmp_path / "y.pt").open("rb") as stream, pytest.raises(CorruptFileError, match="not compressed"):
+        check_archive(stream)

@@ -1,0 +1,222 @@
+"""Which slot is which parameter: made-up parameter lists, every rule of the Trainer, and every way tried by hand."""
+
+from itertools import combinations
+from random import Random
+
+import pytest
+from torch import nn
+
+from squisher_mergekit.errors import MismatchError, NamingError
+from squisher_mergekit.models.checkpoint_names import types_around
+from squisher_mergekit.optimizers.assign_names import Parameter, assign
+
+
+def _parameter(name, shape, *types):
+    return Parameter(name, shape, frozenset(types))
+
+
+IN_LAYER_NORM = types_around("norm.weight", {"norm": nn.LayerNorm(3)})
+
+
+# In the model's order. The comment says which rules decay it: until 4.48, 4.49 to 4.52, since 4.53.
+MODEL = [
+    _parameter("embed_tokens.weight", (53, 8), "Embedding"),  # all
+    _parameter("layers.0.q_proj.weight", (8, 8), "Linear"),  # all
+    _parameter("layers.0.q_proj.bias", (8,), "Linear"),  # none
+    _parameter("layers.0.q_norm.weight", (2,), "Qwen3RMSNorm"),  # until 4.48, 4.49 to 4.52
+    _parameter("layers.0.input_layernorm.weight", (8,), "Qwen2RMSNorm"),  # until 4.48
+    _parameter("layers.0.ln_1.weight", (3,), *IN_LAYER_NORM),  # none
+    _parameter("layers.0.ln_2.scale", (5,), "LlamaRMSNorm"),  # since 4.53
+    _parameter("layers.0.conv_norm_2.weight", (7,), "Norm"),  # all: _norm is not at the end of a part
+    _parameter("layers.0.RMSNorm_f.weight", (11,), "Other"),  # until 4.48: names count in lower case later
+    _parameter("norm.weight", (13,), "Qwen2RMSNorm"),  # until 4.48, 4.49 to 4.52
+    _parameter("norms.weight", (17,), "Other"),  # all
+    _parameter("lm_head.weight", (53, 8), "Linear"),  # all
+]
+ALWAYS = {"embed_tokens.weight", "layers.0.q_proj.weight", "layers.0.conv_norm_2.weight", "norms.weight",
+          "lm_head.weight"}  # fmt: skip
+DECAYED = {
+    "until 4.48": ALWAYS
+    | {"layers.0.q_norm.weight", "layers.0.input_layernorm.weight", "layers.0.RMSNorm_f.weight", "norm.weight"},
+    "4.49 to 4.52": ALWAYS | {"layers.0.q_norm.weight", "norm.weight"},
+    "since 4.53": ALWAYS | {"layers.0.ln_2.scale"},
+}
+
+
+def _split(parameters, decayed):
+    return [[p for p in parameters if (p.name in decayed) is kind] for kind in (True, False)]
+
+
+def _shapes(groups):
+    return [[p.shape for p in group] for group in groups]
+
+
+def _names(groups):
+    return [[p.name for p in group] for group in groups]
+
+
+@pytest.mark.parametrize("era", DECAYED)
+def test_each_rule_of_the_trainer_is_found_from_the_shapes(era):
+    """Two groups split by the rule of any era come back with the names of that era, none being told."""
+    groups = _split(MODEL, DECAYED[era])
+    assert assign(_shapes(groups), MODEL, None, "optimizer.pt") == _names(groups)
+
+
+def test_one_group_is_in_the_models_order():
+    """An optimizer made from model.parameters() numbers them as the model does."""
+    assert assign(_shapes([MODEL]), MODEL, None, "optimizer.pt") == _names([MODEL])
+
+
+@pytest.mark.parametrize("era", DECAYED)
+def test_frozen_parameters_are_skipped_in_every_rule(era):
+    """With the embeddings frozen, the slots that remain still fit one way by their shapes."""
+    frozen = {"embed_tokens.weight", "layers.0.q_norm.weight", "lm_head.weight", "layers.0.ln_1.weight"}
+    groups = _split([p for p in MODEL if p.name not in frozen], DECAYED[era])
+    trained = {name for group in _names(groups) for name in group}
+    assert assign(_shapes(groups), MODEL, trained, "optimizer.pt") == _names(groups)
+
+
+def test_two_rules_that_differ_are_not_chosen_between():
+    """Where two rules fit the shapes and give a tensor different names, the mapping is refused."""
+    parameters = [
+        _parameter("a.weight", (3,), "Linear"),
+        _parameter("norm.weight", (3,), "Other"),  # decayed until 4.52
+        _parameter("b.weight", (3,), "LlamaRMSNorm"),  # decayed since 4.53
+    ]
+    with pytest.raises(NamingError, match=r"optimizer\.pt.* one way only.*4\.5"):
+        assign([[(3,), (3,)], [(3,)]], parameters, None, "optimizer.pt")
+
+
+def test_two_rules_that_agree_are_one():
+    """Rules that split a model alike are no ambiguity."""
+    parameters = [_parameter("a.weight", (3, 3), "Linear"), _parameter("a.bias", (3,), "Linear")]
+    assert assign([[(3, 3)], [(3,)]], parameters, None, "f") == [["a.weight"], ["a.bias"]]
+
+
+EQUAL = [_parameter(name, (3, 3), "Linear") for name in ("a.weight", "b.weight", "c.weight")]
+
+
+def test_which_of_equal_layers_is_frozen_cannot_be_told_without_the_base():
+    """Two slots for three equal layers fit in three ways; the cure is the base model, or names."""
+    with pytest.raises(NamingError, match=r"optimizer\.pt.* one way only.*--base DIR.*--names FILE"):
+        assign([[(3, 3), (3, 3)]], EQUAL, None, "optimizer.pt")
+
+
+@pytest.mark.parametrize("trained", list(combinations(["a.weight", "b.weight", "c.weight"], 2)))
+def test_what_changed_since_the_base_was_trained(trained):
+    """With two of three equal layers known to have changed, they are the two."""
+    assert assign([[(3, 3), (3, 3)]], EQUAL, set(trained), "optimizer.pt") == [list(trained)]
+
+
+def test_a_base_that_tells_too_little_is_refused_without_asking_for_it_again():
+    """If one change alone is known where two were trained, --names is the cure left."""
+    with pytest.raises(NamingError) as caught:
+        assign([[(3, 3), (3, 3)]], EQUAL, {"b.weight"}, "optimizer.pt")
+    assert "one way only" in str(caught.value)
+    assert "--names FILE" in str(caught.value)
+    assert "--base" not in str(caught.value)
+
+
+def test_a_base_that_contradicts_the_state_is_refused():
+    """More layers changed than the optimizer held: it is not the base of this run."""
+    with pytest.raises(NamingError):
+        assign([[(3, 3)]], EQUAL, {"a.weight", "b.weight"}, "optimizer.pt")
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [[(3, 3)] * 4],
+        [[(3, 3), (3, 3), (3, 5)]],
+        [[(3, 5)]],
+        [[(9,), (3, 3), (3, 3)]],
+        [[(3, 3)], [(3, 3)], [(3, 3)]],
+        [[(3, 3)] * 3, [(3,)]],
+    ],
+)
+def test_what_does_not_fit_is_refused(slots):
+    """Too many slots, a foreign or flattened shape, an unknown number of groups: refused with place and cure."""
+    with pytest.raises((NamingError, MismatchError), match=r"optimizer\.pt.*--"):
+        assign(slots, EQUAL, None, "optimizer.pt")
+
+
+def test_transposed_shapes_are_not_taken():
+    """Same number of entries is not same shape."""
+    with pytest.raises((NamingError, MismatchError)):
+        assign([[(5, 3)]], [_parameter("a.weight", (3, 5), "Linear")], None, "optimizer.pt")
+
+
+def test_a_slot_never_stepped_leaves_the_others_their_names():
+    """A slot without a tensor takes a place in the order, and those with one are named by their shapes."""
+    parameters = [_parameter(f"{n}.weight", (n,), "Linear") for n in (2, 3, 5)]
+    assert assign([[(2,), None, (5,)]], parameters, None, "f") == [["2.weight", "3.weight", "5.weight"]]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_way_tried_by_hand_agrees(seed):
+    """On random lists of few shapes: the mapping is given if one choice in order fits by brute force, else refused."""
+    random = Random(seed)
+    outcomes = set()
+    for _ in range(40):
+        count = random.randint(1, 7)
+        parameters = [_parameter(f"p{i}", (random.choice([2, 3, 5]),), "Linear") for i in range(count)]
+        trained = sorted(random.sample(range(count), random.randint(1, count)))
+        changed = {f"p{i}" for i in trained if random.random() < 0.6} if random.random() < 0.6 else None
+        shapes = [parameters[i].shape for i in trained]
+        if random.random() < 0.1:
+            shapes[random.randrange(len(shapes))] = (7,)
+        ways = [
+            [parameters[i].name for i in some]
+            for some in combinations(range(count), len(trained))
+            if [parameters[i].shape for i in some] == shapes
+            and (changed or set()) <= {parameters[i].name for i in some}
+        ]
+        if len(ways) == 1:
+            assert assign([shapes], parameters, changed, "f") == [ways[0]]
+        else:
+            with pytest.raises((NamingError, MismatchError)):
+                assign([shapes], parameters, changed, "f")
+        outcomes.add(min(len(ways), 2))
+    assert outcomes == {0, 1, 2}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_slots_never_stepped_are_named_only_if_one_name_fits(seed):
+    """By brute force over all ways: a stepped slot with two names is refused, one never stepped has None for a name."""
+    random = Random(seed)
+    outcomes = set()
+    for _ in range(60):
+        count = random.randint(2, 6)
+        parameters = [_parameter(f"p{i}", (random.choice([2, 3, 5, 7]),), "Linear") for i in range(count)]
+        held = sorted(random.sample(range(count), random.randint(1, count)))
+        shapes = [parameters[i].shape if random.random() < 0.6 else None for i in held]
+        changed = {parameters[i].name for i, shape in zip(held, shapes, strict=True) if shape and random.random() < 0.3}
+        ways = [
+            [parameters[i].name for i in some]
+            for some in combinations(range(count), len(held))
+            if all(
+                parameters[i].name not in changed if shape is None else parameters[i].shape == shape
+                for i, shape in zip(some, shapes, strict=True)
+            )
+            and changed <= {parameters[i].name for i in some}
+        ]
+        possible = [set(names) for names in zip(*ways, strict=True)]
+        if any(shape is not None and len(names) > 1 for shape, names in zip(shapes, possible, strict=True)):
+            outcomes.add("refused")
+            with pytest.raises(NamingError, match="one way only"):
+                assign([shapes], parameters, changed, "f")
+            continue
+        expected = [next(iter(names)) if len(names) == 1 else None for names in possible]
+        outcomes.add("partly named" if None in expected else "named")
+        assert assign([shapes], parameters, changed, "f") == [expected]
+    assert outcomes == {"refused", "partly named", "named"}
+
+
+def test_many_equal_layers_do_not_take_exponential_time():
+    """400 equal layers of which 200 were trained: refused at once, and found at once when the base tells which."""
+    parameters = [_parameter(f"layers.{i}.weight", (3, 3), "Linear") for i in range(400)]
+    slots = [[(3, 3)] * 200]
+    with pytest.raises(NamingError):
+        assign(slots, parameters, None, "f")
+    trained = [p.name for p in parameters[::2]]
+    assert assign(slots, parameters, set(trained), "f") == [trained]

@@ -1,0 +1,156 @@
+"""Forms in which a second moment is kept, worked out entry by entry as their source says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from squisher_mergekit.errors import CorruptFileError
+from squisher_mergekit.optimizers.checkpoints.safe_pickle import Quantized
+from squisher_mergekit.optimizers.checkpoints.torch_save import content
+from squisher_mergekit.optimizers.encodings import Joined, Slices, parts, read
+from squisher_mergekit.optimizers.slots import parse
+
+FILE = Path("optimizer.pt")
+_BETAS = {"betas": (0.9, 0.97)}
+_M = torch.rand(5, 7)
+
+
+ADAFACTORS = {
+    "torch.optim.Adafactor": lambda p: torch.optim.Adafactor(p),
+    "transformers.optimization.Adafactor": lambda p: transformers.Adafactor(p, lr=1e-3, relative_step=False),
+}
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (2, 3, 5)])
+@pytest.mark.parametrize("name", ADAFACTORS)
+def test_adafactor_is_the_outer_product_of_its_means(name, shape):
+    """Row and column means follow v = b_t v + (1 - b_t) g^2 with 1 - b_t = t^-0.8, and need no bias correction."""
+    parameter = torch.nn.Parameter(torch.ones(shape))
+    optimizer = ADAFACTORS[name]([parameter])
+    generator = torch.Generator().manual_seed(3)
+    mean = torch.zeros(shape, dtype=torch.float64)
+    for step in range(1, 5):
+        parameter.grad = torch.randn(shape, generator=generator)
+        optimizer.step()
+        mean += (parameter.grad.double() ** 2 - mean) * step**-0.8
+    (slot,) = parse(content(optimizer.state_dict(), FILE)).slots
+    if len(shape) > 1:
+        rows, columns = mean.mean(-1), mean.mean(-2)
+        mean = rows[..., None] * columns[..., None, :] / rows.mean(-1)[..., None, None]
+    assert slot.tensor.shape == shape
+    torch.testing.assert_close(read(slot.tensor).double(), mean, rtol=1e-5, atol=0)
+    assert (slot.moment.class_, slot.moment.decay, slot.moment.corrected, slot.steps) == (name, None, True, 4)
+
+
+def test_row_and_column_means_must_belong_together():
+    """Means of different leading shapes are refused as damaged."""
+    parameter = torch.nn.Parameter(torch.ones(5, 3))
+    optimizer = torch.optim.Adafactor([parameter])
+    parameter.grad = torch.ones(5, 3)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["col_var"] = torch.ones(2, 1, 3)
+    with pytest.raises(CorruptFileError, match="must belong together"):
+        parse(content(state, FILE))
+
+
+def _bitsandbytes(wrapped, **changes):
+    """State of a 17 x 31 parameter as bitsandbytes writes it, and its second moment entry by entry."""
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randint(0, 256, (17, 31), generator=generator, dtype=torch.uint8)
+    levels, scales = torch.rand(256, generator=generator), torch.rand(3, generator=generator)
+    inner = {"state1": codes, "state2": codes, "qmap1": levels, "qmap2": levels, "absmax1": scales, "absmax2": scales}
+    inner = {key: value for key, value in {**inner, **changes}.items() if value is not None}
+    state = {"step": 3, "__bnb_optimizer_quant_state__": inner} if wrapped else {"step": 3, **inner}
+    expected = [levels[int(code)] * scales[i // 256] for i, code in enumerate(codes.flatten())]
+    groups = [{"params": [0], "betas": (0.9, 0.99)}]
+    return {"state": {0: state}, "param_groups": groups}, torch.stack(expected).reshape(17, 31)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_eight_bits_are_levels_times_the_scale_of_their_block(wrapped):
+    """Both generations of bitsandbytes' files give level times scale, the last block being short."""
+    state, expected = _bitsandbytes(wrapped)
+    (slot,) = parse(content(state, FILE)).slots
+    assert torch.equal(read(slot.tensor), expected)
+    assert (slot.tensor.shape, slot.moment.decay, slot.steps) == ((17, 31), 0.99, 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"absmax2": torch.ones(2)}, {"qmap2": torch.ones(255)}, {"absmax2": None}, {"state2": torch.ones(17, 31)}],
+)
+def test_eight_bits_whose_parts_do_not_fit_are_refused(changes):
+    """Too few scales, too few levels, none at all, or codes that are none."""
+    state, _ = _bitsandbytes(True, **changes)
+    with pytest.raises(CorruptFileError, match="do not belong together"):
+        parse(content(state, FILE))
+
+
+def _torchao(kind, shape, **parts):
+    """A tensor as torchao writes it, through the stand-in that takes its place."""
+    tensor = torch.Tensor._make_wrapper_subclass(Quantized, shape)
+    tensor.__dict__.update(parts)
+    group = {**_BETAS, "params": [0]}
+    return {"state": {0: {"step": torch.tensor(3.0), "exp_avg": _M, kind: tensor}}, "param_groups": [group]}
+
+
+def _parts(form):
+    generator = torch.Generator().manual_seed(9)
+    shape, scale = (16, 32), torch.rand(4, generator=generator)
+    codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    if form == "8 bits":
+        qmap = torch.rand(256, generator=generator)
+        flat = [qmap[int(code)] * scale[i // 128] for i, code in enumerate(codes.flatten())]
+        return shape, {"codes": codes, "scale": scale, "qmap": qmap}, torch.stack(flat).reshape(shape)
+    if form == "4 bits":
+        qmap = torch.rand(16, generator=generator)
+        packed = codes.flatten()[:256]
+        halves = [part for code in packed.tolist() for part in (code >> 4, code & 15)]
+        flat = [qmap[half] * scale[i // 128] for i, half in enumerate(halves)]
+        return shape, {"codes": packed, "scale": scale, "qmap": qmap, "_shape": shape}, torch.stack(flat).reshape(shape)
+    codes = torch.rand(shape, generator=generator).to(torch.float8_e4m3fn)
+    flat = [code * scale[i // 128] for i, code in enumerate(codes.flatten().float())]
+    return shape, {"codes": codes, "scale": scale}, torch.stack(flat).reshape(shape)
+
+
+@pytest.mark.parametrize("form", ["8 bits", "4 bits", "float8"])
+def test_torchaos_codes_are_levels_times_the_scale_of_their_block(form):
+    """Entry by entry, for all of its three forms."""
+    shape, parts, expected = _parts(form)
+    (slot,) = parse(content(_torchao("exp_avg_sq", shape, **parts), FILE)).slots
+    assert torch.equal(read(slot.tensor), expected)
+    assert slot.shape == shape
+
+
+@pytest.mark.parametrize("form", ["8 bits", "4 bits", "float8"])
+@pytest.mark.parametrize("part", ["codes", "scale"])
+def test_torchaos_parts_must_belong_together(form, part):
+    """Parts of another size, or lacking, are refused as damaged."""
+    shape, parts, _ = _parts(form)
+    for other in (parts[part].flatten()[:-1], None):
+        with pytest.raises(CorruptFileError, match="must belong together"):
+            parse(content(_torchao("exp_avg_sq", shape, **{**parts, part: other}), FILE))
+
+
+def test_a_stride_of_zero_claims_no_memory():
+    """A tensor with more entries than its storage has bytes is refused, not blown up."""
+    state = {"exp_avg_sq": torch.rand(1).expand(1 << 40), "step": 3}
+    with pytest.raises(CorruptFileError, match="must have bytes of its own"):
+        parse(content({"state": {0: state}, "param_groups": [{**_BETAS, "params": [0]}]}, FILE))
+
+
+def test_slices_and_shards_are_their_concatenation():
+    """What a trainer cut up is joined again, and what it is read from is told."""
+    flats = (torch.arange(7.0), torch.arange(7.0, 20.0))
+    form = Slices(((flats[0], 2, 5), (flats[1], 0, 10)), torch.Size([3, 5]))
+    assert torch.equal(read(form), torch.arange(2.0, 17.0).reshape(3, 5))
+    assert all(part is flat for part, flat in zip(parts(form), flats, strict=True))
+    places, values = form.sample(2)
+    assert torch.equal(values, read(form).flatten()[places])
+    assert places.tolist() == [0, 1, 3, 4, 5, 6, 13, 14]
+    shards = (torch.rand(3, 2), torch.rand(3, 5))
+    assert torch.equal(read(Joined(shards, 1)), torch.cat(shards, 1))
+    assert Joined(shards, 1).shape == (3, 7)

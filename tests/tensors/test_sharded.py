@@ -1,0 +1,160 @@
+"""Several processes on the CPU (gloo); the truth is what torch gathers, and a run of one process on the whole batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from squisher_mergekit import load_fisher
+from squisher_mergekit.errors import SquisherError
+from squisher_mergekit.tensors.sharded import Together
+from tests.optimizers.test_trainer import _on_disk
+from tests.training import worker
+
+ROOT = Path(__file__).parents[2]
+KINDS = ["ddp", "fsdp1", "fsdp2", "fsdp2_mixtral"]
+
+
+def _start(kind, folder, rank, world):
+    command = [sys.executable, "-m", "tests.training.worker", kind, str(folder), str(rank), str(world)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _run(kind, folder, world):
+    """Run the processes, and return their exit codes and what they said."""
+    folder.mkdir()
+    processes = [_start(kind, folder, rank, world) for rank in range(world)]
+    try:
+        said = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
+
+
+@pytest.fixture
+def group(tmp_path):
+    """Make this process a group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _check(folder, kind):
+    """Hold the Fisher against what torch gathered, to the bit."""
+    truth = load_file(folder / "gathered.safetensors")
+    fisher = load_fisher(folder / "out", model=folder / "out")
+    truth = _on_disk(truth) if kind == "fsdp2_mixtral" else truth
+    assert set(fisher) == set(truth)
+    assert all(torch.equal(fisher[name], tensor) for name, tensor in truth.items())
+    assert fisher.config.weights_fingerprint is not None
+    assert fisher.config.steps == worker.STEPS
+    return fisher
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2_mixtral"])
+@pytest.mark.usefixtures("group")
+def test_sharded_tensors_of_one_process_are_gathered(tmp_path, kind):
+    """FSDP2 with one process: state, average and resume go through sharded tensors, to the bit."""
+    model = worker.make("mixtral" if kind == "fsdp2_mixtral" else "llama")
+    wrapped, optimizer, squares = worker.train(kind, model, 0, 1)
+    assert hasattr(next(iter(squares.squares.values())), "full_tensor")
+    truth, weights = worker.gathered(wrapped, optimizer)
+    worker.save_file(truth, tmp_path / "gathered.safetensors")
+    worker.make("mixtral" if kind == "fsdp2_mixtral" else "llama").save_pretrained(tmp_path / "out", state_dict=weights)
+    worker.save_squisher(wrapped, optimizer, tmp_path / "out")
+    _check(tmp_path, kind)
+    squares.save(tmp_path / "ema", weights=tmp_path / "out")
+    assert worker.resumed(squares, wrapped, tmp_path / "ema")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_write_the_fisher_of_one(tmp_path, kind):
+    """The first process's file is torch's gathered state to the bit, and a single process's to float32's precision."""
+    codes, said = _run(kind, tmp_path / "two", 2)
+    assert codes == [0, 0], said
+    two = _check(tmp_path / "two", kind)
+    if kind == "fsdp2_mixtral":  # whose router balances over the batch it sees, which is another one
+        return
+    codes, said = _run("alone", tmp_path / "one", 1)
+    assert codes == [0], said
+    one = _check(tmp_path / "one", "alone")
+    _close(two, one)
+    assert two.config.coverage == one.config.coverage
+    if kind != "fsdp1":
+        two, one = (load_fisher(tmp_path / name / "out" / "fisher_ema") for name in ("two", "one"))
+        _close(two, one)
+        assert two.config.weights_fingerprint is not None
+
+
+def _close(two, one):
+    assert set(two) == set(one)
+    for name in one:
+        # Sums over a batch in another order: entries near 0 differ most.
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-6 * one[name].max().item())
+
+
+@pytest.mark.slow
+def test_a_failure_of_the_first_process_reaches_the_others(tmp_path):
+    """NaN in the last tensor: both processes end with an error in time, and nothing is left."""
+    codes, said = _run("fsdp2_nan", tmp_path / "run", 2)
+    assert codes == [1, 1]
+    assert "a Fisher must be finite" in said[0]
+    assert "the first process could not write the Fisher: a Fisher must be finite" in said[1]
+    assert not [file for file in (tmp_path / "run").rglob("*") if "fisher" in file.name or file.name.startswith(".")]
+
+
+TRAINER = """
+import sys
+from squisher_mergekit import SquisherCallback
+from tests.training.cases import trainer
+run = trainer("bert", sys.argv[1], [SquisherCallback(beta=0.9)], ddp_backend="gloo", max_grad_norm=0.6)
+run.train()
+"""
+
+
+@pytest.mark.slow
+def test_the_trainer_in_two_processes(tmp_path):
+    """One Fisher lies beside each checkpoint, as extract reads it; the batch counts both processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = tmp_path / "run.py"
+    script.write_text(TRAINER)
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "run")],
+        capture_output=True, text=True, check=False, timeout=240, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    live, read = load_fisher(checkpoint), load_fisher(checkpoint / "optimizer.pt", model=checkpoint)
+    assert all(torch.equal(live[name], read[name]) for name in read)
+    assert set(live) == set(read)
+    assert live.config.examples_per_step == 8
+    assert 0 <= live.config.clipped_share <= 1
+    assert json.loads((checkpoint / "fisher_ema" / "fisher_config.json").read_text())["steps"] == 3
+
+
+@pytest.mark.usefixtures("group")
+def test_work_that_fails_is_told_as_it_is():
+    """In the first process the error is the work's own, with sharded tensors or without."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    tensor = distribute_tensor(torch.arange(7.0), init_device_mesh("cpu", (1,)), [Shard(0)])
+    together = Together()
+    form = together.add(tensor)
+    assert torch.equal(together.run(form.read), torch.arange(7.0))
+    assert (form.shape, form.dtype) == (torch.Size([7]), torch.float32)
+
+    def fail():
+        raise SquisherError("no room")
+
+    for one in (together, Together()):
+        with pytest.raises(SquisherError, match=r"^no room$"):
+            one.run(fail)
