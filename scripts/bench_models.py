@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import write_fisher
-from squisher_mergekit.fisher.mapping import Fisher, TensorInfo
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import fingerprint
+from squisher_mergekit.tensors.safetensors import TensorInfo
 
 Recipe = dict[str, Any]
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
 from squisher_mergekit.fisher.by_parameter import in_memory
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import SafetensorsStore, safetensors_notes, sync
-from squisher_mergekit.fisher.mapping import Fisher, TensorInfo
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.parameters import parameters_of
+from squisher_mergekit.tensors.atomic import sync
+from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorInfo, safetensors_notes
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 MASK_NAME = "mask.safetensors"

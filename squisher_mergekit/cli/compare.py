@@ -49,9 +49,9 @@ def command(
     """
     from tqdm import tqdm
 
-    from squisher_mergekit.cli.output import write_json, write_whole
     from squisher_mergekit.fisher import compare as comparing
     from squisher_mergekit.optimizers.load import load_fisher
+    from squisher_mergekit.tensors.atomic import write_json, write_whole
 
     if len(model) > 2:
         raise click.UsageError(f"--model is given once for both Fishers or once for each, not {len(model)} times")

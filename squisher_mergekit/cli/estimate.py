@@ -102,8 +102,9 @@ def command(
 
     import torch
 
-    from squisher_mergekit.cli.output import config_lines, size_of, write_json
+    from squisher_mergekit.cli.output import config_lines, size_of
     from squisher_mergekit.estimators.dataset.run import Request, estimate_from
+    from squisher_mergekit.tensors.atomic import write_json
 
     request = Request(
         model,

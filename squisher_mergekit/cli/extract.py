@@ -57,8 +57,9 @@ def command(
 
     import torch
 
-    from squisher_mergekit.cli.output import config_lines, size_of, write_json
+    from squisher_mergekit.cli.output import config_lines, size_of
     from squisher_mergekit.optimizers.load import extract
+    from squisher_mergekit.tensors.atomic import write_json
 
     fisher = extract(
         checkpoint,

@@ -45,9 +45,10 @@ def command(
 
     from tqdm import tqdm
 
-    from squisher_mergekit.cli.output import config_lines, size_of, write_json, write_whole
+    from squisher_mergekit.cli.output import config_lines, size_of
     from squisher_mergekit.fisher.summary import known_scaling, summarize
     from squisher_mergekit.optimizers.load import load_fisher
+    from squisher_mergekit.tensors.atomic import write_json, write_whole
 
     if plot is not None:
         from squisher_mergekit.cli.plots import histogram  # says at once if matplotlib is missing

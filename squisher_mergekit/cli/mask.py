@@ -97,7 +97,7 @@ def select_command(
         squisher mask select runs/movies --fisher runs/movies/checkpoint-500 --keep 0.005 -o mask.safetensors
     """
     from squisher_mergekit.applications.fish_mask.files import select_files
-    from squisher_mergekit.cli.output import write_json
+    from squisher_mergekit.tensors.atomic import write_json
 
     fisher = options.pop("fisher")
     selected = select_files(model, fisher, out, head=_patterns(head, no_head), progress=not quiet, **options)
@@ -128,7 +128,7 @@ def reset_command(
         squisher mask reset runs/movies --base bert-base --fisher runs/movies --keep 0.005 -o movies
     """
     from squisher_mergekit.applications.fish_mask.files import reset_files
-    from squisher_mergekit.cli.output import write_json
+    from squisher_mergekit.tensors.atomic import write_json
 
     base = options.pop("base")
     written = reset_files(model, base, out, head=_patterns(head, no_head), progress=not quiet, **options)

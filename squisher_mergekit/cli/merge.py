@@ -7,10 +7,10 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.fisher.files import written_beside
 from squisher_mergekit.merging.mergekit.commands import read_config, run_config
 from squisher_mergekit.merging.report import as_text
 from squisher_mergekit.merging.run import strict_runs
+from squisher_mergekit.tensors.atomic import written_beside
 
 
 @click.command("merge", cls=PrettyPrintHelp)

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from squisher_mergekit.fisher.config import FisherConfig
     from squisher_mergekit.fisher.mapping import Fisher
 
 _SHOWN = 20
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its final name, sync and rename it, so that no half of it is ever found there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    beside = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.chmod(0o644)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write a report as JSON."""
-    write_whole(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def config_lines(config: FisherConfig, size: str) -> Iterator[str]:

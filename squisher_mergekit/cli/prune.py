@@ -107,7 +107,7 @@ def command(
         squisher prune runs/math/checkpoint-500 --fisher fishers/math --pattern 2:4 -o pruned-2-4
     """
     from squisher_mergekit.applications.pruning.files import prune_files
-    from squisher_mergekit.cli.output import write_json
+    from squisher_mergekit.tensors.atomic import write_json
 
     if (sparsity is None) == (pattern is None):
         raise click.UsageError("give either --sparsity or --pattern")

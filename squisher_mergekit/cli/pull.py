@@ -26,9 +26,11 @@ def command(source: str, out: Path, quiet: bool, json_file: Path | None) -> None
     """
     import json
 
-    from squisher_mergekit.cli.output import config_lines, write_json
-    from squisher_mergekit.fisher.hub import progress_bars, pull
+    from squisher_mergekit.cli.output import config_lines
+    from squisher_mergekit.fisher.hub import pull
     from squisher_mergekit.fisher.summary import human_bytes
+    from squisher_mergekit.tensors.atomic import write_json
+    from squisher_mergekit.tensors.hub import progress_bars
 
     with progress_bars(not quiet):
         fisher = pull(source, out)

@@ -54,10 +54,10 @@ def command(
 
     from tqdm import tqdm
 
-    from squisher_mergekit.cli.output import write_json
     from squisher_mergekit.fisher import publish
-    from squisher_mergekit.fisher.hub import progress_bars
     from squisher_mergekit.optimizers.load import load_fisher
+    from squisher_mergekit.tensors.atomic import write_json
+    from squisher_mergekit.tensors.hub import progress_bars
 
     publish.check(repo)
     opened = load_fisher(fisher, model)

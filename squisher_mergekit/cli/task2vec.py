@@ -115,7 +115,7 @@ def embed_command(
         places_of,
         write_embeddings,
     )
-    from squisher_mergekit.cli.output import write_json
+    from squisher_mergekit.tensors.atomic import write_json
 
     tasks = open_tasks(fishers, model)
     places_of(list(tasks), out)
@@ -159,7 +159,7 @@ def distance_command(
         squisher task2vec distance tasks/*.safetensors --plot tasks.png --json tasks.json
     """
     from squisher_mergekit.applications.task2vec.distances import clustered, distance_matrix
-    from squisher_mergekit.cli.output import write_json, write_whole
+    from squisher_mergekit.tensors.atomic import write_json, write_whole
 
     if plot is not None:
         from squisher_mergekit.cli.task2vec_plots import heat_map  # says at once if matplotlib is missing
@@ -217,7 +217,7 @@ def rank_command(
     """
     from squisher_mergekit.applications.task2vec import ranking
     from squisher_mergekit.applications.task2vec.distances import distance_matrix
-    from squisher_mergekit.cli.output import write_json
+    from squisher_mergekit.tensors.atomic import write_json
 
     known = _known_alpha(metric, alpha)
     found = _embedded((target, *sources), model, quiet)

@@ -17,11 +17,12 @@ from squisher_mergekit.estimators.per_example.tape import Tape
 from squisher_mergekit.estimators.per_example.verify import Proof, Trial, mixed, prove
 from squisher_mergekit.estimators.tasks import Batch, Datum, Forward, Outputs, Task, choose, run, size_of
 from squisher_mergekit.fisher.config import Coverage, Estimator, FisherConfig
-from squisher_mergekit.fisher.files import TIED, MemoryStore
-from squisher_mergekit.fisher.mapping import Fisher, TensorStore
+from squisher_mergekit.fisher.files import TIED
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.convert import store_moments
 from squisher_mergekit.models.parameters import describe, memory_names, unwrap_model, uses_fsdp1
-from squisher_mergekit.tensors.sharded import Together, is_sharded, placed, sharded_modules, whole
+from squisher_mergekit.tensors.safetensors import MemoryStore, TensorStore
+from squisher_mergekit.tensors.sharded import OnRankZero, distributed_like, gathered, is_sharded, sharded_modules
 
 Grouping = Literal["example", "batch"]
 _NAMES: dict[tuple[Labels, Grouping], Estimator] = {
@@ -207,10 +208,10 @@ class Sums:
             examples: How many are in them.
         """
         for name, total in self.named().items():
-            total.copy_(placed(total_of(name), total, total.dtype))
+            total.copy_(distributed_like(total_of(name), total, total.dtype))
         self._restored, self._count = True, examples
 
-    def fisher(self, together: Together | None = None, **known: Any) -> Fisher:
+    def fisher(self, together: OnRankZero | None = None, **known: Any) -> Fisher:
         """Return the sums by the names on disk. They are the living ones, not copies.
 
         Args:
@@ -224,7 +225,7 @@ class Sums:
             if not is_sharded(total):
                 tensors[name] = total
             else:
-                tensors[name] = together.add(total) if together else whole(total).cpu()
+                tensors[name] = together.add(total) if together else gathered(total).cpu()
         store, aliases, adapter = _on_disk(self.model, tensors)
         config = FisherConfig(
             estimator=_NAMES[self._labels, self._grouping],
@@ -284,7 +285,7 @@ def _on_disk(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorStore,
     described = describe(model)
     if described.adapter is not None:
         return MemoryStore({described.adapter[name]: tensor for name, tensor in tensors.items()}), {}, True
-    bones = described.skeleton
+    bones = described.checkpoint_names
     store = store_moments("memory", tensors, bones, ())
     kept = {recipe.key: name for name, recipe in store.recipes.items()}
     aliases = {other: kept[name] for other, name in (bones.aliases if bones else {}).items() if name in kept}

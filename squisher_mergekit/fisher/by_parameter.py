@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.config import Scaling
-from squisher_mergekit.fisher.mapping import Fisher, check_shape
-from squisher_mergekit.models.checkpoint_names import Skeleton
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.parameters import describe, parameters_of, unwrap_model
+from squisher_mergekit.tensors.safetensors import check_shape
 
 Read = Callable[[str], Tensor]
 
@@ -68,32 +69,32 @@ def in_memory(model: nn.Module, fisher: Fisher, read: Read | None = None) -> tup
     described = describe(model, set(fisher))
     names: Mapping[str, str] = described.adapter or {name: name for name in described.names.values()}
     read = read or fisher.__getitem__
-    if described.skeleton is not None:
-        return _undone(fisher, described.skeleton, read)
+    if described.checkpoint_names is not None:
+        return _undone(fisher, described.checkpoint_names, read)
     found = {name: key for name, key in names.items() if key in fisher}
     tensors = {name: read(key) for name, key in found.items()}
     return tensors, {name: fisher.config.steps_of(key) or 0 for name, key in found.items()}
 
 
-def _undone(fisher: Fisher, skeleton: Skeleton, read: Read) -> tuple[dict[str, Tensor], dict[str, int]]:
+def _undone(fisher: Fisher, checkpoint_names: CheckpointNames, read: Read) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Undo the way to disk: what is sent through it are the places of the entries, which tell where each one went."""
     keys: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for key, sources in skeleton.sources.items():
+    for key, sources in checkpoint_names.sources.items():
         keys[sources].append(key)
-    shapes = {parameter.name: parameter.shape for parameter in skeleton.parameters}
+    shapes = {parameter.name: parameter.shape for parameter in checkpoint_names.parameters}
     tensors, steps = {}, {}
     for sources, stored in keys.items():
-        if not all(_found(fisher, key, skeleton) for key in stored):
+        if not all(_found(fisher, key, checkpoint_names) for key in stored):
             continue
         sizes = [torch.Size(shapes[source]).numel() for source in sources]
         starts = [sum(sizes[:number]) for number in range(len(sizes))]
-        places = skeleton.convert(
+        places = checkpoint_names.convert(
             {
                 source: torch.arange(start, start + size).reshape(shapes[source])
                 for source, start, size in zip(sources, starts, sizes, strict=True)
             }
         )
-        names = {key: _found(fisher, key, skeleton) or key for key in stored}
+        names = {key: _found(fisher, key, checkpoint_names) or key for key in stored}
         parts = {key: read(name) for key, name in names.items()}
         whole = torch.empty(sum(sizes), dtype=torch.promote_types(parts[stored[0]].dtype, torch.float32))
         for key, part in parts.items():
@@ -105,7 +106,7 @@ def _undone(fisher: Fisher, skeleton: Skeleton, read: Read) -> tuple[dict[str, T
     return tensors, steps
 
 
-def _found(fisher: Fisher, key: str, skeleton: Skeleton) -> str | None:
+def _found(fisher: Fisher, key: str, checkpoint_names: CheckpointNames) -> str | None:
     """Return the name that a Fisher has for a stored tensor, perhaps that of one tied to it."""
-    same = (key, *(alias for alias, kept in skeleton.aliases.items() if kept == key))
+    same = (key, *(alias for alias, kept in checkpoint_names.aliases.items() if kept == key))
     return next((name for name in same if name in fisher), None)

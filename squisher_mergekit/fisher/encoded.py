@@ -10,7 +10,8 @@ import torch
 
 from squisher_mergekit.errors import CorruptFileError
 from squisher_mergekit.fisher import compact
-from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, TensorStore, check_values
+from squisher_mergekit.fisher.mapping import Fisher, check_values
+from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore
 
 _CURE = "copy the file again, or extract the Fisher anew"
 

@@ -4,37 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from squisher_mergekit.errors import MismatchError, ValuesError
+from squisher_mergekit.errors import ValuesError
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of a tensor: shape, dtype as stored, bytes on disk."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    nbytes: int
-
-
-class TensorStore(Protocol):
-    """Where the tensors of a Fisher lie; headers are read at once, tensors one at a time."""
-
-    @property
-    def location(self) -> str:
-        """Where it is, for messages."""
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """Name -> header, in the order of the file."""
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, memory-mapped where possible; it must not be written to."""
+from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore
 
 
 class Fisher(Mapping[str, torch.Tensor]):
@@ -230,17 +205,4 @@ def refuse_invalid(counts: torch.Tensor, total: int, name: str, location: str) -
         raise ValuesError(
             f"a Fisher must be finite and not negative; {name} in {location} has {found} of {total} entries; "
             "use a checkpoint from before training broke"
-        )
-
-
-def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], location: str) -> None:
-    """Refuse a Fisher tensor that is not shaped like its parameter.
-
-    Raises:
-        MismatchError: The shapes differ.
-    """
-    if tuple(found) != tuple(wanted):
-        raise MismatchError(
-            f"the Fisher of {name} must have the weight's shape {list(wanted)}, but {location} has {list(found)}; "
-            "take the Fisher that was made with these weights"
         )

@@ -13,7 +13,6 @@ from torch import Tensor
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher, Moments, check_values
-from squisher_mergekit.fisher.names import kind_of
 
 # A bin of the histograms is a hundredth of a decade wide, from below float32's smallest number to above its largest.
 BINS_PER_DECADE = 100
@@ -157,3 +156,20 @@ def human_bytes(size: int) -> str:
     """
     power = min(int(math.log10(size)) // 3, 4) if size else 0
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of layer a parameter belongs to: its name without indices, ``weight`` and ``bias``.
+
+    Example:
+        >>> kind_of("model.layers.3.mlp.up_proj.weight"), kind_of("bert.embeddings.LayerNorm.bias")
+        ('mlp.up_proj', 'embeddings.LayerNorm')
+    """
+    parts = name.split(".")
+    if len(parts) > 1 and parts[-1] in ("weight", "bias"):
+        parts = parts[:-1]
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    inner = [part for part in parts[(first or 0) :] if not part.isdigit()]
+    if first is None:
+        inner = inner[-2:] if len(inner) > 2 else inner[-1:]
+    return ".".join(inner) or name

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
-from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.density import Rows
+from squisher_mergekit.tensors.safetensors import MemoryStore
 
 
 class LoadedFisher(TypedDict):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from squisher_mergekit.fisher.mapping import refuse_invalid
-from squisher_mergekit.fisher.names import kind_of
+from squisher_mergekit.fisher.summary import kind_of
 from squisher_mergekit.merging.execution import Outcome
 from squisher_mergekit.merging.merge_plan import MergePlan
 from squisher_mergekit.merging.rollback import Output

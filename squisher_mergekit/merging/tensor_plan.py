@@ -7,9 +7,10 @@ from pathlib import Path
 
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.config import Scaling
-from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, check_shape
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.parameters import SQUISHER, UBGM_SQUISHER
 from squisher_mergekit.merging.sources import ModelFiles, Opened, Sources, find_name
+from squisher_mergekit.tensors.safetensors import TensorInfo, check_shape
 
 
 @dataclass(frozen=True)

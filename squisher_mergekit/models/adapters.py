@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError
-from squisher_mergekit.models.checkpoint_names import Skeleton, meta_model, types_around
-from squisher_mergekit.optimizers.assign_names import Parameter
+from squisher_mergekit.models.checkpoint_names import CheckpointNames, Parameter, meta_model, types_around
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def adapter_skeleton(folder: Path, base: Path | None) -> Skeleton:
+def adapter_names(folder: Path, base: Path | None) -> CheckpointNames:
     """Build the adapter over its base model, both without weights; names on disk are those of ``adapter_model``.
 
     Args:
@@ -53,7 +52,7 @@ def adapter_skeleton(folder: Path, base: Path | None) -> Skeleton:
         return {on_disk[name]: tensor for name, tensor in tensors.items()}
 
     saved = [name for name in trainable if name in on_disk]
-    return Skeleton(
+    return CheckpointNames(
         parameters,
         {name: name for name in trainable},
         {on_disk[name]: (name,) for name in saved},

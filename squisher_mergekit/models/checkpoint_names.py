@@ -1,5 +1,6 @@
 """A Hugging Face model without its weights: which parameters it has, in which order, and how they are named on disk."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,13 +11,40 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import CorruptFileError, NamingError, UnsupportedStateError
-from squisher_mergekit.optimizers.assign_names import LAYER_NORM, NAMES_CURE, Parameter
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a model.
+
+    ``types``: class names of the modules around it, the root excepted, and of their bases. ``trainable``: it asks for
+    a gradient unless somebody freezes it.
+    """
+
+    name: str
+    shape: Shape
+    types: frozenset[str] = frozenset()
+    trainable: bool = True
+
+    @property
+    def numel(self) -> int:
+        """How many entries it has."""
+        return math.prod(self.shape)
+
+
+LAYER_NORM = "torch.nn.LayerNorm"
+
+
+NAMES_CURE = "--names FILE with one name a line, line i for the optimizer's parameter i"
+
 
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class CheckpointNames:
     """What a model's class tells.
 
     ``parameters``: in the model's order, tied ones once, under their first name. ``first``: every name in memory ->
@@ -32,7 +60,7 @@ class Skeleton:
     convert: Convert = field(repr=False)
 
 
-def skeleton(folder: Path, stored: Collection[str] = ()) -> Skeleton:
+def checkpoint_names(folder: Path, stored: Collection[str] = ()) -> CheckpointNames:
     """Build the model that a folder's ``config.json`` describes, on the meta device: no weights, no memory.
 
     Args:
@@ -57,7 +85,7 @@ def skeleton(folder: Path, stored: Collection[str] = ()) -> Skeleton:
 
 
 @lru_cache(maxsize=16)
-def _cached(file: Path, _changed_at: int, stored: frozenset[str]) -> Skeleton:
+def _cached(file: Path, _changed_at: int, stored: frozenset[str]) -> CheckpointNames:
     return of_model(meta_model(file.parent), stored)
 
 
@@ -85,7 +113,7 @@ def meta_model(folder: Path) -> nn.Module:
     return model
 
 
-def of_model(model: nn.Module, stored: Collection[str] = ()) -> Skeleton:
+def of_model(model: nn.Module, stored: Collection[str] = ()) -> CheckpointNames:
     """Describe a model of transformers.
 
     A model is saved under the names that it was loaded from: BERT's LayerNorm.gamma, an older prefix, packed experts.
@@ -105,7 +133,7 @@ def of_model(model: nn.Module, stored: Collection[str] = ()) -> Skeleton:
     return _described(model, _usual_steps(model))
 
 
-def _described(model: nn.Module, steps: Sequence[Any]) -> Skeleton:
+def _described(model: nn.Module, steps: Sequence[Any]) -> CheckpointNames:
     modules = dict(model.named_modules())
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -131,7 +159,7 @@ def _described(model: nn.Module, steps: Sequence[Any]) -> Skeleton:
         for name, others in stored:
             if name != kept[same[0]] and len(others) == len(main):
                 aliases.update(zip(others, main, strict=True))
-    return Skeleton(
+    return CheckpointNames(
         parameters,
         {name: same[0] for same in names.values() for name in same},
         _sources(tensors, whole, convert),

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from squisher_mergekit.fisher.files import safetensors_files, safetensors_header
+from squisher_mergekit.tensors.safetensors import safetensors_files, safetensors_header
 
 _BLOCKS, _BLOCK = 8, 128
 

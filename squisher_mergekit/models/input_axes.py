@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from squisher_mergekit.models.checkpoint_names import Skeleton
+from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.weights import Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -14,7 +14,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def input_axes(model: nn.Module, skeleton: Skeleton, shapes: Shapes) -> dict[str, int | None]:
+def input_axes(model: nn.Module, checkpoint_names: CheckpointNames, shapes: Shapes) -> dict[str, int | None]:
     """Return the input axis of each weight by the module that has it.
 
     Linear layers keep [out, in], GPT-2's Conv1D [in, out], convolutions [out, in, ...], transposed ones [in, out, ...].
@@ -22,7 +22,7 @@ def input_axes(model: nn.Module, skeleton: Skeleton, shapes: Shapes) -> dict[str
 
     Args:
         model: The model, unwrapped.
-        skeleton: Its names on disk.
+        checkpoint_names: Its names on disk.
         shapes: Of the tensors on disk.
 
     Returns:
@@ -35,7 +35,7 @@ def input_axes(model: nn.Module, skeleton: Skeleton, shapes: Shapes) -> dict[str
     }
     axes = {}
     for name, shape in shapes.items():
-        sources = skeleton.sources.get(skeleton.aliases.get(name, name), ())
+        sources = checkpoint_names.sources.get(checkpoint_names.aliases.get(name, name), ())
         axes[name] = _of_module(owners.get(sources[0]) if sources else None, shape)
     return axes
 

@@ -11,9 +11,24 @@ from torch import Tensor, nn
 
 from squisher_mergekit.errors import NamingError
 from squisher_mergekit.models.adapters import disk_names
-from squisher_mergekit.models.checkpoint_names import Skeleton, of_model
-from squisher_mergekit.optimizers.assign_names import Parameter
-from squisher_mergekit.optimizers.names import unwrapped
+from squisher_mergekit.models.checkpoint_names import CheckpointNames, Parameter, of_model
+
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def unwrapped(name: str) -> str:
+    """Strip what DDP, torch.compile, FSDP and activation checkpointing put into a name.
+
+    Example:
+        >>> unwrapped("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
+        'encoder.weight'
+    """
+    for wrapper in _WRAPPERS[1:]:
+        name = name.replace(wrapper, "")
+    while name.startswith(_WRAPPERS[0]):
+        name = name.removeprefix(_WRAPPERS[0])
+    return name
+
 
 _CONVERSIONS = "_weight_conversions"  # where transformers notes how a model was loaded, and so how it is saved
 
@@ -22,12 +37,12 @@ _CONVERSIONS = "_weight_conversions"  # where transformers notes how a model was
 class Described:
     """What is known of a model's parameters.
 
-    ``names``: id of a parameter -> its name in memory, wrappers left out. ``skeleton``: how these become the names on
+    ``names``: id of a parameter -> its name in memory, wrappers left out. ``checkpoint_names``: the way from these to
     disk; None where they are those already. ``adapter``: of a LoRA, name in memory -> name on disk.
     """
 
     names: Mapping[int, str]
-    skeleton: Skeleton | None = None
+    checkpoint_names: CheckpointNames | None = None
     adapter: Mapping[str, str] | None = None
 
     @property
@@ -121,7 +136,7 @@ def _clean(name: str) -> str:
     return unwrapped(f".{name}")[1:]
 
 
-def _plain(model: nn.Module) -> Skeleton:
+def _plain(model: nn.Module) -> CheckpointNames:
     """Describe a model that is saved by its state_dict."""
     same: dict[int, list[str]] = {}
     parameters = {}
@@ -129,7 +144,7 @@ def _plain(model: nn.Module) -> Skeleton:
         same.setdefault(id(parameter), []).append(_clean(name))
         parameters[id(parameter)] = parameter
     firsts = {names[0]: tuple(parameters[key].shape) for key, names in same.items()}
-    return Skeleton(
+    return CheckpointNames(
         tuple(Parameter(name, shape) for name, shape in firsts.items()),
         {name: names[0] for names in same.values() for name in names},
         {name: (name,) for name in firsts},
@@ -139,7 +154,7 @@ def _plain(model: nn.Module) -> Skeleton:
     )
 
 
-def _of_transformers(described: nn.Module, model: nn.Module, stored: Collection[str]) -> Skeleton:
+def _of_transformers(described: nn.Module, model: nn.Module, stored: Collection[str]) -> CheckpointNames:
     """Describe a model as save_pretrained saves it; ``described`` is ``model``, or the same without wrappers."""
     with _untouched(described):
         bones = of_model(described, stored or _names_when_saved(described, model))

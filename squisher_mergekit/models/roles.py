@@ -9,10 +9,10 @@ from typing import Any, Literal
 from torch import nn
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.fisher.mapping import TensorInfo
-from squisher_mergekit.models.checkpoint_names import Skeleton
+from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.parameters import parameters_of, unwrap_model
 from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.tensors.safetensors import TensorInfo
 
 Role = Literal["embedding", "norm", "bias", "output"]
 ROLES: tuple[Role, ...] = ("embedding", "norm", "bias", "output")
@@ -55,22 +55,24 @@ def roles_on_disk(weights: Weights) -> dict[str, Role]:
     """
     if weights.outline is None:
         return _by_name(weights.infos)
-    model, skeleton = weights.outline
-    return named_on_disk(roles_of(model), skeleton, weights.infos)
+    model, checkpoint_names = weights.outline
+    return named_on_disk(roles_of(model), checkpoint_names, weights.infos)
 
 
-def named_on_disk(roles: Mapping[str, Role], skeleton: Skeleton, names: Iterable[str]) -> dict[str, Role]:
+def named_on_disk(
+    roles: Mapping[str, Role], checkpoint_names: CheckpointNames, names: Iterable[str]
+) -> dict[str, Role]:
     """Return roles by the names on disk.
 
     Args:
         roles: By the names in memory.
-        skeleton: Of the model.
+        checkpoint_names: Of the model.
         names: On disk.
     """
     found: dict[str, Role] = {}
     for name in names:
-        sources = skeleton.sources.get(skeleton.aliases.get(name, name), ())
-        role = roles.get(skeleton.first.get(sources[0], sources[0])) if sources else _by_shape(name, 2)
+        sources = checkpoint_names.sources.get(checkpoint_names.aliases.get(name, name), ())
+        role = roles.get(checkpoint_names.first.get(sources[0], sources[0])) if sources else _by_shape(name, 2)
         if role is not None:
             found[name] = role
     return found

@@ -8,20 +8,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError, MismatchError, NotFoundError, RefusedError
-from squisher_mergekit.fisher import hub
-from squisher_mergekit.fisher.files import (
+from squisher_mergekit.models.checkpoint_names import CheckpointNames, meta_model, of_model
+from squisher_mergekit.tensors import hub
+from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.tensors.safetensors import (
     SafetensorsStore,
+    TensorInfo,
+    TensorStore,
     safetensors_files,
     safetensors_notes,
     tensor_infos,
-    written_beside,
 )
-from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, TensorStore, check_shape
-from squisher_mergekit.models.checkpoint_names import Skeleton, meta_model, of_model
-from squisher_mergekit.models.fingerprint import difference, fingerprint
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 BASENAME = "model"
@@ -47,7 +48,7 @@ class Weights:
         return self.store.read(name)
 
     @cached_property
-    def outline(self) -> tuple[nn.Module, Skeleton] | None:
+    def outline(self) -> tuple[nn.Module, CheckpointNames] | None:
         """The model that ``config.json`` describes, without weights, and its names on disk; None if there is none."""
         try:
             model = meta_model(self.folder)
@@ -69,7 +70,7 @@ def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
     """
     folder = Path(source).expanduser()
     if not folder.exists():
-        folder = hub.model(str(source), option)
+        folder = hub.download_model(str(source), option)
     files = safetensors_files(folder, BASENAME) if folder.is_dir() else []
     if not files:
         raise NotFoundError(
@@ -77,39 +78,6 @@ def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
             "model by save_pretrained and give that folder"
         )
     return Weights(folder, tuple(files), SafetensorsStore(files, str(folder)))
-
-
-def check_fits(fisher: Fisher, weights: Weights, names: Iterable[str]) -> str | None:
-    """Hold a Fisher against weights by headers alone.
-
-    Args:
-        fisher: Made at these weights, or at others of the same model.
-        weights: The weights.
-        names: The tensors that it has to cover.
-
-    Returns:
-        What differs from the weights it was made at; None if nothing does or that is unknown.
-
-    Raises:
-        MismatchError: It lacks one, it names one that the weights lack, or a shape differs.
-    """
-    for name in names:
-        if name not in fisher:
-            raise MismatchError(
-                f"a Fisher must cover every tensor that is chosen from, but {fisher.location} lacks {name} of "
-                f"{weights.folder} ({fisher.config.coverage.without.get(name, 'not in it')}); give a Fisher that has "
-                "it, or leave the tensor out"
-            )
-    for name in fisher:
-        same = (name, *(alias for alias, kept in fisher.aliases.items() if kept == name))
-        found = next((one for one in same if one in weights.infos), None)
-        if found is None:
-            raise MismatchError(
-                f"the names of a Fisher must be those of the weights, but {name} in {fisher.location} is not in "
-                f"{weights.folder}; give the Fisher of this model"
-            )
-        check_shape(name, fisher.info(name).shape, weights.infos[found].shape, fisher.location)
-    return difference(fisher.config.weights_fingerprint, fingerprint(weights.folder))
 
 
 def check_alike(tuned: Weights, base: Weights, names: Iterable[str]) -> None:
@@ -184,3 +152,35 @@ def _write_shard(weights: Weights, file: Path, target: Path, change: Callable[[s
             changed = change(name, weights.read(name))
             if changed is not None:
                 writer.add(name, changed)
+
+
+def headers(folder: Path, basename: str = "model") -> dict[str, TensorInfo]:
+    """Return name -> header of the weights in a folder; empty where there are no safetensors.
+
+    Raises:
+        CorruptFileError: A file is truncated, or its index names one that is missing.
+    """
+    return {name: info for file in safetensors_files(folder, basename) for name, info in tensor_infos(file).items()}
+
+
+def changed(tuned: Path, base: Path, checkpoint_names: CheckpointNames) -> set[str] | None:
+    """Return the parameters in memory whose weights differ from the base model's; None if either has no weights.
+
+    Both are compared in the narrower of their dtypes: what was frozen is equal then, even if one was saved in another
+    dtype. What training moved by less than that dtype shows is not among them.
+
+    Args:
+        tuned: Folder of the trained weights.
+        base: Folder of the weights before training.
+        checkpoint_names: The model.
+    """
+    stores = [SafetensorsStore(safetensors_files(folder, "model"), str(folder)) for folder in (tuned, base)]
+    if not all(store.infos for store in stores):
+        return None
+    differing: set[str] = set()
+    for name in stores[0].infos.keys() & stores[1].infos.keys():
+        now, before = (store.read(name) for store in stores)
+        narrow = now.dtype if now.dtype.itemsize <= before.dtype.itemsize else before.dtype
+        if now.shape != before.shape or not torch.equal(now.to(narrow), before.to(narrow)):
+            differing.update(checkpoint_names.sources.get(checkpoint_names.aliases.get(name, name), ()))
+    return differing

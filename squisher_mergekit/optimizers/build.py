@@ -6,21 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError
-from squisher_mergekit.fisher.files import SafetensorsStore, safetensors_files, tied_aliases
-from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, check_shape
-from squisher_mergekit.models.adapters import ADAPTER_CONFIG, adapter_skeleton
-from squisher_mergekit.models.checkpoint_names import Skeleton, skeleton
+from squisher_mergekit.fisher.files import tied_aliases
+from squisher_mergekit.fisher.fits import check
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.models.adapters import ADAPTER_CONFIG, adapter_names
+from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointNames, Parameter, checkpoint_names
 from squisher_mergekit.models.convert import store_moments
-from squisher_mergekit.optimizers.assign_names import NAMES_CURE, Parameter, assign
+from squisher_mergekit.models.weights import changed, headers
+from squisher_mergekit.optimizers.assign_names import assign, divide
 from squisher_mergekit.optimizers.checkpoints.flat_buffers import prove
-from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import STEP, steps_in
 from squisher_mergekit.optimizers.ivon import cut, is_flat, split
 from squisher_mergekit.optimizers.metadata import LOG, make_config, make_coverage, warnings_of
-from squisher_mergekit.optimizers.partition import divide
 from squisher_mergekit.optimizers.slots import OptimizerState, Slot, parameters_of, parse
 from squisher_mergekit.optimizers.swap_check import doubtful
-from squisher_mergekit.optimizers.weights import changed, check, headers
+from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorInfo, check_shape, safetensors_files
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Place:
         return "adapter_model" if self.adapter else "model"
 
 
-def open_state(saved: Saved, model: Path | None, base: Path | None, names: Sequence[str] | None) -> Fisher:
+def open_state(saved: RawState, model: Path | None, base: Path | None, names: Sequence[str] | None) -> Fisher:
     """Open what a layout has read as a Fisher.
 
     Args:
@@ -62,7 +63,7 @@ def open_state(saved: Saved, model: Path | None, base: Path | None, names: Seque
     place = _find(file, model)
     _refuse_adapter_for_full(place)
     weights = headers(place.weighed, place.basename)
-    bones = _skeleton(place, base, weights, needed=names is None and not state.named and saved.model is None)
+    bones = _checkpoint_names(place, base, weights, needed=names is None and not state.named and saved.model is None)
     if is_flat(state):
         state = _cut(state, bones, names, place, base, weights)
     slots, in_memory = _by_names(_name_slots(state, bones, names, place, base), bones, weights, place)
@@ -93,7 +94,7 @@ def open_state(saved: Saved, model: Path | None, base: Path | None, names: Seque
     return fisher
 
 
-def _prove(saved: Saved, place: Place, bones: Skeleton | None) -> None:
+def _prove(saved: RawState, place: Place, bones: CheckpointNames | None) -> None:
     """Hold buffers that were cut against the weights beside them; warn where there are none."""
     weights = SafetensorsStore(safetensors_files(place.weighed, place.basename), str(place.weighed))
     on_disk = {sources[0]: stored for stored, sources in bones.sources.items() if len(sources) == 1} if bones else {}
@@ -107,7 +108,7 @@ def _prove(saved: Saved, place: Place, bones: Skeleton | None) -> None:
         )
 
 
-def _warn_of_swaps(slots: Mapping[str, Slot], place: Place, base: Path | None, bones: Skeleton | None) -> None:
+def _warn_of_swaps(slots: Mapping[str, Slot], place: Place, base: Path | None, bones: CheckpointNames | None) -> None:
     """Warn where weights from before, a base or an earlier checkpoint, hint at parameters that are named wrongly."""
     before = base if base is not None else _earlier(place.file.parent)
     if place.adapter is not None or before is None:
@@ -160,14 +161,16 @@ def _refuse_adapter_for_full(place: Place) -> None:
         )
 
 
-def _skeleton(place: Place, base: Path | None, weights: Collection[str], needed: bool) -> Skeleton | None:
+def _checkpoint_names(
+    place: Place, base: Path | None, weights: Collection[str], needed: bool
+) -> CheckpointNames | None:
     """Build the model if it can be described; a failure matters only where names cannot be had otherwise."""
     if place.adapter is not None:
-        return adapter_skeleton(place.adapter, base) if needed or base is not None else None
+        return adapter_names(place.adapter, base) if needed or base is not None else None
     if not needed and not (place.described / "config.json").is_file():
         return None
     try:
-        return skeleton(place.described, weights)
+        return checkpoint_names(place.described, weights)
     except CorruptFileError:
         if needed:
             raise
@@ -175,7 +178,7 @@ def _skeleton(place: Place, base: Path | None, weights: Collection[str], needed:
 
 
 def _name_slots(
-    state: OptimizerState, bones: Skeleton | None, names: Sequence[str] | None, place: Place, base: Path | None
+    state: OptimizerState, bones: CheckpointNames | None, names: Sequence[str] | None, place: Place, base: Path | None
 ) -> list[tuple[str, Slot]]:
     """Give every slot its name: the user's word, the file's own names, or the one mapping that fits the model.
 
@@ -218,7 +221,7 @@ def _refuse_contradiction(names: Sequence[str], slots: Sequence[Slot], file: Pat
 
 def _cut(
     state: OptimizerState,
-    bones: Skeleton | None,
+    bones: CheckpointNames | None,
     names: Sequence[str] | None,
     place: Place,
     base: Path | None,
@@ -242,7 +245,7 @@ def _cut(
     return cut(state, [shapes[str(name)] for name in given])
 
 
-def _in_order(state: OptimizerState, bones: Skeleton | None) -> Sequence[Parameter]:
+def _in_order(state: OptimizerState, bones: CheckpointNames | None) -> Sequence[Parameter]:
     """Return the parameters in the order in which the optimizer got them: the model's, or that of one saved beside."""
     if state.saved.model is None:
         if bones is None:
@@ -259,7 +262,7 @@ def _in_order(state: OptimizerState, bones: Skeleton | None) -> Sequence[Paramet
 
 
 def _by_names(
-    named: Sequence[tuple[str, Slot]], bones: Skeleton | None, weights: Mapping[str, TensorInfo], place: Place
+    named: Sequence[tuple[str, Slot]], bones: CheckpointNames | None, weights: Mapping[str, TensorInfo], place: Place
 ) -> tuple[dict[str, Slot], bool]:
     """Return name -> slot, and whether these are names in memory (else those on disk).
 
@@ -279,7 +282,7 @@ def _by_names(
     unknown = [name for name in names if name not in on_disk]
     if not in_memory and unknown:
         if place.adapter is not None:
-            adapter_skeleton(place.adapter, None)
+            adapter_names(place.adapter, None)
         raise MismatchError(
             f"the names of the parameters in {place.file} must be those of the model, but {unknown[0]} is not among "
             f"them ({len(unknown)} of {len(names)} are not); give the --model that was trained, or {NAMES_CURE}"
@@ -287,7 +290,7 @@ def _by_names(
     return dict(zip(names, (slot for _, slot in named), strict=True)), in_memory
 
 
-def _check_shapes(slots: Mapping[str, Slot], bones: Skeleton | None, file: Path) -> None:
+def _check_shapes(slots: Mapping[str, Slot], bones: CheckpointNames | None, file: Path) -> None:
     shapes = {parameter.name: parameter.shape for parameter in bones.parameters} if bones is not None else {}
     for name, slot in slots.items():
         if slot.shape is not None and name in shapes:

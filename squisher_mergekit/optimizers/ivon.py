@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 
 from squisher_mergekit.errors import NamingError
-from squisher_mergekit.optimizers.assign_names import NAMES_CURE, Parameter, candidates
-from squisher_mergekit.optimizers.encodings import Slices
+from squisher_mergekit.models.checkpoint_names import NAMES_CURE, Parameter
+from squisher_mergekit.optimizers.assign_names import candidates
 from squisher_mergekit.optimizers.slots import OptimizerState, Slot
+from squisher_mergekit.tensors.lazy import Slices
 
 
 def is_flat(state: OptimizerState) -> bool:

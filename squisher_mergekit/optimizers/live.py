@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.config import FisherConfig, OptimizerInfo, SourceInfo
 from squisher_mergekit.fisher.files import tied_aliases
-from squisher_mergekit.fisher.mapping import Fisher, TensorInfo, check_shape
+from squisher_mergekit.fisher.fits import check
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.convert import store_moments
 from squisher_mergekit.models.parameters import Described, describe, uses_deepspeed, uses_fsdp1
-from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
-from squisher_mergekit.optimizers.encodings import Stored, parts, read
+from squisher_mergekit.models.weights import headers
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.ivon import cut, is_flat
 from squisher_mergekit.optimizers.metadata import make_config, make_coverage
 from squisher_mergekit.optimizers.slots import Slot, parse
-from squisher_mergekit.optimizers.weights import check, headers
-from squisher_mergekit.tensors.sharded import Together, is_sharded
+from squisher_mergekit.tensors.lazy import MaybeLazy, parts, read
+from squisher_mergekit.tensors.safetensors import TensorInfo, check_shape
+from squisher_mergekit.tensors.sharded import OnRankZero, is_sharded
 
 LAYOUT = "live"
 _NOWHERE = Path("training")  # for messages, where no weights were saved
@@ -52,7 +54,7 @@ class Facts:
 class OnCpu:
     """A second moment that is brought to the CPU when read."""
 
-    stored: Stored
+    stored: MaybeLazy
 
     @property
     def shape(self) -> torch.Size:
@@ -81,7 +83,7 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-def states_of(model: nn.Module, optimizers: Sequence[Any], together: Together) -> tuple[Mapping[str, Any], ...]:
+def states_of(model: nn.Module, optimizers: Sequence[Any], together: OnRankZero) -> tuple[Mapping[str, Any], ...]:
     """Return the states of live optimizers as ``state_dict`` gives them; all processes take part.
 
     Args:
@@ -107,7 +109,7 @@ def states_of(model: nn.Module, optimizers: Sequence[Any], together: Together) -
     return tuple(_state(optimizer, together) for optimizer in optimizers)
 
 
-def _state(optimizer: Any, together: Together) -> Mapping[str, Any]:
+def _state(optimizer: Any, together: OnRankZero) -> Mapping[str, Any]:
     states: dict[int, Any] = {}
     groups = []
     for group in optimizer.param_groups:
@@ -120,7 +122,7 @@ def _state(optimizer: Any, together: Together) -> Mapping[str, Any]:
     return {"state": states, "param_groups": groups}
 
 
-def _form(value: Any, together: Together) -> Any:
+def _form(value: Any, together: OnRankZero) -> Any:
     # A sharded tensor of codes is left as it is, and refused as what it is.
     if is_sharded(value) and type(value.to_local()) is Tensor:
         return together.add(value)
@@ -161,7 +163,7 @@ def squisher_of(
         RefusedError: There is no second moment, or it does not fit the model or the weights.
     """
     described = describe(model, _headers(weights, "model"))
-    saved = Saved((weights or _NOWHERE) / "the live optimizer", states, layout=LAYOUT)
+    saved = RawState((weights or _NOWHERE) / "the live optimizer", states, layout=LAYOUT)
     state = parse(saved)
     if state.named:
         names, shapes = [slot.name for slot in state.slots], [slot.shape for slot in state.slots]
@@ -185,7 +187,7 @@ def squisher_of(
 
 
 def fisher_of(
-    slots: Mapping[str, Slot], described: Described, saved: Saved, weights: Path | None, facts: Facts
+    slots: Mapping[str, Slot], described: Described, saved: RawState, weights: Path | None, facts: Facts
 ) -> Fisher:
     """Make a Fisher of second moments by name.
 
@@ -208,8 +210,8 @@ def fisher_of(
             "an optimizer's parameters must be the model's, but none of those that it has stepped is; give the "
             "optimizer that trains this model, made after the model was moved or wrapped"
         )
-    store = store_moments("the live optimizer", moments, described.skeleton, beside)
-    coverage = make_coverage(slots, store, described.skeleton, beside)
+    store = store_moments("the live optimizer", moments, described.checkpoint_names, beside)
+    coverage = make_coverage(slots, store, described.checkpoint_names, beside)
     config = make_config(saved, slots, store, coverage, saved.place.parent, described.adapter is not None)
     source = SourceInfo(layout=LAYOUT, versions=_versions())
     config = facts.note(config.model_copy(update={"source": source}))

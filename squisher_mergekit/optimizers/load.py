@@ -9,11 +9,12 @@ import torch
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import has_fisher, read_fisher, to_dtype, write_fisher
+from squisher_mergekit.fisher.fits import check
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.models.weights import headers
 from squisher_mergekit.optimizers.build import open_state
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
-from squisher_mergekit.optimizers.weights import check, headers
 
 LOG = logging.getLogger("squisher_mergekit")
 # Files of trainers whose checkpoints are not read, to be named in a refusal.

@@ -11,14 +11,14 @@ from pydantic import ValidationError
 from squisher_mergekit.errors import CorruptFileError
 from squisher_mergekit.fisher.config import Coverage, FisherConfig, OptimizerInfo, SourceInfo, per_parameter
 from squisher_mergekit.fisher.files import TIED
-from squisher_mergekit.fisher.mapping import TensorInfo
-from squisher_mergekit.models.checkpoint_names import Skeleton
+from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.convert import MomentStore
 from squisher_mergekit.models.fingerprint import fingerprint
-from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.encodings import Packed
 from squisher_mergekit.optimizers.second_moments import Moment
 from squisher_mergekit.optimizers.slots import Slot
+from squisher_mergekit.tensors.safetensors import TensorInfo
 
 LOG = logging.getLogger("squisher_mergekit")
 TRAINER_STATE = "trainer_state.json"
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def make_config(
-    saved: Saved,
+    saved: RawState,
     slots: Mapping[str, Slot],
     store: MomentStore,
     coverage: Coverage,
@@ -96,34 +96,39 @@ def _optimizer(file: Path, settings: Mapping[str, Any]) -> OptimizerInfo:
 
 
 def make_coverage(
-    slots: Mapping[str, Slot], store: MomentStore, skeleton: Skeleton | None, weights: Mapping[str, TensorInfo]
+    slots: Mapping[str, Slot],
+    store: MomentStore,
+    checkpoint_names: CheckpointNames | None,
+    weights: Mapping[str, TensorInfo],
 ) -> Coverage:
     """Say how many weights have a second moment, and of each other one why it has none.
 
     Args:
         slots: Name in memory -> slot.
         store: The tensors by their names on disk.
-        skeleton: The model, if known.
+        checkpoint_names: The model, if known.
         weights: Headers of the weights, if there are any.
     """
-    aliases = skeleton.aliases if skeleton else {}
+    aliases = checkpoint_names.aliases if checkpoint_names else {}
     kept = {recipe.key: name for name, recipe in store.recipes.items()}
-    names = dict.fromkeys([*(weights or (skeleton.sources if skeleton else slots)), *aliases, *kept])
+    names = dict.fromkeys([*(weights or (checkpoint_names.sources if checkpoint_names else slots)), *aliases, *kept])
     without = {}
     for name in names:
         if name in store.infos:
             continue
         same = kept.get(aliases.get(name, name))
-        without[name] = f"{TIED}{same}" if same is not None else _reason(name, slots, skeleton, weights)
+        without[name] = f"{TIED}{same}" if same is not None else _reason(name, slots, checkpoint_names, weights)
     return Coverage.model_validate({"with": len(store.infos), "without": without})
 
 
-def _reason(name: str, slots: Mapping[str, Slot], skeleton: Skeleton | None, weights: Mapping[str, TensorInfo]) -> str:
+def _reason(
+    name: str, slots: Mapping[str, Slot], checkpoint_names: CheckpointNames | None, weights: Mapping[str, TensorInfo]
+) -> str:
     if name in weights and not weights[name].dtype.is_floating_point:
         return "a buffer"
     sources: Collection[str] = (name,)
-    if skeleton is not None:
-        sources = skeleton.sources.get(skeleton.aliases.get(name, name), ())
+    if checkpoint_names is not None:
+        sources = checkpoint_names.sources.get(checkpoint_names.aliases.get(name, name), ())
         if not sources:
             return "no parameter of the model (a buffer)"
     if any(source in slots and slots[source].moment for source in sources):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NothingKeptError, UnsupportedStateError
-from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.models.parameters import unwrapped
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.safe_pickle import Quantized
-from squisher_mergekit.optimizers.encodings import Blockwise, Packed, RowsAndColumns, Stored, parts, read
-from squisher_mergekit.optimizers.names import unwrapped
+from squisher_mergekit.optimizers.encodings import Blockwise, Packed, RowsAndColumns
 from squisher_mergekit.optimizers.second_moments import Moment, ivon, moment_of, nothing_kept, unwrapped_state
+from squisher_mergekit.tensors.lazy import MaybeLazy, parts, read
 
 Shape = tuple[int, ...]
 Group = tuple["Slot", ...]
@@ -34,12 +35,12 @@ class Slot:
     index: int | str
     name: str | None
     moment: Moment | None = None
-    tensor: Stored | None = None
+    tensor: MaybeLazy | None = None
     steps: int | None = None
     shape: Shape | None = None
     lacking: str | None = None
     flat: Tensor | None = None
-    momentum: Stored | None = None
+    momentum: MaybeLazy | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class OptimizerState:
     ``saved``: where they are from. ``optimizers``: of each optimizer its groups of slots.
     """
 
-    saved: Saved
+    saved: RawState
     optimizers: tuple[tuple[Group, ...], ...]
     groups: tuple[Group, ...] = field(init=False)
 
@@ -73,7 +74,7 @@ class OptimizerState:
         return all(slot.name is not None for slot in self.slots)
 
 
-def parse(saved: Saved) -> OptimizerState:
+def parse(saved: RawState) -> OptimizerState:
     """Find the slots in what a layout has read.
 
     Args:
@@ -175,7 +176,7 @@ def _steps(value: Any, place: str) -> int | None:
     return int(steps)
 
 
-def _stored(state: Mapping[str, Any], moment: Moment, place: str) -> Stored:
+def _stored(state: Mapping[str, Any], moment: Moment, place: str) -> MaybeLazy:
     """Return the second moment as it is kept."""
     if moment.key == "state2" and "qmap2" in state:
         found = [state[key] for key in ("state2", "qmap2", "absmax2") if _plain(state.get(key))]
@@ -240,7 +241,7 @@ def _quantized(tensor: Any, place: str) -> Blockwise | Packed:
     raise CorruptFileError(f"the codes, scales and levels of {place} must belong together; save it again")
 
 
-def _within(stored: Stored, place: str) -> Stored:
+def _within(stored: MaybeLazy, place: str) -> MaybeLazy:
     """Refuse tensors that claim entries for which their file has no bytes, as with a stride of 0.
 
     Raises:

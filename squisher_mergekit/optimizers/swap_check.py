@@ -7,16 +7,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from squisher_mergekit.fisher.files import SafetensorsStore, safetensors_files
-from squisher_mergekit.models.checkpoint_names import Skeleton
-from squisher_mergekit.optimizers.encodings import read
+from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.optimizers.slots import Slot
+from squisher_mergekit.tensors.lazy import read
+from squisher_mergekit.tensors.safetensors import SafetensorsStore, safetensors_files
 
 # Entries compared of each parameter: some blocks of neighbours, so that few pages of a mapped file are touched.
 _BLOCKS, _BLOCK = 64, 256
 
 
-def doubtful(slots: Mapping[str, Slot], tuned: Path, before: Path, skeleton: Skeleton | None) -> dict[str, str]:
+def doubtful(
+    slots: Mapping[str, Slot], tuned: Path, before: Path, checkpoint_names: CheckpointNames | None
+) -> dict[str, str]:
     """Find parameters whose change fits the state of another one of the same shape better than their own.
 
     The change ``theta - theta_before`` of a parameter correlates with ``-m / sqrt(v)`` of its own state, as that is the
@@ -27,14 +29,14 @@ def doubtful(slots: Mapping[str, Slot], tuned: Path, before: Path, skeleton: Ske
         slots: Name in memory -> slot.
         tuned: Folder of the trained weights.
         before: Folder of the weights at an earlier time.
-        skeleton: The model; None if the names are those on disk.
+        checkpoint_names: The model; None if the names are those on disk.
 
     Returns:
         Name -> the name whose state fits better.
     """
     stores = [SafetensorsStore(safetensors_files(folder, "model"), str(folder)) for folder in (tuned, before)]
     groups: dict[tuple[int, ...], list[tuple[str, str]]] = defaultdict(list)
-    for name, stored in _stored_alone(slots, skeleton):
+    for name, stored in _stored_alone(slots, checkpoint_names):
         shape = slots[name].shape
         if shape is not None and all(stored in store.infos and store.infos[stored].shape == shape for store in stores):
             groups[shape].append((name, stored))
@@ -47,14 +49,14 @@ def doubtful(slots: Mapping[str, Slot], tuned: Path, before: Path, skeleton: Ske
     return found
 
 
-def _stored_alone(slots: Mapping[str, Slot], skeleton: Skeleton | None) -> Iterator[tuple[str, str]]:
+def _stored_alone(slots: Mapping[str, Slot], checkpoint_names: CheckpointNames | None) -> Iterator[tuple[str, str]]:
     """Yield name in memory and on disk of the parameters that are stored as they are, with momentum kept."""
     usable = {name for name, slot in slots.items() if slot.tensor is not None and slot.momentum is not None}
-    if skeleton is None:
+    if checkpoint_names is None:
         yield from ((name, name) for name in slots if name in usable)
         return
-    for stored, sources in skeleton.sources.items():
-        if len(sources) == 1 and sources[0] in usable and skeleton.shapes[stored] == slots[sources[0]].shape:
+    for stored, sources in checkpoint_names.sources.items():
+        if len(sources) == 1 and sources[0] in usable and checkpoint_names.shapes[stored] == slots[sources[0]].shape:
             yield sources[0], stored
 
 

@@ -21,13 +21,13 @@ def is_sharded(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor as it is, or gathered from all processes if it is sharded; they must all ask for it."""
     gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return gathered
 
 
-def placed(tensor: Tensor, like: Any, dtype: torch.dtype) -> Tensor:
+def distributed_like(tensor: Tensor, like: Any, dtype: torch.dtype) -> Tensor:
     """Return a tensor on the device of another; of a sharded one the part of this process, of a whole tensor.
 
     Args:
@@ -55,7 +55,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-class Together:
+class OnRankZero:
     """Work for the first process, in which the others take part by their shares of sharded tensors.
 
     All processes make one with the same tensors in the same order and call :meth:`run`. Whole is only one tensor at a
@@ -73,7 +73,7 @@ class Together:
     def gather(self, number: int) -> Tensor:
         """Ask for a tensor; for the first process, within :meth:`run`."""
         dist.broadcast_object_list([number], src=0)
-        return whole(self.tensors[number]).detach().cpu()
+        return gathered(self.tensors[number]).detach().cpu()
 
     def run(self, work: Callable[[], T]) -> T | None:
         """Do the work in the first process.
@@ -120,7 +120,7 @@ class Sharded:
 
     tensor: Any
     number: int
-    together: Together
+    on_rank_zero: OnRankZero
 
     @property
     def shape(self) -> torch.Size:
@@ -140,4 +140,4 @@ class Sharded:
 
     def read(self) -> Tensor:
         """Return the whole, on the CPU."""
-        return self.together.gather(self.number)
+        return self.on_rank_zero.gather(self.number)

@@ -20,7 +20,7 @@ from squisher_mergekit.fisher.files import read_fisher, to_dtype
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.parameters import unwrap_model
-from squisher_mergekit.tensors.sharded import Together, is_sharded
+from squisher_mergekit.tensors.sharded import OnRankZero, is_sharded
 from squisher_mergekit.training.writing import attempt, checkpoint_of, replace_fisher, resumed_from
 
 AVERAGE_FOLDER = "fisher_average"
@@ -124,7 +124,7 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
             raise ConfigError("an average needs at least one batch, and none was seen; train first")
         return self._fisher(self._sums, None)
 
-    def _fisher(self, sums: Sums, together: Together | None) -> Fisher:
+    def _fisher(self, sums: Sums, together: OnRankZero | None) -> Fisher:
         info = OptimizerInfo(beta2=self.beta)
         return sums.fisher(together, statistic="ema", steps=self.updates, optimizer=info)
 
@@ -135,7 +135,7 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
 
     def _replace(self, sums: Sums, folder: Path) -> None:
         _mean_of_processes(sums)
-        together = Together()
+        together = OnRankZero()
         fisher = self._fisher(sums, together)
 
         def work() -> None:

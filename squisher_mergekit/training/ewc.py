@@ -16,7 +16,7 @@ from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.parameters import unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.live import Facts, squisher_of, states_of, unwrap_optimizer
-from squisher_mergekit.tensors.sharded import Together, sharded_modules
+from squisher_mergekit.tensors.sharded import OnRankZero, sharded_modules
 from squisher_mergekit.training.callback import examples_per_step
 from squisher_mergekit.training.gradients import GradientSquares
 from squisher_mergekit.training.writing import attempt, checkpoint_of, resumed_from
@@ -54,7 +54,7 @@ def live_squisher(model: nn.Module, optimizer: Any, examples_per_step: float | N
             "load_fisher in all processes"
         )
     bare = [unwrap_optimizer(optimizer)]
-    states = states_of(model, bare, Together())
+    states = states_of(model, bare, OnRankZero())
     return squisher_of(model, bare, states, None, Facts(examples_per_step=examples_per_step))[0]
 
 

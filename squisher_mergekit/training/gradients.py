@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.by_parameter import in_memory
 from squisher_mergekit.fisher.files import read_fisher, to_dtype
-from squisher_mergekit.fisher.mapping import Fisher, check_shape
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.parameters import describe, parameters_of, uses_deepspeed, uses_fsdp1
-from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
-from squisher_mergekit.optimizers.encodings import Stored
+from squisher_mergekit.models.weights import headers
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.live import LAYOUT, Facts, fisher_of
 from squisher_mergekit.optimizers.second_moments import Moment
 from squisher_mergekit.optimizers.slots import Slot
-from squisher_mergekit.optimizers.weights import headers
-from squisher_mergekit.tensors.sharded import Together, is_sharded, placed, rank
+from squisher_mergekit.tensors.lazy import MaybeLazy
+from squisher_mergekit.tensors.safetensors import check_shape
+from squisher_mergekit.tensors.sharded import OnRankZero, distributed_like, is_sharded, rank
 from squisher_mergekit.training.writing import replace_fisher
 
 
@@ -143,7 +144,7 @@ class GradientSquares:
 
     def write(self, out: Path, weights: Path | None, facts: Facts, dtype: torch.dtype, compress: str | None) -> None:
         """Do what :meth:`save` does, with all that is known settled."""
-        together = Together()
+        together = OnRankZero()
         stored = {name: together.add(t) if is_sharded(t) else t for name, t in self.squares.items()}
         together.run(lambda: replace_fisher(self._fisher(stored, weights, facts), out, dtype, compress))
 
@@ -167,7 +168,7 @@ class GradientSquares:
         for name, tensor in state["squares"].items():
             parameter = self._parameters[name]
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            self.squares[name] = placed(tensor, parameter, dtype).clone()
+            self.squares[name] = distributed_like(tensor, parameter, dtype).clone()
         self.steps.update(state["steps"])
 
     def load_fisher(self, fisher: Fisher) -> None:
@@ -181,7 +182,7 @@ class GradientSquares:
         beta = fisher.config.optimizer.beta2 if fisher.config.optimizer else None
         self.load_state_dict({"beta": beta, "squares": squares, "steps": steps})
 
-    def _fisher(self, stored: Mapping[str, Stored], weights: Path | None, facts: Facts) -> Fisher:
+    def _fisher(self, stored: Mapping[str, MaybeLazy], weights: Path | None, facts: Facts) -> Fisher:
         kind = Moment("squares", "ema", self.beta)
         if not stored:
             raise MismatchError("a moving average must have taken in a gradient; call update() after backward()")
@@ -190,7 +191,7 @@ class GradientSquares:
             for name, tensor in stored.items()
         }
         described = describe(self.model, headers(weights) if weights is not None else ())
-        saved = Saved((weights or Path("training")) / "the moving average", (), layout=LAYOUT)
+        saved = RawState((weights or Path("training")) / "the moving average", (), layout=LAYOUT)
         fisher = fisher_of(slots, described, saved, weights, facts)
         fisher.config = fisher.config.model_copy(update={"estimator": "ema_empirical"})
         return fisher

@@ -12,11 +12,12 @@ from torch import nn
 
 from squisher_mergekit.errors import SquisherError
 from squisher_mergekit.fisher.config import CONFIG_NAME
-from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, to_dtype, write_fisher, written_beside
+from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, to_dtype, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.optimizers.live import Facts, squisher_of, states_of, unwrap_optimizer
 from squisher_mergekit.optimizers.metadata import warnings_of
-from squisher_mergekit.tensors.sharded import Together, rank
+from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.tensors.sharded import OnRankZero, rank
 
 LOG = logging.getLogger("squisher_mergekit")
 
@@ -104,7 +105,7 @@ def write_squisher(
     Raises:
         RefusedError: As there.
     """
-    together = Together()
+    together = OnRankZero()
     bare = [unwrap_optimizer(optimizer) for optimizer in optimizers]
     states = states_of(model, bare, together)
 

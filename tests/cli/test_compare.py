@@ -11,8 +11,9 @@ from squisher_mergekit.cli.compare import table
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.fisher.compare import compare
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore, write_fisher
+from squisher_mergekit.fisher.files import write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.tensors.safetensors import MemoryStore
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
 CHECKPOINT = STATES / "trainer_sharded_index"

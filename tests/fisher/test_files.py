@@ -10,17 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import (
-    MemoryStore,
-    SafetensorsStore,
-    has_fisher,
-    read_fisher,
-    safetensors_files,
-    tensor_infos,
-    write_fisher,
-    written_beside,
-)
+from squisher_mergekit.fisher.files import has_fisher, read_fisher, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.tensors.safetensors import MemoryStore, SafetensorsStore, safetensors_files, tensor_infos
 
 CONFIG = {
     "estimator": "squisher",

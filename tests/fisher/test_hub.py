@@ -16,8 +16,10 @@ from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore, has_fisher, read_fisher, write_fisher
+from squisher_mergekit.fisher.files import has_fisher, read_fisher, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.tensors.hub import split_revision
+from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests import hub_server
 from tests.merging.reference import assert_within, give_fisher, largest, llama, merge, merged, squisher_reference
 
@@ -124,7 +126,7 @@ def test_without_a_revision_the_branch_fisher_comes_next(cache):
 )
 def test_split(source, parts):
     """An id and its revision, which may hold slashes of its own."""
-    assert hub.split(source) == parts
+    assert split_revision(source) == parts
 
 
 def test_the_helper_makes_what_the_library_reads(cache):

@@ -7,8 +7,8 @@ import torch
 
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore
-from squisher_mergekit.fisher.mapping import Fisher, Moments, check_shape, check_values
+from squisher_mergekit.fisher.mapping import Fisher, Moments, check_values
+from squisher_mergekit.tensors.safetensors import MemoryStore, check_shape
 
 
 def _random(*shape, seed=0, dtype=torch.float32):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from squisher_mergekit.fisher.names import kind_of
+from squisher_mergekit.fisher.summary import kind_of
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import torch
 
 from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.summary import BINS_PER_DECADE, human_bytes, known_scaling, summarize
+from squisher_mergekit.tensors.safetensors import MemoryStore
 
 
 def _fisher(**tensors):

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore, write_fisher
+from squisher_mergekit.fisher.files import write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import fingerprint
+from squisher_mergekit.tensors.safetensors import MemoryStore
 
 Tensors = dict[str, Tensor]
 

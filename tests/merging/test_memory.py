@@ -6,8 +6,8 @@ from mergekit.merge_methods import merge_state_dicts, merge_tensors
 
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests.merging.reference import assert_within, draw_fisher, largest, squisher_reference, ubgm_reference
 
 SHAPES = {"encoder.weight": (7, 13), "encoder.bias": (13,)}

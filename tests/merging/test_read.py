@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.read import load_tensor
+from squisher_mergekit.tensors.safetensors import MemoryStore
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,8 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from squisher_mergekit.errors import CorruptFileError, NamingError, UnsupportedStateError
-from squisher_mergekit.models.checkpoint_names import of_model, skeleton
-from squisher_mergekit.optimizers.assign_names import LAYER_NORM
+from squisher_mergekit.models.checkpoint_names import LAYER_NORM, checkpoint_names, of_model
 
 _TEXT = {
     "vocab_size": 37,
@@ -99,9 +98,9 @@ def _saved(architecture, folder, settings):
 
 def _assert_moves_as_saved(architecture, folder, settings):
     model = _saved(architecture, folder, settings)
-    bones = skeleton(folder)
+    bones = checkpoint_names(folder)
     live = dict(model.named_parameters())
-    assert skeleton(folder, load_file(folder / "model.safetensors").keys()).sources == bones.sources
+    assert checkpoint_names(folder, load_file(folder / "model.safetensors").keys()).sources == bones.sources
     assert [p.name for p in bones.parameters] == list(live)
     assert [p.shape for p in bones.parameters] == [tuple(p.shape) for p in live.values()]
     assert [p.trainable for p in bones.parameters] == [p.requires_grad for p in live.values()]
@@ -160,7 +159,7 @@ def test_names_that_a_model_was_loaded_from_are_kept(architecture, rename, seen,
     """BERT's old LayerNorm names and experts that were packed on disk stay so in what is saved, and in the Fisher."""
     model, stored = _reloaded(architecture, tmp_path, FAST[architecture], rename)
     assert seen in stored
-    bones = skeleton(tmp_path / "again", stored)
+    bones = checkpoint_names(tmp_path / "again", stored)
     assert set(bones.sources) == stored
     live, saved = dict(model.named_parameters()), load_file(tmp_path / "again" / "model.safetensors")
     for name, sources in bones.sources.items():
@@ -202,11 +201,11 @@ def test_types_are_those_of_every_module_around():
 def test_a_changed_config_is_read_again(tmp_path):
     """A model is built once for a config.json, and again when the file changes."""
     _saved("LlamaForCausalLM", tmp_path, _TEXT)
-    first = skeleton(tmp_path)
-    assert skeleton(tmp_path) is first
+    first = checkpoint_names(tmp_path)
+    assert checkpoint_names(tmp_path) is first
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    assert len(skeleton(tmp_path).parameters) == len(first.parameters) + 9
+    assert len(checkpoint_names(tmp_path).parameters) == len(first.parameters) + 9
 
 
 @pytest.mark.parametrize(
@@ -224,7 +223,7 @@ def test_a_config_of_no_known_model_is_refused(content, words, tmp_path):
     """What transformers cannot build itself is refused, with --names as the way out."""
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CorruptFileError, match=words) as caught:
-        skeleton(tmp_path)
+        checkpoint_names(tmp_path)
     assert "--names FILE" in str(caught.value)
 
 
@@ -237,14 +236,14 @@ def test_a_models_own_code_is_not_run(tmp_path):
         json.dumps({"model_type": "own", "architectures": ["OwnModel"], "auto_map": own})
     )
     with pytest.raises(CorruptFileError):
-        skeleton(tmp_path)
+        checkpoint_names(tmp_path)
     assert not marker.exists()
 
 
 def test_no_config_is_a_question_of_names(tmp_path):
     """Without a config.json, order and names are unknown."""
     with pytest.raises(NamingError, match=r"config\.json"):
-        skeleton(tmp_path)
+        checkpoint_names(tmp_path)
 
 
 def test_conversions_that_do_more_than_move_elements_are_refused(monkeypatch):

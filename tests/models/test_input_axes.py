@@ -25,7 +25,7 @@ from tests.training.cases import make
 def test_the_axis_is_that_of_the_inputs(module, inputs):
     """Each kind of layer by its own layout."""
     shapes = {"weight": tuple(module.weight.shape)}
-    axis = input_axes(module, describe(module).skeleton, shapes)["weight"]
+    axis = input_axes(module, describe(module).checkpoint_names, shapes)["weight"]
     assert module.weight.shape[axis] == inputs
 
 
@@ -36,7 +36,7 @@ def test_packed_experts_say_which_way_they_lie(transposed, axis):
     module.packed = nn.Parameter(torch.zeros(3, 5, 7))
     if transposed is not None:
         module.is_transposed = transposed
-    assert input_axes(module, describe(module).skeleton, {"packed": (3, 5, 7)}) == {"packed": axis}
+    assert input_axes(module, describe(module).checkpoint_names, {"packed": (3, 5, 7)}) == {"packed": axis}
 
 
 def test_on_disk_the_config_tells(tmp_path):

@@ -58,7 +58,7 @@ def test_a_model_is_left_as_it_was():
     """Describing a model notes nothing in it."""
     model = make("mixtral")
     before = set(vars(model))
-    describe(model).skeleton.convert({})
+    describe(model).checkpoint_names.convert({})
     assert set(vars(model)) == before
 
 

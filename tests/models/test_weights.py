@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore
+from squisher_mergekit.fisher.fits import check_fits
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import fingerprint
-from squisher_mergekit.models.weights import check_alike, check_fits, open_weights, write_changed
+from squisher_mergekit.models.weights import check_alike, open_weights, write_changed
+from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests import hub_server
 from tests.estimators.models import make
 

@@ -7,8 +7,8 @@ import pytest
 from torch import nn
 
 from squisher_mergekit.errors import MismatchError, NamingError
-from squisher_mergekit.models.checkpoint_names import types_around
-from squisher_mergekit.optimizers.assign_names import Parameter, assign
+from squisher_mergekit.models.checkpoint_names import Parameter, types_around
+from squisher_mergekit.optimizers.assign_names import assign
 
 
 def _parameter(name, shape, *types):

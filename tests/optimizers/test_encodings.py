@@ -9,8 +9,8 @@ import transformers
 from squisher_mergekit.errors import CorruptFileError
 from squisher_mergekit.optimizers.checkpoints.safe_pickle import Quantized
 from squisher_mergekit.optimizers.checkpoints.torch_save import content
-from squisher_mergekit.optimizers.encodings import Joined, Slices, parts, read
 from squisher_mergekit.optimizers.slots import parse
+from squisher_mergekit.tensors.lazy import Joined, Slices, parts, read
 
 FILE = Path("optimizer.pt")
 _BETAS = {"betas": (0.9, 0.97)}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import SquisherError
-from squisher_mergekit.tensors.sharded import Together
+from squisher_mergekit.tensors.sharded import OnRankZero
 from tests.optimizers.test_trainer import _on_disk
 from tests.training import worker
 
@@ -147,7 +147,7 @@ def test_work_that_fails_is_told_as_it_is():
     from torch.distributed.tensor import Shard, distribute_tensor
 
     tensor = distribute_tensor(torch.arange(7.0), init_device_mesh("cpu", (1,)), [Shard(0)])
-    together = Together()
+    together = OnRankZero()
     form = together.add(tensor)
     assert torch.equal(together.run(form.read), torch.arange(7.0))
     assert (form.shape, form.dtype) == (torch.Size([7]), torch.float32)
@@ -155,6 +155,6 @@ def test_work_that_fails_is_told_as_it_is():
     def fail():
         raise SquisherError("no room")
 
-    for one in (together, Together()):
+    for one in (together, OnRankZero()):
         with pytest.raises(SquisherError, match=r"^no room$"):
             one.run(fail)

@@ -15,8 +15,9 @@ from torch import nn
 from squisher_mergekit import load_fisher, save_squisher
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore, read_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.tensors.safetensors import MemoryStore
 from squisher_mergekit.training.writing import copy_fisher, replace_fisher
 from tests.training.cases import Tokens, accumulators, make
 

@@ -16,7 +16,7 @@ from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.by_parameter import by_parameter
 from squisher_mergekit.fisher.mapping import Fisher, check_values
 from squisher_mergekit.models.parameters import parameters_of
-from squisher_mergekit.tensors.sharded import is_sharded, placed, whole
+from squisher_mergekit.tensors.sharded import distributed_like, gathered, is_sharded
 
 LOG = logging.getLogger("squisher_mergekit")
 Mode = Literal["separate", "online"]
@@ -129,7 +129,7 @@ class EWCPenalty:
             check_values(_local(tensor), name, place)
             parameter = parameters[name]
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            entries = placed(tensor.to(dtype) * factor, parameter, dtype)
+            entries = distributed_like(tensor.to(dtype) * factor, parameter, dtype)
             fresh[name] = Quadratic(entries, parameter.detach().to(dtype, copy=True))
         terms = self._joined(fresh, self._of(parameters), parameters)
         self._check(terms)
@@ -263,7 +263,7 @@ class EWCPenalty:
 
     def _check(self, terms: Mapping[str, Quadratic]) -> None:
         for name, term in terms.items():
-            largest = float(whole(term.fisher.max())) if term.fisher.numel() else 0.0
+            largest = float(gathered(term.fisher.max())) if term.fisher.numel() else 0.0
             if not self.lam * largest < torch.finfo(term.fisher.dtype).max:
                 raise ConfigError(
                     f"lambda times the Fisher must be finite in {term.fisher.dtype}, but lambda is {self.lam:.3g} and "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squisher_mergekit.tensors.sharded import is_sharded, placed, whole
+from squisher_mergekit.tensors.sharded import distributed_like, gathered, is_sharded
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Quadratic:
             >>> Quadratic(torch.tensor([3.0]), torch.tensor([1.0]), offset=0.5).at(torch.tensor([3.0]))
             tensor(12.5000)
         """
-        return whole(self.distance(theta).square().mul(self.fisher).sum()) + self.offset
+        return gathered(self.distance(theta).square().mul(self.fisher).sum()) + self.offset
 
     def half_gradient(self, theta: Tensor) -> Tensor:
         """Return ``fisher (theta - anchor)``, half of the gradient.
@@ -56,7 +56,7 @@ def together(a: Quadratic, b: Quadratic) -> Quadratic:
     total = a.fisher.double() + b.fisher
     share = torch.where(total > 0, b.fisher / total, 1.0)
     apart = b.anchor.double() - a.anchor
-    offset = float(whole((apart.square() * share * a.fisher).sum()))
+    offset = float(gathered((apart.square() * share * a.fisher).sum()))
     dtype = a.anchor.dtype
     return Quadratic(total.to(dtype), (a.anchor + share * apart).to(dtype), a.offset + b.offset + offset)
 
@@ -66,6 +66,8 @@ def moved(term: Quadratic, parameter: Tensor) -> Quadratic:
     if term.anchor.device == parameter.device and is_sharded(term.anchor) == is_sharded(parameter):
         return term
     gather = is_sharded(term.anchor) and not is_sharded(parameter)
-    fisher, anchor = (whole(part) if gather else part for part in (term.fisher, term.anchor))
+    fisher, anchor = (gathered(part) if gather else part for part in (term.fisher, term.anchor))
     dtype = anchor.dtype
-    return Quadratic(placed(fisher, parameter, dtype), placed(anchor, parameter, dtype), term.offset)
+    return Quadratic(
+        distributed_like(fisher, parameter, dtype), distributed_like(anchor, parameter, dtype), term.offset
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squisher_mergekit.tensors.sharded import whole
+from squisher_mergekit.tensors.sharded import gathered
 
 LOG = logging.getLogger("squisher_mergekit")
 # Squared penalty gradient by squared task gradient, above which a warning is given. At a large lambda a separate
@@ -66,7 +66,7 @@ def squared(norms: Iterable[Tensor]) -> Tensor:
     groups: dict[Any, list[Tensor]] = defaultdict(list)
     for norm in norms:
         groups[getattr(norm, "device_mesh", None), norm.device].append(norm)
-    parts = [whole(torch.linalg.vector_norm(torch.stack(group))).double().square() for group in groups.values()]
+    parts = [gathered(torch.linalg.vector_norm(torch.stack(group))).double().square() for group in groups.values()]
     if not parts:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()

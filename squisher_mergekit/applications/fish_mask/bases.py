@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from squisher_mergekit.fisher.mapping import TensorInfo, TensorStore
 from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore
 
 
 def renamed(names: Collection[str], base: Collection[str]) -> dict[str, str]:

@@ -21,11 +21,12 @@ from squisher_mergekit.applications.masks import Mask
 from squisher_mergekit.applications.selection import Scope, choose
 from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore
+from squisher_mergekit.fisher.fits import check_fits
 from squisher_mergekit.fisher.mapping import Fisher, check_values, rescaled
 from squisher_mergekit.fisher.summary import known_scaling
 from squisher_mergekit.models.roles import matching
-from squisher_mergekit.models.weights import Weights, check_alike, check_fits
+from squisher_mergekit.models.weights import Weights, check_alike
+from squisher_mergekit.tensors.safetensors import MemoryStore
 
 ScoreName = Literal["fisher", "reset", "movement", "random"]
 PASSES = 3

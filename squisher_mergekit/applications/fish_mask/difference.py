@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
-from squisher_mergekit.fisher.files import SafetensorsStore, safetensors_notes, sync
-from squisher_mergekit.fisher.mapping import TensorInfo
+from squisher_mergekit.tensors.atomic import sync
+from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorInfo, safetensors_notes
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 DIFFERENCE_NAME = "difference.safetensors"

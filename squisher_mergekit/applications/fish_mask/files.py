@@ -18,11 +18,11 @@ from squisher_mergekit.applications.fish_mask.heads import parts_on_disk
 from squisher_mergekit.applications.fish_mask.resetting import Reset
 from squisher_mergekit.applications.masks import MASK_NAME, Mask, MaskWriter, read_mask
 from squisher_mergekit.errors import ConfigError, MismatchError
-from squisher_mergekit.fisher.files import written_beside
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import difference, fingerprint
 from squisher_mergekit.models.weights import Weights, check_out, open_weights, write_changed
 from squisher_mergekit.optimizers.load import load_fisher
+from squisher_mergekit.tensors.atomic import written_beside
 
 LOG = logging.getLogger("squisher_mergekit")
 CONFIG = "config.json"

@@ -10,12 +10,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.fisher.files import MemoryStore
-from squisher_mergekit.models.checkpoint_names import Skeleton
+from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.convert import store_moments
 from squisher_mergekit.models.parameters import describe, memory_names, parameters_of, unwrap_model
 from squisher_mergekit.models.roles import output_parameters
 from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.tensors.safetensors import MemoryStore
 
 # Where there is no config to build the model from, names must do.
 _HEAD = re.compile(r"^(classifier|score|qa_outputs|head)\.")
@@ -56,7 +56,7 @@ def in_memory(model: nn.Module) -> tuple[Weights, Parts]:
         UnsupportedStateError: It is none that is saved whole (an adapter, FSDP1).
     """
     inner = unwrap_model(model)
-    bones = describe(model).skeleton
+    bones = describe(model).checkpoint_names
     if bones is None:
         raise UnsupportedStateError(
             f"a model must be saved whole to be chosen from, but {type(inner).__name__} is not; merge its adapter, or "
@@ -75,7 +75,7 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> Weights:
     return Weights(_MEMORY, (), MemoryStore(tensors))
 
 
-def _parts(model: nn.Module, bones: Skeleton, names: Iterable[str]) -> Parts:
+def _parts(model: nn.Module, bones: CheckpointNames, names: Iterable[str]) -> Parts:
     heads, known = _head_parameters(model), memory_names(model)
     in_head = {known[number] for number in heads}
     stored = {name: bones.sources.get(bones.aliases.get(name, name), ()) for name in names}

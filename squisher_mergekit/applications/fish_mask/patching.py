@@ -14,10 +14,11 @@ from tqdm import tqdm
 from squisher_mergekit.applications.fish_mask.bases import under_names
 from squisher_mergekit.applications.fish_mask.difference import Difference, Side, bits_of, read_difference
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.fisher.files import safetensors_notes, tensor_infos, written_beside
 from squisher_mergekit.models.fingerprint import difference as difference_of
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.weights import BASENAME, Weights, check_out, copy_rest, open_weights
+from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.tensors.safetensors import safetensors_notes, tensor_infos
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 LOG = logging.getLogger("squisher_mergekit")

@@ -12,9 +12,9 @@ from squisher_mergekit.applications.fish_mask.bases import base_of
 from squisher_mergekit.applications.fish_mask.heads import of_tensors
 from squisher_mergekit.applications.masks import Mask
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.fisher.mapping import TensorInfo
 from squisher_mergekit.models.parameters import parameters_of
 from squisher_mergekit.models.weights import Weights, check_alike
+from squisher_mergekit.tensors.safetensors import TensorInfo
 
 
 def reset_values(tuned: Tensor, base: Tensor, mask: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ from squisher_mergekit.applications.masks import MASK_NAME, MaskWriter, read_mas
 from squisher_mergekit.applications.pruning.recipe import Inputs, Plan, Recipe, make_plan, masks
 from squisher_mergekit.applications.pruning.report import Report, make_report
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
+from squisher_mergekit.fisher.fits import check_fits
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.input_axes import axes_on_disk
 from squisher_mergekit.models.roles import roles_on_disk
-from squisher_mergekit.models.weights import Weights, check_fits, check_out, open_weights, write_changed
+from squisher_mergekit.models.weights import Weights, check_out, open_weights, write_changed
 from squisher_mergekit.optimizers.load import load_fisher
 
 LOG = logging.getLogger("squisher_mergekit")

@@ -19,7 +19,7 @@ from squisher_mergekit.applications.pruning.report import Report, make_report
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.by_parameter import by_parameter
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.models.checkpoint_names import Skeleton
+from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.convert import MomentStore, store_moments
 from squisher_mergekit.models.input_axes import input_axes
 from squisher_mergekit.models.parameters import describe, memory_names, parameters_of, unwrap_model
@@ -111,32 +111,35 @@ def choose_weights(
     """
     recipe, earlier = Recipe(sparsity, **options), earlier or {}
     inner = unwrap_model(model)
-    skeleton = _skeleton(inner)
+    checkpoint_names = _checkpoint_names(inner)
     weights = {name: parameter.detach() for name, parameter in parameters_of(inner).items()}
     weights |= {name: weights[name] * mask for name, mask in earlier.items()}
-    stored = store_moments(_PLACE, weights, skeleton, ())
+    stored = store_moments(_PLACE, weights, checkpoint_names, ())
     shapes = {
-        name: skeleton.shapes[name]
-        for name, sources in skeleton.sources.items()
+        name: checkpoint_names.shapes[name]
+        for name, sources in checkpoint_names.sources.items()
         if all(weights[source].dtype.is_floating_point for source in sources)
     }
-    axes = input_axes(inner, skeleton, shapes) if recipe.pattern else None
-    plan = make_plan(recipe, shapes, named_on_disk(roles_of(inner), skeleton, shapes), axes)
-    inputs = _inputs(inner, recipe, stored, skeleton, fisher, gradient, list(plan.sizes))
+    axes = input_axes(inner, checkpoint_names, shapes) if recipe.pattern else None
+    plan = make_plan(recipe, shapes, named_on_disk(roles_of(inner), checkpoint_names, shapes), axes)
+    inputs = _inputs(inner, recipe, stored, checkpoint_names, fisher, gradient, list(plan.sizes))
     found = dict(masks(plan, inputs))
-    _check_earlier(found, skeleton, earlier, weights)
+    _check_earlier(found, checkpoint_names, earlier, weights)
     kept = {name: int(mask.sum()) for name, mask in found.items()}
     whole = {name: torch.ones((), dtype=torch.bool).expand(plan.shapes[name]) for name in plan.ignored}
     return make_report(plan, kept, Mask(found | whole, {"made_by": "prune", **recipe.about()}))
 
 
 def _check_earlier(
-    found: Mapping[str, Tensor], skeleton: Skeleton, earlier: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    found: Mapping[str, Tensor],
+    checkpoint_names: CheckpointNames,
+    earlier: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
 ) -> None:
     """Refuse masks that would bring back what an earlier round has pruned."""
     every = torch.ones((), dtype=torch.bool)
     whole = {name: earlier.get(name, every.expand(tensor.shape)) for name, tensor in weights.items()}
-    old = store_moments(_PLACE, whole, skeleton, ())
+    old = store_moments(_PLACE, whole, checkpoint_names, ())
     for name, mask in found.items() if earlier else ():
         revived = int((mask & (old.read(name).cpu() == 0)).sum())
         if revived:
@@ -164,22 +167,22 @@ def apply_masks(model: nn.Module, chosen: Mapping[str, Tensor]) -> None:
             torch_masks.custom_from_mask(module, attribute, mask.to(parameter.device))
 
 
-def _skeleton(model: nn.Module) -> Skeleton:
-    skeleton = describe(model).skeleton
+def _checkpoint_names(model: nn.Module) -> CheckpointNames:
+    checkpoint_names = describe(model).checkpoint_names
     sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
-    if skeleton is None or sharded is not None:
+    if checkpoint_names is None or sharded is not None:
         raise UnsupportedStateError(
             f"a model must hold its whole weights to be pruned, but {type(model).__name__} is an adapter or sharded"
             f"{f' ({sharded})' if sharded else ''}; merge or save it first and take squisher prune on the files"
         )
-    return skeleton
+    return checkpoint_names
 
 
 def _inputs(
     model: nn.Module,
     recipe: Recipe,
     stored: MomentStore,
-    skeleton: Skeleton,
+    checkpoint_names: CheckpointNames,
     fisher: Mapping[str, Tensor] | None,
     gradient: Mapping[str, Tensor] | None,
     names: list[str],
@@ -198,18 +201,18 @@ def _inputs(
     values = by_parameter(model, given, "raw")
     location = given.location if isinstance(given, Fisher) else _PLACE
     for name in names:
-        lacking = next((source for source in skeleton.sources[name] if source not in values), None)
+        lacking = next((source for source in checkpoint_names.sources[name] if source not in values), None)
         if lacking is not None:
             raise MismatchError(
                 f"{what} must cover every parameter that is chosen from, but {location} lacks {lacking}; give one that "
                 "has it, or ignore the parameter"
             )
-    beside = store_moments(location, values, skeleton, ())
+    beside = store_moments(location, values, checkpoint_names, ())
     if not isinstance(given, Fisher):
         return Inputs(stored.read, beside.read, location=location)
 
     def scale(name: str) -> tuple[float, float]:
-        same = (name, *(alias for alias, kept in skeleton.aliases.items() if kept == name))
+        same = (name, *(alias for alias, kept in checkpoint_names.aliases.items() if kept == name))
         known = next((one for one in same if one in given), name)
         return given.offset(known, recipe.scaling), given.factor(known, recipe.scaling)
 
@@ -218,8 +221,8 @@ def _inputs(
 
 def _chosen_parameters(model: nn.Module, report: Report) -> dict[str, Tensor]:
     """Return the masks of the parameters that were chosen from, by their names in memory."""
-    skeleton = _skeleton(model)
-    sources = {source for layer in report.layers for source in skeleton.sources[layer.name]}
+    checkpoint_names = _checkpoint_names(model)
+    sources = {source for layer in report.layers for source in checkpoint_names.sources[layer.name]}
     return {name: mask for name, mask in report.mask.by_parameter(model).items() if name in sources}
 
 

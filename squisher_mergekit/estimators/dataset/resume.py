@@ -10,8 +10,9 @@ from typing import Any
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError
 from squisher_mergekit.estimators.accumulator import Sums
-from squisher_mergekit.fisher.files import safetensors_notes, sync
-from squisher_mergekit.tensors.sharded import Sharded, Together, is_sharded, rank
+from squisher_mergekit.tensors.atomic import sync
+from squisher_mergekit.tensors.safetensors import safetensors_notes
+from squisher_mergekit.tensors.sharded import OnRankZero, Sharded, is_sharded, rank
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 _NOTE = "estimate"
@@ -67,7 +68,7 @@ class Kept:
 
     def save(self, sums: Sums, batches: int) -> None:
         """Replace what was kept, in the first process; all must call this, after :meth:`Sums.reduce`."""
-        together, examples = Together(), sums.examples
+        together, examples = OnRankZero(), sums.examples
         note = json.dumps({"asked": dict(self.asked), "batches": batches, "examples": examples})
         named = {name: together.add(t) if is_sharded(t) else t for name, t in sums.named().items()}
 

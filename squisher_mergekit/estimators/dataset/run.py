@@ -24,7 +24,7 @@ from squisher_mergekit.fisher.config import SourceInfo
 from squisher_mergekit.fisher.files import check_free, read_fisher, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import fingerprint
-from squisher_mergekit.tensors.sharded import Together
+from squisher_mergekit.tensors.sharded import OnRankZero
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -192,7 +192,7 @@ def _keep(kept: Kept, sums: Sums, batches: int, first: bool) -> None:
 def _write(sums: Sums, request: Request, out: Path, dtype: torch.dtype, mark: str | None) -> None:
     """Write the mean; of a sharded model the first process gathers one tensor after the other."""
     sums.divide()
-    together = Together()
+    together = OnRankZero()
     fisher = sums.fisher(together, statistic="mean", num_examples=sums.examples)
     name = None if Path(request.model).expanduser().exists() else request.model
     fisher.config = fisher.config.model_copy(

@@ -35,7 +35,7 @@ from squisher_mergekit.estimators.per_example.linear_embedding import (
     token_sums,
 )
 from squisher_mergekit.estimators.per_example.tape import Call, Use, first_tensor
-from squisher_mergekit.tensors.sharded import whole
+from squisher_mergekit.tensors.sharded import gathered
 
 Values = Mapping[str, Tensor]
 
@@ -78,7 +78,7 @@ def _values(name: str, call: Call) -> Values:
     """Return a module's parameters, whole, if its rule needs them."""
     if rule_of(name, call.module) != "generic":
         return {}
-    return {key: whole(p.detach()) for key, p in call.module.named_parameters()}
+    return {key: gathered(p.detach()) for key, p in call.module.named_parameters()}
 
 
 def _gradients(use: Use, size: int, examples: slice, shape: torch.Size, values: Values) -> Tensor:

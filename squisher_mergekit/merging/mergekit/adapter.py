@@ -12,14 +12,14 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache, LoadTensor
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.fisher.files import tensor_infos
-from squisher_mergekit.fisher.mapping import Fisher, TensorInfo
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import tensor_plan as planning
 from squisher_mergekit.merging.mergekit.tasks import FisherRequest, GatherFishers, hold
 from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.merging.run import Run, current_run
 from squisher_mergekit.merging.sources import ModelFiles
 from squisher_mergekit.merging.tensor_plan import FisherUse, Origin, Settings, TensorPlan, WeightInput
+from squisher_mergekit.tensors.safetensors import TensorInfo, tensor_infos
 
 
 def gather_fishers(task: Any) -> GatherFishers:

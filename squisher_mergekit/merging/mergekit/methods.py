@@ -19,11 +19,12 @@ from mergekit.merge_methods.base import (
 )
 
 from squisher_mergekit.errors import ConfigError, MismatchError
-from squisher_mergekit.fisher.mapping import Fisher, check_shape
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import execution, parameters
 from squisher_mergekit.merging.density import Rows, Trim
 from squisher_mergekit.merging.read import LoadedFisher, load_tensor, no_fisher
 from squisher_mergekit.merging.run import current_run
+from squisher_mergekit.tensors.safetensors import check_shape
 
 # The per-input parameter under which the graph hands over the loaded Fisher of one tensor.
 INJECTED = "_fisher"

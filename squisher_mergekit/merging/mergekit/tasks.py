@@ -11,10 +11,10 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
-from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.density import Rows
 from squisher_mergekit.merging.read import LoadedFisher, load_tensor, no_fisher
+from squisher_mergekit.tensors.safetensors import MemoryStore
 
 _OPEN: dict[int, Fisher] = {}
 _LOCK = threading.Lock()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
-from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 
 INDEX = ".metadata"
 _GROUPS = "param_groups."
@@ -64,7 +64,7 @@ def find(folder: Path) -> Path | None:
     return next((place for place in (folder, folder / "optimizer_0") if (place / INDEX).is_file()), None)
 
 
-def read(folder: Path, verify: bool) -> Saved:
+def read(folder: Path, verify: bool) -> RawState:
     """Read the index, and arrange what it holds of optimizers.
 
     Raises:
@@ -83,7 +83,7 @@ def read(folder: Path, verify: bool) -> Saved:
             "give the checkpoint of the optimizer, or save it as well"
         )
     layout = "accelerate-fsdp" if folder.name == "optimizer_0" else "torch-distributed"
-    return Saved(folder, tuple(states), layout=layout)
+    return RawState(folder, tuple(states), layout=layout)
 
 
 def _states(folder: Path, verify: bool) -> Iterator[Mapping[str, Any]]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.flat_buffers import check_lengths, cut, entries, prove
-from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import tagged
 from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
-from squisher_mergekit.optimizers.encodings import Slices
+from squisher_mergekit.tensors.lazy import Slices
 
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -43,7 +43,7 @@ def find(folder: Path) -> Path | None:
     return next((steps[step] for step in sorted(steps, reverse=True) if _is_step(steps[step])), None)
 
 
-def read(folder: Path, verify: bool) -> Saved:
+def read(folder: Path, verify: bool) -> RawState:
     """Read the files of all ranks.
 
     Raises:
@@ -58,7 +58,7 @@ def read(folder: Path, verify: bool) -> Saved:
         raise CorruptFileError(f"{model_file} must hold DeepSpeed's states of a model; copy it again")
     files = _optim_files(folder)
     if not files:  # without ZeRO the optimizer lies with the model
-        return Saved(
+        return RawState(
             folder, (_without_zero(model, folder),), module_of(model), "deepspeed", known_of(model), checksums.verify
         )
     ranks = [_optimizer(safe_pickle.load(file, checksums), file) for file in files]
@@ -76,7 +76,7 @@ def read(folder: Path, verify: bool) -> Saved:
     module = module_of(model)
     if module is not None:
         prove(masters, module, folder)
-    return Saved(folder, (state,), module, "deepspeed", known, checksums.verify, masters)
+    return RawState(folder, (state,), module, "deepspeed", known, checksums.verify, masters)
 
 
 def _without_zero(model: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:

@@ -17,10 +17,10 @@ from squisher_mergekit.optimizers.checkpoints.deepspeed import (
     shapes_of,
 )
 from squisher_mergekit.optimizers.checkpoints.flat_buffers import prove
-from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import tagged
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
-from squisher_mergekit.optimizers.encodings import Slices
+from squisher_mergekit.tensors.lazy import Slices
 
 _SETTINGS = "optimizer_state.pt"
 _MASTER = "fp32"
@@ -37,7 +37,7 @@ def find(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def read(folder: Path, verify: bool) -> Saved:
+def read(folder: Path, verify: bool) -> RawState:
     """Read what was saved for each parameter.
 
     Raises:
@@ -73,7 +73,7 @@ def read(folder: Path, verify: bool) -> Saved:
     if module:
         prove(masters, module, folder)
     known = known_of(model) | {"max_grad_norm": positive(loaded.get("clip_grad"))}
-    return Saved(
+    return RawState(
         folder,
         ({"state": state, "param_groups": named_groups(settings, groups)},),
         module or None,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.optimizers.encodings import Slices
+from squisher_mergekit.tensors.lazy import Slices
 
 _PROBE = 64  # entries compared at each end of a slice
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
-from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.safe_pickle import Sharded
 from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
-from squisher_mergekit.optimizers.encodings import Joined, Stored
+from squisher_mergekit.tensors.lazy import Joined, MaybeLazy
 
 NAME = re.compile(r"optimizer_(\d+)_rank(\d+)\.bin")
 
@@ -31,7 +31,7 @@ def find(folder: Path) -> Path | None:
     return files[min(files)] if files else None
 
 
-def read(file: Path, verify: bool) -> Saved:
+def read(file: Path, verify: bool) -> RawState:
     """Read the files of all ranks beside one of them.
 
     Raises:
@@ -47,7 +47,7 @@ def read(file: Path, verify: bool) -> Saved:
             if not is_state(state):
                 raise CorruptFileError(f"{files[rank]} must hold an optimizer's state_dict, found none; copy it again")
         states.append(_joined(loaded, files[min(files)]))
-    return Saved(file, tuple(states), layout="accelerate-fsdp", verify=checksums.verify)
+    return RawState(file, tuple(states), layout="accelerate-fsdp", verify=checksums.verify)
 
 
 def _files(folder: Path, number: int) -> dict[int, Path]:
@@ -98,7 +98,7 @@ def _join(shards: Mapping[int, Any], value: Any, place: str) -> Any:
     return _join_shards(shards, place) if isinstance(value, Sharded) else value
 
 
-def _join_shards(shards: Mapping[int, Any], place: str) -> Stored:
+def _join_shards(shards: Mapping[int, Any], place: str) -> MaybeLazy:
     """Join FSDP1's shards of one tensor, which tell their own offsets and those of all.
 
     Raises:
@@ -135,7 +135,7 @@ def _join_shards(shards: Mapping[int, Any], place: str) -> Stored:
     return Joined(tensors, 0) if len(tensors) > 1 else tensors[0]
 
 
-def _join_mesh(shards: Mapping[int, Any], place: str) -> Stored:
+def _join_mesh(shards: Mapping[int, Any], place: str) -> MaybeLazy:
     """Join one tensor's shards in the order of the mesh.
 
     Raises:

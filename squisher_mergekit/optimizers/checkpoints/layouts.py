@@ -7,7 +7,7 @@ from pathlib import Path
 
 from squisher_mergekit.errors import NamingError
 from squisher_mergekit.optimizers.checkpoints import dcp, deepspeed, deepspeed_universal, fsdp_ranks, torch_save
-from squisher_mergekit.optimizers.checkpoints.raw_state import Saved
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Layout:
 
     name: str
     find: Callable[[Path], Path | None]
-    read: Callable[[Path, bool], Saved]
+    read: Callable[[Path, bool], RawState]
     files: re.Pattern[str]
 
 

@@ -7,15 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from squisher_mergekit.optimizers.encodings import Slices
-
-
-def unverified(tensor: Tensor) -> None:
-    """Hold a tensor against no checksum: there is none, or nobody asked for it."""
+from squisher_mergekit.tensors.lazy import Slices, unverified
 
 
 @dataclass(frozen=True)
-class Saved:
+class RawState:
     """The states of a checkpoint's optimizers, as ``state_dict`` gives them.
 
     ``place``: the file or folder, for messages; the checkpoint is its parent. ``states``: of each optimizer ``state``

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
-from squisher_mergekit.optimizers.checkpoints.raw_state import Saved, unverified
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
-from squisher_mergekit.optimizers.names import unwrapped
+from squisher_mergekit.tensors.lazy import unverified
 
 NAMES = ("optimizer.pt", "optimizer.bin")
 # What else lies in a checkpoint and is no optimizer's file.
@@ -38,7 +39,7 @@ def others(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES and not _OTHERS.match(file.name))
 
 
-def read(file: Path, verify: bool) -> Saved:
+def read(file: Path, verify: bool) -> RawState:
     """Read the file, and those of accelerate's further optimizers beside it.
 
     Raises:
@@ -54,7 +55,9 @@ def read(file: Path, verify: bool) -> Saved:
     return content(safe_pickle.load(file, checksums), file, more, checksums.verify)
 
 
-def content(loaded: Any, file: Path, more: Sequence[Any] = (), verify: Callable[[Tensor], None] = unverified) -> Saved:
+def content(
+    loaded: Any, file: Path, more: Sequence[Any] = (), verify: Callable[[Tensor], None] = unverified
+) -> RawState:
     """Find the optimizers' states in what ``torch.load`` gave, and the model saved beside.
 
     Args:
@@ -76,7 +79,7 @@ def content(loaded: Any, file: Path, more: Sequence[Any] = (), verify: Callable[
     layout = None
     if isinstance(loaded, Mapping) and _LIGHTNING in loaded:
         layout, model = "lightning", None if model is None else _without_attribute(model)
-    return Saved(file, tuple(states), model, layout, verify=verify)
+    return RawState(file, tuple(states), model, layout, verify=verify)
 
 
 def is_state(value: Any) -> bool:

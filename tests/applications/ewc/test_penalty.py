@@ -15,7 +15,7 @@ from squisher_mergekit import Fisher, FisherConfig, GradientSquares, estimate_fi
 from squisher_mergekit.applications.ewc.penalty import EWCPenalty, identity
 from squisher_mergekit.applications.ewc.quadratics import Quadratic, together
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
-from squisher_mergekit.fisher.files import MemoryStore
+from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests.training.cases import make
 
 LORA = peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True)

@@ -4,10 +4,11 @@ import torch
 import transformers
 
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore, write_fisher
+from squisher_mergekit.fisher.files import write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.weights import open_weights
+from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests.estimators.models import make
 
 

@@ -15,9 +15,10 @@ from squisher_mergekit.applications.fish_mask.heads import in_memory, parts_on_d
 from squisher_mergekit.applications.masks import read_mask
 from squisher_mergekit.errors import ConfigError, MismatchError, NotFoundError, UnsupportedStateError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore, read_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.weights import open_weights
+from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests.applications.fish_mask.fish import Pair, fisher_of
 from tests.estimators.models import make
 

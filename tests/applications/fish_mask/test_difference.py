@@ -20,8 +20,8 @@ from squisher_mergekit.applications.fish_mask.difference import (
 from squisher_mergekit.applications.fish_mask.files import reset_files
 from squisher_mergekit.applications.fish_mask.patching import apply_files, patched, remove_files
 from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError
-from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.models.weights import open_weights
+from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests.applications.fish_mask.fish import Pair, bits, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64]

@@ -3,10 +3,10 @@
 import torch
 
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import MemoryStore
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.weights import open_weights
+from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests.training.cases import make
 
 

@@ -7,7 +7,7 @@ import torch
 
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.optimizers.checkpoints.flat_buffers import check_lengths, cut, prove
-from squisher_mergekit.optimizers.encodings import Slices
+from squisher_mergekit.tensors.lazy import Slices
 
 
 @pytest.mark.parametrize("start", range(12))

@@ -8,8 +8,8 @@ import torch
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import NamingError
-from squisher_mergekit.optimizers.assign_names import Parameter
-from squisher_mergekit.optimizers.partition import divide
+from squisher_mergekit.models.checkpoint_names import Parameter
+from squisher_mergekit.optimizers.assign_names import divide
 
 
 def _all_ways(sequences, parameters, changed):
