@@ -171,7 +171,7 @@ def compare(
 
     Example:
         >>> from squisher_mergekit.fisher.config import FisherConfig
-        >>> from squisher_mergekit.fisher.files import MemoryStore
+        >>> from squisher_mergekit.tensors.safetensors import MemoryStore
         >>> a, b = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 2.0, 4.0])
         >>> result = compare(*(Fisher(MemoryStore({"w": each}), FisherConfig()) for each in (a, b)))
         >>> result.over_all.spearman, result.over_all.ratio, result.over_all.factor, result.zeros

@@ -25,7 +25,7 @@ class Fisher(Mapping[str, torch.Tensor]):
         aliases: Other name -> name in the store.
 
     Example:
-        >>> from squisher_mergekit.fisher.files import MemoryStore
+        >>> from squisher_mergekit.tensors.safetensors import MemoryStore
         >>> store = MemoryStore({"w": torch.tensor([1.0, 4.0])})
         >>> config = FisherConfig(estimator="squisher", statistic="ema", steps=1, optimizer={"beta2": 0.75})
         >>> Fisher(store, config).scaled("w")

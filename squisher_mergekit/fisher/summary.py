@@ -83,7 +83,7 @@ def known_scaling(fisher: Fisher) -> Scaling:
 
     Example:
         >>> from squisher_mergekit.fisher.config import FisherConfig
-        >>> from squisher_mergekit.fisher.files import MemoryStore
+        >>> from squisher_mergekit.tensors.safetensors import MemoryStore
         >>> known_scaling(Fisher(MemoryStore({"w": torch.ones(3)}), FisherConfig(statistic="ema")))
         'raw'
     """
@@ -112,7 +112,7 @@ def summarize(fisher: Fisher, names: Iterable[str] | None = None, scaling: Scali
 
     Example:
         >>> from squisher_mergekit.fisher.config import FisherConfig
-        >>> from squisher_mergekit.fisher.files import MemoryStore
+        >>> from squisher_mergekit.tensors.safetensors import MemoryStore
         >>> summary = summarize(Fisher(MemoryStore({"w": torch.tensor([0.0, 1.0, 4.0])}), FisherConfig()))
         >>> summary.rows[0].median, round(summary.zeros, 3), summary.maximum
         (1.0, 0.333, 4.0)

@@ -111,7 +111,7 @@ def embed(
 
     Example:
         >>> from squisher_mergekit.fisher.config import FisherConfig
-        >>> from squisher_mergekit.fisher.files import MemoryStore
+        >>> from squisher_mergekit.tensors.safetensors import MemoryStore
         >>> tensors = {"conv.weight": torch.tensor([[1.0, 3.0], [0.0, 5.0]]), "classifier.weight": torch.ones(2, 2)}
         >>> found = embed(Fisher(MemoryStore(tensors), FisherConfig()), name="digits")
         >>> found.tensors, found.info.excluded
