@@ -16,7 +16,7 @@ import torch
 from bench_fisher_models import Batch, convert, labels_of, one, relabelled, task_of, terms
 from torch import Tensor, nn
 
-from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.output_gradients import Labels
 
 Kind = Literal["empirical", "sampled", "exact"]
@@ -52,13 +52,13 @@ def plain(model: nn.Module, batch: Batch) -> None:
 
 def ours(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
     """Sums of the package; each call adds to those of earlier ones."""
-    made: list[Sums] = []  # by the first call, as its memory counts
+    made: list[FisherAccumulator] = []  # by the first call, as its memory counts
 
     def run() -> Sought:
         if not made:
-            made.append(Sums(model, LABELS[kind], task=task_of(batch), seed=SEED))  # type: ignore[arg-type]
+            made.append(FisherAccumulator(model, LABELS[kind], task=task_of(batch), seed=SEED))  # type: ignore[arg-type]
         made[0].add(batch)
-        return {name: made[0].totals[p] for name, p in model.named_parameters()}
+        return {name: made[0].accumulators[p] for name, p in model.named_parameters()}
 
     return run
 
@@ -172,7 +172,7 @@ def drawn(model: nn.Module, batch: Batch) -> Tensor:
         found.register_hook(seen.append)
         return found
 
-    Sums(model, "sampled", task=task_of(batch), forward=forward, seed=SEED, verify=False).add(batch)
+    FisherAccumulator(model, "sampled", task=task_of(batch), forward=forward, seed=SEED, verify=False).add(batch)
     [column] = seen
     labels, chosen = labels_of(batch), column.argmin(-1)
     # Each place of a sequence predicts the token after it; nothing predicts the first.

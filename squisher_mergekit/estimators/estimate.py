@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.accumulator import Grouping, Sums
+from squisher_mergekit.estimators.accumulator import FisherAccumulator, Grouping
 from squisher_mergekit.estimators.output_gradients import Labels
 from squisher_mergekit.estimators.tasks import Batch, Datum, Forward, Task
 from squisher_mergekit.fisher.mapping import Fisher
@@ -81,13 +81,13 @@ def estimate_fisher(
         >>> estimate_fisher(model, [(x, y)], task="regression")["weight"]
         tensor([[ 9., 36.]])
     """
-    sums = Sums(model, labels, grouping, num_samples, task, forward, noise, seed, verify, datum)
+    accumulator = FisherAccumulator(model, labels, grouping, num_samples, task, forward, noise, seed, verify, datum)
     for batch in batches:
-        sums.add(batch)
-    if distributed or sums.sharded:
-        sums.reduce()
-    if not sums.examples:
+        accumulator.add(batch)
+    if distributed or accumulator.sharded:
+        accumulator.reduce()
+    if not accumulator.examples:
         raise ConfigError("a Fisher needs at least one batch of examples, found none")
     if statistic == "mean":
-        sums.divide()
-    return sums.fisher(statistic=statistic, num_examples=sums.examples)
+        accumulator.divide()
+    return accumulator.fisher(statistic=statistic, num_examples=accumulator.examples)

@@ -26,20 +26,20 @@ def batch_seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")
 
 
-def class_columns(
-    logits: Tensor, targets: Tensor | None, kind: Labels, draws: int, generator: torch.Generator | None
+def class_output_gradients(
+    logits: Tensor, targets: Tensor | None, kind: Labels, num_samples: int, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
     """Yield gradients at the logits whose squares, summed over all that are yielded, make up the Fisher.
 
     With ``p = softmax(logits)``: ``true`` yields ``p - e_y``; ``predicted`` the same for the likeliest class;
-    ``sampled`` yields ``(p - e_c) / sqrt(draws)`` for classes drawn from p; ``exact`` yields the columns of a factor L
-    with ``L L^T = diag(p) - p p^T``, one fewer than there are classes.
+    ``sampled`` yields ``(p - e_c) / sqrt(num_samples)`` for classes drawn from p; ``exact`` yields the columns of a
+    factor L with ``L L^T = diag(p) - p p^T``, one fewer than there are classes.
 
     Args:
         logits: Shape ``(..., C)``; float32 or float64.
         targets: True classes, shape ``(...)``; those below 0 are left out, in all kinds.
         kind: Which labels.
-        draws: How many, of ``sampled``.
+        num_samples: Number of drawn labels, for ``sampled``.
         generator: To draw with.
 
     Returns:
@@ -51,7 +51,7 @@ def class_columns(
     Source: PAPER.md, Eq. 4 (Fisher) and 7 (empirical Fisher).
 
     Example:
-        >>> (column,) = class_columns(torch.zeros(1, 2), torch.tensor([0]), "true", 1, None)
+        >>> (column,) = class_output_gradients(torch.zeros(1, 2), torch.tensor([0]), "true", 1, None)
         >>> column
         tensor([[-0.5000,  0.5000]])
     """
@@ -66,16 +66,16 @@ def class_columns(
         for column in factor_columns(p):
             yield column if mask is None else column * mask
         return
-    for _ in range(draws if kind == "sampled" else 1):
+    for _ in range(num_samples if kind == "sampled" else 1):
         column = p.clone()
-        chosen = _choose(p, targets, kind, generator)
+        chosen = _choose_labels(p, targets, kind, generator)
         column.scatter_add_(-1, chosen.unsqueeze(-1), torch.full_like(p[..., :1], -1.0))
         if mask is not None:
             column *= mask
-        yield column / draws**0.5 if kind == "sampled" else column
+        yield column / num_samples**0.5 if kind == "sampled" else column
 
 
-def _choose(p: Tensor, targets: Tensor | None, kind: Labels, generator: torch.Generator | None) -> Tensor:
+def _choose_labels(p: Tensor, targets: Tensor | None, kind: Labels, generator: torch.Generator | None) -> Tensor:
     if kind == "true":
         if targets is None:
             raise ConfigError("labels true needs the labels in every batch; give them, or take labels sampled")
@@ -117,19 +117,24 @@ def factor_columns(p: Tensor) -> Iterator[Tensor]:
         yield column
 
 
-def regression_columns(
-    outputs: Tensor, targets: Tensor | None, kind: Labels, draws: int, noise: float, generator: torch.Generator | None
+def regression_output_gradients(
+    outputs: Tensor,
+    targets: Tensor | None,
+    kind: Labels,
+    num_samples: int,
+    noise: float,
+    generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
     """Yield the same for a Gaussian around the outputs, with standard deviation ``noise``.
 
-    ``true`` yields ``(f - y) / noise^2``; ``sampled`` yields ``z / noise / sqrt(draws)`` with z standard normal;
+    ``true`` yields ``(f - y) / noise^2``; ``sampled`` yields ``z / noise / sqrt(num_samples)`` with z standard normal;
     ``exact`` yields ``e_d / noise`` for each of D outputs. ``predicted`` would be 0 and is refused.
 
     Args:
         outputs: Shape ``(N, D)``.
         targets: The same.
         kind: Which labels.
-        draws: How many, of ``sampled``.
+        num_samples: Number of drawn labels, for ``sampled``.
         noise: Standard deviation.
         generator: To draw with.
 
@@ -137,7 +142,7 @@ def regression_columns(
         ConfigError: ``true`` without targets, or ``predicted``.
 
     Example:
-        >>> [column] = regression_columns(torch.ones(1, 1), torch.zeros(1, 1), "true", 1, 0.5, None)
+        >>> [column] = regression_output_gradients(torch.ones(1, 1), torch.zeros(1, 1), "true", 1, 0.5, None)
         >>> column
         tensor([[4.]])
     """
@@ -148,9 +153,9 @@ def regression_columns(
     elif kind == "predicted":
         raise ConfigError("labels predicted says nothing of a regression, whose likeliest target is its output")
     elif kind == "sampled":
-        for _ in range(draws):
+        for _ in range(num_samples):
             drawn = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
-            yield drawn / (noise * draws**0.5)
+            yield drawn / (noise * num_samples**0.5)
     else:
         for d in range(outputs.shape[-1]):
             column = torch.zeros_like(outputs)

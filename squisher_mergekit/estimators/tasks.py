@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.output_gradients import Labels, class_columns, regression_columns
+from squisher_mergekit.estimators.output_gradients import Labels, class_output_gradients, regression_output_gradients
 
 Task = Literal["auto", "classification", "causal-lm", "seq2seq", "masked-lm", "regression"]
 Datum = Literal["example", "token"]
@@ -45,8 +45,8 @@ class Outputs:
             return self.values[..., 0].numel()
         return (self.targets >= 0).sum()
 
-    def columns(
-        self, kind: Labels, draws: int, noise: float, generator: torch.Generator | None, datum: Datum = "example"
+    def output_gradients(
+        self, kind: Labels, num_samples: int, noise: float, generator: torch.Generator | None, datum: Datum = "example"
     ) -> Iterator[Tensor]:
         """Yield the gradients at the values, see :mod:`squisher_mergekit.estimators.output_gradients`.
 
@@ -54,20 +54,20 @@ class Outputs:
         """
         detached = self.values.detach()
         if self.task == "regression":
-            columns = regression_columns(detached, self.targets, kind, draws, noise, generator)
+            found = regression_output_gradients(detached, self.targets, kind, num_samples, noise, generator)
         else:
-            columns = class_columns(detached, self.targets, kind, draws, generator)
+            found = class_output_gradients(detached, self.targets, kind, num_samples, generator)
         if datum == "example":
-            yield from columns
+            yield from found
             return
-        for column in columns:
-            for place in range(column.shape[1]):
-                alone = torch.zeros_like(column)
-                alone[:, place] = column[:, place]
-                yield alone
+        for gradient in found:
+            for position in range(gradient.shape[1]):
+                single = torch.zeros_like(gradient)
+                single[:, position] = gradient[:, position]
+                yield single
 
 
-def choose(task: Task, model: nn.Module, batch: Batch) -> Task:
+def infer_task(task: Task, model: nn.Module, batch: Batch) -> Task:
     """Return the task of a model, by its architecture where it is one of transformers', else by its labels.
 
     Raises:
@@ -78,7 +78,7 @@ def choose(task: Task, model: nn.Module, batch: Batch) -> Task:
     architecture = type(getattr(model, "base_model", model) if hasattr(model, "peft_config") else model).__name__
     names = [architecture, *(getattr(getattr(model, "config", None), "architectures", None) or [])]
     for name in names:
-        for ending, found in _ENDINGS.items():
+        for ending, found in _TASK_OF_ENDING.items():
             if name.endswith(ending):
                 if found == "classification" and getattr(model.config, "problem_type", None) == "regression":
                     return "regression"
@@ -91,7 +91,7 @@ def choose(task: Task, model: nn.Module, batch: Batch) -> Task:
     )
 
 
-_ENDINGS: dict[str, Task] = {
+_TASK_OF_ENDING: dict[str, Task] = {
     "ForSequenceClassification": "classification",
     "ForTokenClassification": "classification",
     "ForImageClassification": "classification",
@@ -104,7 +104,7 @@ _ENDINGS: dict[str, Task] = {
 }
 
 
-def run(model: nn.Module, batch: Batch, task: Task, forward: Forward | None) -> Outputs:
+def run_model(model: nn.Module, batch: Batch, task: Task, forward: Forward | None) -> Outputs:
     """Run a model on a batch.
 
     Args:
@@ -116,7 +116,7 @@ def run(model: nn.Module, batch: Batch, task: Task, forward: Forward | None) -> 
     Returns:
         Outputs and targets, aligned: of a causal language model the outputs at the token before each target.
     """
-    inputs, labels = _parts(model, batch, task)
+    inputs, labels = _split_labels(model, batch, task)
     if forward is not None:
         found: Any = forward(model, inputs)
     elif isinstance(inputs, Mapping):
@@ -139,7 +139,7 @@ def run(model: nn.Module, batch: Batch, task: Task, forward: Forward | None) -> 
     return Outputs(task, values, labels)
 
 
-def _parts(model: Any, batch: Batch, task: Task) -> tuple[Any, Tensor | None]:
+def _split_labels(model: Any, batch: Batch, task: Task) -> tuple[Any, Tensor | None]:
     """Return what the model takes, without the labels, and these."""
     if not isinstance(batch, Mapping):
         return batch[0], batch[1]
@@ -154,7 +154,7 @@ def _parts(model: Any, batch: Batch, task: Task) -> tuple[Any, Tensor | None]:
     return inputs, labels
 
 
-def size_of(batch: Batch) -> int:
+def count_examples(batch: Batch) -> int:
     """Return the number of examples of a batch.
 
     Raises:

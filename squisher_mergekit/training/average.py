@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.output_gradients import Labels
-from squisher_mergekit.estimators.tasks import size_of
+from squisher_mergekit.estimators.tasks import count_examples
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.by_parameter import in_memory
 from squisher_mergekit.fisher.config import OptimizerInfo
@@ -67,7 +67,7 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
         self.dtype, self.compress = to_dtype(dtype), compress
         compact.check_name(compress)
         self.updates = 0
-        self._sums: Sums | None = None  # its totals are the average
+        self._sums: FisherAccumulator | None = None  # its accumulators are the average
         self._batch: dict[str, Any] | None = None
         self._due = False
         self._hook: Any = None
@@ -75,7 +75,7 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at what the model is given from now on."""
         model = unwrap_model(kwargs["model"])
-        self._sums = Sums(model, self.labels, seed=args.seed)
+        self._sums = FisherAccumulator(model, self.labels, seed=args.seed)
         self.updates = 0
         if state.global_step:
             attempt("the resumed checkpoint's average was not taken up", lambda: self._resume(args, state))
@@ -96,11 +96,11 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
         batch, sums, self._batch = self._batch, self._sums, None
         if batch is None or sums is None:
             return
-        share = (1 - self.beta) / _everywhere(size_of(batch), sums)
-        for total in sums.totals.values():
+        share = (1 - self.beta) / _everywhere(count_examples(batch), sums)
+        for total in sums.accumulators.values():
             total.mul_(self.beta / share)
         sums.add(batch)
-        for total in sums.totals.values():
+        for total in sums.accumulators.values():
             total.mul_(share)
         self.updates += 1
 
@@ -124,7 +124,7 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
             raise ConfigError("an average needs at least one batch, and none was seen; train first")
         return self._fisher(self._sums, None)
 
-    def _fisher(self, sums: Sums, together: OnRankZero | None) -> Fisher:
+    def _fisher(self, sums: FisherAccumulator, together: OnRankZero | None) -> Fisher:
         info = OptimizerInfo(beta2=self.beta)
         return sums.fisher(together, statistic="ema", steps=self.updates, optimizer=info)
 
@@ -133,7 +133,7 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
             sums = self._sums
             attempt(f"no average of the Fisher could be written to {folder}", lambda: self._replace(sums, folder))
 
-    def _replace(self, sums: Sums, folder: Path) -> None:
+    def _replace(self, sums: FisherAccumulator, folder: Path) -> None:
         _mean_of_processes(sums)
         together = OnRankZero()
         fisher = self._fisher(sums, together)
@@ -157,19 +157,19 @@ class FisherAverage(TrainerCallback):  # type: ignore[misc]
         self.updates = max(steps.values())
 
 
-def _everywhere(size: int, sums: Sums) -> int:
+def _everywhere(size: int, sums: FisherAccumulator) -> int:
     """Return how many examples are added at once: of sharded sums those of all processes."""
     if not sums.sharded:
         return size
-    count = torch.tensor(size, device=next(iter(sums.totals)).device)
+    count = torch.tensor(size, device=next(iter(sums.accumulators)).device)
     dist.all_reduce(count)
     return int(count)
 
 
-def _mean_of_processes(sums: Sums) -> None:
+def _mean_of_processes(sums: FisherAccumulator) -> None:
     """Give all processes the mean of their averages; sharded ones are of all already."""
     if dist.is_initialized():
-        for total in sums.totals.values():
+        for total in sums.accumulators.values():
             if not is_sharded(total):
                 dist.all_reduce(total)
                 total /= dist.get_world_size()

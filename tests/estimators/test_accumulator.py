@@ -1,4 +1,4 @@
-"""Sums that grow batch by batch: who is counted, what is drawn, what no device waits for."""
+"""Accumulators that grow batch by batch: who is counted, what is drawn, what no device waits for."""
 
 import copy
 import gc
@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.estimators import output_gradients as labels_module
-from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.dataset.load_model import shard
 from squisher_mergekit.estimators.estimate import estimate_fisher
-from squisher_mergekit.estimators.per_example.verify import Proof
+from squisher_mergekit.estimators.per_example.verify import Verification
 from tests.estimators import oracle
 from tests.estimators.models import MODELS, assert_close, batch_of, loss_of, make, task_of
 
@@ -35,12 +35,12 @@ def test_a_batch_draws_by_its_number_alone():
     torch.manual_seed(0)
     model = make("llama").double()
     batches = [batch_of("causal-lm", seed=n) for n in range(3)]
-    forwards, backwards = Sums(model, "sampled"), Sums(model, "sampled")
+    forwards, backwards = FisherAccumulator(model, "sampled"), FisherAccumulator(model, "sampled")
     for number in (0, 1, 2):
         forwards.add(batches[number])
         backwards.add(batches[2 - number], 2 - number)
-    for p, total in forwards.totals.items():
-        torch.testing.assert_close(backwards.totals[p], total)
+    for p, total in forwards.accumulators.items():
+        torch.testing.assert_close(backwards.accumulators[p], total)
 
 
 def test_another_seed_draws_others():
@@ -109,17 +109,17 @@ def test_tokens_are_those_of_a_language_model():
 @pytest.mark.parametrize("labels", ["true", "sampled"])
 def test_no_step_waits_for_the_device(name, labels, monkeypatch):
     """With tensors that have no values nothing can ask for one: shapes alone decide what is done."""
-    choose = labels_module._choose  # no draw without values knows a generator
-    monkeypatch.setattr(labels_module, "_choose", lambda p, targets, kind, _: choose(p, targets, kind, None))
+    choose = labels_module._choose_labels  # no draw without values knows a generator
+    monkeypatch.setattr(labels_module, "_choose_labels", lambda p, targets, kind, _: choose(p, targets, kind, None))
     with FakeTensorMode():
         model, batch = make(name), batch_of(MODELS[name][0])
         model.eval()
-        sums = Sums(model, labels, task=task_of(name), verify=False)
+        accumulator = FisherAccumulator(model, labels, task=task_of(name), verify=False)
         # As after the first batch, of which what is used once for all examples is known.
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-        sums._proof = Proof({}, tables, set(sums.totals))
-        sums.add(batch)
-        assert all(total.shape == p.shape for p, total in sums.totals.items())
+        accumulator._verification = Verification({}, tables, set(accumulator.accumulators))
+        accumulator.add(batch)
+        assert all(total.shape == p.shape for p, total in accumulator.accumulators.items())
 
 
 def test_nothing_of_a_batch_stays():
@@ -127,9 +127,9 @@ def test_nothing_of_a_batch_stays():
     torch.manual_seed(0)
     model, seen = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 3)), []
     model[1].register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
-    sums = Sums(model, task="classification")
+    accumulator = FisherAccumulator(model, task="classification")
     for _ in range(2):
-        sums.add((torch.randn(5, 7), torch.arange(5) % 3))
+        accumulator.add((torch.randn(5, 7), torch.arange(5) % 3))
     gc.collect()
     assert len(seen) > 2
     assert not [activation for activation in seen if activation() is not None]
@@ -192,8 +192,8 @@ def test_a_sharded_model_has_the_same_fisher(name):
     batches = [batch_of(kind), batch_of(kind, 2, seed=3)]
     whole = estimate_fisher(copy.deepcopy(model), batches, "sampled", task=task_of(name))
     split = shard(model, torch.device("cpu"))
-    sums = Sums(split, "sampled", task=task_of(name))
-    assert all(hasattr(total, "full_tensor") for total in sums.totals.values())
+    accumulator = FisherAccumulator(split, "sampled", task=task_of(name))
+    assert all(hasattr(total, "full_tensor") for total in accumulator.accumulators.values())
     found = estimate_fisher(split, batches, "sampled", task=task_of(name))
     assert_close(found, {name: whole[name].double() for name in whole})
     assert all(p.grad is None for p in split.parameters())
@@ -205,27 +205,29 @@ def test_what_cannot_be_told_apart_in_shards_is_refused():
     """FSDP1's flat parameters, the joint form of a sharded model, and tensors split in other ways."""
     flat = FullyShardedDataParallel(nn.Linear(7, 3), use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(UnsupportedStateError, match="take FSDP2"):
-        Sums(flat, task="classification")
+        FisherAccumulator(flat, task="classification")
     split = nn.Linear(7, 3)
     fully_shard(split)
     with pytest.raises(UnsupportedStateError, match="grouping batch squares the gradient of one process's batch"):
-        Sums(split, grouping="batch", task="classification")
+        FisherAccumulator(split, grouping="batch", task="classification")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     parallel = parallelize_module(nn.Linear(7, 3), init_device_mesh("cpu", (1,)), ColwiseParallel())
     with pytest.raises(UnsupportedStateError, match="split in another way"):
-        Sums(parallel, task="classification")
+        FisherAccumulator(parallel, task="classification")
 
 
 @pytest.mark.usefixtures("group")
 def test_a_batch_for_company_adds_nothing():
-    """It runs, so that other processes can go on, and neither sums nor count change."""
+    """It runs, so that other processes can go on, and neither accumulators nor count change."""
     torch.manual_seed(1)
     model, batch = make("llama"), batch_of("causal-lm")
-    sums = Sums(shard(model, torch.device("cpu")))
-    sums.add(batch)
-    before = {name: total.full_tensor().clone() for name, total in sums.named().items()}
-    sums.add(batch, counts=False)
-    assert all(torch.equal(total.full_tensor(), before[name]) for name, total in sums.named().items())
-    assert sums.examples == len(batch["labels"])
+    accumulator = FisherAccumulator(shard(model, torch.device("cpu")))
+    accumulator.add(batch)
+    before = {name: total.full_tensor().clone() for name, total in accumulator.named_accumulators().items()}
+    accumulator.add(batch, counts=False)
+    assert all(
+        torch.equal(total.full_tensor(), before[name]) for name, total in accumulator.named_accumulators().items()
+    )
+    assert accumulator.examples == len(batch["labels"])

@@ -56,14 +56,14 @@ def test_drawn_labels_are_used_as_true_ones_are(name, grouping, monkeypatch):
     torch.manual_seed(1)
     model, task, batch = make(name), task_of(name), batch_of(MODELS[name][0])
     seen = []
-    columns = Outputs.columns
+    original = Outputs.output_gradients
 
     def watched(self, *args):
-        found = list(columns(self, *args))
+        found = list(original(self, *args))
         seen.append((self, found))
         return iter(found)
 
-    monkeypatch.setattr(Outputs, "columns", watched)
+    monkeypatch.setattr(Outputs, "output_gradients", watched)
     fisher = estimate_fisher(model, [batch], "sampled", grouping, statistic="sum", task=task, seed=5)
     [(outputs, [column])] = seen
     drawn = (outputs.values.detach().softmax(-1) - column).argmax(-1).masked_fill(outputs.targets < 0, -100)

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.output_gradients import class_columns, factor_columns, regression_columns
+from squisher_mergekit.estimators.output_gradients import (
+    class_output_gradients,
+    factor_columns,
+    regression_output_gradients,
+)
 
 
 def _p(*shape, spread=3.0, seed=0):
@@ -29,7 +33,7 @@ def test_one_label_gives_the_derivative_of_its_cross_entropy(kind):
     logits = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(7, (3, 5))
     targets[1, 2:] = -100
-    (column,) = class_columns(logits.detach(), targets, kind, 1, None)
+    (column,) = class_output_gradients(logits.detach(), targets, kind, 1, None)
     chosen = targets if kind == "true" else logits.argmax(-1).masked_fill(targets < 0, -100)
     torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), chosen.flatten(), ignore_index=-100, reduction="sum"
@@ -44,7 +48,7 @@ def test_draws_follow_the_models_distribution():
     p = logits.softmax(-1)
     draws = 20_000
     counts = torch.zeros(1, 4, dtype=torch.float64)
-    for column in class_columns(logits, None, "sampled", draws, torch.Generator().manual_seed(5)):
+    for column in class_output_gradients(logits, None, "sampled", draws, torch.Generator().manual_seed(5)):
         counts += (column * draws**0.5 - p).round().neg()
     error = (p * (1 - p) / draws).sqrt()
     assert counts.sum() == draws
@@ -54,17 +58,19 @@ def test_draws_follow_the_models_distribution():
 def test_the_same_seed_draws_the_same_labels():
     """Draws are the generator's, not the process's."""
     logits = torch.randn(11, 5)
-    one, two = ([*class_columns(logits, None, "sampled", 3, torch.Generator().manual_seed(7))] for _ in range(2))
+    one, two = (
+        [*class_output_gradients(logits, None, "sampled", 3, torch.Generator().manual_seed(7))] for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_what_cannot_be_is_refused():
     """True labels that are not there, all classes at every token, the likeliest target of a regression."""
     with pytest.raises(ConfigError, match="needs the labels"):
-        next(class_columns(torch.zeros(2, 3), None, "true", 1, None))
+        next(class_output_gradients(torch.zeros(2, 3), None, "true", 1, None))
     with pytest.raises(ConfigError, match="take labels sampled"):
-        next(class_columns(torch.zeros(2, 5, 3), None, "exact", 1, None))
+        next(class_output_gradients(torch.zeros(2, 5, 3), None, "exact", 1, None))
     with pytest.raises(ConfigError, match="needs the targets"):
-        next(regression_columns(torch.zeros(2, 3), None, "true", 1, 1.0, None))
+        next(regression_output_gradients(torch.zeros(2, 3), None, "true", 1, 1.0, None))
     with pytest.raises(ConfigError, match="says nothing of a regression"):
-        next(regression_columns(torch.zeros(2, 3), None, "predicted", 1, 1.0, None))
+        next(regression_output_gradients(torch.zeros(2, 3), None, "predicted", 1, 1.0, None))

@@ -1,4 +1,4 @@
-"""Sums of an estimate under way, in a file, so that what was interrupted can be taken up again."""
+"""Checkpoint of a running estimate, so that it can resume."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError
-from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.tensors.atomic import sync
 from squisher_mergekit.tensors.safetensors import safetensors_notes
 from squisher_mergekit.tensors.sharded import OnRankZero, Sharded, is_sharded, rank
@@ -19,26 +19,26 @@ _NOTE = "estimate"
 
 
 @dataclass(frozen=True)
-class Kept:
+class EstimateCheckpoint:
     """The file of an estimate under way, beside what is to become of it.
 
     ``file``: ``OUT.partial.safetensors``, the totals by the names in memory and a note of how far they go.
-    ``asked``: all that the result depends on; what was kept is taken up by the same alone.
+    ``request``: everything the result depends on; only an equal request resumes.
 
     Example:
-        >>> Kept.of(Path("fishers/math"), {}).file.as_posix()
+        >>> EstimateCheckpoint.beside(Path("fishers/math"), {}).file.as_posix()
         'fishers/math.partial.safetensors'
     """
 
     file: Path
-    asked: Mapping[str, Any]
+    request: Mapping[str, Any]
 
     @classmethod
-    def of(cls, out: Path, asked: Mapping[str, Any]) -> Kept:
+    def beside(cls, out: Path, request: Mapping[str, Any]) -> EstimateCheckpoint:
         """Return the file beside a folder."""
-        return cls(out.with_name(f"{out.name}.partial.safetensors"), json.loads(json.dumps(asked)))
+        return cls(out.with_name(f"{out.name}.partial.safetensors"), json.loads(json.dumps(request)))
 
-    def batches(self) -> int:
+    def num_batches(self) -> int:
         """Return how many batches are in what was kept; 0 if nothing was.
 
         Raises:
@@ -48,29 +48,31 @@ class Kept:
         if not self.file.exists():
             return 0
         note = self._note()
-        for key, value in self.asked.items():
-            if note["asked"].get(key) != value:
+        for key, value in self.request.items():
+            if note["request"].get(key) != value:
                 raise ConfigError(
-                    f"{self.file} holds an estimate with {key} {note['asked'].get(key)}, not {value}; repeat that call "
-                    "to finish it, or remove the file to start again"
+                    f"{self.file} holds an estimate with {key} {note['request'].get(key)}, not {value}; repeat that "
+                    "call to finish it, or remove the file to start again"
                 )
         return int(note["batches"])
 
-    def restore(self, sums: Sums) -> None:
+    def restore(self, accumulator: FisherAccumulator) -> None:
         """Put back what was kept, in all processes."""
         from safetensors import safe_open
 
         note = self._note()
         with safe_open(self.file, "pt") as tensors:
-            sums.restore(tensors.get_tensor, int(note["examples"]))
+            accumulator.restore(tensors.get_tensor, int(note["examples"]))
         if rank():  # the first process has them all
-            sums.start_again()
+            accumulator.reset()
 
-    def save(self, sums: Sums, batches: int) -> None:
-        """Replace what was kept, in the first process; all must call this, after :meth:`Sums.reduce`."""
-        together, examples = OnRankZero(), sums.examples
-        note = json.dumps({"asked": dict(self.asked), "batches": batches, "examples": examples})
-        named = {name: together.add(t) if is_sharded(t) else t for name, t in sums.named().items()}
+    def save(self, accumulator: FisherAccumulator, batches: int) -> None:
+        """Replace what was kept, in the first process; all must call this, after :meth:`FisherAccumulator.reduce`."""
+        on_rank_zero, examples = OnRankZero(), accumulator.examples
+        note = json.dumps({"request": dict(self.request), "batches": batches, "examples": examples})
+        named = {
+            name: on_rank_zero.add(t) if is_sharded(t) else t for name, t in accumulator.named_accumulators().items()
+        }
 
         def work() -> None:
             new = self.file.with_name(f".{self.file.name}.new")
@@ -84,7 +86,7 @@ class Kept:
             finally:
                 new.unlink(missing_ok=True)
 
-        together.run(work)
+        on_rank_zero.run(work)
 
     def remove(self) -> None:
         """Remove the file, in the first process."""

@@ -1,4 +1,4 @@
-"""A Fisher of a saved model from saved data, written to disk: planned, dealt out to processes, kept under way."""
+"""A Fisher of a saved model from saved data, written to disk: batches shared among processes, resumable."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.accumulator import Grouping, Sums, check_kind
+from squisher_mergekit.estimators.accumulator import FisherAccumulator, Grouping, check_labels
 from squisher_mergekit.estimators.dataset.batches import BatchMaker
 from squisher_mergekit.estimators.dataset.load_model import TASKS, load_model, shard
-from squisher_mergekit.estimators.dataset.resume import Kept
+from squisher_mergekit.estimators.dataset.resume import EstimateCheckpoint
 from squisher_mergekit.estimators.dataset.rows import DataTask, columns_of, read_rows
 from squisher_mergekit.estimators.output_gradients import Labels
 from squisher_mergekit.estimators.tasks import Datum
@@ -77,14 +77,14 @@ def estimate_from(
 ) -> Fisher | None:
     """Load a model and data, estimate the Fisher, and write it; in all processes that accelerate or torchrun started.
 
-    Batches are dealt out to the processes in turn, and are the same however many there are. What was kept by an
-    interrupted call with the same request is taken up.
+    Batches are dealt out to the processes in turn, and are the same however many there are. A call with
+    the same request resumes an interrupted one.
 
     Args:
         request: What is asked.
         out: The folder to make.
         dtype: Of the file.
-        save_every: Keep the sums in ``OUT.partial.safetensors`` each time so many examples were added; 0: never.
+        save_every: Examples between checkpoints in ``OUT.partial.safetensors``; 0: no checkpoint.
         sharded: Split the model over the processes by FSDP2.
         progress: Show a bar.
 
@@ -98,38 +98,38 @@ def estimate_from(
     import accelerate
     from tqdm import tqdm
 
-    here = accelerate.PartialState(cpu=not torch.accelerator.is_available())
-    rows, columns = _checked(request, out, sharded, here.num_processes)
-    mark = _fingerprint(request.model)
-    kept = Kept.of(out, _asked(request, columns, mark, rows))
-    done = kept.batches()
-    model, tokenizer = load_model(request.model, request.task, progress and here.is_main_process)
+    state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
+    rows, columns = _check_request(request, out, sharded, state.num_processes)
+    weights_fingerprint = _fingerprint(request.model)
+    checkpoint = EstimateCheckpoint.beside(out, _checkpoint_request(request, columns, weights_fingerprint, rows))
+    done = checkpoint.num_batches()
+    model, tokenizer = load_model(request.model, request.task, progress and state.is_main_process)
     labels = getattr(model.config, "label2id", None) or {}
     make = BatchMaker(tokenizer, request.task, request.max_length, columns, labels, request.seed, request.batch_size)
-    sums = _sums(request, shard(model, here.device) if sharded else model.to(here.device))
+    accumulator = _accumulator(request, shard(model, state.device) if sharded else model.to(state.device))
     if done:
-        kept.restore(sums)
-    size, step = request.batch_size, here.num_processes
+        checkpoint.restore(accumulator)
+    size, step = request.batch_size, state.num_processes
     bar = tqdm(
         desc="Estimating", unit="example", total=len(rows), initial=min(done * size, len(rows)),
-        disable=not (progress and here.is_main_process),
+        disable=not (progress and state.is_main_process),
     )  # fmt: skip
-    with bar, torch.autocast(here.device.type, torch.bfloat16, enabled=request.precision == "bf16"):
+    with bar, torch.autocast(state.device.type, torch.bfloat16, enabled=request.precision == "bf16"):
         for first in range(done, -(-len(rows) // size), step):
-            _add(sums, make, rows, first + here.process_index, here.device)
+            _add_batch(accumulator, make, rows, first + state.process_index, state.device)
             examples = min((first + step) * size, len(rows))
             bar.update(examples - first * size)
             if save_every and examples < len(rows) and examples // save_every > first * size // save_every:
-                _keep(kept, sums, first + step, here.is_main_process)
-    sums.reduce()
-    _write(sums, request, out, dtype, mark)
-    kept.remove()
-    return read_fisher(out) if here.is_main_process else None
+                _save_checkpoint(checkpoint, accumulator, first + step, state.is_main_process)
+    accumulator.reduce()
+    _write_fisher(accumulator, request, out, dtype, weights_fingerprint)
+    checkpoint.remove()
+    return read_fisher(out) if state.is_main_process else None
 
 
-def _checked(request: Request, out: Path, sharded: bool, processes: int) -> tuple[Rows, Mapping[str, str]]:
+def _check_request(request: Request, out: Path, sharded: bool, processes: int) -> tuple[Rows, Mapping[str, str]]:
     """Refuse what can be known to fail before a model is loaded; return the rows, and which column is what."""
-    check_kind(request.labels, request.grouping)
+    check_labels(request.labels, request.grouping)
     check_free(out)
     if sharded and processes == 1:
         raise ConfigError(
@@ -146,11 +146,17 @@ def _fingerprint(model: str) -> str | None:
     return fingerprint(folder) if folder.is_dir() else None
 
 
-def _asked(request: Request, columns: Mapping[str, str], mark: str | None, rows: Rows) -> dict[str, Any]:
-    """Return what sums depend on: the rows and weights themselves, not where they lie."""
-    asked = asdict(request) | {"columns": dict(columns), "model": mark or request.model, "rows": _digest(rows)}
-    del asked["data"], asked["split"]
-    return asked
+def _checkpoint_request(
+    request: Request, columns: Mapping[str, str], weights_fingerprint: str | None, rows: Rows
+) -> dict[str, Any]:
+    """Return everything the accumulators depend on: rows and weights by content, not by location."""
+    fields = asdict(request) | {
+        "columns": dict(columns),
+        "model": weights_fingerprint or request.model,
+        "rows": _digest(rows),
+    }
+    del fields["data"], fields["split"]
+    return fields
 
 
 def _digest(rows: Rows) -> str:
@@ -161,8 +167,8 @@ def _digest(rows: Rows) -> str:
     return digest.hexdigest()
 
 
-def _sums(request: Request, model: nn.Module) -> Sums:
-    return Sums(
+def _accumulator(request: Request, model: nn.Module) -> FisherAccumulator:
+    return FisherAccumulator(
         model,
         request.labels,
         request.grouping,
@@ -173,29 +179,31 @@ def _sums(request: Request, model: nn.Module) -> Sums:
     )
 
 
-def _add(sums: Sums, make: BatchMaker, rows: Rows, number: int, device: torch.device) -> None:
+def _add_batch(accumulator: FisherAccumulator, make: BatchMaker, rows: Rows, number: int, device: torch.device) -> None:
     """Add the batch of a number; where there is none left, keep the other processes of a sharded model company."""
-    mine = rows[number * make.batch_size : (number + 1) * make.batch_size]
-    if mine or sums.sharded:
-        batch = make(mine or rows[:1], number if mine else 0)
-        sums.add({key: value.to(device) for key, value in batch.items()}, number, counts=bool(mine))
+    batch_rows = rows[number * make.batch_size : (number + 1) * make.batch_size]
+    if batch_rows or accumulator.sharded:
+        batch = make(batch_rows or rows[:1], number if batch_rows else 0)
+        accumulator.add({key: value.to(device) for key, value in batch.items()}, number, counts=bool(batch_rows))
 
 
-def _keep(kept: Kept, sums: Sums, batches: int, first: bool) -> None:
-    """Keep the sums of all processes so far; the first one goes on from them, the others from nothing."""
-    sums.reduce()
-    kept.save(sums, batches)
+def _save_checkpoint(checkpoint: EstimateCheckpoint, accumulator: FisherAccumulator, batches: int, first: bool) -> None:
+    """Checkpoint the sums over all processes; rank 0 keeps them, the others restart from zero."""
+    accumulator.reduce()
+    checkpoint.save(accumulator, batches)
     if not first:
-        sums.start_again()
+        accumulator.reset()
 
 
-def _write(sums: Sums, request: Request, out: Path, dtype: torch.dtype, mark: str | None) -> None:
+def _write_fisher(
+    accumulator: FisherAccumulator, request: Request, out: Path, dtype: torch.dtype, weights_fingerprint: str | None
+) -> None:
     """Write the mean; of a sharded model the first process gathers one tensor after the other."""
-    sums.divide()
-    together = OnRankZero()
-    fisher = sums.fisher(together, statistic="mean", num_examples=sums.examples)
+    accumulator.divide()
+    on_rank_zero = OnRankZero()
+    fisher = accumulator.fisher(on_rank_zero, statistic="mean", num_examples=accumulator.examples)
     name = None if Path(request.model).expanduser().exists() else request.model
     fisher.config = fisher.config.model_copy(
-        update={"weights_fingerprint": mark, "source": SourceInfo(layout="estimate", model=name)}
+        update={"weights_fingerprint": weights_fingerprint, "source": SourceInfo(layout="estimate", model=name)}
     )
-    together.run(lambda: write_fisher(fisher, out, dtype))
+    on_rank_zero.run(lambda: write_fisher(fisher, out, dtype))

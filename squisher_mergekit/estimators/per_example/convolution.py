@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXAMPLES = 32  # that one call takes: measured on a CPU; on both sides of it other counts are slower
-_FEW = 8  # input channels below which a CPU's grouped convolution is slower than one matrix product
+MAX_EXAMPLES = 32  # that one call takes: measured on a CPU; on both sides of it other counts are slower
+_FEW_CHANNELS = 8  # input channels below which a CPU's grouped convolution is slower than one matrix product
 
 
 def gradients(name: str, module: Any, x: Tensor, b: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def gradients(name: str, module: Any, x: Tensor, b: Tensor) -> Tensor:
         padding = (0,) * len(module.kernel_size)
     else:
         padding = module.padding
-    if module.in_channels < _FEW and module.groups == 1:
+    if module.in_channels < _FEW_CHANNELS and module.groups == 1:
         return _by_patches(module, x, b, padding)
     return _by_groups(module, x, b, padding)
 
@@ -40,10 +40,10 @@ def _by_patches(module: Any, x: Tensor, b: Tensor, padding: Any) -> Tensor:
     """Multiply the patches that the kernel sees, ``(N, in k k, T)``, with what came back, ``(N, out, T)``."""
     x = F.pad(x, [width for width in reversed(padding) for _ in range(2)]).contiguous()
     steps = x.stride()[2:]
-    apart = [step * dilation for step, dilation in zip(steps, module.dilation, strict=True)]
-    moved = [step * stride for step, stride in zip(steps, module.stride, strict=True)]
+    dilated = [step * dilation for step, dilation in zip(steps, module.dilation, strict=True)]
+    strided = [step * stride for step, stride in zip(steps, module.stride, strict=True)]
     shape = (*x.shape[:2], *module.kernel_size, *b.shape[2:])
-    patches = x.as_strided(shape, (*x.stride()[:2], *apart, *moved)).reshape(len(x), -1, b[0, 0].numel())
+    patches = x.as_strided(shape, (*x.stride()[:2], *dilated, *strided)).reshape(len(x), -1, b[0, 0].numel())
     return torch.bmm(patches, b.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(len(x), *module.weight.shape)
 
 

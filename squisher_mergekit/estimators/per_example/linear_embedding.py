@@ -141,10 +141,10 @@ def token_sums(ids: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         ([[3, 7, 0]], [2.0, 5.0, 0.0])
     """
     ordered, order = ids.sort(1)
-    places = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
-    places = torch.cat([torch.zeros_like(ids[:, :1]), places], 1)
-    at = places.gather(1, order.argsort(1)).unsqueeze(-1).expand_as(b)
-    return torch.zeros_like(ids).scatter_(1, places, ordered), torch.zeros_like(b).scatter_add_(1, at, b)
+    slots = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
+    slots = torch.cat([torch.zeros_like(ids[:, :1]), slots], 1)
+    at = slots.gather(1, order.argsort(1)).unsqueeze(-1).expand_as(b)
+    return torch.zeros_like(ids).scatter_(1, slots, ordered), torch.zeros_like(b).scatter_add_(1, at, b)
 
 
 def row_squares(total: Tensor, ids: Tensor, b: Tensor) -> None:

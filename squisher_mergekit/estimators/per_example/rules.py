@@ -64,7 +64,7 @@ def add_squares(total: Tensor, uses: Sequence[Use], size: int) -> None:
     elif kinds == {"matrix", "rows"} and not any(is_conv1d(call.module) for _, call in uses):
         add_tied(total, uses, size)
     else:
-        most = convolution.EXAMPLES if all(is_conv(call.module) for _, call in uses) else size
+        most = convolution.MAX_EXAMPLES if all(is_conv(call.module) for _, call in uses) else size
         values = [_values(name, call) for name, call in uses]
         for start in range(0, size, chunk := min(most, chunk_of(total))):
             examples = slice(start, min(start + chunk, size))
@@ -93,8 +93,8 @@ def _gradients(use: Use, size: int, examples: slice, shape: torch.Size, values: 
     if rule == "rows":
         ids, at_rows = lookups(call, size)
         tokens, sums = token_sums(ids[examples], at_rows[examples])
-        places = tokens.unsqueeze(-1).expand_as(sums)
-        return sums.new_zeros(len(sums), *shape).scatter_add_(1, places, sums)
+        index = tokens.unsqueeze(-1).expand_as(sums)
+        return sums.new_zeros(len(sums), *shape).scatter_add_(1, index, sums)
     b = wide(gradient_at(call, size)[examples])
     if rule == "convolution":
         return convolution.gradients(name, module, wide(by_example(call.args[0], size, call)[examples].detach()), b)
@@ -122,10 +122,10 @@ def _slope(name: str, call: Call) -> Tensor:
         if module.running_mean is None:
             raise UnsupportedStateError("a batch norm without running statistics mixes its examples; take another norm")
         return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
-    return _by_linearity(name, call)
+    return _slope_by_difference(name, call)
 
 
-def _by_linearity(name: str, call: Call) -> Tensor:
+def _slope_by_difference(name: str, call: Call) -> Tensor:
     """Return the slope of a norm of any code: its output with weights 1, less that with weights 0.
 
     The norms of language models scale by the weight, or by one more than it; both are linear in it, entry by entry. A
@@ -156,7 +156,7 @@ def _generic(name: str, call: Call, size: int, examples: slice, values: Values) 
     for n in range(size)[examples]:
         with torch.enable_grad():
             parameter = values[name].detach().requires_grad_()
-            args, kwargs = _cut((call.args, dict(call.kwargs)), n, size)
+            args, kwargs = _slice_example((call.args, dict(call.kwargs)), n, size)
             out = first_tensor(_run_again(call.module, {**values, name: parameter}, args, kwargs))
             assert out is not None
             # What an example does not use, such as another task's token, has no graph.
@@ -183,7 +183,7 @@ def _run_again(module: nn.Module, values: Values, args: tuple[Any, ...], kwargs:
     return torch.func.functional_call(_Forward(module), given, args, dict(kwargs))
 
 
-def _cut(value: Any, n: int, size: int) -> Any:
+def _slice_example(value: Any, n: int, size: int) -> Any:
     """Return one example's part of a module's arguments."""
     if isinstance(value, Tensor):
         value = value.detach()
@@ -194,7 +194,7 @@ def _cut(value: Any, n: int, size: int) -> Any:
             return value[n * rows : (n + 1) * rows]
         return value
     if isinstance(value, dict):
-        return {key: _cut(item, n, size) for key, item in value.items()}
+        return {key: _slice_example(item, n, size) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_cut(item, n, size) for item in value)
+        return type(value)(_slice_example(item, n, size) for item in value)
     return value

@@ -39,7 +39,7 @@ def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
         if not bias.requires_grad:
             return bias
         rows = bias.squeeze(0).flatten(1).T.expand(tape.size, -1, -1)
-        tape.note(Call(table, (ids.pop().flatten().expand(tape.size, -1),), {}, rows.dtype), rows, names)
+        tape.record(Call(table, (ids.pop().flatten().expand(tape.size, -1),), {}, rows.dtype), rows, names)
         return rows.transpose(1, 2).reshape(tape.size, *bias.shape[1:])
 
     attention.compute_bias = compute_bias
@@ -50,4 +50,4 @@ def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
 
 
 # What is done about which modules, beside noting their calls; the tables in them are not noted by themselves.
-SPECIAL: tuple[tuple[Callable[[nn.Module], bool], Wrap], ...] = ((is_relative_bias, relative_bias),)
+SPECIAL_MODULES: tuple[tuple[Callable[[nn.Module], bool], Wrap], ...] = ((is_relative_bias, relative_bias),)

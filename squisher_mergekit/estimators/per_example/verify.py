@@ -18,38 +18,43 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.estimators.per_example.accumulate import Failed, Totals, add_batch, no_totals
+from squisher_mergekit.estimators.per_example.accumulate import (
+    Accumulators,
+    Failures,
+    accumulate_batch,
+    zero_accumulators,
+)
 from squisher_mergekit.estimators.per_example.layer_kinds import gradient_at
-from squisher_mergekit.estimators.per_example.t5_bias import SPECIAL
-from squisher_mergekit.estimators.per_example.tape import Moved, Tape, Uses, gradients, taped
-from squisher_mergekit.estimators.tasks import Batch, Forward, Outputs, Task, run, size_of
+from squisher_mergekit.estimators.per_example.t5_bias import SPECIAL_MODULES
+from squisher_mergekit.estimators.per_example.tape import Owners, Tape, Uses, gradients, taped
+from squisher_mergekit.estimators.tasks import Batch, Forward, Outputs, Task, count_examples, run_model
 from squisher_mergekit.tensors.sharded import is_sharded, sharded_modules
 
 LOG = logging.getLogger("squisher_mergekit")
-EXAMPLES = 2  # that are checked
-_SAME = 1e-2  # share of the largest output, by which outputs may differ that are the same but for rounding
+NUM_EXAMPLES = 2  # that are checked
+_OUTPUT_TOLERANCE = 1e-2  # share of the largest output, by which outputs may differ that are the same but for rounding
 # Of a tensor's largest entry. A rule that does not fit is wrong by far more; narrow weights round that much.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
-Wrong = dict[nn.Parameter, Exception | None]
+Mismatches = dict[nn.Parameter, Exception | None]
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """What was found out about a model by trying.
 
-    ``moved``: parameters that are used by other modules than those that hold them. ``spread``: modules that give out
-    one thing for all examples; None: any may. ``proven``: parameters whose squares were seen to be right; the others
-    were not used.
+    ``owner_of``: parameter -> module that uses it and its name there, where that is not the module that registers it.
+    ``broadcast_modules``: modules whose one output serves all examples; None: any may. ``verified``: parameters with
+    correct squared gradients; no example used the others.
     """
 
-    moved: Moved
-    spread: Collection[nn.Module] | None
-    proven: set[nn.Parameter]
+    owner_of: Owners
+    broadcast_modules: Collection[nn.Module] | None
+    verified: set[nn.Parameter]
 
 
 @dataclass(frozen=True)
-class Trial:
+class TapedModel:
     """How a model is run: ``model``, ``task`` and ``forward`` as for :func:`~squisher_mergekit.estimate_fisher`."""
 
     model: nn.Module
@@ -57,23 +62,29 @@ class Trial:
     forward: Forward | None
 
     @contextmanager
-    def taped(self, batch: Batch, moved: Moved, spread: Collection[nn.Module] | None) -> Iterator[tuple[Tape, Outputs]]:
+    def run(
+        self, batch: Batch, owner_of: Owners, broadcast_modules: Collection[nn.Module] | None
+    ) -> Iterator[tuple[Tape, Outputs]]:
         """Run the model on a batch, and give out what was noted, for as long as the body lasts, and the outputs."""
-        with taped(self.model, size_of(batch), SPECIAL, moved, spread) as tape:
-            outputs = run(self.model, batch, self.task, self.forward)
+        with taped(self.model, count_examples(batch), SPECIAL_MODULES, owner_of, broadcast_modules) as tape:
+            outputs = run_model(self.model, batch, self.task, self.forward)
         try:
             yield tape, outputs
         finally:
             tape.close()
 
 
-def prove(
-    trial: Trial, batch: Batch, known: Proof | None = None, count: int = EXAMPLES, scratch: Totals | None = None
-) -> Proof:
+def verify(
+    taped_model: TapedModel,
+    batch: Batch,
+    known: Verification | None = None,
+    count: int = NUM_EXAMPLES,
+    scratch: Accumulators | None = None,
+) -> Verification:
     """Find the parameters that are used by other modules than those that hold them, by trying.
 
     Args:
-        trial: The model, in eval mode. If it is sharded all processes must take part.
+        taped_model: The model, in eval mode. If it is sharded all processes must take part.
         batch: Whose first examples are differentiated one by one; of all of them it is seen whether they mix.
         known: What was found out before.
         count: How many examples are differentiated one by one.
@@ -82,7 +93,7 @@ def prove(
     Raises:
         UnsupportedStateError: The model mixes its examples.
     """
-    model = trial.model
+    model = taped_model.model
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if any(is_sharded(parameter) for parameter in names):
         from accelerate.utils import send_to_device
@@ -91,41 +102,51 @@ def prove(
         shared = [batch]
         dist.broadcast_object_list(shared, src=0)
         batch = send_to_device(shared[0], next(iter(names)).device)
-    moved = dict(known.moved) if known else {}
+    owner_of = dict(known.owner_of) if known else {}
     # What is computed in a narrower dtype rounds by as much as some mistakes are large.
     with torch.autocast(next(iter(names)).device.type, enabled=False):
-        spread = known.spread if known else _spread(trial, batch)
+        broadcast_modules = known.broadcast_modules if known else _find_broadcast_modules(taped_model, batch)
         while True:
-            used, wrong = _compare(trial, first_examples(batch, count), scratch or no_totals(names), moved, spread)
-            with trial.taped(batch, moved, spread) as (tape, outputs):
-                wrong |= {p: error for p, error in mixed(tape, outputs, names, keep=False).items() if p in used}
-            for parameter, error in wrong.items():
-                _move(model, names[parameter], parameter, moved, error)
-            if not wrong:
-                _tell(model, names, moved)
-                return Proof(moved, spread, used)
+            used, mismatches = _compare_with_loop(
+                taped_model,
+                first_examples(batch, count),
+                scratch or zero_accumulators(names),
+                owner_of,
+                broadcast_modules,
+            )
+            with taped_model.run(batch, owner_of, broadcast_modules) as (tape, outputs):
+                mismatches |= {
+                    p: error
+                    for p, error in mixing_parameters(tape, outputs, names, retain_graph=False).items()
+                    if p in used
+                }
+            for parameter, error in mismatches.items():
+                _assign_to_parent(model, names[parameter], parameter, owner_of, error)
+            if not mismatches:
+                _warn_if_slow(model, names, owner_of)
+                return Verification(owner_of, broadcast_modules, used)
 
 
-def _spread(trial: Trial, batch: Batch) -> Collection[nn.Module]:
+def _find_broadcast_modules(taped_model: TapedModel, batch: Batch) -> Collection[nn.Module]:
     """Return the modules whose one output for all examples can be repeated: if not all of them, none."""
     with torch.no_grad():
-        values = run(trial.model, batch, trial.task, trial.forward).values
-    _reshard(trial.model)
+        values = run_model(taped_model.model, batch, taped_model.task, taped_model.forward).values
+    _reshard(taped_model.model)
     try:
-        with trial.taped(batch, {}, None) as (tape, outputs):
-            found, once = outputs.values.detach(), set(tape.once)
+        with taped_model.run(batch, {}, None) as (tape, outputs):
+            found, once = outputs.values.detach(), set(tape.broadcasted)
             del outputs  # and the graph with it
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError):
         return ()
     finally:
-        _reshard(trial.model)
+        _reshard(taped_model.model)
     if found.shape != values.shape:
         return ()
     largest = max(values.max(), -values.min())
     values -= found
-    return once if max(values.max(), -values.min()) <= _SAME * largest else ()
+    return once if max(values.max(), -values.min()) <= _OUTPUT_TOLERANCE * largest else ()
 
 
 def _reshard(model: nn.Module) -> None:
@@ -134,7 +155,9 @@ def _reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def mixed(tape: Tape, outputs: Outputs, parameters: Iterable[nn.Parameter], keep: bool) -> Wrong:
+def mixing_parameters(
+    tape: Tape, outputs: Outputs, parameters: Iterable[nn.Parameter], retain_graph: bool
+) -> Mismatches:
     """Return the parameters in whose calls examples do not lie where they are looked for.
 
     Where the gradient at the outputs is 0 for some examples, it must be 0 for them at each call.
@@ -143,29 +166,29 @@ def mixed(tape: Tape, outputs: Outputs, parameters: Iterable[nn.Parameter], keep
         tape: Of the forward pass that gave the outputs.
         outputs: Of the model.
         parameters: Of the model.
-        keep: Another backward pass will follow.
+        retain_graph: Another backward pass will follow.
     """
     size, values = tape.size, outputs.values
-    column = _any_column(values)
-    silent = torch.arange(size, device=values.device) % 2 == 1
-    column[silent] = 0
-    wrong: Wrong = {}
+    output_gradient = _random_output_gradient(values)
+    masked_examples = torch.arange(size, device=values.device) % 2 == 1
+    output_gradient[masked_examples] = 0
+    mismatches: Mismatches = {}
 
     def look(parameter: nn.Parameter, uses: Uses) -> None:
         for _, call in uses:
             try:
-                if call.gradient is not None and bool(gradient_at(call, size)[silent].any()):
-                    wrong[parameter] = None
+                if call.gradient is not None and bool(gradient_at(call, size)[masked_examples].any()):
+                    mismatches[parameter] = None
             except UnsupportedStateError as error:
-                wrong[parameter] = error
+                mismatches[parameter] = error
 
-    tape.backward(values, column, keep, look, unreached=tape.without_call(parameters))
-    tape.forget()
-    return wrong
+    tape.backward(values, output_gradient, retain_graph, look, uncalled=tape.without_call(parameters))
+    tape.drop_gradients()
+    return mismatches
 
 
-def _tell(model: nn.Module, names: Mapping[nn.Parameter, str], moved: Moved) -> None:
-    whole = [names[parameter] for parameter, (home, _) in moved.items() if home is model]
+def _warn_if_slow(model: nn.Module, names: Mapping[nn.Parameter, str], owner_of: Owners) -> None:
+    whole = [names[parameter] for parameter, (owner, _) in owner_of.items() if owner is model]
     if whole:
         LOG.warning(
             "%d of %d parameters (%s, ...) have gradients that only the whole model tells apart: it is run for one "
@@ -174,11 +197,13 @@ def _tell(model: nn.Module, names: Mapping[nn.Parameter, str], moved: Moved) -> 
         )  # fmt: skip
 
 
-def _move(model: nn.Module, full_name: str, parameter: nn.Parameter, moved: Moved, error: Exception | None) -> None:
+def _assign_to_parent(
+    model: nn.Module, full_name: str, parameter: nn.Parameter, owner_of: Owners, error: Exception | None
+) -> None:
     """Give a parameter to the module around the one that has it."""
-    home, name = moved.get(parameter, (None, ""))
+    owner, name = owner_of.get(parameter, (None, ""))
     path = full_name.removesuffix(f".{name}" if name else "").rpartition(".")[0]
-    if home is model or (home is None and not path):
+    if owner is model or (owner is None and not path):
         why = "the model mixes its examples" if error is None else " ".join(str(error).split())[:200]
         raise UnsupportedStateError(
             f"the gradients of {full_name} cannot be told apart example by example: {why}; freeze it, or take "
@@ -187,86 +212,94 @@ def _move(model: nn.Module, full_name: str, parameter: nn.Parameter, moved: Move
     if not name:  # held by the module at path; the one around it is next
         path = path.rpartition(".")[0]
     within = full_name.removeprefix(f"{path}." if path else "")
-    around = model.get_submodule(path)
-    if is_sharded(parameter) and any(module is not around for module in sharded_modules(around)):
+    parent = model.get_submodule(path)
+    if is_sharded(parameter) and any(module is not parent for module in sharded_modules(parent)):
         raise UnsupportedStateError(
-            f"{full_name} is used by {type(around).__name__}, which cannot be run by itself, as its layers are sharded "
+            f"{full_name} is used by {type(parent).__name__}, which cannot be run by itself, as its layers are sharded "
             "one by one; take a model in each process, or freeze it"
         )
-    moved[parameter] = (around, within)
+    owner_of[parameter] = (parent, within)
 
 
-def _compare(
-    trial: Trial, batch: Batch, expected: Totals, moved: Moved, spread: Collection[nn.Module] | None
-) -> tuple[set[nn.Parameter], Wrong]:
+def _compare_with_loop(
+    taped_model: TapedModel,
+    batch: Batch,
+    expected: Accumulators,
+    owner_of: Owners,
+    broadcast_modules: Collection[nn.Module] | None,
+) -> tuple[set[nn.Parameter], Mismatches]:
     """Return the parameters that are used, and those whose squares are not the sums of those of each example alone.
 
     ``expected`` is filled with these sums, and emptied again.
     """
     parameters = list(expected)
-    with trial.taped(batch, moved, spread) as (tape, outputs):
-        column = _any_column(outputs.values)
+    with taped_model.run(batch, owner_of, broadcast_modules) as (tape, outputs):
+        output_gradient = _random_output_gradient(outputs.values)
         used = set()
         for n in range(tape.size):
-            for parameter, gradient in zip(parameters, _alone(outputs, parameters, column, n), strict=True):
+            for parameter, gradient in zip(
+                parameters, _single_example_gradients(outputs, parameters, output_gradient, n), strict=True
+            ):
                 if gradient is not None:
                     used.add(parameter)
                     expected[parameter].addcmul_(*[gradient.to(expected[parameter].dtype)] * 2)
             del gradient
-        tops = {parameter: _largest(expected[parameter]) for parameter in used}
-        bounds = _bounds(tops, tape)
+        largest = {parameter: _largest_entry(expected[parameter]) for parameter in used}
+        tolerances = _tolerances(largest, tape)
         # What is found is taken off what is expected, so that nothing has to be kept beside it.
         for total in expected.values():
-            total.mul_(-_copies(total))
-        failed = Failed()
-        add_batch(expected, tape, outputs, [column], tape.without_call(parameters), failed)
-    wrong: Wrong = {}
+            total.mul_(-_process_count(total))
+        failures = Failures()
+        accumulate_batch(expected, tape, outputs, [output_gradient], tape.without_call(parameters), failures)
+    mismatches: Mismatches = {}
     for parameter in parameters:
-        off = _largest(expected[parameter]) / _copies(expected[parameter])
-        if parameter in failed or (parameter in used and off > bounds[parameter]):
-            wrong[parameter] = failed.get(parameter)
+        off = _largest_entry(expected[parameter]) / _process_count(expected[parameter])
+        if parameter in failures or (parameter in used and off > tolerances[parameter]):
+            mismatches[parameter] = failures.get(parameter)
         expected[parameter].zero_()
-    return used, wrong
+    return used, mismatches
 
 
-def _any_column(values: Tensor) -> Tensor:
+def _random_output_gradient(values: Tensor) -> Tensor:
     """Return some gradient at the outputs, the same each time."""
     generator = torch.Generator(values.device).manual_seed(0)
     return torch.randn(values.shape, generator=generator, device=values.device).to(values.dtype)
 
 
-def _alone(outputs: Outputs, parameters: Sequence[nn.Parameter], column: Tensor, n: int) -> Sequence[Tensor | None]:
+def _single_example_gradients(
+    outputs: Outputs, parameters: Sequence[nn.Parameter], output_gradient: Tensor, n: int
+) -> Sequence[Tensor | None]:
     """Return the gradients of one example; of sharded parameters as they arrive in ``.grad``, which is put back."""
     if not any(is_sharded(parameter) for parameter in parameters):
-        return gradients(outputs.values[n], parameters, column[n], keep=True)
+        return gradients(outputs.values[n], parameters, output_gradient[n], retain_graph=True)
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
     try:
-        outputs.values[n].backward(column[n], retain_graph=True)  # type: ignore[no-untyped-call]
+        outputs.values[n].backward(output_gradient[n], retain_graph=True)  # type: ignore[no-untyped-call]
         return [parameter.grad for parameter in parameters]
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
 
 
-def _bounds(tops: Mapping[nn.Parameter, float], tape: Tape) -> dict[nn.Parameter, float]:
+def _tolerances(largest: Mapping[nn.Parameter, float], tape: Tape) -> dict[nn.Parameter, float]:
     """Return how far squares may be off, by the largest entry of each parameter's."""
-    bounds = {}
-    for parameter, top in tops.items():
+    tolerances = {}
+    for parameter, top in largest.items():
         dtypes = {parameter.dtype, *(call.dtype for _, call in tape.calls.get(parameter, []))}
         # Of what was reached, gradients that are nothing but rounding are not compared.
-        floor = 1e-9 * max(tops.values()) if parameter in tape.calls else 0.0
-        bounds[parameter] = max(_TOLERANCE[dtype] for dtype in dtypes) * max(top, floor)
-    return bounds
+        floor = 1e-9 * max(largest.values()) if parameter in tape.calls else 0.0
+        tolerances[parameter] = max(_TOLERANCE[dtype] for dtype in dtypes) * max(top, floor)
+    return tolerances
 
 
-def _copies(total: Any) -> int:
+def _process_count(total: Any) -> int:
     """Return how many processes add their squares of the same examples."""
     return int(total.device_mesh.size()) if is_sharded(total) else 1
 
 
-def _largest(tensor: Any) -> float:
+def _largest_entry(tensor: Any) -> float:
     """Return the largest size of an entry; over all processes if they share the tensor."""
     local = tensor.to_local() if is_sharded(tensor) else tensor
     found = local.abs().max() if local.numel() else local.new_zeros(())
@@ -282,7 +315,7 @@ def first_examples(batch: Batch, count: int) -> Any:
         >>> first_examples({"x": torch.tensor([1, 2, 3]), "scale": 2.0}, 2)
         {'x': tensor([1, 2]), 'scale': 2.0}
     """
-    size = size_of(batch)
+    size = count_examples(batch)
 
     def cut(value: Any) -> Any:
         return value[:count] if isinstance(value, Tensor) and value.ndim and len(value) == size else value

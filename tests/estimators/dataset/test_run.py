@@ -15,7 +15,7 @@ import transformers
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import ConfigError, CorruptFileError
-from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.dataset import run
 from squisher_mergekit.estimators.dataset.run import Request, estimate_from
 from tests.cli.test_estimate import SMALL, _tokenizer
@@ -46,7 +46,7 @@ def _request(saved, **changes):
 
 def _stop_after(monkeypatch, batches):
     """Let the call be interrupted when so many batches were added."""
-    add, seen = Sums.add, []
+    add, seen = FisherAccumulator.add, []
 
     def counted(self, *args, **kwargs):
         if len(seen) == batches:
@@ -54,7 +54,7 @@ def _stop_after(monkeypatch, batches):
         seen.append(1)
         add(self, *args, **kwargs)
 
-    monkeypatch.setattr(run.Sums, "add", counted)
+    monkeypatch.setattr(run.FisherAccumulator, "add", counted)
 
 
 def _interrupted(saved, out, batches, monkeypatch):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.estimators.accumulator import Sums
+from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.estimate import estimate_fisher
-from squisher_mergekit.estimators.per_example.verify import Trial, mixed, prove
+from squisher_mergekit.estimators.per_example.verify import TapedModel, mixing_parameters, verify
 from tests.estimators import oracle
 from tests.estimators.models import assert_close, batch_of, make
 
@@ -65,13 +65,13 @@ def test_other_parts_in_later_batches_are_noticed():
     """Where the first batches happened to lie as rows of examples do, and a later one does not: refused."""
     torch.manual_seed(0)
     model = _Experts(2)
-    sums = Sums(model, task="classification")
-    sums.add(_routed(4, [0, 1, 0]))
+    accumulator = FisherAccumulator(model, task="classification")
+    accumulator.add(_routed(4, [0, 1, 0]))
     shifted = _routed(4, [0, 1, 0])
     shifted[0][0, :, 0], shifted[0][1, :, 0] = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.0, 0.0, 0.0])
     shifted[0][2, :, 0] = torch.tensor([0.5, 0.0, 0.0])
     with pytest.raises(UnsupportedStateError, match="cannot be told apart in batch 2"):
-        sums.add(shifted)
+        accumulator.add(shifted)
 
 
 def test_rows_that_belong_to_nobody_are_seen():
@@ -87,16 +87,16 @@ def test_rows_that_belong_to_nobody_are_seen():
 
     model = _Turned()
     names = {p: name for name, p in model.named_parameters()}
-    trial, batch = Trial(model, "classification", None), (torch.randn(4, 4, 5), torch.arange(4) % 3)
-    with trial.taped(batch, {}, ()) as (tape, outputs):
-        assert {names[p] for p in mixed(tape, outputs, names, keep=False)} == {"a.weight", "a.bias"}
+    taped_model, batch = TapedModel(model, "classification", None), (torch.randn(4, 4, 5), torch.arange(4) % 3)
+    with taped_model.run(batch, {}, ()) as (tape, outputs):
+        assert {names[p] for p in mixing_parameters(tape, outputs, names, retain_graph=False)} == {"a.weight", "a.bias"}
 
 
 def test_only_what_is_the_same_for_all_examples_is_repeated():
     """Of BERT the table of positions; of a model that takes one row for no batch, nothing."""
-    found = prove(Trial(make("bert").eval(), "classification", None), batch_of("classification"))
-    assert [module.num_embeddings for module in found.spread] == [17]
-    assert not found.moved
+    found = verify(TapedModel(make("bert").eval(), "classification", None), batch_of("classification"))
+    assert [module.num_embeddings for module in found.broadcast_modules] == [17]
+    assert not found.owner_of
 
     class _Single(nn.Module):
         def __init__(self):
