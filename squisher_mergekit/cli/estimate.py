@@ -1,8 +1,9 @@
-"""``squisher estimate``: a model and data -> a baseline Fisher."""
+"""``squisher estimate``: the Fisher of a model from data."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,55 +11,84 @@ _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 
 
+class _Task(click.Choice):  # type: ignore[type-arg]
+    """Choice of a task, which still accepts the name of version 0.1 for classification."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the task, with a warning for its old name."""
+        if value == "sequence-classification":
+            click.echo("--task sequence-classification is deprecated; take --task classification", err=True)
+            return "classification"
+        return super().convert(value, param, ctx)
+
+
 @click.command("estimate")
 @click.argument("model")
-@click.option("-o", "--out", type=_PATH, required=True, help="The folder to make.")
-@click.option("--data", required=True, help="jsonl, csv, tsv, parquet or text file, or a dataset org/name[:config].")
-@click.option("--split", default="train", show_default=True, help="Of a dataset on the Hub.")
+@click.option("-o", "--out", type=_PATH, required=True, help="Folder to create.")
+@click.option(
+    "--data", required=True, help="A jsonl, csv, tsv, parquet or text file, or a dataset org/name[:config] on the Hub."
+)
+@click.option("--split", default="train", show_default=True, help="Split of a dataset on the Hub.")
 @click.option(
     "--task",
-    type=click.Choice(
-        ["causal-lm", "sequence-classification", "token-classification", "seq2seq", "masked-lm", "regression"]
-    ),
+    type=_Task(["causal-lm", "classification", "token-classification", "seq2seq", "masked-lm", "regression"]),
     required=True,
-    help="What the model does; it is loaded by it.",
+    help="Task of the model; selects the class to load it with.",
 )
-@click.option("--num-examples", type=_COUNT, default=256, show_default=True, help="Rows to use, from the first on.")
+@click.option("--num-examples", type=_COUNT, default=256, show_default=True, help="Number of rows, from the first on.")
 @click.option(
     "--labels",
     type=click.Choice(["true", "sampled", "exact", "predicted"]),
     default="true",
     show_default=True,
-    help="true: the empirical Fisher. sampled, exact: the Fisher. See estimate_fisher in Python.",
+    help="true: the empirical Fisher. sampled, exact: the Fisher. predicted: with the likeliest label.",
 )
-@click.option("--joint", is_flag=True, help="Square the gradient of a batch, not those of its examples.")
+@click.option("--joint", is_flag=True, help="Square the gradient of each batch, not of each example.")
 @click.option(
     "--datum",
     type=click.Choice(["example", "token"]),
     default="example",
     show_default=True,
-    help="Of a language model: square a sequence's gradient, or each token's (a pass for each place).",
+    help="Square the gradient of each sequence or of each token (one backward pass for each position).",
 )
-@click.option("--num-samples", type=_COUNT, default=1, show_default=True, help="Draws for each example, of sampled.")
-@click.option("--batch-size", type=_COUNT, default=8, show_default=True)
-@click.option("--max-length", type=_COUNT, default=512, show_default=True, help="Tokens of an example.")
-@click.option("--text-column", help="By default one of the usual names.")
-@click.option("--pair-column", help="The second text of a pair.")
-@click.option("--target-column", help="What is to be said: of seq2seq, or after a prompt.")
-@click.option("--label-column", help="The class or number; of token-classification one for each word.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of labels that are drawn, and of masks.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of passes.")
+@click.option(
+    "--num-samples",
+    type=_COUNT,
+    default=1,
+    show_default=True,
+    help="Labels drawn for each example, for --labels sampled.",
+)
+@click.option("--batch-size", type=_COUNT, default=8, show_default=True, help="Rows of a batch.")
+@click.option("--max-length", type=_COUNT, default=512, show_default=True, help="Largest number of tokens of a row.")
+@click.option("--text-column", help="Column of the text, the words or the messages; by default one of the usual names.")
+@click.option("--pair-column", help="Column of the second text of a pair.")
+@click.option("--target-column", help="Column of the target of seq2seq, or of the completion of a prompt.")
+@click.option("--label-column", help="Column of the class or number; for token-classification one for each word.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of drawn labels and masks.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Dtype of the file.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Precision of forward and backward passes.",
+)
 @click.option(
     "--save-every",
     type=click.IntRange(min=0),
     default=1024,
     show_default=True,
-    help="Examples after which sums are kept in OUT.partial.safetensors; the same call goes on from there. 0: never.",
+    help="Examples between checkpoints in OUT.partial.safetensors; the same command resumes from it. 0: none.",
 )
-@click.option("--shard", is_flag=True, help="Split the model over the processes (FSDP2).")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "json_file", type=_PATH, help="Write the report to a file as well.")
+@click.option("--shard", is_flag=True, help="Shard the model over the processes (FSDP2).")
+@click.option("--quiet", is_flag=True, help="Show no progress bar.")
+@click.option("--json", "json_file", type=_PATH, help="Also write the report to this file.")
 def command(
     model: str,
     out: Path,
@@ -86,17 +116,17 @@ def command(
 ) -> None:
     """Estimate the diagonal Fisher of MODEL, a folder or a Hub id, from data.
 
-    Where there is no optimizer state, this is the baseline: the squared gradient of each example, averaged. It takes
-    about the time of one training step for as many examples. Of an adapter, the Fisher is of the adapter.
+    Use it when there is no optimizer state: it averages the squared gradient of each example. An example costs about
+    as much time as in a training step. The Fisher of a LoRA is that of the adapter.
 
-    Rows have a column such as text, or prompt and completion, or messages; and label or target by task.
+    Rows have a column such as text, or prompt and completion, or messages; and label or target, depending on the task.
 
     \b
     Example:
         squisher estimate runs/math/checkpoint-500 --task causal-lm --data math.jsonl -o fishers/math
         accelerate launch -m squisher_mergekit estimate runs/math --task causal-lm --data math.jsonl -o fishers/math
 
-    Several processes share the examples; with --shard they share the model as well.
+    Several processes share the examples; with --shard they also share the model.
     """
     import json
 
@@ -125,7 +155,7 @@ def command(
     fisher = estimate_from(
         request, out, dtype=getattr(torch, dtype), save_every=save_every, sharded=shard, progress=not quiet
     )
-    if fisher is None:  # the first process reports
+    if fisher is None:  # rank 0 reports
         return
     click.echo(f"{model} -> {out}")
     for line in config_lines(fisher.config, size_of(fisher)):

@@ -1,12 +1,18 @@
-"""From a model and data to a diagonal Fisher.
+"""Diagonal Fishers from a model and data.
 
-``tasks`` runs a model on a batch; ``labels`` turns its outputs into gradients at its logits, one column for each draw
-or class. ``capture`` notes the calls of a forward pass, and goes back from the outputs to these calls without forming
-any weight gradient; ``special`` helps modules that make one thing for all examples. ``layers`` says which rule makes
-the squared gradient of every example of what was noted: ``matrices`` and ``convolutions`` have their own, ``rules`` the
-others and the generic way. ``squares`` adds them up over a batch, ``proof`` tries beforehand whether they are right,
-``sums`` grow over batches and processes, ``estimate`` makes of them a Fisher.
+One call of :func:`~squisher_mergekit.estimate_fisher` walks through the modules in this order:
 
-For the command line ``data`` reads rows, ``encode`` makes batches of them, ``loading`` gets a model ready, ``kept``
-remembers what is under way, and ``command`` does all of it.
+1. ``estimate``: the public function; a loop over the batches.
+2. ``accumulator``: the running sums of squared gradients, over batches and processes.
+3. ``tasks``: the forward pass of a batch; its outputs and targets.
+4. ``output_gradients``: the gradients of the log-likelihood at the outputs, one for each label.
+5. ``per_example.tape``: the calls of every layer in that forward pass, and the gradient at the output of each.
+6. ``per_example.accumulate``: the squared per-example gradients of a batch, by the rule of each layer. ``layer_kinds``
+   names the rule; ``linear_embedding``, ``convolution`` and ``rules`` have the rules; ``t5_bias`` adapts T5.
+7. ``per_example.verify``: the comparison with a loop over single examples, at the first batches.
+8. ``accumulator`` again: a :class:`~squisher_mergekit.Fisher` under the names on disk, from ``models.parameters`` and
+   ``models.convert``.
+
+``dataset`` is the command ``squisher estimate``: ``rows`` reads a file, ``batches`` tokenizes, ``load_model`` loads,
+``resume`` checkpoints, ``run`` calls them.
 """

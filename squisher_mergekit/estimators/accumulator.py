@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from squisher_mergekit.estimators.tasks import (
     infer_task,
     run_model,
 )
-from squisher_mergekit.fisher.config import Coverage, Estimator, FisherConfig
+from squisher_mergekit.fisher.config import Coverage, Estimator, FisherConfig, OptimizerInfo, Statistic
 from squisher_mergekit.fisher.files import TIED
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.convert import store_moments
@@ -45,13 +46,29 @@ _ESTIMATORS: dict[tuple[Labels, Grouping], Estimator] = {
 
 
 class FisherAccumulator:
-    """Running sums of squared gradients; :func:`~squisher_mergekit.estimate_fisher` explains the arguments.
+    """Running sums of squared gradients over batches and processes.
 
-    ``accumulators``: parameter -> sum, shaped like it and sharded as it is.
+    Args:
+        model: See :func:`~squisher_mergekit.estimate_fisher`, as for all arguments.
+        labels: See there.
+        grouping: See there.
+        num_samples: See there.
+        task: See there.
+        forward: See there.
+        noise: See there.
+        seed: See there.
+        verify: See there.
+        datum: See there.
+
+    Attributes:
+        model: The model without wrappers.
+        accumulators: Parameter -> sum of squared gradients, with the shape and sharding of the parameter.
+        names: Parameter -> name in memory.
+        batches: Number of batches of this process.
 
     Raises:
-        ConfigError: The arguments do not fit together, or nothing is to be trained.
-        UnsupportedStateError: The model's parameters are kept in a way that they cannot be differentiated in.
+        ConfigError: The arguments do not fit together, or all parameters are frozen.
+        UnsupportedStateError: The parameters are flattened, or sharded in another way than by FSDP2.
 
     Example:
         >>> accumulator = FisherAccumulator(nn.Linear(2, 1), task="regression")
@@ -81,6 +98,8 @@ class FisherAccumulator:
         self.accumulators = zero_accumulators(
             parameter for parameter in self.model.parameters() if parameter.requires_grad
         )
+        names = memory_names(self.model)
+        self.names = {parameter: names[id(parameter)] for parameter in self.accumulators}
         self.batches = 0
         self._count: Tensor | int = 0
         self._labels, self._grouping, self._num_samples, self._datum = labels, grouping, num_samples, datum
@@ -91,24 +110,24 @@ class FisherAccumulator:
 
     @property
     def examples(self) -> int:
-        """How many examples were added, or tokens if these are the data."""
+        """Number of examples added so far; of tokens with ``datum="token"``."""
         return int(self._count)
 
     @property
     def sharded(self) -> bool:
-        """Whether several processes hold the accumulators in parts."""
+        """True if the accumulators are sharded over several processes."""
         return any(is_sharded(total) for total in self.accumulators.values())
 
     def add(self, batch: Batch, number: int | None = None, *, counts: bool = True) -> None:
         """Add the squared gradients of a batch.
 
         Args:
-            batch: Of this process. If the model is sharded, all processes must add one.
-            number: The batch's, which its drawn labels depend on; by default how many came before.
-            counts: Whether it counts. One that does not adds nothing: it keeps the other processes company.
+            batch: A batch of this process. All processes of a sharded model must call this equally often.
+            number: Number of the batch, which seeds its drawn labels; by default the number of batches before.
+            counts: If False, only take part in collectives (this rank has run out of batches).
 
         Raises:
-            ConfigError: It lacks something.
+            ConfigError: The batch lacks labels, or its outputs do not fit ``datum``.
             UnsupportedStateError: The model mixes its examples.
         """
         with _eval_mode(self.model):
@@ -124,37 +143,33 @@ class FisherAccumulator:
             self._count = self._count + (outputs.size if self._datum == "example" else outputs.tokens)
 
     def _add_per_example(self, batch: Batch, number: int, counts: bool) -> Outputs:
+        """Add the squares of per-example gradients, and verify the parameters that this batch uses first."""
         taped_model = TapedModel(self.model, self._task, self._forward)
         if self._verification is None:
-            self._verification = (
-                self._verify_first_batch(taped_model, batch)
-                if self._verify
-                else Verification({}, None, set(self.accumulators))
-            )
+            self._verification = self._verify_first_batch(taped_model, batch)
         accumulators = {p: total for p, total in self.accumulators.items() if p in self._verification.verified}
         while True:
-            with taped_model.run(batch, self._verification.owner_of, self._verification.broadcast_modules) as (
-                tape,
-                outputs,
-            ):
+            known = self._verification
+            with taped_model.run(batch, known.owner_of, known.broadcast_modules) as (tape, outputs):
                 self._check_mixing(tape, outputs)
                 others = [p for p in tape.without_call(self.accumulators) if not is_sharded(p)]
                 reached: set[nn.Parameter] = set()
                 output_gradients = self._output_gradients(outputs, number, counts)
                 used_directly = accumulate_batch(accumulators, tape, outputs, output_gradients, others, reached=reached)
-            # What the examples so far have not used, such as a seldom expert, has yet to be proven.
-            new = (reached - self._verification.verified) | set(used_directly)
+            # No earlier example used these parameters (a rarely chosen expert, say): verify them now.
+            new = (reached - known.verified) | set(used_directly)
             if not new:
                 return outputs
-            if not self._verify or new <= self._verification.verified:
+            if not self._verify or new <= known.verified:
                 self._refuse_unverified(new.pop())
             accumulators = {p: self.accumulators[p] for p in new}
-            again = verify(taped_model, batch, self._verification, count_examples(batch))
-            self._verification = Verification(
-                again.owner_of, again.broadcast_modules, self._verification.verified | again.verified | new
-            )
+            found = verify(taped_model, batch, known, count_examples(batch))
+            self._verification = replace(found, verified=known.verified | found.verified | new)
 
     def _verify_first_batch(self, taped_model: TapedModel, batch: Batch) -> Verification:
+        """Return the verification of the first batch; the accumulators serve as scratch memory while they are zero."""
+        if not self._verify:
+            return Verification({}, None, set(self.accumulators))
         if self._restored:
             return verify(taped_model, batch)
         try:
@@ -164,19 +179,19 @@ class FisherAccumulator:
                 total.zero_()
 
     def _check_mixing(self, tape: Tape, outputs: Outputs) -> None:
-        """See that examples still lie where they are looked for, at the second batch, the fourth, and so on."""
+        """Check at the second batch, the fourth, the eighth and so on that no layer mixes its examples."""
         if self._verify and self.batches and not self.batches & (self.batches + 1):
             for parameter, error in mixing_parameters(tape, outputs, self.accumulators, retain_graph=True).items():
-                name = memory_names(self.model)[id(parameter)]
                 raise UnsupportedStateError(
-                    f"the gradients of {name} cannot be told apart in batch {self.batches + 1}, as its module is given "
-                    "other parts of the examples each time; freeze it, or take grouping batch"
+                    f"{self.names[parameter]} must have a gradient for each example, but in batch {self.batches + 1} "
+                    "its module gets other parts of the examples than before; freeze it, or take grouping batch"
                 ) from error
 
     def _output_gradients(self, outputs: Outputs, number: int, counts: bool) -> Iterator[Tensor]:
+        """Yield the gradients at the outputs of a batch; zeros for a batch that does not count."""
         if self._datum == "token" and outputs.values.ndim < 3:
             raise ConfigError(
-                f"datum token needs a model whose outputs are one a token, found shape {list(outputs.values.shape)}; "
+                f"datum token needs a model with outputs for each token, found shape {list(outputs.values.shape)}; "
                 "take datum example"
             )
         generator = torch.Generator(outputs.values.device).manual_seed(batch_seed(self._seed, number))
@@ -186,18 +201,18 @@ class FisherAccumulator:
             yield output_gradient if counts else output_gradient * 0
 
     def _refuse_unverified(self, parameter: nn.Parameter) -> None:
-        name = memory_names(self.model)[id(parameter)]
+        """Raise for a parameter that gets a gradient without a recorded call."""
         raise UnsupportedStateError(
-            f"{name} is used without a call of the module that holds it, and its gradients cannot be told apart; give "
-            "examples that use it first, with verify=True, or freeze it"
+            f"{self.names[parameter]} must be used by a call of the module that registers it, but is used outside it; "
+            "give examples that use it first, with verify=True, or freeze it"
         )
 
     def reduce(self) -> None:
-        """Add up what all processes have, which must all call this; each has the sums over all batches then."""
+        """Sum the accumulators over all processes, which must all call this; each then has the total."""
         if not dist.is_initialized():
             return
         for total in self.accumulators.values():
-            if not is_sharded(total):  # those are summed up already
+            if not is_sharded(total):  # sharded ones already are sums over all processes
                 dist.all_reduce(total)
         device = next(iter(self.accumulators)).device
         count = torch.as_tensor(self._count, dtype=torch.int64, device=device).clone()
@@ -205,40 +220,51 @@ class FisherAccumulator:
         self._count = count
 
     def reset(self) -> None:
-        """Forget what :meth:`reduce` has left with the first process; to be called in all but that one."""
+        """Set the accumulators to zero on this rank, so that sums which rank 0 already has count once."""
         for total in self.accumulators.values():
             if not is_sharded(total):
                 total.zero_()
         self._count = 0
 
     def divide(self) -> None:
-        """Turn the sums into means over the examples."""
+        """Divide the sums by the number of examples."""
         examples = self.examples
         for total in self.accumulators.values():
             total /= examples
 
     def named_accumulators(self) -> dict[str, Tensor]:
-        """Return name in memory -> total."""
-        names = memory_names(self.model)
-        return {names[id(p)]: total for p, total in self.accumulators.items()}
+        """Return name in memory -> accumulator."""
+        return {self.names[p]: total for p, total in self.accumulators.items()}
 
     def restore(self, read: Callable[[str], Tensor], examples: int = 0) -> None:
-        """Go on from sums that were kept; of sharded ones each process takes its part.
+        """Load the accumulators of a checkpoint; sharded ones take this rank's shard.
 
         Args:
-            read: Returns the total of a name in memory.
-            examples: How many are in them.
+            read: Function from a name in memory to its whole accumulator.
+            examples: Number of examples in the accumulators.
         """
         for name, total in self.named_accumulators().items():
             total.copy_(distributed_like(read(name), total, total.dtype))
         self._restored, self._count = True, examples
 
-    def fisher(self, on_rank_zero: OnRankZero | None = None, **metadata: Any) -> Fisher:
-        """Return the sums by the names on disk. They are the living ones, not copies.
+    def fisher(
+        self,
+        on_rank_zero: OnRankZero | None = None,
+        *,
+        statistic: Statistic,
+        num_examples: int | None = None,
+        steps: int | None = None,
+        optimizer: OptimizerInfo | None = None,
+    ) -> Fisher:
+        """Return the accumulators under their names on disk, as views, not copies.
 
         Args:
-            on_rank_zero: Reads sharded sums one by one; without it all processes gather all of them on the CPU.
-            metadata: Further keys of the metadata.
+            on_rank_zero: Gathers sharded accumulators one by one when rank 0 reads them; without it all processes
+                gather all of them on the CPU.
+            statistic: Statistic that the accumulators are.
+            num_examples: Number of examples in the accumulators.
+            steps: Number of updates of a moving average.
+            optimizer: Decay of a moving average.
         """
         named = self.named_accumulators()
         tensors: dict[str, Any] = {}
@@ -255,54 +281,61 @@ class FisherAccumulator:
                 **{"with": len(store.infos)}, without={other: f"{TIED}{name}" for other, name in aliases.items()}
             ),
             datum=self._datum,
-            **metadata,
+            statistic=statistic,
+            num_examples=num_examples,
+            steps=steps,
+            optimizer=optimizer,
         )
         return Fisher(store, config, aliases)
 
 
 def check_labels(labels: Labels, grouping: Grouping) -> None:
-    """Refuse labels and a grouping that do not fit together.
+    """Raise if no Fisher has these labels and this grouping.
 
     Raises:
-        ConfigError: They do not.
+        ConfigError: ``batch`` with labels other than ``true`` and ``sampled``.
     """
     if (labels, grouping) not in _ESTIMATORS:
         raise ConfigError(
-            f"grouping batch needs labels true or sampled, found {labels}: of the others it has no meaning of its own"
+            f"grouping batch needs labels true or sampled, found {labels}; take one of these, or grouping example"
         )
 
 
 def check_model(model: nn.Module, grouping: Grouping) -> None:
-    """Refuse a model whose parameters cannot be differentiated as they are kept.
+    """Raise if the model's parameters have no gradients of the shapes that they are used in.
+
+    Args:
+        model: The model, with its wrappers.
+        grouping: ``batch`` excludes sharded models.
 
     Raises:
-        ConfigError: All are frozen.
-        UnsupportedStateError: They are flattened, or another process has them.
+        ConfigError: All parameters are frozen.
+        UnsupportedStateError: The parameters are flattened, or sharded in another way than by FSDP2.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
-        raise ConfigError("a Fisher needs parameters that ask for a gradient, but all are frozen; set requires_grad")
+        raise ConfigError("a Fisher needs trainable parameters, but all are frozen; set requires_grad")
     if uses_fsdp1(model) or any(hasattr(parameter, "ds_id") for parameter in parameters):
         raise UnsupportedStateError(
-            "a Fisher needs each layer's parameters as they are, but FSDP1 and DeepSpeed keep them flattened and cut "
-            "up; take FSDP2 (fully_shard), or a model in each process"
+            "a Fisher needs parameters of their own shapes, but FSDP1 and DeepSpeed flatten them; take FSDP2 "
+            "(fully_shard), or a model in each process"
         )
     if not any(is_sharded(parameter) for parameter in parameters):
         return
     if not sharded_modules(model):
         raise UnsupportedStateError(
-            "a sharded model must be one of FSDP2, but its tensors are split in another way, such as tensor "
-            "parallelism; take fully_shard, or a model in each process"
+            "a sharded model must use FSDP2, but its tensors are split in another way, such as tensor parallelism; "
+            "take fully_shard, or a model in each process"
         )
     if grouping == "batch":
         raise UnsupportedStateError(
-            "grouping batch squares the gradient of one process's batch, but FSDP2 adds up those of all processes; "
+            "grouping batch squares the gradient of one process's batch, but FSDP2 sums gradients over all processes; "
             "take grouping example, or a model in each process"
         )
 
 
 def _disk_store(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorStore, Mapping[str, str], bool]:
-    """Return the tensors by their names on disk, other names of tied ones, and whether they are an adapter's."""
+    """Return a store of the tensors under their names on disk, aliases of tied ones, and True for an adapter."""
     described = describe(model)
     if described.adapter is not None:
         return MemoryStore({described.adapter[name]: tensor for name, tensor in tensors.items()}), {}, True
@@ -315,13 +348,13 @@ def _disk_store(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorSto
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run a model in eval mode and uncompiled, and put every module back into its own mode."""
+    """Run a model in eval mode and uncompiled, then restore the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     with ExitStack() as stack:
         for module, mode in modes:
             stack.callback(setattr, module, "training", mode)
         stack.enter_context(torch.enable_grad())
-        # Hooks are no part of what was compiled without them.
+        # A graph compiled without the hooks would not call them.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -1,4 +1,4 @@
-"""A diagonal Fisher of a model from data."""
+"""The public function :func:`~squisher_mergekit.estimate_fisher`."""
 
 from __future__ import annotations
 
@@ -32,46 +32,51 @@ def estimate_fisher(
 ) -> Fisher:
     """Estimate the diagonal Fisher of a model's trainable parameters.
 
-    With ``g_n(y)`` the gradient of ``-log p(y | x_n)`` and N examples, ``mean`` divides by N:
+    Let ``g_n(y)`` be the gradient of ``-log p(y | x_n)`` and N the number of examples. ``labels`` and ``grouping``
+    choose the sum; ``statistic="mean"`` divides it by N:
 
     * ``true``, ``example``: ``sum_n g_n(y_n)^2``, the empirical Fisher (Eq. 6-7), the paper's "Fisher". It is not the
       Fisher: at well fitted examples it is far smaller.
-    * ``sampled``, ``example``: the same with labels drawn from the model, an unbiased estimate of the Fisher (Eq. 4-5).
-    * ``exact``, ``example``: the Fisher itself, ``sum_n sum_c p_nc g_n(c)^2``; for classes, not for tokens.
-    * ``predicted``, ``example``: with the model's likeliest label; an estimate of neither.
-    * ``true``, ``batch``: ``(sum_n g_n(y_n))^2`` over each batch, the joint empirical Fisher (Eq. 10). It is what
-      Adam's accumulator averages (that of a mean loss over B examples is this divided by B^2).
+    * ``sampled``, ``example``: the same sum with labels drawn from the model, an unbiased estimate of the Fisher
+      (Eq. 4-5).
+    * ``exact``, ``example``: the Fisher itself, ``sum_n sum_c p_nc g_n(c)^2``, for classifiers only.
+    * ``predicted``, ``example``: the same sum with the model's likeliest label, an estimate of neither.
+    * ``true``, ``batch``: ``(sum_n g_n(y_n))^2`` over each batch, the joint empirical Fisher (Eq. 10). Adam's
+      accumulator averages it (divided by B^2 for a mean loss over B examples).
     * ``sampled``, ``batch``: the joint Fisher (Eq. 9), in expectation the Fisher itself.
 
-    A sequence is one example of a language model: its loss is the sum over its unmasked tokens. With ``datum="token"``
-    each token is one, given those before it: N counts tokens, and g is of one token's loss. It takes a backward pass
-    for each place of a sequence. Of drawn labels the sums are the same in expectation, as tokens are drawn one by one;
-    of true labels they are not, because the gradients of a sequence's tokens go together.
+    For a language model one sequence is one example: its loss is the sum over its unmasked tokens. With
+    ``datum="token"`` each token is an example, N counts tokens, and a backward pass runs for each position. With drawn
+    labels both sums have the same expectation. With true labels they differ, because the gradients of a sequence's
+    tokens are correlated.
 
     Args:
-        model: Any module; parameters that ask for no gradient are left out. It runs in eval mode, and neither mode nor
-            ``.grad`` are different afterwards.
-        batches: Dicts of what the model takes, ``labels`` included, or pairs ``(inputs, labels)``; examples in front.
-        labels: See above.
-        grouping: See above.
+        model: Any module. Frozen parameters have no Fisher. The model runs in eval mode; its training mode and every
+            ``.grad`` are unchanged afterwards.
+        batches: Dicts of the model's arguments and ``labels``, or pairs ``(inputs, labels)``; batch axis first.
+        labels: Labels whose gradients are squared.
+        grouping: Square the gradient of each ``example`` or of each ``batch``.
         statistic: ``mean`` over the examples or ``sum``.
-        num_samples: Draws for each example, of ``sampled``.
-        task: What the outputs mean; ``auto`` goes by the model's architecture, or by the labels.
-        forward: Takes model and inputs, and returns the logits, where the model does not do so itself.
+        num_samples: Number of labels drawn for each example, for ``labels="sampled"``.
+        task: Meaning of the outputs; ``auto`` infers it from the model's architecture or from the labels.
+        forward: Function of model and inputs that returns the logits, for models that do not return them.
         noise: Standard deviation of a regression's targets.
-        seed: Of the labels that are drawn.
-        verify: Hold the first two examples against gradients taken one by one, and see in the batches 1, 2, 4, 8 and so
-            on that the model does not mix its examples.
-        datum: See above.
-        distributed: The batches are this process's share, and the sums are added up over all processes of
-            torch.distributed. Of a model sharded by FSDP2 they are in any case; all must have as many batches then.
+        seed: Seed of the drawn labels.
+        verify: Compare the gradients of the first two examples with a loop over single examples, and check in batches
+            1, 2, 4, 8 and so on that masking an example makes its gradient zero in every layer.
+        datum: Count and square each ``example`` or each ``token``.
+        distributed: ``batches`` are this process's share; add up the sums of all processes of torch.distributed. For a
+            model sharded by FSDP2 this always happens, and all processes must have the same number of batches.
 
     Returns:
-        The Fisher, float32 (float64 of a float64 model), by the names that saving the model gives its parameters.
+        The Fisher in float32 (float64 for a float64 model), under the parameter names of the saved model.
 
     Raises:
-        ConfigError: The arguments do not go together, or there is no example.
-        UnsupportedStateError: A module mixes its examples, or a parameter's gradients cannot be told apart.
+        ConfigError: The arguments do not fit together, or there is no example.
+        UnsupportedStateError: A module mixes its examples, or a parameter has no per-example gradient.
+
+    Source: Li, Dangel, Tam and Raffel, "Fishers for Free? Approximating the Fisher Information Matrix by Recycling the
+    Squared Gradient Accumulator", Eq. 4-10.
 
     Example:
         >>> import torch
@@ -87,7 +92,7 @@ def estimate_fisher(
     if distributed or accumulator.sharded:
         accumulator.reduce()
     if not accumulator.examples:
-        raise ConfigError("a Fisher needs at least one batch of examples, found none")
+        raise ConfigError("a Fisher needs at least one batch of examples, found none; give batches that are not empty")
     if statistic == "mean":
         accumulator.divide()
     return accumulator.fisher(statistic=statistic, num_examples=accumulator.examples)

@@ -1,4 +1,4 @@
-"""What a Fisher is an expectation over: labels, and the gradients of their log-likelihood at the model's outputs."""
+"""Gradients of the negative log-likelihood at a model's outputs, for each label that a Fisher sums over."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ Labels = Literal["true", "sampled", "exact", "predicted"]
 
 
 def batch_seed(seed: int, number: int) -> int:
-    """Return a seed of 64 bits for what is drawn for a batch, unrelated to those of its neighbours and other seeds.
+    """Return a 64-bit seed for the random draws of one batch.
 
-    A batch's draws are its own then, whichever process makes it, and whatever was done before.
+    It depends on the two arguments alone, so that a batch draws the same in any process and after any interruption.
+
+    Args:
+        seed: Seed of the whole estimate.
+        number: Number of the batch, from 0.
 
     Example:
         >>> batch_seed(0, 1) == batch_seed(0, 1), batch_seed(0, 1) == batch_seed(1, 0)
@@ -29,7 +33,9 @@ def batch_seed(seed: int, number: int) -> int:
 def class_output_gradients(
     logits: Tensor, targets: Tensor | None, kind: Labels, num_samples: int, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
-    """Yield gradients at the logits whose squares, summed over all that are yielded, make up the Fisher.
+    """Yield the gradients at the logits of a classifier or language model, one for each label.
+
+    The Fisher is the sum of their squares, taken back to the parameters.
 
     With ``p = softmax(logits)``: ``true`` yields ``p - e_y``; ``predicted`` the same for the likeliest class;
     ``sampled`` yields ``(p - e_c) / sqrt(num_samples)`` for classes drawn from p; ``exact`` yields the columns of a
@@ -37,22 +43,23 @@ def class_output_gradients(
 
     Args:
         logits: Shape ``(..., C)``; float32 or float64.
-        targets: True classes, shape ``(...)``; those below 0 are left out, in all kinds.
-        kind: Which labels.
+        targets: True classes, shape ``(...)``; negative ones are ignored, for every kind.
+        kind: The labels of the Fisher.
         num_samples: Number of drawn labels, for ``sampled``.
-        generator: To draw with.
+        generator: Random generator of ``sampled``.
 
     Returns:
-        Tensors shaped like ``logits``, 0 where there is no target.
+        Tensors shaped like ``logits``, 0 where a target is ignored.
 
     Raises:
         ConfigError: ``true`` without targets, or ``exact`` for tokens.
 
-    Source: PAPER.md, Eq. 4 (Fisher) and 7 (empirical Fisher).
+    Source: Li, Dangel, Tam and Raffel, "Fishers for Free? Approximating the Fisher Information Matrix by Recycling the
+    Squared Gradient Accumulator", Eq. 4 (Fisher) and 7 (empirical Fisher).
 
     Example:
-        >>> (column,) = class_output_gradients(torch.zeros(1, 2), torch.tensor([0]), "true", 1, None)
-        >>> column
+        >>> (gradient,) = class_output_gradients(torch.zeros(1, 2), torch.tensor([0]), "true", 1, None)
+        >>> gradient
         tensor([[-0.5000,  0.5000]])
     """
     p = logits.softmax(-1)
@@ -60,19 +67,19 @@ def class_output_gradients(
     if kind == "exact":
         if logits.ndim > 2:
             raise ConfigError(
-                f"labels exact needs one backward pass for each class and token, {logits.shape[-1]} classes at each of "
-                f"{logits.shape[1]} positions; take labels sampled, which is unbiased"
+                f"labels exact needs one backward pass for each class and token, found {logits.shape[-1]} classes at "
+                f"each of {logits.shape[1]} positions; take labels sampled, which is unbiased"
             )
         for column in factor_columns(p):
             yield column if mask is None else column * mask
         return
     for _ in range(num_samples if kind == "sampled" else 1):
-        column = p.clone()
+        gradient = p.clone()
         chosen = _choose_labels(p, targets, kind, generator)
-        column.scatter_add_(-1, chosen.unsqueeze(-1), torch.full_like(p[..., :1], -1.0))
+        gradient.scatter_add_(-1, chosen.unsqueeze(-1), torch.full_like(p[..., :1], -1.0))
         if mask is not None:
-            column *= mask
-        yield column / num_samples**0.5 if kind == "sampled" else column
+            gradient *= mask
+        yield gradient / num_samples**0.5 if kind == "sampled" else gradient
 
 
 def _choose_labels(p: Tensor, targets: Tensor | None, kind: Labels, generator: torch.Generator | None) -> Tensor:
@@ -82,8 +89,8 @@ def _choose_labels(p: Tensor, targets: Tensor | None, kind: Labels, generator: t
         return targets.clamp_min(0)
     if kind == "predicted":
         return p.argmax(-1)
-    # Of exponential variables with rates p the first to come is c with probability p_c. torch.multinomial draws in the
-    # same way, but makes the host wait for the device.
+    # Among exponential variables with rates p, variable c is the smallest with probability p_c. torch.multinomial draws
+    # in the same way, but makes the host wait for the device.
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
@@ -125,25 +132,30 @@ def regression_output_gradients(
     noise: float,
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
-    """Yield the same for a Gaussian around the outputs, with standard deviation ``noise``.
+    """Yield the gradients at the outputs of a regression, one for each target.
+
+    The likelihood is a Gaussian around the outputs with standard deviation ``noise``.
 
     ``true`` yields ``(f - y) / noise^2``; ``sampled`` yields ``z / noise / sqrt(num_samples)`` with z standard normal;
     ``exact`` yields ``e_d / noise`` for each of D outputs. ``predicted`` would be 0 and is refused.
 
     Args:
         outputs: Shape ``(N, D)``.
-        targets: The same.
-        kind: Which labels.
+        targets: True values, shape ``(N, D)``.
+        kind: The labels of the Fisher.
         num_samples: Number of drawn labels, for ``sampled``.
-        noise: Standard deviation.
-        generator: To draw with.
+        noise: Standard deviation of the targets.
+        generator: Random generator of ``sampled``.
+
+    Returns:
+        Tensors shaped like ``outputs``.
 
     Raises:
         ConfigError: ``true`` without targets, or ``predicted``.
 
     Example:
-        >>> [column] = regression_output_gradients(torch.ones(1, 1), torch.zeros(1, 1), "true", 1, 0.5, None)
-        >>> column
+        >>> (gradient,) = regression_output_gradients(torch.ones(1, 1), torch.zeros(1, 1), "true", 1, 0.5, None)
+        >>> gradient
         tensor([[4.]])
     """
     if kind == "true":
@@ -151,13 +163,15 @@ def regression_output_gradients(
             raise ConfigError("labels true needs the targets in every batch; give them, or take labels sampled")
         yield (outputs - targets) / noise**2
     elif kind == "predicted":
-        raise ConfigError("labels predicted says nothing of a regression, whose likeliest target is its output")
+        raise ConfigError(
+            "labels must not be predicted for a regression, whose likeliest target is its output; take labels sampled"
+        )
     elif kind == "sampled":
         for _ in range(num_samples):
             drawn = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
             yield drawn / (noise * num_samples**0.5)
     else:
         for d in range(outputs.shape[-1]):
-            column = torch.zeros_like(outputs)
-            column[:, d] = 1 / noise
-            yield column
+            gradient = torch.zeros_like(outputs)
+            gradient[:, d] = 1 / noise
+            yield gradient

@@ -1,4 +1,4 @@
-"""How a batch becomes outputs and targets, task by task."""
+"""Forward passes: the outputs and targets of a batch, for each task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.estimators.output_gradients import Labels, class_output_gradients, regression_output_gradients
 
-Task = Literal["auto", "classification", "causal-lm", "seq2seq", "masked-lm", "regression"]
+DataTask = Literal["classification", "token-classification", "causal-lm", "seq2seq", "masked-lm", "regression"]
+Task = Literal["auto"] | DataTask
 Datum = Literal["example", "token"]
 Batch = Mapping[str, Any] | tuple[Any, Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -23,10 +24,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Outputs:
-    """A model's outputs for a batch, example by example, and what they should have been.
+    """Outputs of a model for one batch, with their targets.
 
-    ``values``: logits ``(N, C)`` or ``(N, T, C)``, or predictions ``(N, D)``. ``targets``: classes ``(N)`` or
-    ``(N, T)``, those below 0 left out; or numbers ``(N, D)``; None if they are not given.
+    Attributes:
+        task: Meaning of the outputs, not ``auto``.
+        values: Logits ``(N, C)`` or ``(N, T, C)``, or predictions ``(N, D)``.
+        targets: Classes ``(N)`` or ``(N, T)``, negative ones ignored; or numbers ``(N, D)``; None without labels.
     """
 
     task: Task
@@ -40,7 +43,7 @@ class Outputs:
 
     @property
     def tokens(self) -> Tensor | int:
-        """Number of tokens that have a target, or of those that are there if no targets are given."""
+        """Number of tokens with a target; of all tokens, padding included, without targets."""
         if self.targets is None:
             return self.values[..., 0].numel()
         return (self.targets >= 0).sum()
@@ -48,9 +51,9 @@ class Outputs:
     def output_gradients(
         self, kind: Labels, num_samples: int, noise: float, generator: torch.Generator | None, datum: Datum = "example"
     ) -> Iterator[Tensor]:
-        """Yield the gradients at the values, see :mod:`squisher_mergekit.estimators.output_gradients`.
+        """Yield the gradients at the values; see :mod:`squisher_mergekit.estimators.output_gradients`.
 
-        Where each token is a datum, they are yielded for one place of the sequences after the other.
+        With ``datum="token"`` each gradient is split into one for each position of the sequences.
         """
         detached = self.values.detach()
         if self.task == "regression":
@@ -67,11 +70,16 @@ class Outputs:
                 yield single
 
 
-def infer_task(task: Task, model: nn.Module, batch: Batch) -> Task:
-    """Return the task of a model, by its architecture where it is one of transformers', else by its labels.
+def infer_task(task: Task, model: nn.Module, batch: Batch) -> DataTask:
+    """Return the task of a model: ``task`` itself, or for ``auto`` the task of its architecture or of its labels.
+
+    Args:
+        task: The user's choice.
+        model: The model; transformers' class names end in their task.
+        batch: A batch. In a pair, whole numbers as labels mean classification, others regression.
 
     Raises:
-        ConfigError: It cannot be told.
+        ConfigError: Neither architecture nor labels decide.
     """
     if task != "auto":
         return task
@@ -86,14 +94,14 @@ def infer_task(task: Task, model: nn.Module, batch: Batch) -> Task:
     if isinstance(batch, tuple) and isinstance(batch[1], Tensor):
         return "regression" if batch[1].is_floating_point() else "classification"
     raise ConfigError(
-        f"task must be given for {architecture}, which is none of transformers' models with a head; take one of "
-        "classification, causal-lm, seq2seq, masked-lm, regression"
+        f"task must be given for {architecture}, which is no model of transformers with a head; take one of "
+        "classification, token-classification, causal-lm, seq2seq, masked-lm, regression"
     )
 
 
-_TASK_OF_ENDING: dict[str, Task] = {
+_TASK_OF_ENDING: dict[str, DataTask] = {
     "ForSequenceClassification": "classification",
-    "ForTokenClassification": "classification",
+    "ForTokenClassification": "token-classification",
     "ForImageClassification": "classification",
     "ForAudioClassification": "classification",
     "ForMultipleChoice": "classification",
@@ -109,18 +117,18 @@ def run_model(model: nn.Module, batch: Batch, task: Task, forward: Forward | Non
 
     Args:
         model: The model, in eval mode.
-        batch: A dict of what it takes, ``labels`` included, or a pair of inputs and labels.
-        task: Which task, not ``auto``.
-        forward: Takes model and inputs, and returns the logits, where the model does not do so itself.
+        batch: A dict of the model's arguments and ``labels``, or a pair of inputs and labels.
+        task: Meaning of the outputs, not ``auto``.
+        forward: Function of model and inputs that returns the logits, for models that do not return them.
 
     Returns:
-        Outputs and targets, aligned: of a causal language model the outputs at the token before each target.
+        Outputs and targets, aligned: a causal language model's output at a token predicts the next one.
     """
     inputs, labels = _split_labels(model, batch, task)
     if forward is not None:
         found: Any = forward(model, inputs)
     elif isinstance(inputs, Mapping):
-        # A cache of keys and values, or of Mamba's states, is of no use here, and belongs to the whole batch.
+        # A cache of keys and values, or of Mamba's states, costs memory, and mixes examples for per-example gradients.
         cached = "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in inputs
         found = model(**inputs, **({"use_cache": False} if cached else {}))
     else:
@@ -140,7 +148,7 @@ def run_model(model: nn.Module, batch: Batch, task: Task, forward: Forward | Non
 
 
 def _split_labels(model: Any, batch: Batch, task: Task) -> tuple[Any, Tensor | None]:
-    """Return what the model takes, without the labels, and these."""
+    """Return the model's inputs and the labels."""
     if not isinstance(batch, Mapping):
         return batch[0], batch[1]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -149,7 +157,7 @@ def _split_labels(model: Any, batch: Batch, task: Task) -> tuple[Any, Tensor | N
         if labels is None:
             raise ConfigError("a seq2seq batch must have labels or decoder_input_ids; give the targets of each example")
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or getattr(model, "_shift_right", None)
-        # Some models shift the labels in their forward pass alone.
+        # Some models can only shift labels inside their forward pass.
         inputs |= {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels)}
     return inputs, labels
 
@@ -158,10 +166,12 @@ def count_examples(batch: Batch) -> int:
     """Return the number of examples of a batch.
 
     Raises:
-        ConfigError: It has no tensor with examples in front.
+        ConfigError: No tensor has a batch axis.
     """
     parts = [*batch.values()] if isinstance(batch, Mapping) else [*batch][::-1]
     for part in parts:
         if isinstance(part, Tensor) and part.ndim:
             return len(part)
-    raise ConfigError("a batch must have tensors with the examples in front, found none")
+    raise ConfigError(
+        "a batch must have a tensor with the examples along its first axis, found none; give inputs as tensors"
+    )

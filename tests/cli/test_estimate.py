@@ -34,7 +34,7 @@ def _tokenizer():
 
 
 MODELS = {
-    "sequence-classification": lambda: transformers.BertForSequenceClassification(
+    "classification": lambda: transformers.BertForSequenceClassification(
         transformers.BertConfig(**SMALL, num_labels=3, max_position_embeddings=32)
     ),
     "causal-lm": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=3)),
@@ -83,7 +83,7 @@ def _by_hand(task, model):
     tokenizer, made = _tokenizer(), []
     for text, target, label in ROWS:
         batch = dict(tokenizer([text], return_tensors="pt"))
-        if task == "sequence-classification":
+        if task == "classification":
             batch["labels"] = torch.tensor([label])
         else:
             batch["labels"] = (
@@ -120,16 +120,16 @@ def test_a_file_of_rows_gives_the_fisher_of_these_rows(saved, kind, tmp_path):
     [
         ({"--data": "nowhere.jsonl"}, "cannot be read"),
         ({"--text-column": "body"}, "must have a column for the text, found text, target, label"),
-        ({"MODEL": "no/such"}, "must be a model for sequence-classification"),
+        ({"MODEL": "no/such"}, "must be a model for classification"),
         ({"--labels": "predicted", "--joint": None}, "grouping batch needs labels true or sampled"),
     ],
 )
 def test_what_is_missing_is_refused_in_one_line(change, words, tmp_path, monkeypatch):
     """A missing file, column or model and labels that do not go together: exit code 1, one line, nothing left."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    MODELS["sequence-classification"]().save_pretrained(tmp_path / "model")
+    MODELS["classification"]().save_pretrained(tmp_path / "model")
     _tokenizer().save_pretrained(tmp_path / "model")
-    options = {"--task": "sequence-classification", "--data": _write(tmp_path / "rows.jsonl")}
+    options = {"--task": "classification", "--data": _write(tmp_path / "rows.jsonl")}
     options |= {"-o": tmp_path / "out"} | change
     model = options.pop("MODEL", tmp_path / "model")
     flat = [part for key, value in options.items() for part in ((key,) if value is None else (key, value))]

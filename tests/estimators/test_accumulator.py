@@ -101,7 +101,7 @@ def test_a_parameter_that_comes_late_is_no_hole():
 
 def test_tokens_are_those_of_a_language_model():
     """A classifier's outputs are one an example."""
-    with pytest.raises(ConfigError, match="datum token needs a model whose outputs are one a token"):
+    with pytest.raises(ConfigError, match="datum token needs a model with outputs for each token"):
         estimate_fisher(make("bert"), [batch_of("classification")], datum="token")
 
 

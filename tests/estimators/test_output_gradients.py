@@ -72,5 +72,5 @@ def test_what_cannot_be_is_refused():
         next(class_output_gradients(torch.zeros(2, 5, 3), None, "exact", 1, None))
     with pytest.raises(ConfigError, match="needs the targets"):
         next(regression_output_gradients(torch.zeros(2, 3), None, "true", 1, 1.0, None))
-    with pytest.raises(ConfigError, match="says nothing of a regression"):
+    with pytest.raises(ConfigError, match="must not be predicted for a regression"):
         next(regression_output_gradients(torch.zeros(2, 3), None, "predicted", 1, 1.0, None))

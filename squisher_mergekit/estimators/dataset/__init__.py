@@ -1,1 +1,1 @@
-"""A Fisher from a dataset on disk: rows, batches, model loading, resume."""
+"""Fisher of a saved model from a dataset: rows, batches, model loading, resume."""

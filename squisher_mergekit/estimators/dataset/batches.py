@@ -1,4 +1,4 @@
-"""From rows of text to a model's batches, by its own tokenizer and transformers' collators."""
+"""Batches of a model from rows of text, by its tokenizer and transformers' collators."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.dataset.rows import DataTask
 from squisher_mergekit.estimators.output_gradients import batch_seed
-from squisher_mergekit.estimators.tasks import IGNORED
+from squisher_mergekit.estimators.tasks import IGNORED, DataTask
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SHOWN = 10
@@ -24,41 +23,42 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Makes batches of rows: tokenized, cut to a length, padded to the longest row, with labels.
+    """Tokenizer and collator of a task: batches of truncated and padded rows, with labels.
 
-    ==========================  ===================================================  ===============================
-    task                        columns                                              ``labels``
-    ==========================  ===================================================  ===============================
-    ``causal-lm``               ``text``                                             every token, ``(N, T)``
-    ``causal-lm``               ``text``, ``target``: a prompt and its completion    the completion's tokens
-    ``causal-lm``               ``messages``: dicts of role and content              the assistant's tokens
-    ``masked-lm``               ``text``                                             the masked tokens
-    ``seq2seq``                 ``text``, ``target``                                 the target's tokens, ``(N, U)``
-    ``sequence-classification`` ``text``, ``pair`` if any, ``label``                 a class, ``(N)``
-    ``regression``              ``text``, ``pair`` if any, ``label``                 a number, ``(N)``, or ``(N, D)``
-    ``token-classification``    ``text``: words, ``label``: as many classes          a class at a word's first token
-    ==========================  ===================================================  ===============================
+    ========================  ===================================================  ===============================
+    task                      columns                                              ``labels``
+    ========================  ===================================================  ===============================
+    ``causal-lm``             ``text``                                             every token, ``(N, T)``
+    ``causal-lm``             ``text``, ``target``: a prompt and its completion    the completion's tokens
+    ``causal-lm``             ``messages``: dicts of role and content              the assistant's tokens
+    ``masked-lm``             ``text``                                             the masked tokens
+    ``seq2seq``               ``text``, ``target``                                 the target's tokens, ``(N, U)``
+    ``classification``        ``text``, ``pair`` if any, ``label``                 a class, ``(N)``
+    ``regression``            ``text``, ``pair`` if any, ``label``                 a number, ``(N)``, or ``(N, D)``
+    ``token-classification``  ``text``: words, ``label``: as many classes          a class at a word's first token
+    ========================  ===================================================  ===============================
 
-    Tokens without a label, those of the padding among them, have -100. Labels of a causal language model lie at their
-    own tokens, not at the ones before. Nothing but the tokenizer adds special tokens: no end of text is appended.
+    Tokens without a label, such as padding, have label -100. The label of a causal language model is the token itself;
+    the model shifts it. Only the tokenizer adds special tokens: no end of text is appended.
 
-    * A prompt and its completion are tokenized as one text; a token that covers the end of the one and the start of
-      the other is the completion's. What is too long loses the end of the completion.
-    * Of a conversation, the assistant's tokens are those that the tokenizer's chat template marks as generated. A
+    * A prompt and its completion are tokenized as one text. A token across their border belongs to the completion. The
+      end of a completion that is too long is truncated.
+    * The assistant's tokens of a conversation are those that the tokenizer's chat template marks as generated. A
       template without such marks gives every token a label.
-    * 15 % of the tokens are masked, as in training: 80 % of these by the mask token, 10 % by any token, 10 % not at
-      all. Masks depend on ``seed`` and the batch's number alone, never on torch's global generator, so that a batch
-      is the same in any process and after any interruption. A short row may draw no mask; it has no loss then.
+    * Masking selects 15 % of the tokens, as in training: it replaces 80 % of these by the mask token, 10 % by a random
+      token, and keeps 10 %. Masks depend on ``seed`` and the number of the batch alone, not on torch's global
+      generator, so that a batch is the same in any process and after any interruption. A short row may have no masked
+      token, and then no loss.
 
-    A row that can have no loss at all is refused: it would count as an example. Rows count from 0 in messages.
+    A row that can have no loss is an error, because it would count as an example. Rows count from 0 in messages.
 
     Args:
-        tokenizer: The model's. It is copied, not changed; where it has no token for padding, its end of text serves.
-        task: What the model does.
-        max_length: Tokens of a row, special ones included, and of a target.
+        tokenizer: The model's tokenizer. It is copied. If it has no padding token, its end of text pads.
+        task: Task of the model.
+        max_length: Largest number of tokens of a row, special ones included, and of a target.
         columns: See :func:`~squisher_mergekit.estimators.dataset.rows.columns_of`.
-        label_ids: The model config's ``label2id``: names of classes, and how many there are. Empty: not known.
-        seed: Of the masks.
+        label_ids: The model config's ``label2id``; empty if unknown.
+        seed: Seed of the masks.
         batch_size: Rows of a batch; the last one may have fewer.
 
     Raises:
@@ -91,65 +91,65 @@ class BatchMaker:
         """Return the batch of rows ``number * batch_size`` and following.
 
         Args:
-            rows: One to ``batch_size`` of them.
-            number: The batch's, from 0.
+            rows: One to ``batch_size`` rows.
+            number: Number of the batch, from 0.
 
         Returns:
-            What the model's forward takes, ``labels`` included, batch axis first.
+            The model's arguments and ``labels``, batch axis first.
 
         Raises:
-            ConfigError: A value is missing or is no text, a label is not the model's, or a row can have no loss.
+            ConfigError: A value is missing or is no text, the model lacks a label, or a row can have no loss.
         """
         first = number * self.batch_size
         examples = [self._example(_Row(values, first + i)) for i, values in enumerate(rows)]
         batch = self._collator(number)(examples)
         if "attention_mask" not in batch and len({len(example["input_ids"]) for example in examples}) > 1:
             raise ConfigError(
-                "rows of a batch must be of one length, as the tokenizer makes no attention_mask; take --batch-size 1"
+                "rows of a batch must have one length, as the tokenizer makes no attention_mask; take --batch-size 1"
             )
         return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
     def tokenize(self, *texts: Any, **options: Any) -> Any:
-        """Return the tokenizer's encoding of one row, cut to ``max_length``."""
+        """Return the tokenizer's encoding of one row, truncated to ``max_length``."""
         return self.tokenizer(*texts, truncation=True, max_length=self.max_length, **options)
 
     def _example(self, row: _Row) -> dict[str, Any]:
-        """Return a row's encoding and labels."""
+        """Return the encoding and labels of a row."""
         example = _ENCODERS[self.task](self, row)
         if not example["input_ids"]:
             raise row.refused("has no token in its text; remove it")
         return example
 
     def _collator(self, number: int) -> Any:
-        """Return what pads the rows of one batch, and masks them."""
+        """Return the collator that pads and masks the rows of one batch."""
         import transformers
 
-        if self.task in ("sequence-classification", "regression"):
+        if self.task in ("classification", "regression"):
             return transformers.DataCollatorWithPadding(self.tokenizer)
         if self.task == "seq2seq":
             return transformers.DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         if self.task == "masked-lm":
             collator = transformers.DataCollatorForLanguageModeling(self.tokenizer, mlm=True, seed=self.seed)
-            # The one it would make of the seed goes on from batch to batch, and only in a main process.
+            # Its own generator would continue from batch to batch, and exist only in a main process.
             collator.generator = torch.Generator().manual_seed(batch_seed(self.seed, number))
             return collator
-        # Not DataCollatorForLanguageModeling: where padding is by the end of text, it takes the label of that token
-        # away wherever it stands.
+        # DataCollatorForLanguageModeling would remove the label of every end of text if that token also pads.
         return transformers.DataCollatorForTokenClassification(self.tokenizer, label_pad_token_id=IGNORED)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of the data and its number, for what is said when it is refused."""
+    """Row of the data with its number, for messages."""
 
     values: Mapping[str, Any]
     number: int
 
     def refused(self, what: str) -> ConfigError:
+        """Return the error for this row."""
         return ConfigError(f"row {self.number} {what} (rows count from 0)")
 
     def text(self, column: str) -> str:
-        """Return a text that is there and is not blank."""
+        """Return the text of a column, or raise if it is missing or blank."""
         value = self.values.get(column)
         if not isinstance(value, str):
             found = "no value" if value is None else f"{_short(value)}, which is no text,"
@@ -159,20 +159,20 @@ class _Row:
         return value
 
     def items(self, column: str, kind: type, what: str) -> list[Any]:
-        """Return a list that is not empty, of one type."""
+        """Return the list of a column, or raise if it is empty or has items of another type."""
         value = self.values.get(column)
         if not isinstance(value, list) or not value or not all(isinstance(item, kind) for item in value):
             raise self.refused(f"must have a list of {what} in column {column}, found {_short(value)}; fill it in")
         return value
 
     def need(self, labels: Sequence[int], what: str) -> None:
-        """Refuse the row if no label is left."""
+        """Raise if all labels are ignored."""
         if all(label == IGNORED for label in labels):
             raise self.refused(f"has {what}; remove it, or take a longer --max-length")
 
 
 def _prepared(tokenizer: Any, task: DataTask, columns: Mapping[str, str], max_length: int) -> Any:
-    """Return a copy of a tokenizer, set up for padding and cutting."""
+    """Return a copy of a tokenizer, set up for padding and truncation."""
     if max_length <= (special := tokenizer.num_special_tokens_to_add("pair" in columns)):
         raise ConfigError(
             f"--max-length must leave room for text beside {special} special tokens, found {max_length}; take a "
@@ -181,7 +181,7 @@ def _prepared(tokenizer: Any, task: DataTask, columns: Mapping[str, str], max_le
     aligned = task == "token-classification" or (task == "causal-lm" and {"target", "messages"} & set(columns))
     if aligned and not tokenizer.is_fast:
         raise ConfigError(
-            f"a tokenizer must tell where its tokens lie in the text, for {task} with these columns, but "
+            f"a tokenizer must return the offsets of its tokens, for {task} with these columns, but "
             f"{type(tokenizer).__name__} cannot; take a fast one"
         )
     if "messages" in columns:
@@ -194,7 +194,7 @@ def _prepared(tokenizer: Any, task: DataTask, columns: Mapping[str, str], max_le
             raise ConfigError("a tokenizer must have a pad or an eos token, found neither; set its pad_token")
         tokenizer.pad_token = tokenizer.eos_token
     if task in ("causal-lm", "seq2seq"):
-        # Decoders count positions from the first column on: filled on the left, a row would be a different one.
+        # Decoders count positions from the first column on: padding on the left would shift them.
         tokenizer.padding_side = "right"
     if task == "causal-lm" and "target" in columns:
         tokenizer.truncation_side = "right"
@@ -205,7 +205,7 @@ def _template(tokenizer: Any) -> str:
     """Return the chat template."""
     try:
         return str(tokenizer.get_chat_template())
-    except ValueError as error:  # there is none, or there are several and none is the default
+    except ValueError as error:  # no template, or several without a default
         raise ConfigError(
             "a tokenizer must have a chat template for the column of messages, found none; add one, or name a column "
             "of text by --text-column"
@@ -213,7 +213,7 @@ def _template(tokenizer: Any) -> str:
 
 
 def _causal(maker: BatchMaker, row: _Row) -> dict[str, Any]:
-    """A text of which every token has a label; or one of the two below."""
+    """Encode a text with a label for every token, or a completion, or a conversation."""
     if "messages" in maker.columns:
         return _conversation(maker, row)
     if "target" in maker.columns:
@@ -225,7 +225,7 @@ def _causal(maker: BatchMaker, row: _Row) -> dict[str, Any]:
 
 
 def _completion(maker: BatchMaker, row: _Row) -> dict[str, Any]:
-    """A prompt and its completion: labels from the first token on that ends behind the prompt."""
+    """Encode a prompt and its completion, with labels from the first token on that ends behind the prompt."""
     prompt, completion = (row.text(maker.columns[key]) for key in ("text", "target"))
     encoded = maker.tokenize(prompt + completion, return_offsets_mapping=True)
     tokens, offsets = encoded["input_ids"], encoded.pop("offset_mapping")
@@ -236,13 +236,13 @@ def _completion(maker: BatchMaker, row: _Row) -> dict[str, Any]:
 
 
 def _conversation(maker: BatchMaker, row: _Row) -> dict[str, Any]:
-    """A conversation: labels for the tokens that touch what the chat template marks, or for all."""
-    # Not apply_chat_template, which looks for the token at the first character of what is marked: none has a space
-    # there if the tokenizer trims its offsets, and the assistant's tokens are lost without a word.
+    """Encode a conversation, with labels for the tokens that the chat template marks, or for all."""
+    # apply_chat_template looks up the token at the first marked character. A tokenizer that trims its offsets has none
+    # at a space, and the assistant's tokens would silently lose their labels.
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = row.items(maker.columns["messages"], Mapping, "messages, dicts of role and content,")
-    # A column of dicts has every key in every dict, None where the file has none.
+    # datasets gives every dict of a column all keys, with None for missing ones.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     template = _template(maker.tokenizer)
     marked = _MARK.search(template) is not None
@@ -253,7 +253,7 @@ def _conversation(maker: BatchMaker, row: _Row) -> dict[str, Any]:
             return_assistant_tokens_mask=marked,
             **maker.tokenizer.special_tokens_map,
         )
-    except Exception as error:  # a template is a program, and refuses in its own ways
+    except Exception as error:  # templates raise their own errors
         raise row.refused(f"does not fit the chat template: {error or type(error).__name__}") from error
     encoded = maker.tokenize(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets, labels = encoded.pop("offset_mapping"), list(encoded["input_ids"])
@@ -265,7 +265,7 @@ def _conversation(maker: BatchMaker, row: _Row) -> dict[str, Any]:
 
 
 def _masked(maker: BatchMaker, row: _Row) -> dict[str, Any]:
-    """A text to be masked."""
+    """Encode a text for masking."""
     encoded = maker.tokenize(row.text(maker.columns["text"]), return_special_tokens_mask=True)
     if all(encoded["special_tokens_mask"]):
         raise row.refused("has no token that could be masked; remove it")
@@ -273,7 +273,7 @@ def _masked(maker: BatchMaker, row: _Row) -> dict[str, Any]:
 
 
 def _seq2seq(maker: BatchMaker, row: _Row) -> dict[str, Any]:
-    """A text and its target."""
+    """Encode a text and its target."""
     source, target = (row.text(maker.columns[key]) for key in ("text", "target"))
     labels = maker.tokenize(text_target=target)["input_ids"]
     row.need(labels, "no token in its target")
@@ -281,7 +281,7 @@ def _seq2seq(maker: BatchMaker, row: _Row) -> dict[str, Any]:
 
 
 def _labelled(maker: BatchMaker, row: _Row) -> dict[str, Any]:
-    """A text, or a pair of them, and a class or a number."""
+    """Encode a text or a pair of texts, with a class or a number."""
     value = row.values.get(maker.columns["label"])
     label = _class(row, value, maker.label_ids) if maker.task != "regression" else _numbers(row, value, maker.label_ids)
     texts = [row.text(maker.columns[key]) for key in ("text", "pair") if key in maker.columns]
@@ -289,17 +289,17 @@ def _labelled(maker: BatchMaker, row: _Row) -> dict[str, Any]:
 
 
 def _words(maker: BatchMaker, row: _Row) -> dict[str, Any]:
-    """Words and their classes: a word's label lies at its first token."""
+    """Encode words and their classes, with the label at each word's first token."""
     words = row.items(maker.columns["text"], str, "words")
     tags = row.items(maker.columns["label"], object, "labels")
     if len(words) != len(tags):
         raise row.refused(f"must have a label for each word, found {len(words)} words and {len(tags)} labels")
     classes = [tag if tag == IGNORED else _class(row, tag, maker.label_ids) for tag in tags]
     encoded = maker.tokenize(words, is_split_into_words=True)
-    of = encoded.word_ids()
+    word_ids = encoded.word_ids()
     labels = [
         IGNORED if word is None or word == before else classes[word]
-        for before, word in zip([None, *of[:-1]], of, strict=True)
+        for before, word in zip([None, *word_ids[:-1]], word_ids, strict=True)
     ]
     row.need(labels, f"no word with a label within {maker.max_length} tokens")
     return {**encoded, "labels": labels}
@@ -309,14 +309,14 @@ _ENCODERS: dict[DataTask, Callable[[BatchMaker, _Row], dict[str, Any]]] = {
     "causal-lm": _causal,
     "masked-lm": _masked,
     "seq2seq": _seq2seq,
-    "sequence-classification": _labelled,
+    "classification": _labelled,
     "regression": _labelled,
     "token-classification": _words,
 }
 
 
 def _class(row: _Row, value: Any, label_ids: Mapping[str, int]) -> int:
-    """Return the number of a class that is given as a number or by its name."""
+    """Return the number of a class, from its number or its name."""
     if isinstance(value, str):
         if value in label_ids:
             return label_ids[value]
@@ -330,20 +330,23 @@ def _class(row: _Row, value: Any, label_ids: Mapping[str, int]) -> int:
         raise row.refused("has label -1: no label; take another split")
     if not 0 <= number < (len(label_ids) or math.inf):
         known = f"classes 0 to {len(label_ids) - 1}" if label_ids else "classes from 0 on"
-        raise row.refused(f"has label {int(number)}, but the model has {known}; take the data it was trained for")
+        raise row.refused(f"has label {int(number)}, but the model has {known}; take data with its classes")
     return int(number)
 
 
 def _numbers(row: _Row, value: Any, label_ids: Mapping[str, int]) -> float | list[float]:
-    """Return what a regression should give: a number, or a list of them."""
+    """Return the targets of a regression: a number, or a list of numbers."""
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(number, Real) and math.isfinite(number) for number in values):
-        raise row.refused(f"has label {_short(value)}, but a regression needs a finite number")
+        raise row.refused(f"has label {_short(value)}, but a regression needs a finite number; fix or remove the row")
     if label_ids and len(values) != len(label_ids):
-        raise row.refused(f"has {len(values)} numbers as its label, but the model gives {len(label_ids)}")
+        raise row.refused(
+            f"has {len(values)} numbers as its label, but the model has {len(label_ids)} outputs; fix or remove the row"
+        )
     return [float(number) for number in values] if isinstance(value, list) else float(value)
 
 
 def _short(value: Any) -> str:
+    """Return the repr of a value, shortened for messages."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

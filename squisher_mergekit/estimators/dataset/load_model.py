@@ -1,4 +1,4 @@
-"""A saved model and its tokenizer, made ready for an estimate."""
+"""Loading of a saved model and its tokenizer, and sharding by FSDP2."""
 
 from __future__ import annotations
 
@@ -10,30 +10,28 @@ import torch
 from torch import nn
 
 from squisher_mergekit.errors import NotFoundError
-from squisher_mergekit.estimators.dataset.rows import DataTask
-from squisher_mergekit.estimators.tasks import Task
+from squisher_mergekit.estimators.tasks import DataTask
 
-# What a model is loaded as, and what its outputs mean.
-TASKS: dict[DataTask, tuple[str, Task]] = {
-    "causal-lm": ("AutoModelForCausalLM", "causal-lm"),
-    "sequence-classification": ("AutoModelForSequenceClassification", "classification"),
-    "token-classification": ("AutoModelForTokenClassification", "classification"),
-    "seq2seq": ("AutoModelForSeq2SeqLM", "seq2seq"),
-    "masked-lm": ("AutoModelForMaskedLM", "masked-lm"),
-    "regression": ("AutoModelForSequenceClassification", "regression"),
+_AUTO_CLASSES: dict[DataTask, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "regression": "AutoModelForSequenceClassification",
 }
 
 
 def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, Any]:
-    """Return a model in float32, on the CPU, and its tokenizer. Of a LoRA the adapter alone asks for gradients.
+    """Return a model in float32 on the CPU, and its tokenizer; only the adapter of a LoRA is trainable.
 
     Args:
         model: Folder or Hub id of a model or of an adapter.
-        task: What it does.
-        progress: Show transformers' bars.
+        task: Task of the model, which selects transformers' class.
+        progress: True to show transformers' progress bars.
 
     Raises:
-        NotFoundError: There is no such model, or transformers cannot load it for the task.
+        NotFoundError: No such model exists, or transformers cannot load it for the task.
     """
     import transformers
 
@@ -42,28 +40,28 @@ def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, A
         bars.disable_progress_bar()
     try:
         base = _base_of(model)
-        loaded = getattr(transformers, TASKS[task][0]).from_pretrained(base or model, dtype=torch.float32)
+        loaded = getattr(transformers, _AUTO_CLASSES[task]).from_pretrained(base or model, dtype=torch.float32)
         if base is not None:
             import peft
 
             loaded = peft.PeftModel.from_pretrained(loaded, model, is_trainable=True)
         tokenizer = _tokenizer(model, base)
-    except Exception as error:  # transformers reports what is missing in many ways
+    except Exception as error:  # transformers raises many types for a missing file
         raise NotFoundError(
             f"{model} must be a model for {task} with its tokenizer, local or on the Hub, but "
-            f"{' '.join(str(error).split())[:200]}"
+            f"{' '.join(str(error).split())[:200]}; check its name and --task"
         ) from error
     finally:
         bars.enable_progress_bar()
     if getattr(loaded.config, "pad_token_id", None) is None:
-        # Without one a classifier cannot tell where a padded text ends. What pads is as in ``encode``.
+        # Without a padding token a classifier cannot find the end of a text; batches pad with the same token.
         pads = tokenizer.pad_token_id
         loaded.config.pad_token_id = tokenizer.eos_token_id if pads is None else pads
     return loaded, tokenizer
 
 
 def _base_of(model: str) -> str | None:
-    """Return the base model of an adapter; None if this is a model."""
+    """Return the base model of an adapter; None for a model."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         file = folder / "adapter_config.json"
@@ -81,7 +79,7 @@ def _base_of(model: str) -> str | None:
 
 
 def _tokenizer(model: str, base: str | None) -> Any:
-    """Return an adapter's own tokenizer if it has one, else its base model's."""
+    """Return the tokenizer of a model; for an adapter without one, its base model's."""
     import transformers
 
     try:
@@ -93,11 +91,14 @@ def _tokenizer(model: str, base: str | None) -> Any:
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
-    """Split a model over all processes by FSDP2: each of its repeated layers by itself, and the rest.
+    """Shard a model over all processes by FSDP2: each repeated layer by itself, then the rest.
 
     Args:
-        model: Of transformers or peft, or any other; which layers are repeated such a model says itself.
-        device: Of this process.
+        model: The model. ``_no_split_modules`` of a transformers model names its repeated layers.
+        device: Device of this process.
+
+    Returns:
+        The model, sharded in place.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh

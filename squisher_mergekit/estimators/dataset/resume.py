@@ -20,10 +20,11 @@ _NOTE = "estimate"
 
 @dataclass(frozen=True)
 class EstimateCheckpoint:
-    """The file of an estimate under way, beside what is to become of it.
+    """Checkpoint of a running estimate, next to its output folder.
 
-    ``file``: ``OUT.partial.safetensors``, the totals by the names in memory and a note of how far they go.
-    ``request``: everything the result depends on; only an equal request resumes.
+    Attributes:
+        file: ``OUT.partial.safetensors``: the accumulators by names in memory, and the progress in its metadata.
+        request: Everything the result depends on; only an equal request resumes.
 
     Example:
         >>> EstimateCheckpoint.beside(Path("fishers/math"), {}).file.as_posix()
@@ -35,15 +36,15 @@ class EstimateCheckpoint:
 
     @classmethod
     def beside(cls, out: Path, request: Mapping[str, Any]) -> EstimateCheckpoint:
-        """Return the file beside a folder."""
+        """Return the checkpoint of an output folder."""
         return cls(out.with_name(f"{out.name}.partial.safetensors"), json.loads(json.dumps(request)))
 
     def num_batches(self) -> int:
-        """Return how many batches are in what was kept; 0 if nothing was.
+        """Return the number of batches in the checkpoint; 0 without a checkpoint.
 
         Raises:
-            ConfigError: It is of another estimate.
-            CorruptFileError: It is none of ours, or damaged.
+            ConfigError: The file is the checkpoint of another request.
+            CorruptFileError: The file is damaged, or no checkpoint.
         """
         if not self.file.exists():
             return 0
@@ -57,17 +58,17 @@ class EstimateCheckpoint:
         return int(note["batches"])
 
     def restore(self, accumulator: FisherAccumulator) -> None:
-        """Put back what was kept, in all processes."""
+        """Load the accumulators; all processes must call this."""
         from safetensors import safe_open
 
         note = self._note()
         with safe_open(self.file, "pt") as tensors:
             accumulator.restore(tensors.get_tensor, int(note["examples"]))
-        if rank():  # the first process has them all
+        if rank():  # rank 0 has all the sums
             accumulator.reset()
 
     def save(self, accumulator: FisherAccumulator, batches: int) -> None:
-        """Replace what was kept, in the first process; all must call this, after :meth:`FisherAccumulator.reduce`."""
+        """Write the checkpoint on rank 0; all processes must call this, after :meth:`FisherAccumulator.reduce`."""
         on_rank_zero, examples = OnRankZero(), accumulator.examples
         note = json.dumps({"request": dict(self.request), "batches": batches, "examples": examples})
         named = {
@@ -89,15 +90,17 @@ class EstimateCheckpoint:
         on_rank_zero.run(work)
 
     def remove(self) -> None:
-        """Remove the file, in the first process."""
+        """Remove the file, on rank 0."""
         if rank() == 0:
             self.file.unlink(missing_ok=True)
 
     def _note(self) -> dict[str, Any]:
+        """Return the progress from the file's metadata."""
         try:
             note: dict[str, Any] = json.loads(safetensors_notes(self.file)[_NOTE])
+            return {key: note[key] for key in ("request", "batches", "examples")}
         except (CorruptFileError, KeyError, ValueError) as error:
             raise CorruptFileError(
-                f"{self.file} must be an estimate under way, but is damaged or another file; remove it to start again"
+                f"{self.file} must be the checkpoint of an estimate, but is damaged, of an earlier version or another "
+                "file; remove it to start again"
             ) from error
-        return note

@@ -1,30 +1,28 @@
-"""From a file or a dataset of the Hub to rows, and which of their columns is what."""
+"""Rows of a file or of a dataset on the Hub, and the meaning of their columns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from squisher_mergekit.errors import ConfigError, NotFoundError
-
-DataTask = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq", "masked-lm", "regression"]
+from squisher_mergekit.estimators.tasks import DataTask
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
-# Names that columns usually have, in the order in which they are looked for.
+# Usual names of columns, in order of preference.
 _TEXTS = ("text", "sentence", "sentence1", "premise", "question", "source", "input", "document", "article")
 _SECONDS = ("text_pair", "sentence2", "hypothesis")
 _TARGETS = ("target", "summary", "highlights", "output", "answer")
 _LABELS = ("label", "labels", "class")
-# Of a row with more than one text, a language model would silently see only one: such rows need to be told what is
-# what, so that names of questions, inputs and sources are not here.
+# Questions, inputs and sources are missing here: of a row with two texts a language model would silently see one.
 _PROSE = ("text", "sentence", "document", "article")
 _CLASSIFIED = {"text": _TEXTS, "label": _LABELS, "pair": _SECONDS}
 _NAMES: dict[DataTask, dict[str, tuple[str, ...]]] = {
     "causal-lm": {"text": _PROSE},
     "masked-lm": {"text": _PROSE},
-    "sequence-classification": _CLASSIFIED,
+    "classification": _CLASSIFIED,
     "regression": _CLASSIFIED,
     "token-classification": {"text": ("tokens", "words"), "label": ("tags", "ner_tags", "labels")},
     "seq2seq": {"text": _TEXTS, "target": _TARGETS},
@@ -34,17 +32,16 @@ _NAMES: dict[DataTask, dict[str, tuple[str, ...]]] = {
 def read_rows(data: str, split: str = "train", limit: int | None = None) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of a jsonl, json, csv, tsv, parquet or text file, or of a dataset on the Hub.
 
-    Each may be compressed (``rows.jsonl.gz``), but for parquet, which compresses itself. Of a text file each line is
-    a row, with the column ``text``.
+    All but parquet may be compressed (``rows.jsonl.gz``). Each line of a text file is a row with the column ``text``.
 
     Args:
-        data: The file, or the Hub's name of a dataset, ``org/name`` or ``org/name:configuration``.
-        split: Of a dataset.
-        limit: At most so many.
+        data: A file, or the id of a dataset on the Hub, ``org/name`` or ``org/name:configuration``.
+        split: Split of a dataset on the Hub.
+        limit: Largest number of rows; None: all.
 
     Raises:
-        NotFoundError: There is no such file, and no such dataset.
-        ConfigError: The file's name does not say what it is.
+        NotFoundError: No file and no dataset has this name, or it cannot be parsed.
+        ConfigError: The file's name has an unknown ending.
     """
     import datasets
 
@@ -59,15 +56,15 @@ def read_rows(data: str, split: str = "train", limit: int | None = None) -> Iter
         yield from islice(rows, limit)
     except ConfigError:
         raise
-    except Exception as error:  # a file that does not parse, or the Hub, can fail in any way
+    except Exception as error:  # parsers and the Hub raise many types
         raise NotFoundError(
             f"--data must be a file of rows or a dataset on the Hub, but {data} cannot be read "
-            f"({' '.join(str(error).split())[:150]})"
+            f"({' '.join(str(error).split())[:150]}); check its name and content"
         ) from error
 
 
 def _reader(path: Path) -> tuple[str, dict[str, str]]:
-    """Return the reader of :mod:`datasets` for a file, by its name, and the reader's options."""
+    """Return the builder of :mod:`datasets` for a file's ending, and its options."""
     compressed = path.suffix == ".gz"
     suffix = path.with_suffix("").suffix if compressed else path.suffix
     kind = _READERS.get(suffix)
@@ -79,23 +76,26 @@ def _reader(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def columns_of(row: Mapping[str, Any], task: DataTask, given: Mapping[str, str | None]) -> dict[str, str]:
-    """Return which column of a row is what: ``text``, and by task ``pair``, ``target`` and ``label``.
+    """Return the columns of a task's inputs and labels: ``text``, and by task ``pair``, ``target`` and ``label``.
 
-    For a causal language model that is one of three: ``text`` alone; ``text`` and ``target``, a prompt and its
-    completion; or ``messages``, a conversation. Where the user names none, it is the column ``text`` if there is one,
-    then ``prompt`` and ``completion``, then ``messages``.
+    A causal language model has one of three forms: ``text`` alone; ``text`` and ``target``, a prompt and its
+    completion; or ``messages``, a conversation. Without a choice of the user, the column ``text`` comes first, then
+    ``prompt`` and ``completion``, then ``messages``.
 
     Args:
-        row: The first one.
-        task: What the model does.
-        given: The user's choice, by the same keys. Naming a ``target`` makes ``text`` of a causal language model a
-            prompt; a ``text`` that holds a list is a conversation.
+        row: The first row.
+        task: Task of the model.
+        given: The user's choice, by the same keys. With a ``target``, ``text`` of a causal language model is a prompt;
+            a column ``text`` of lists is a conversation.
+
+    Returns:
+        Key -> column name.
 
     Raises:
-        ConfigError: A column that is needed is not there.
+        ConfigError: The row lacks a column that the task needs.
 
     Example:
-        >>> columns_of({"sentence": "a", "label": 1}, "sequence-classification", {})
+        >>> columns_of({"sentence": "a", "label": 1}, "classification", {})
         {'text': 'sentence', 'label': 'label'}
         >>> columns_of({"prompt": "1 + 1 =", "completion": " 2"}, "causal-lm", {})
         {'text': 'prompt', 'target': 'completion'}
@@ -110,7 +110,7 @@ def columns_of(row: Mapping[str, Any], task: DataTask, given: Mapping[str, str |
 
 
 def _of_causal(row: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the columns of a causal language model's row."""
+    """Return the columns of a causal language model."""
     if given.get("target") is not None:
         return {
             "text": _column(row, "text", ("prompt", *_PROSE), given),
@@ -126,10 +126,10 @@ def _of_causal(row: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[
 
 
 def _column(row: Mapping[str, Any], key: str, usual: Iterable[str], given: Mapping[str, str | None]) -> str:
-    """Return the column that the user chose for a key, or the first of the usual ones that is there.
+    """Return the user's column for a key, or the first usual one that the row has.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The row has none of them.
     """
     chosen = given.get(key)
     for name in usual if chosen is None else (chosen,):

@@ -1,4 +1,4 @@
-"""A Fisher of a saved model from saved data, written to disk: batches shared among processes, resumable."""
+"""Estimate of a saved model's Fisher from a dataset, written to disk; resumable, in one process or several."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import nn
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.estimators.accumulator import FisherAccumulator, Grouping, check_labels
 from squisher_mergekit.estimators.dataset.batches import BatchMaker
-from squisher_mergekit.estimators.dataset.load_model import TASKS, load_model, shard
+from squisher_mergekit.estimators.dataset.load_model import load_model, shard
 from squisher_mergekit.estimators.dataset.resume import EstimateCheckpoint
-from squisher_mergekit.estimators.dataset.rows import DataTask, columns_of, read_rows
+from squisher_mergekit.estimators.dataset.rows import columns_of, read_rows
 from squisher_mergekit.estimators.output_gradients import Labels
-from squisher_mergekit.estimators.tasks import Datum
+from squisher_mergekit.estimators.tasks import DataTask, Datum
 from squisher_mergekit.fisher.config import SourceInfo
 from squisher_mergekit.fisher.files import check_free, read_fisher, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
@@ -31,23 +31,23 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Request:
-    """What a Fisher is asked of: all that its entries depend on.
+    """Model, data and options of an estimate: everything the entries of the Fisher depend on.
 
     Args:
-        model: Folder or Hub id, of a model or an adapter.
+        model: Folder or Hub id of a model or an adapter.
         data: See :func:`~squisher_mergekit.estimators.dataset.rows.read_rows`.
-        task: What the model does.
+        task: Task of the model.
         labels: See :func:`~squisher_mergekit.estimate_fisher`, as for the next three.
         grouping: See there.
         num_samples: See there.
         datum: See there.
-        num_examples: At most so many rows.
-        batch_size: Rows at once.
-        max_length: Tokens of a row.
-        columns: Names of the columns ``text``, ``pair``, ``target``, ``label``, where they are not the usual ones.
-        split: Of a dataset on the Hub.
-        seed: Of drawn labels and masks.
-        precision: ``fp32``, or ``bf16`` for passes in bfloat16; squares are float32 in any case.
+        num_examples: Largest number of rows.
+        batch_size: Rows of a batch.
+        max_length: Largest number of tokens of a row.
+        columns: Column names by key (``text``, ``pair``, ``target``, ``label``); None: the usual names.
+        split: Split of a dataset on the Hub.
+        seed: Seed of drawn labels and masks.
+        precision: ``fp32``, or ``bf16`` for forward and backward passes in bfloat16. Squares are float32 either way.
     """
 
     model: str
@@ -75,25 +75,25 @@ def estimate_from(
     sharded: bool = False,
     progress: bool = False,
 ) -> Fisher | None:
-    """Load a model and data, estimate the Fisher, and write it; in all processes that accelerate or torchrun started.
+    """Load a model and data, estimate the Fisher, and write it; every process of accelerate or torchrun calls this.
 
-    Batches are dealt out to the processes in turn, and are the same however many there are. A call with
-    the same request resumes an interrupted one.
+    The processes take batches in turn. The batches do not depend on the number of processes. A call with the same
+    request resumes an interrupted one.
 
     Args:
-        request: What is asked.
-        out: The folder to make.
-        dtype: Of the file.
+        request: Model, data and options.
+        out: Folder to create.
+        dtype: Dtype of the file.
         save_every: Examples between checkpoints in ``OUT.partial.safetensors``; 0: no checkpoint.
-        sharded: Split the model over the processes by FSDP2.
-        progress: Show a bar.
+        sharded: True to shard the model over the processes by FSDP2.
+        progress: True to show a progress bar.
 
     Returns:
-        The Fisher that was written; None in all processes but the first.
+        The written Fisher on rank 0; None on other ranks.
 
     Raises:
-        NotFoundError: There is no such model, or no such data.
-        ConfigError: An argument does not fit.
+        NotFoundError: The model or the data do not exist.
+        ConfigError: The arguments do not fit together, or ``out`` already has a Fisher.
     """
     import accelerate
     from tqdm import tqdm
@@ -128,13 +128,11 @@ def estimate_from(
 
 
 def _check_request(request: Request, out: Path, sharded: bool, processes: int) -> tuple[Rows, Mapping[str, str]]:
-    """Refuse what can be known to fail before a model is loaded; return the rows, and which column is what."""
+    """Return the rows and their columns; raise for errors that need no model."""
     check_labels(request.labels, request.grouping)
     check_free(out)
     if sharded and processes == 1:
-        raise ConfigError(
-            "a model is sharded over several processes, but there is one; start more, by accelerate launch or torchrun"
-        )
+        raise ConfigError("--shard needs several processes, found one; start more, by accelerate launch or torchrun")
     rows = list(read_rows(request.data, request.split, request.num_examples))
     if not rows:
         raise ConfigError(f"a Fisher needs at least one example, but {request.data} has none; give a file with rows")
@@ -142,6 +140,7 @@ def _check_request(request: Request, out: Path, sharded: bool, processes: int) -
 
 
 def _fingerprint(model: str) -> str | None:
+    """Return the fingerprint of a local model's weights; None for a model on the Hub."""
     folder = Path(model).expanduser()
     return fingerprint(folder) if folder.is_dir() else None
 
@@ -149,7 +148,7 @@ def _fingerprint(model: str) -> str | None:
 def _checkpoint_request(
     request: Request, columns: Mapping[str, str], weights_fingerprint: str | None, rows: Rows
 ) -> dict[str, Any]:
-    """Return everything the accumulators depend on: rows and weights by content, not by location."""
+    """Return everything the sums depend on, with rows and weights by content instead of location."""
     fields = asdict(request) | {
         "columns": dict(columns),
         "model": weights_fingerprint or request.model,
@@ -160,7 +159,7 @@ def _checkpoint_request(
 
 
 def _digest(rows: Rows) -> str:
-    """Return what tells these rows from others."""
+    """Return a hash of the rows."""
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
         digest.update(json.dumps(row, default=str, sort_keys=True).encode())
@@ -168,19 +167,20 @@ def _digest(rows: Rows) -> str:
 
 
 def _accumulator(request: Request, model: nn.Module) -> FisherAccumulator:
+    """Return an accumulator with the options of the request."""
     return FisherAccumulator(
         model,
         request.labels,
         request.grouping,
         request.num_samples,
-        TASKS[request.task][1],
+        request.task,
         seed=request.seed,
         datum=request.datum,
     )
 
 
 def _add_batch(accumulator: FisherAccumulator, make: BatchMaker, rows: Rows, number: int, device: torch.device) -> None:
-    """Add the batch of a number; where there is none left, keep the other processes of a sharded model company."""
+    """Add a batch by its number; without rows left, only take part in the collectives of a sharded model."""
     batch_rows = rows[number * make.batch_size : (number + 1) * make.batch_size]
     if batch_rows or accumulator.sharded:
         batch = make(batch_rows or rows[:1], number if batch_rows else 0)
@@ -188,7 +188,7 @@ def _add_batch(accumulator: FisherAccumulator, make: BatchMaker, rows: Rows, num
 
 
 def _save_checkpoint(checkpoint: EstimateCheckpoint, accumulator: FisherAccumulator, batches: int, first: bool) -> None:
-    """Checkpoint the sums over all processes; rank 0 keeps them, the others restart from zero."""
+    """Write a checkpoint of the sums over all processes; rank 0 continues from them, other ranks from zero."""
     accumulator.reduce()
     checkpoint.save(accumulator, batches)
     if not first:
@@ -198,7 +198,7 @@ def _save_checkpoint(checkpoint: EstimateCheckpoint, accumulator: FisherAccumula
 def _write_fisher(
     accumulator: FisherAccumulator, request: Request, out: Path, dtype: torch.dtype, weights_fingerprint: str | None
 ) -> None:
-    """Write the mean; of a sharded model the first process gathers one tensor after the other."""
+    """Write the mean; rank 0 gathers the tensors of a sharded model one by one."""
     accumulator.divide()
     on_rank_zero = OnRankZero()
     fisher = accumulator.fisher(on_rank_zero, statistic="mean", num_examples=accumulator.examples)

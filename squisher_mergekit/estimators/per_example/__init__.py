@@ -1,1 +1,1 @@
-"""Squared gradients of single examples: one rule for each type of layer, and their verification."""
+"""Squared per-example gradients: one rule for each layer type, and their verification."""

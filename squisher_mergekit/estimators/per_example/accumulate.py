@@ -1,4 +1,4 @@
-"""Sums of squared gradients by parameter, and how a batch is added to them."""
+"""Accumulators of squared gradients, and the two ways to add a batch to them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ Failures = dict[nn.Parameter, Exception]
 
 
 def zero_accumulators(parameters: Iterable[nn.Parameter]) -> Accumulators:
-    """Return sums of nothing, where and as the parameters lie: float32, or float64 of those that are."""
+    """Return zero accumulators on each parameter's device and sharding, in float32 (float64 for float64)."""
     contiguous = torch.contiguous_format
     return {p: torch.zeros_like(p, dtype=_accumulator_dtype(p), memory_format=contiguous) for p in parameters}
 
 
 def _accumulator_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's accumulator."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
@@ -41,20 +42,20 @@ def accumulate_batch(
 ) -> list[nn.Parameter]:
     """Add the squares of a batch's per-example gradients, for each output gradient.
 
-    Where a gradient is an outer product ``b_n a_n^T``, so is its square: the ``b_n^2`` of all output gradients
-    are added up, and multiplied with ``a_n^2`` once.
+    If a gradient is an outer product ``b_n a_n^T``, so is its square: the ``b_n^2`` of all output gradients are summed
+    first, then multiplied with ``a_n^2`` once.
 
     Args:
-        accumulators: To add to. Those of sharded parameters are sums over all processes, which must take part.
-        tape: Of the forward pass that gave the outputs.
-        outputs: Of the model.
+        accumulators: Parameter -> accumulator to add to. All processes must take part for sharded parameters.
+        tape: Record of the forward pass.
+        outputs: Outputs of that forward pass.
         output_gradients: Gradients at the outputs.
-        uncalled: Parameters without a call, which the outputs should not depend on.
-        failures: Where to note the parameters whose rule fails, and how; without it the error is raised.
-        reached: Where to note the parameters that gradients came for, those without a total among them.
+        uncalled: Parameters without a recorded call.
+        failures: Collects the error of each parameter whose rule fails; without it the error is raised.
+        reached: Collects the parameters that received a gradient, also those without an accumulator.
 
     Returns:
-        Those of ``uncalled`` that the outputs do depend on.
+        The parameters of ``uncalled`` that the outputs depend on.
     """
     outer_squares: dict[nn.Parameter, Tensor] = {}
 
@@ -70,7 +71,7 @@ def accumulate_batch(
             else:
                 outer_squares[parameter] = outer_squares[parameter].add_(b) if parameter in outer_squares else b
 
-    # What runs a module again waits until the pass is over, and so does what all processes do together, in one order.
+    # Rules that run a module again would disturb a backward pass; collectives must run in one order on all processes.
     deferred = [p for p in accumulators if is_sharded(p) or _reruns_module(tape.calls.get(p, []))]
     found: list[nn.Parameter] = []
     for output_gradient, last in _with_last(output_gradients):
@@ -87,16 +88,18 @@ def accumulate_batch(
 
 
 def _reruns_module(uses: Uses) -> bool:
+    """Return True if a rule of these uses runs its module again."""
     return any(rule_of(name, call.module) == "generic" for name, call in uses)
 
 
 @contextmanager
 def _recording_failure(parameter: nn.Parameter, failures: Failures | None) -> Iterator[None]:
+    """Record an error of the body in ``failures``, or raise it if there are none."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # shapes are not what a rule takes them for
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # the rule expects other shapes
         if failures is None:
             raise
         failures[parameter] = error
@@ -104,10 +107,10 @@ def _recording_failure(parameter: nn.Parameter, failures: Failures | None) -> It
 
 @contextmanager
 def _local_accumulator(total: Any) -> Iterator[Tensor]:
-    """Give out what this process adds its squares to.
+    """Yield the tensor that this process adds its squares to.
 
-    Of a sharded total that is a tensor of the whole shape. It is summed up over the processes afterwards, and each adds
-    its part: only one layer is whole at a time.
+    For a sharded accumulator it has the whole shape. Afterwards it is summed over the processes, and each rank adds its
+    shard: only one layer is whole at a time.
     """
     if not is_sharded(total):
         yield total

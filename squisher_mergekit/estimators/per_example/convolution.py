@@ -1,4 +1,4 @@
-"""Per-example gradients of convolutions over one to three axes, in groups, with any padding."""
+"""Per-example gradients of convolutions over one to three axes, with groups and any padding."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_EXAMPLES = 32  # that one call takes: measured on a CPU; on both sides of it other counts are slower
+MAX_EXAMPLES = 32  # in one call: the fastest number, measured on a CPU
 _FEW_CHANNELS = 8  # input channels below which a CPU's grouped convolution is slower than one matrix product
 
 
 def gradients(name: str, module: Any, x: Tensor, b: Tensor) -> Tensor:
-    """Return the gradients of some examples, shape ``(N, *parameter)``.
+    """Return the gradients of N examples, shape ``(N, *parameter)``.
 
     Args:
         name: ``weight`` or ``bias``.
         module: The convolution.
-        x: Its input, float32 or float64.
-        b: The gradient at its output.
+        x: The input, shape ``(N, channels, ...)``, float32 or float64.
+        b: The gradient at the output, shape ``(N, channels, ...)``.
     """
     if name == "bias":
         return b.flatten(2).sum(-1)
@@ -37,7 +37,7 @@ def gradients(name: str, module: Any, x: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_patches(module: Any, x: Tensor, b: Tensor, padding: Any) -> Tensor:
-    """Multiply the patches that the kernel sees, ``(N, in k k, T)``, with what came back, ``(N, out, T)``."""
+    """Return the product of the kernel's patches, ``(N, in k k, T)``, with the output gradient, ``(N, out, T)``."""
     x = F.pad(x, [width for width in reversed(padding) for _ in range(2)]).contiguous()
     steps = x.stride()[2:]
     dilated = [step * dilation for step, dilation in zip(steps, module.dilation, strict=True)]
@@ -48,7 +48,7 @@ def _by_patches(module: Any, x: Tensor, b: Tensor, padding: Any) -> Tensor:
 
 
 def _by_groups(module: Any, x: Tensor, b: Tensor, padding: Any) -> Tensor:
-    """Take the gradient of one grouped convolution, in which the examples are groups."""
+    """Return the weight gradient of one grouped convolution, with the examples as groups."""
     count = len(x)
     weight_shape = (count * module.out_channels, *module.weight.shape[1:])
     flat_x, flat_b = x.reshape(1, -1, *x.shape[2:]), b.reshape(1, -1, *b.shape[2:])

@@ -1,4 +1,4 @@
-"""What kind of layer a module is, and where the examples are in what it was given and gave out."""
+"""Kinds of layers, the rule of each, and the batch axis of a call's tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rule = Literal["matrix", "rows", "convolution", "bias", "scale", "generic"]
 
 
 def rule_of(name: str, module: nn.Module) -> Rule:
-    """Return which rule makes the gradients of a module's parameter.
+    """Return the name of the rule for a module's parameter.
 
     Example:
         >>> rule_of("weight", nn.Linear(2, 3)), rule_of("bias", nn.LayerNorm(3)), rule_of("weight", nn.PReLU())
@@ -35,44 +35,49 @@ def rule_of(name: str, module: nn.Module) -> Rule:
 
 
 def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a module computes what this kind does, and nothing more."""
+    """Return True if a module is of a kind and does not override its ``forward``."""
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Return whether this is GPT-2's linear layer, whose weight is transposed."""
+    """Return True for GPT-2's linear layer, whose weight is transposed."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Return whether this is a convolution, over one to three axes."""
+    """Return True for a convolution over one to three axes."""
     return any(is_exactly(module, kind) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def has_channels(module: nn.Module) -> bool:
-    """Return whether this is a norm whose parameters belong to the second axis."""
+    """Return True for a norm whose parameters belong to the second axis."""
     return isinstance(module, nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether this scales what it has normalized, entry by entry."""
+    """Return True for a norm that scales its normalized input, entry by entry."""
     rms = "RMSNorm" in type(module).__name__ or type(module).__name__ in ("T5LayerNorm", "LayerNorm")
     return isinstance(module, nn.LayerNorm) or has_channels(module) or rms
 
 
 def by_example(tensor: Tensor, size: int, call: Call) -> Tensor:
-    """Return a tensor with the examples in front: shape ``(N, ...)``.
+    """Return a tensor with the examples along the first axis, shape ``(N, ...)``.
+
+    Args:
+        tensor: Tensor whose first axis is N, or N times rows of one example.
+        size: Number of examples N.
+        call: Call of the tensor, for the message.
 
     Raises:
-        UnsupportedStateError: It cannot be told whose entries are whose.
+        UnsupportedStateError: The first axis is not a multiple of N.
     """
     if tensor.ndim and tensor.shape[0] == size:
         return tensor
     if tensor.ndim > 1 and tensor.shape[0] and tensor.shape[0] % size == 0:
         return tensor.reshape(size, -1, *tensor.shape[1:])
     raise UnsupportedStateError(
-        f"{type(call.module).__name__} must keep its {size} examples apart, but has a tensor of shape "
-        f"{list(tensor.shape)}; leave its parameters out by freezing them, or take grouping batch"
+        f"{type(call.module).__name__} must have its {size} examples along the first axis, found a tensor of shape "
+        f"{list(tensor.shape)}; freeze its parameters, or take grouping batch"
     )
 
 
@@ -83,5 +88,5 @@ def gradient_at(call: Call, size: int) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, or in float64 if it is that: nothing is squared in less."""
+    """Return a tensor in float32, or float64 unchanged: narrower squares would underflow."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

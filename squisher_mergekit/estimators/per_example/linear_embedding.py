@@ -1,6 +1,6 @@
-"""Squared per-example gradients of linear layers and of tables that rows are looked up in, also of tied ones.
+"""Squared per-example gradients of linear layers, of embedding tables, and of weights that are both.
 
-Nothing here waits for the device: all shapes follow from those of the inputs.
+No function waits for the device: all shapes follow from those of the inputs.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.estimators.per_example.layer_kinds import by_example, gradient_at, is_conv1d, rule_of, wide
 from squisher_mergekit.estimators.per_example.tape import Call, Use
 
-# Entries of per-example gradients that are formed at once: what the caches of a CPU and of a GPU hold. From a size on
-# one matrix at a time is faster than several, as it is squared and added in one pass; measured on a CPU alone.
+# Entries of per-example gradients that are formed at once: as many as the caches of a CPU and of a GPU can store. Above
+# _LARGE one matrix at a time is faster, because one pass squares and adds it; measured on a CPU alone.
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 23}
 _LARGE = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 def chunk_of(total: Tensor) -> int:
-    """Return how many examples' gradients of a parameter are formed at once."""
+    """Return the number of examples whose gradients of a parameter are formed at once."""
     return max(1, CHUNK.get(total.device.type, CHUNK["cuda"]) // max(total.numel(), 1))
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Join along the second axis, that of tokens."""
+    """Concatenate tensors along the second axis, the tokens."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
@@ -34,7 +34,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def factors(call: Call, size: int) -> tuple[Tensor, Tensor]:
-    """Return B and A of a linear layer as ``(N, T, out)`` and ``(N, T, in)``; of GPT-2's the other way round.
+    """Return B and A of a linear layer as ``(N, T, out)`` and ``(N, T, in)``, exchanged for GPT-2's ``Conv1D``.
 
     Example n's gradient is ``B_n^T A_n``.
     """
@@ -43,11 +43,12 @@ def factors(call: Call, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _tokens(tensor: Tensor, size: int, call: Call) -> Tensor:
+    """Return a tensor as ``(N, T, features)``."""
     return wide(by_example(tensor, size, call).detach().reshape(size, -1, tensor.shape[-1]))
 
 
 def add_matrix(total: Tensor, uses: Sequence[Use], size: int) -> None:
-    """Add the squares of a linear layer's weight; the tokens of several calls are joined."""
+    """Add the squares of a linear layer's weight; several calls count as one with all their tokens."""
     pairs = [factors(call, size) for _, call in uses]
     matrix_squares(total, joined([b for b, _ in pairs]), joined([a for _, a in pairs]))
 
@@ -81,7 +82,7 @@ def matrix_squares(total: Tensor, b: Tensor, a: Tensor) -> None:
 
 
 def outer_square(uses: Sequence[Use], size: int) -> Tensor | None:
-    """Return ``b_n^2``, shape ``(N, out)``, of a linear layer that is called once and sees no sequence; else None."""
+    """Return ``b_n^2``, shape ``(N, out)``, for a linear layer with one call and one token per example; else None."""
     if len(uses) != 1 or uses[0][1].gradient is None:
         return None
     ((name, call),) = uses
@@ -101,15 +102,16 @@ def add_outer(total: Tensor, b_squared: Tensor, uses: Sequence[Use], size: int) 
 
 
 def lookups(call: Call, size: int) -> tuple[Tensor, Tensor]:
-    """Return the ids ``(N, S)`` of an embedding and the gradient ``(N, S, H)`` at what was looked up.
+    """Return the ids ``(N, S)`` of an embedding and the gradient ``(N, S, H)`` at its output.
 
     Raises:
-        UnsupportedStateError: The embedding changes its weights or gradients by what the whole batch looks up.
+        UnsupportedStateError: The embedding's rows or gradients depend on the whole batch.
     """
     module = call.module
     if getattr(module, "max_norm", None) is not None or getattr(module, "scale_grad_by_freq", False):
         raise UnsupportedStateError(
-            "an embedding with max_norm or scale_grad_by_freq has no gradient of one example alone; set neither"
+            "an embedding must treat each example alone, but max_norm and scale_grad_by_freq use the whole batch; set "
+            "neither"
         )
     ids = by_example(call.args[0], size, call).reshape(size, -1)
     b = gradient_at(call, size)
@@ -119,21 +121,21 @@ def lookups(call: Call, size: int) -> tuple[Tensor, Tensor]:
 
 
 def add_rows(total: Tensor, uses: Sequence[Use], size: int) -> None:
-    """Add the squares of a table."""
+    """Add the squares of an embedding table."""
     parts = [lookups(call, size) for _, call in uses]
     row_squares(total, joined([ids for ids, _ in parts]), joined([b for _, b in parts]))
 
 
 def token_sums(ids: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum up the gradients at equal tokens of an example.
+    """Sum the gradients at equal tokens of each example.
 
     Args:
         ids: Shape ``(N, S)``.
         b: Shape ``(N, S, H)``.
 
     Returns:
-        Tokens ``(N, S)``, each of an example once, and their sums ``(N, S, H)``; the places left over are token 0 with
-        a sum of 0.
+        The distinct tokens of each example, ``(N, S)``, and their sums, ``(N, S, H)``; unused entries are token 0 with
+        sum 0.
 
     Example:
         >>> tokens, sums = token_sums(torch.tensor([[7, 3, 7]]), torch.tensor([[[1.0], [2.0], [4.0]]]))
@@ -148,7 +150,7 @@ def token_sums(ids: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_squares(total: Tensor, ids: Tensor, b: Tensor) -> None:
-    """Add the squared gradients of a table of which each example looks up rows, some of them repeatedly.
+    """Add the squared gradients of a table from which each example looks up rows, some repeatedly.
 
     Args:
         total: Shape ``(V, H)``.
@@ -166,9 +168,10 @@ def row_squares(total: Tensor, ids: Tensor, b: Tensor) -> None:
 
 
 def add_tied(total: Tensor, uses: Sequence[Use], size: int) -> None:
-    """Add those of a table that is an output layer's weight too: ``(e + h)^2 = e^2 + h^2 + 2 e h``.
+    """Add the squares of a table that is also an output layer's weight: ``(e + h)^2 = e^2 + h^2 + 2 e h``.
 
-    ``h = B^T A`` is needed beside ``e`` only in the rows of the example's own tokens.
+    The gradient ``e`` of the table is zero outside the rows of the example's own tokens, so that ``h = B^T A`` of the
+    output layer is needed there alone for the last term.
     """
     matrices = [factors(call, size) for name, call in uses if rule_of(name, call.module) == "matrix"]
     tables = [lookups(call, size) for name, call in uses if rule_of(name, call.module) == "rows"]

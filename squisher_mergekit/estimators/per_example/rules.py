@@ -1,7 +1,7 @@
 """Squared per-example gradients of a parameter, from its modules' inputs and the gradients at their outputs.
 
-``A`` is a module's input and ``B`` the gradient at its output, example by example. One rule a kind of module; what has
-none goes the generic way, by differentiating that module alone for each example.
+Each kind of layer has a rule in terms of ``A``, the input, and ``B``, the gradient at the output, per example. Modules
+without a rule are differentiated once for each example (the generic rule).
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ Values = Mapping[str, Tensor]
 
 
 def add_squares(total: Tensor, uses: Sequence[Use], size: int) -> None:
-    """Add the squared gradients of all examples to a parameter's total.
+    """Add the squared gradients of all examples to a parameter's accumulator.
 
     ``total += sum_n (sum_u g_nu)^2``, over the examples n and the uses u of a shared parameter.
 
     Args:
-        total: Shaped like the parameter, float32 or float64.
-        uses: In the order of the forward pass; those without a gradient count as 0.
+        total: Accumulator with the shape of the parameter, float32 or float64.
+        uses: Calls of the parameter's modules, in the order of the forward pass. Calls without a gradient count as 0.
         size: Number of examples.
 
     Raises:
-        UnsupportedStateError: A module does not keep its examples apart.
+        UnsupportedStateError: A module mixes its examples.
     """
     uses = [use for use in uses if use[1].gradient is not None]
     kinds = {rule_of(name, call.module) for name, call in uses}
@@ -75,14 +75,14 @@ def add_squares(total: Tensor, uses: Sequence[Use], size: int) -> None:
 
 
 def _values(name: str, call: Call) -> Values:
-    """Return a module's parameters, whole, if its rule needs them."""
+    """Return a module's gathered parameters for the generic rule; other rules need none."""
     if rule_of(name, call.module) != "generic":
         return {}
     return {key: gathered(p.detach()) for key, p in call.module.named_parameters()}
 
 
 def _gradients(use: Use, size: int, examples: slice, shape: torch.Size, values: Values) -> Tensor:
-    """Return the gradients of some examples, shape ``(n, *parameter)``."""
+    """Return the gradients of a slice of the examples, shape ``(n, *parameter)``."""
     name, call = use
     module, rule = call.module, rule_of(use[0], use[1].module)
     if rule == "generic":
@@ -104,14 +104,14 @@ def _gradients(use: Use, size: int, examples: slice, shape: torch.Size, values: 
 
 
 def _reduced(product: Tensor, module: nn.Module, shape: torch.Size) -> Tensor:
-    """Sum over all but the examples and the axes of the parameter: the last ones, or the channels of an image."""
+    """Sum over all axes but the examples' and the parameter's: the last axes, or the channels of an image."""
     if has_channels(module):
         return product.reshape(len(product), product.shape[1], -1).sum(-1)
     return product.reshape(len(product), -1, *shape).sum(1)
 
 
 def _slope(name: str, call: Call) -> Tensor:
-    """Return the derivative of each of a norm's outputs by the one entry of the weight that scales it."""
+    """Return the derivative of each output of a norm by the weight's entry that scales it."""
     module: Any = call.module
     x = wide(call.args[0].detach())
     if is_exactly(module, nn.LayerNorm):
@@ -120,16 +120,17 @@ def _slope(name: str, call: Call) -> Tensor:
         return F.group_norm(x, module.num_groups, None, None, module.eps)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         if module.running_mean is None:
-            raise UnsupportedStateError("a batch norm without running statistics mixes its examples; take another norm")
+            raise UnsupportedStateError(
+                "a batch norm must have running statistics, but this one normalizes over the batch; take another norm"
+            )
         return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
     return _slope_by_difference(name, call)
 
 
 def _slope_by_difference(name: str, call: Call) -> Tensor:
-    """Return the slope of a norm of any code: its output with weights 1, less that with weights 0.
+    """Return the slope of any norm that is linear in its weight: its output at weight 1 minus its output at weight 0.
 
-    The norms of language models scale by the weight, or by one more than it; both are linear in it, entry by entry. A
-    bias is in both outputs, and so not in the difference.
+    The norms of language models scale by the weight ``w`` or by ``1 + w``. A bias cancels in the difference.
     """
     parameters = {
         key: torch.zeros(p.shape, dtype=p.dtype, device=p.device)
@@ -147,9 +148,9 @@ def _slope_by_difference(name: str, call: Call) -> Tensor:
 
 
 def _generic(name: str, call: Call, size: int, examples: slice, values: Values) -> Tensor:
-    """Return those of any module, by differentiating it for one example after the other.
+    """Return the gradients of a slice of the examples by running the module once for each.
 
-    Tensors among its arguments that have the examples in front are cut, all others are given whole.
+    Argument tensors with a batch axis are sliced; all others are passed whole.
     """
     b = gradient_at(call, size)
     found = []
@@ -159,7 +160,7 @@ def _generic(name: str, call: Call, size: int, examples: slice, values: Values) 
             args, kwargs = _slice_example((call.args, dict(call.kwargs)), n, size)
             out = first_tensor(_run_again(call.module, {**values, name: parameter}, args, kwargs))
             assert out is not None
-            # What an example does not use, such as another task's token, has no graph.
+            # A parameter that the example does not use, such as another task's token, has no graph.
             column, used = b[n].reshape(out.shape), out.requires_grad
             (gradient,) = torch.autograd.grad(out, parameter, column, allow_unused=True) if used else (None,)
         found.append(torch.zeros_like(parameter) if gradient is None else gradient)
@@ -167,7 +168,7 @@ def _generic(name: str, call: Call, size: int, examples: slice, values: Values) 
 
 
 class _Forward(nn.Module):
-    """A module without its hooks, which would gather what is given here whole."""
+    """Wrapper that runs a module without its hooks, which would gather parameters that are whole already."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -178,13 +179,13 @@ class _Forward(nn.Module):
 
 
 def _run_again(module: nn.Module, values: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run a module with other parameters."""
+    """Run a module with the given parameters."""
     given = {f"inner.{key}": value for key, value in values.items()}
     return torch.func.functional_call(_Forward(module), given, args, dict(kwargs))
 
 
 def _slice_example(value: Any, n: int, size: int) -> Any:
-    """Return one example's part of a module's arguments."""
+    """Return example n of a module's arguments, in nested containers too."""
     if isinstance(value, Tensor):
         value = value.detach()
         if value.ndim and value.shape[0] == size:

@@ -1,4 +1,4 @@
-"""Modules whose parameters' gradients do not come example by example unless something is done about it."""
+"""Batch axis for T5's relative position bias, so that it has per-example gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from squisher_mergekit.estimators.per_example.tape import Call, Tape, Wrap
 
 
 def is_relative_bias(module: nn.Module) -> bool:
-    """Return whether this is an attention with T5's table of relative position biases."""
+    """Return True for an attention with T5's table of relative position biases."""
     return hasattr(module, "compute_bias") and isinstance(
         getattr(module, "relative_attention_bias", None), nn.Embedding
     )
@@ -20,10 +20,14 @@ def is_relative_bias(module: nn.Module) -> bool:
 
 @contextmanager
 def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
-    """Give T5's relative position bias, made once for all examples, a batch axis.
+    """Expand T5's relative position bias to the batch while the body runs.
 
-    The bias ``(1, heads, q, k)`` is looked up in a table by ids ``(q, k)``. As rows ``(N, q k, heads)``, expanded to
-    the batch, it is what an embedding gives out, with a gradient for each example.
+    T5 looks the bias ``(1, heads, q, k)`` up in a table by ids ``(q, k)``, once for all examples. As rows
+    ``(N, q k, heads)`` it equals the output of an embedding, with a gradient for each example.
+
+    Args:
+        module: The attention.
+        tape: Tape that records the look-up.
     """
     attention: Any = module
     table, original = attention.relative_attention_bias, attention.compute_bias
@@ -49,5 +53,5 @@ def relative_bias(module: nn.Module, tape: Tape) -> Iterator[None]:
         del attention.compute_bias
 
 
-# What is done about which modules, beside noting their calls; the tables in them are not noted by themselves.
+# Predicate and context manager for :func:`~squisher_mergekit.estimators.per_example.tape.taped`.
 SPECIAL_MODULES: tuple[tuple[Callable[[nn.Module], bool], Wrap], ...] = ((is_relative_bias, relative_bias),)

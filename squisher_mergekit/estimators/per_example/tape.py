@@ -1,8 +1,8 @@
-"""One forward pass that notes what each module with parameters was given, and backward passes that note what came back.
+"""Recording of a forward pass: the calls of each module with parameters, and the gradients at their outputs.
 
-The backward pass goes from the model's outputs to the outputs of these modules, and not to their parameters. So no
-weight gradient is ever formed, and ``.grad`` is not touched: a module's input and the gradient at its output are all
-that its parameters' per-example gradients are made of.
+The backward pass goes from the model's outputs to the outputs of these modules, not to their parameters. It forms no
+weight gradient and leaves ``.grad`` alone: a module's input and the gradient at its output determine the per-example
+gradients of its parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from squisher_mergekit.errors import UnsupportedStateError
 
 @dataclass
 class Call:
-    """One call of a module: its arguments, the dtype of its output, and in a backward pass the gradient at that."""
+    """One call of a module.
+
+    Attributes:
+        module: The module.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        dtype: Dtype of the output.
+        gradient: Gradient at the output, during a backward pass.
+    """
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -29,18 +37,21 @@ class Call:
     gradient: Tensor | None = None
 
 
-Use = tuple[str, Call]  # a parameter's name in a module, and a call of this
+Use = tuple[str, Call]  # a parameter's name in a module, and a call of that module
 Uses = list[Use]  # in the order of the forward pass
 TakeUses = Callable[[nn.Parameter, Uses], None]
 
 
 @dataclass
 class Tape:
-    """The calls of a forward pass, by the parameters that they used, each shared one once.
+    """Record of the calls of one forward pass, by parameter.
 
-    ``size``: number of examples in the batch. ``broadcast_modules``: modules whose output is expanded to the batch if
-    it has batch size 1; None: all. ``calls``: parameter -> its uses. ``used_directly``: parameters that a module uses
-    outside the recorded calls of its children. ``broadcasted``: modules whose output was expanded.
+    Attributes:
+        size: Number of examples in the batch.
+        broadcast_modules: Modules whose output is expanded to the batch if it has batch size 1; None: all modules.
+        calls: Parameter -> its uses; a shared parameter has several.
+        used_directly: Parameters of modules that also have recorded children: their own code may use them.
+        broadcasted: Modules whose output was expanded.
     """
 
     size: int
@@ -49,15 +60,15 @@ class Tape:
     used_directly: list[nn.Parameter] = field(default_factory=list)
     broadcasted: set[nn.Module] = field(default_factory=set)
     _parameters_of_call: dict[int, list[nn.Parameter]] = field(default_factory=dict)  # id of a call -> parameters
-    _first_edges: list[Any] = field(default_factory=list)  # edges of the graph that nothing noted lies behind
+    _first_edges: list[Any] = field(default_factory=list)  # graph edges without a recorded call behind them
     _on_gradient: Callable[[Call, Tensor], None] | None = None
 
     def record(self, call: Call, output: Tensor, names: Mapping[str, nn.Parameter]) -> None:
-        """Add a call, and ask for the gradient at its output.
+        """Record a call, and request the gradient at its output.
 
         Args:
             call: The call.
-            output: What it gave out. It may be overwritten afterwards: the gradient is that of what it was.
+            output: Its output tensor. Later in-place changes do not affect the gradient.
             names: Name in the module -> parameter that the call uses.
         """
         for name, parameter in names.items():
@@ -78,23 +89,23 @@ class Tape:
         deferred: Collection[nn.Parameter] = (),
         uncalled: Sequence[nn.Parameter] = (),
     ) -> list[nn.Parameter]:
-        """Go back to the outputs of all calls, and give out each parameter's uses once their gradients are there.
+        """Run a backward pass to the outputs of all calls, and hand each parameter's uses to ``take`` when complete.
 
-        A gradient is dropped as soon as all parameters of its call were given out, so that few are alive at a time.
+        A gradient is freed as soon as every parameter of its call was taken, so that few exist at a time.
 
         Args:
-            outputs: Of the model.
+            outputs: Outputs of the model.
             output_gradient: Gradient at the outputs.
-            retain_graph: Another backward pass will follow.
-            take: Called once for each parameter that was reached.
-            deferred: Parameters that are not given out: their gradients stay, until :meth:`drop_gradients`.
-            uncalled: Further parameters, of which none should be on the way.
+            retain_graph: True if another backward pass follows.
+            take: Callback, once for each parameter with a gradient.
+            deferred: Parameters that are not taken; their gradients stay until :meth:`drop_gradients`.
+            uncalled: Parameters without a recorded call.
 
         Returns:
-            Those of ``uncalled`` that are.
+            The parameters of ``uncalled`` that the outputs depend on.
 
         Raises:
-            UnsupportedStateError: A checkpoint in the model is reentrant.
+            UnsupportedStateError: The model has a reentrant checkpoint, or torch cannot differentiate it.
         """
         waiting = {parameter: len(uses) for parameter, uses in self.calls.items()}
 
@@ -115,25 +126,25 @@ class Tape:
         finally:
             self._on_gradient = None
         for parameter, uses in self.calls.items():
-            # Some of its calls are none that the outputs depend on.
+            # The outputs do not depend on some of its calls.
             if waiting[parameter] and parameter not in deferred:
                 take(parameter, uses)
         used = found[len(inputs) - len(uncalled) :]
         return [p for p, gradient in zip(uncalled, used, strict=True) if gradient is not None and gradient.any()]
 
     def without_call(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Return those of some parameters that no noted call used."""
+        """Return the parameters that no recorded call uses."""
         return [parameter for parameter in parameters if parameter not in self.calls]
 
     def close(self) -> None:
-        """Let go of the graph: its hooks know this tape, and neither would ever be freed."""
+        """Release the graph: its hooks refer to this tape, and the cycle would never be freed."""
         self.calls.clear()
         self.used_directly.clear()
         self._parameters_of_call.clear()
         self._first_edges.clear()
 
     def drop_gradients(self) -> None:
-        """Drop the gradients of a backward pass."""
+        """Free the gradients of a backward pass."""
         for uses in self.calls.values():
             for _, call in uses:
                 call.gradient = None
@@ -142,7 +153,7 @@ class Tape:
 def gradients(
     outputs: Tensor, inputs: Sequence[Any], output_gradient: Tensor, retain_graph: bool
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients at some tensors or edges of the graph; None at those that the outputs do not depend on.
+    """Return the gradients at tensors or graph edges; None if the outputs do not depend on one.
 
     Raises:
         UnsupportedStateError: torch cannot differentiate the model, or a checkpoint in it is reentrant.
@@ -155,15 +166,16 @@ def gradients(
         if "use_reentrant" not in str(error):
             why = " ".join(str(error).split())[:200]
             raise UnsupportedStateError(
-                f"the model must be differentiable in eval mode, but torch says: {why}; freeze the part that is not"
+                f"the model must be differentiable in eval mode, but torch says: {why}; freeze the layer that is not"
             ) from error
         raise UnsupportedStateError(
-            "gradients of chosen tensors need checkpoints that are not reentrant, but the model has one with "
-            "use_reentrant=True; set it to False"
+            "gradient checkpointing must not be reentrant, but the model has a checkpoint with use_reentrant=True; "
+            "set it to False"
         ) from error
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested containers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -175,20 +187,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Return the tensor that a module's output is or begins with."""
+    """Return the first tensor of a module's output."""
     return next(_tensors(output), None)
 
 
 ParametersOf = dict[nn.Module, dict[str, nn.Parameter]]
-Owners = dict[nn.Parameter, tuple[nn.Module, str]]  # parameter -> the module that uses it, and its name in that
+Owners = dict[nn.Parameter, tuple[nn.Module, str]]  # parameter -> the module that uses it, and its name there
 
 
 def parameters_of_calls(model: nn.Module, owner_of: Mapping[nn.Parameter, tuple[nn.Module, str]]) -> ParametersOf:
-    """Return module -> name in it -> trainable parameter that its calls use.
+    """Return the trainable parameters that each module's calls use, by their names in it.
 
     Args:
         model: The model.
-        owner_of: Parameters that are used by another module than the one that holds them, and their names in that.
+        owner_of: Parameter -> the module that uses it and its name there, if another module registers it.
     """
     found: ParametersOf = {}
     for module in model.modules():
@@ -200,15 +212,15 @@ def parameters_of_calls(model: nn.Module, owner_of: Mapping[nn.Parameter, tuple[
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters that a module holds itself, by their names in it.
+    """Return the trainable parameters that a module itself registers, by their names in it.
 
-    What it holds under a second name, such as BERT's bias of the words, is used by the module within that holds it.
+    A parameter that a child registers too, such as the bias of BERT's decoder, belongs to the child.
     """
-    own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-    if not own:
-        return own
-    within = {id(p) for child in module.children() for p in child.parameters()}
-    return {name: p for name, p in own.items() if id(p) not in within}
+    registered = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+    if not registered:
+        return registered
+    of_children = {id(p) for child in module.children() for p in child.parameters()}
+    return {name: p for name, p in registered.items() if id(p) not in of_children}
 
 
 Wrap = Callable[[nn.Module, Tape], Any]
@@ -222,13 +234,13 @@ def taped(
     owner_of: Mapping[nn.Parameter, tuple[nn.Module, str]] | None = None,
     broadcast_modules: Collection[nn.Module] | None = None,
 ) -> Iterator[Tape]:
-    """Note the calls of all modules with trainable parameters while the body runs the model.
+    """Record the calls of all modules with trainable parameters while the body runs the model.
 
     Args:
-        model: In eval mode.
-        size: Examples in the batch.
-        special_modules: Pairs of a predicate on modules and a context manager around those that it selects, which also
-            records their child embeddings.
+        model: The model, in eval mode.
+        size: Number of examples in the batch.
+        special_modules: Pairs of a predicate and a context manager. The context manager surrounds the selected modules
+            and records the calls of their child embeddings.
         owner_of: See :func:`parameters_of_calls`.
         broadcast_modules: See :class:`Tape`.
 
@@ -237,23 +249,23 @@ def taped(
     """
     tape = Tape(size, broadcast_modules)
     with ExitStack() as stack:
-        left_out: set[nn.Module] = set()
+        recorded_elsewhere: set[nn.Module] = set()
         for applies, wrap in special_modules:
             for module in filter(applies, model.modules()):
-                left_out.update(child for child in module.children() if isinstance(child, nn.Embedding))
+                recorded_elsewhere.update(child for child in module.children() if isinstance(child, nn.Embedding))
                 stack.enter_context(wrap(module, tape))
         found = parameters_of_calls(model, owner_of or {})
         for module, names in found.items():
             if any(child is not module and child in found for child in module.modules()):
                 tape.used_directly += names.values()
-            if module not in left_out:
+            if module not in recorded_elsewhere:
                 hook = _recording_hook(module, tape, names)
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
         yield tape
 
 
 def _recording_hook(module: nn.Module, tape: Tape, names: Mapping[str, nn.Parameter]) -> Callable[..., Any]:
-    """Return a hook that notes a call; outputs made once for all examples, as of positions, get a batch axis."""
+    """Return a hook that records a call; an output of batch size 1, as of positions, is expanded to the batch."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         out = first_tensor(output)
@@ -262,7 +274,7 @@ def _recording_hook(module: nn.Module, tape: Tape, names: Mapping[str, nn.Parame
         batchless = isinstance(output, Tensor) and out.ndim > 1 and out.shape[0] == 1 < tape.size
         if batchless and (tape.broadcast_modules is None or module in tape.broadcast_modules):
             tape.broadcasted.add(module)
-            # A copy, as what follows may write into it.
+            # A copy, because later layers may write into it.
             out = out.expand(tape.size, *out.shape[1:]).contiguous()
             args = tuple(_repeat(arg, tape.size) for arg in args)
         tape.record(Call(module, args, kwargs, out.dtype), out, names)
@@ -272,6 +284,6 @@ def _recording_hook(module: nn.Module, tape: Tape, names: Mapping[str, nn.Parame
 
 
 def _repeat(value: Any, size: int) -> Any:
-    """Return what was given once for all examples as if it were given for each."""
+    """Return a tensor of batch size 1 expanded to the batch; other values unchanged."""
     batchless = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1
     return value.expand(size, *value.shape[1:]) if batchless else value

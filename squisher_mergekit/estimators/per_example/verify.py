@@ -1,8 +1,8 @@
-"""Whether gradients that were told apart by example are those of each example alone.
+"""Verification of per-example gradients against a loop over single examples.
 
-The first examples of the data are differentiated one by one, by autograd, and their squares held against those of the
-rules. Where a parameter's differ it is used by another module than the one that holds it: the module around is then
-differentiated as a whole, then the one around that, up to the model itself.
+Autograd differentiates the first examples one by one, and their squares are compared with those of the rules. If they
+differ for a parameter, another module than the one that registers it uses it: then the parent is differentiated as a
+whole, then its parent, up to the model itself.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from squisher_mergekit.estimators.tasks import Batch, Forward, Outputs, Task, co
 from squisher_mergekit.tensors.sharded import is_sharded, sharded_modules
 
 LOG = logging.getLogger("squisher_mergekit")
-NUM_EXAMPLES = 2  # that are checked
-_OUTPUT_TOLERANCE = 1e-2  # share of the largest output, by which outputs may differ that are the same but for rounding
-# Of a tensor's largest entry. A rule that does not fit is wrong by far more; narrow weights round that much.
+NUM_EXAMPLES = 2  # compared with the loop
+_OUTPUT_TOLERANCE = 1e-2  # of the largest output; equal outputs differ by rounding alone
+# As a share of a tensor's largest entry: above the rounding of each dtype, far below the error of a wrong rule.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 Mismatches = dict[nn.Parameter, Exception | None]
@@ -41,11 +41,12 @@ Mismatches = dict[nn.Parameter, Exception | None]
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found out about a model by trying.
+    """Result of verifying a model's per-example gradients.
 
-    ``owner_of``: parameter -> module that uses it and its name there, where that is not the module that registers it.
-    ``broadcast_modules``: modules whose one output serves all examples; None: any may. ``verified``: parameters with
-    correct squared gradients; no example used the others.
+    Attributes:
+        owner_of: Parameter -> the module that uses it and its name there, if another module registers it.
+        broadcast_modules: Modules with one output for all examples, which is expanded to the batch; None: any module.
+        verified: Parameters with correct squared gradients; no example used the others.
     """
 
     owner_of: Owners
@@ -55,7 +56,13 @@ class Verification:
 
 @dataclass(frozen=True)
 class TapedModel:
-    """How a model is run: ``model``, ``task`` and ``forward`` as for :func:`~squisher_mergekit.estimate_fisher`."""
+    """Model that records its layers' calls when it runs.
+
+    Attributes:
+        model: The model, in eval mode.
+        task: See :func:`~squisher_mergekit.estimate_fisher`.
+        forward: See there.
+    """
 
     model: nn.Module
     task: Task
@@ -65,7 +72,7 @@ class TapedModel:
     def run(
         self, batch: Batch, owner_of: Owners, broadcast_modules: Collection[nn.Module] | None
     ) -> Iterator[tuple[Tape, Outputs]]:
-        """Run the model on a batch, and give out what was noted, for as long as the body lasts, and the outputs."""
+        """Run the model on a batch, and yield tape and outputs; the tape is cleared after the body."""
         with taped(self.model, count_examples(batch), SPECIAL_MODULES, owner_of, broadcast_modules) as tape:
             outputs = run_model(self.model, batch, self.task, self.forward)
         try:
@@ -81,14 +88,17 @@ def verify(
     count: int = NUM_EXAMPLES,
     scratch: Accumulators | None = None,
 ) -> Verification:
-    """Find the parameters that are used by other modules than those that hold them, by trying.
+    """Verify per-example gradients against a loop over single examples.
 
     Args:
-        taped_model: The model, in eval mode. If it is sharded all processes must take part.
-        batch: Whose first examples are differentiated one by one; of all of them it is seen whether they mix.
-        known: What was found out before.
-        count: How many examples are differentiated one by one.
-        scratch: Memory of the size of the model, all 0 before and afterwards.
+        taped_model: The model. All processes of a sharded model must take part.
+        batch: A batch. Its first examples are compared with the loop; all of them are checked for mixing.
+        known: Result of an earlier verification.
+        count: Number of examples in the loop.
+        scratch: Accumulators of all trainable parameters, all zero before and afterwards; None: allocate them.
+
+    Returns:
+        The result, with the owners that make all compared gradients agree.
 
     Raises:
         UnsupportedStateError: The model mixes its examples.
@@ -98,28 +108,22 @@ def verify(
     if any(is_sharded(parameter) for parameter in names):
         from accelerate.utils import send_to_device
 
-        # Gradients of sharded parameters are means over the processes, which therefore must look at the same examples.
+        # Gradients of sharded parameters are means over the processes, so that all must compare the same examples.
         shared = [batch]
         dist.broadcast_object_list(shared, src=0)
         batch = send_to_device(shared[0], next(iter(names)).device)
+    first = first_examples(batch, count)
     owner_of = dict(known.owner_of) if known else {}
-    # What is computed in a narrower dtype rounds by as much as some mistakes are large.
+    # Autocast rounds as coarsely as some wrong rules err.
     with torch.autocast(next(iter(names)).device.type, enabled=False):
         broadcast_modules = known.broadcast_modules if known else _find_broadcast_modules(taped_model, batch)
         while True:
             used, mismatches = _compare_with_loop(
-                taped_model,
-                first_examples(batch, count),
-                scratch or zero_accumulators(names),
-                owner_of,
-                broadcast_modules,
+                taped_model, first, scratch or zero_accumulators(names), owner_of, broadcast_modules
             )
             with taped_model.run(batch, owner_of, broadcast_modules) as (tape, outputs):
-                mismatches |= {
-                    p: error
-                    for p, error in mixing_parameters(tape, outputs, names, retain_graph=False).items()
-                    if p in used
-                }
+                mixing = mixing_parameters(tape, outputs, names, retain_graph=False)
+            mismatches |= {parameter: error for parameter, error in mixing.items() if parameter in used}
             for parameter, error in mismatches.items():
                 _assign_to_parent(model, names[parameter], parameter, owner_of, error)
             if not mismatches:
@@ -128,7 +132,7 @@ def verify(
 
 
 def _find_broadcast_modules(taped_model: TapedModel, batch: Batch) -> Collection[nn.Module]:
-    """Return the modules whose one output for all examples can be repeated: if not all of them, none."""
+    """Return the modules with one output for all examples; none, if expanding these outputs changes the model's."""
     with torch.no_grad():
         values = run_model(taped_model.model, batch, taped_model.task, taped_model.forward).values
     _reshard(taped_model.model)
@@ -150,7 +154,7 @@ def _find_broadcast_modules(taped_model: TapedModel, batch: Batch) -> Collection
 
 
 def _reshard(model: nn.Module) -> None:
-    """Let go of the whole parameters that a forward pass has gathered for a backward pass, which does not follow."""
+    """Free the gathered parameters of a forward pass that no backward pass follows."""
     for module in sharded_modules(model):
         module.reshard()
 
@@ -158,15 +162,18 @@ def _reshard(model: nn.Module) -> None:
 def mixing_parameters(
     tape: Tape, outputs: Outputs, parameters: Iterable[nn.Parameter], retain_graph: bool
 ) -> Mismatches:
-    """Return the parameters in whose calls examples do not lie where they are looked for.
+    """Return the parameters whose calls mix examples, or have them along another axis.
 
-    Where the gradient at the outputs is 0 for some examples, it must be 0 for them at each call.
+    If the gradient at the outputs is zero for some examples, it must be zero for them at each call.
 
     Args:
-        tape: Of the forward pass that gave the outputs.
-        outputs: Of the model.
-        parameters: Of the model.
-        retain_graph: Another backward pass will follow.
+        tape: Record of the forward pass.
+        outputs: Outputs of that forward pass.
+        parameters: Trainable parameters of the model.
+        retain_graph: True if another backward pass follows.
+
+    Returns:
+        Parameter -> error, or None if its gradient is not zero for a masked example.
     """
     size, values = tape.size, outputs.values
     output_gradient = _random_output_gradient(values)
@@ -188,11 +195,12 @@ def mixing_parameters(
 
 
 def _warn_if_slow(model: nn.Module, names: Mapping[nn.Parameter, str], owner_of: Owners) -> None:
+    """Warn if the whole model must run for each example."""
     whole = [names[parameter] for parameter, (owner, _) in owner_of.items() if owner is model]
     if whole:
         LOG.warning(
-            "%d of %d parameters (%s, ...) have gradients that only the whole model tells apart: it is run for one "
-            "example after the other, which is as slow as a loop",
+            "%d of %d parameters (%s, ...) have per-example gradients only if the whole model runs for each example, "
+            "which is as slow as a loop",
             len(whole), len(names), whole[0],
         )  # fmt: skip
 
@@ -200,23 +208,26 @@ def _warn_if_slow(model: nn.Module, names: Mapping[nn.Parameter, str], owner_of:
 def _assign_to_parent(
     model: nn.Module, full_name: str, parameter: nn.Parameter, owner_of: Owners, error: Exception | None
 ) -> None:
-    """Give a parameter to the module around the one that has it."""
+    """Make the parent of a parameter's owner its new owner.
+
+    Raises:
+        UnsupportedStateError: The owner is the whole model, or the parent has sharded layers.
+    """
     owner, name = owner_of.get(parameter, (None, ""))
     path = full_name.removesuffix(f".{name}" if name else "").rpartition(".")[0]
     if owner is model or (owner is None and not path):
         why = "the model mixes its examples" if error is None else " ".join(str(error).split())[:200]
         raise UnsupportedStateError(
-            f"the gradients of {full_name} cannot be told apart example by example: {why}; freeze it, or take "
-            "grouping batch"
+            f"{full_name} must have a gradient for each example, but {why}; freeze it, or take grouping batch"
         ) from error
-    if not name:  # held by the module at path; the one around it is next
+    if not name:  # the module at path registers it
         path = path.rpartition(".")[0]
     within = full_name.removeprefix(f"{path}." if path else "")
     parent = model.get_submodule(path)
     if is_sharded(parameter) and any(module is not parent for module in sharded_modules(parent)):
         raise UnsupportedStateError(
-            f"{full_name} is used by {type(parent).__name__}, which cannot be run by itself, as its layers are sharded "
-            "one by one; take a model in each process, or freeze it"
+            f"{full_name} must be used inside its own layer, but {type(parent).__name__} uses it, whose layers are "
+            "sharded one by one; take a model in each process, or freeze it"
         )
     owner_of[parameter] = (parent, within)
 
@@ -228,9 +239,9 @@ def _compare_with_loop(
     owner_of: Owners,
     broadcast_modules: Collection[nn.Module] | None,
 ) -> tuple[set[nn.Parameter], Mismatches]:
-    """Return the parameters that are used, and those whose squares are not the sums of those of each example alone.
+    """Return the parameters that the outputs depend on, and those whose squares differ from the loop's.
 
-    ``expected`` is filled with these sums, and emptied again.
+    ``expected`` holds the loop's sums during the comparison, and is zero again afterwards.
     """
     parameters = list(expected)
     with taped_model.run(batch, owner_of, broadcast_modules) as (tape, outputs):
@@ -246,7 +257,7 @@ def _compare_with_loop(
             del gradient
         largest = {parameter: _largest_entry(expected[parameter]) for parameter in used}
         tolerances = _tolerances(largest, tape)
-        # What is found is taken off what is expected, so that nothing has to be kept beside it.
+        # Accumulating onto the negative sums saves a second set of accumulators.
         for total in expected.values():
             total.mul_(-_process_count(total))
         failures = Failures()
@@ -261,7 +272,7 @@ def _compare_with_loop(
 
 
 def _random_output_gradient(values: Tensor) -> Tensor:
-    """Return some gradient at the outputs, the same each time."""
+    """Return a random gradient at the outputs, the same in every call."""
     generator = torch.Generator(values.device).manual_seed(0)
     return torch.randn(values.shape, generator=generator, device=values.device).to(values.dtype)
 
@@ -269,7 +280,7 @@ def _random_output_gradient(values: Tensor) -> Tensor:
 def _single_example_gradients(
     outputs: Outputs, parameters: Sequence[nn.Parameter], output_gradient: Tensor, n: int
 ) -> Sequence[Tensor | None]:
-    """Return the gradients of one example; of sharded parameters as they arrive in ``.grad``, which is put back."""
+    """Return the gradients of example n; sharded parameters pass them through ``.grad``, which is restored."""
     if not any(is_sharded(parameter) for parameter in parameters):
         return gradients(outputs.values[n], parameters, output_gradient[n], retain_graph=True)
     before = [parameter.grad for parameter in parameters]
@@ -284,23 +295,23 @@ def _single_example_gradients(
 
 
 def _tolerances(largest: Mapping[nn.Parameter, float], tape: Tape) -> dict[nn.Parameter, float]:
-    """Return how far squares may be off, by the largest entry of each parameter's."""
+    """Return the tolerated error of each parameter's squares, from the largest entry of each."""
     tolerances = {}
     for parameter, top in largest.items():
         dtypes = {parameter.dtype, *(call.dtype for _, call in tape.calls.get(parameter, []))}
-        # Of what was reached, gradients that are nothing but rounding are not compared.
+        # Gradients that vanish by symmetry are rounding alone.
         floor = 1e-9 * max(largest.values()) if parameter in tape.calls else 0.0
         tolerances[parameter] = max(_TOLERANCE[dtype] for dtype in dtypes) * max(top, floor)
     return tolerances
 
 
 def _process_count(total: Any) -> int:
-    """Return how many processes add their squares of the same examples."""
+    """Return the number of processes that add the squares of the same examples to an accumulator."""
     return int(total.device_mesh.size()) if is_sharded(total) else 1
 
 
 def _largest_entry(tensor: Any) -> float:
-    """Return the largest size of an entry; over all processes if they share the tensor."""
+    """Return the largest absolute entry, over all processes for a sharded tensor."""
     local = tensor.to_local() if is_sharded(tensor) else tensor
     found = local.abs().max() if local.numel() else local.new_zeros(())
     if is_sharded(tensor):
@@ -309,7 +320,7 @@ def _largest_entry(tensor: Any) -> float:
 
 
 def first_examples(batch: Batch, count: int) -> Any:
-    """Return the first examples of a batch.
+    """Return the first ``count`` examples of a batch; values without a batch axis are unchanged.
 
     Example:
         >>> first_examples({"x": torch.tensor([1, 2, 3]), "scale": 2.0}, 2)

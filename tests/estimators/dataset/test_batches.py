@@ -61,7 +61,7 @@ COLUMNS = {
     "causal-lm": {"text": "text"},
     "masked-lm": {"text": "text"},
     "seq2seq": {"text": "text", "target": "target"},
-    "sequence-classification": {"text": "text", "label": "label"},
+    "classification": {"text": "text", "label": "label"},
     "regression": {"text": "text", "label": "label"},
     "token-classification": {"text": "tokens", "label": "tags"},
 }
@@ -240,7 +240,7 @@ def test_conversations_that_say_nothing_are_refused(messages, words):
 def test_a_class_is_a_number_or_a_name(label):
     """A name is looked up; a whole number may have come as a float, of a csv column with gaps."""
     rows = [{"text": "cat", "label": label}, {"text": "the cat sat", "label": True}]
-    batch = _maker("sequence-classification")(rows, 0)
+    batch = _maker("classification")(rows, 0)
     _equal(
         batch,
         input_ids=[[2, 6, 3, 0, 0], [2, 5, 6, 7, 3]],
@@ -252,7 +252,7 @@ def test_a_class_is_a_number_or_a_name(label):
 
 def test_a_number_needs_no_names():
     """A model without label2id takes any class."""
-    assert _maker("sequence-classification", label_ids={})([{"text": "cat", "label": 5}], 0)["labels"].tolist() == [5]
+    assert _maker("classification", label_ids={})([{"text": "cat", "label": 5}], 0)["labels"].tolist() == [5]
 
 
 @pytest.mark.parametrize("length", [7, 19])
@@ -261,7 +261,7 @@ def test_pairs_are_cut_and_joined_as_the_tokenizer_does(length):
     tokenizer = _bert(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     columns = {"text": "text", "pair": "pair", "label": "label"}
     rows = [{"text": "the cat sat on", "pair": "a mat", "label": 0}]
-    batch = _maker("sequence-classification", tokenizer, columns, max_length=length)(rows, 0)
+    batch = _maker("classification", tokenizer, columns, max_length=length)(rows, 0)
     first = [5, 6] if length == 7 else [5, 6, 7, 8]
     _equal(
         batch,
@@ -280,7 +280,7 @@ MANY = {f"class{i}": i for i in range(11)}
     [
         (-1, LABELS, "row 23 has label -1: no label; take another split"),
         (-1, {}, "row 23 has label -1: no label; take another split"),
-        (3, LABELS, "row 23 has label 3, but the model has classes 0 to 2; take the data it was trained for"),
+        (3, LABELS, "row 23 has label 3, but the model has classes 0 to 2; take data with its classes"),
         (-2, {}, "row 23 has label -2, but the model has classes from 0 on; "),
         ("si", LABELS, "row 23 has label 'si', which the model's label2id lacks; it has no, maybe, yes"),
         ("si", {}, "row 23 has label 'si', which the model's label2id lacks; it has none"),
@@ -295,7 +295,7 @@ def test_labels_that_are_not_the_models_are_refused(label, label_ids, words):
     """The message names the row, counted over all batches, what it has, and what the model knows."""
     rows = [{"text": "cat", "label": 0}] * 3 + [{"text": "cat", "label": label}]
     with pytest.raises(ConfigError, match=words) as caught:
-        _maker("sequence-classification", label_ids=label_ids)(rows, 4)
+        _maker("classification", label_ids=label_ids)(rows, 4)
     assert str(caught.value).endswith("(rows count from 0)")
 
 
@@ -318,7 +318,7 @@ def test_a_regression_has_numbers():
         (float("inf"), "row 0 has label inf, but"),
         ([], r"row 0 has label \[\], but"),
         ([1.0, None], r"row 0 has label \[1.0, None\], but"),
-        ([1.0, 2.0], "row 0 has 2 numbers as its label, but the model gives 1"),
+        ([1.0, 2.0], "row 0 has 2 numbers as its label, but the model has 1"),
     ],
 )
 def test_what_is_no_number_is_refused(label, words):
@@ -482,7 +482,7 @@ MAKERS = {
     "completions": lambda: _completions(_gpt()),
     "chats": lambda: _chats(_gpt()),
     "seq2seq": lambda: _maker("seq2seq"),
-    "sequence-classification": lambda: _maker("sequence-classification"),
+    "classification": lambda: _maker("classification"),
     "regression": lambda: _maker("regression", label_ids={}),
     "token-classification": lambda: _maker("token-classification", _pieces()),
 }
@@ -524,8 +524,8 @@ def test_padding_changes_nothing(name):
         ("masked-lm", {"text": "text"}, "text"),
         ("seq2seq", {"text": "text", "target": "target"}, "text"),
         ("seq2seq", {"text": "text", "target": "target"}, "target"),
-        ("sequence-classification", {"text": "text", "pair": "target", "label": "label"}, "text"),
-        ("sequence-classification", {"text": "text", "pair": "target", "label": "label"}, "target"),
+        ("classification", {"text": "text", "pair": "target", "label": "label"}, "text"),
+        ("classification", {"text": "text", "pair": "target", "label": "label"}, "target"),
         ("regression", {"text": "text", "label": "label"}, "text"),
     ],
 )
@@ -547,7 +547,7 @@ GONE = "\N{ZERO WIDTH SPACE}"  # a character that the tokenizers of the next tes
         ("masked-lm", _bert, {"text": GONE}, "has no token that could be masked; remove it"),
         ("seq2seq", _gpt, {"text": "cat", "target": GONE}, "has no token in its target; remove it, or"),
         ("seq2seq", _gpt, {"text": GONE, "target": "cat"}, "has no token in its text; remove it"),
-        ("sequence-classification", _gpt, {"text": GONE, "label": 0}, "has no token in its text; remove it"),
+        ("classification", _gpt, {"text": GONE, "label": 0}, "has no token in its text; remove it"),
         ("token-classification", _pieces, {"tokens": [GONE], "tags": [0]}, "has no word with a label within 19 tokens"),
     ],
 )
@@ -570,7 +570,7 @@ def test_a_row_without_a_loss_is_refused(task, tokenizer, row, words):
         ("token-classification", None, transformers.ByT5Tokenizer, {}, "take a fast one"),
         ("causal-lm", None, _bert, {"max_length": 2}, "--max-length must leave room for text beside 2 special tokens"),
         (
-            "sequence-classification", {"text": "a", "pair": "b", "label": "c"}, _bert, {"max_length": 3},
+            "classification", {"text": "a", "pair": "b", "label": "c"}, _bert, {"max_length": 3},
             "room for text beside 3 special tokens, found 3; take a larger one",
         ),
     ],

@@ -101,13 +101,13 @@ def test_a_file_that_is_not_there_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("task", "row", "given", "found"),
     [
-        ("sequence-classification", "label text", {}, {"text": "text", "label": "label"}),
+        ("classification", "label text", {}, {"text": "text", "label": "label"}),
         (
-            "sequence-classification", "hypothesis label premise", {},
+            "classification", "hypothesis label premise", {},
             {"text": "premise", "pair": "hypothesis", "label": "label"},
         ),
         (
-            "sequence-classification", "a b c", {"text": "a", "pair": "b", "label": "c"},
+            "classification", "a b c", {"text": "a", "pair": "b", "label": "c"},
             {"text": "a", "pair": "b", "label": "c"},
         ),
         ("regression", "sentence1 sentence2 label", {}, {"text": "sentence1", "pair": "sentence2", "label": "label"}),
@@ -145,8 +145,8 @@ def test_a_column_of_lists_that_is_named_as_the_text_is_a_conversation():
         ("causal-lm", "prompt", {}, "a column for the text, found prompt; "),
         ("causal-lm", "text", {"target": "answer"}, "a column for the target, found text; name it by --target-column"),
         ("masked-lm", "text", {"text": "body"}, "a column for the text, found text; "),
-        ("sequence-classification", "text", {}, "a column for the label, found text; name it by --label-column"),
-        ("sequence-classification", "text label", {"pair": "b"}, "a column for the pair, found text, label; "),
+        ("classification", "text", {}, "a column for the label, found text; name it by --label-column"),
+        ("classification", "text label", {"pair": "b"}, "a column for the pair, found text, label; "),
         ("token-classification", "tokens label", {}, "a column for the label, found tokens, label; "),
         ("seq2seq", "text", {}, "a column for the target, found text; "),
     ],

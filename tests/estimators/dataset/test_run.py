@@ -100,7 +100,7 @@ def test_only_the_same_call_goes_on(saved, tmp_path, monkeypatch, change, words)
 def test_another_file_in_its_place_is_refused(saved, tmp_path):
     """A damaged file, or one of the user's, is not overwritten."""
     (tmp_path / "out.partial.safetensors").write_bytes(b"mine")
-    with pytest.raises(CorruptFileError, match="must be an estimate under way"):
+    with pytest.raises(CorruptFileError, match="must be the checkpoint of an estimate"):
         estimate_from(_request(saved), tmp_path / "out")
     assert (tmp_path / "out.partial.safetensors").read_bytes() == b"mine"
 

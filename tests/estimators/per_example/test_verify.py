@@ -70,7 +70,7 @@ def test_other_parts_in_later_batches_are_noticed():
     shifted = _routed(4, [0, 1, 0])
     shifted[0][0, :, 0], shifted[0][1, :, 0] = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.0, 0.0, 0.0])
     shifted[0][2, :, 0] = torch.tensor([0.5, 0.0, 0.0])
-    with pytest.raises(UnsupportedStateError, match="cannot be told apart in batch 2"):
+    with pytest.raises(UnsupportedStateError, match="must have a gradient for each example, but in batch 2"):
         accumulator.add(shifted)
 
 
