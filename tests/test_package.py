@@ -1,6 +1,5 @@
 """What is built and installed: contents of wheel and sdist, installs, the cost of the start-up hook, uninstalls."""
 
-import json
 import subprocess
 import sys
 import tarfile
@@ -86,7 +85,7 @@ def test_the_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "source", filter="data")
     [source] = (tmp_path / "source").iterdir()
-    for name in ("README.md", "LICENSE", "pyproject.toml", "tests/test_package.py", "scripts/bench_merge"):
+    for name in ("README.md", "LICENSE", "pyproject.toml", "tests/test_package.py", "scripts/benchmarks/merge.py"):
         assert (source / name).is_file(), name
     with zipfile.ZipFile(_build(source, tmp_path / "wheel")) as built, zipfile.ZipFile(wheel) as direct:
         assert {item.filename: item.CRC for item in built.infolist()} == {
@@ -113,13 +112,11 @@ def test_the_console_scripts_are_installed(installed):
 
 def test_the_fallback_script_knows_the_methods_where_the_stock_command_does_not(installed, tmp_path):
     """Switched off, mergekit-yaml calls the method unknown, but squisher-mergekit-yaml goes on to look for a Fisher."""
-    from tests.scripts.test_bench_merge import SMALL
+    from scripts.benchmarks.models import make_model
 
     model = tmp_path / "a"
-    names = ("hidden", "layers", "intermediate", "vocab", "shards")
-    sizes = {key: int(SMALL[SMALL.index(f"--{key}") + 1]) for key in names}
-    recipe = json.dumps(sizes | {"dtype": "float32", "fisher_dtype": "float32"})
-    _python(str(ROOT / "scripts" / "bench_models.py"), str(model), "0", recipe)
+    sizes = {"hidden": 36, "layers": 2, "intermediate": 47, "vocab": 61, "shards": 3}
+    make_model(model, 0, sizes | {"dtype": "float32", "fisher_dtype": "float32"})
     for file in model.glob("fisher*"):
         file.unlink()
     config = tmp_path / "merge.yml"
@@ -164,7 +161,7 @@ def test_uninstalling_the_wheel_leaves_nothing(wheel, tmp_path):
 
 @pytest.mark.parametrize("value", [None, "0"])
 def test_a_start_imports_one_small_module(wheel, tmp_path, value):
-    """An interpreter with the hook has one module more, our own small one (its cost: scripts/bench_startup)."""
+    """An interpreter with the hook has one module more, our own small one (its cost: scripts.benchmarks.startup)."""
     environment = environments.make(tmp_path / "venv")
     environment.pip("install", "--no-deps", "--no-index", str(wheel))
     variables = {} if value is None else {SWITCH: value}

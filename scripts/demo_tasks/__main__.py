@@ -6,13 +6,14 @@ import json
 import sys
 from pathlib import Path
 
-from demo_tasks.assets import DemoError
-from demo_tasks.processes import Progress
-from demo_tasks.report import as_text
-from demo_tasks.run import Run
-from demo_tasks.settings import FOUR_TASKS, SHARED_HEAD
+from scripts import ROOT
+from scripts.demo_tasks.assets import DemoError
+from scripts.demo_tasks.processes import Progress
+from scripts.demo_tasks.report import as_text
+from scripts.demo_tasks.run import Run
+from scripts.demo_tasks.settings import FOUR_TASKS, SHARED_HEAD
 
-HOME = Path(__file__).resolve().parents[2] / ".demo"
+HOME = ROOT / ".demo"
 
 
 def main(arguments: list[str] | None = None) -> int:

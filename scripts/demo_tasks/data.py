@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_tasks.assets import BBC, ORANGE, VADER
+from scripts.demo_tasks.assets import BBC, ORANGE, VADER
 
 Row = tuple[str, str]
 SUPER_TOPICS = ("comp", "rec", "sci", "talk")

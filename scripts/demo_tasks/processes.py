@@ -18,7 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from demo_tasks.assets import DemoError
+from scripts import ROOT
+from scripts.demo_tasks.assets import DemoError
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,13 @@ class Progress:
 
 def environment() -> dict[str, str]:
     """Return the environment of all children: one thread each, no network, this package importable."""
-    here = str(Path(__file__).parents[1])
-    paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
     return {**os.environ, **fixed}
 
 
 class Workers:
-    """Processes that run ``demo_tasks.worker``; to be used in a ``with`` statement.
+    """Processes that run ``scripts.demo_tasks.worker``; to be used in a ``with`` statement.
 
     Args:
         count: How many.
@@ -100,7 +100,7 @@ class Workers:
         with log.open("a") as output:
             for _ in range(count):
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "demo_tasks.worker"],
+                    [sys.executable, "-m", "scripts.demo_tasks.worker"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=output,

@@ -2,7 +2,7 @@
 
 import math
 
-from demo_tasks.run import Result
+from scripts.demo_tasks.run import Result
 
 
 def as_text(result: Result) -> str:

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from demo_tasks.assets import ENCODER, DemoError, fetch, unpack_model
-from demo_tasks.data import Source, split
-from demo_tasks.processes import Progress, Timed, Workers, mergekit_yaml
-from demo_tasks.settings import Setting, bytes_read, merge_config
+from scripts.demo_tasks.assets import ENCODER, DemoError, fetch, unpack_model
+from scripts.demo_tasks.data import Source, split
+from scripts.demo_tasks.processes import Progress, Timed, Workers, mergekit_yaml
+from scripts.demo_tasks.settings import Setting, bytes_read, merge_config
 
 # Seconds that each stage took on two cores; they only set the pace of the progress bar.
 FETCH, START, TRAIN, MERGE, SCORE = 8.0, 8.0, 25.0, 10.0, 5.0

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_tasks.data import SENTIMENT_BASE, SENTIMENT_DOMAINS, TASKS, Source
+from scripts.demo_tasks.data import SENTIMENT_BASE, SENTIMENT_DOMAINS, TASKS, Source
 
 SWAPPED = "squisher, swapped accumulators"
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.tables import Table
+from scripts.experiments.tables import Table
 
 Measured = Sequence[Mapping[str, Any]]
 

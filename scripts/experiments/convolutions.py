@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
-from experiments import digits, emojis, runner
+from scripts.experiments import digits, emojis, runner
 
 CHANNELS = (3, 16, 32, 64, 128, 256)
 FEATURES = CHANNELS[-1] * 4

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """What a Fisher costs beside a Squisher (Table 1 of the paper): CPU seconds to compute the one and to read the other.
 
 The paper times, for each of its settings, the computation of the Fisher and the reading of the optimizer's
@@ -25,16 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from experiments import digits, drawing, encoder, forgetting
-from experiments.runner import Experiment, Result, Settings, main
-from experiments.tables import Table
+from scripts.experiments import digits, drawing, encoder, forgetting
+from scripts.experiments.runner import Experiment, Result, Settings, main
+from scripts.experiments.tables import Table
 from squisher_mergekit import estimate_fisher, extract, load_fisher
 
 Batch = Any  # a dict of what an encoder takes, or a pair of images and labels

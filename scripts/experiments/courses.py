@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments import convolutions, digits
+from scripts.experiments import convolutions, digits
 from squisher_mergekit.applications.ewc import continual
 
 EACH, HELD = 800, 200  # digits of a permuted task, to learn from and to test on

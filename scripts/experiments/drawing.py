@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.tables import spread
+from scripts.experiments.tables import spread
 
 
 def new(width: float, height: float) -> Any:

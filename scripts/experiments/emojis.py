@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo_tasks.assets import GOOGLE, TWITTER, DemoError, fetch
 from torch import Tensor
 
-from experiments.digits import PACKAGES
+from scripts.demo_tasks.assets import GOOGLE, TWITTER, DemoError, fetch
+from scripts.experiments.digits import PACKAGES
 
 SIDE = 32
 STYLES = {"twitter": TWITTER, "google": GOOGLE}

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_tasks.assets import ENCODER, fetch, unpack_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-from experiments import texts
-from experiments.runner import WORK, cached, key
+from scripts.demo_tasks.assets import ENCODER, fetch, unpack_model
+from scripts.experiments import texts
+from scripts.experiments.runner import WORK, cached, key
 from squisher_mergekit import save_squisher
 
 HEAD = ("bert.pooler.", "classifier.")

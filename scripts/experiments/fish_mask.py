@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """FISH mask (Table 6 of the paper): which few fine-tuned weights make the model, if the others go back.
 
 The paper fine-tunes BERT-large on GLUE, keeps the 0.5 % of the weights with the largest Fisher or Squisher, and gives
@@ -33,17 +32,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from torch import nn
 from transformers import set_seed
 
-from experiments import encoder, texts
-from experiments.encoder import Recipe
-from experiments.fish_mask_report import ROWS, TRAINED, pictures, tables
-from experiments.runner import Experiment, Result, Settings, main
+from scripts.experiments import encoder, texts
+from scripts.experiments.encoder import Recipe
+from scripts.experiments.fish_mask_report import ROWS, TRAINED, pictures, tables
+from scripts.experiments.runner import Experiment, Result, Settings, main
 from squisher_mergekit import Fisher, estimate_fisher, load_fisher
 from squisher_mergekit.applications.fish_mask.choice import select
 from squisher_mergekit.applications.fish_mask.resetting import reset

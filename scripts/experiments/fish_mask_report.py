@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from experiments import drawing
-from experiments.tables import Table, mean_sd
+from scripts.experiments import drawing
+from scripts.experiments.tables import Table, mean_sd
 
 # Row -> what F is, and the score.
 ROWS = {

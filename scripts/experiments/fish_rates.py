@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """At which rate to train inside a mask: the search that ``fish_mask.RATES`` comes from.
 
 The fewer weights may change, the further they have to move, so each mask and share has a rate of its own: the best in
@@ -14,13 +13,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from experiments import fish_mask
-from experiments.fish_mask_report import LABELS, TRAINED
-from experiments.runner import Experiment, Result, Settings, main
-from experiments.tables import Table
+from scripts.experiments import fish_mask
+from scripts.experiments.fish_mask_report import LABELS, TRAINED
+from scripts.experiments.runner import Experiment, Result, Settings, main
+from scripts.experiments.tables import Table
 
 TASKS, SEED = ("tweets", "election", "newsgroups"), 100
 # Row -> share -> the rates tried.

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """EWC (Tables 2 and 8 of the paper): one network learns tasks, one after another, under a penalty.
 
 The paper learns split MNIST, permuted MNIST and split CIFAR-100, with 2,000 to 5,000 steps a task. Here there are
@@ -43,16 +42,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from experiments.courses import COLUMNS, STEPS, Course, Task, course_of
-from experiments.forgetting_report import ABLATED, BATCH, MAIN, METHODS, RATE, pictures, tables
-from experiments.runner import Experiment, Result, Settings, main
+from scripts.experiments.courses import COLUMNS, STEPS, Course, Task, course_of
+from scripts.experiments.forgetting_report import ABLATED, BATCH, MAIN, METHODS, RATE, pictures, tables
+from scripts.experiments.runner import Experiment, Result, Settings, main
 from squisher_mergekit import GradientSquares, estimate_fisher
 from squisher_mergekit.applications.ewc import EWCPenalty, continual, identity
 from squisher_mergekit.errors import ConfigError, ValuesError

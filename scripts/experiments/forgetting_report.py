@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from experiments import drawing
-from experiments.courses import COLUMNS
-from experiments.runner import Result
-from experiments.tables import Table, mean_sd, spread
+from scripts.experiments import drawing
+from scripts.experiments.courses import COLUMNS
+from scripts.experiments.runner import Result
+from scripts.experiments.tables import Table, mean_sd, spread
 from squisher_mergekit.applications.ewc.runaway import RUNAWAY
 
 BATCH, RATE = 64, 1e-3

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Gradient matching (UBGM) of four sentiment domains over a base that knows a fifth (Table 4 of the paper).
 
 The paper fine-tunes RoBERTa on IMDB, from there on Yelp, RT, SST2 and Amazon, and merges the four with one shared head.
@@ -23,18 +22,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import load_file
 from torch import Tensor
 
-from experiments import drawing, encoder
-from experiments.encoder import Recipe
-from experiments.merging import dots, empirical_fisher, signed
-from experiments.runner import Experiment, Result, Settings, main
-from experiments.tables import Table, mean_sd
+from scripts.experiments import drawing, encoder
+from scripts.experiments.encoder import Recipe
+from scripts.experiments.merging import dots, empirical_fisher, signed
+from scripts.experiments.runner import Experiment, Result, Settings, main
+from scripts.experiments.tables import Table, mean_sd
 from squisher_mergekit import Fisher, load_fisher
 
 _LENGTH = 32

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Fisher merging of six text tasks (Tables 3 and 9 of the paper): Fisher, Squisher, plain average, single models.
 
 The paper merges eight fine-tuned T5-large, trained until they had converged, with one output vocabulary for all tasks.
@@ -28,18 +27,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from experiments import drawing, encoder
-from experiments.encoder import HEAD, Recipe
-from experiments.runner import Experiment, Result, Settings, main
-from experiments.tables import Table, mean_sd, spread
-from experiments.texts import Parts, classes
+from scripts.experiments import drawing, encoder
+from scripts.experiments.encoder import HEAD, Recipe
+from scripts.experiments.runner import Experiment, Result, Settings, main
+from scripts.experiments.tables import Table, mean_sd, spread
+from scripts.experiments.texts import Parts, classes
 from squisher_mergekit import Fisher, estimate_fisher, load_fisher
 
 TASKS = ("tweets", "bbc", "newsgroups", "election", "reuters", "spam")

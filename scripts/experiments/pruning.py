@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Pruning of a small convolutional network (Tables 5 and 10 of the paper): accuracy against sparsity.
 
 The paper prunes filters of a VGG-13 trained on CIFAR-100 by Adam, 25 to 75 % of them, and trains on. Here the layout is
@@ -30,16 +29,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
-from experiments import digits, runner
-from experiments.pruning_report import LONGER, RETRAIN, SCORES, pictures, tables
-from experiments.runner import Experiment, Result, Settings
+from scripts.experiments import digits, runner
+from scripts.experiments.pruning_report import LONGER, RETRAIN, SCORES, pictures, tables
+from scripts.experiments.runner import Experiment, Result, Settings
 from squisher_mergekit import estimate_fisher
 from squisher_mergekit.applications.pruning import chain_units, choose_units, choose_weights, shrink
 from squisher_mergekit.training.ewc import live_squisher

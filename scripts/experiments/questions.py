@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """What users ask of a Squisher and the paper does not answer, on merges of four text tasks.
 
 1. After how many steps is it good? The weights are those of the last step; the Squisher is taken after 2, 5, 10, 20 and
@@ -30,17 +29,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from mergekit.merge_methods import merge_state_dicts
 from torch import Tensor, nn
 
-from experiments import encoder
-from experiments.encoder import HEAD, Recipe, Row
-from experiments.questions_report import pictures, tables
-from experiments.runner import Experiment, Result, Settings, main
+from scripts.experiments import encoder
+from scripts.experiments.encoder import HEAD, Recipe, Row
+from scripts.experiments.questions_report import pictures, tables
+from scripts.experiments.runner import Experiment, Result, Settings, main
 from squisher_mergekit import Fisher, GradientSquares, estimate_fisher, extract, load_fisher
 from squisher_mergekit.fisher.compare import spearman
 

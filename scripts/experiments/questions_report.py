@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import drawing
-from experiments.tables import Table, mean_sd
+from scripts.experiments import drawing
+from scripts.experiments.tables import Table, mean_sd
 
 Report = Mapping[str, Any]
 Found = Mapping[str, Any]

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Writes what experiments and benchmarks found into the README: tables and pictures, from the files in results/ alone.
 
     scripts/experiments/report.py            # rewrite the README's blocks and the pictures
@@ -16,11 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from experiments import benchmarks
-from experiments.runner import RESULTS, ROOT
+from scripts.experiments import benchmarks
+from scripts.experiments.runner import RESULTS, ROOT
 
 README = ROOT / "README.md"
 PICTURES = Path(__file__).parent / "pictures"
@@ -50,9 +46,9 @@ def block(name: str, report: Mapping[str, Any]) -> str:
     if name in BENCHMARKS:
         tables, made = benchmarks.TABLES[name](report["measured"]), benchmarks.made_by(report)
     else:
-        tables = importlib.import_module(f"experiments.{name}").tables(report)
+        tables = importlib.import_module(f"scripts.experiments.{name}").tables(report)
         count, minutes = len(report["cells"]), report["cpu_seconds"] / 60
-        made = f"`scripts/experiments/{name}.py --full`: {count} cells, {minutes:.0f} CPU-minutes on one thread"
+        made = f"`python -m scripts.experiments.{name} --full`: {count} cells, {minutes:.0f} CPU-minutes on one thread"
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
     last = f"<sub>{made}; {versions}; raw results in scripts/experiments/results/{name}.json</sub>"
     return "\n\n".join([*(table.markdown() for table in tables), last])
@@ -87,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     README.write_text(after, encoding="utf-8")
     PICTURES.mkdir(exist_ok=True)
     for name in (one for one in reports if one not in BENCHMARKS):
-        for file, data in importlib.import_module(f"experiments.{name}").pictures(reports[name]).items():
+        for file, data in importlib.import_module(f"scripts.experiments.{name}").pictures(reports[name]).items():
             (PICTURES / file).write_bytes(data)
             print(f"{PICTURES / file}: {len(data) / 1000:.0f} kB")
     return 0

@@ -21,9 +21,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from scripts import ROOT
+
 Settings = Mapping[str, Any]
 Result = dict[str, Any]
-ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 WORK = ROOT / ".experiments"
 _PACKAGES = ("torch", "transformers", "mergekit", "squisher-mergekit")

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Task2Vec on real texts: are tasks of one domain nearest to each other, by the Squisher and by a computed Fisher?
 
     python scripts/experiments/task2vec.py [--seed N] [--fisher] [--plot FILE] [--out DIR]
@@ -10,7 +9,6 @@ tell tasks apart. The words' table is frozen, so that it cannot tell them apart 
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from demo_tasks.data import split
-
-from experiments import encoder, texts
-from experiments.runner import WORK
+from scripts.demo_tasks.data import split
+from scripts.experiments import encoder, texts
+from scripts.experiments.runner import WORK
 from squisher_mergekit import estimate_fisher, save_squisher
 from squisher_mergekit.cli.task2vec import command
 from squisher_mergekit.fisher.files import write_fisher

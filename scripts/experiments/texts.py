@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from demo_tasks.assets import BBC, DRUGS, ORANGE, SENTENCES, SPAM, VADER, fetch
-from demo_tasks.data import (
+from scripts import ROOT
+from scripts.demo_tasks.assets import BBC, DRUGS, ORANGE, SENTENCES, SPAM, VADER, fetch
+from scripts.demo_tasks.data import (
     Row,
     Source,
     distinct,
@@ -24,7 +25,7 @@ from demo_tasks.data import (
     split,
 )
 
-PACKAGES = Path(__file__).parents[2] / ".demo" / "packages"  # shared with scripts/demo
+PACKAGES = ROOT / ".demo" / "packages"  # shared with scripts/demo
 _SPEAKERS = ("Rachel", "Ross", "Chandler", "Monica", "Joey", "Phoebe")
 
 

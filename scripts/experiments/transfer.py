@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Task2Vec (Table 7 of the paper): does the nearest task make the best start for another one?
 
 The paper fine-tunes BERT on about twenty text sets for three epochs, takes transfers between all pairs that others had
@@ -36,17 +35,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
-from demo_tasks.data import Split, split
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from experiments import encoder, runner, task2vec, texts
-from experiments.runner import Experiment, Result, Settings
-from experiments.transfer_report import DEFAULT, KINDS, NO_SOURCE, pictures, tables
+from scripts.demo_tasks.data import Split, split
+from scripts.experiments import encoder, runner, task2vec, texts
+from scripts.experiments.runner import Experiment, Result, Settings
+from scripts.experiments.transfer_report import DEFAULT, KINDS, NO_SOURCE, pictures, tables
 from squisher_mergekit import estimate_fisher, load_fisher, save_squisher
 from squisher_mergekit.applications.task2vec.distances import Metric, Normalize, distance_matrix
 from squisher_mergekit.applications.task2vec.embedding import Embedding, embed, read_embedding, write_embedding

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from experiments import drawing
-from experiments.tables import Table, mean_sd, spread
+from scripts.experiments import drawing
+from scripts.experiments.tables import Table, mean_sd, spread
 from squisher_mergekit.applications.task2vec.distances import clustered
 from squisher_mergekit.applications.task2vec.ranking import Quality, assess
 from squisher_mergekit.fisher.compare import spearman

@@ -1,15 +1,11 @@
 """The README's prose has no measured figure: those stand in blocks that are made from JSON files."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from experiments import report  # noqa: E402
+from scripts import ROOT
+from scripts.experiments import report
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"<!-- results: (\w+) -->.*?<!-- end of results: \1 -->", re.DOTALL)

@@ -1,0 +1,190 @@
+"""Measure squisher extract against a plain copy of the same bytes, in three layouts and two sizes.
+
+The same bytes are those of the second moments, read and written: a plain copy reads a file of as many and writes it,
+in blocks of 8 MiB. Both sync what they wrote to disk. Each runs in a process of its own that imports the same
+libraries; seconds count from then on, and whole commands are listed beside. (So both wait as long before they write: on
+a virtual machine memory that was free for some seconds is slower to write to.) ``unverified`` leaves the checksums out.
+Anonymous memory is what the process needs beyond mapped files, which the system can drop at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from scripts import ROOT
+
+SPEED_GOAL = 0.7  # of the plain copy's bytes per second
+MEMORY_GOAL = 0.7  # GB of anonymous memory beside the largest tensor
+POLL_SECONDS = 0.005
+LAYOUTS = ("trainer", "fsdp", "deepspeed")
+SIZES = {
+    "0.3B": {"hidden": 1024, "layers": 18, "intermediate": 2816, "vocab": 32000},
+    "1B": {"hidden": 2048, "layers": 18, "intermediate": 5632, "vocab": 32000},
+    "tiny": {"hidden": 64, "layers": 2, "intermediate": 147, "vocab": 61},
+}
+IMPORTS = """
+import json, os, sys, time
+import torch, transformers, transformers.models.llama.modeling_llama, transformers.core_model_loading
+from squisher_mergekit.optimizers import load
+torch.set_num_threads(1)
+"""
+COPY_CODE = f"""{IMPORTS}
+began, cpu = time.perf_counter(), time.process_time()
+with open(sys.argv[1], "rb", buffering=0) as source, open(sys.argv[2], "wb", buffering=0) as target:
+    while block := source.read(8 << 20):
+        target.write(block)
+    os.fsync(target.fileno())
+print(json.dumps([time.perf_counter() - began, time.process_time() - cpu]))
+"""
+EXTRACT_CODE = f"""{IMPORTS}
+began, cpu = time.perf_counter(), time.process_time()
+load.extract(sys.argv[1], sys.argv[2], verify=sys.argv[3] == "True")
+print(json.dumps([time.perf_counter() - began, time.process_time() - cpu]))
+"""
+
+
+def main() -> int:
+    """Make the checkpoints, measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", type=Path, help="keep the checkpoints here between runs (default: a temporary folder)"
+    )
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["0.3B", "1B"])
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--repeat", type=int, default=3, help="rounds; each runs everything once")
+    parser.add_argument("--json", type=Path, help="write all samples there")
+    options = parser.parse_args()
+    work = options.work or Path(tempfile.mkdtemp(prefix="bench-extract-"))
+    reports = []
+    try:
+        for size in options.sizes:
+            for layout in options.layouts:
+                reports.append(bench(work, size, layout, options.repeat))
+                print("\n".join(table(reports[-1])), flush=True)
+                if options.work is None:
+                    shutil.rmtree(work / f"{layout}-{size}", ignore_errors=True)
+    finally:
+        if options.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+    if options.json:
+        options.json.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def bench(work: Path, size: str, layout: str, repeat: int) -> dict[str, Any]:
+    """Measure one checkpoint: the copy, the extraction, and the extraction without checksums, in turns."""
+    folder, out = work / f"{layout}-{size}", work / "out"
+    recipe = SIZES[size]
+    done = folder / "recipe.json"
+    if not done.exists() or json.loads(done.read_text()) != {**recipe, "dtype": "bfloat16", "shards": 1}:
+        print(f"making {folder} ...", file=sys.stderr, flush=True)
+        text = json.dumps({**recipe, "dtype": "bfloat16", "shards": 1})
+        maker = [sys.executable, "-m", "scripts.benchmarks.states"]
+        subprocess.run([*maker, str(folder.resolve()), layout, text], check=True, cwd=ROOT)
+    same = work / f"same-{size}"
+    samples: dict[str, list[dict[str, float]]] = {}
+    for number in range(repeat):
+        for name in ("extract", "unverified", "copy"):
+            print(f"{size} {layout}, round {number + 1} of {repeat}: {name} ...", file=sys.stderr, flush=True)
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            code = [EXTRACT_CODE, str(folder), str(out / "fisher"), str(name == "extract")]
+            if name == "copy":
+                code = [COPY_CODE, str(same), str(out / "copy")]
+            samples.setdefault(name, []).append(measure([sys.executable, "-c", *code]))
+            if name == "extract" and not same.exists():
+                (out / "fisher" / "fisher.safetensors").rename(same)
+    shutil.rmtree(out, ignore_errors=True)
+    largest = max(recipe["vocab"] * recipe["hidden"], recipe["hidden"] * recipe["intermediate"]) * 4
+    return {
+        "size": size,
+        "layout": layout,
+        "bytes": same.stat().st_size,
+        "largest_gb": largest / 1e9,
+        "samples": samples,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """Run a command that prints its seconds; add those of the whole process, and its peak of anonymous memory.
+
+    Raises:
+        SystemExit: It failed; with the end of what it printed.
+    """
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peak, ended = [0], threading.Event()
+    poller = threading.Thread(target=poll, args=(process.pid, peak, ended))
+    poller.start()
+    stdout, stderr = process.communicate()
+    ended.set()
+    poller.join()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command[3:])}\nfailed:\n{stderr[-3000:]}")
+    wall, cpu = json.loads(stdout.splitlines()[-1])
+    return {"wall_s": wall, "cpu_s": cpu, "whole_s": time.perf_counter() - began, "anonymous_gb": peak[0] / 1e6}
+
+
+def poll(pid: int, peak: list[int], ended: threading.Event) -> None:
+    """Keep the largest anonymous memory, in kB, of a process (proc(5)) until it has ended."""
+    while not ended.wait(POLL_SECONDS):
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            if line.startswith("RssAnon:"):
+                peak[0] = max(peak[0], int(line.split()[1]))
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """Return the minima, the speed beside the copy's, and the goals beside what was reached."""
+    low = {name: {key: min(run[key] for run in runs) for key in runs[0]} for name, runs in report["samples"].items()}
+    size = report["bytes"] / 1e9
+    rows = [
+        f"{report['size']} {report['layout']}: {size:.2f} GB of second moments",
+        f"  {'':<12}{'GB/s':>8}{'x copy':>8}{'CPU s':>8}{'whole s':>9}{'anonymous GB':>14}",
+    ]
+    for name, sample in low.items():
+        share = low["copy"]["wall_s"] / sample["wall_s"]
+        rows.append(
+            f"  {name:<12}{size / sample['wall_s']:>8.2f}{share:>8.2f}{sample['cpu_s']:>8.2f}"
+            f"{sample['whole_s']:>9.2f}{sample['anonymous_gb']:>14.2f}"
+        )
+    speed = low["copy"]["wall_s"] / low["extract"]["wall_s"]
+    median = statistics.median(
+        copy["wall_s"] / run["wall_s"]
+        for copy, run in zip(report["samples"]["copy"], report["samples"]["extract"], strict=True)
+    )
+    limit = MEMORY_GOAL + report["largest_gb"]
+    memory = max(run["anonymous_gb"] for run in report["samples"]["extract"])
+    rows.append(
+        f"  {speed:.2f} of the copy's speed, {median:.2f} in the median of rounds (goal {SPEED_GOAL}: "
+        f"{verdict(speed >= SPEED_GOAL)}); {memory:.2f} GB of anonymous memory (goal {limit:.2f}: "
+        f"{verdict(memory <= limit)}); load average {report['load_average']:.1f}"
+    )
+    return rows
+
+
+def verdict(met: bool) -> str:
+    """Return a word for whether a goal is met."""
+    return "met" if met else "missed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

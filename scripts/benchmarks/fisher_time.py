@@ -1,0 +1,175 @@
+"""What each way to a Fisher costs beside a plain pass, and how far it is from the truth; of ``bench_fisher``."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from scripts.benchmarks.fisher_methods import METHODS, OURS, Kind, Method, Run, compare, kinds_of, offered, plain, truth
+from scripts.benchmarks.fisher_models import Batch, build, labels_of
+from scripts.benchmarks.fisher_others import OTHERS, require
+
+BERT_GOALS = {"empirical": 1.25, "sampled": 1.35, "exact": 1 + 0.75 * (3 - 1)}
+GOALS: dict[str, dict[str, float]] = {  # kind -> the most that it may cost, as a ratio to the plain pass
+    "mlp": {"empirical": 1.2, "sampled": 1.3, "exact": 3.2},
+    "cnn": {"empirical": 1.4, "sampled": 1.5},
+    "bert": BERT_GOALS,
+    "bert-small-vocab": BERT_GOALS,
+}
+SLOW = 5  # plain passes
+SLOW_ROUNDS = 3
+
+
+@dataclass
+class Row:
+    """What became of one method. ``problem`` is empty if it ran; then ``ratio`` is to the plain pass.
+
+    ``checking``: the same of our first two calls, which hold examples against autograd.
+    """
+
+    kind: Kind
+    method: str
+    ratio: float | None = None
+    error: float | None = None
+    found: str = ""
+    problem: str = ""
+    checking: tuple[float, ...] = ()
+
+
+@dataclass
+class Entry:
+    """A method in the running, and the seconds that its calls took."""
+
+    method: Method
+    row: Row
+    run: Run
+    seconds: list[float]
+
+
+def time_report(name: str, repeat: int, device: str) -> dict[str, Any]:
+    """Measure all methods on one model."""
+    model, batch = build(name, device)
+    plain_seconds = [seconds(lambda: plain(model, batch), device, warm=True) for _ in range(2)][1:]
+    entries, rows = enter(model, batch)
+    for number in range(repeat):
+        plain_seconds.append(seconds(lambda: plain(model, batch), device, warm=True))
+        for entry in entries:
+            slow = bool(entry.seconds) and entry.seconds[0] > SLOW * plain_seconds[0]
+            if not slow or number < SLOW_ROUNDS:
+                entry.seconds.append(seconds(entry.run, device, warm=not slow))
+        if number == 0:
+            dropped = {id(entry.row) for entry in slower_chunks(entries)}
+            entries = [entry for entry in entries if id(entry.row) not in dropped]
+            rows = [row for row in rows if id(row) not in dropped]
+    basis = statistics.median(plain_seconds)
+    for entry in entries:
+        entry.row.ratio = statistics.median(entry.seconds) / basis
+        if entry.method == OURS:
+            anew = OURS.prepare(model, batch, entry.row.kind, 0)
+            entry.row.checking = tuple(seconds(anew, device, warm=False) / basis for _ in range(2))
+    return {
+        "model": name,
+        "device": device,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "examples": len(labels_of(batch)),
+        "plain_ms": basis * 1e3,
+        "rounds": repeat,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def enter(model: nn.Module, batch: Batch) -> tuple[list[Entry], list[Row]]:
+    """Call each method once and compare it with the truth; return those that can be timed, and the rows of all."""
+    entries, rows = [], []
+    size = len(labels_of(batch))
+    for kind in kinds_of(batch):
+        expected = truth(model, batch, kind)
+        failed = set()  # these are not tried again with other chunks
+        for method in offered([*METHODS, *OTHERS], kind, size):
+            if method.name in failed:
+                continue
+            row = Row(kind, method.title(size))
+            rows.append(row)
+            try:
+                require(method)
+                run = method.prepare(model, batch, kind, method.chunk)
+                found = run()
+            except Exception as problem:  # what another method cannot do is part of the result
+                row.method, row.problem = method.name, one_line(problem)
+                failed.add(method.name)
+                continue
+            if kind == "sampled" and method.package:
+                row.found = "not compared"
+            else:
+                comparison = compare(found, expected)
+                row.error, row.found = comparison.error, str(comparison)
+            entries.append(Entry(method, row, run, []))
+    return entries, rows
+
+
+def slower_chunks(entries: list[Entry]) -> list[Entry]:
+    """Return the entries that another one of the same method, with other chunks, was faster than in the last round."""
+    best: dict[tuple[str, str], Entry] = {}
+    for entry in sorted(entries, key=lambda entry: entry.seconds[-1]):
+        best.setdefault((entry.row.kind, entry.method.name), entry)
+    kept = {id(entry) for entry in best.values()}
+    return [entry for entry in entries if id(entry) not in kept]
+
+
+def seconds(run: Callable[[], Any], device: str, warm: bool) -> float:
+    """Return the seconds that a call takes, the second of two in a row if ``warm``: of CPU, or between CUDA events."""
+    if warm:
+        run()
+    if device == "cpu":
+        began = time.process_time()
+        run()
+        return time.process_time() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+# ---- the report
+
+
+def one_line(problem: Exception) -> str:
+    """Return the beginning of what an exception says."""
+    text = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """Return the table of one model, with goals beside what was reached."""
+    goals = GOALS.get(report["model"], {})
+    lines = [
+        f"{report['model']}: {report['parameters'] / 1e6:.2f}M parameters, {report['examples']} examples, "
+        f"plain forward and backward {report['plain_ms']:.1f} ms ({report['device']}), {report['rounds']} rounds",
+        f"  {'':<40}{'x plain':>8}",
+    ]
+    for row in report["rows"]:
+        title = f"  {row['kind']:<11}{row['method']:<29}"
+        if row["problem"]:
+            lines.append(f"{title}{'-':>8}  {row['problem']}")
+            continue
+        line = f"{title}{row['ratio']:>8.2f}  {row['found']}"
+        goal = goals.get(row["kind"]) if row["method"] == "ours" else None
+        line += "" if goal is None else f"; goal {goal:g}: {verdict(row['ratio'] <= goal)}"
+        if row["checking"]:
+            line += "; first calls " + ", ".join(f"{ratio:.2f}" for ratio in row["checking"])
+        lines.append(line)
+    return lines
+
+
+def verdict(met: bool) -> str:
+    """Return a word for whether a goal is met."""
+    return "met" if met else "missed"

@@ -1,0 +1,275 @@
+"""Time whole merge commands: mergekit's linear beside squisher and ubgm_squisher, on random Llama models.
+
+Everything is timed in one run and interleaved, because only ratios taken side by side mean anything on a shared
+machine. ``read+write`` reads the bytes that ``squisher`` reads (the weights and Fishers of two models) and writes those
+of one model. ubgm_squisher takes the first model as its base, so that it reads the same files. With --density come
+squisher and mergekit's ties at that density, both with a third model as their base. Memory is polled: RSS counts mapped
+files, which the system can drop at any time; anonymous memory it cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from scripts import ROOT
+from scripts.benchmarks.report import write_report
+
+CPU_GOAL = 1.15  # squisher / linear
+MEMORY_GOAL = 0.2  # GB of anonymous memory above linear
+POLL_SECONDS = 0.005
+MODELS = ("a", "b")
+BASE = "base"
+SIZES = {"hidden": 1024, "layers": 18, "intermediate": 2816, "vocab": 32000}  # about 300M parameters
+MERGES = ("linear", "squisher", "ubgm_squisher")
+TRIMMED = ("squisher trim", "ties trim")
+COPY = "read+write"
+COPY_CODE = """
+import sys
+out, size, files = open(sys.argv[1], "wb"), int(sys.argv[2]), sys.argv[3:]
+for name in files:
+    with open(name, "rb", buffering=0) as file:
+        while block := file.read(8 << 20):
+            part = block[: max(0, size)]
+            size -= out.write(part)
+"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run of a command: seconds and GB."""
+
+    wall_s: float
+    cpu_s: float
+    rss_gb: float
+    anonymous_gb: float
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the models, time the commands, print the table."""
+    options = parse(arguments)
+    work = (options.work or Path(tempfile.mkdtemp(prefix="bench-merge-"))).resolve()
+    try:
+        for seed, name in enumerate((*MODELS, BASE) if options.density is not None else MODELS):
+            prepare_model(work / name, seed, options)
+        report = bench(work, options)
+    finally:
+        if options.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+    print("\n".join(table(report)))
+    if options.json:
+        write_report(options.json, [report])
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="keep the models here between runs (default: a temporary folder)")
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"of the Llama (default: {default})")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--fisher-dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--shards", type=int, default=4, help="files a model's weights are split into")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds; each runs every command once")
+    parser.add_argument("--threads", type=int, help="mergekit's -j (default: not given)")
+    parser.add_argument("--options", default="", help="further options of mergekit-yaml, as one string")
+    parser.add_argument("--density", type=float, help="also squisher and ties that keep this share of the task vectors")
+    choices = [COPY, *MERGES, *TRIMMED]
+    parser.add_argument("--only", nargs="+", choices=choices, help="run these alone, beside linear")
+    parser.add_argument("--json", type=Path, help="write all samples there")
+    return parser.parse_args(arguments)
+
+
+# ---- the models
+
+
+def recipe(options: argparse.Namespace) -> dict[str, object]:
+    """Return what the models depend on."""
+    return {key: getattr(options, key) for key in ("dtype", "fisher_dtype", "shards", *SIZES)}
+
+
+def prepare_model(folder: Path, seed: int, options: argparse.Namespace) -> None:
+    """Make a model in a process of its own, unless it lies there: torch here would distort what is measured."""
+    done = folder / "recipe.json"
+    if done.exists() and json.loads(done.read_text()) == recipe(options):
+        return
+    print(f"making {folder} ...", file=sys.stderr, flush=True)
+    maker = [sys.executable, "-m", "scripts.benchmarks.models"]
+    subprocess.run([*maker, str(folder.resolve()), str(seed), json.dumps(recipe(options))], check=True, cwd=ROOT)
+
+
+def parameters(options: argparse.Namespace) -> int:
+    """Return how many parameters a model has."""
+    layer = 4 * options.hidden**2 + 3 * options.hidden * options.intermediate + 2 * options.hidden
+    return options.layers * layer + (2 * options.vocab + 1) * options.hidden
+
+
+# ---- the commands
+
+
+def commands(work: Path, options: argparse.Namespace) -> dict[str, list[str]]:
+    """Return name -> command; each writes to ``work/out``."""
+    weights = [file for name in MODELS for file in sorted((work / name).glob("model*.safetensors"))]
+    fishers = [file for name in MODELS for file in sorted((work / name).glob("fisher*.safetensors"))]
+    size = sum(file.stat().st_size for file in weights) // len(MODELS)
+    read = [str(file) for file in weights + fishers]
+    found = {COPY: [sys.executable, "-S", "-c", COPY_CODE, str(work / "out" / "copy"), str(size), *read]}
+    extra = ["--no-write-model-card", "--no-copy-tokenizer", *options.options.split()]
+    extra += ["-j", str(options.threads)] if options.threads is not None else []
+    program = str(Path(sys.executable).with_name("mergekit-yaml"))
+    for method in (*MERGES, *TRIMMED) if options.density is not None else MERGES:
+        config = work / f"{method.replace(' ', '_')}.yml"
+        config.write_text(json.dumps(merge_config(method, work, options)))  # JSON is YAML
+        found[method] = [program, str(config), str(work / "out"), *extra]
+    wanted = {*(options.only or found), "linear"}
+    return {name: command for name, command in found.items() if name in wanted}
+
+
+def merge_config(method: str, work: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Return the configuration of one merge."""
+    a, b = (str(work / name) for name in MODELS)
+    config: dict[str, object] = {"merge_method": method, "dtype": options.dtype}
+    if method == "ubgm_squisher":
+        return config | {"base_model": a, "models": [{"model": b}]}
+    share: dict[str, object] = {"parameters": {"weight": 0.5}}
+    if method in TRIMMED:
+        config |= {"merge_method": method.split()[0], "base_model": str(work / BASE)}
+        share = {"parameters": {"weight": 0.5, "density": options.density}}
+    return config | {"models": [{"model": a, **share}, {"model": b, **share}]}
+
+
+def bench(work: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Run every command once a round and return all samples."""
+    samples: dict[str, list[Sample]] = {}
+    load = [os.getloadavg()[0]]
+    for number in range(options.repeat):
+        for name, command in commands(work, options).items():
+            print(f"round {number + 1} of {options.repeat}: {name} ...", file=sys.stderr, flush=True)
+            with output_folder(work):
+                samples.setdefault(name, []).append(measure(command))
+            load.append(os.getloadavg()[0])
+    return {
+        "recipe": recipe(options),
+        "parameters": parameters(options),
+        "threads": options.threads,
+        "options": options.options,
+        "density": options.density,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "load_average": [min(load), max(load)],
+        "samples": {name: [asdict(sample) for sample in runs] for name, runs in samples.items()},
+    }
+
+
+@contextlib.contextmanager
+def output_folder(work: Path) -> Iterator[None]:
+    """Make an empty ``work/out`` and remove it afterwards."""
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def measure(command: list[str]) -> Sample:
+    """Run a command and return what it took.
+
+    Raises:
+        SystemExit: It failed; with the end of what it printed.
+    """
+    with tempfile.TemporaryFile() as log:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        peaks = {"VmHWM": 0, "RssAnon": 0}
+        ended = threading.Event()
+        poller = threading.Thread(target=poll, args=(process.pid, peaks, ended))
+        poller.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        ended.set()
+        poller.join()
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command)}\nfailed:\n{log.read().decode(errors='replace')[-3000:]}")
+    return Sample(wall, usage.ru_utime + usage.ru_stime, peaks["VmHWM"] / 1e6, peaks["RssAnon"] / 1e6)
+
+
+def poll(pid: int, peaks: dict[str, int], ended: threading.Event) -> None:
+    """Keep the largest values, in kB, of a process' status (proc(5)) until it has ended."""
+    while not ended.wait(POLL_SECONDS):
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key in peaks:
+                peaks[key] = max(peaks[key], int(value.split()[0]))
+
+
+# ---- the report
+
+
+def table(report: dict[str, object]) -> list[str]:
+    """Return the table of minima and medians, with ratios to linear, and the goals beside what was reached."""
+    samples: dict[str, list[dict[str, float]]] = report["samples"]  # type: ignore[assignment]
+    keys = ("wall_s", "cpu_s", "rss_gb", "anonymous_gb")
+    low = {name: {key: min(run[key] for run in runs) for key in keys} for name, runs in samples.items()}
+    mid = {name: {key: statistics.median(run[key] for run in runs) for key in keys} for name, runs in samples.items()}
+    linear = low["linear"]
+    titles = ("wall s", "user+sys s", "peak RSS GB", "anonymous GB")
+    rows = [
+        f"{'min / median':<14}"
+        + "".join(f"{title:>17}" for title in titles)
+        + f"{'wall x':>8}{'CPU x':>7}{'anon +GB':>10}"
+    ]
+    for name in samples:
+        cells = "".join(f"{low[name][key]:>9.2f} /{mid[name][key]:>6.2f}" for key in keys)
+        ratios = f"{low[name]['wall_s'] / linear['wall_s']:>8.2f}{low[name]['cpu_s'] / linear['cpu_s']:>7.2f}"
+        rows.append(f"{name:<14}{cells}{ratios}{low[name]['anonymous_gb'] - linear['anonymous_gb']:>10.2f}")
+    if "squisher" in low:
+        cpu = low["squisher"]["cpu_s"] / linear["cpu_s"]
+        memory = low["squisher"]["anonymous_gb"] - linear["anonymous_gb"]
+        rows.append(
+            f"squisher: CPU {cpu:.2f} x linear (goal <= {CPU_GOAL}: {verdict(cpu <= CPU_GOAL)}), anonymous memory "
+            f"{memory:+.2f} GB (goal <= {MEMORY_GOAL:+}: {verdict(memory <= MEMORY_GOAL)})"
+        )
+    if "squisher" in low and TRIMMED[0] in low:
+        ratios = [low[TRIMMED[0]]["cpu_s"] / low[name]["cpu_s"] for name in ("squisher", TRIMMED[1]) if name in low]
+        rows.append(
+            f"density: CPU {ratios[0]:.2f} x squisher without" + "".join(f", {x:.2f} x ties" for x in ratios[1:])
+        )
+    quiet, busy = report["load_average"]  # type: ignore[misc]
+    rounds = len(samples["linear"])
+    threads = report["threads"] or "not given"
+    rows.append(
+        f"{report['parameters'] / 1e6:.1f}M parameters a model, {rounds} rounds, -j {threads}, "  # type: ignore[operator]
+        f"{report['cores']} cores, load average {quiet:.1f} to {busy:.1f}; ratios are of the minima"
+    )
+    return rows
+
+
+def verdict(met: bool) -> str:
+    """Return a word for whether a goal is met."""
+    return "met" if met else "missed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

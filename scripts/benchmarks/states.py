@@ -1,0 +1,158 @@
+"""Write the optimizer state of a random Llama in a trainer's layout: ``bench_states.py FOLDER LAYOUT RECIPE``.
+
+LAYOUT is ``trainer`` (optimizer.pt), ``fsdp`` (a distributed checkpoint of two ranks, each tensor cut by rows) or
+``deepspeed`` (ZeRO-2 of two ranks). The recipe, in JSON, holds ``hidden``, ``layers``, ``intermediate`` and ``vocab``.
+Every layout has the weights in bfloat16 beside, and both moments in float32.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from scripts.benchmarks.models import Recipe, shapes, write_config, write_weights
+
+RANKS = 2
+GROUP = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
+STEPS = 1000
+
+
+def make_state(folder: Path, layout: str, recipe: Recipe) -> None:
+    """Write config, weights and optimizer state; the recipe comes last and says that all of it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(len(layout))
+    write_config(folder, recipe)
+    write_weights(folder, recipe, generator)
+    {"trainer": _trainer, "fsdp": _fsdp, "deepspeed": _deepspeed}[layout](folder, recipe, generator)
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+
+
+def _squares(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Return random squares, spread over some orders of magnitude as real ones are."""
+    spread = torch.rand(shape, generator=generator)
+    return torch.randn(shape, generator=generator).mul_(spread).square_().mul_(1e-9)
+
+
+def _order(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """Return name and shape of the parameters as the model has them, decayed ones first, and their number."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    return [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+
+
+def _trainer(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:
+    named = sorted(_order(folder), key=lambda item: "norm" in item[0])
+    decayed = sum("norm" not in name for name, _ in named)
+    state = {
+        number: {
+            "step": torch.tensor(float(STEPS)),
+            "exp_avg": torch.zeros(shape),
+            "exp_avg_sq": _squares(shape, generator),
+        }
+        for number, (_, shape) in enumerate(named)
+    }
+    groups = [{**GROUP, "params": [*range(decayed)]}, {**GROUP, "params": [*range(decayed, len(named))]}]
+    torch.save({"state": state, "param_groups": groups}, folder / "optimizer.pt")
+
+
+def _fsdp(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:
+    place = folder / "optimizer_0"
+    place.mkdir()
+    described: dict[str, Any] = {}
+    stored: dict[Any, Any] = {}
+    streams = [(place / f"__{rank}_0.distcp").open("wb") for rank in range(RANKS)]
+
+    def put(key: str, value: Any, rank: int, offsets: tuple[int, ...] | None) -> None:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        start = streams[rank].tell()
+        streams[rank].write(buffer.getbuffer())
+        index = MetadataIndex(key, None if offsets is None else torch.Size(offsets))
+        stored[index] = _StorageInfo(f"__{rank}_0.distcp", start, streams[rank].tell() - start)
+
+    for name, shape in shapes(recipe):
+        for field in ("exp_avg", "exp_avg_sq"):
+            key, chunks, row = f"optimizer.state.{name}.{field}", [], 0
+            whole = torch.zeros(shape) if field == "exp_avg" else _squares(shape, generator)
+            for rank, part in enumerate(whole.chunk(RANKS)):
+                offsets = (row, *[0] * (len(shape) - 1))
+                put(key, part.clone(), rank, offsets)
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), part.shape))
+                row += len(part)
+            described[key] = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(shape), chunks)
+        key = f"optimizer.state.{name}.step"
+        put(key, torch.tensor(float(STEPS)), 0, ())
+        scalar = ChunkStorageMetadata(torch.Size([]), torch.Size([]))
+        described[key] = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size([]), [scalar])
+    for field, value in {**GROUP, "params": [name for name, _ in shapes(recipe)]}.items():
+        key = f"optimizer.param_groups.0.{field}"
+        put(key, value, 0, None)
+        described[key] = BytesStorageMetadata()
+    for stream in streams:
+        stream.close()
+    with (place / ".metadata").open("wb") as index:
+        pickle.dump(Metadata(described, None, stored), index)
+
+
+def _deepspeed(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:
+    from safetensors import safe_open
+
+    named = _order(folder)
+    weights = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            weights |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    step = folder / f"global_step{STEPS}"
+    step.mkdir()
+    (folder / "latest").write_text(step.name)
+    total = sum(torch.Size(shape).numel() for _, shape in named)
+    size = -(-total // RANKS)
+    moments, masters = torch.zeros(size * RANKS), torch.zeros(size * RANKS)
+    offset = 0
+    for name, shape in named:
+        end = offset + torch.Size(shape).numel()
+        moments[offset:end] = _squares(shape, generator).flatten()
+        masters[offset:end] = weights[name].flatten()
+        offset = end
+    model = {
+        "module": weights,
+        "param_shapes": [OrderedDict((name, torch.Size(shape)) for name, shape in named)],
+        "dp_world_size": RANKS,
+        "global_steps": STEPS,
+        "global_samples": 32 * STEPS,
+    }
+    torch.save(model, step / "mp_rank_00_model_states.pt")
+    for rank in range(RANKS):
+        part = slice(rank * size, (rank + 1) * size)
+        state = {"step": STEPS, "exp_avg": torch.zeros(size), "exp_avg_sq": moments[part].clone()}
+        optimizer = {
+            "base_optimizer_state": {"state": {0: state}, "param_groups": [{**GROUP, "params": [0]}]},
+            "single_partition_of_fp32_groups": [masters[part].clone()],
+            "partition_count": [RANKS],
+            "clip_grad": 1.0,
+        }
+        name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": optimizer}, step / name)
+
+
+if __name__ == "__main__":
+    make_state(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))

@@ -1,0 +1,130 @@
+"""Make real checkpoints of other trainers by their own libraries, with the truth beside; opt-in.
+
+    scripts/make_states OUT [--only NAME ...] [--list]
+    scripts/check_states OUT                              # in the project's environment
+
+Each case is a folder in OUT as a training run leaves it, with ``expected.safetensors``, the second moments of the live
+optimizer under their names, and ``case.json``, which says what a reader must do. Runs are of a few steps, on CPU, with
+two or three gloo processes where the trainer shards. About 15 minutes on two cores for all.
+
+It needs an environment of its own, as the project must not have these libraries:
+
+    python3.11 -m venv libs && . libs/bin/activate
+    pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 einops hjson msgpack ninja psutil py-cpuinfo \
+        setuptools wheel
+    DS_BUILD_OPS=0 pip install --no-build-isolation --no-deps deepspeed==0.19.8
+    pip install --no-deps bitsandbytes==0.50.2 torchao==0.18.0 schedulefree==1.4.1 torch-optimi==0.3.3 \
+        pytorch-optimizer==4.1.0 ivon-opt==0.1.3 galore-torch==1.0 apollo-torch==1.0.3 lomo-optim==0.1.1
+
+``--no-deps`` keeps packages from bringing torchvision, or another torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from scripts import ROOT
+
+SECONDS = 300  # for one case
+
+
+def main() -> int:
+    """Make the cases, or in a process started for it, one rank's part of one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="the folder to make the cases in")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases alone; * and ? stand for anything")
+    parser.add_argument("--list", action="store_true", help="print the names of all cases")
+    parser.add_argument("--rank-of", metavar="NAME", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    from scripts.checkpoints.foreign_states import cases
+
+    if arguments.list:
+        print("\n".join(f"{name:32} {case.note}".rstrip() for name, case in cases().items()))
+        return 0
+    if arguments.out is None:
+        parser.error("OUT is missing")
+    if arguments.rank_of:
+        return make(arguments.out, arguments.rank_of)
+    wanted = [
+        name for name in cases() if not arguments.only or any(fnmatch.fnmatch(name, one) for one in arguments.only)
+    ]
+    if not wanted:
+        parser.error("no case has such a name; --list prints them")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    failed = [name for name in wanted if not run(arguments.out, name, cases()[name].ranks)]
+    print(f"{len(wanted) - len(failed)} made, {len(failed)} failed{': ' + ', '.join(failed) if failed else ''}")
+    return 1 if failed else 0
+
+
+def run(out: Path, name: str, ranks: int) -> bool:
+    """Make one case in processes of its own; a case that fails leaves its log, and no folder."""
+    began, making, log = time.monotonic(), out / f".{name}", out / f"{name}.log"
+    for old in (making, out / name):
+        shutil.rmtree(old, ignore_errors=True)
+    making.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    ranked = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command = [sys.executable, "-m", "scripts.checkpoints.make", str(making.resolve()), "--rank-of", name]
+    with log.open("w") as file:
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **quiet, **ranked, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(ranks)
+        ]
+        made = _wait(processes, began + SECONDS)
+    if made:
+        making.rename(out / name)
+        log.unlink()
+    else:
+        shutil.rmtree(making)
+    print(f"{name:32} {'made' if made else f'FAILED, see {log}'} in {time.monotonic() - began:.0f} s", flush=True)
+    return made
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], until: float) -> bool:
+    """Wait for all; end the others when one fails."""
+    while time.monotonic() < until and all(process.poll() in (None, 0) for process in processes):
+        if all(process.poll() == 0 for process in processes):
+            return True
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+        process.wait()
+    return False
+
+
+def make(out: Path, name: str) -> int:
+    """Do one rank's part of a case."""
+    from scripts.checkpoints.foreign_states import cases
+    from scripts.checkpoints.foreign_states.common import keep_case
+
+    case, rank = cases()[name], os.environ["RANK"]
+    made = case.make(out, **case.options)
+    if rank == "0":
+        keep_case(out, name, case, made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""mergekit's own tests, run with and without the plug-in."""

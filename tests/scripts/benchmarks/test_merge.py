@@ -1,0 +1,68 @@
+"""``scripts.benchmarks.merge``: tiny models through the real commands, and the arithmetic of its table."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+from tests.scripts.commands import run
+
+SMALL = ["--hidden", "36", "--layers", "2", "--intermediate", "47", "--vocab", "61", "--shards", "3", "--repeat", "1"]
+
+
+def _bench(*arguments):
+    return run("benchmarks.merge", *SMALL, *arguments)
+
+
+@pytest.mark.slow
+def test_all_commands_run_and_are_compared_with_linear(tmp_path):
+    """Every command runs on tiny models; the report has its samples, and the models stay for the next run."""
+    work, report = tmp_path / "work", tmp_path / "report.json"
+    done = _bench("--work", str(work), "--json", str(report), "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    [found] = json.loads(report.read_text())["measured"]
+    assert set(found["samples"]) == {"read+write", "linear", "squisher", "ubgm_squisher"}
+    for name, [sample] in found["samples"].items():
+        assert sample["cpu_s"] > 0
+        assert sample["anonymous_gb"] <= sample["rss_gb"]
+        # Reading and writing some kilobytes can be over before its memory is looked at.
+        assert sample["anonymous_gb"] > 0 or name == "read+write"
+    assert "squisher: CPU" in done.stdout
+    assert sorted(entry.name for entry in work.iterdir() if entry.is_dir()) == ["a", "b"]
+    names = _names(work / "a", "model")
+    assert names == _names(work / "a", "fisher")
+    assert sum(size for _, size in names) == found["parameters"]
+    stamp = (work / "a" / "config.json").stat().st_mtime_ns
+    again = _bench("--work", str(work), "--only", "read+write")
+    assert again.returncode == 0, again.stderr
+    assert (work / "a" / "config.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_density_is_compared_with_ties(tmp_path):
+    """With --density squisher and ties run at it too, from a base of their own."""
+    only = ["--only", "squisher", "squisher trim", "ties trim"]
+    done = _bench("--work", str(tmp_path / "work"), "--density", "0.2", *only)
+    assert done.returncode == 0, done.stderr
+    assert "density: CPU " in done.stdout
+    assert " x ties" in done.stdout
+    config = json.loads((tmp_path / "work" / "ties_trim.yml").read_text())
+    assert config["base_model"] == str(tmp_path / "work" / "base")
+    assert [entry["parameters"]["density"] for entry in config["models"]] == [0.2, 0.2]
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_stops_the_run(tmp_path):
+    """A merge that fails gives its output and a non-zero exit, not a time."""
+    done = _bench("--work", str(tmp_path), "--only", "linear", "--options=--no-such-option")
+    assert done.returncode != 0
+    assert "--no-such-option" in done.stderr
+    assert "linear  " not in done.stdout
+
+
+def _names(folder, base):
+    found = set()
+    for file in folder.glob(f"{base}*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {(name, tensors.get_tensor(name).numel()) for name in tensors.keys()}  # noqa: SIM118
+    return found

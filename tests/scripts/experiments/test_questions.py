@@ -1,0 +1,221 @@
+"""The experiment on open questions: what is measured, on tensors and a model made up here, and what is reported."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from scripts.experiments import encoder, questions, questions_report, runner, texts
+from squisher_mergekit import load_fisher
+
+
+def test_entries_are_every_eleventh_of_what_is_merged():
+    """In the order of names; neither heads nor the table of words are among them."""
+    fisher = {
+        "bert.encoder.b": torch.arange(23.0),
+        "bert.encoder.a": torch.arange(100.0, 126.0).view(2, 13),
+        questions.WORDS: torch.ones(50),
+        "bert.pooler.dense.weight": torch.ones(50),
+        "classifier.bias": torch.ones(50),
+    }
+    assert questions.entries(fisher).tolist() == [100.0, 111.0, 122.0, 0.0, 11.0, 22.0]
+
+
+def test_rank_is_the_mean_over_the_tasks():
+    """1 for the same order at another scale, -1 for the reverse."""
+    order = {"w": torch.arange(1.0, 60.0)}
+    assert questions.rank([order, order], [{"w": 7 * order["w"]}, {"w": -(order["w"] ** 3)}]) == 0.0
+    assert questions.rank([order], [{"w": order["w"] ** 2}]) == 1.0
+
+
+def test_in_the_control_each_has_the_next_ones():
+    """And the last one the first's."""
+    assert questions.swapped(["a", "b", "c"]) == ["b", "c", "a"]
+
+
+def test_zeros_that_codes_raise():
+    """Shares in %, mean over the tasks: 2 of 4 entries are 0, of which 1 is raised; none of the other's one."""
+    exact = [{"w": torch.tensor([0.0, 0.0, 1.0, 2.0]).repeat_interleave(11)}, {"w": torch.tensor([0.0])}]
+    coded = [{"w": torch.tensor([0.0, 0.5, 1.0, 0.0]).repeat_interleave(11)}, {"w": torch.tensor([0.0])}]
+    assert questions._zeros(exact) == 75.0
+    assert questions._raised(exact, coded) == 25.0
+    assert questions._apart({"w": torch.tensor([1.0, 5.0])}, {"w": torch.tensor([2.0, 8.0])}) == 3 / 8
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A BERT of one layer in place of the encoder, and batches of random words."""
+    import transformers
+
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2, "vocab_size": 23}
+    config = transformers.BertConfig(
+        num_hidden_layers=1, num_labels=3, max_position_embeddings=7, attn_implementation="eager", **sizes
+    )
+    monkeypatch.setattr(encoder, "encoder", lambda work: work)
+    monkeypatch.setattr(encoder, "load", lambda *_, **__: transformers.BertForSequenceClassification(config))
+    monkeypatch.setattr(
+        texts, "parts", lambda *_: texts.Parts(["a", "b", "c"], [("", n % 3) for n in range(40)], [], [])
+    )
+
+    def encode(rows, length):
+        generator = torch.Generator().manual_seed(len(calls))
+        calls.append(rows)
+        ids = torch.randint(23, (len(rows), 5), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([n for _, n in rows])}
+
+    calls: list[object] = []
+    monkeypatch.setattr(encoder, "encode", encode)
+
+
+def test_averages_along_a_run_are_those_of_its_gradients(tiny, tmp_path):
+    """With Adam's beta2 after the last step its own second moment; before, by the recurrence, in float64."""
+    seen = []
+    kept = questions.Averages(tmp_path / "averages", [0.5, 0.999], [2, 5])
+
+    def watch(step, model):
+        seen.append({name: copy.deepcopy(p.grad).double() for name, p in model.named_parameters()})
+        kept.watch(step, model)
+
+    recipe = encoder.Recipe("x", 3, steps=5, batch=4, clip=0.1)
+    encoder.train(recipe, tmp_path, tmp_path / "model", watch)
+    adams = load_fisher(tmp_path / "model" / "final")
+    last = load_fisher(tmp_path / "averages" / questions.place(0.999, 5))
+    assert questions._apart(last, adams) <= 1e-6
+    early = load_fisher(tmp_path / "averages" / questions.place(0.5, 2))
+    for name in early:
+        expected = 0.25 * seen[0][name] ** 2 + 0.5 * seen[1][name] ** 2
+        torch.testing.assert_close(early[name].double(), expected, rtol=1e-5, atol=1e-15)
+    assert len(seen) == 5
+
+
+def test_a_fine_tuning_takes_the_optimizer_it_is_given(tiny, tmp_path):
+    """With its groups and decays."""
+    given = []
+
+    def built(groups, betas):
+        given.append((len(groups), betas))
+        return torch.optim.AdamW(groups, betas=betas)
+
+    encoder.train(encoder.Recipe("x", 3, steps=1, batch=4, beta2=0.98), tmp_path, tmp_path, optimizer_class=built)
+    assert given == [(2, (0.9, 0.98))]
+
+
+def test_without_bitsandbytes_its_cells_say_what_to_install(tmp_path, monkeypatch):
+    """Before anything is trained."""
+    monkeypatch.setattr(questions, "BITS8", "no_such_library")
+    with pytest.raises(RuntimeError, match="pip install no_such_library"):
+        questions.cell({"question": "8bit"}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _report(shift=0.0):
+    """A report of two seeds; ``shift`` is added to each Squisher's accuracy."""
+    cells = []
+    for seed in (1, 0):
+        own = 80.0 + seed + shift
+        found = {
+            "steps": {
+                "rows": [
+                    {"beta2": beta2, "step": step, "accuracy": own + step / 10, "rank": 0.8 + step / 100}
+                    for beta2 in (0.9, 0.999)
+                    for step in (2, 5)
+                ],
+                "average": 70.0 + seed,
+                "fisher": 79.0 + seed,
+                "ceiling": 0.9,
+                "unlike_adams": 3e-8,
+            },
+            "forms": {
+                "rows": [
+                    {"form": form, "bytes": 100 // (n + 1), "accuracy": own - n}
+                    for n, form in enumerate(questions_report.FORMS)
+                ],
+                "model_bytes": 200,
+                "average": 70.0 + seed,
+                "swapped": 60.0 + seed,
+            },
+            "8bit": {
+                "average": 70.0 + seed,
+                "accuracy": {"float32": own, "8bit": own - 2},
+                "zeros": {"float32": 50.0, "8bit": 40.0},
+                "raised": 20.0,
+                "rank": 0.95,
+                "version": "0.0",
+            },
+            "data": {
+                "rows": [
+                    {"kind": kind, "accuracy": own - n, "rank": 1 - n / 10}
+                    for n, kind in enumerate(questions_report.DATA)
+                ],
+                "ceiling": 0.9,
+                "swapped": 60.0,
+            },
+        }
+        for question, result in found.items():
+            settings = {"question": question, "seed": seed, "tasks": ["a", "b"], "test": 200, "fisher_texts": 128}
+            cells.append({"settings": settings, "result": result})
+    return {"cells": cells}
+
+
+def test_tables_hold_means_and_differences_seed_by_seed():
+    """Each by its own row; the spread of a difference is that of the seeds' differences."""
+    steps, forms, bits8, data = (dict(table.rows) for table in questions_report.tables(_report()))
+    assert steps["accuracy of the merge, β2 = 0.9"] == ["80.7 ± 0.7", "81.0 ± 0.7"]
+    assert steps["rank correlation, β2 = 0.999"] == ["0.820 ± 0.000", "0.850 ± 0.000"]
+    assert forms["`log8`"] == ["16.5 %", "78.5 ± 0.7", "-2.0 ± 0.0"]
+    assert forms["plain average (`linear`)"] == ["", "70.5 ± 0.7", "-10.0 ± 0.0"]
+    assert bits8["the optimizer's own state, 8 bits"] == ["78.5 ± 0.7", "+8.0 ± 0.0"]
+    assert data["Fisher on movie reviews, labels drawn"] == ["76.5 ± 0.7", "+6.0 ± 0.0", "0.600 ± 0.000"]
+    assert data["control: each model with another's Fisher"] == ["60.0 ± 0.0", "-10.5 ± 0.7", ""]
+
+
+def test_notes_follow_the_numbers():
+    """What loses most, on which side of its ceiling the correlation is, and whether the paper's order came out."""
+    steps, forms, _, _ = (" ".join(table.notes) for table in questions_report.tables(_report()))
+    assert "best of a Squisher's 0.850, below it" in steps
+    assert "after 2 steps +10.2 ± 0.0 points over the plain average" in steps
+    assert "not above it" not in steps
+    assert "loses most is `rank1`: 4.0 of the 10.0 points" in forms
+    below = [" ".join(table.notes) for table in questions_report.tables(_report(shift=-11.0))]
+    assert "here the Squisher is not above it on every seed" in below[0]
+    assert "Squisher and the computed Fisher are not above it" in below[3]
+
+
+def test_the_picture_is_a_png():
+    """Small enough for a README."""
+    ((name, data),) = questions_report.pictures(_report()).items()
+    assert name == "quality_against_steps.png"
+    assert data.startswith(b"\x89PNG")
+    assert len(data) < 120_000
+
+
+def test_what_is_reported_is_of_the_cells_as_they_are_now():
+    """Three seeds each; the average after the last step merges as the optimizer's own state does, to the digit."""
+    report = json.loads((runner.RESULTS / "questions.json").read_text())
+    wanted = [json.loads(json.dumps(settings)) for settings in questions.EXPERIMENT.full]
+    assert [cell["settings"] for cell in report["cells"]] == wanted
+    along, forms = (questions_report.results(report, question) for question in ("steps", "forms"))
+    last = questions_report.values(along, "accuracy", beta2=0.999, step=50)
+    assert last == questions_report.values(forms, "accuracy", form="float32")
+    assert questions_report.of(along, "average") == questions_report.of(forms, "average")
+
+
+@pytest.mark.parametrize(
+    ("one", "text"), [([1.0, 2.0], "0.0 ± 0.0"), ([1.5, 2.5], "+0.5 ± 0.0"), ([0.5, 1.5], "-0.5 ± 0.0")]
+)
+def test_differences_have_a_sign_but_where_they_are_nothing(one, text):
+    """Also where rounding leaves a negative zero."""
+    assert questions_report.gain(one, [1.0, 2.0]) == text
+    assert questions_report.gain([value - 1e-9 for value in one], [1.0, 2.0]) == text
+
+
+def test_a_model_trained_for_one_question_is_taken_for_the_next(tmp_path, monkeypatch):
+    """What was kept under a recipe is what fine-tuning by it returns, without training."""
+    recipe, made = encoder.Recipe("tweets", 0), tmp_path / "made"
+    (made / "final").mkdir(parents=True)
+    (made / "final" / "weights").write_text("x")
+    monkeypatch.setattr(encoder, "train", lambda *args: pytest.fail("trained again"))
+    kept = encoder.keep(recipe, tmp_path / "work", made)
+    assert encoder.fine_tune(recipe, tmp_path / "work") == kept
+    assert (kept / "final" / "weights").read_text() == "x"

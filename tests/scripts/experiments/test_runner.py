@@ -1,0 +1,118 @@
+"""The experiments' runner."""
+
+import dataclasses
+import json
+
+import pytest
+
+from scripts.experiments import runner
+
+
+def _experiment(calls, fails=()):
+    def cell(settings, work):
+        calls.append(settings["seed"])
+        if settings["seed"] in fails:
+            raise RuntimeError("killed")
+        return {"square": settings["seed"] ** 2}
+
+    return runner.Experiment("squares", "Squares.", cell, full=[{"seed": s} for s in range(5)], quick=[{"seed": 7}])
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    """Cells that are done are not done again, and the report is that of a run in one go."""
+    calls = []
+    with pytest.raises(RuntimeError, match="killed"):
+        runner.run(_experiment(calls, fails=[3]), "full", tmp_path, quiet=True)
+    report = runner.run(_experiment(calls), "full", tmp_path, quiet=True)
+    assert calls == [0, 1, 2, 3, 3, 4]
+    again = runner.run(_experiment(calls), "full", tmp_path / "other", quiet=True)
+    strip = [(cell["settings"], cell["result"]) for cell in report["cells"]]
+    assert strip == [(cell["settings"], cell["result"]) for cell in again["cells"]]
+    assert strip[4] == ({"seed": 4}, {"square": 16})
+
+
+def test_another_revision_or_version_takes_nothing_up(tmp_path, monkeypatch):
+    """What an older cell, or another torch, found is not this one's."""
+    calls = []
+    experiment = _experiment(calls)
+    runner.run(experiment, "quick", tmp_path, quiet=True)
+    runner.run(experiment, "quick", tmp_path, quiet=True)
+    assert calls == [7]
+    runner.run(dataclasses.replace(experiment, revision=2), "quick", tmp_path, quiet=True)
+    monkeypatch.setattr(runner, "versions", lambda: {"torch": "0"})
+    runner.run(experiment, "quick", tmp_path, quiet=True)
+    runner.run(experiment, "quick", tmp_path, fresh=True, quiet=True)
+    assert calls == [7] * 4
+
+
+def test_the_command_writes_one_file(tmp_path, capsys):
+    """With versions, tier, settings and CPU time, and says where it is."""
+    out = tmp_path / "squares.json"
+    assert runner.main(_experiment([]), ["--quick", "--work", str(tmp_path / "work"), "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["tier"] == "quick"
+    assert {"python", "torch", "transformers", "mergekit", "squisher-mergekit"} == report["versions"].keys()
+    assert report["cells"][0]["result"] == {"square": 49}
+    assert report["cpu_seconds"] >= 0
+    assert str(out) in capsys.readouterr().out
+
+
+def test_a_check_runs_all_again_and_compares_digits(tmp_path, capsys):
+    """0 if all cells find the same, and nothing is written; 1, and the cell, if a digit of one differs."""
+    out, calls = tmp_path / "squares.json", []
+    runner.main(_experiment(calls), ["--full", "--work", str(tmp_path / "work"), "--out", str(out)])
+    written = out.read_bytes()
+    command = ["--full", "--check", "--work", str(tmp_path / "work"), "--out", str(out)]
+    assert runner.main(_experiment(calls), command) == 0
+    assert calls == [*range(5), *range(5)]
+    assert "5 of 5 cells" in capsys.readouterr().out
+    report = json.loads(written)
+    report["cells"][3]["result"]["square"] += 1e-12
+    out.write_text(json.dumps(report))
+    assert runner.main(_experiment(calls), command) == 1
+    assert json.loads(out.read_text()) == report
+    assert 'not found again: {"seed": 3}' in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"cells"}
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        runner.main(dataclasses.replace(_experiment(calls), repeats=False), command)
+    assert "seconds, which do not repeat" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        runner.main(_experiment(calls), [*command, "--out", str(tmp_path / "none.json")])
+    assert "none.json, which is not there" in capsys.readouterr().err
+
+
+def test_what_is_cached_is_whole(tmp_path):
+    """A folder whose making failed is not there, and is made anew; one that is there is taken."""
+    folder, made = tmp_path / "models" / "a", []
+
+    def make(place):
+        (place / "weights").write_text("x")
+        made.append(place)
+        if len(made) == 1:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        runner.cached(folder, make)
+    assert list((tmp_path / "models").iterdir()) == []
+    for _ in range(2):
+        assert (runner.cached(folder, make) / "weights").read_text() == "x"
+    assert len(made) == 2
+
+
+def test_two_may_make_the_same_at_once(tmp_path):
+    """The one that is ready first is kept, whole, nothing of the other is left, and other failures stay errors."""
+    folder = tmp_path / "models" / "a"
+
+    def first(place):
+        (place / "weights").write_text("first")
+
+    def second(place):
+        (place / "weights").write_text("second")
+        runner.cached(folder, first)
+
+    assert runner.cached(folder, second) == folder
+    assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("weights", "first")]
+    assert list((tmp_path / "models").iterdir()) == [folder]
+    with pytest.raises(OSError, match="b"):
+        runner.cached(tmp_path / "b", lambda place: (tmp_path / "b").write_text("a file"))
