@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from scripts.benchmarks.report import write_report
-from squisher_mergekit import FisherAverage
+from squisher_mergekit.training import FisherAverage
 
 
 def seconds(steps: int, share: float | None) -> float:

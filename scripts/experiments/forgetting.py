@@ -49,9 +49,10 @@ from torch.nn.functional import cross_entropy
 from scripts.experiments.courses import COLUMNS, STEPS, Course, Task, course_of
 from scripts.experiments.forgetting_report import ABLATED, BATCH, MAIN, METHODS, RATE, pictures, tables
 from scripts.experiments.runner import Experiment, Result, Settings, main
-from squisher_mergekit import GradientSquares, estimate_fisher
+from squisher_mergekit import estimate_fisher
 from squisher_mergekit.applications.ewc import EWCPenalty, continual, identity
 from squisher_mergekit.errors import ConfigError, ValuesError
+from squisher_mergekit.training import GradientSquares
 from squisher_mergekit.training.ewc import live_squisher
 
 VALIDATION, REPORTED = (10, 11), (3, 4, 5)

@@ -30,7 +30,7 @@ def live_squisher(model: nn.Module, optimizer: Any, examples_per_step: float | N
 
     The tensors are the living ones. After a task that was learnt under a penalty they hold the penalty's gradient too:
     the importance of a weight then grows from task to task with its own penalty. A moving average of the task's
-    gradient (:class:`~squisher_mergekit.GradientSquares`) does not.
+    gradient (:class:`~squisher_mergekit.training.GradientSquares`) does not.
 
     Args:
         model: The model in training; wrapped or not.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from squisher_mergekit import FisherAverage
+from squisher_mergekit.training import FisherAverage
 from tests.training.cases import Tokens, make
 from tests.training.worker import wrap
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers as tf
 
-from squisher_mergekit import FisherAverage, estimate_fisher, load_fisher
+from squisher_mergekit import estimate_fisher, load_fisher
 from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.training import FisherAverage
 
 
 class _Watch(tf.TrainerCallback):

@@ -14,9 +14,9 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-from squisher_mergekit import GradientSquares
 from squisher_mergekit.applications.ewc.penalty import EWCPenalty
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
+from squisher_mergekit.training import GradientSquares
 from squisher_mergekit.training.ewc import EWCCallback, live_squisher
 from tests.training.cases import make, trainer
 from tests.training.worker import wrap

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from squisher_mergekit import GradientSquares, load_fisher
+from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import ConfigError, MismatchError
+from squisher_mergekit.training import GradientSquares
 from squisher_mergekit.training.gradients import gradient_norm
 from tests.optimizers.test_trainer import LENGTH
 from tests.training.cases import make

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from squisher_mergekit import GradientSquares, save_squisher
+from squisher_mergekit import save_squisher
+from squisher_mergekit.training import GradientSquares
 from tests.training.cases import Tokens, make
 
 STEPS, BATCH, CLIP = 3, 4, 0.5

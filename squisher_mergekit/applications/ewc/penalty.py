@@ -39,7 +39,7 @@ class EWCPenalty:
     In any loop, two lines: ``penalty.add_gradient(model)`` after the backward pass of the task's loss, before clipping
     and the step; and ``penalty.add(model, fisher)`` after a task. ``penalty(model)`` is the same as a scalar, to be
     added to a loss: slower, and one backward pass covers both, so that an average of the gradient (Adam's own, or
-    :class:`~squisher_mergekit.GradientSquares`) takes in the penalty.
+    :class:`~squisher_mergekit.training.GradientSquares`) takes in the penalty.
 
     The terms of all tasks are kept as one quadratic, so that memory and time do not grow with their number: a Fisher
     and an anchor in float32 (float64 for float64) beside each parameter. Parameters without a Fisher, such as a new

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from squisher_mergekit import GradientSquares, load_fisher
+from squisher_mergekit import load_fisher
 from squisher_mergekit.applications.ewc.penalty import EWCPenalty
+from squisher_mergekit.training import GradientSquares
 from tests.training.cases import Tokens, make
 from tests.training.worker import wrap
 

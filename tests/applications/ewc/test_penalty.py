@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from squisher_mergekit import Fisher, FisherConfig, GradientSquares, estimate_fisher, load_fisher, save_squisher
+from squisher_mergekit import Fisher, FisherConfig, estimate_fisher, load_fisher, save_squisher
 from squisher_mergekit.applications.ewc.penalty import EWCPenalty, identity
 from squisher_mergekit.applications.ewc.quadratics import Quadratic, together
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from squisher_mergekit.tensors.safetensors import MemoryStore
+from squisher_mergekit.training import GradientSquares
 from tests.training.cases import make
 
 LORA = peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True)
