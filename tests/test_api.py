@@ -1,4 +1,4 @@
-"""The names at the root of the package: which there are, what importing them costs, what a type checker says of others."""
+"""The names at the root of the package: their list, the cost of importing them, the verdict of a type checker."""
 
 import importlib
 import subprocess
