@@ -1,1 +1,1 @@
-"""What a diagonal Fisher is: a mapping from parameter name to tensor, its metadata, its files, its fingerprint."""
+"""Diagonal Fishers: mapping, metadata, files, compact forms, comparison, Hub. The manual is README.md."""

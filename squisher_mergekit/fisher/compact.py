@@ -1,24 +1,23 @@
-"""Compact forms of a Fisher's tensor: logarithmic codes in blocks, and rank 1. Pure functions, and their inverses.
+"""Compact forms of a Fisher tensor: logarithmic codes in blocks, and rank 1. Pure functions and their inverses.
 
-``log8`` and ``log4`` cut the flattened tensor into blocks of 128 entries (the last may be short). Of each block
-``NAME.scale`` has ``(low, high)``, int16, in 1/128 octave: ``2^(low/128)`` and ``2^(high/128)`` enclose its positive
-entries; ``low > high`` says that it has none. Code 0 is an exact 0, and code k of n, the largest, is
+``log8`` and ``log4`` cut the flattened tensor into blocks of 128 entries (the last block may be short). ``NAME.scale``,
+int16, has the pair ``(low, high)`` of each block, in 1/128 octave: the positive entries are between ``2^(low/128)`` and
+``2^(high/128)``; a block with ``low > high`` has no positive entry. Code 0 is an exact 0. Code k, at most n, is
 
     F = 2^(s / 128),  s = low + (k - 1) (high - low) / (n - 1),  n = 2^bits - 1
 
-``bits`` is 8 or 4, as the name says, where half a step keeps the relative error below 4 % or 40 %; else twice that, or
-four times, whichever is the first that does; 0 in a block of zeros. It follows from low and high alone
-(:meth:`LogCode.bits`).
+``bits`` is the smallest of the widths 8 and 16 (``log8``) or 4, 8 and 16 (``log4``) that keeps the relative error below
+4 % (``log8``) or 40 % (``log4``); it is 0 in a block of zeros. Low and high alone determine it (:meth:`LogCode.bits`).
 
-``NAME.code``, uint8, has the codes of all blocks of 4 bits, then of 8, then of 16: two entries a byte, the first in the
-high half; a byte an entry; two bytes an entry, the low one first. What would follow the last entry of a short block is
-left out. The header's metadata have the shape, as JSON, under ``NAME.shape``.
+``NAME.code``, uint8, concatenates the codes of all 4-bit blocks, then all 8-bit blocks, then all 16-bit blocks. Two
+4-bit codes share a byte, the first in the high half; a 16-bit code has its low byte first. A short last block has no
+padding. The metadata of the header have the tensor's shape as JSON, under ``NAME.shape``.
 
 ``rank1`` keeps the means over the last axis (``NAME.row``) and over the last but one (``NAME.col``), float32:
 
     F_ij = row_i col_j / mean(row)
 
-leading axes being a batch.
+Leading axes are a batch.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,10 +34,10 @@ from squisher_mergekit.errors import ConfigError
 
 BLOCK = 128
 _UNIT = 128  # steps of low and high in an octave
-_LEAST = -149 * _UNIT  # of float32's smallest number
+_LEAST = -149 * _UNIT  # the smallest float32
 _NORMAL = -126 * _UNIT  # below, float32 itself has steps that add to the error
 _MOST = 128 * _UNIT
-_CHUNK = 1 << 18  # entries worked on at a time: their float64 copy fits a core's cache
+_CHUNK = 1 << 18  # entries per step: their float64 copy fits a core's cache
 _SMALLEST = 2.0**-149
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -46,7 +46,11 @@ LOG, RANK1 = (".code", ".scale"), (".row", ".col")
 
 @dataclass(frozen=True)
 class LogCode:
-    """A logarithmic code: widths of a code in bits, and the bound on the relative error.
+    """A logarithmic code.
+
+    Args:
+        widths: Possible sizes of one code, in bits, ascending.
+        error: Bound on the relative error.
 
     Example:
         >>> CODES["log4"].spans()
@@ -57,13 +61,13 @@ class LogCode:
     error: float
 
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """Return for each width but the last, which takes any block, the largest ``high - low`` within the bound."""
+        """Return ``(width, largest high - low within the error bound)`` of each width but the last, which fits all."""
         # A little less than the bound: logarithms are rounded too.
         half_step = math.log2(1 + self.error * 0.9975) * _UNIT
         return tuple((bits, int(2 * half_step * (2**bits - 2))) for bits in self.widths[:-1])
 
     def bits(self, scale: Tensor) -> Tensor:
-        """Return how many bits an entry of each block takes."""
+        """Return the bits per entry of each block."""
         low, high = scale.int().unbind(-1)
         bits = torch.full_like(low, self.widths[-1])
         for width, span in reversed(self.spans()):
@@ -72,7 +76,7 @@ class LogCode:
         return bits
 
     def sizes(self, bits: Tensor, count: int) -> dict[int, int]:
-        """Return how many bytes the codes of each width take, of a tensor with ``count`` entries."""
+        """Return width -> bytes of its codes, for a tensor with ``count`` entries."""
         sizes = {width: int((bits == width).sum()) * BLOCK * width // 8 for width in self.widths}
         if len(bits):
             last = int(bits[-1])
@@ -81,21 +85,22 @@ class LogCode:
 
 
 CODES = {"log8": LogCode((8, 16), 0.04), "log4": LogCode((4, 8, 16), 0.40)}
-NAMES = (*CODES, "rank1")
+Compression = Literal["log8", "log4", "rank1"]
+NAMES: tuple[str, ...] = get_args(Compression)
 
 
 def check_name(code: str | None) -> None:
-    """Refuse what is no compact form, nor None.
+    """Raise if ``code`` is not None or the name of a compact form.
 
     Raises:
-        ConfigError: It is unknown.
+        ConfigError: The name is unknown.
     """
     if code is not None and code not in NAMES:
         raise ConfigError(f"compress must be None or one of {', '.join(NAMES)}, found {code!r}")
 
 
 def suffixes(code: str) -> tuple[str, str]:
-    """Return what the names of the two parts of a tensor end in.
+    """Return the two suffixes that name the parts of a compact tensor.
 
     Example:
         >>> suffixes("log8"), suffixes("rank1")
@@ -105,15 +110,15 @@ def suffixes(code: str) -> tuple[str, str]:
 
 
 def encode(tensor: Tensor, code: str, most: int) -> dict[str, Tensor] | None:
-    """Return the compact parts of a tensor, or None where they would not be smaller.
+    """Encode a tensor.
 
     Args:
         tensor: Finite float32 entries, none negative.
         code: ``log8``, ``log4`` or ``rank1``.
-        most: Bytes that the parts must stay below.
+        most: Size of the plain tensor in bytes.
 
     Returns:
-        Suffix -> part.
+        Suffix -> part; None if the parts would not be smaller than ``most``.
 
     Example:
         >>> parts = encode(torch.tensor([[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]]), "rank1", 24)
@@ -132,15 +137,15 @@ def encode(tensor: Tensor, code: str, most: int) -> dict[str, Tensor] | None:
 
 
 def decode(parts: Mapping[str, Tensor], code: str, shape: Sequence[int]) -> Tensor:
-    """Return the float32 tensor that compact parts stand for.
+    """Decode a tensor to float32.
 
     Args:
         parts: Suffix -> part, as from :func:`encode`.
-        code: Their code.
-        shape: Of the tensor.
+        code: The name of the compact form.
+        shape: Shape of the tensor.
 
     Raises:
-        ValueError: The parts do not belong together; it says how.
+        ValueError: The sizes of the parts do not fit each other or the shape.
 
     Example:
         >>> parts = encode(torch.tensor([0.0, 1.0, 2.0, 4.0]), "log8", 16)
@@ -156,7 +161,7 @@ def decode(parts: Mapping[str, Tensor], code: str, shape: Sequence[int]) -> Tens
 
 
 def rank1_entries(shape: Sequence[int]) -> int:
-    """Return how many numbers rows and columns of a tensor have together."""
+    """Return the number of row means and column means of a tensor."""
     *batch, rows, columns = shape
     return math.prod(batch) * (rows + columns)
 
@@ -165,6 +170,7 @@ def rank1_entries(shape: Sequence[int]) -> int:
 
 
 def _log(flat: Tensor, code: LogCode) -> dict[str, Tensor]:
+    """Encode a flat tensor in a logarithmic code."""
     scales: list[Tensor] = []
     packed: dict[int, list[Tensor]] = {width: [] for width in code.widths}
     for start in range(0, flat.numel(), _CHUNK):
@@ -184,7 +190,7 @@ def _log(flat: Tensor, code: LogCode) -> dict[str, Tensor]:
 
 
 def _scale(logs: Tensor) -> Tensor:
-    """Return low and high of each block, (1, 0) where all is 0."""
+    """Return low and high of each block, or (1, 0) for a block of zeros."""
     high = logs.amax(-1).ceil()
     low = torch.where(logs == -math.inf, math.inf, logs).amin(-1).floor().clamp_min(_LEAST)
     empty = high == -math.inf
@@ -192,7 +198,7 @@ def _scale(logs: Tensor) -> Tensor:
 
 
 def _number(logs: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Return the codes of blocks of one width, int32."""
+    """Return the codes of blocks of one width, as int32."""
     low, high = scale.to(logs.dtype).unbind(-1)
     last = 2**bits - 2
     per_unit = last / (high - low).clamp_min(1)
@@ -201,6 +207,7 @@ def _number(logs: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack the codes of blocks of one width into bytes."""
     if bits == 4:
         return (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8).reshape(-1)
     if bits == 8:
@@ -209,6 +216,7 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(stream: Tensor, bits: int) -> Tensor:
+    """Unpack bytes into the codes of blocks of one width."""
     if bits == 4:
         return torch.stack([stream >> 4, stream & 15], -1).view(-1, BLOCK)
     if bits == 8:
@@ -221,16 +229,16 @@ def _unlog(stream: Tensor, scale: Tensor, code: LogCode, count: int) -> Tensor:
     """Return the entries of all blocks, in order.
 
     Raises:
-        ValueError: Sizes or scales cannot be right.
+        ValueError: The size of a part, or a scale, is impossible.
     """
     if scale.shape != (-(-count // BLOCK), 2):
-        raise ValueError(f"{count} entries make {-(-count // BLOCK)} blocks, but it has scales of {len(scale)}")
+        raise ValueError(f"{count} entries make {-(-count // BLOCK)} blocks, but {len(scale)} blocks have a scale")
     if len(scale) and (int(scale.min()) < _LEAST or int(scale.max()) > _MOST):
         raise ValueError("a block has a scale beyond the range of float32")
     bits = code.bits(scale)
     sizes = code.sizes(bits, count)
     if sum(sizes.values()) != stream.numel():
-        raise ValueError(f"its scales ask for {sum(sizes.values())} bytes of codes, but it has {stream.numel()}")
+        raise ValueError(f"its scales need {sum(sizes.values())} bytes of codes, but it has {stream.numel()}")
     out = torch.zeros(len(scale), BLOCK, dtype=torch.float32)
     begin = 0
     for width in code.widths:
@@ -247,6 +255,7 @@ def _unlog(stream: Tensor, scale: Tensor, code: LogCode, count: int) -> Tensor:
 
 
 def _value(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the entries that the codes of blocks of one width stand for, in float32."""
     low, high = scale.to(torch.float64).unbind(-1)
     step = (high - low) / ((2**bits - 2) * _UNIT)
     # In float64: float32 has too few digits for a step of 16 bits, and no room above its largest number.
@@ -258,6 +267,7 @@ def _value(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _rank1(tensor: Tensor) -> dict[str, Tensor]:
+    """Encode a tensor by its row means and column means."""
     *batch, rows, columns = tensor.shape
     whole = tensor.reshape(math.prod(batch), rows, columns)
     row = torch.zeros(whole.shape[:2], dtype=torch.float64)
@@ -270,14 +280,14 @@ def _rank1(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _float32(means: Tensor) -> Tensor:
-    """Round to float32, where a positive mean stays positive."""
+    """Round means to float32, and keep positive ones positive."""
     return torch.where(means > 0, means.clamp_min(_SMALLEST), means).to(torch.float32)
 
 
 def outer_of_means(row: Tensor, col: Tensor) -> Tensor:
-    """Return ``row_i col_j / mean(row)`` in float32; 0 where all rows are.
+    """Return ``row_i col_j / mean(row)`` in float32, or 0 where all row means are 0.
 
-    In float64 within: a quotient below float32's range can belong to a product within it.
+    The computation runs in float64: a quotient below float32's range can belong to a product within it.
 
     Args:
         row: Means over the last axis, shape ``(..., m)``.
@@ -291,7 +301,7 @@ def outer_of_means(row: Tensor, col: Tensor) -> Tensor:
     batch = math.prod(row.shape[:-1])
     rows = row.to(torch.float64).reshape(batch, row.shape[-1])
     columns = col.to(torch.float64).reshape(batch, col.shape[-1])
-    # Absolute, so that rows below 0, which are damage, do not cancel out.
+    # Absolute, so that negative rows of a damaged file do not cancel out.
     mean = rows.mean(-1, keepdim=True).abs()
     rows = torch.where(mean == 0, 0.0, rows / mean)
     out = torch.empty(*rows.shape, columns.shape[-1], dtype=torch.float32)
@@ -301,7 +311,7 @@ def outer_of_means(row: Tensor, col: Tensor) -> Tensor:
 
 
 def _slabs(batch: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a batch of matrices into parts of whole rows that fit a core's cache."""
+    """Yield slices of a batch of matrices, in whole rows, that fit a core's cache."""
     height = max(1, min(rows, _CHUNK // max(columns, 1)))
     depth = max(1, _CHUNK // max(rows * columns, 1)) if height == rows else 1
     for one in range(0, batch, depth):

@@ -1,4 +1,4 @@
-"""How two Fishers agree, tensor by tensor and over all entries; one tensor of each is in memory at a time."""
+"""Comparison of two Fishers, per tensor and over all entries, with one tensor of each in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ BINS_PER_DECADE = 20
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two Fishers A and B agree over some entries; None where a number is not defined.
+    """Measures of agreement between two Fishers A and B over a set of entries; an undefined measure is None.
 
-    ``spearman``: rank correlation, ties at their average rank. ``log_correlation``: correlation of log F over entries
-    that are positive in both. ``ratio``: mean of A over mean of B. ``factor``: the median of ``max(A/B, B/A)`` over
-    entries that are positive in both: half of them differ by less. ``zeros_a``, ``zeros_b``: shares of zeros.
+    Args:
+        entries: Number of entries.
+        spearman: Rank correlation, with ties at their average rank.
+        log_correlation: Correlation of log F over the entries that are positive in both.
+        ratio: Mean of A over mean of B.
+        factor: Median of ``max(A/B, B/A)`` over the entries that are positive in both.
+        zeros_a: Share of entries of A that are 0.
+        zeros_b: Share of entries of B that are 0.
     """
 
     entries: int
@@ -38,8 +43,8 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Row(Agreement):
-    """The agreement over one tensor."""
+class TensorAgreement(Agreement):
+    """Agreement of two Fishers over one tensor."""
 
     name: str = ""
     shape: tuple[int, ...] = ()
@@ -47,15 +52,21 @@ class Row(Agreement):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two Fishers, compared over the tensors that both have.
+    """Comparison of two Fishers over their common tensors.
 
-    ``sample``: over how many entries ``over_all.spearman`` and ``over_all.factor`` are; all if it equals
-    ``over_all.entries``. ``histogram``: number of entries that are positive in both, by log10 A (rows) and log10 B
-    (columns), ``BINS_PER_DECADE`` a decade from ``FIRST_DECADE``. ``zeros``: number of entries that are 0 in A alone,
-    in B alone, and in both.
+    Args:
+        rows: The agreement of each tensor.
+        over_all: The agreement over all entries.
+        sample: Number of entries behind ``over_all.spearman`` and ``over_all.factor``.
+        only_a: Names of the tensors that A alone has.
+        only_b: Names of the tensors that B alone has.
+        scaling: The scale at which both are compared.
+        histogram: Number of entries that are positive in both, by log10 A (rows) and log10 B (columns), with
+            ``BINS_PER_DECADE`` bins a decade from ``FIRST_DECADE``.
+        zeros: Numbers of entries that are 0 in A alone, in B alone, and in both.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[TensorAgreement, ...]
     over_all: Agreement
     sample: int
     only_a: tuple[str, ...]
@@ -66,14 +77,14 @@ class Comparison:
 
 
 def spearman(a: Tensor, b: Tensor) -> float | None:
-    """Return the rank correlation of two tensors: the correlation of their ranks, ties at their average rank.
+    """Return the rank correlation of two tensors, with ties at their average rank.
 
     Args:
-        a: Any shape, no NaN.
-        b: As many entries.
+        a: A tensor of any shape, without NaN.
+        b: A tensor with as many entries.
 
     Returns:
-        From -1 to 1, in float64; None for fewer than two entries or where all entries of one are equal.
+        A number from -1 to 1, computed in float64; None for fewer than two entries or for a constant tensor.
 
     Example:
         >>> spearman(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 10.0, 100.0, 50.0]))
@@ -83,7 +94,7 @@ def spearman(a: Tensor, b: Tensor) -> float | None:
 
 
 def average_ranks(values: Tensor) -> Tensor:
-    """Return the rank of each entry from 1, equal entries at the mean of theirs, flat and in float64.
+    """Return the rank of each entry, from 1, as a flat float64 tensor; equal entries share their average rank.
 
     Example:
         >>> average_ranks(torch.tensor([5.0, 0.0, 5.0]))
@@ -98,43 +109,43 @@ def average_ranks(values: Tensor) -> Tensor:
 
 
 def pearson(a: Tensor, b: Tensor) -> float | None:
-    """Return the correlation of two flat tensors in float64; None where one does not vary.
+    """Return the correlation of two flat tensors, computed in float64; None if one is constant.
 
     Example:
         >>> pearson(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 0.0, -1.0]))
         -1.0
     """
-    sums = _Products()
+    sums = _Covariance()
     for start in range(0, a.numel(), Moments.BLOCK):
         sums.add(a[start : start + Moments.BLOCK], b[start : start + Moments.BLOCK])
     return sums.correlation
 
 
 def common(a: Fisher, b: Fisher) -> list[str]:
-    """Return the names in A of the tensors that both have, after a look at their shapes.
+    """Return the names of the common tensors of A and B, and check their shapes.
 
     Raises:
-        MismatchError: There is none, or a shape differs.
+        MismatchError: No tensor is common to both, or a shape differs.
     """
     names = [name for name in a if name in b]
     if not names:
         one, other = next(iter(a), "nothing"), next(iter(b), "nothing")
         raise MismatchError(
-            f"two Fishers can be compared over tensors of one name, but {a.location} and {b.location} share none "
-            f"({one} there, {other} here); give Fishers of one architecture"
+            f"two Fishers must have tensors with equal names, but {a.location} and {b.location} share none "
+            f"({one} in the first, {other} in the second); give Fishers of one architecture"
         )
     for name in names:
         first, second = a.info(name).shape, b.info(name).shape
         if first != second:
             raise MismatchError(
-                f"two Fishers can be compared where their shapes are equal, but {name} is {list(first)} in "
+                f"two Fishers must have tensors of equal shapes, but {name} is {list(first)} in "
                 f"{a.location} and {list(second)} in {b.location}; give Fishers of one architecture"
             )
     return names
 
 
 def common_scaling(a: Fisher, b: Fisher) -> Scaling:
-    """Return ``debiased``, or ``raw`` where a number that it needs is not recorded in one of them."""
+    """Return ``debiased`` if the metadata of both Fishers allow it, else ``raw``."""
     return "debiased" if known_scaling(a) == known_scaling(b) == "debiased" else "raw"
 
 
@@ -149,24 +160,24 @@ def compare(
 ) -> Comparison:
     """Compare two Fishers.
 
-    All numbers are exact but those that need an order over all entries: of more than ``sample`` entries, the overall
-    rank correlation and factor are over a sample of that size, drawn evenly over all tensors with a fixed seed.
+    The overall rank correlation and factor need all entries in order. Beyond ``sample`` entries, they are computed on a
+    sample of that size, drawn evenly over all tensors with a fixed seed. All other numbers are exact.
 
     Args:
-        a: One Fisher.
-        b: The other, of the same architecture.
-        names: What :func:`common` gave, perhaps wrapped in a progress bar.
-        scaling: At which scale both are taken; within a tensor it moves the ratio and the factor alone.
-        sample: Largest number of entries to be ordered for the overall numbers.
-        whole: Order each tensor whole; otherwise its rank correlation and factor are over its part of the sample, which
-            is faster.
+        a: The first Fisher.
+        b: The second Fisher, of the same architecture.
+        names: The names from :func:`common`, wrapped in a progress bar; by default the same names.
+        scaling: The scale of both. Within a tensor it changes only the ratio and the factor.
+        sample: Largest number of entries to sort for the overall numbers.
+        whole: If False, the rank correlation and factor of a tensor are computed on its part of the sample, which is
+            faster.
 
     Returns:
         The comparison.
 
     Raises:
         MismatchError: No tensor is common to both, or a shape differs.
-        ConfigError: A number that the scaling needs is not recorded.
+        ConfigError: The scaling needs a number that the metadata lack.
         ValuesError: An entry is NaN, infinite or negative.
 
     Example:
@@ -181,20 +192,20 @@ def compare(
     entries = sum(math.prod(a.info(name).shape) for name in shared)
     share = min(1.0, sample / entries) if entries else 1.0
     generator = torch.Generator().manual_seed(SEED)
-    total, rows, parts = _Totals(), [], []
+    total, rows, samples = _AgreementTotals(), [], []
     bins = (LAST_DECADE - FIRST_DECADE) * BINS_PER_DECADE
     histogram = torch.zeros(bins, bins, dtype=torch.int64)
     for name in shared if names is None else names:
         first, second = _read(a, name, scaling), _read(b, name, scaling)
-        part = _sample(first, second, share, generator)
-        sums = _Totals()
+        sampled = _sample(first, second, share, generator)
+        sums = _AgreementTotals()
         for start in range(0, first.numel(), Moments.BLOCK):
             sums.add(first[start : start + Moments.BLOCK], second[start : start + Moments.BLOCK], histogram)
-        agreement = sums.agreement(*((first, second) if whole else part))
-        rows.append(Row(**vars(agreement), name=name, shape=tuple(a.info(name).shape)))
-        total.join(sums)
-        parts.append(part)
-    drawn = [torch.cat(each) if each else torch.empty(0) for each in zip(*parts, strict=True)] or [torch.empty(0)] * 2
+        agreement = sums.agreement(*((first, second) if whole else sampled))
+        rows.append(TensorAgreement(**vars(agreement), name=name, shape=tuple(a.info(name).shape)))
+        total.merge(sums)
+        samples.append(sampled)
+    drawn = [torch.cat(each) if each else torch.empty(0) for each in zip(*samples, strict=True)] or [torch.empty(0)] * 2
     return Comparison(
         rows=tuple(rows),
         over_all=total.agreement(*drawn),
@@ -207,8 +218,8 @@ def compare(
     )
 
 
-class _Products:
-    """Means, squares and products about the mean of two flat tensors, in float64, a block at a time."""
+class _Covariance:
+    """Running covariance of two flat tensors, in float64, a block at a time."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -216,18 +227,18 @@ class _Products:
         self.squares = [0.0, 0.0, 0.0]
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """Add entries."""
+        """Add a block of entries."""
         if not a.numel():
             return
-        other = _Products()
+        other = _Covariance()
         wide_a, wide_b = a.to(torch.float64), b.to(torch.float64)
         other.count, other.means = a.numel(), (wide_a.mean().item(), wide_b.mean().item())
         wide_a, wide_b = wide_a - other.means[0], wide_b - other.means[1]
         other.squares = [torch.dot(x, y).item() for x, y in ((wide_a, wide_a), (wide_b, wide_b), (wide_a, wide_b))]
-        self.join(other)
+        self.merge(other)
 
-    def join(self, other: _Products) -> None:
-        """Add what another has seen (Chan, Golub and LeVeque, 1979)."""
+    def merge(self, other: _Covariance) -> None:
+        """Merge the covariance of other entries (Chan, Golub and LeVeque, 1979)."""
         count = self.count + other.count
         if not count:
             return
@@ -241,25 +252,25 @@ class _Products:
 
     @property
     def correlation(self) -> float | None:
-        """The correlation; None where one does not vary."""
-        # A constant leaves rounding errors of this size behind, not zero.
+        """Correlation of the two tensors; None if one is constant."""
+        # A constant tensor leaves rounding errors of this size, not zero.
         noise = [self.count * (1e-15 * mean) ** 2 for mean in self.means]
         if self.count < 2 or self.squares[0] <= noise[0] or self.squares[1] <= noise[1]:
             return None
         return max(-1.0, min(1.0, self.squares[2] / math.sqrt(self.squares[0] * self.squares[1])))
 
 
-class _Totals:
-    """What is summed over entries."""
+class _AgreementTotals:
+    """Running sums behind an agreement, a block at a time."""
 
     def __init__(self) -> None:
         self.entries = 0
         self.sum_a = self.sum_b = 0.0
         self.zeros_a = self.zeros_b = self.zeros_both = 0
-        self.logs = _Products()
+        self.logs = _Covariance()
 
     def add(self, a: Tensor, b: Tensor, histogram: Tensor) -> None:
-        """Add a block of entries, and count them in the histogram."""
+        """Add a block of entries to the sums and to the histogram."""
         self.entries += a.numel()
         self.sum_a += a.sum(dtype=torch.float64).item()
         self.sum_b += b.sum(dtype=torch.float64).item()
@@ -271,56 +282,54 @@ class _Totals:
         if len(log_a):
             _count(log_a, log_b, histogram)
 
-    def join(self, other: _Totals) -> None:
-        """Add what another has seen."""
+    def merge(self, other: _AgreementTotals) -> None:
+        """Add the sums over other entries."""
         for key in ("entries", "sum_a", "sum_b", "zeros_a", "zeros_b", "zeros_both"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
-        self.logs.join(other.logs)
+        self.logs.merge(other.logs)
 
     def agreement(self, a: Tensor, b: Tensor) -> Agreement:
-        """Return the numbers, those that need an order over the given entries."""
+        """Return the agreement, with rank correlation and factor computed on the given entries."""
         first, second = (each.to(torch.float64) for each in _positive(a, b))
-        apart = first.log_().sub_(second.log_()).abs_()
+        log_ratio = first.log_().sub_(second.log_()).abs_()
         del first, second
         return Agreement(
             entries=self.entries,
             spearman=spearman(a, b),
             log_correlation=self.logs.correlation,
             ratio=self.sum_a / self.sum_b if self.sum_b else None,
-            factor=math.exp(apart.median().item()) if len(apart) else None,
+            factor=math.exp(log_ratio.median().item()) if len(log_ratio) else None,
             zeros_a=self.zeros_a / self.entries if self.entries else 0.0,
             zeros_b=self.zeros_b / self.entries if self.entries else 0.0,
         )
 
 
 def _count(log_a: Tensor, log_b: Tensor, histogram: Tensor) -> None:
-    """Add entries to a histogram, within the box that holds them: the whole of it is far larger than most tensors."""
-    places = [((log - FIRST_DECADE) * BINS_PER_DECADE).long().clamp(0, len(histogram) - 1) for log in (log_a, log_b)]
-    (top, bottom), (left, right) = ((int(place.min()), int(place.max()) + 1) for place in places)
-    box = torch.bincount(
-        (places[0] - top) * (right - left) + places[1] - left, minlength=(bottom - top) * (right - left)
-    )
+    """Count entries in a histogram, within their bounding box, which is far smaller than the whole histogram."""
+    bins = [((log - FIRST_DECADE) * BINS_PER_DECADE).long().clamp(0, len(histogram) - 1) for log in (log_a, log_b)]
+    (top, bottom), (left, right) = ((int(index.min()), int(index.max()) + 1) for index in bins)
+    box = torch.bincount((bins[0] - top) * (right - left) + bins[1] - left, minlength=(bottom - top) * (right - left))
     histogram[top:bottom, left:right] += box.view(bottom - top, right - left)
 
 
 def _positive(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the entries that are positive in both."""
+    """Return the entries of A and of B where both are positive."""
     both = (a > 0) & (b > 0)
     return a[both], b[both]
 
 
 def _read(fisher: Fisher, name: str, scaling: Scaling) -> Tensor:
-    """Return one tensor, checked, flat and at the wanted scale; float32 or wider."""
+    """Read one tensor, check its entries, and return it flat and scaled, in float32 or wider."""
     check_values(fisher[name], name, fisher.location)
     return fisher.scaled(name, scaling).reshape(-1)
 
 
 def _sample(a: Tensor, b: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return one entry, drawn at random, of each of as many equal stretches as the share gives."""
+    """Return a stratified random sample: one entry from each of as many equal stretches as the share gives."""
     size = a.numel()
     count = size if share == 1 else round(size * share)
     if count == size:
         return a, b
     starts = torch.arange(count, dtype=torch.float64) + torch.rand(count, generator=generator, dtype=torch.float64)
-    places = (starts * (size / max(count, 1))).long().clamp_max(size - 1)
-    return a[places], b[places]
+    indices = (starts * (size / max(count, 1))).long().clamp_max(size - 1)
+    return a[indices], b[indices]

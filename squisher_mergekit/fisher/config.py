@@ -1,4 +1,4 @@
-"""The metadata of a Fisher, and the scale that follows from it."""
+"""Metadata of a Fisher, and the scale that follows from them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,22 @@ T = TypeVar("T")
 
 
 class _Frozen(BaseModel):
+    """Immutable model that forbids unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class OptimizerInfo(_Frozen):
-    """The optimizer whose accumulator a Squisher is; ``None`` where the checkpoint does not tell.
+    """Optimizer whose accumulator a Squisher is; an unknown value is None.
 
-    ``beta2`` is the decay of the moving average (RMSprop's alpha, Adadelta's rho), a number or a mapping
-    ``{"default": ..., parameter name: ...}``. ``initial_accumulator_value`` is Adagrad's start, written only
-    where it is not 0.
+    Args:
+        class_: Qualified name of the optimizer's class (``class`` in the file).
+        beta2: Decay of the moving average (RMSprop's alpha, Adadelta's rho): a number, or a mapping
+            ``{"default": ..., parameter name: ...}``.
+        decoupled_weight_decay: False if weight decay was added to the gradient, as by Adam's L2 penalty.
+        amsgrad: True if the accumulator is AMSGrad's running maximum.
+        max_grad_norm: Norm at which gradients were clipped.
+        initial_accumulator_value: Adagrad's initial value, recorded only if it is not 0.
     """
 
     class_: str | None = Field(default=None, alias="class")
@@ -45,7 +52,14 @@ class OptimizerInfo(_Frozen):
 
 
 class SourceInfo(_Frozen):
-    """Where a Fisher came from: layout, file names (relative), versions, model id."""
+    """Source of a Fisher.
+
+    Args:
+        layout: Name of the checkpoint's layout on disk.
+        files: Relative names of the files that were read.
+        versions: Package -> version that wrote them.
+        model: Hub id of the model.
+    """
 
     layout: str | None = None
     files: tuple[str, ...] = ()
@@ -54,7 +68,12 @@ class SourceInfo(_Frozen):
 
 
 class Coverage(_Frozen):
-    """How many tensors have a Fisher, and why each of the others has none."""
+    """Coverage of a model's tensors by a Fisher.
+
+    Args:
+        with_: Number of tensors with a Fisher (``with`` in the file).
+        without: Name of each other tensor -> the reason why it has none.
+    """
 
     with_: int = Field(default=0, alias="with")
     without: dict[str, str] = Field(default_factory=dict)
@@ -63,7 +82,28 @@ class Coverage(_Frozen):
 
 
 class FisherConfig(_Frozen):
-    """Everything known about a Fisher beside its tensors (``fisher_config.json``).
+    """Metadata of a Fisher (``fisher_config.json``); an unknown value is None.
+
+    Args:
+        format_version: Version of the file format.
+        estimator: The estimator that made the Fisher.
+        statistic: ``ema`` (moving average), ``sum`` or ``mean`` of squared gradients.
+        parameters: ``model``, or ``adapter`` for the Fisher of a LoRA.
+        optimizer: The optimizer of a Squisher.
+        steps: Optimizer steps behind the accumulator: a number, or ``{"default": ..., parameter name: ...}``.
+        bias_corrected: True if a moving average is divided by ``1 - beta2^steps`` already.
+        examples_per_step: Examples behind one optimizer step, over all processes and accumulation.
+        tokens_per_step: Tokens behind one optimizer step.
+        clipped_share: Share of the steps whose gradient was clipped.
+        loss_reduction: Reduction of the loss over a batch, such as ``mean``.
+        datum: Unit of a computed Fisher: ``example`` or ``token``.
+        num_examples: Number of examples behind a computed Fisher.
+        mean: Mean over all entries, debiased.
+        norm: L2 norm over all entries, debiased.
+        encoding: dtype or compact form, by parameter name and ``default``.
+        source: The files that the Fisher comes from.
+        coverage: The tensors with and without a Fisher.
+        weights_fingerprint: Digest of the weights at which the Fisher was made.
 
     Example:
         >>> config = FisherConfig(estimator="squisher", statistic="ema", steps=1, optimizer={"beta2": 0.999})
@@ -93,16 +133,16 @@ class FisherConfig(_Frozen):
 
     @property
     def from_optimizer(self) -> bool:
-        """Whether this is an optimizer's accumulator (a Squisher)."""
+        """True for an optimizer's accumulator (a Squisher)."""
         return self.estimator == "squisher"
 
     @property
     def of_batches(self) -> bool:
-        """Whether what was squared is the mean gradient of a batch (an optimizer's, or ``GradientSquares``)."""
+        """True if the squared gradients are those of whole batches (a Squisher, or ``GradientSquares``)."""
         return self.estimator in ("squisher", "ema_empirical")
 
     def steps_of(self, name: str) -> int | None:
-        """Return how many optimizer steps the accumulator of one parameter has seen."""
+        """Return the number of optimizer steps behind the accumulator of one parameter."""
         return of_parameter(self.steps, name)
 
     def beta2_of(self, name: str) -> float | None:
@@ -110,27 +150,28 @@ class FisherConfig(_Frozen):
         return of_parameter(self.optimizer.beta2, name) if self.optimizer else None
 
     def offset(self, scaling: Scaling) -> float:
-        """Return what has to be taken off every entry before :meth:`factor` is applied (Adagrad's start)."""
+        """Return the number to subtract from raw entries before :meth:`factor` (Adagrad's initial value)."""
         start = self.optimizer.initial_accumulator_value if self.optimizer else None
         return 0.0 if scaling == "raw" or self.statistic != "sum" or start is None else start
 
     def factor(self, name: str, scaling: Scaling) -> float:
-        """Return the number that turns raw entries (less :meth:`offset`) into the wanted estimate.
+        """Return the factor from raw entries, less :meth:`offset`, to a scale.
 
-        ``raw``: 1. ``debiased``, the mean square per step: ``1 / (1 - beta2^t)`` for a moving average that is not
-        corrected yet, ``1 / t`` for an optimizer's sum, ``1 / num_examples`` for a computed sum, 1 for a mean.
-        ``per_example``: that times ``examples_per_step`` for squares of a batch's gradient (Eq. 12 of the paper: a mean
-        loss over B examples gives ``v ~ g^2 / B``), and as ``debiased`` for those of single examples.
+        * ``raw``: 1.
+        * ``debiased``, the mean square per step: ``1 / (1 - beta2^t)`` for a moving average without bias correction,
+          ``1 / t`` for an optimizer's sum, ``1 / num_examples`` for a computed sum, 1 for a mean.
+        * ``per_example``: the debiased factor, times ``examples_per_step`` if the squared gradients are those of
+          batches (Eq. 12 of the paper: a mean loss over B examples gives ``v ~ g^2 / B``).
 
         Args:
             name: Parameter name (steps and decay may differ between parameters).
-            scaling: Which scale is wanted.
+            scaling: The scale.
 
         Returns:
             A positive factor.
 
         Raises:
-            ConfigError: A number that the scaling needs is not recorded.
+            ConfigError: The scaling needs a number that the metadata lack.
         """
         if scaling == "raw":
             return 1.0
@@ -145,13 +186,16 @@ class FisherConfig(_Frozen):
         return debiased * self.examples_per_step
 
     def _debias(self, name: str) -> float:
+        """Return the factor from raw entries to the mean square per step."""
         if self.statistic in ("mean", None):
             return 1.0
         if self.statistic == "sum":
             count = self.steps_of(name) if self.from_optimizer else self.num_examples
             if not count:
-                what = "steps" if self.from_optimizer else "num_examples"
-                raise ConfigError(f"scaling debiased of a sum needs {what}, which this Fisher does not record; use raw")
+                missing = "steps" if self.from_optimizer else "num_examples"
+                raise ConfigError(
+                    f"scaling debiased of a sum needs {missing}, which this Fisher does not record; use raw"
+                )
             return 1.0 / count
         if self.bias_corrected:
             return 1.0
@@ -164,7 +208,7 @@ class FisherConfig(_Frozen):
         return 1.0 / (1.0 - float(beta2) ** steps)
 
     def to_json(self) -> str:
-        """Return the text of ``fisher_config.json``: all keys, unknown ones ``null``."""
+        """Return the text of ``fisher_config.json``, with all keys; unknown values are ``null``."""
         data = self.model_dump(mode="json", by_alias=True)
         if self.optimizer is not None and self.optimizer.initial_accumulator_value is None:
             del data["optimizer"]["initial_accumulator_value"]
@@ -178,11 +222,11 @@ class FisherConfig(_Frozen):
             path: The file.
 
         Returns:
-            Its content.
+            The metadata.
 
         Raises:
-            CorruptFileError: It is no JSON object.
-            ConfigError: It was written by a later version, or a value does not fit.
+            CorruptFileError: The file is not JSON.
+            ConfigError: A later version wrote the file, or a value does not fit.
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -203,7 +247,7 @@ class FisherConfig(_Frozen):
 
 
 def of_parameter(value: T | dict[str, T] | None, name: str) -> T | None:
-    """Return the entry of one parameter in ``value``, a number for all or ``{"default": ..., name: ...}``.
+    """Return the value of one parameter, from a common value or a mapping ``{"default": ..., name: ...}``.
 
     Example:
         >>> of_parameter({"default": 1200, "head.weight": 900}, "head.weight")
@@ -215,7 +259,7 @@ def of_parameter(value: T | dict[str, T] | None, name: str) -> T | None:
 
 
 def per_parameter(values: dict[str, T]) -> T | dict[str, T] | None:
-    """Return the short form of one value a parameter: the value alone where all agree.
+    """Return the short form of a value per parameter: the common value, or ``{"default": ..., name: ...}``.
 
     Example:
         >>> per_parameter({"a": 5, "b": 5, "c": 3})

@@ -1,4 +1,4 @@
-"""A store whose tensors lie in compact parts (``NAME.code``, ``NAME.scale``, ``NAME.row``, ``NAME.col``) in another."""
+"""Store that decodes compact tensors (``NAME.code``, ``NAME.scale``, ``NAME.row``, ``NAME.col``) when it reads them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _CURE = "copy the file again, or extract the Fisher anew"
 
 
 class EncodedStore:
-    """Decodes a tensor when it is read; shapes are known from the headers alone.
+    """Store of decoded tensors over a store of compact parts; headers alone give the shapes.
 
     Args:
-        parts: The store with what lies in the files.
-        encoding: Of the metadata: code by parameter name, and ``default``.
-        notes: Metadata of the headers, with ``NAME.shape`` of every tensor in logarithmic codes.
+        parts: The store of the files' own tensors.
+        encoding: Parameter name -> compact form or dtype, and ``default``, from the metadata.
+        notes: Metadata of the safetensors headers, with ``NAME.shape`` of each tensor in a logarithmic code.
 
     Raises:
-        CorruptFileError: A part is missing, or has another dtype or shape than its code asks for.
+        CorruptFileError: A part is missing, or its dtype or shape does not fit its compact form.
     """
 
     def __init__(self, parts: TensorStore, encoding: Mapping[str, str], notes: Mapping[str, str]) -> None:
@@ -42,43 +42,44 @@ class EncodedStore:
 
     @property
     def location(self) -> str:
-        """Where it is, for messages."""
+        """Location of the files, for messages."""
         return self._parts.location
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, decoded.
+        """Read and decode one tensor.
 
         Raises:
-            CorruptFileError: Its parts do not belong together.
+            CorruptFileError: The parts of the tensor do not fit each other.
         """
         code = self._code_of.get(name)
         if code is None:
             return self._parts.read(name)
         parts = {suffix: self._parts.read(name + suffix) for suffix in compact.suffixes(code)}
-        strange = [suffix for suffix, part in parts.items() if part.dtype != self._parts.infos[name + suffix].dtype]
-        if strange:
-            raise self._corrupt(name, code, f"{name}{strange[0]} is {parts[strange[0]].dtype}")
+        changed = [suffix for suffix, part in parts.items() if part.dtype != self._parts.infos[name + suffix].dtype]
+        if changed:
+            raise self._corrupt(name, code, f"{name}{changed[0]} is {parts[changed[0]].dtype}")
         try:
             return compact.decode(parts, code, self.infos[name].shape)
         except ValueError as error:
             raise self._corrupt(name, code, str(error)) from error
 
     def _owner(self, stored: str, encoding: Mapping[str, str]) -> tuple[str, str]:
-        """Return the parameter that a stored tensor belongs to, and its code.
+        """Return the parameter that a stored tensor belongs to, and its encoding.
 
-        A parameter may itself be called ``norm.scale``: what the metadata say of a full name comes first.
+        A parameter may itself be called ``norm.scale``: the metadata of the full name come first.
         """
         stem, dot, last = stored.rpartition(".")
         default = encoding.get("default", "")
         code = encoding.get(stem, default)
         if stored not in encoding and code in compact.NAMES and dot + last in compact.suffixes(code):
             return stem, code
-        own = encoding.get(stored, default)
-        if own in compact.NAMES:
-            raise self._corrupt(stored, own, f"has {stored} itself")
-        return stored, own
+        code = encoding.get(stored, default)
+        if code in compact.NAMES:
+            raise self._corrupt(stored, code, f"has {stored} itself")
+        return stored, code
 
     def _info(self, name: str, code: str, notes: Mapping[str, str]) -> TensorInfo:
+        """Return the header of a compact tensor, from the headers of its parts."""
         missing = [name + suffix for suffix in compact.suffixes(code) if name + suffix not in self._parts.infos]
         if missing:
             raise self._corrupt(name, code, f"lacks {missing[0]}")
@@ -94,6 +95,7 @@ class EncodedStore:
         return TensorInfo(shape, torch.float32, first.nbytes + second.nbytes)
 
     def _corrupt(self, name: str, code: str, found: str) -> CorruptFileError:
+        """Return the error for parts that do not fit."""
         first, second = (name + suffix for suffix in compact.suffixes(code))
         return CorruptFileError(
             f"{name} must be kept as {code} in {first} and {second} that fit, but {self.location}: {found}; {_CURE}"
@@ -101,23 +103,25 @@ class EncodedStore:
 
 
 def _rank1_shape(row: TensorInfo, col: TensorInfo) -> tuple[int, ...] | None:
+    """Return the shape of a tensor from its row and column means; None if they do not fit."""
     fits = row.dtype == col.dtype == torch.float32 and row.shape and col.shape and row.shape[:-1] == col.shape[:-1]
     return (*row.shape, col.shape[-1]) if fits else None
 
 
 def _log_shape(code: TensorInfo, scale: TensorInfo, note: str | None) -> tuple[int, ...] | None:
+    """Return the shape of a tensor in a logarithmic code from its note; None if the parts do not fit."""
     try:
         shape = json.loads(note or "")
         fits = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
     except (ValueError, RecursionError):
         fits = False
     fits = fits and (code.dtype, scale.dtype, len(code.shape)) == (torch.uint8, torch.int16, 1)
-    # What is promised is bounded by bytes that are there, before anything is allocated.
+    # The size in the note is bounded by the bytes in the file, before any memory is allocated.
     return tuple(shape) if fits and scale.shape == (-(-math.prod(shape) // compact.BLOCK), 2) else None
 
 
 def shape_note(shape: Sequence[int]) -> str:
-    """Return how a shape is written into a header.
+    """Return a shape as the text for a safetensors header.
 
     Example:
         >>> shape_note((13, 7))
@@ -127,9 +131,11 @@ def shape_note(shape: Sequence[int]) -> str:
 
 
 def parts_of(fisher: Fisher, name: str, code: str, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
-    """Return the compact parts of a tensor by their suffix, or None where it is to be kept whole.
+    """Return the compact parts of a tensor by suffix.
 
-    That is where parts would be no smaller than the tensor in ``dtype``, or would have the name of another parameter.
+    Returns:
+        Suffix -> part; None to keep the tensor whole, because the parts would not be smaller than the tensor in
+        ``dtype``, or would have the name of another parameter.
 
     Raises:
         ValuesError: An entry is NaN, infinite or negative.
@@ -141,8 +147,8 @@ def parts_of(fisher: Fisher, name: str, code: str, dtype: torch.dtype) -> dict[s
     return compact.encode(tensor, code, tensor.numel() * dtype.itemsize)
 
 
-class WithoutStart:
-    """A Fisher less the start of an optimizer's sum (Adagrad's), which a small relative error would drown F in."""
+class WithoutInitialValue:
+    """Store of a sum less its initial value (Adagrad's), which would make a relative error larger than F."""
 
     def __init__(self, fisher: Fisher) -> None:
         self._fisher = fisher
@@ -150,5 +156,5 @@ class WithoutStart:
         self.infos = {name: fisher.info(name) for name in fisher}
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor as float32."""
+        """Return one tensor, in float32."""
         return self._fisher[name].to(torch.float32) - self._fisher.offset(name)

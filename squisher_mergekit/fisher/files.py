@@ -1,4 +1,4 @@
-"""The portable file: tensors in safetensors, sharded as Hugging Face shards weights, and ``fisher_config.json``."""
+"""Portable files of a Fisher: safetensors, sharded as Hugging Face shards weights, and ``fisher_config.json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from squisher_mergekit.errors import ConfigError, NotFoundError, ValuesError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, Coverage, FisherConfig
-from squisher_mergekit.fisher.encoded import EncodedStore, WithoutStart, parts_of, shape_note
+from squisher_mergekit.fisher.encoded import EncodedStore, WithoutInitialValue, parts_of, shape_note
 from squisher_mergekit.fisher.mapping import Fisher, Moments
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorStore, safetensors_files, safetensors_notes
@@ -31,15 +31,15 @@ def read_fisher(source: Path) -> Fisher:
     """Open a portable Fisher.
 
     Args:
-        source: Its folder, or its ``fisher.safetensors`` or index file.
+        source: The folder, or the ``fisher.safetensors`` or index file in it.
 
     Returns:
-        The Fisher; tensors are read when asked for.
+        The Fisher, which reads a tensor on access.
 
     Raises:
-        NotFoundError: There is none, or its ``fisher_config.json`` is missing.
-        CorruptFileError: A file is truncated or no safetensors file, or a part of a compact tensor is missing.
-        ConfigError: The metadata do not fit, or an encoding is unknown to this version.
+        NotFoundError: ``fisher.safetensors`` or ``fisher_config.json`` is missing.
+        CorruptFileError: A file is truncated or not safetensors, or a part of a compact tensor is missing.
+        ConfigError: A value in the metadata does not fit, or this version does not know an encoding.
     """
     folder = source if source.is_dir() else source.parent
     single = source.is_file() and source.suffix == ".safetensors"
@@ -64,16 +64,16 @@ TIED = "tied to "
 
 
 def tied_aliases(config: FisherConfig) -> dict[str, str]:
-    """Return other name -> kept name of the tied tensors that the coverage lists."""
+    """Return the tied tensors in the coverage: other name -> stored name."""
     reasons = config.coverage.without
     return {name: why.removeprefix(TIED) for name, why in reasons.items() if why.startswith(TIED)}
 
 
 def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return the dtype that a Fisher is to be written in.
+    """Return a dtype for files of a Fisher.
 
     Raises:
-        ConfigError: It is neither float32 nor bfloat16.
+        ConfigError: The dtype is neither float32 nor bfloat16.
 
     Example:
         >>> to_dtype("bfloat16")
@@ -83,17 +83,17 @@ def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = known.get(str(dtype).removeprefix("torch."))
     if found is None:
         raise ConfigError(
-            f"dtype must be float32 or bfloat16, found {dtype!r}: a Fisher is written as one of these, float16 loses "
-            "its small entries"
+            f"dtype must be float32 or bfloat16 in the files of a Fisher, found {dtype!r}; float16 would lose small "
+            "entries"
         )
     return found
 
 
 def check_free(out: Path) -> None:
-    """Refuse a place for a Fisher where one is already, or a file.
+    """Raise if ``out`` cannot become the folder of a new Fisher.
 
     Raises:
-        ConfigError: So it is.
+        ConfigError: ``out`` is a file or already holds a Fisher.
     """
     if out.exists() and (not out.is_dir() or has_fisher(out)):
         raise ConfigError(f"{out} must not hold a Fisher yet; remove it or choose another folder")
@@ -107,34 +107,34 @@ def write_fisher(
     shard_bytes: int = SHARD_BYTES,
     compress: str | None = None,
 ) -> FisherConfig:
-    """Write a portable Fisher; nothing stays under the final name unless all of it was written.
+    """Write a portable Fisher, whole or not at all.
 
     Args:
-        fisher: What to write.
-        out: The folder to make; it may exist, but must hold no Fisher yet.
-        dtype: float32 or bfloat16. Never float16, which flushes entries below 6e-8 to zero. With ``compress``, of the
-            tensors that stay whole.
+        fisher: The Fisher.
+        out: The folder to make. An existing folder must not hold a Fisher.
+        dtype: float32 or bfloat16. float16 is refused: it flushes entries below 6e-8 to zero. With ``compress``, the
+            dtype of the tensors that stay whole.
         progress: The names of ``fisher``, wrapped in a progress bar.
         shard_bytes: Largest size of one file.
         compress: None, or a compact form (see :mod:`squisher_mergekit.fisher.compact`). ``log8`` and ``log4`` keep
-            every F to 4 % and 40 %, zeros exactly; ``rank1`` keeps row and column means of matrices. Tensors that it
-            would not make smaller stay whole; ``encoding`` names them. Adagrad's start is taken off first, and
-            ``initial_accumulator_value`` is null then: F would drown in its rounding.
+            every entry to 4 % and 40 %, and zeros exactly; ``rank1`` keeps the row and column means of matrices.
+            Tensors that would not get smaller stay whole; ``encoding`` names them. Adagrad's initial value is
+            subtracted first, because the error relative to it could exceed F; ``initial_accumulator_value`` is then
+            null.
 
     Returns:
-        The metadata as written, with mean and norm over all entries; of compact tensors over the decoded ones, so that
-        they are those of what a reader gets.
+        The metadata in the file. Mean and norm are those of the entries that a reader decodes.
 
     Raises:
-        ConfigError: ``dtype`` is neither float32 nor bfloat16, ``compress`` is unknown, or ``out`` holds a Fisher
-            already.
+        ConfigError: ``dtype`` is neither float32 nor bfloat16, ``compress`` is unknown, or ``out`` already holds a
+            Fisher.
         ValuesError: An entry is NaN, infinite or negative.
     """
     compact.check_name(compress)
     to_dtype(dtype)
     check_free(out)
     if compress and fisher.config.offset("debiased"):
-        fisher = _without_start(fisher)
+        fisher = _without_initial_value(fisher)
     moments = Moments()
     with written_beside(out) as folder:
         names = progress or list(fisher)
@@ -158,17 +158,19 @@ def write_fisher(
 
 
 def _encoding(plain: str, compress: str | None, whole: list[str], count: int) -> dict[str, str]:
-    """Return the metadata on encodings, in which tensors that are not compact are named."""
+    """Return the encoding of each tensor for the metadata."""
     if compress is None or len(whole) == count:
         return {"default": plain}
     return {"default": compress} | dict.fromkeys(whole, plain)
 
 
-def _without_start(fisher: Fisher) -> Fisher:
-    """Return a Fisher whose sums begin at 0."""
+def _without_initial_value(fisher: Fisher) -> Fisher:
+    """Return a Fisher less the optimizer's initial accumulator value."""
     assert fisher.config.optimizer is not None
     optimizer = fisher.config.optimizer.model_copy(update={"initial_accumulator_value": None})
-    return Fisher(WithoutStart(fisher), fisher.config.model_copy(update={"optimizer": optimizer}), fisher.aliases)
+    return Fisher(
+        WithoutInitialValue(fisher), fisher.config.model_copy(update={"optimizer": optimizer}), fisher.aliases
+    )
 
 
 def _write_shards(
@@ -180,10 +182,10 @@ def _write_shards(
     moments: Moments,
     compress: str | None,
 ) -> tuple[list[dict[str, int]], list[str]]:
-    """Write the shards one tensor after the other.
+    """Write the shards, one tensor at a time.
 
     Returns:
-        The sizes of the tensors in each shard, and the names of those that are not compact.
+        The sizes of the tensors in each shard, and the names of the tensors that stay whole.
     """
     room = header_room(list(fisher), parts=1 if compress is None else 3 if compress in compact.CODES else 2)
     writer = SafetensorsWriter(folder / "0.safetensors", room)
@@ -212,7 +214,7 @@ def _write_shards(
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    """Give the shards Hugging Face's names, and write their index if there are several."""
+    """Give the shards Hugging Face's names, and write the index of several shards."""
     if len(shards) == 1:
         (folder / "0.safetensors").rename(folder / f"{BASENAME}.safetensors")
         return

@@ -1,4 +1,4 @@
-"""Check by headers alone that a Fisher belongs to some weights."""
+"""Checks, from headers alone, that a Fisher fits given weights."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import difference, fingerprint
 from squisher_mergekit.models.weights import Weights
-from squisher_mergekit.tensors.safetensors import (
-    TensorInfo,
-    check_shape,
-)
+from squisher_mergekit.tensors.safetensors import TensorInfo, check_shape
 
 
 def check(fisher: Fisher, weights: dict[str, TensorInfo], folder: Path) -> None:
-    """Hold names and shapes of a Fisher against the weights' headers, where there are weights.
+    """Check the names and shapes of a Fisher against the headers of weights.
+
+    Args:
+        fisher: The Fisher.
+        weights: Name -> header of the weights; empty to check nothing.
+        folder: The folder of the weights, for messages.
 
     Raises:
-        MismatchError: A name is not there, or a shape differs.
+        MismatchError: A name is not in the weights, or a shape differs.
     """
     for name in fisher if weights else ():
         if name not in weights:
@@ -31,18 +33,18 @@ def check(fisher: Fisher, weights: dict[str, TensorInfo], folder: Path) -> None:
 
 
 def check_fits(fisher: Fisher, weights: Weights, names: Iterable[str]) -> str | None:
-    """Hold a Fisher against weights by headers alone.
+    """Check the coverage, names, shapes and fingerprint of a Fisher against weights.
 
     Args:
-        fisher: Made at these weights, or at others of the same model.
+        fisher: The Fisher, made at these weights or at others of the same model.
         weights: The weights.
-        names: The tensors that it has to cover.
+        names: The tensors that the Fisher must cover.
 
     Returns:
-        What differs from the weights it was made at; None if nothing does or that is unknown.
+        The difference from the weights at which the Fisher was made, in words; None if they are equal or unknown.
 
     Raises:
-        MismatchError: It lacks one, it names one that the weights lack, or a shape differs.
+        MismatchError: The Fisher lacks one of ``names``, has a name that the weights lack, or a shape differs.
     """
     for name in names:
         if name not in fisher:
@@ -52,12 +54,12 @@ def check_fits(fisher: Fisher, weights: Weights, names: Iterable[str]) -> str | 
                 "it, or leave the tensor out"
             )
     for name in fisher:
-        same = (name, *(alias for alias, kept in fisher.aliases.items() if kept == name))
-        found = next((one for one in same if one in weights.infos), None)
-        if found is None:
+        tied = (name, *(alias for alias, kept in fisher.aliases.items() if kept == name))
+        stored = next((alias for alias in tied if alias in weights.infos), None)
+        if stored is None:
             raise MismatchError(
                 f"the names of a Fisher must be those of the weights, but {name} in {fisher.location} is not in "
                 f"{weights.folder}; give the Fisher of this model"
             )
-        check_shape(name, fisher.info(name).shape, weights.infos[found].shape, fisher.location)
+        check_shape(name, fisher.info(name).shape, weights.infos[stored].shape, fisher.location)
     return difference(fisher.config.weights_fingerprint, fingerprint(weights.folder))

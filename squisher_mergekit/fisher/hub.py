@@ -1,4 +1,4 @@
-"""Fishers on the Hugging Face Hub; only our own files are fetched unless somebody asks for a checkpoint by name."""
+"""Download of Fishers from the Hugging Face Hub; a merge downloads only the files of a portable Fisher."""
 
 import shutil
 from fnmatch import fnmatch
@@ -19,7 +19,7 @@ FISHER_REVISION = "fisher"
 
 
 def is_ours(name: str) -> bool:
-    """Return whether a file of a repository belongs to a portable Fisher.
+    """Return True for the name of a file of a portable Fisher.
 
     Example:
         >>> is_ours("fisher-00001-of-00002.safetensors"), is_ours("optimizer.pt")
@@ -29,19 +29,18 @@ def is_ours(name: str) -> bool:
 
 
 def resolve(source: str, cache_dir: str | None = None, *, state: bool = True) -> Path:
-    """Fetch what a Hub id names: a portable Fisher, or else the optimizer state kept there.
+    """Download the portable Fisher, or else the optimizer state, of a Hub id.
 
     Args:
-        source: ``org/name[@revision]``. Without a revision a Fisher is looked for at the default one, then at
-            ``fisher``.
-        cache_dir: Where to keep it; Hugging Face's own cache by default.
-        state: Optimizer state, which can be many times the size of the model, may be fetched as well.
+        source: ``org/name[@revision]``. The default revision is searched first, then revision ``fisher``.
+        cache_dir: The cache; by default Hugging Face's own.
+        state: Allow the download of optimizer state, which can be many times the size of the model.
 
     Returns:
         The local folder.
 
     Raises:
-        NotFoundError: It is no Hub id, cannot be reached, or holds neither.
+        NotFoundError: ``source`` is not a Hub id, cannot be reached, or has neither.
     """
     repo, revision = parse_id(source, "a Fisher must be a file, a folder")
     found = find_beside(repo, revision, cache_dir, also=() if revision else (FISHER_REVISION,))
@@ -50,7 +49,7 @@ def resolve(source: str, cache_dir: str | None = None, *, state: bool = True) ->
     if not state:
         raise NotFoundError(
             f"no {BASENAME}.safetensors at {source} on the Hub or in its cache: {found}; optimizer state is not "
-            f"fetched unasked: if it is kept there, run squisher extract {source} -o OUT and give OUT"
+            f"downloaded unasked: if the repository has it, run squisher extract {source} -o OUT and give OUT"
         )
     folder = download(repo, revision, STATE_PATTERNS, cache_dir)
     if isinstance(folder, Path) and any((folder / name).exists() for name in STATE_PATTERNS[:2]):
@@ -63,16 +62,16 @@ def resolve(source: str, cache_dir: str | None = None, *, state: bool = True) ->
 def find_beside(
     repo: str, revision: str | None, cache_dir: str | None = None, also: tuple[str, ...] = (FISHER_REVISION,)
 ) -> Path | str:
-    """Look for the Fisher of a Hub model: our files at its own revision, then at revision ``fisher``.
+    """Download the portable Fisher of a Hub model: at the model's revision, else at revision ``fisher``.
 
     Args:
         repo: ``org/name``.
         revision: The model's revision.
-        cache_dir: Where to keep it.
-        also: Which revisions to look at then.
+        cache_dir: The cache; by default Hugging Face's own.
+        also: The revisions to try next.
 
     Returns:
-        The local folder, or in words why there is none.
+        The local folder, or the reason of the failure in words.
     """
     reasons = {}
     for candidate in dict.fromkeys((revision, *also)):
@@ -86,14 +85,14 @@ def find_beside(
 
 
 def named(fisher: Fisher, path: Path) -> Fisher:
-    """Return a Fisher that says ``org/name@commit`` of its place, where that is a snapshot in a Hub cache.
+    """Return a Fisher whose location is ``org/name@commit``, if it comes from a snapshot in a Hub cache.
 
     Args:
         fisher: An open Fisher.
-        path: The folder it was opened from.
+        path: The folder of its files.
 
     Returns:
-        The same tensors; the same Fisher where the folder is no such snapshot.
+        The Fisher with its new location; ``fisher`` itself if the folder is not such a snapshot.
     """
     try:
         kind, commit = path.parts[-3], path.parts[-1]
@@ -102,11 +101,11 @@ def named(fisher: Fisher, path: Path) -> Fisher:
     if path.parts[-2] != "snapshots" or not kind.startswith("models--"):
         return fisher
     repo = kind.removeprefix("models--").replace("--", "/", 1)
-    return Fisher(_Named(fisher, f"{repo}@{commit}"), fisher.config, fisher.aliases)
+    return Fisher(_Relocated(fisher, f"{repo}@{commit}"), fisher.config, fisher.aliases)
 
 
-class _Named:
-    """The tensors of a Fisher, under another name of their place."""
+class _Relocated:
+    """Store of a Fisher's tensors with another location for messages."""
 
     def __init__(self, fisher: Fisher, location: str) -> None:
         self.location = location
@@ -119,19 +118,19 @@ class _Named:
 
 
 def pull(source: str, out: Path) -> Fisher:
-    """Fetch the portable Fisher that a Hub id names into a folder; nothing stays there unless it is whole.
+    """Download the portable Fisher of a Hub id into a folder, whole or not at all.
 
     Args:
-        source: ``org/name[@revision]``. Without a revision it is looked for at the default one, then at ``fisher``.
-        out: The folder to make; it may exist, but must hold no Fisher yet.
+        source: ``org/name[@revision]``. The default revision is searched first, then revision ``fisher``.
+        out: The folder to make. An existing folder must not hold a Fisher.
 
     Returns:
         The Fisher.
 
     Raises:
-        ConfigError: ``out`` holds a Fisher already, or is no folder.
-        NotFoundError: There is no Fisher there.
-        CorruptFileError: What is there is not whole.
+        ConfigError: ``out`` is a file or already holds a Fisher.
+        NotFoundError: The repository has no Fisher, or ``out`` cannot be written.
+        CorruptFileError: A file in the repository is truncated or damaged.
     """
     check_free(out)
     cached = resolve(source, state=False)

@@ -1,39 +1,44 @@
-"""A diagonal Fisher in memory: parameter name -> tensor, loaded when asked for."""
+"""Diagonal Fisher as a lazy mapping from parameter name to tensor."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from squisher_mergekit.errors import ValuesError
+from squisher_mergekit.fisher.compact import Compression
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
-from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore
+from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore
 
 
 class Fisher(Mapping[str, torch.Tensor]):
-    """A diagonal Fisher: a lazy mapping from parameter name (as in ``model.safetensors``) to the raw estimate.
+    """Diagonal Fisher: a lazy mapping from parameter name (as in ``model.safetensors``) to the raw estimate.
 
-    ``fisher[name]`` is the tensor as it was stored, shaped like the parameter, in units of one squared gradient;
-    :meth:`scaled` applies the scale that the metadata imply. Other names of a stored tensor (``lm_head.weight`` of
-    tied embeddings) are found too, but are not iterated over.
+    ``fisher[name]`` is the stored tensor, shaped like the parameter, in units of one squared gradient. :meth:`scaled`
+    applies the scale that the metadata imply. An alias of a stored tensor (``lm_head.weight`` of tied embeddings) is
+    found too, but not iterated over.
 
     Args:
-        store: Where the tensors lie.
+        store: The tensors: a mapping in memory, or a store that reads them.
         config: The metadata.
-        aliases: Other name -> name in the store.
+        aliases: Alias -> name in the store.
 
     Example:
-        >>> from squisher_mergekit.tensors.safetensors import MemoryStore
-        >>> store = MemoryStore({"w": torch.tensor([1.0, 4.0])})
         >>> config = FisherConfig(estimator="squisher", statistic="ema", steps=1, optimizer={"beta2": 0.75})
-        >>> Fisher(store, config).scaled("w")
+        >>> Fisher({"w": torch.tensor([1.0, 4.0])}, config).scaled("w")
         tensor([ 4., 16.])
     """
 
-    def __init__(self, store: TensorStore, config: FisherConfig, aliases: Mapping[str, str] | None = None) -> None:
-        self._store = store
+    def __init__(
+        self,
+        store: TensorStore | Mapping[str, torch.Tensor],
+        config: FisherConfig,
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        self._store: TensorStore = MemoryStore(store) if isinstance(store, Mapping) else store
         self.config = config
         self.aliases = dict(aliases or {})
         self._moments: dict[Scaling, tuple[float, float]] = {}
@@ -58,18 +63,18 @@ class Fisher(Mapping[str, torch.Tensor]):
 
     @property
     def location(self) -> str:
-        """Where the tensors lie, for messages."""
+        """Location of the tensors, for messages."""
         return self._store.location
 
     def resolve(self, name: str) -> str | None:
-        """Return the stored name of a parameter, through ties and aliases; None if there is none."""
+        """Return the stored name of a parameter or alias, or None."""
         if name in self._store.infos:
             return name
         alias = self.aliases.get(name)
         return alias if alias in self._store.infos else None
 
     def info(self, name: str) -> TensorInfo:
-        """Return shape, dtype and bytes of a tensor without reading it."""
+        """Return the shape, dtype and bytes of a tensor, from its header."""
         found = self.resolve(name)
         if found is None:
             raise KeyError(name)
@@ -80,14 +85,14 @@ class Fisher(Mapping[str, torch.Tensor]):
         return self.config.factor(self.resolve(name) or name, scaling)
 
     def offset(self, name: str, scaling: Scaling = "debiased") -> float:
-        """Return what has to be taken off every entry of one parameter, rounded as the entries are stored.
+        """Return the number to subtract from raw entries of one parameter, rounded to their dtype.
 
-        Adagrad's start of 0.7 is 0.69999999 in float32: taking off 0.7 would leave entries below 0.
+        Adagrad's initial value of 0.7 is 0.69999999 in float32: subtracting 0.7 would leave negative entries.
         """
         return torch.tensor(self.config.offset(scaling), dtype=self.info(name).dtype).item()
 
     def scaled(self, name: str, scaling: Scaling = "debiased") -> torch.Tensor:
-        """Return one tensor at the wanted scale.
+        """Return one tensor at a scale.
 
         Args:
             name: Parameter name.
@@ -97,18 +102,53 @@ class Fisher(Mapping[str, torch.Tensor]):
             A new float32 tensor (float64 if stored so), shaped like the parameter.
 
         Raises:
-            KeyError: There is no such parameter.
-            ConfigError: A number that the scaling needs is not recorded.
+            KeyError: The parameter has no Fisher.
+            ConfigError: The scaling needs a number that the metadata lack.
         """
         raw = self[name]
         dtype = torch.promote_types(raw.dtype, torch.float32)
-        # The factor of an early step can leave float32 at the ends of its range; one rounding, at the end.
+        # The factor of an early step can leave the range of float32: compute in float64 and round once, at the end.
         return rescaled(raw, self.offset(name, scaling), self.factor(name, scaling)).to(dtype)
 
-    def moments(self, scaling: Scaling = "debiased") -> tuple[float, float]:
-        """Return mean and L2 norm over all entries, summed in float64 once; the recorded ones where they exist.
+    def save(
+        self, path: str | Path, dtype: torch.dtype | str | None = None, compress: Compression | None = None
+    ) -> FisherConfig:
+        """Write this Fisher as a portable one, whole or not at all.
+
+        Args:
+            path: The folder to make. An existing folder must not hold a Fisher.
+            dtype: float32 (default) or bfloat16, of all tensors that are not compact.
+            compress: None, or a compact form: ``log8``, ``log4`` (each entry to 4 % or 40 %) or ``rank1`` (row and
+                column means).
+
+        Returns:
+            The metadata in ``fisher_config.json``: those of this Fisher with mean, norm, encoding and coverage of the
+            file.
 
         Raises:
+            ConfigError: An argument is unknown, or ``path`` is a file or already holds a Fisher.
+            ValuesError: An entry is NaN, infinite or negative.
+
+        Example:
+            >>> import tempfile
+            >>> from squisher_mergekit import load_fisher
+            >>> fisher = Fisher({"w": torch.tensor([1.0, 4.0])}, FisherConfig(estimator="empirical", statistic="mean"))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     config = fisher.save(f"{folder}/fisher")
+            ...     load_fisher(f"{folder}/fisher")["w"]
+            tensor([1., 4.])
+            >>> config.mean, config.encoding
+            (2.5, {'default': 'float32'})
+        """
+        from squisher_mergekit.fisher.files import to_dtype, write_fisher
+
+        return write_fisher(self, Path(path).expanduser(), to_dtype(dtype or torch.float32), compress=compress)
+
+    def moments(self, scaling: Scaling = "debiased") -> tuple[float, float]:
+        """Return the mean and L2 norm over all entries, from the metadata or else summed once in float64.
+
+        Raises:
+            ConfigError: The scaling needs a number that the metadata lack.
             ValuesError: An entry is NaN, infinite or negative.
         """
         config = self.config
@@ -123,7 +163,7 @@ class Fisher(Mapping[str, torch.Tensor]):
 
 
 def rescaled(raw: torch.Tensor, offset: float, factor: float) -> torch.Tensor:
-    """Return ``(F - offset) factor`` as a new float64 tensor, see :meth:`Fisher.offset` and :meth:`Fisher.factor`."""
+    """Return ``(F - offset) factor`` as a new float64 tensor (:meth:`Fisher.offset`, :meth:`Fisher.factor`)."""
     return raw.to(torch.float64, copy=True).sub_(offset).mul_(factor)
 
 
@@ -141,13 +181,13 @@ class Moments:
         """Add one tensor, and check its entries.
 
         Args:
-            fisher: Which has it.
-            name: Its name.
-            scaling: At which scale to add it.
-            tensor: Its entries, if they have been read already.
+            fisher: The Fisher with the tensor.
+            name: Name of the tensor.
+            scaling: The scale at which to add it.
+            tensor: The raw entries, if they have been read already.
 
         Raises:
-            ConfigError: A number that the scaling needs is not recorded.
+            ConfigError: The scaling needs a number that the metadata lack.
             ValuesError: An entry is NaN, infinite or negative.
         """
         offset, factor = fisher.offset(name, scaling), fisher.factor(name, scaling)
@@ -166,20 +206,20 @@ class Moments:
 
     @property
     def mean(self) -> float:
-        """Mean over all entries added."""
+        """Mean over the added entries."""
         return self.total / self.count if self.count else 0.0
 
     @property
     def norm(self) -> float:
-        """L2 norm over all entries added."""
+        """L2 norm over the added entries."""
         return math.sqrt(self.squares)
 
 
 def check_values(tensor: torch.Tensor, name: str, location: str) -> None:
-    """Refuse NaN, infinite and negative entries.
+    """Raise if a tensor has NaN, infinite or negative entries.
 
     Raises:
-        ValuesError: There is one; the message says which kind and how many.
+        ValuesError: An entry is invalid; the message has the number of each kind.
     """
     if tensor.numel() == 0:
         return
@@ -189,15 +229,15 @@ def check_values(tensor: torch.Tensor, name: str, location: str) -> None:
 
 
 def count_invalid(tensor: torch.Tensor) -> torch.Tensor:
-    """Return how many entries are NaN, infinite and negative, on the tensor's device (three integers)."""
+    """Return the numbers of NaN, infinite and negative entries, as three integers on the tensor's device."""
     return torch.stack([tensor.isnan().sum(), tensor.isinf().sum(), (tensor < 0).sum()])
 
 
 def refuse_invalid(counts: torch.Tensor, total: int, name: str, location: str) -> None:
-    """Refuse a Fisher by what :func:`count_invalid` found.
+    """Raise if :func:`count_invalid` found invalid entries.
 
     Raises:
-        ValuesError: A count is not 0; the message says which kind and how many.
+        ValuesError: A count is not 0; the message has the number of each kind.
     """
     kinds = zip(counts.tolist(), ("NaN", "infinite", "negative"), strict=True)
     found = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
