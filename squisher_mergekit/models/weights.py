@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError, MismatchError, NotFoundError, RefusedError
 from squisher_mergekit.models.checkpoint_names import CheckpointNames, meta_model, of_model
+from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.safetensors import (
@@ -30,18 +30,47 @@ BASENAME = "model"
 _TRAINERS = {"trainer_state.json", "fisher_config.json", "fisher.safetensors.index.json", "all_results.json"}
 
 
-@dataclass(frozen=True)
 class Weights:
-    """The weights in a folder: ``store`` reads them, ``files`` are their shards."""
+    """Weights of a model folder: headers and fingerprint are read on first use, and once.
 
-    folder: Path
-    files: tuple[Path, ...]
-    store: TensorStore = field(repr=False)
+    A folder without safetensors has no files, no infos and no fingerprint.
+
+    Args:
+        path: A model folder, or one ``.safetensors`` file.
+        basename: ``model``, or ``adapter_model`` for an adapter.
+        store: Tensors to use in place of those on disk.
+    """
+
+    def __init__(self, path: Path, basename: str = BASENAME, store: TensorStore | None = None) -> None:
+        single = path.is_file()
+        self.folder = path.parent if single else path
+        self.basename = basename
+        if single:
+            self.__dict__["files"] = (path,) if path.suffix == ".safetensors" else ()
+        if store is not None:
+            self.__dict__["store"] = store
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files, shard by shard; empty if there are none."""
+        return tuple(safetensors_files(self.folder, self.basename))
+
+    @cached_property
+    def store(self) -> TensorStore:
+        """Store that reads the tensors."""
+        return SafetensorsStore(self.files, str(self.folder))
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
         """Name -> header, shard by shard."""
         return self.store.infos
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Digest of the files; None if there are none."""
+        if not self.files:
+            return None
+        return fingerprint(self.files[0] if len(self.files) == 1 else self.folder, self.basename)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, a view of the mapped file; it must not be written to."""
@@ -77,7 +106,9 @@ def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
             f"{option} must be a folder with {BASENAME}.safetensors or its shards, but {folder} has none; save the "
             "model by save_pretrained and give that folder"
         )
-    return Weights(folder, tuple(files), SafetensorsStore(files, str(folder)))
+    weights = Weights(folder)
+    _ = weights.infos
+    return weights
 
 
 def check_alike(tuned: Weights, base: Weights, names: Iterable[str]) -> None:

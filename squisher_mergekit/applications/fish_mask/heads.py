@@ -72,7 +72,7 @@ def in_memory(model: nn.Module) -> tuple[Weights, Parts]:
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> Weights:
     """Return tensors in memory as weights, without a folder."""
-    return Weights(_MEMORY, (), MemoryStore(tensors))
+    return Weights(_MEMORY, store=MemoryStore(tensors))
 
 
 def _parts(model: nn.Module, bones: CheckpointNames, names: Iterable[str]) -> Parts:
