@@ -1,4 +1,4 @@
-"""The names at the root of the package: their list, the cost of importing them, the verdict of a type checker."""
+"""The public API: eight names at the root, the rest from its room; a type checker rejects names that do not exist."""
 
 import importlib
 import subprocess

@@ -37,7 +37,7 @@ from scripts.experiments import encoder
 from scripts.experiments.encoder import HEAD, Recipe, Row
 from scripts.experiments.questions_report import pictures, tables
 from scripts.experiments.runner import Experiment, Result, Settings, main
-from squisher_mergekit import Fisher, GradientSquares, estimate_fisher, extract, load_fisher
+from squisher_mergekit import Fisher, estimate_fisher, extract, load_fisher
 from squisher_mergekit.fisher.compare import spearman
 from squisher_mergekit.training import GradientSquares
 
