@@ -341,7 +341,7 @@ def _disk_store(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorSto
         return MemoryStore({described.adapter[name]: tensor for name, tensor in tensors.items()}), {}, True
     names = described.checkpoint_names
     store = store_moments("memory", tensors, names, ())
-    stored = {recipe.key: name for name, recipe in store.recipes.items()}
+    stored = {conversion.key: name for name, conversion in store.conversions.items()}
     aliases = {other: stored[name] for other, name in (names.aliases if names else {}).items() if name in stored}
     return store, aliases, False
 

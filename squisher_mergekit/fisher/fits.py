@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.models.fingerprint import difference, fingerprint
+from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
-from squisher_mergekit.tensors.safetensors import TensorInfo, check_shape
+from squisher_mergekit.tensors.safetensors import check_shape
 
 
-def check(fisher: Fisher, weights: dict[str, TensorInfo], folder: Path) -> None:
+def check(fisher: Fisher, weights: Weights) -> None:
     """Check the names and shapes of a Fisher against the headers of weights.
 
     Args:
         fisher: The Fisher.
-        weights: Name -> header of the weights; empty to check nothing.
-        folder: The folder of the weights, for messages.
+        weights: The weights; a folder without weights checks nothing.
 
     Raises:
         MismatchError: A name is not in the weights, or a shape differs.
     """
-    for name in fisher if weights else ():
-        if name not in weights:
+    for name in fisher if weights.infos else ():
+        if name not in weights.infos:
             raise MismatchError(
                 f"the names of a Fisher must be those of the weights, but {name} in {fisher.location} is not in "
-                f"{folder}; give the model that was trained"
+                f"{weights.folder}; give the model that was trained"
             )
-        check_shape(name, fisher.info(name).shape, weights[name].shape, fisher.location)
+        check_shape(name, fisher.info(name).shape, weights.infos[name].shape, fisher.location)
 
 
 def check_fits(fisher: Fisher, weights: Weights, names: Iterable[str]) -> str | None:
@@ -62,4 +60,4 @@ def check_fits(fisher: Fisher, weights: Weights, names: Iterable[str]) -> str | 
                 f"{weights.folder}; give the Fisher of this model"
             )
         check_shape(name, fisher.info(name).shape, weights.infos[stored].shape, fisher.location)
-    return difference(fisher.config.weights_fingerprint, fingerprint(weights.folder))
+    return difference(fisher.config.weights_fingerprint, weights.fingerprint)

@@ -1,1 +1,1 @@
-"""Models without their weights: parameter names in memory and on disk, weights of a folder, adapters, roles."""
+"""Models: parameter names in memory and on disk, weights of a folder, fingerprints, adapters, roles."""

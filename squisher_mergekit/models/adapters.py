@@ -1,4 +1,4 @@
-"""The parameters of a LoRA adapter, in the order in which its optimizer got them."""
+"""Parameters of a LoRA adapter, in the order in which its optimizer received them."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError
-from squisher_mergekit.models.checkpoint_names import CheckpointNames, Parameter, meta_model, types_around
+from squisher_mergekit.models.checkpoint_names import CheckpointNames, ParameterInfo, meta_model, types_around
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def adapter_names(folder: Path, base: Path | None) -> CheckpointNames:
-    """Build the adapter over its base model, both without weights; names on disk are those of ``adapter_model``.
+    """Build an adapter over its base model, both without weights, and return the names of its parameters.
 
     Args:
-        folder: Where ``adapter_config.json`` lies.
-        base: The base model, or a folder with its ``config.json`` alone.
+        folder: Folder of ``adapter_config.json``.
+        base: Folder of the base model; its ``config.json`` is enough.
 
     Returns:
-        The trainable parameters.
+        The trainable parameters; their names on disk are those in ``adapter_model.safetensors``.
 
     Raises:
         NotFoundError: ``base`` is not given, or holds no ``config.json``.
@@ -38,14 +38,14 @@ def adapter_names(folder: Path, base: Path | None) -> CheckpointNames:
         model = _adapted(folder, meta_model(base))
     except CorruptFileError:
         raise
-    except Exception as error:  # peft reports a config that does not fit the model in many ways
+    except Exception as error:  # peft raises many classes for a config that does not fit the model
         raise CorruptFileError(
             f"{folder} must be an adapter that peft can build over {base}, but {str(error)[:200]}; "
             "give the --base it was trained on"
         ) from error
     modules = dict(model.named_modules())
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    parameters = tuple(Parameter(n, tuple(p.shape), types_around(n, modules)) for n, p in trainable.items())
+    parameters = tuple(ParameterInfo(n, tuple(p.shape), types_around(n, modules)) for n, p in trainable.items())
     on_disk = disk_names(model, model.state_dict())
 
     def convert(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -66,24 +66,26 @@ def _adapted(folder: Path, model: Any) -> Any:
     import peft
 
     config: Any = peft.PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False  # nothing would be trainable
+    config.inference_mode = False  # in inference mode no parameter is trainable
     with torch.device("meta"), warnings.catch_warnings():
-        # peft asks transformers in a way that transformers deprecates.
+        # peft calls a deprecated function of transformers.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         return peft.get_peft_model(model, config)
 
 
 def disk_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return name in memory -> the name under which peft saves it, found by following each tensor through.
+    """Return name in memory -> name under which peft saves the tensor.
+
+    peft converts the whole state dict, and the names are read off by the identity of the tensors.
 
     Args:
-        model: Of peft.
+        model: A model of peft.
         state: Name in memory -> tensor.
     """
     import peft
 
     origins = {id(tensor): name for name, tensor in state.items()}
-    # False: whether to save the embeddings of the base as well is no matter here, and "auto" would ask the Hub.
+    # With "auto", peft asks the Hub; the base model's embeddings do not matter here.
     saved = peft.get_peft_model_state_dict(
         model, state_dict=dict(state), adapter_name=str(model.active_adapter), save_embedding_layers=False
     )

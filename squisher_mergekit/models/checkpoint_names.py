@@ -1,4 +1,4 @@
-"""A Hugging Face model without its weights: which parameters it has, in which order, and how they are named on disk."""
+"""Parameters of a Hugging Face model, in their order, with their names in memory and on disk; no weights needed."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,11 +16,14 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A parameter of a model.
+class ParameterInfo:
+    """Parameter of a model, without its values.
 
-    ``types``: class names of the modules around it, the root excepted, and of their bases. ``trainable``: it asks for
-    a gradient unless somebody freezes it.
+    Attributes:
+        name: Name in memory.
+        shape: Shape of the tensor.
+        types: Class names of the modules around the parameter, without the root, and of their base classes.
+        trainable: False for a parameter that the model itself freezes.
     """
 
     name: str
@@ -30,29 +33,29 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        """How many entries it has."""
+        """Number of entries."""
         return math.prod(self.shape)
 
 
 LAYER_NORM = "torch.nn.LayerNorm"
-
-
 NAMES_CURE = "--names FILE with one name a line, line i for the optimizer's parameter i"
-
-
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class CheckpointNames:
-    """What a model's class tells.
+    """Names of a model's parameters in memory and on disk, and the conversion between them.
 
-    ``parameters``: in the model's order, tied ones once, under their first name. ``first``: every name in memory ->
-    that first name. ``sources``: name on disk -> the parameters that its tensor is made of, by ``convert``. ``shapes``:
-    of the tensors on disk. ``aliases``: other name on disk of a tied tensor -> the one that is kept.
+    Attributes:
+        parameters: The parameters in the model's order; tied ones once, under their first name.
+        first: Name in memory -> first name of the same (perhaps tied) parameter.
+        sources: Name on disk -> names in memory of the parameters that ``convert`` makes the tensor of.
+        shapes: Name on disk -> shape.
+        aliases: Other name on disk of a tied tensor -> name that is saved.
+        convert: Function from tensors by name in memory to tensors by name on disk.
     """
 
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[ParameterInfo, ...]
     first: Mapping[str, str]
     sources: Mapping[str, tuple[str, ...]]
     shapes: Mapping[str, tuple[int, ...]]
@@ -61,18 +64,15 @@ class CheckpointNames:
 
 
 def checkpoint_names(folder: Path, stored: Collection[str] = ()) -> CheckpointNames:
-    """Build the model that a folder's ``config.json`` describes, on the meta device: no weights, no memory.
+    """Return the names of the model that a ``config.json`` describes, built on the meta device without memory.
 
     Args:
-        folder: Where ``config.json`` lies.
-        stored: The names in its weights, if there are weights.
-
-    Returns:
-        Its parameters and their names on disk.
+        folder: Folder of ``config.json``.
+        stored: Names of the tensors in the model's weights; empty if there are no weights.
 
     Raises:
-        NamingError: There is no ``config.json``.
-        CorruptFileError: It is none that transformers can build a model from.
+        NamingError: The folder has no ``config.json``.
+        CorruptFileError: transformers cannot build a model from the ``config.json``.
         UnsupportedStateError: transformers converts the model's weights by more than moving elements.
     """
     file = folder / "config.json"
@@ -90,10 +90,10 @@ def _cached(file: Path, _changed_at: int, stored: frozenset[str]) -> CheckpointN
 
 
 def meta_model(folder: Path) -> nn.Module:
-    """Build the model of a ``config.json`` without weights; a model's own code is never run.
+    """Build the model of a ``config.json`` on the meta device; code from the folder is never run.
 
     Raises:
-        CorruptFileError: It is none that transformers can build a model from.
+        CorruptFileError: transformers cannot build a model from the ``config.json``.
     """
     import transformers
 
@@ -114,63 +114,63 @@ def meta_model(folder: Path) -> nn.Module:
 
 
 def of_model(model: nn.Module, stored: Collection[str] = ()) -> CheckpointNames:
-    """Describe a model of transformers.
+    """Return the names of a model of transformers.
 
     A model is saved under the names that it was loaded from: BERT's LayerNorm.gamma, an older prefix, packed experts.
-    So the conversions are taken that the stored names show to be in use, and the usual ones where there are none.
+    The stored names therefore decide which conversions are in use; without stored names the usual ones are.
 
     Args:
-        model: On any device.
-        stored: The names in its weights, if there are weights.
+        model: The model, on any device.
+        stored: Names of the tensors in the model's weights; empty if there are no weights.
 
     Raises:
-        UnsupportedStateError: transformers converts its weights by more than moving elements.
+        UnsupportedStateError: transformers converts the model's weights by more than moving elements.
     """
     if stored:
-        found = _described(model, _steps_in_use(model, stored))
+        found = _names_by_steps(model, _steps_in_use(model, stored))
         if found.sources.keys() <= set(stored):
             return found
-    return _described(model, _usual_steps(model))
+    return _names_by_steps(model, _usual_steps(model))
 
 
-def _described(model: nn.Module, steps: Sequence[Any]) -> CheckpointNames:
+def _names_by_steps(model: nn.Module, steps: Sequence[Any]) -> CheckpointNames:
     modules = dict(model.named_modules())
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     parameters = tuple(
-        Parameter(name, tuple(p.shape), types_around(name, modules), p.requires_grad)
+        ParameterInfo(name, tuple(p.shape), types_around(name, modules), p.requires_grad)
         for name, p in model.named_parameters()
     )
     # Of tied parameters, save_pretrained keeps the one whose name is not among the tied keys.
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    kept = {same[0]: next((name for name in same if name not in tied), same[0]) for same in names.values()}
+    saved_as = {shared[0]: next((name for name in shared if name not in tied), shared[0]) for shared in names.values()}
     reverse = _reverse_conversion(model, steps)
 
     def convert(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return reverse({kept[name]: tensor for name, tensor in tensors.items()})
+        return reverse({saved_as[name]: tensor for name, tensor in tensors.items()})
 
     tensors = {p.name: torch.empty(p.shape, device="meta") for p in parameters}
-    whole = convert(tensors)
+    on_disk = convert(tensors)
     aliases: dict[str, str] = {}
-    for same in names.values():
-        stored = [(name, tuple(reverse({name: tensors[same[0]]}))) for name in same] if len(same) > 1 else []
-        main = dict(stored).get(kept[same[0]], ())
+    for shared in names.values():
+        stored = [(name, tuple(reverse({name: tensors[shared[0]]}))) for name in shared] if len(shared) > 1 else []
+        main = dict(stored).get(saved_as[shared[0]], ())
         for name, others in stored:
-            if name != kept[same[0]] and len(others) == len(main):
+            if name != saved_as[shared[0]] and len(others) == len(main):
                 aliases.update(zip(others, main, strict=True))
     return CheckpointNames(
         parameters,
-        {name: same[0] for same in names.values() for name in same},
-        _sources(tensors, whole, convert),
-        {name: tuple(tensor.shape) for name, tensor in whole.items()},
+        {name: shared[0] for shared in names.values() for name in shared},
+        _sources(tensors, on_disk, convert),
+        {name: tuple(tensor.shape) for name, tensor in on_disk.items()},
         aliases,
         convert,
     )
 
 
 def types_around(name: str, modules: Mapping[str, nn.Module]) -> frozenset[str]:
-    """Return the class names of the modules that a parameter lies in, the root left out, and of their bases."""
+    """Return the class names of the modules around a parameter, without the root, and of their base classes."""
     path = name.split(".")[:-1]
     around = [modules[".".join(path[: i + 1])] for i in range(len(path))]
     types = {base.__name__ for module in around for base in type(module).__mro__}
@@ -178,7 +178,7 @@ def types_around(name: str, modules: Mapping[str, nn.Module]) -> frozenset[str]:
 
 
 def _usual_steps(model: nn.Module) -> list[Any]:
-    """Return the conversions that save_pretrained reverts of a model that was loaded from no files."""
+    """Return the conversions that save_pretrained reverts for a model that was not loaded from files."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
@@ -187,7 +187,7 @@ def _usual_steps(model: nn.Module) -> list[Any]:
 
 
 def _steps_in_use(model: nn.Module, stored: Collection[str]) -> list[Any]:
-    """Return the conversions that loading weights of these names would use, which are those that saving reverts."""
+    """Return the conversions that loading weights with these names uses, and that saving reverts."""
     from transformers import core_model_loading
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -200,10 +200,10 @@ def _steps_in_use(model: nn.Module, stored: Collection[str]) -> list[Any]:
 
 
 def _reverse_conversion(model: nn.Module, steps: Sequence[Any]) -> Convert:
-    """Return transformers' own way from the names in memory to the names on disk.
+    """Return transformers' own conversion from the names in memory to the names on disk.
 
     Raises:
-        UnsupportedStateError: It does more than move elements: it would not hold for squared gradients.
+        UnsupportedStateError: The conversion does more than move elements, so it is wrong for squared gradients.
     """
     from transformers import core_model_loading
 
@@ -219,7 +219,7 @@ def _reverse_conversion(model: nn.Module, steps: Sequence[Any]) -> Convert:
     target: Any = model
 
     def reverse(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        target._weight_conversions = list(steps)  # where save_pretrained looks for them
+        target._weight_conversions = list(steps)  # the attribute that save_pretrained reads
         converted: Mapping[str, Tensor] = core_model_loading.revert_weight_conversion(target, dict(tensors))
         return converted
 
@@ -227,31 +227,32 @@ def _reverse_conversion(model: nn.Module, steps: Sequence[Any]) -> Convert:
 
 
 def _sources(
-    tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor], convert: Convert
+    tensors: Mapping[str, Tensor], on_disk: Mapping[str, Tensor], convert: Convert
 ) -> dict[str, tuple[str, ...]]:
-    """Find by trial which parameters each stored tensor is made of.
+    """Find by trial which parameters each tensor on disk is made of.
 
-    Most are made of one alone: those that come out of it alone as they come out of all together, with no entry lost
-    and none claimed by two. The others need all of the rest; if that does not add up, everything needs everything.
+    A tensor is made of one parameter if converting that parameter alone gives the same tensor, with no entry lost and
+    none claimed by two parameters. The other tensors are taken to need all remaining parameters; if that does not give
+    all tensors on disk, each is taken to need all parameters.
     """
     sources: dict[str, tuple[str, ...]] = {}
     rest = []
     for name, tensor in tensors.items():
         try:
             alone = convert({name: tensor})
-        except Exception:  # an operation that needs other tensors beside this one fails in its own way
+        except Exception:  # an operation that needs further tensors can fail in any way
             alone = {}
-        same = all(out in whole and part.shape == whole[out].shape for out, part in alone.items())
-        if same and not sources.keys() & alone.keys() and sum(p.numel() for p in alone.values()) == tensor.numel():
+        equal = all(out in on_disk and part.shape == on_disk[out].shape for out, part in alone.items())
+        if equal and not sources.keys() & alone.keys() and sum(p.numel() for p in alone.values()) == tensor.numel():
             sources.update(dict.fromkeys(alone, (name,)))
         else:
             rest.append(name)
-    if not rest and sources.keys() == whole.keys():
+    if not rest and sources.keys() == on_disk.keys():
         return sources
     try:
-        together = convert({name: tensors[name] for name in rest})
+        joint = convert({name: tensors[name] for name in rest})
     except Exception:
-        together = {}
-    if not sources.keys() & together.keys() and sources.keys() | together.keys() == whole.keys():
-        return sources | dict.fromkeys(together, tuple(rest))
-    return dict.fromkeys(whole, tuple(tensors))
+        joint = {}
+    if not sources.keys() & joint.keys() and sources.keys() | joint.keys() == on_disk.keys():
+        return sources | dict.fromkeys(joint, tuple(rest))
+    return dict.fromkeys(on_disk, tuple(tensors))

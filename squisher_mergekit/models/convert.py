@@ -1,4 +1,4 @@
-"""Second moments, or any other tensor for each parameter, by the names on disk; converted when read."""
+"""Store of one tensor per parameter, such as second moments, under the names on disk; converted when read."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +11,13 @@ from squisher_mergekit.tensors.safetensors import TensorInfo
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a stored tensor is made: ``sources``, names in memory; ``key``, what the conversion of these calls it."""
+class Conversion:
+    """Origin of a tensor on disk.
+
+    Attributes:
+        key: Name of the tensor in the result of :attr:`CheckpointNames.convert`.
+        sources: Names in memory of the parameters that it is converted from.
+    """
 
     key: str
     sources: tuple[str, ...]
@@ -20,32 +25,37 @@ class Recipe:
 
 @dataclass(frozen=True)
 class MomentStore:
-    """A :class:`~squisher_mergekit.tensors.safetensors.TensorStore` over an optimizer's state.
+    """Store of second moments: a :class:`~squisher_mergekit.tensors.safetensors.TensorStore` over optimizer state.
 
-    ``moments``: name in memory -> tensor. ``recipes``: name on disk -> how it is made of them. ``verify``: holds the
-    bytes of a mapped tensor against their checksum.
+    Attributes:
+        location: File or folder of the state, for messages.
+        moments: Name in memory -> second moment.
+        conversions: Name on disk -> origin of the tensor.
+        infos: Name on disk -> header of the tensor.
+        checkpoint_names: The model's names; None if the names in memory are those on disk.
+        verify: Function that verifies the checksum of a mapped tensor's bytes.
     """
 
     location: str
     moments: Mapping[str, MaybeLazy]
-    recipes: Mapping[str, Recipe]
+    conversions: Mapping[str, Conversion]
     infos: Mapping[str, TensorInfo]
     checkpoint_names: CheckpointNames | None
     verify: Callable[[Tensor], None]
-    # The conversion read last: the many experts of one packed tensor are asked for one after the other.
+    # The last conversion, as callers read the many experts of one packed tensor one after another.
     _last: dict[tuple[str, ...], Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
-        recipe = self.recipes[name]
+        origin = self.conversions[name]
         if self.checkpoint_names is None:
-            return self._moment(recipe.key)
-        converted = self._last.get(recipe.sources)
+            return self._moment(origin.key)
+        converted = self._last.get(origin.sources)
         if converted is None:
-            converted = self.checkpoint_names.convert({source: self._moment(source) for source in recipe.sources})
+            converted = self.checkpoint_names.convert({source: self._moment(source) for source in origin.sources})
             self._last.clear()
-            self._last[recipe.sources] = converted
-        return converted[recipe.key]
+            self._last[origin.sources] = converted
+        return converted[origin.key]
 
     def _moment(self, name: str) -> Tensor:
         stored = self.moments[name]
@@ -61,35 +71,36 @@ def store_moments(
     weights: Collection[str],
     verify: Callable[[Tensor], None] = unverified,
 ) -> MomentStore:
-    """Arrange second moments by their names on disk.
+    """Store second moments under their names on disk.
 
     Args:
-        location: For messages.
+        location: File or folder of the state, for messages.
         moments: Name in memory -> second moment.
-        checkpoint_names: The model that these are parameters of; None if the names are those on disk.
-        weights: The names in the weights, if known: of the names of a tied tensor, the one found there is taken.
-        verify: Holds the bytes of a mapped tensor against their checksum.
+        checkpoint_names: The model's names; None if the names in memory are those on disk.
+        weights: Names in the weights, if known: of the names of a tied tensor, the one found there is taken.
+        verify: Function that verifies the checksum of a mapped tensor's bytes.
     """
-    recipes, infos = {}, {}
+    conversions, infos = {}, {}
     if checkpoint_names is None:
-        recipes = {name: Recipe(name, (name,)) for name in moments}
+        conversions = {name: Conversion(name, (name,)) for name in moments}
         shapes: Mapping[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in moments.items()}
     else:
         others: dict[str, list[str]] = {}
-        for alias, kept in checkpoint_names.aliases.items():
-            others.setdefault(kept, []).append(alias)
+        for alias, saved_as in checkpoint_names.aliases.items():
+            others.setdefault(saved_as, []).append(alias)
         order = {name: number for number, name in enumerate(moments)}
         ready = [
             key for key, sources in checkpoint_names.sources.items() if all(source in moments for source in sources)
         ]
         for key in sorted(ready, key=lambda key: order[checkpoint_names.sources[key][0]]):
-            names = [key, *others.get(key, [])]
-            recipes[next((name for name in names if name in weights), key)] = Recipe(key, checkpoint_names.sources[key])
+            tied = [key, *others.get(key, [])]
+            name = next((name for name in tied if name in weights), key)
+            conversions[name] = Conversion(key, checkpoint_names.sources[key])
         shapes = checkpoint_names.shapes
-    for name, recipe in recipes.items():
-        shape, dtype = shapes[recipe.key], moments[recipe.sources[0]].dtype
+    for name, origin in conversions.items():
+        shape, dtype = shapes[origin.key], moments[origin.sources[0]].dtype
         size = dtype.itemsize
         for length in shape:
             size *= length
         infos[name] = TensorInfo(shape, dtype, size)
-    return MomentStore(location, moments, recipes, infos, checkpoint_names, verify)
+    return MomentStore(location, moments, conversions, infos, checkpoint_names, verify)

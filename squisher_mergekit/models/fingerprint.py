@@ -1,4 +1,4 @@
-"""A short digest that ties a Fisher to the weights it was made at."""
+"""Fingerprint of weights: a short digest that ties a Fisher to the weights it was made at."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from squisher_mergekit.tensors.safetensors import safetensors_files, safetensors_header
+from squisher_mergekit.tensors.safetensors import SafetensorsHeader, read_header, safetensors_files
 
 _BLOCKS, _BLOCK = 8, 128
 
@@ -14,26 +14,37 @@ _BLOCKS, _BLOCK = 8, 128
 def fingerprint(folder: Path, basename: str = "model") -> str | None:
     """Return the fingerprint of the weights in a folder, or None where they are not safetensors.
 
-    ``fp1:<names, shapes and dtypes>-<sampled bytes>``: two BLAKE2b digests over the tensors in the order of
-    their names. Of each tensor eight blocks of 128 bytes are read, evenly spread, the first and last included (all
-    of a small tensor); the cost does not grow with the size of the tensors.
+    Use :class:`~squisher_mergekit.models.weights.Weights` where the headers are needed as well: it reads them once.
 
     Args:
         folder: A model folder, or one ``.safetensors`` file.
         basename: ``model``, or ``adapter_model`` for an adapter.
     """
     files = [folder] if folder.is_file() else safetensors_files(folder, basename)
-    if not files or any(file.suffix != ".safetensors" for file in files):
+    if any(file.suffix != ".safetensors" for file in files):
+        return None
+    return fingerprint_of(map(read_header, files))
+
+
+def fingerprint_of(headers: Iterable[SafetensorsHeader]) -> str | None:
+    """Return the fingerprint of the files with these headers; None if there is no file.
+
+    ``fp1:<names, shapes and dtypes>-<sampled bytes>``: two BLAKE2b digests over the tensors in the order of
+    their names. Of each tensor eight blocks of 128 bytes are read, evenly spread, the first and last included (all
+    of a small tensor); the cost does not grow with the size of the tensors.
+    """
+    headers = list(headers)
+    if not headers:
         return None
     structure, content = hashlib.blake2b(digest_size=6), hashlib.blake2b(digest_size=12)
-    for name, shape, dtype, sample in sorted(_samples(files)):
+    for name, shape, dtype, sample in sorted(_samples(headers)):
         structure.update(f"{name}\0{shape}\0{dtype}\0".encode())
         content.update(name.encode() + b"\0" + sample)
     return f"fp1:{structure.hexdigest()}-{content.hexdigest()}"
 
 
 def difference(made_at: str | None, used_with: str | None) -> str | None:
-    """Say what differs between two fingerprints; None where they agree or one is unknown."""
+    """Describe the difference of two fingerprints; None where they agree or one is unknown."""
     if made_at is None or used_with is None or made_at == used_with:
         return None
     if made_at.split("-")[0] != used_with.split("-")[0]:
@@ -41,15 +52,14 @@ def difference(made_at: str | None, used_with: str | None) -> str | None:
     return f"same names, shapes and dtypes, but other values ({made_at} against {used_with})"
 
 
-def _samples(files: Iterable[Path]) -> Iterable[tuple[str, list[int], str, bytes]]:
-    for file in files:
-        header, start = safetensors_header(file)
-        with file.open("rb") as stream:
-            for name, entry in header.items():
+def _samples(headers: Iterable[SafetensorsHeader]) -> Iterable[tuple[str, list[int], str, bytes]]:
+    for header in headers:
+        with header.file.open("rb") as stream:
+            for name, entry in header.entries.items():
                 begin, end = entry["data_offsets"]
                 sample = b""
                 for offset in _offsets(end - begin):
-                    stream.seek(start + begin + offset)
+                    stream.seek(header.start + begin + offset)
                     sample += stream.read(min(_BLOCK, end - begin))
                 yield name, entry["shape"], entry["dtype"], sample
 

@@ -1,4 +1,4 @@
-"""Along which axis of a weight its inputs lie, which is where a pattern of n in m runs."""
+"""Input axis of each weight: the axis along which n:m sparsity patterns run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def input_axes(model: nn.Module, checkpoint_names: CheckpointNames, shapes: Shapes) -> dict[str, int | None]:
-    """Return the input axis of each weight by the module that has it.
+    """Return the input axis of each weight, by the class of the module that owns the weight.
 
-    Linear layers keep [out, in], GPT-2's Conv1D [in, out], convolutions [out, in, ...], transposed ones [in, out, ...].
-    Packed experts say themselves whether they are transposed.
+    Weights of linear layers are [out, in], of GPT-2's Conv1D [in, out], of convolutions [out, in, ...], of transposed
+    convolutions [in, out, ...]. Packed experts have an attribute ``is_transposed``.
 
     Args:
         model: The model, unwrapped.
-        checkpoint_names: Its names on disk.
-        shapes: Of the tensors on disk.
+        checkpoint_names: The model's names in memory and on disk.
+        shapes: Name on disk -> shape.
 
     Returns:
-        Name on disk -> axis; None where it is not known.
+        Name on disk -> axis; None where the axis is not known.
     """
     owners = {
         f"{path}.{name}" if path else name: module
@@ -45,7 +45,7 @@ def axes_on_disk(weights: Weights, shapes: Shapes) -> dict[str, int | None]:
 
     Args:
         weights: The weights.
-        shapes: Of those that are asked for.
+        shapes: Name on disk -> shape of the tensors asked for.
     """
     if weights.outline is None:
         return {name: _by_shape(shape) for name, shape in shapes.items()}
@@ -66,5 +66,5 @@ def _of_module(module: nn.Module | None, shape: tuple[int, ...]) -> int | None:
 
 
 def _by_shape(shape: tuple[int, ...]) -> int | None:
-    # Three axes can be experts of either orientation.
+    # A tensor with three axes can hold experts of either orientation.
     return 1 if len(shape) in (2, 4, 5) else None

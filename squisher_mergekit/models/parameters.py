@@ -1,4 +1,4 @@
-"""A model in training: what is wrapped around it, and what its parameters are called on disk."""
+"""Parameters of a model in training: wrappers taken off, names in memory and on disk."""
 
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from squisher_mergekit.errors import NamingError
 from squisher_mergekit.models.adapters import disk_names
-from squisher_mergekit.models.checkpoint_names import CheckpointNames, Parameter, of_model
+from squisher_mergekit.models.checkpoint_names import CheckpointNames, ParameterInfo, of_model
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def unwrapped(name: str) -> str:
-    """Strip what DDP, torch.compile, FSDP and activation checkpointing put into a name.
+    """Strip the prefixes of DDP, torch.compile, FSDP and activation checkpointing from a name.
 
     Example:
         >>> unwrapped("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
@@ -30,15 +30,18 @@ def unwrapped(name: str) -> str:
     return name
 
 
-_CONVERSIONS = "_weight_conversions"  # where transformers notes how a model was loaded, and so how it is saved
+# The attribute in which transformers records how a model was loaded, and so how it is saved.
+_CONVERSIONS = "_weight_conversions"
 
 
 @dataclass(frozen=True)
-class Described:
-    """What is known of a model's parameters.
+class ParameterNames:
+    """Names of a live model's parameters.
 
-    ``names``: id of a parameter -> its name in memory, wrappers left out. ``checkpoint_names``: the way from these to
-    disk; None where they are those already. ``adapter``: of a LoRA, name in memory -> name on disk.
+    Attributes:
+        names: Id of a parameter -> name in memory, without wrappers.
+        checkpoint_names: Names on disk and the conversion to them; None where the names in memory are those on disk.
+        adapter: Name in memory -> name on disk for a LoRA adapter; None for a full model.
     """
 
     names: Mapping[int, str]
@@ -47,12 +50,12 @@ class Described:
 
     @property
     def basename(self) -> str:
-        """How the files of the weights begin."""
+        """Basename of the weight files."""
         return "model" if self.adapter is None else "adapter_model"
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Take off what DDP, DataParallel, FSDP1 and torch.compile put around a model.
+    """Return the model inside the wrappers of DDP, DataParallel, FSDP1 and torch.compile.
 
     Example:
         >>> inner = nn.Linear(2, 3)
@@ -71,17 +74,17 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def uses_fsdp1(model: nn.Module) -> bool:
-    """Return whether FSDP1 holds the parameters, flattened and cut up."""
+    """Return True if FSDP1 has flattened and sharded the parameters."""
     return any(_is_fsdp1(module) for module in model.modules())
 
 
 def uses_deepspeed(model: nn.Module, optimizer: Any) -> bool:
-    """Return whether DeepSpeed holds the optimizer's state."""
+    """Return True if DeepSpeed owns the optimizer's state."""
     return any("deepspeed" in type(one).__module__ for one in (model, optimizer))
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by their names in memory, the first of a tied one's, wrappers left out.
+    """Return the parameters by name in memory: without wrappers, tied ones under their first name.
 
     Example:
         >>> list(parameters_of(nn.DataParallel(nn.Linear(2, 3))))
@@ -91,19 +94,16 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def memory_names(model: nn.Module) -> dict[int, str]:
-    """Return id of a parameter -> its name in memory, see :func:`parameters_of`."""
+    """Return id of a parameter -> name in memory, see :func:`parameters_of`."""
     return {id(parameter): name for name, parameter in parameters_of(model).items()}
 
 
-def describe(model: nn.Module, stored: Collection[str] = ()) -> Described:
-    """Find the names of a model's parameters in memory, and how they are saved.
+def describe(model: nn.Module, stored: Collection[str] = ()) -> ParameterNames:
+    """Return the names of a model's parameters in memory and on disk.
 
     Args:
         model: A model of transformers or peft, or any other; wrapped or not, on any device.
-        stored: The names in the weights beside, if there are weights.
-
-    Returns:
-        Names and their way to disk.
+        stored: Names of the tensors in the model's weights on disk; empty if there are none.
 
     Raises:
         NamingError: transformers cannot build the model from its config, and its modules are wrapped one by one.
@@ -113,12 +113,12 @@ def describe(model: nn.Module, stored: Collection[str] = ()) -> Described:
     names = memory_names(model)
     if _is_a("peft", "PeftModel", inner):
         state = {_clean(name): tensor for name, tensor in (*inner.named_parameters(), *inner.named_buffers())}
-        return Described(names, adapter=disk_names(inner, state))
+        return ParameterNames(names, adapter=disk_names(inner, state))
     flat = uses_fsdp1(model)
     if not _is_a("transformers", "PreTrainedModel", inner):
-        return Described(names, None if flat else _plain(inner))
+        return ParameterNames(names, None if flat else _of_state_dict(inner))
     wrapped = flat or any(name != _clean(name) for name, _ in inner.named_parameters())
-    return Described(names, _of_transformers(_rebuilt(inner) if wrapped else inner, inner, stored))
+    return ParameterNames(names, _of_transformers(_rebuilt(inner) if wrapped else inner, inner, stored))
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
@@ -126,59 +126,59 @@ def _is_fsdp1(module: nn.Module) -> bool:
 
 
 def _is_a(package: str, name: str, thing: object) -> bool:
-    """Return whether a thing is of a class, without importing what it is not made of."""
+    """Return ``isinstance`` for a class in a package, without importing the package."""
     module = sys.modules.get(package)
     return module is not None and isinstance(thing, getattr(module, name))
 
 
 def _clean(name: str) -> str:
-    # The outermost wrapper is off: what is called "module." now is the model's own.
+    # The outermost wrapper is off, so a leading "module." is the model's own.
     return unwrapped(f".{name}")[1:]
 
 
-def _plain(model: nn.Module) -> CheckpointNames:
-    """Describe a model that is saved by its state_dict."""
-    same: dict[int, list[str]] = {}
+def _of_state_dict(model: nn.Module) -> CheckpointNames:
+    """Return the names of a model that is saved by its state_dict."""
+    shared: dict[int, list[str]] = {}
     parameters = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        same.setdefault(id(parameter), []).append(_clean(name))
+        shared.setdefault(id(parameter), []).append(_clean(name))
         parameters[id(parameter)] = parameter
-    firsts = {names[0]: tuple(parameters[key].shape) for key, names in same.items()}
+    firsts = {names[0]: tuple(parameters[key].shape) for key, names in shared.items()}
     return CheckpointNames(
-        tuple(Parameter(name, shape) for name, shape in firsts.items()),
-        {name: names[0] for names in same.values() for name in names},
+        tuple(ParameterInfo(name, shape) for name, shape in firsts.items()),
+        {name: names[0] for names in shared.values() for name in names},
         {name: (name,) for name in firsts},
         firsts,
-        {name: names[0] for names in same.values() for name in names[1:]},
+        {name: names[0] for names in shared.values() for name in names[1:]},
         dict,
     )
 
 
-def _of_transformers(described: nn.Module, model: nn.Module, stored: Collection[str]) -> CheckpointNames:
-    """Describe a model as save_pretrained saves it; ``described`` is ``model``, or the same without wrappers."""
-    with _untouched(described):
-        bones = of_model(described, stored or _names_when_saved(described, model))
+def _of_transformers(bare: nn.Module, model: nn.Module, stored: Collection[str]) -> CheckpointNames:
+    """Return the names of a model that is saved by save_pretrained; ``bare`` is the model without inner wrappers."""
+    with _untouched(bare):
+        names = of_model(bare, stored or _names_when_saved(bare, model))
 
     def convert(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        with _untouched(described):
-            return bones.convert(tensors)
+        with _untouched(bare):
+            return names.convert(tensors)
 
-    return replace(bones, convert=convert)
+    return replace(names, convert=convert)
 
 
-def _names_when_saved(described: nn.Module, model: nn.Module) -> Collection[str]:
-    """Return the names that a model which was loaded from files is saved under; empty for a new one."""
+def _names_when_saved(bare: nn.Module, model: nn.Module) -> Collection[str]:
+    """Return the names under which a model loaded from files is saved; empty for a new model."""
     from transformers import core_model_loading
 
     if _CONVERSIONS not in vars(model):
         return ()
-    empty = {name: torch.empty(p.shape, device="meta") for name, p in described.named_parameters()}
+    empty = {name: torch.empty(p.shape, device="meta") for name, p in bare.named_parameters()}
     return set(core_model_loading.revert_weight_conversion(model, empty))
 
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Leave to a live model the conversions that it will be saved by."""
+    """Restore a live model's recorded conversions at the end of a ``with`` block."""
     missing = object()
     before = vars(model).get(_CONVERSIONS, missing)
     try:
@@ -191,15 +191,15 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _rebuilt(model: nn.Module) -> nn.Module:
-    """Build a model of transformers once more, without weights and without what is wrapped around its modules.
+    """Build a model of transformers once more, on the meta device and without wrappers around its modules.
 
     Raises:
-        NamingError: Its class cannot be built from its config.
+        NamingError: The model's class cannot be built from its config.
     """
     try:
         with torch.device("meta"):
             rebuilt: nn.Module = type(model)(model.config)
-    except Exception as error:  # a constructor of the user's can fail in any way
+    except Exception as error:  # a user's constructor can fail in any way
         raise NamingError(
             f"{type(model).__name__} must be one that can be built from its config, as its modules are wrapped, but "
             f"{error!s:.100}; take squisher extract on the checkpoint"

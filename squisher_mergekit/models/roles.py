@@ -1,4 +1,4 @@
-"""Which weights are no ordinary matrices: embeddings, norms, biases, and the output layer."""
+"""Roles of weights that are not ordinary matrices: embeddings, norms, biases, and the output layer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from squisher_mergekit.tensors.safetensors import TensorInfo
 
 Role = Literal["embedding", "norm", "bias", "output"]
 ROLES: tuple[Role, ...] = ("embedding", "norm", "bias", "output")
-# Where there is no config to build the model from, names must do.
+# Names that tell a role where there is no config to build the model from.
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|word_embeddings)([._]|$)")
 _OUTPUT = re.compile(r"^(lm_head|classifier|score|qa_outputs|cls|head|fc_out|output_projection|embed_out)\.")
 
 
 def roles_of(model: nn.Module) -> dict[str, Role]:
-    """Return the parameters of a model that have a role, by name in memory.
+    """Return the roles of a model's parameters, by name in memory; ordinary matrices have none.
 
-    Embeddings are those of ``nn.Embedding``, and what lies in a module named so. Vectors are biases if they are called
-    so, else norms. The output layer is, in a model of transformers, what its base model does not have; in any other
-    the last module that has a matrix.
+    Embeddings are the parameters of ``nn.Embedding`` and of modules with such a name. Vectors are biases if their name
+    says so, else norms. In a model of transformers the output layer is all that the base model lacks; in any other
+    model it is the last module that has a matrix.
 
     Example:
         >>> roles_of(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2)))
@@ -48,10 +48,10 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
 
 
 def roles_on_disk(weights: Weights) -> dict[str, Role]:
-    """Return the weights in a folder that have a role, by name on disk.
+    """Return the roles of the weights in a folder, by name on disk; ordinary matrices have none.
 
-    The model is built from its ``config.json``, without weights, to tell them. Where that cannot be done, names must
-    do: ``embed``, ``lm_head``, ``classifier`` and the like.
+    The roles are those of the model that ``config.json`` describes. Where that model cannot be built, names tell the
+    roles: ``embed``, ``lm_head``, ``classifier`` and the like.
     """
     if weights.outline is None:
         return _by_name(weights.infos)
@@ -62,12 +62,12 @@ def roles_on_disk(weights: Weights) -> dict[str, Role]:
 def named_on_disk(
     roles: Mapping[str, Role], checkpoint_names: CheckpointNames, names: Iterable[str]
 ) -> dict[str, Role]:
-    """Return roles by the names on disk.
+    """Return roles by name on disk.
 
     Args:
-        roles: By the names in memory.
-        checkpoint_names: Of the model.
-        names: On disk.
+        roles: Name in memory -> role.
+        checkpoint_names: The model's names in memory and on disk.
+        names: The names on disk.
     """
     found: dict[str, Role] = {}
     for name in names:
@@ -79,15 +79,15 @@ def named_on_disk(
 
 
 def matching(names: Collection[str], pattern: str, what: str) -> list[str]:
-    """Return the names that bear a pattern: a name, or a regular expression that is searched for in names.
+    """Return the names that match a pattern.
 
     Args:
-        names: All of them.
-        pattern: The pattern.
-        what: It is, for a message.
+        names: All names.
+        pattern: A name, or a regular expression that is searched for in the names.
+        what: Meaning of the pattern, as the subject of a message.
 
     Raises:
-        ConfigError: It is no regular expression, or nothing bears it.
+        ConfigError: The pattern is no regular expression, or matches no name.
 
     Example:
         >>> matching(["a.weight", "a.bias", "b.bias"], "^a", "what is left out")
@@ -108,16 +108,16 @@ def matching(names: Collection[str], pattern: str, what: str) -> list[str]:
 def ignored(
     roles: Mapping[str, Role], names: Iterable[str], patterns: Iterable[str] = (), skip: Iterable[Role] = ROLES
 ) -> dict[str, str]:
-    """Return name -> why it is not chosen from.
+    """Return name -> reason, for the weights that a selection leaves out.
 
     Args:
-        roles: Of the names.
-        names: All of them.
-        patterns: Names, or regular expressions that are searched for in names.
-        skip: The roles to leave alone.
+        roles: Name -> role.
+        names: All names.
+        patterns: Names, or regular expressions that are searched for in the names.
+        skip: Roles to leave out.
 
     Raises:
-        ConfigError: A pattern is no regular expression, or nothing bears it.
+        ConfigError: A pattern is no regular expression, or matches no name.
     """
     everything, why = list(names), {}
     wanted = set(skip)
@@ -148,7 +148,7 @@ def _by_name(infos: Mapping[str, TensorInfo]) -> dict[str, Role]:
 
 
 def output_parameters(model: nn.Module) -> set[int]:
-    """Return the ids of the output layer's parameters, whatever their shape."""
+    """Return the ids of the output layer's parameters, of any shape."""
     of_transformers: Any = model
     base = getattr(model, "base_model", None)
     if isinstance(base, nn.Module) and hasattr(model, "get_output_embeddings"):

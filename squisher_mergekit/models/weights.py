@@ -1,44 +1,53 @@
-"""A model's weights on disk, read tensor by tensor, and a changed copy of the model."""
+"""Weights of a model folder, read tensor by tensor, and changed copies of a model."""
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from squisher_mergekit.errors import ConfigError, MismatchError, NotFoundError, RefusedError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError, RefusedError
 from squisher_mergekit.models.checkpoint_names import CheckpointNames, meta_model, of_model
-from squisher_mergekit.models.fingerprint import fingerprint
+from squisher_mergekit.models.fingerprint import fingerprint_of
 from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.safetensors import (
+    SafetensorsHeader,
     SafetensorsStore,
     TensorInfo,
     TensorStore,
+    read_header,
     safetensors_files,
-    safetensors_notes,
-    tensor_infos,
 )
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 BASENAME = "model"
-# The trainer's, by endings that a model's own files have.
-_TRAINERS = {"trainer_state.json", "fisher_config.json", "fisher.safetensors.index.json", "all_results.json"}
+# Files of a trainer whose endings are those of a model's own files.
+_TRAINER_FILES = {"trainer_state.json", "fisher_config.json", "fisher.safetensors.index.json", "all_results.json"}
 
 
 class Weights:
-    """Weights of a model folder: headers and fingerprint are read on first use, and once.
+    """Weights of a model folder: headers, config and fingerprint are read on first use, and once.
 
-    A folder without safetensors has no files, no infos and no fingerprint.
+    A folder without safetensors has no files, no infos and no fingerprint. The object describes the folder as it was
+    when it was first looked at: make a new one after the files have changed.
 
     Args:
         path: A model folder, or one ``.safetensors`` file.
         basename: ``model``, or ``adapter_model`` for an adapter.
         store: Tensors to use in place of those on disk.
+
+    Example:
+        >>> weights = Weights(Path("nowhere"))
+        >>> weights.files, dict(weights.infos), weights.config, weights.fingerprint
+        ((), {}, None, None)
     """
 
     def __init__(self, path: Path, basename: str = BASENAME, store: TensorStore | None = None) -> None:
@@ -50,40 +59,84 @@ class Weights:
         if store is not None:
             self.__dict__["store"] = store
 
+    def __repr__(self) -> str:
+        return f"Weights({str(self.folder)!r}, {self.basename!r})"
+
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        """The safetensors files, shard by shard; empty if there are none."""
+        """The safetensors files, shard by shard; empty if there are none.
+
+        Raises:
+            CorruptFileError: The index cannot be read, or names a file that is missing.
+        """
         return tuple(safetensors_files(self.folder, self.basename))
+
+    @cached_property
+    def headers(self) -> Mapping[Path, SafetensorsHeader]:
+        """File -> header.
+
+        Raises:
+            CorruptFileError: A file is truncated.
+        """
+        return {file: read_header(file) for file in self.files}
 
     @cached_property
     def store(self) -> TensorStore:
         """Store that reads the tensors."""
-        return SafetensorsStore(self.files, str(self.folder))
+        return SafetensorsStore(self.files, str(self.folder), self.headers)
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Name -> header, shard by shard."""
+        """Name on disk -> header of the tensor, shard by shard."""
         return self.store.infos
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """Digest of the files; None if there are none."""
-        if not self.files:
-            return None
-        return fingerprint(self.files[0] if len(self.files) == 1 else self.folder, self.basename)
+        """Digest of the files, see :mod:`~squisher_mergekit.models.fingerprint`; None if there are none."""
+        return fingerprint_of(self.headers.values())
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor, a view of the mapped file; it must not be written to."""
-        return self.store.read(name)
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """Content of ``config.json``; None if the folder has none.
+
+        Raises:
+            CorruptFileError: The file is not JSON.
+        """
+        file = self.folder / "config.json"
+        return read_json(file) if file.is_file() else None
 
     @cached_property
     def outline(self) -> tuple[nn.Module, CheckpointNames] | None:
-        """The model that ``config.json`` describes, without weights, and its names on disk; None if there is none."""
+        """Model on the meta device, built from ``config.json``, and its names on disk; None if it cannot be built."""
         try:
             model = meta_model(self.folder)
             return model, of_model(model, set(self.infos))
         except RefusedError:
             return None
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, a view of the mapped file; it must not be written to."""
+        return self.store.read(name)
+
+    def with_store(self, store: TensorStore) -> Weights:
+        """Return the same weights with other tensors in memory, for example under other names."""
+        changed = copy.copy(self)
+        changed.__dict__.pop("outline", None)
+        changed.__dict__["store"] = store
+        return changed
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file; empty if the file holds something else.
+
+    Raises:
+        CorruptFileError: The file is not JSON.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptFileError(f"{file} must be JSON, but {error}; copy it again") from error
+    return data if isinstance(data, dict) else {}
 
 
 def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
@@ -91,31 +144,30 @@ def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
 
     Args:
         source: A folder with ``model.safetensors`` or its shards, or a Hub id ``org/name[@revision]``.
-        option: What it is called in a message.
+        option: Name of the option that gave the source, for messages.
 
     Raises:
-        NotFoundError: There are no such weights.
+        NotFoundError: The source has no such weights.
         CorruptFileError: A file is truncated, or a shard is missing.
     """
     folder = Path(source).expanduser()
     if not folder.exists():
         folder = hub.download_model(str(source), option)
-    files = safetensors_files(folder, BASENAME) if folder.is_dir() else []
-    if not files:
+    weights = Weights(folder)
+    if not folder.is_dir() or not weights.files:
         raise NotFoundError(
             f"{option} must be a folder with {BASENAME}.safetensors or its shards, but {folder} has none; save the "
             "model by save_pretrained and give that folder"
         )
-    weights = Weights(folder)
-    _ = weights.infos
+    _ = weights.headers  # a truncated file is refused here, not at the first read
     return weights
 
 
 def check_alike(tuned: Weights, base: Weights, names: Iterable[str]) -> None:
-    """Refuse a base that does not share some tensors with the model trained from it.
+    """Refuse a base model whose tensors differ in shape or dtype from those of the model trained from it.
 
     Raises:
-        MismatchError: The base has none of a name, or another shape or dtype.
+        MismatchError: The base lacks a tensor, or its shape or dtype differs.
     """
     for name in names:
         ours, theirs = tuned.infos[name], base.infos.get(name)
@@ -128,10 +180,10 @@ def check_alike(tuned: Weights, base: Weights, names: Iterable[str]) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Refuse a place for a model that is taken.
+    """Refuse an output folder that is not empty.
 
     Raises:
-        ConfigError: There is a file, or a folder that is not empty.
+        ConfigError: ``out`` is a file, or a folder with files.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} must be new or empty; remove it or choose another folder")
@@ -143,74 +195,65 @@ def write_changed(
     change: Callable[[str, Tensor], Tensor | None],
     beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a copy of a model in which tensors are changed; nothing stays at ``out`` unless all of it was written.
+    """Write a copy of a model with changed tensors; ``out`` appears only when all of it is written.
 
-    Shards keep their names and order, tensors their dtype. What else belongs to the model (config, tokenizer) is
-    copied, what belongs to the trainer is not.
+    Shards keep their names and order, tensors their dtype. The model's other files (config, tokenizer) are copied, the
+    trainer's files are not.
 
     Args:
         weights: The model.
         out: The folder to make; new or empty.
-        change: From name and tensor to the new tensor, of the same dtype; None leaves the tensor out. It is called once
-            a tensor, in the order of ``weights.infos``, and what it returns must not change any more.
-        beside: Called at the end with the folder that is being written, for further files.
+        change: Function from name and tensor to the new tensor, of the same dtype; None drops the tensor. It is called
+            once per tensor, in the order of ``weights.infos``, and the tensor it returns must not change later.
+        beside: Function called at the end with the folder being written, for further files.
 
     Raises:
-        ConfigError: ``out`` is taken.
+        ConfigError: ``out`` is a file, or a folder with files.
     """
     check_out(out)
     with written_beside(out) as folder:
-        for file in weights.files:
-            _write_shard(weights, file, folder / file.name, change)
+        for file, header in weights.headers.items():
+            _write_shard(weights, header, folder / file.name, change)
         copy_rest(weights, folder)
         if beside is not None:
             beside(folder)
 
 
 def copy_rest(weights: Weights, folder: Path) -> None:
-    """Copy what else belongs to a model: config, tokenizer, the index of its shards; not what is the trainer's."""
+    """Copy a model's files other than its weights: config, tokenizer, the index of its shards; no trainer's files."""
     for path in sorted(weights.folder.iterdir()):
-        if path.is_file() and path.suffix in hub.MODEL_ENDINGS and path.name not in _TRAINERS:
+        if path.is_file() and path.suffix in hub.MODEL_ENDINGS and path.name not in _TRAINER_FILES:
             shutil.copyfile(path, folder / path.name)
 
 
-def _write_shard(weights: Weights, file: Path, target: Path, change: Callable[[str, Tensor], Tensor | None]) -> None:
-    own = list(tensor_infos(file))
-    with SafetensorsWriter(target, header_room(own)) as writer:
-        for key, value in safetensors_notes(file).items():
+def _write_shard(
+    weights: Weights, header: SafetensorsHeader, target: Path, change: Callable[[str, Tensor], Tensor | None]
+) -> None:
+    with SafetensorsWriter(target, header_room(list(header.infos))) as writer:
+        for key, value in header.metadata.items():
             writer.note(key, value)
-        for name in own:
+        for name in header.infos:
             changed = change(name, weights.read(name))
             if changed is not None:
                 writer.add(name, changed)
 
 
-def headers(folder: Path, basename: str = "model") -> dict[str, TensorInfo]:
-    """Return name -> header of the weights in a folder; empty where there are no safetensors.
-
-    Raises:
-        CorruptFileError: A file is truncated, or its index names one that is missing.
-    """
-    return {name: info for file in safetensors_files(folder, basename) for name, info in tensor_infos(file).items()}
-
-
-def changed(tuned: Path, base: Path, checkpoint_names: CheckpointNames) -> set[str] | None:
+def trained_parameters(tuned: Weights, base: Weights, checkpoint_names: CheckpointNames) -> set[str] | None:
     """Return the parameters in memory whose weights differ from the base model's; None if either has no weights.
 
-    Both are compared in the narrower of their dtypes: what was frozen is equal then, even if one was saved in another
-    dtype. What training moved by less than that dtype shows is not among them.
+    The weights are compared in the narrower of their two dtypes, so that frozen weights are equal even if one model
+    was saved in another dtype. Changes too small for that dtype are not seen.
 
     Args:
-        tuned: Folder of the trained weights.
-        base: Folder of the weights before training.
-        checkpoint_names: The model.
+        tuned: The trained weights.
+        base: The weights before training.
+        checkpoint_names: The model's names in memory and on disk.
     """
-    stores = [SafetensorsStore(safetensors_files(folder, "model"), str(folder)) for folder in (tuned, base)]
-    if not all(store.infos for store in stores):
+    if not tuned.infos or not base.infos:
         return None
     differing: set[str] = set()
-    for name in stores[0].infos.keys() & stores[1].infos.keys():
-        now, before = (store.read(name) for store in stores)
+    for name in tuned.infos.keys() & base.infos.keys():
+        now, before = tuned.read(name), base.read(name)
         narrow = now.dtype if now.dtype.itemsize <= before.dtype.itemsize else before.dtype
         if now.shape != before.shape or not torch.equal(now.to(narrow), before.to(narrow)):
             differing.update(checkpoint_names.sources.get(checkpoint_names.aliases.get(name, name), ()))

@@ -1,4 +1,4 @@
-"""How a second moment is kept: as a tensor of the parameter's shape, or in a form to be worked out when it is read."""
+"""Encodings of second moments: factored, 8-bit and 4-bit; lazy tensors that decode when they are read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,13 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class RowsAndColumns:
-    """Adafactor's form of a second moment: the outer product of its row means and column means over their mean.
+    """Adafactor's factored second moment: outer product of row means and column means, over their mean.
 
-    ``v_ij = rows_i columns_j / mean(rows)``; it is blind to what differs within a row and a column alike.
+    ``v_ij = rows_i columns_j / mean(rows)``, a rank-1 approximation of v.
 
-    ``rows``: shape ``(..., m)``, means of v over its last axis. ``columns``: shape ``(..., n)``, over the last but one.
+    Attributes:
+        rows: Means of v over its last axis, shape ``(..., m)``.
+        columns: Means of v over its last axis but one, shape ``(..., n)``.
 
     Source: Section 3 of Shazeer and Stern, "Adafactor", 2018.
 
@@ -32,12 +34,12 @@ class RowsAndColumns:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the parameter."""
+        """Shape of the parameter."""
         return torch.Size([*self.rows.shape, self.columns.shape[-1]])
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the second moment."""
+        """Dtype of the second moment."""
         return self.rows.dtype
 
     @property
@@ -46,17 +48,19 @@ class RowsAndColumns:
         return self.rows, self.columns
 
     def read(self) -> Tensor:
-        """Return the second moment; 0 where all rows are."""
+        """Return the second moment; 0 where all rows are 0."""
         return outer_of_means(self.rows, self.columns).to(self.dtype)
 
 
 @dataclass(frozen=True)
 class Blockwise:
-    """A second moment in 8 bits: ``v_i = levels[codes_i] scales[i // block]``, as bitsandbytes and torchao keep it.
+    """Second moment in 8-bit codes, ``v_i = levels[codes_i] scales[i // block]``, as in bitsandbytes and torchao.
 
-    ``codes``: uint8, of the parameter's shape; i counts its entries row by row; or numbers of their own (float8), with
-    no ``levels``. ``levels``: 256 numbers in [0, 1]. ``scales``: the largest v of each block of entries, of which the
-    last may be short.
+    Attributes:
+        codes: uint8 codes in the parameter's shape, i counting row by row; or float8 values, without ``levels``.
+        levels: 256 numbers in [0, 1]; None for float8.
+        scales: Largest v of each block of entries; the last block may be short.
+        block: Entries per block.
 
     Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022.
 
@@ -74,12 +78,12 @@ class Blockwise:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the parameter."""
+        """Shape of the parameter."""
         return self.codes.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the second moment."""
+        """Dtype of the second moment."""
         return self.scales.dtype if self.levels is None else self.levels.dtype
 
     @property
@@ -88,7 +92,7 @@ class Blockwise:
         return tuple(part for part in (self.codes, self.levels, self.scales) if part is not None)
 
     def fits(self) -> bool:
-        """Return whether the tensors belong together."""
+        """Return True if sizes and dtypes of the tensors agree."""
         if self.scales.dtype != torch.float32 or self.block < 1:
             return False
         if self.levels is None:
@@ -111,10 +115,14 @@ class Blockwise:
 
 @dataclass(frozen=True)
 class Packed:
-    """A second moment in 4 bits, two entries a byte, the first in the high half, as torchao keeps it.
+    """Second moment in 4-bit codes, ``v_i = levels[code_i] scales[i // block]``, as in torchao.
 
-    ``v_i = levels[code_i] scales[i // block]``. ``codes``: uint8, flat. ``levels``: 16 numbers. ``shape``: of the
-    parameter.
+    Attributes:
+        codes: Flat uint8 tensor with two codes a byte, the first in the high half.
+        levels: 16 numbers.
+        scales: Largest v of each block of entries.
+        shape: Shape of the parameter.
+        block: Entries per block.
 
     Example:
         >>> codes = torch.tensor([0x1F, 0x20], dtype=torch.uint8)
@@ -131,7 +139,7 @@ class Packed:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the second moment."""
+        """Dtype of the second moment."""
         return self.levels.dtype
 
     @property
@@ -140,7 +148,7 @@ class Packed:
         return self.codes, self.levels, self.scales
 
     def fits(self) -> bool:
-        """Return whether the tensors belong together."""
+        """Return True if sizes and dtypes of the tensors agree."""
         floats = self.levels.dtype == self.scales.dtype == torch.float32
         count = 2 * self.codes.numel()
         sound = floats and self.codes.dtype == torch.uint8 and self.codes.ndim == 1 and self.levels.shape == (16,)

@@ -1,4 +1,4 @@
-"""IVON's Hessian: one flat tensor for each group, cut when the shapes of the parameters are known."""
+"""IVON's Hessian: one flat tensor per group, cut once the shapes of the parameters are known."""
 
 import math
 from collections.abc import Sequence
@@ -7,29 +7,29 @@ from dataclasses import replace
 import torch
 
 from squisher_mergekit.errors import NamingError
-from squisher_mergekit.models.checkpoint_names import NAMES_CURE, Parameter
+from squisher_mergekit.models.checkpoint_names import NAMES_CURE, ParameterInfo
 from squisher_mergekit.optimizers.assign_names import candidates
-from squisher_mergekit.optimizers.slots import OptimizerState, Slot
+from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState
 from squisher_mergekit.tensors.lazy import Slices
 
 
 def is_flat(state: OptimizerState) -> bool:
-    """Return whether the second moments are one flat tensor a group."""
+    """Return True if the second moments of a group are one flat tensor."""
     return any(slot.flat is not None for slot in state.slots)
 
 
-def split(state: OptimizerState, parameters: Sequence[Parameter]) -> OptimizerState:
-    """Cut the flat tensors.
+def split(state: OptimizerState, parameters: Sequence[ParameterInfo]) -> OptimizerState:
+    """Cut the flat tensors by the parameters of the model.
 
     Args:
-        state: With slots whose shape is not known.
-        parameters: The model's trained ones, in its order.
+        state: Slots whose shape is not known.
+        parameters: The trained parameters, in the model's order.
 
     Returns:
-        The state with a tensor in each slot.
+        The slots, each with its own tensor.
 
     Raises:
-        NamingError: The parameters are not as many, or do not fill the tensors, or fit in two ways.
+        NamingError: The parameters differ in number, do not fill the tensors, or fit in two ways.
     """
     sizes = [len(group) for group in state.groups]
     found = {
@@ -39,7 +39,7 @@ def split(state: OptimizerState, parameters: Sequence[Parameter]) -> OptimizerSt
     }
     if len(found) != 1:
         raise NamingError(
-            f"the {' + '.join(map(str, sizes))} parameters in {state.file} must fill its flat tensors in one way, but "
+            f"the {' + '.join(map(str, sizes))} parameters in {state.location} must fill its flat tensors in one way, but "
             f"the model's {len(parameters)} do so in {len(found)}; give the --model that was trained, the --base if "
             f"some were frozen, or {NAMES_CURE}"
         )
@@ -47,15 +47,15 @@ def split(state: OptimizerState, parameters: Sequence[Parameter]) -> OptimizerSt
 
 
 def cut(state: OptimizerState, shapes: Sequence[tuple[int, ...]]) -> OptimizerState:
-    """Cut the flat tensors into the shapes given, slot by slot.
+    """Cut the flat tensors into slots of the given shapes.
 
     Raises:
-        NamingError: They do not fill the tensors.
+        NamingError: The shapes do not fill the tensors.
     """
     rest = iter(shapes)
     optimizers = []
     for groups in state.optimizers:
-        done = []
+        cut_groups = []
         for group in groups:
             offset = 0
             slots = []
@@ -66,14 +66,14 @@ def cut(state: OptimizerState, shapes: Sequence[tuple[int, ...]]) -> OptimizerSt
             if group and group[0].flat is not None and offset != group[0].flat.numel():
                 raise NamingError(
                     f"the parameters named must have the {group[0].flat.numel()} entries of the flat tensor in "
-                    f"{state.file}, but have {offset}; give the names of those that were trained, in their order"
+                    f"{state.location}, but have {offset}; give the names of those that were trained, in their order"
                 )
-            done.append(tuple(slots))
-        optimizers.append(tuple(done))
-    return OptimizerState(state.saved, tuple(optimizers))
+            cut_groups.append(tuple(slots))
+        optimizers.append(tuple(cut_groups))
+    return OptimizerState(state.raw, tuple(optimizers))
 
 
-def _cut(slot: Slot, offset: int, shape: tuple[int, ...]) -> Slot:
+def _cut(slot: OptimizerSlot, offset: int, shape: tuple[int, ...]) -> OptimizerSlot:
     if slot.flat is None:
         return slot
     numel = math.prod(shape)
@@ -81,8 +81,8 @@ def _cut(slot: Slot, offset: int, shape: tuple[int, ...]) -> Slot:
     return replace(slot, tensor=tensor, shape=shape, flat=None)
 
 
-def _fill(state: OptimizerState, groups: Sequence[Sequence[Parameter]]) -> bool:
+def _fill(state: OptimizerState, groups: Sequence[Sequence[ParameterInfo]]) -> bool:
     return all(
-        not group or group[0].flat is None or group[0].flat.numel() == sum(parameter.numel for parameter in some)
-        for group, some in zip(state.groups, groups, strict=True)
+        not group or group[0].flat is None or group[0].flat.numel() == sum(parameter.numel for parameter in members)
+        for group, members in zip(state.groups, groups, strict=True)
     )

@@ -1,4 +1,4 @@
-"""From an optimizer in memory to a Fisher: the parameter object tells the name, so nothing has to be guessed."""
+"""From an optimizer in memory to a Fisher: the parameter objects give the names."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,24 +15,33 @@ from squisher_mergekit.fisher.files import tied_aliases
 from squisher_mergekit.fisher.fits import check
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.convert import store_moments
-from squisher_mergekit.models.parameters import Described, describe, uses_deepspeed, uses_fsdp1
-from squisher_mergekit.models.weights import headers
+from squisher_mergekit.models.parameters import ParameterNames, describe, uses_deepspeed, uses_fsdp1
+from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.ivon import cut, is_flat
 from squisher_mergekit.optimizers.metadata import make_config, make_coverage
-from squisher_mergekit.optimizers.slots import Slot, parse
+from squisher_mergekit.optimizers.slots import OptimizerSlot, parse
 from squisher_mergekit.tensors.lazy import MaybeLazy, parts, read
-from squisher_mergekit.tensors.safetensors import TensorInfo, check_shape
+from squisher_mergekit.tensors.safetensors import check_shape
 from squisher_mergekit.tensors.sharded import OnRankZero, is_sharded
 
 LAYOUT = "live"
-_NOWHERE = Path("training")  # for messages, where no weights were saved
+_NOWHERE = Path("training")  # location in messages where no weights were saved
 _CURE = "take squisher extract on the checkpoint"
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What training knows and no file of a checkpoint tells, by the keys of ``fisher_config.json``; None: unknown."""
+class TrainingInfo:
+    """Metadata of a training run that no file of a checkpoint records; None where unknown.
+
+    Attributes:
+        examples_per_step: Examples behind one optimizer step, over all processes and accumulation.
+        tokens_per_step: The same in tokens.
+        max_grad_norm: Norm at which gradients were clipped.
+        clipped_share: Share of the steps in which clipping was active.
+        loss_reduction: Reduction of the loss over the examples, such as ``mean``.
+        datum: Unit of the loss: ``example`` or ``token``.
+    """
 
     examples_per_step: float | None = None
     tokens_per_step: float | None = None
@@ -42,7 +51,7 @@ class Facts:
     datum: str | None = None
 
     def note(self, config: FisherConfig) -> FisherConfig:
-        """Return the metadata with these facts, where they do not know better themselves."""
+        """Return the metadata of a Fisher, its unknown fields filled from this run."""
         info = config.optimizer or OptimizerInfo()
         if info.max_grad_norm is None:
             info = info.model_copy(update={"max_grad_norm": self.max_grad_norm})
@@ -52,47 +61,51 @@ class Facts:
 
 @dataclass(frozen=True)
 class OnCpu:
-    """A second moment that is brought to the CPU when read."""
+    """Lazy tensor that is copied to the CPU when it is read.
+
+    Attributes:
+        stored: The tensor, on any device.
+    """
 
     stored: MaybeLazy
 
     @property
     def shape(self) -> torch.Size:
-        """Of the parameter."""
+        """Shape of the tensor."""
         return torch.Size(self.stored.shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the entries."""
+        """Dtype of the entries."""
         return self.stored.dtype
 
     @property
     def parts(self) -> Sequence[Tensor]:
-        """The tensors it is worked out from."""
+        """Stored tensors that the result is computed from."""
         return parts(self.stored)
 
     def read(self) -> Tensor:
-        """Return the second moment."""
+        """Return the tensor on the CPU."""
         return read(self.stored).detach().cpu()
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """Take off what accelerate puts around an optimizer."""
+    """Return the optimizer inside accelerate's wrapper."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def states_of(model: nn.Module, optimizers: Sequence[Any], together: OnRankZero) -> tuple[Mapping[str, Any], ...]:
-    """Return the states of live optimizers as ``state_dict`` gives them; all processes take part.
+def states_of(model: nn.Module, optimizers: Sequence[Any], on_rank_zero: OnRankZero) -> tuple[Mapping[str, Any], ...]:
+    """Return the states of live optimizers, in the form of ``state_dict``; all ranks must call this together.
 
     Args:
         model: The model in training.
-        optimizers: Unwrapped.
-        together: Where sharded tensors are noted.
+        optimizers: The optimizers, unwrapped.
+        on_rank_zero: Collects the sharded tensors, so that rank 0 can gather them.
 
     Raises:
-        UnsupportedStateError: The state cannot be had from here.
+        UnsupportedStateError: DeepSpeed or ZeroRedundancyOptimizer keeps the state out of reach.
     """
     for optimizer in optimizers:
         if uses_deepspeed(model, optimizer):
@@ -106,10 +119,10 @@ def states_of(model: nn.Module, optimizers: Sequence[Any], together: OnRankZero)
             )
     if uses_fsdp1(model):
         return tuple(_gathered_by_torch(model, optimizer) for optimizer in optimizers)
-    return tuple(_state(optimizer, together) for optimizer in optimizers)
+    return tuple(_state(optimizer, on_rank_zero) for optimizer in optimizers)
 
 
-def _state(optimizer: Any, together: OnRankZero) -> Mapping[str, Any]:
+def _state(optimizer: Any, on_rank_zero: OnRankZero) -> Mapping[str, Any]:
     states: dict[int, Any] = {}
     groups = []
     for group in optimizer.param_groups:
@@ -117,23 +130,23 @@ def _state(optimizer: Any, together: OnRankZero) -> Mapping[str, Any]:
         for parameter in group["params"]:
             numbers.append(len(states))
             found = optimizer.state.get(parameter, {})
-            states[len(states)] = {key: _form(value, together) for key, value in found.items()}
+            states[len(states)] = {key: _lazy_if_sharded(value, on_rank_zero) for key, value in found.items()}
         groups.append({key: value for key, value in group.items() if key != "param_names"} | {"params": numbers})
     return {"state": states, "param_groups": groups}
 
 
-def _form(value: Any, together: OnRankZero) -> Any:
-    # A sharded tensor of codes is left as it is, and refused as what it is.
+def _lazy_if_sharded(value: Any, on_rank_zero: OnRankZero) -> Any:
+    # A sharded tensor of quantized codes stays as it is, so that a later stage names it in its refusal.
     if is_sharded(value) and type(value.to_local()) is Tensor:
-        return together.add(value)
+        return on_rank_zero.add(value)
     return value
 
 
 def _gathered_by_torch(model: nn.Module, optimizer: Any) -> Mapping[str, Any]:
-    """Return the whole state of FSDP1, keyed by name; empty in all processes but the first."""
+    """Return the whole state of FSDP1 by name on rank 0, and an empty state on the other ranks."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    # Offloading what is on the CPU already ends the process in some versions of torch.
+    # Offloading a tensor that is on the CPU already aborts the process in some versions of torch.
     offload = next(model.parameters()).device.type != "cpu"
     options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
     state: Mapping[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
@@ -144,27 +157,28 @@ def squisher_of(
     model: nn.Module,
     optimizers: Sequence[Any],
     states: tuple[Mapping[str, Any], ...],
-    weights: Path | None,
-    facts: Facts,
-) -> tuple[Fisher, Mapping[str, Slot]]:
-    """Make a Fisher of what :func:`states_of` returned.
+    folder: Path | None,
+    info: TrainingInfo,
+) -> tuple[Fisher, Mapping[str, OptimizerSlot]]:
+    """Build a Fisher from the result of :func:`states_of`.
 
     Args:
         model: The model in training.
-        optimizers: Unwrapped.
+        optimizers: The optimizers, unwrapped.
         states: Their states.
-        weights: Folder of the weights as they are now, if they were saved.
-        facts: What else is known.
+        folder: Folder of the weights saved at this step; None if they were not saved.
+        info: Metadata of the training run.
 
     Returns:
-        The Fisher, under the names on disk, and the slots by name.
+        The Fisher, under the names on disk, and name in memory -> slot.
 
     Raises:
-        RefusedError: There is no second moment, or it does not fit the model or the weights.
+        RefusedError: No parameter has a second moment, or a second moment does not fit the model or the weights.
     """
-    described = describe(model, _headers(weights, "model"))
-    saved = RawState((weights or _NOWHERE) / "the live optimizer", states, layout=LAYOUT)
-    state = parse(saved)
+    weights = None if folder is None else Weights(folder)
+    described = describe(model, weights.infos if weights is not None else ())
+    raw = RawState((folder or _NOWHERE) / "the live optimizer", states, layout=LAYOUT)
+    state = parse(raw)
     if state.named:
         names, shapes = [slot.name for slot in state.slots], [slot.shape for slot in state.slots]
     else:
@@ -175,33 +189,39 @@ def squisher_of(
     slots = {}
     for name, slot, shape in zip(names, state.slots, shapes, strict=True):
         if name is not None:
-            check_shape(name, slot.shape or shape or (), shape or (), str(saved.place))
+            check_shape(name, slot.shape or shape or (), shape or (), str(raw.location))
             slots[name] = slot
-    fisher = fisher_of(slots, described, saved, weights, facts)
+    fisher = fisher_of(slots, described, raw, weights, info)
     classes = {_class_name(optimizer) for optimizer in optimizers}
-    info = fisher.config.optimizer
-    if info is not None and info.class_ is None and len(classes) == 1:
-        info = info.model_copy(update={"class_": classes.pop()})
-        fisher.config = fisher.config.model_copy(update={"optimizer": info})
+    recorded = fisher.config.optimizer
+    if recorded is not None and recorded.class_ is None and len(classes) == 1:
+        recorded = recorded.model_copy(update={"class_": classes.pop()})
+        fisher.config = fisher.config.model_copy(update={"optimizer": recorded})
     return fisher, slots
 
 
 def fisher_of(
-    slots: Mapping[str, Slot], described: Described, saved: RawState, weights: Path | None, facts: Facts
+    slots: Mapping[str, OptimizerSlot],
+    described: ParameterNames,
+    raw: RawState,
+    weights: Weights | None,
+    info: TrainingInfo,
 ) -> Fisher:
-    """Make a Fisher of second moments by name.
+    """Build a Fisher from named second moments.
 
     Args:
-        slots: Name in memory -> second moment.
-        described: The model.
-        saved: Where they are from.
-        weights: Folder of the weights as they are now, if they were saved.
-        facts: What else is known.
+        slots: Name in memory -> slot.
+        described: The names of the model's parameters.
+        raw: The states that the slots are from.
+        weights: The weights saved at this step; None if they were not saved.
+        info: Metadata of the training run.
 
     Raises:
         MismatchError: No parameter of the model has a second moment, or names or shapes are not those of the weights.
     """
-    beside = _headers(weights, described.basename)
+    if weights is not None and weights.basename != described.basename:
+        weights = Weights(weights.folder, described.basename)
+    infos = {} if weights is None else weights.infos
     if described.adapter is not None:
         slots = {described.adapter[name]: slot for name, slot in slots.items() if name in described.adapter}
     moments = {name: OnCpu(slot.tensor) for name, slot in slots.items() if slot.tensor is not None}
@@ -210,19 +230,16 @@ def fisher_of(
             "an optimizer's parameters must be the model's, but none of those that it has stepped is; give the "
             "optimizer that trains this model, made after the model was moved or wrapped"
         )
-    store = store_moments("the live optimizer", moments, described.checkpoint_names, beside)
-    coverage = make_coverage(slots, store, described.checkpoint_names, beside)
-    config = make_config(saved, slots, store, coverage, saved.place.parent, described.adapter is not None)
+    store = store_moments("the live optimizer", moments, described.checkpoint_names, infos)
+    coverage = make_coverage(slots, store, described.checkpoint_names, infos)
+    fingerprint = None if weights is None else weights.fingerprint
+    config = make_config(raw, slots, store, coverage, None, fingerprint, described.adapter is not None)
     source = SourceInfo(layout=LAYOUT, versions=_versions())
-    config = facts.note(config.model_copy(update={"source": source}))
+    config = info.note(config.model_copy(update={"source": source}))
     fisher = Fisher(store, config, tied_aliases(config))
     if weights is not None:
-        check(fisher, beside, weights)
+        check(fisher, weights)
     return fisher
-
-
-def _headers(weights: Path | None, basename: str) -> dict[str, TensorInfo]:
-    return headers(weights, basename) if weights is not None else {}
 
 
 def _class_name(optimizer: Any) -> str:
@@ -233,6 +250,6 @@ def _class_name(optimizer: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of what trains."""
+    """Return the versions of the imported training libraries."""
     found = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "peft")}
     return {name: str(version) for name, version in found.items() if version is not None}

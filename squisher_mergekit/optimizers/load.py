@@ -1,4 +1,4 @@
-"""Open a Fisher from whatever holds one: our own file, the Hub, or the optimizer state that training left on disk."""
+"""Open a Fisher from any source: a portable file, the Hub, or the optimizer state that training left on disk."""
 
 import logging
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import has_fisher, read_fisher, to_dtype, write_fisher
 from squisher_mergekit.fisher.fits import check
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.models.weights import headers
-from squisher_mergekit.optimizers.build import open_state
+from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 
 LOG = logging.getLogger("squisher_mergekit")
-# Files of trainers whose checkpoints are not read, to be named in a refusal.
+# Files of trainers whose checkpoints cannot be read, named in the refusal.
 _FOREIGN = {
     "distrib_optim.pt": "Megatron-LM's; convert it to a Hugging Face checkpoint and estimate a Fisher from data",
     "model_optim_rng.pt": "Megatron-LM's; convert it to a Hugging Face checkpoint and estimate a Fisher from data",
@@ -27,15 +27,15 @@ _FOREIGN = {
 
 
 def find_state(folder: Path) -> Path | None:
-    """Return the optimizer's file or folder in a checkpoint, None if there is none."""
+    """Return the file or folder of the optimizer's state in a checkpoint; None if there is none."""
     found = layouts.find(folder)
     return found[1] if found else None
 
 
 def load_fisher(
     source: str | Path,
-    model: str | Path | None = None,
-    base: str | Path | None = None,
+    model: str | Path | Weights | None = None,
+    base: str | Path | Weights | None = None,
     names: str | Path | Sequence[str] | None = None,
     *,
     verify: bool = True,
@@ -43,19 +43,20 @@ def load_fisher(
     """Open a Fisher; its tensors are read when asked for.
 
     Args:
-        source: A portable Fisher, an optimizer's file or folder, a checkpoint with either (of a run's folder the last
-            one), or a Hub id ``org/name[@revision]``.
-        model: The weights it belongs to, or a folder with their ``config.json``, where ``source`` does not hold them.
-        base: The model before training, which tells frozen parameters apart; for a LoRA its base model.
-        names: One name for each of the optimizer's parameters, in order: a list, or a text file with one a line.
-        verify: Hold what is read from an optimizer's state against the checksums that were saved with it.
+        source: A portable Fisher, an optimizer's file or folder, a checkpoint with either (for a run's folder the last
+            checkpoint is taken), or a Hub id ``org/name[@revision]``.
+        model: The model that the Fisher belongs to, or a folder with its ``config.json``, where ``source`` does not
+            hold them.
+        base: The model before training, which shows the frozen parameters; for a LoRA its base model.
+        names: One name for each of the optimizer's parameters, in order: a list, or a text file with one name a line.
+        verify: Verify the checksums saved with an optimizer's state as its tensors are read.
 
     Returns:
-        The Fisher, under the names in ``model.safetensors`` (of a LoRA: in ``adapter_model.safetensors``).
+        The Fisher, under the names in ``model.safetensors`` (for a LoRA: in ``adapter_model.safetensors``).
 
     Raises:
-        NotFoundError: There is nothing to open.
-        RefusedError: It cannot be read safely, named with certainty, or does not fit the weights.
+        NotFoundError: The source holds no Fisher and no optimizer state.
+        RefusedError: The source cannot be read safely, cannot be named with certainty, or does not fit the weights.
 
     Example:
         >>> load_fisher("nowhere")
@@ -65,15 +66,15 @@ def load_fisher(
     path = Path(source).expanduser()
     if not path.exists():
         path = hub.resolve(str(source))
-    given_model, given_base = _folder(model, "--model"), _folder(base, "--base")
+    tuned, before = _weights(model, "--model"), _weights(base, "--base")
     if has_fisher(path) if path.is_dir() else path.suffix in (".safetensors", ".json"):
         fisher = read_fisher(path)
-        if given_model is not None:
-            basename = "adapter_model" if fisher.config.parameters == "adapter" else "model"
-            check(fisher, headers(given_model, basename), given_model)
+        if tuned is not None:
+            adapter = fisher.config.parameters == "adapter"
+            check(fisher, Weights(tuned.folder, "adapter_model") if adapter else tuned)
         return fisher
-    layout, place = layouts.of(path) if path.is_file() else _state_in(path)
-    return open_state(layout.read(place, verify), given_model, given_base, _read_names(names))
+    layout, location = layouts.of(path) if path.is_file() else _state_in(path)
+    return build_fisher(layout.read(location, verify), tuned, before, _read_names(names))
 
 
 def extract(
@@ -90,7 +91,7 @@ def extract(
     verify: bool = True,
     progress: bool = False,
 ) -> Fisher:
-    """Write the Fisher in ``source`` as a portable one.
+    """Write the Fisher of a source as a portable file.
 
     Args:
         source: As for :func:`load_fisher`.
@@ -100,17 +101,17 @@ def extract(
         names: As for :func:`load_fisher`.
         dtype: float32 (default) or bfloat16.
         compress: None, ``log8``, ``log4`` or ``rank1``: see :func:`write_fisher`.
-        examples_per_step: Examples behind one optimizer step, over all processes and accumulation, to be recorded.
+        examples_per_step: Examples behind one optimizer step, over all processes and accumulation, for the metadata.
         tokens_per_step: The same in tokens.
         verify: As for :func:`load_fisher`.
-        progress: Show a bar.
+        progress: Show a progress bar.
 
     Returns:
-        The Fisher that was written.
+        The Fisher as written.
 
     Raises:
         ConfigError: An argument is out of its range, or ``out`` holds a Fisher already.
-        RefusedError: As for :func:`load_fisher`; or an entry is NaN, infinite or negative. Nothing is left at ``out``.
+        RefusedError: As for :func:`load_fisher`, or an entry is NaN, infinite or negative. Nothing is left at ``out``.
     """
     from tqdm import tqdm
 
@@ -127,27 +128,27 @@ def extract(
     return read_fisher(Path(out))
 
 
-def _folder(given: str | Path | None, option: str) -> Path | None:
-    """Return the folder that an option names, or that of the file it names.
+def _weights(given: str | Path | Weights | None, option: str) -> Weights | None:
+    """Return the weights in the folder that an option names, or in the folder of the file it names.
 
     Raises:
-        NotFoundError: There is none.
+        NotFoundError: The folder or file does not exist.
     """
-    if given is None:
-        return None
+    if given is None or isinstance(given, Weights):
+        return given
     path = Path(given).expanduser()
     if not path.exists():
         raise NotFoundError(
             f"{option} must be a local folder with weights or their config.json, but there is no {path}"
         )
-    return path if path.is_dir() else path.parent
+    return Weights(path if path.is_dir() else path.parent)
 
 
 def _state_in(folder: Path) -> tuple[layouts.Layout, Path]:
     """Return the optimizer's state in a checkpoint, or in the last checkpoint of a run.
 
     Raises:
-        NotFoundError: There is none.
+        NotFoundError: The folder holds no optimizer state.
     """
     found = layouts.find(folder)
     if found is not None:

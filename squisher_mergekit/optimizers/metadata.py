@@ -1,6 +1,5 @@
-"""What is known of an optimizer's state beside its tensors: the metadata of the Fisher, and warnings."""
+"""Metadata of a Fisher from an optimizer's state: config, coverage of the weights, and warnings."""
 
-import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -13,40 +12,42 @@ from squisher_mergekit.fisher.config import Coverage, FisherConfig, OptimizerInf
 from squisher_mergekit.fisher.files import TIED
 from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.convert import MomentStore
-from squisher_mergekit.models.fingerprint import fingerprint
+from squisher_mergekit.models.weights import read_json
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.encodings import Packed
 from squisher_mergekit.optimizers.second_moments import Moment
-from squisher_mergekit.optimizers.slots import Slot
+from squisher_mergekit.optimizers.slots import OptimizerSlot
 from squisher_mergekit.tensors.safetensors import TensorInfo
 
 LOG = logging.getLogger("squisher_mergekit")
 TRAINER_STATE = "trainer_state.json"
-_FEW = 0.1  # of the memory 1 / (1 - beta2) of the moving average
+_FEW = 0.1  # share of the memory 1 / (1 - beta2) of the moving average
 
 T = TypeVar("T")
 
 
 def make_config(
-    saved: RawState,
-    slots: Mapping[str, Slot],
+    raw: RawState,
+    slots: Mapping[str, OptimizerSlot],
     store: MomentStore,
     coverage: Coverage,
-    described: Path,
+    model_config: Mapping[str, Any] | None,
+    fingerprint: str | None,
     adapter: bool,
 ) -> FisherConfig:
-    """Write down what the file and its folder tell; what they do not tell stays None.
+    """Return the metadata of a Fisher; fields that neither the state nor the folder tells are None.
 
     Args:
-        saved: What was read.
+        raw: The states.
         slots: Name in memory -> slot.
-        store: The tensors by their names on disk.
-        coverage: Which of the weights have a second moment.
-        described: Folder of the ``config.json``.
-        adapter: The parameters are those of a LoRA adapter.
+        store: The second moments by name on disk.
+        coverage: Coverage of the weights by second moments.
+        model_config: Content of the model's ``config.json``; None if there is none.
+        fingerprint: Fingerprint of the weights beside the state; None if there are none.
+        adapter: True for a LoRA adapter.
     """
-    file, known = saved.place, saved.known
-    made_of = {name: [slots[source] for source in recipe.sources] for name, recipe in store.recipes.items()}
+    file, known = raw.location, raw.known
+    made_of = {name: [slots[source] for source in origin.sources] for name, origin in store.conversions.items()}
     kinds = {name: _moment(some[0]) for name, some in made_of.items()}
     moments = list(kinds.values())
     decays = {name: kind.decay for name, kind in kinds.items() if kind.decay is not None}
@@ -75,12 +76,12 @@ def make_config(
         examples_per_step=known.get("examples_per_step"),
         encoding=encoding if isinstance(encoding, dict) else {"default": str(encoding)},
         source=SourceInfo(
-            layout=saved.layout or _layout(file),
+            layout=raw.layout or _layout(file),
             files=(file.name,),
-            versions=_versions(described) | dict(known.get("versions", {})),
+            versions=_versions(model_config or {}) | dict(known.get("versions", {})),
         ),
         coverage=coverage,
-        weights_fingerprint=fingerprint(file.parent, "adapter_model" if adapter else "model"),
+        weights_fingerprint=fingerprint,
     )
 
 
@@ -96,35 +97,38 @@ def _optimizer(file: Path, settings: Mapping[str, Any]) -> OptimizerInfo:
 
 
 def make_coverage(
-    slots: Mapping[str, Slot],
+    slots: Mapping[str, OptimizerSlot],
     store: MomentStore,
     checkpoint_names: CheckpointNames | None,
     weights: Mapping[str, TensorInfo],
 ) -> Coverage:
-    """Say how many weights have a second moment, and of each other one why it has none.
+    """Return the number of weights with a second moment, and for each other weight the reason why it has none.
 
     Args:
         slots: Name in memory -> slot.
-        store: The tensors by their names on disk.
-        checkpoint_names: The model, if known.
-        weights: Headers of the weights, if there are any.
+        store: The second moments by name on disk.
+        checkpoint_names: The model's names, if known.
+        weights: Name on disk -> header of the weights; empty if there are none.
     """
     aliases = checkpoint_names.aliases if checkpoint_names else {}
-    kept = {recipe.key: name for name, recipe in store.recipes.items()}
+    kept = {origin.key: name for name, origin in store.conversions.items()}
     names = dict.fromkeys([*(weights or (checkpoint_names.sources if checkpoint_names else slots)), *aliases, *kept])
     without = {}
     for name in names:
         if name in store.infos:
             continue
-        same = kept.get(aliases.get(name, name))
-        without[name] = f"{TIED}{same}" if same is not None else _reason(name, slots, checkpoint_names, weights)
+        tied_to = kept.get(aliases.get(name, name))
+        without[name] = f"{TIED}{tied_to}" if tied_to is not None else _reason(name, slots, checkpoint_names, weights)
     return Coverage.model_validate({"with": len(store.infos), "without": without})
 
 
 def _reason(
-    name: str, slots: Mapping[str, Slot], checkpoint_names: CheckpointNames | None, weights: Mapping[str, TensorInfo]
+    name: str,
+    slots: Mapping[str, OptimizerSlot],
+    checkpoint_names: CheckpointNames | None,
+    weights: Mapping[str, TensorInfo],
 ) -> str:
-    if name in weights and not weights[name].dtype.is_floating_point:
+    if name in weights and not weights[name].is_floating_point:
         return "a buffer"
     sources: Collection[str] = (name,)
     if checkpoint_names is not None:
@@ -141,12 +145,12 @@ def _reason(
     return "not given to the optimizer (frozen)"
 
 
-def warnings_of(slots: Mapping[str, Slot], folder: Path) -> Iterator[str]:
-    """Say what makes a Fisher less trustworthy than it looks.
+def warnings_of(slots: Mapping[str, OptimizerSlot], folder: Path) -> Iterator[str]:
+    """Yield a warning for each property that makes a Fisher less trustworthy than it looks.
 
     Args:
         slots: Name in memory -> slot.
-        folder: The checkpoint's.
+        folder: Folder of the checkpoint.
     """
     stepped = [slot for slot in slots.values() if slot.moment is not None and slot.tensor is not None]
     narrow = [
@@ -179,19 +183,19 @@ def warnings_of(slots: Mapping[str, Slot], folder: Path) -> Iterator[str]:
         )
     most = max(slot.steps or 0 for slot in counted)
     recorded = _global_step(folder)
-    # A gradient scaler leaves out the steps in which float16 overflowed.
+    # A gradient scaler skips the steps in which float16 overflowed.
     if recorded is not None and most != recorded and not (most < recorded and (folder / "scaler.pt").is_file()):
         yield f"it has seen {most} steps, but {TRAINER_STATE} says {recorded}; are both of one checkpoint?"
 
 
-def _moment(slot: Slot) -> Moment:
+def _moment(slot: OptimizerSlot) -> Moment:
     if slot.moment is None:
         raise TypeError(f"parameter {slot.index} was never stepped")
     return slot.moment
 
 
 def _common(values: Iterator[T | None]) -> T | None:
-    """Return the one value that all share, else None."""
+    """Return the value that all share; None if they differ."""
     found = set(values)
     return found.pop() if len(found) == 1 else None
 
@@ -202,21 +206,12 @@ def _layout(file: Path) -> str:
     return "accelerate" if file.name == "optimizer.bin" else "torch"
 
 
-def _versions(described: Path) -> dict[str, str]:
-    file = described / "config.json"
-    version = _json(file).get("transformers_version") if file.is_file() else None
+def _versions(model_config: Mapping[str, Any]) -> dict[str, str]:
+    version = model_config.get("transformers_version")
     return {"transformers": str(version)} if version else {}
 
 
 def _global_step(folder: Path) -> int | None:
     file = folder / TRAINER_STATE
-    step = _json(file).get("global_step") if file.is_file() else None
+    step = read_json(file).get("global_step") if file.is_file() else None
     return step if isinstance(step, int) else None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptFileError(f"{file} must be JSON, but {error}; copy it again") from error
-    return data if isinstance(data, dict) else {}

@@ -1,4 +1,4 @@
-"""Which tensor of an optimizer's state is the second moment, and what kind of statistic it is."""
+"""Recognition of the second moment in an optimizer's state: the key of its tensor, and its statistic."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,20 @@ from squisher_mergekit.fisher.config import Statistic
 
 @dataclass(frozen=True)
 class Moment:
-    """What one parameter's state says of its second moment.
+    """Kind of a second moment.
 
-    ``key``: where the tensor is; with ``columns``, where its row means and its column means are. ``decay``: of the
-    moving average, None if it changes. ``class_``, ``decoupled``, ``amsgrad``: of the optimizer, None where the file
-    does not tell. ``start``: what a sum began with. ``coupled_decay``: weight decay was added to the gradient before it
-    was squared. ``corrected``: needs no bias correction. ``caution``: what the user should know of such a moment.
+    Attributes:
+        key: Key of the tensor in the state; of the row means where ``columns`` is given.
+        statistic: ``ema`` for a moving average, ``sum`` for a sum.
+        decay: Decay of the moving average; None if it changes from step to step.
+        class_: Class of the optimizer; None if the file does not tell.
+        decoupled: True for decoupled weight decay; None if the file does not tell.
+        amsgrad: True for AMSGrad; None if the file does not tell.
+        start: Initial value of a sum.
+        coupled_decay: True if weight decay was added to the gradient before it was squared.
+        columns: Key of the column means of a factored second moment; None if it is not factored.
+        corrected: True if the average is unbiased without a correction.
+        caution: Warning for the user about this kind; None if there is none.
     """
 
     key: str
@@ -32,15 +40,15 @@ class Moment:
 
 
 _ADAM = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product"}
-# Relatives of Adam with the same v, an average that starts at 0: name, a key or setting of theirs alone, and their keys
-# beside Adam's.
+# Relatives of Adam with the same v, an average that starts at 0: name, keys or settings that only they have, and their
+# keys other than Adam's.
 _RELATIVES: tuple[tuple[str, set[str], set[str]], ...] = (
     ("AdEMAMix", {"exp_avg_slow"}, {"exp_avg_slow", "exp_avg_fast"}),
     ("LAMB", {"trust_ratio", "trust_clip", "always_adapt"}, {"weight_norm", "adam_norm", "trust_ratio"}),
     ("AdamP", {"wd_ratio"}, set()),
     ("schedulefree.AdamWScheduleFree", {"z"}, {"z"}),
 )
-# Relatives whose decay is adjusted at each step, so that their average is never biased: name, marks, further keys.
+# Relatives whose decay is adjusted at each step, so that their average is unbiased: name, marks, further keys.
 _UNBIASED = (
     ("QHAdam", {"beta2_weight"}, {"beta1_weight", "beta2_weight"}),
     ("StableAdamW", {"kahan_comp", "eps_sq"}, {"kahan_comp", "eps_sq", "mean_square", "group"}),
@@ -48,7 +56,7 @@ _UNBIASED = (
 _RMSPROP = {"step", "square_avg", "grad_avg", "momentum_buffer"}
 _ADADELTA = {"step", "square_avg", "acc_delta"}
 _ADAGRAD = {"step", "sum"}
-# Adafactor's forms: name, its setting in the group, row means, column means, and the whole of a vector.
+# Adafactor: name, its setting in the group, keys of the row means, the column means, and the unfactored v of vectors.
 _ADAFACTORS = (
     ("transformers.optimization.Adafactor", "decay_rate", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq"),
     ("torch.optim.Adafactor", "beta2_decay", "row_var", "col_var", "variance"),
@@ -56,8 +64,8 @@ _ADAFACTORS = (
 _BNB_WRAPPER = "__bnb_optimizer_quant_state__"
 _ADAFACTOR_REST = {"step", "RMS", "exp_avg"}
 
-# Settings of look-alikes (timm's RMSpropTF, Yogi, ADOPT) whose accumulator starts at a value that the file does not
-# tell, or is no moving average.
+# Settings of look-alikes (timm's RMSpropTF, Yogi, ADOPT), whose accumulator starts at a value that the file does not
+# record, or is no moving average.
 _LOOKALIKES = {"decoupled_decay", "initial_accumulator", "clip_lambda"}
 
 _CURE = "train with AdamW, or estimate a Fisher from data"
@@ -67,32 +75,30 @@ _REFUSED = (
 )
 
 
-def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], place: str) -> Moment:
+def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], location: str) -> Moment:
     """Find the second moment in the state of one parameter.
 
     Args:
         state: The optimizer's state of the parameter: key -> tensor or number.
-        group: Its parameter group: hyper-parameters.
-        place: File and index, for messages.
-
-    Returns:
-        The key and the kind.
+        group: The hyper-parameters of its parameter group.
+        location: File and index, for messages.
 
     Raises:
-        UnsupportedStateError: There is none, or it is kept in a form that cannot be read.
+        NothingKeptError: The optimizer keeps momentum alone.
+        UnsupportedStateError: The state has no second moment that can serve as a Fisher.
     """
     keys = set(state)
     for marks, why in _REFUSED:
         if marks & keys:
-            raise UnsupportedStateError(f"a Fisher needs the mean squared gradient, but {why} ({place}); {_CURE}")
+            raise UnsupportedStateError(f"a Fisher needs the mean squared gradient, but {why} ({location}); {_CURE}")
     if _LOOKALIKES & set(group):
-        raise UnsupportedStateError(_explain(keys, group, place))
+        raise UnsupportedStateError(_explain(keys, group, location))
     if "exp_avg_sq" in keys:
         related = _relative(keys, group)
         if related is not None:
             return related
     if "state1" in keys:
-        return _bitsandbytes(keys, group, place)
+        return _bitsandbytes(keys, group, location)
     factored = _adafactor(keys, group)
     if factored is not None:
         return factored
@@ -111,12 +117,12 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], place: str) ->
             coupled_decay=coupled,
         )
     if keys <= {"momentum_buffer"} or keys <= {"exp_avg", "step"}:
-        raise NothingKeptError(_explain(keys, group, place))
-    raise UnsupportedStateError(_explain(keys, group, place))
+        raise NothingKeptError(_explain(keys, group, location))
+    raise UnsupportedStateError(_explain(keys, group, location))
 
 
 def ivon(group: Mapping[str, Any]) -> Moment:
-    """Return what IVON keeps: a moving average of the Hessian's diagonal, which begins at a value of the user's.
+    """Return the kind of IVON's second moment: a moving average of the Hessian's diagonal that starts at ``hess_init``.
 
     Source: Shen et al., "Variational Learning is Effective for Large Deep Networks", 2024.
     """
@@ -136,26 +142,26 @@ def ivon(group: Mapping[str, Any]) -> Moment:
 
 
 def unwrapped_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the state of one parameter, taken out of the wrapper that later bitsandbytes put around it."""
+    """Return the state of one parameter without the wrapper of later versions of bitsandbytes."""
     inner = state.get(_BNB_WRAPPER)
     if not isinstance(inner, Mapping):
         return state
     return {key: value for key, value in state.items() if key != _BNB_WRAPPER} | dict(inner)
 
 
-def _bitsandbytes(keys: set[str], group: Mapping[str, Any], place: str) -> Moment:
-    """Recognise the optimizers of bitsandbytes with two moments; which of them it is, no file tells."""
+def _bitsandbytes(keys: set[str], group: Mapping[str, Any], location: str) -> Moment:
+    """Recognise the optimizers of bitsandbytes with two moments; their files do not tell the class."""
     if "state2" not in keys or len(group.get("betas", ())) < 2:
         raise UnsupportedStateError(
             "a Fisher needs the mean squared gradient, but bitsandbytes kept one moment alone, which can be Lion's or "
-            f"SGD's momentum ({place}); {_CURE}"
+            f"SGD's momentum ({location}); {_CURE}"
         )
     name = "AdEMAMix" if len(group["betas"]) == 3 else None
     return Moment("state2", "ema", float(group["betas"][1]), name)
 
 
 def _adafactor(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
-    """Recognise Adafactor, whose decay starts at 0 and grows with the steps: its average is never biased."""
+    """Recognise Adafactor, whose average is unbiased: the decay starts at 0 and grows with the steps."""
     for name, setting, rows, columns, whole in _ADAFACTORS:
         left = keys - _ADAFACTOR_REST
         if setting in group and left == {rows, columns}:
@@ -195,7 +201,7 @@ def _relative(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
 
 
 def _flag(group: Mapping[str, Any], *names: str) -> bool | None:
-    """Return the first of these settings that is there, None if none is or it is neither true nor false."""
+    """Return the first of these settings in a group; None if there is none, or it is neither true nor false."""
     value = next((group[name] for name in names if name in group), None)
     return value if isinstance(value, bool) else None
 
@@ -229,36 +235,38 @@ def _adam(keys: set[str], group: Mapping[str, Any]) -> Moment:
     )
 
 
-def _explain(keys: set[str], group: Mapping[str, Any], place: str) -> str:
+def _explain(keys: set[str], group: Mapping[str, Any], location: str) -> str:
     if keys <= {"momentum_buffer"}:
-        return f"a Fisher needs the mean squared gradient, but {_plain(group)} keeps none ({place}); {_CURE}"
+        return (
+            f"a Fisher needs the mean squared gradient, but {_momentum_class(group)} keeps none ({location}); {_CURE}"
+        )
     if keys <= {"exp_avg", "step"}:
-        return f"a Fisher needs the mean squared gradient, but Lion keeps momentum alone ({place}); {_CURE}"
+        return f"a Fisher needs the mean squared gradient, but Lion keeps momentum alone ({location}); {_CURE}"
     return (
-        f"a Fisher needs the mean squared gradient, but the state of {place} has the keys "
+        f"a Fisher needs the mean squared gradient, but the state of {location} has the keys "
         f"{', '.join(sorted(map(str, keys)))}, which are of no optimizer known here; {_CURE}"
     )
 
 
-def nothing_kept(groups: Sequence[Mapping[str, Any]], place: str) -> str:
-    """Say why an optimizer without any state cannot give a Fisher.
+def nothing_kept(groups: Sequence[Mapping[str, Any]], location: str) -> str:
+    """Return the message that refuses an optimizer without any state.
 
     Args:
-        groups: Its parameter groups.
-        place: File, for messages.
+        groups: The optimizer's parameter groups.
+        location: File, for messages.
     """
     plain = [group for group in groups if any(mark in group for mark in ("dampening", "ns_steps"))]
-    why = f" (plain {_plain(plain[0])} keeps nothing)" if plain else ""
+    why = f" (plain {_momentum_class(plain[0])} keeps nothing)" if plain else ""
     dummy = len(groups) == 1 and len(groups[0]["params"]) == 1 and set(groups[0]) <= {"lr", "initial_lr", "params"}
     if dummy:
         why = " (a layer-wise optimizer steps inside the backward pass, and a dummy was saved in its place)"
     elif groups and "clip_grad_norm" in groups[0]:
         why = " (LOMO keeps none, and AdaLomo its moments outside of its state)"
     return (
-        f"{place} must come from an optimizer that has stepped, but its state is empty{why}; take a checkpoint saved "
-        "after the first step, by an optimizer such as AdamW"
+        f"{location} must come from an optimizer that has stepped, but its state is empty{why}; take a checkpoint "
+        "saved after the first step, by an optimizer such as AdamW"
     )
 
 
-def _plain(group: Mapping[str, Any]) -> str:
+def _momentum_class(group: Mapping[str, Any]) -> str:
     return "Muon" if "ns_steps" in group or "ns_coefficients" in group else "SGD"

@@ -1,4 +1,4 @@
-"""The slots of an optimizer's state: one for each parameter it was given."""
+"""Slots of an optimizer's state: one for each parameter given to the optimizer."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,24 +12,29 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, NothingKeptError, UnsupportedStateError
 from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
-from squisher_mergekit.optimizers.checkpoints.safe_pickle import Quantized
+from squisher_mergekit.optimizers.checkpoints.safe_pickle import QuantizedStandIn
 from squisher_mergekit.optimizers.encodings import Blockwise, Packed, RowsAndColumns
 from squisher_mergekit.optimizers.second_moments import Moment, ivon, moment_of, nothing_kept, unwrapped_state
 from squisher_mergekit.tensors.lazy import MaybeLazy, parts, read
 
 Shape = tuple[int, ...]
-Group = tuple["Slot", ...]
+Group = tuple["OptimizerSlot", ...]
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One parameter as the optimizer knows it.
+class OptimizerSlot:
+    """State of one parameter in an optimizer.
 
-    ``index``: its number in the file, or its name. ``name``: the name the file gives it, if any. ``moment``: None if
-    the optimizer never stepped it, or keeps none for it; then ``tensor`` and ``steps`` are None too. ``shape``: of the
-    parameter, None if nothing tells. ``lacking``: why there is no second moment, where the optimizer is one without.
-    ``flat``: the second moments of its whole group, to be cut once the shapes are known (IVON's). ``momentum``: the
-    mean gradient, where it is kept in full.
+    Attributes:
+        index: Number or name of the parameter in the file.
+        name: Name that the file gives the parameter; None if it gives none.
+        moment: Kind of the second moment; None if there is none.
+        tensor: The second moment; None if there is none.
+        steps: Number of steps; None if unknown.
+        shape: Shape of the parameter; None if unknown.
+        lacking: Reason why the optimizer keeps no second moment of this parameter; None otherwise.
+        flat: Second moments of the whole group in one flat tensor, cut once the shapes are known (IVON).
+        momentum: Mean gradient; None unless it is stored unfactored.
     """
 
     index: int | str
@@ -45,12 +50,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """The slots, by optimizer and group as the files have them.
+    """Slots of all optimizers of a checkpoint.
 
-    ``saved``: where they are from. ``optimizers``: of each optimizer its groups of slots.
+    Attributes:
+        raw: The states that the slots were parsed from.
+        optimizers: The groups of each optimizer.
+        groups: The groups of all optimizers.
     """
 
-    saved: RawState
+    raw: RawState
     optimizers: tuple[tuple[Group, ...], ...]
     groups: tuple[Group, ...] = field(init=False)
 
@@ -58,61 +66,59 @@ class OptimizerState:
         object.__setattr__(self, "groups", tuple(group for groups in self.optimizers for group in groups))
 
     @property
-    def file(self) -> Path:
-        """The file or folder, for messages."""
-        return self.saved.place
+    def location(self) -> Path:
+        """File or folder of the state, for messages."""
+        return self.raw.location
 
     @property
-    def slots(self) -> Iterator[Slot]:
-        """All slots in the order of their indices."""
+    def slots(self) -> Iterator[OptimizerSlot]:
+        """All slots, group by group."""
         for group in self.groups:
             yield from group
 
     @property
     def named(self) -> bool:
-        """Whether the file itself names every parameter."""
+        """True if the file names every parameter."""
         return all(slot.name is not None for slot in self.slots)
 
 
-def parse(saved: RawState) -> OptimizerState:
-    """Find the slots in what a layout has read.
+def parse(raw: RawState) -> OptimizerState:
+    """Parse optimizer states into slots.
 
     Args:
-        saved: It.
-
-    Returns:
-        The slots.
+        raw: The states to parse.
 
     Raises:
         UnsupportedStateError: No optimizer has a second moment.
         CorruptFileError: Groups and states contradict each other.
     """
     optimizers = []
-    for one in saved.states:
-        groups = tuple(tuple(_slots(group, one["state"], saved.place)) for group in one["param_groups"])
-        _check_indices(groups, one, saved.place)
+    for loaded in raw.states:
+        groups = tuple(tuple(_slots(group, loaded["state"], raw.location)) for group in loaded["param_groups"])
+        _check_indices(groups, loaded, raw.location)
         optimizers.append(groups)
-    state = OptimizerState(saved, tuple(optimizers))
+    state = OptimizerState(raw, tuple(optimizers))
     _check_kinds(state)
     return state
 
 
 def parameters_of(model: Mapping[str, Tensor]) -> dict[str, Shape]:
-    """Return name -> shape of a saved model in its order, without second names of tied tensors and known buffers.
+    """Return name -> shape of a saved model's parameters in order: no second names of tied tensors, no known buffers.
 
-    Buffers of floats other than a batch norm's stay: there is no telling them from parameters here.
+    Float buffers other than a batch norm's stay, as nothing distinguishes them from parameters.
     """
-    seen, kept = set(), {}
+    seen, shapes = set(), {}
     for name, tensor in model.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
         buffer = not tensor.is_floating_point() or name.endswith(("running_mean", "running_var"))
-        if not buffer and (place not in seen or tensor.numel() == 0):
-            seen.add(place)
-            kept[name] = tuple(tensor.shape)
-    return kept
+        if not buffer and (memory not in seen or tensor.numel() == 0):
+            seen.add(memory)
+            shapes[name] = tuple(tensor.shape)
+    return shapes
 
 
-def _slots(group: Mapping[str, Any], state: Mapping[Any, Any], file: Path) -> Iterator[Slot]:
+def _slots(group: Mapping[str, Any], state: Mapping[Any, Any], file: Path) -> Iterator[OptimizerSlot]:
+    """Yield the slots of one parameter group."""
     indices, names = group["params"], group.get("param_names")
     if names is None:
         names = [None] * len(indices)
@@ -128,40 +134,42 @@ def _slots(group: Mapping[str, Any], state: Mapping[Any, Any], file: Path) -> It
             raise CorruptFileError(f"the parameters of a group in {file} must be numbers or names, found {index!r:.50}")
         name = index if isinstance(index, str) else given
         name = None if name is None else unwrapped(str(name))
-        if _plain(flat) and flat.ndim == 1 and flat.is_floating_point() and "hess_init" in group:
-            yield Slot(index, name, ivon(group), flat=flat)
+        if _is_plain(flat) and flat.ndim == 1 and flat.is_floating_point() and "hess_init" in group:
+            yield OptimizerSlot(index, name, ivon(group), flat=flat)
         else:
             yield _slot(index, name, state.get(index), group, file)
 
 
-def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, Any], file: Path) -> Slot:
+def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, Any], file: Path) -> OptimizerSlot:
     if not isinstance(state, Mapping) or not state:
-        return Slot(index, name)
-    place = f"{file} (parameter {index})"
+        return OptimizerSlot(index, name)
+    location = f"{file} (parameter {index})"
     state = unwrapped_state(state)
     try:
-        moment = moment_of(state, group, place)
+        moment = moment_of(state, group, location)
     except NothingKeptError as error:
         shapes = [tuple(value.shape) for value in state.values() if isinstance(value, Tensor) and value.ndim]
-        return Slot(index, name, shape=shapes[0] if shapes else None, lacking=str(error))
+        return OptimizerSlot(index, name, shape=shapes[0] if shapes else None, lacking=str(error))
     except UnsupportedStateError:
         raise
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CorruptFileError(f"the settings of {place} must be numbers, but {error!s:.80}; save it again") from None
-    tensor = _stored(state, moment, f"parameter {index} in {file}")
-    steps = _steps(state.get("step", group.get("step", group.get("k"))), place)
+        raise CorruptFileError(
+            f"the settings of {location} must be numbers, but {error!s:.80}; save it again"
+        ) from None
+    tensor = _second_moment(state, moment, f"parameter {index} in {file}")
+    steps = _steps(state.get("step", group.get("step", group.get("k"))), location)
     if steps == 0:  # Adagrad makes its accumulators before the first step
-        return Slot(index, name)
+        return OptimizerSlot(index, name)
     momentum = state.get("exp_avg")
-    kept = _floats(momentum) and tuple(momentum.shape) == tuple(tensor.shape)
-    return Slot(index, name, moment, tensor, steps, tuple(tensor.shape), momentum=momentum if kept else None)
+    kept = _is_float(momentum) and tuple(momentum.shape) == tuple(tensor.shape)
+    return OptimizerSlot(index, name, moment, tensor, steps, tuple(tensor.shape), momentum=momentum if kept else None)
 
 
-def _steps(value: Any, place: str) -> int | None:
-    """Return how many steps were made, None if nothing tells.
+def _steps(value: Any, location: str) -> int | None:
+    """Return the number of steps; None if unknown.
 
     Raises:
-        CorruptFileError: It is no such number.
+        CorruptFileError: The value is no whole number.
     """
     if value is None:
         return None
@@ -171,93 +179,93 @@ def _steps(value: Any, place: str) -> int | None:
             raise ValueError
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise CorruptFileError(
-            f"the step of {place} must be a whole number, found {value!r:.50}; save it again"
+            f"the step of {location} must be a whole number, found {value!r:.50}; save it again"
         ) from None
     return int(steps)
 
 
-def _stored(state: Mapping[str, Any], moment: Moment, place: str) -> MaybeLazy:
-    """Return the second moment as it is kept."""
+def _second_moment(state: Mapping[str, Any], moment: Moment, location: str) -> MaybeLazy:
+    """Return the second moment: a plain tensor, or a lazy one over its encoding."""
     if moment.key == "state2" and "qmap2" in state:
-        found = [state[key] for key in ("state2", "qmap2", "absmax2") if _plain(state.get(key))]
+        found = [state[key] for key in ("state2", "qmap2", "absmax2") if _is_plain(state.get(key))]
         blocks = Blockwise(*found) if len(found) == 3 else None
         if blocks is None or not blocks.fits():
             raise CorruptFileError(
-                f"state2 of {place} must be 8-bit codes with 256 levels and one scale for each 256 entries, but its "
+                f"state2 of {location} must be 8-bit codes with 256 levels and one scale for each 256 entries, but its "
                 "parts do not belong together; save it again"
             )
-        return _within(blocks, place)
+        return _dense_only(blocks, location)
     stored = state[moment.key]
     if hasattr(stored, "codes") and hasattr(stored, "scale"):  # torchao's tensor, or the stand-in for it
-        return _within(_quantized(stored, f"{moment.key} of {place}"), place)
+        return _dense_only(_quantized(stored, f"{moment.key} of {location}"), location)
     for key in (moment.key, moment.columns):
         tensor = None if key is None else state[key]
-        # A subclass may hold codes, or a part of the tensor; of tensors, plain ones alone are what they seem.
-        if key is not None and not _floats(tensor):
+        # A subclass of Tensor may hold codes, or a shard; only plain tensors hold the second moment itself.
+        if key is not None and not _is_float(tensor):
             raise UnsupportedStateError(
-                f"{key} of {place} must be a plain tensor of floats, found {type(tensor).__name__}; "
+                f"{key} of {location} must be a plain tensor of floats, found {type(tensor).__name__}; "
                 "train with optim adamw_torch"
             )
     if moment.columns is None:
-        return _within(stored, place)
+        return _dense_only(stored, location)
     rows, columns = read(stored), read(state[moment.columns])
     if moment.key == "row_var" and min(rows.ndim, columns.ndim) >= 2 and rows.shape[-1] == columns.shape[-2] == 1:
         rows, columns = rows.squeeze(-1), columns.squeeze(-2)
     if not rows.ndim or rows.shape[:-1] != columns.shape[:-1] or rows.dtype != columns.dtype:
         raise CorruptFileError(
-            f"the row and column means of {place} must belong together, found shapes {list(rows.shape)} and "
+            f"the row and column means of {location} must belong together, found shapes {list(rows.shape)} and "
             f"{list(columns.shape)}; save it again"
         )
-    return _within(RowsAndColumns(rows, columns), place)
+    return _dense_only(RowsAndColumns(rows, columns), location)
 
 
-def _plain(value: Any) -> TypeGuard[Tensor]:
+def _is_plain(value: Any) -> TypeGuard[Tensor]:
     return type(value) is Tensor
 
 
-def _floats(value: Any) -> bool:
-    """Return whether this is a tensor of floats, or a form of one."""
+def _is_float(value: Any) -> bool:
+    """Return True for a plain or lazy tensor of floats."""
     if isinstance(value, Tensor):
         return type(value) is Tensor and value.is_floating_point() and value.layout is torch.strided
     return hasattr(value, "read") and value.dtype.is_floating_point
 
 
-def _quantized(tensor: Any, place: str) -> Blockwise | Packed:
-    """Return the form of a tensor of torchao's.
+def _quantized(tensor: Any, location: str) -> Blockwise | Packed:
+    """Return a lazy tensor over the codes of a torchao tensor.
 
     Raises:
-        CorruptFileError: Its parts do not belong together.
+        CorruptFileError: The sizes or dtypes of codes, scales and levels contradict each other.
     """
     codes, scales, levels = tensor.codes, tensor.scale, getattr(tensor, "qmap", None)
-    if _plain(codes) and _plain(scales) and (levels is None or _plain(levels)) and scales.numel():
-        form: Blockwise | Packed
+    if _is_plain(codes) and _is_plain(scales) and (levels is None or _is_plain(levels)) and scales.numel():
+        encoded: Blockwise | Packed
         if levels is not None and levels.numel() == 16:
             shape = torch.Size(getattr(tensor, "_shape", ()))
-            form = Packed(codes, levels, scales, shape, 2 * codes.numel() // scales.numel())
+            encoded = Packed(codes, levels, scales, shape, 2 * codes.numel() // scales.numel())
         else:
-            form = Blockwise(codes, levels, scales, codes.numel() // scales.numel())
-        if form.fits() and (not isinstance(tensor, Quantized) or tensor.shape == form.shape):
-            return form
-    raise CorruptFileError(f"the codes, scales and levels of {place} must belong together; save it again")
+            encoded = Blockwise(codes, levels, scales, codes.numel() // scales.numel())
+        if encoded.fits() and (not isinstance(tensor, QuantizedStandIn) or tensor.shape == encoded.shape):
+            return encoded
+    raise CorruptFileError(f"the codes, scales and levels of {location} must belong together; save it again")
 
 
-def _within(stored: MaybeLazy, place: str) -> MaybeLazy:
-    """Refuse tensors that claim entries for which their file has no bytes, as with a stride of 0.
+def _dense_only(stored: MaybeLazy, location: str) -> MaybeLazy:
+    """Return a tensor, but refuse one that claims entries for which its file has no bytes, as with a stride of 0.
 
     Raises:
-        CorruptFileError: One does.
+        CorruptFileError: The tensor has fewer bytes than entries.
     """
     for part in parts(stored):
-        if part.numel() * part.itemsize > part.untyped_storage().nbytes() or not _dense(part):
+        if part.numel() * part.itemsize > part.untyped_storage().nbytes() or not _is_dense(part):
             raise CorruptFileError(
-                f"the second moment of {place} must have bytes of its own for each of its {part.numel()} entries, "
+                f"the second moment of {location} must have bytes of its own for each of its {part.numel()} entries, "
                 f"found strides {list(part.stride())} over {part.untyped_storage().nbytes()} bytes; copy the file again"
             )
     return stored
 
 
-def _dense(tensor: Tensor) -> bool:
-    """Return whether the entries lie side by side, in whatever order of the axes."""
+def _is_dense(tensor: Tensor) -> bool:
+    """Return True if the entries are contiguous in memory, in any order of the axes."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
         if stride != expected:
@@ -267,10 +275,10 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def _check_indices(groups: tuple[Group, ...], loaded: Mapping[str, Any], file: Path) -> None:
-    """Refuse state that is at odds with its own groups."""
+    """Refuse a state whose parameters are not those of its groups."""
     slots = [slot for group in groups for slot in group]
     twice = [index for index, count in Counter(slot.index for slot in slots).items() if count > 1]
-    # Some optimizers keep settings of their own beside the parameters' state.
+    # Some optimizers keep settings beside the states of the parameters.
     strays = {key for key, value in loaded["state"].items() if isinstance(value, Mapping)} - {s.index for s in slots}
     if twice or strays:
         found = f"{twice[0]} twice" if twice else f"state of {sorted(map(str, strays))[0]}, which is in no group"
@@ -278,15 +286,15 @@ def _check_indices(groups: tuple[Group, ...], loaded: Mapping[str, Any], file: P
 
 
 def _check_kinds(state: OptimizerState) -> None:
-    """Refuse state that is empty or of several kinds."""
-    slots, file = list(state.slots), state.file
+    """Refuse a state without second moments, or with second moments of several kinds."""
+    slots, file = list(state.slots), state.location
     doubled = [name for name, count in Counter(slot.name for slot in slots if slot.name).items() if count > 1]
     if doubled:
         raise CorruptFileError(f"each parameter of {file} must have its own name, found {doubled[0]} twice")
     kinds = {slot.moment.statistic for slot in slots if slot.moment}
     if not kinds:
         lacking = next((slot.lacking for slot in slots if slot.lacking), None)
-        settings = [group for one in state.saved.states for group in one["param_groups"]]
+        settings = [group for loaded in state.raw.states for group in loaded["param_groups"]]
         raise UnsupportedStateError(lacking or nothing_kept(settings, str(file)))
     starts = {slot.moment.start for slot in slots if slot.moment}
     corrected = {slot.moment.corrected for slot in slots if slot.moment}

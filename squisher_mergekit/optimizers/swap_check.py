@@ -1,56 +1,56 @@
-"""Whether a parameter moved the way that its optimizer's state says; what does not is perhaps named wrongly."""
+"""Check for exchanged names: does each parameter change in the direction that its optimizer state predicts?"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from squisher_mergekit.models.checkpoint_names import CheckpointNames
-from squisher_mergekit.optimizers.slots import Slot
+from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.optimizers.slots import OptimizerSlot
 from squisher_mergekit.tensors.lazy import read
-from squisher_mergekit.tensors.safetensors import SafetensorsStore, safetensors_files
 
-# Entries compared of each parameter: some blocks of neighbours, so that few pages of a mapped file are touched.
+# Entries compared per parameter: blocks of neighbours, so that few pages of a mapped file are touched.
 _BLOCKS, _BLOCK = 64, 256
 
 
-def doubtful(
-    slots: Mapping[str, Slot], tuned: Path, before: Path, checkpoint_names: CheckpointNames | None
+def swapped_names(
+    slots: Mapping[str, OptimizerSlot], tuned: Weights, before: Weights, checkpoint_names: CheckpointNames | None
 ) -> dict[str, str]:
-    """Find parameters whose change fits the state of another one of the same shape better than their own.
+    """Find parameters whose change fits the state of another parameter of the same shape better than their own.
 
     The change ``theta - theta_before`` of a parameter correlates with ``-m / sqrt(v)`` of its own state, as that is the
-    direction of Adam's last steps, and hardly with another's. It is a hint and no proof: after long runs little is left
-    of it, and small tensors can agree by chance.
+    direction of Adam's last steps, and hardly with another's. The result is a hint and no proof: the correlation fades
+    in long runs, and small tensors can agree by chance.
 
     Args:
         slots: Name in memory -> slot.
-        tuned: Folder of the trained weights.
-        before: Folder of the weights at an earlier time.
-        checkpoint_names: The model; None if the names are those on disk.
+        tuned: The trained weights.
+        before: The weights at an earlier step.
+        checkpoint_names: The model's names; None if the names are those on disk.
 
     Returns:
         Name -> the name whose state fits better.
     """
-    stores = [SafetensorsStore(safetensors_files(folder, "model"), str(folder)) for folder in (tuned, before)]
     groups: dict[tuple[int, ...], list[tuple[str, str]]] = defaultdict(list)
     for name, stored in _stored_alone(slots, checkpoint_names):
         shape = slots[name].shape
-        if shape is not None and all(stored in store.infos and store.infos[stored].shape == shape for store in stores):
+        if shape is not None and all(stored in w.infos and w.infos[stored].shape == shape for w in (tuned, before)):
             groups[shape].append((name, stored))
     found: dict[str, str] = {}
     for members in groups.values():
         if len(members) > 1:
-            changes = [_sample(stores[0].read(on_disk)) - _sample(stores[1].read(on_disk)) for _, on_disk in members]
+            changes = [_sample(tuned.read(on_disk)) - _sample(before.read(on_disk)) for _, on_disk in members]
             fit = _correlations(torch.stack(changes), torch.stack([_direction(slots[name]) for name, _ in members]))
             found.update(_better([name for name, _ in members], fit, changes[0].numel()))
     return found
 
 
-def _stored_alone(slots: Mapping[str, Slot], checkpoint_names: CheckpointNames | None) -> Iterator[tuple[str, str]]:
-    """Yield name in memory and on disk of the parameters that are stored as they are, with momentum kept."""
+def _stored_alone(
+    slots: Mapping[str, OptimizerSlot], checkpoint_names: CheckpointNames | None
+) -> Iterator[tuple[str, str]]:
+    """Yield name in memory and name on disk of the parameters with momentum that are stored unconverted."""
     usable = {name for name, slot in slots.items() if slot.tensor is not None and slot.momentum is not None}
     if checkpoint_names is None:
         yield from ((name, name) for name in slots if name in usable)
@@ -61,7 +61,7 @@ def _stored_alone(slots: Mapping[str, Slot], checkpoint_names: CheckpointNames |
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Return some entries, the same ones of every tensor of a shape."""
+    """Return a sample of the entries, at the same positions in every tensor of a shape."""
     flat = tensor.reshape(-1)
     if flat.numel() <= _BLOCKS * _BLOCK:
         return flat.double()
@@ -69,7 +69,7 @@ def _sample(tensor: Tensor) -> Tensor:
     return torch.cat([flat[number * step : number * step + _BLOCK] for number in range(_BLOCKS)]).double()
 
 
-def _direction(slot: Slot) -> Tensor:
+def _direction(slot: OptimizerSlot) -> Tensor:
     if slot.tensor is None or slot.momentum is None:
         raise TypeError(f"parameter {slot.index} was never stepped")
     return -_sample(read(slot.momentum)) / (_sample(read(slot.tensor)).sqrt() + 1e-12)
@@ -83,7 +83,7 @@ def _correlations(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _better(names: list[str], fit: Tensor, entries: int) -> Iterator[tuple[str, str]]:
-    """Yield each name whose change fits another's state better than chance alone would let it."""
+    """Yield each name whose change fits another's state by more than chance explains."""
     chance = 0.05 + 6 / entries**0.5
     for row, name in enumerate(names):
         best = int(fit[row].argmax())

@@ -1,1 +1,1 @@
-"""Files of tensors: safetensors, a streaming writer, atomic output, the Hub, lazy and sharded tensors, exact top-k."""
+"""Files of tensors: safetensors, dtypes, streaming writer, atomic output, the Hub, lazy and sharded tensors, top-k."""

@@ -1,4 +1,4 @@
-"""Output that appears whole or not at all: written beside, synced, renamed."""
+"""Atomic output: files are written beside their final name, synced, and renamed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import Any
 
 @contextmanager
 def written_beside(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``out``; on success its files move there, synced to disk; else it vanishes.
+    """Yield a new folder beside ``out`` whose files move to ``out`` on success; on failure the folder vanishes.
 
-    The new folder bears the name of ``out`` (inside a temporary one), for those who write it into a text.
+    The files are synced to disk before they move. The new folder has the name of ``out`` (inside a temporary folder),
+    for callers that write that name into a text.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     parent = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -47,7 +48,7 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its final name, sync and rename it, so that no half of it is ever found there."""
+    """Write a file atomically: beside its final name, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     beside = Path(name)
@@ -63,5 +64,5 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write a report as JSON."""
+    """Write a report as JSON, atomically."""
     write_whole(path, (json.dumps(data, indent=2) + "\n").encode())

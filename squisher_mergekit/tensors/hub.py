@@ -9,15 +9,13 @@ from pathlib import Path
 
 from squisher_mergekit.errors import ConfigError, NotFoundError, RefusedError
 
-# Endings of what belongs to a model beside its weights: config, tokenizer, chat template, code.
+# Endings of a model's files other than its weights: config, tokenizer, chat template, code.
 MODEL_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
-
-
 MODEL_PATTERNS = ["model.safetensors", "model-*.safetensors", *(f"*{ending}" for ending in MODEL_ENDINGS)]
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """Split ``org/name[@revision]``.
+    """Split ``org/name[@revision]`` into name and revision.
 
     Example:
         >>> split_revision("org/name@fisher")
@@ -30,8 +28,12 @@ def split_revision(source: str) -> tuple[str, str | None]:
 def parse_id(source: str, required: str) -> tuple[str, str | None]:
     """Return name and revision of a Hub id.
 
+    Args:
+        source: The id, ``org/name[@revision]``.
+        required: Beginning of the message for another value.
+
     Raises:
-        NotFoundError: It is none.
+        NotFoundError: ``source`` is no Hub id.
     """
     repo, revision = split_revision(source)
     if repo.count("/") != 1 or repo.startswith(("/", ".", "~")):
@@ -43,17 +45,17 @@ def parse_id(source: str, required: str) -> tuple[str, str | None]:
 
 
 def download_model(source: str, option: str) -> Path:
-    """Fetch the weights of a model, its config and its tokenizer.
+    """Download the weights of a model, its config and its tokenizer.
 
     Args:
-        source: ``org/name[@revision]``.
-        option: What it is called in a message.
+        source: The id, ``org/name[@revision]``.
+        option: Name of the option that gave the id, for messages.
 
     Returns:
         The local folder.
 
     Raises:
-        NotFoundError: It is no Hub id, or cannot be reached.
+        NotFoundError: ``source`` is no Hub id, or the Hub cannot be reached.
     """
     repo, revision = parse_id(source, f"{option} must be a folder")
     folder = download(repo, revision, MODEL_PATTERNS, None)
@@ -63,10 +65,13 @@ def download_model(source: str, option: str) -> Path:
 
 
 def refuse_offline(what: str) -> None:
-    """Refuse what needs the Hub where HF_HUB_OFFLINE forbids it.
+    """Refuse work that needs the Hub while HF_HUB_OFFLINE is set.
+
+    Args:
+        what: The work, as the subject of a sentence.
 
     Raises:
-        ConfigError: It is set.
+        ConfigError: HF_HUB_OFFLINE is set.
     """
     if _is_offline():
         raise ConfigError(f"{what} needs the Hub, but HF_HUB_OFFLINE is set; unset it")
@@ -74,7 +79,7 @@ def refuse_offline(what: str) -> None:
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Show huggingface_hub's progress bars while something runs, or not."""
+    """Show or hide huggingface_hub's progress bars inside a ``with`` block."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hide = not shown and not are_progress_bars_disabled()
@@ -89,15 +94,15 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def explained(what: str, repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one line of ours.
+    """Turn exceptions of huggingface_hub into errors of this package, of one line each.
 
     Args:
-        what: What is being done, as the subject of a sentence.
-        repo: ``org/name``.
+        what: The work in the ``with`` block, as the subject of a sentence.
+        repo: The repository, ``org/name``.
 
     Raises:
         NotFoundError: The Hub cannot be reached, or has no such repository or revision.
-        ConfigError: It lets this token do no such thing, or refuses what was sent.
+        ConfigError: The token lacks a right, or the Hub refuses the request.
     """
     try:
         yield
@@ -108,16 +113,16 @@ def explained(what: str, repo: str) -> Iterator[None]:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """Return what huggingface_hub raises."""
+    """Return the exception classes of huggingface_hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    # One of its parents is the root of what the HTTP library beneath raises, and that library differs by version.
+    # One parent is the root of the HTTP library's exceptions; which library that is differs by version.
     roots = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
     return (*roots, ValueError, RuntimeError)
 
 
 def _explain(error: Exception, what: str, repo: str) -> RefusedError:
-    """Return our error for one of huggingface_hub's."""
+    """Return this package's error for an exception of huggingface_hub."""
     cause: BaseException = error
     while cause.__cause__ is not None and getattr(cause, "response", None) is None:
         cause = cause.__cause__
@@ -142,7 +147,7 @@ def _explain(error: Exception, what: str, repo: str) -> RefusedError:
 
 
 def _short(error: BaseException) -> str:
-    """Return in few words what the Hub or its client says."""
+    """Return the reason that the Hub or its client gives, in few words."""
     away = "HF_HUB_OFFLINE is set" if _is_offline() else "the Hub cannot be reached"
     known = {
         "GatedRepoError": "it is gated, and this token has no access",
@@ -151,7 +156,7 @@ def _short(error: BaseException) -> str:
         "IncompleteSnapshotError": f"it is in the cache in part, and {away}",
         "LocalEntryNotFoundError": f"it is not in the cache, and {away}",
     }
-    # By name, as not every version of huggingface_hub has all of them; the most special comes first.
+    # By name, as no version of huggingface_hub has all of these classes; subclasses come first.
     for kind in type(error).__mro__:
         if kind.__name__ in known:
             return known[kind.__name__]
@@ -166,12 +171,22 @@ def _is_offline() -> bool:
 
 
 def download(repo: str, revision: str | None, patterns: list[str], cache_dir: str | None) -> Path | str:
-    """Return the snapshot's folder, or in words why there is none."""
+    """Download files of a repository.
+
+    Args:
+        repo: The repository, ``org/name``.
+        revision: Branch, tag or commit; None for the main branch.
+        patterns: Glob patterns of the files.
+        cache_dir: Folder of the cache; None for the default.
+
+    Returns:
+        The folder of the snapshot, or the reason why there is none.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging as hub_logging
 
     verbosity = hub_logging.get_verbosity()
-    # That no file matches is an answer, not a warning.
+    # A repository without a matching file is an answer here, not worth a warning.
     hub_logging.set_verbosity(logging.ERROR)
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, cache_dir=cache_dir))

@@ -1,4 +1,4 @@
-"""Tensors that are put together when they are read: slices, shards, decoded forms."""
+"""Lazy tensors: slices, shards and encoded tensors that are assembled when they are read."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from torch import Tensor
 
 
 class LazyTensor(Protocol):
-    """A second moment that is no tensor yet."""
+    """Tensor that is assembled or decoded when it is read."""
 
     @property
     def shape(self) -> torch.Size:
-        """Of the parameter."""
+        """Shape of the tensor that :meth:`read` returns."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the second moment."""
+        """Dtype of the tensor that :meth:`read` returns."""
 
     @property
     def parts(self) -> Sequence[Tensor]:
-        """The tensors it is worked out from, as they lie in a mapped file."""
+        """Stored tensors that the result is computed from, mapped from disk where possible."""
 
     def read(self) -> Tensor:
-        """Return the second moment."""
+        """Return the tensor."""
 
 
 @dataclass(frozen=True)
 class Slices:
-    """A tensor made of slices of flat ones, one after the other: what a sharding trainer cut up.
+    """Tensor made of slices of flat buffers, in their order, as sharding trainers store it.
 
-    ``slices``: flat tensor, where its slice begins, how many entries it has.
+    Attributes:
+        slices: Flat buffer, first entry and number of entries of each slice.
+        shape: Shape of the tensor.
 
     Example:
         >>> Slices(((torch.arange(5.0), 3, 2), (torch.arange(7.0), 0, 1)), torch.Size([3, 1])).read().flatten()
@@ -45,33 +47,37 @@ class Slices:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the entries."""
+        """Dtype of the entries."""
         return self.slices[0][0].dtype
 
     @property
     def parts(self) -> Sequence[Tensor]:
-        """The flat tensors."""
+        """The flat buffers."""
         return [flat for flat, _, _ in self.slices]
 
     def read(self) -> Tensor:
-        """Return the tensor; of one slice alone a view."""
+        """Return the tensor; a view where there is one slice."""
         cut = [flat[start : start + length] for flat, start, length in self.slices]
         return (cut[0] if len(cut) == 1 else torch.cat(cut)).reshape(self.shape)
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the first and last entries of each slice, ``count`` of both, and their places in the flat tensor."""
-        places, values, begin = [], [], 0
+        """Return the first and the last ``count`` entries of each slice: positions in the flat tensor, and values."""
+        positions, values, begin = [], [], 0
         for flat, start, length in self.slices:
             ends = sorted({*range(min(count, length)), *range(max(length - count, 0), length)})
             values.append(flat[start : start + length][ends])
-            places += [begin + end for end in ends]
+            positions += [begin + end for end in ends]
             begin += length
-        return torch.tensor(places, dtype=torch.int64), torch.cat(values)
+        return torch.tensor(positions, dtype=torch.int64), torch.cat(values)
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A tensor whose shards lie one after the other along an axis.
+    """Tensor whose shards follow one another along an axis.
+
+    Attributes:
+        shards: The shards, in order.
+        axis: The axis along which the tensor is sharded.
 
     Example:
         >>> Joined((torch.ones(2, 3), torch.zeros(1, 3)), 0).shape
@@ -83,14 +89,14 @@ class Joined:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the whole."""
+        """Shape of the whole tensor."""
         shape = list(self.shards[0].shape)
         shape[self.axis] = sum(shard.shape[self.axis] for shard in self.shards)
         return torch.Size(shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the entries."""
+        """Dtype of the entries."""
         return self.shards[0].dtype
 
     @property
@@ -99,7 +105,7 @@ class Joined:
         return self.shards
 
     def read(self) -> Tensor:
-        """Return the tensor."""
+        """Return the whole tensor."""
         return torch.cat(self.shards, self.axis)
 
 
@@ -107,14 +113,14 @@ MaybeLazy: TypeAlias = Tensor | LazyTensor
 
 
 def read(stored: MaybeLazy) -> Tensor:
-    """Return a second moment in the parameter's shape."""
+    """Return a tensor as it is, or read a lazy one."""
     return stored if isinstance(stored, Tensor) else stored.read()
 
 
 def parts(stored: MaybeLazy) -> Sequence[Tensor]:
-    """Return the tensors that a second moment is read from, as they lie in a mapped file."""
+    """Return the stored tensors that a tensor is read from, mapped from disk where possible."""
     return (stored,) if isinstance(stored, Tensor) else stored.parts
 
 
 def unverified(tensor: Tensor) -> None:
-    """Hold a tensor against no checksum: there is none, or nobody asked for it."""
+    """Accept a tensor without a checksum: the file has none, or the caller asked for no verification."""

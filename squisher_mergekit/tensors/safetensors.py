@@ -6,29 +6,55 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from squisher_mergekit.errors import CorruptFileError, MismatchError
+from squisher_mergekit.errors import CorruptFileError, MismatchError, UnsupportedStateError
+from squisher_mergekit.tensors.dtypes import DTYPES, dtype_refusal
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor: shape, dtype as stored, bytes on disk."""
+    """Header of a tensor, known without reading it.
+
+    Attributes:
+        shape: Shape of the tensor.
+        stored_dtype: Its dtype; None for a dtype that torch lacks.
+        nbytes: Its bytes on disk.
+        refusal: Message for a tensor whose dtype torch lacks.
+    """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    stored_dtype: torch.dtype | None
     nbytes: int
+    refusal: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype as stored.
+
+        Raises:
+            UnsupportedStateError: torch lacks the dtype.
+        """
+        if self.stored_dtype is None:
+            raise UnsupportedStateError(self.refusal)
+        return self.stored_dtype
+
+    @property
+    def is_floating_point(self) -> bool:
+        """True for floats; the dtypes that torch lacks are floats of few bits."""
+        return self.stored_dtype is None or self.stored_dtype.is_floating_point
 
 
 class TensorStore(Protocol):
-    """Where the tensors of a Fisher lie; headers are read at once, tensors one at a time."""
+    """Source of named tensors: headers are known at once, tensors are read one at a time."""
 
     @property
     def location(self) -> str:
-        """Where it is, for messages."""
+        """File, folder or other source, for messages."""
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -51,20 +77,32 @@ def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], loca
         )
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """Header of a safetensors file.
+
+    Attributes:
+        file: The file.
+        entries: Name of a tensor -> its entry: ``dtype``, ``shape`` and ``data_offsets``.
+        metadata: Free text by key.
+        start: Offset of the first tensor's bytes in the file.
+    """
+
+    file: Path
+    entries: Mapping[str, Mapping[str, Any]]
+    metadata: Mapping[str, str]
+    start: int
+
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Name -> header of the tensor, in the order of the file."""
+        infos = {}
+        for name, entry in self.entries.items():
+            begin, end = entry["data_offsets"]
+            dtype = DTYPES.get(entry["dtype"])
+            refusal = "" if dtype is not None else dtype_refusal(entry["dtype"], name, self.file)
+            infos[name] = TensorInfo(tuple(entry["shape"]), dtype, end - begin, refusal)
+        return infos
 
 
 class MemoryStore:
@@ -81,22 +119,37 @@ class MemoryStore:
 
 
 class SafetensorsStore:
-    """Tensors in one or several safetensors files, memory-mapped when read."""
+    """Tensors in one or several safetensors files, memory-mapped when read.
 
-    def __init__(self, files: Iterable[Path], location: str) -> None:
+    Args:
+        files: The files.
+        location: Source of the tensors, for messages.
+        headers: Headers of the files, where they have been read already.
+    """
+
+    def __init__(
+        self, files: Iterable[Path], location: str, headers: Mapping[Path, SafetensorsHeader] | None = None
+    ) -> None:
         self.location = location
         self.infos: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         for file in files:
-            for name, info in tensor_infos(file).items():
-                self.infos[name] = info
-                self._file_of[name] = file
+            header = read_header(file) if headers is None else headers[file]
+            self.infos.update(header.infos)
+            self._file_of.update(dict.fromkeys(header.infos, file))
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, a view of the mapped file."""
+        """Return one tensor, a view of the mapped file.
+
+        Raises:
+            UnsupportedStateError: torch lacks the dtype.
+            CorruptFileError: The file is damaged, or has changed since its header was read.
+        """
         from safetensors import SafetensorError, safe_open
 
+        if self.infos[name].stored_dtype is None:
+            raise UnsupportedStateError(self.infos[name].refusal)
         file = self._file_of[name]
         try:
             if file not in self._open:
@@ -110,59 +163,52 @@ class SafetensorsStore:
 
 
 def info_of(tensor: torch.Tensor) -> TensorInfo:
-    """Return what a header would say of a tensor."""
+    """Return the header that a tensor in memory would have."""
     return TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.element_size())
 
 
-def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Read the header of a safetensors file: name -> entry, and where the data begin.
+def read_header(file: Path) -> SafetensorsHeader:
+    """Parse the header of a safetensors file.
 
     Raises:
         CorruptFileError: The file is truncated or no safetensors file.
     """
-    header, start = _whole_header(file)
-    header.pop("__metadata__", None)
-    return header, start
-
-
-def safetensors_notes(file: Path) -> dict[str, str]:
-    """Return the metadata in the header of a safetensors file.
-
-    Raises:
-        CorruptFileError: The file is truncated or no safetensors file.
-    """
-    return _whole_header(file)[0].get("__metadata__") or {}
-
-
-def _whole_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError(f"its header claims {length} of {size} bytes")
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        if any(not {"dtype", "shape"} <= entry.keys() for entry in entries):
+            entries: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+        metadata = entries.pop("__metadata__", None) or {}
+        if any(not {"dtype", "shape"} <= entry.keys() for entry in entries.values()):
             raise ValueError("a tensor in its header lacks dtype or shape")
-        if not isinstance(header.get("__metadata__") or {}, dict):
+        if not isinstance(metadata, dict):
             raise ValueError("the metadata in its header are no mapping")
-        end = max((entry["data_offsets"][1] for entry in entries), default=0)
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes where its header promises {8 + length + end}")
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{file} must be a whole safetensors file, but {error}; copy it again") from error
-    return header, 8 + length
+    return SafetensorsHeader(file, entries, metadata, 8 + length)
 
 
-def tensor_infos(file: Path) -> dict[str, TensorInfo]:
-    """Return name -> shape, dtype and bytes of a safetensors file, from its header alone."""
-    header, _ = safetensors_header(file)
-    infos = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        infos[name] = TensorInfo(tuple(entry["shape"]), _DTYPES.get(entry["dtype"], torch.float32), end - begin)
-    return infos
+def safetensors_notes(file: Path) -> Mapping[str, str]:
+    """Return the metadata in the header of a safetensors file.
+
+    Raises:
+        CorruptFileError: The file is truncated or no safetensors file.
+    """
+    return read_header(file).metadata
+
+
+def tensor_infos(file: Path) -> Mapping[str, TensorInfo]:
+    """Return name -> shape, dtype and bytes of a safetensors file, from its header alone.
+
+    Raises:
+        CorruptFileError: The file is truncated or no safetensors file.
+    """
+    return read_header(file).infos
 
 
 def safetensors_files(folder: Path, basename: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Tensors that several processes hold in parts: where they lie, and how the first process gathers them one by one."""
+"""Tensors sharded over processes: detection, gathering, and work on rank 0 that gathers them one by one."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ T = TypeVar("T")
 
 
 def is_sharded(tensor: object) -> bool:
-    """Return whether a tensor is a DTensor, of which this process holds a part."""
+    """Return True for a DTensor, of which each rank holds a shard."""
     return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a tensor as it is, or gathered from all processes if it is sharded; they must all ask for it."""
+    """Return a whole tensor as it is, and gather a sharded one; all ranks must call this together."""
     gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return gathered
 
 
 def distributed_like(tensor: Tensor, like: Any, dtype: torch.dtype) -> Tensor:
-    """Return a tensor on the device of another; of a sharded one the part of this process, of a whole tensor.
+    """Return a tensor with the device and the sharding of another.
 
     Args:
-        tensor: Whole, or sharded as ``like`` is.
-        like: Where it is to lie.
-        dtype: What to convert it to.
+        tensor: A whole tensor, or one sharded as ``like`` is.
+        like: The tensor that gives device and sharding.
+        dtype: Dtype of the result.
     """
     moved = tensor.detach().to(like.device, dtype)
     if not is_sharded(like) or is_sharded(tensor):
@@ -45,50 +45,50 @@ def distributed_like(tensor: Tensor, like: Any, dtype: torch.dtype) -> Tensor:
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:
-    """Return the modules whose parameters FSDP2 holds in parts."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded by what was not imported
+    """Return the modules whose parameters FSDP2 shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a module that was not imported shards nothing
     return [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
 
 
 def rank() -> int:
-    """Return the number of this process; 0 where there is one alone."""
+    """Return the rank of this process; 0 outside a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 class OnRankZero:
-    """Work for the first process, in which the others take part by their shares of sharded tensors.
+    """Function run on rank 0 while the other ranks serve gathers of their shards.
 
-    All processes make one with the same tensors in the same order and call :meth:`run`. Whole is only one tensor at a
-    time, and what the first process does with it is its own affair: the others follow its questions.
+    All ranks make one of these with the same tensors in the same order, and call :meth:`run`. One tensor at a time is
+    whole, on rank 0 alone; the other ranks answer the gathers that rank 0 asks for, in any order.
     """
 
     def __init__(self) -> None:
         self.tensors: list[Any] = []
 
-    def add(self, tensor: Tensor) -> Sharded:
-        """Return a form of a sharded tensor that is gathered when the first process reads it."""
+    def add(self, tensor: Tensor) -> GatheredOnRead:
+        """Return a lazy tensor that is gathered when rank 0 reads it."""
         self.tensors.append(tensor)
-        return Sharded(tensor, len(self.tensors) - 1, self)
+        return GatheredOnRead(tensor, len(self.tensors) - 1, self)
 
     def gather(self, number: int) -> Tensor:
-        """Ask for a tensor; for the first process, within :meth:`run`."""
+        """Gather a tensor on the CPU; called on rank 0, within :meth:`run`."""
         dist.broadcast_object_list([number], src=0)
         return gathered(self.tensors[number]).detach().cpu()
 
     def run(self, work: Callable[[], T]) -> T | None:
-        """Do the work in the first process.
+        """Call a function on rank 0, and serve its gathers on the others.
 
         Args:
-            work: What may read the forms that :meth:`add` gave.
+            work: The function; it may read the lazy tensors that :meth:`add` returned.
 
         Returns:
-            What the work returns; None in the other processes.
+            The function's result on rank 0; None on the other ranks.
 
         Raises:
-            SquisherError: In the other processes, if the work failed in the first.
+            SquisherError: On the other ranks, if the function failed on rank 0.
         """
         if rank() != 0:
-            self._follow()
+            self._serve_gathers()
             return None
         message = "it was stopped"
         try:
@@ -102,21 +102,27 @@ class OnRankZero:
             if self.tensors:
                 dist.broadcast_object_list([message], src=0)
 
-    def _follow(self) -> None:
+    def _serve_gathers(self) -> None:
         while self.tensors:
-            asked: list[Any] = [None]
-            dist.broadcast_object_list(asked, src=0)
-            if isinstance(asked[0], int):
-                self.tensors[asked[0]].full_tensor()
-            elif asked[0]:
-                raise SquisherError(f"the first process could not write the Fisher: {asked[0]}")
+            request: list[Any] = [None]
+            dist.broadcast_object_list(request, src=0)
+            if isinstance(request[0], int):
+                self.tensors[request[0]].full_tensor()
+            elif request[0]:
+                raise SquisherError(f"the first process could not write the Fisher: {request[0]}")
             else:
                 return
 
 
 @dataclass(frozen=True)
-class Sharded:
-    """A sharded tensor as a form of a second moment (see ``optimizers.values``)."""
+class GatheredOnRead:
+    """Sharded tensor as a :class:`~squisher_mergekit.tensors.lazy.LazyTensor`, gathered when rank 0 reads it.
+
+    Attributes:
+        tensor: The sharded tensor.
+        number: Its number in ``on_rank_zero``.
+        on_rank_zero: The function run that gathers it.
+    """
 
     tensor: Any
     number: int
@@ -124,20 +130,20 @@ class Sharded:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the whole."""
+        """Shape of the whole tensor."""
         return torch.Size(self.tensor.shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the entries."""
+        """Dtype of the entries."""
         dtype: torch.dtype = self.tensor.dtype
         return dtype
 
     @property
     def parts(self) -> Sequence[Tensor]:
-        """What this process holds."""
+        """The shard of this rank."""
         return (self.tensor.to_local(),)
 
     def read(self) -> Tensor:
-        """Return the whole, on the CPU."""
+        """Return the whole tensor, on the CPU."""
         return self.on_rank_zero.gather(self.number)

@@ -1,8 +1,8 @@
-"""Which entries are the largest, of one tensor or of many that are never in memory together.
+"""Exact top-k masks, over one tensor or over many that are never in memory together.
 
-A float32 number that is not negative orders as the integer that its bits spell: its *key*. So the k-th largest of any
-number of entries is found exactly in two passes over them, which count how many keys have the same upper 16 bits, then,
-among those of the k-th, the same lower 15.
+Non-negative float32 numbers order as the integers with the same bits: their *keys*. Two passes over the keys find the
+k-th largest exactly. The first counts the keys by their upper 16 bits; the second counts the keys that share the upper
+bits of the k-th by their lower 15 bits.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The key of what is kept whatever its value: above that of infinity.
+# The key of entries that are always kept: above the key of infinity.
 KEPT = 2**31 - 1
 _LOW = 15
-# Entries at a time: what is computed of them stays in the cache, and little is held beside the tensor.
+# Entries at a time: intermediate results stay in the CPU's cache, and take little memory.
 _BLOCK = 1 << 18
 
 
 def keys(values: Tensor) -> Tensor:
-    """Return integers that order as the values do.
+    """Return the sort keys of values: integers in the same order.
 
     Args:
         values: float32, not negative, of any shape.
 
     Returns:
-        int32, shaped alike; a view where possible.
+        int32, of the same shape; a view where possible.
 
     Example:
         >>> keys(torch.tensor([0.5, 0.0, 2.0])).argsort().tolist()
@@ -37,19 +37,24 @@ def keys(values: Tensor) -> Tensor:
 
 @dataclass
 class Cut:
-    """Where the kept entries of many tensors end: all keys above ``key``, and the first ``ties`` equal to it."""
+    """Threshold of a top-k mask over many tensors.
+
+    Attributes:
+        key: Key of the smallest entry kept; all larger keys are kept.
+        ties: Number of entries with exactly this key that are kept: the first ones.
+    """
 
     key: int
     ties: int
 
     def take(self, keys: Tensor) -> Tensor:
-        """Return which entries of the next tensor are kept.
+        """Return the mask of the kept entries of the next tensor.
 
         Args:
-            keys: Of the tensors one after the other, in the order of the passes.
+            keys: Keys of the next tensor, in the order of the passes that found the threshold.
 
         Returns:
-            bool, shaped alike.
+            bool, of the same shape.
         """
         kept = keys > self.key
         if self.ties:
@@ -60,14 +65,14 @@ class Cut:
 
 
 def cut(tensors: Callable[[], Iterable[Tensor]], keep: int) -> Cut:
-    """Find where the ``keep`` largest entries of many tensors end.
+    """Find the threshold of the ``keep`` largest entries of many tensors.
 
     Args:
-        tensors: Called twice; yields the keys of one tensor after the other, both times the same.
-        keep: How many entries to keep, at most as many as there are.
+        tensors: Function that yields the keys of each tensor; it is called twice and must yield the same both times.
+        keep: Number of entries to keep, at most the number of entries.
 
     Returns:
-        The exact cut; among equal keys the first are kept.
+        The exact threshold; of entries with equal keys the first are kept.
 
     Example:
         >>> parts = [torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0])]
@@ -78,24 +83,24 @@ def cut(tensors: Callable[[], Iterable[Tensor]], keep: int) -> Cut:
     if keep <= 0:
         return Cut(KEPT, 0)
     upper = _counts(tensors(), lambda block: block >> _LOW, 1 << 31 - _LOW)
-    high, above = _place(upper, keep)
+    high, above = _bin_of_kth(upper, keep)
     mask = (1 << _LOW) - 1
     lower = _counts(tensors(), lambda block: block[block >> _LOW == high] & mask, 1 << _LOW)
-    low, more = _place(lower, keep - above)
+    low, more = _bin_of_kth(lower, keep - above)
     return Cut(high << _LOW | low, keep - above - more)
 
 
 def largest(values: Tensor, keep: int) -> Tensor:
-    """Return which entries of one tensor are its ``keep`` largest.
+    """Return the mask of the ``keep`` largest entries of one tensor.
 
-    Nothing here waits for an accelerator.
+    The function does not synchronize with an accelerator.
 
     Args:
         values: Not negative, of any shape; float64 is rounded to float32.
-        keep: How many, at most as many as there are entries.
+        keep: Number of entries to keep, at most the number of entries.
 
     Returns:
-        bool, shaped alike. Among equal entries the first are kept; on an accelerator any.
+        bool, of the same shape. Of equal entries the first are kept; on an accelerator any.
 
     Example:
         >>> largest(torch.tensor([0.5, 2.0, 0.5, 3.0]), 3)
@@ -114,7 +119,7 @@ def largest(values: Tensor, keep: int) -> Tensor:
 
 
 def _counts(tensors: Iterable[Tensor], part: Callable[[Tensor], Tensor], size: int) -> Tensor:
-    """Return how often each value of a part of the keys occurs."""
+    """Return the histogram of some bits of the keys."""
     counts = torch.zeros(size, dtype=torch.int64)
     for tensor in tensors:
         flat = tensor.reshape(-1)
@@ -123,14 +128,14 @@ def _counts(tensors: Iterable[Tensor], part: Callable[[Tensor], Tensor], size: i
     return counts
 
 
-def _place(counts: Tensor, keep: int) -> tuple[int, int]:
-    """Return the value at which, counted from above, the ``keep``-th entry lies, and how many lie above that value.
+def _bin_of_kth(counts: Tensor, keep: int) -> tuple[int, int]:
+    """Return the bin of the ``keep``-th largest entry in a histogram, and the number of entries in higher bins.
 
     Raises:
-        ValueError: There are fewer entries.
+        ValueError: The histogram has fewer entries.
     """
     above = counts.flip(0).cumsum(0)
     if not 0 < keep <= int(above[-1]):
         raise ValueError(f"{keep} entries are to be kept of {int(above[-1])}")
-    place = int(torch.searchsorted(above, keep))
-    return len(counts) - 1 - place, int(above[place - 1]) if place else 0
+    position = int(torch.searchsorted(above, keep))
+    return len(counts) - 1 - position, int(above[position - 1]) if position else 0

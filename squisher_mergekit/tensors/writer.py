@@ -1,4 +1,4 @@
-"""Writing safetensors tensor by tensor: nothing of a file is in memory but the block being written."""
+"""Streaming writer of safetensors files: only the block being written is in memory."""
 
 from __future__ import annotations
 
@@ -12,34 +12,22 @@ from typing import Any
 
 import torch
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
+from squisher_mergekit.tensors.dtypes import dtype_name
+
 _ALIGN = 8
 _BLOCK = 1 << 22  # entries converted at a time
-# What an entry of the header takes beside its name: dtype, shape and offsets, with room for numbers of 20 digits.
+# Bytes of a header entry without its name: dtype, shape and offsets, with room for numbers of 20 digits.
 _ENTRY = 256
 
 
 class SafetensorsWriter:
-    """A safetensors file that tensors are appended to; its header is filled in at the end.
+    """Writer that appends tensors to a safetensors file and fills in the header at the end.
 
-    Room for the header is left at the beginning, and what is not needed of it is filled with blanks, as the format
-    allows. A tensor is written in a thread of its own while the next one is made, so it must not change any more.
+    Room for the header is left at the beginning, and padded with blanks, as the format allows. A second thread writes
+    a tensor while the caller makes the next one, so a tensor must not change after it was added.
 
     Args:
-        file: To be made.
+        file: The file to make.
         room: Bytes for the header, see :func:`header_room`.
 
     Example:
@@ -78,33 +66,37 @@ class SafetensorsWriter:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes of tensors were added."""
+        """Bytes of the tensors added so far."""
         return self._end
 
     def add(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
         """Append a tensor.
 
         Args:
-            name: Its name, new in this file.
-            tensor: On any device, of any strides.
-            dtype: To convert it to, block by block.
+            name: Name of the tensor, new in this file.
+            tensor: The tensor, on any device, of any strides.
+            dtype: Dtype to convert to, block by block; None keeps the tensor's own.
+
+        Raises:
+            UnsupportedStateError: safetensors has no such dtype.
         """
         if name in self.sizes:
             raise ValueError(f"{name} is in the file already")
         dtype = dtype or tensor.dtype
+        stored_dtype = dtype_name(dtype)
         start = self._end
         self.sizes[name] = tensor.numel() * dtype.itemsize
         self._end += self.sizes[name]
         self._wait()
         self._writing = self._pool.submit(self._write, tensor, dtype)
-        self._header[name] = {"dtype": _NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, self._end]}
+        self._header[name] = {"dtype": stored_dtype, "shape": list(tensor.shape), "data_offsets": [start, self._end]}
 
     def note(self, key: str, value: str) -> None:
-        """Write something into the metadata of the file's header."""
+        """Set a key of the metadata in the file's header."""
         self._header["__metadata__"][key] = value
 
     def _wait(self) -> None:
-        """Wait for the tensor before, so that at most two are in memory."""
+        """Wait until the previous tensor is written, so that at most two are in memory."""
         if self._writing is not None:
             self._writing.result()
 
@@ -124,13 +116,18 @@ class SafetensorsWriter:
 
 
 def header_room(names: list[str], parts: int = 1) -> int:
-    """Return enough bytes for the header of a file with tensors of these names, each in at most so many parts."""
+    """Return an upper bound on the bytes of a header.
+
+    Args:
+        names: Names of the tensors.
+        parts: Largest number of tensors that one name is stored as.
+    """
     longest = sum(parts * (len(json.dumps(name)) + _ENTRY) for name in names)
     return -(-(longest + _ENTRY) // _ALIGN) * _ALIGN
 
 
 def _blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Yield the entries in order, as contiguous blocks on the CPU."""
+    """Yield the entries of a tensor in order, as contiguous blocks on the CPU."""
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), _BLOCK):
         yield flat[start : start + _BLOCK].to("cpu", dtype).contiguous()

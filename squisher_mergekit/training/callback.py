@@ -13,7 +13,7 @@ from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.files import has_fisher, read_fisher, to_dtype
 from squisher_mergekit.models.parameters import unwrap_model, uses_deepspeed, uses_fsdp1
-from squisher_mergekit.optimizers.live import Facts, unwrap_optimizer
+from squisher_mergekit.optimizers.live import TrainingInfo, unwrap_optimizer
 from squisher_mergekit.optimizers.load import find_state, load_fisher
 from squisher_mergekit.tensors.sharded import rank
 from squisher_mergekit.training.gradients import GradientSquares, gradient_norm
@@ -174,7 +174,9 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             done = done and wrote
         return done
 
-    def _write_squisher(self, out: Path, weights: Path | None, facts: Facts, model: nn.Module, optimizer: Any) -> None:
+    def _write_squisher(
+        self, out: Path, weights: Path | None, facts: TrainingInfo, model: nn.Module, optimizer: Any
+    ) -> None:
         if not uses_deepspeed(model, optimizer):
             write_squisher(model, [optimizer], out, weights, facts, self.dtype, self.compress, warn=not self._warned)
             self._warned = True
@@ -183,10 +185,10 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         elif rank() == 0:
             write_saved(weights, out, facts, self.dtype, self.compress)
 
-    def _facts(self, args: Any, state: Any, model: nn.Module) -> Facts:
+    def _facts(self, args: Any, state: Any, model: nn.Module) -> TrainingInfo:
         tokens = getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False)
         counted = state.num_input_tokens_seen / state.global_step if tokens and state.global_step else None
-        return Facts(
+        return TrainingInfo(
             examples_per_step=examples_per_step(args, state, model),
             tokens_per_step=counted or None,
             max_grad_norm=args.max_grad_norm or None,
@@ -257,7 +259,7 @@ class Clipping:
         return float(self._clipped) / seen if seen else None
 
 
-def write_saved(checkpoint: Path, out: Path, facts: Facts, dtype: torch.dtype, compress: str | None) -> None:
+def write_saved(checkpoint: Path, out: Path, facts: TrainingInfo, dtype: torch.dtype, compress: str | None) -> None:
     """Write the Fisher of a saved checkpoint, with what training knows beside.
 
     Raises:

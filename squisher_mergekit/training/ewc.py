@@ -15,7 +15,7 @@ from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.parameters import unwrap_model, uses_deepspeed, uses_fsdp1
-from squisher_mergekit.optimizers.live import Facts, squisher_of, states_of, unwrap_optimizer
+from squisher_mergekit.optimizers.live import TrainingInfo, squisher_of, states_of, unwrap_optimizer
 from squisher_mergekit.tensors.sharded import OnRankZero, sharded_modules
 from squisher_mergekit.training.callback import examples_per_step
 from squisher_mergekit.training.gradients import GradientSquares
@@ -55,7 +55,7 @@ def live_squisher(model: nn.Module, optimizer: Any, examples_per_step: float | N
         )
     bare = [unwrap_optimizer(optimizer)]
     states = states_of(model, bare, OnRankZero())
-    return squisher_of(model, bare, states, None, Facts(examples_per_step=examples_per_step))[0]
+    return squisher_of(model, bare, states, None, TrainingInfo(examples_per_step=examples_per_step))[0]
 
 
 class EWCCallback(TrainerCallback):  # type: ignore[misc]

@@ -13,11 +13,11 @@ from squisher_mergekit.fisher.by_parameter import in_memory
 from squisher_mergekit.fisher.files import read_fisher, to_dtype
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.parameters import describe, parameters_of, uses_deepspeed, uses_fsdp1
-from squisher_mergekit.models.weights import headers
+from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
-from squisher_mergekit.optimizers.live import LAYOUT, Facts, fisher_of
+from squisher_mergekit.optimizers.live import LAYOUT, TrainingInfo, fisher_of
 from squisher_mergekit.optimizers.second_moments import Moment
-from squisher_mergekit.optimizers.slots import Slot
+from squisher_mergekit.optimizers.slots import OptimizerSlot
 from squisher_mergekit.tensors.lazy import MaybeLazy
 from squisher_mergekit.tensors.safetensors import check_shape
 from squisher_mergekit.tensors.sharded import OnRankZero, distributed_like, is_sharded, rank
@@ -98,7 +98,7 @@ class GradientSquares:
             self.steps[name] += 1
         return True
 
-    def fisher(self, weights: str | Path | None = None, facts: Facts | None = None) -> Fisher:
+    def fisher(self, weights: str | Path | None = None, facts: TrainingInfo | None = None) -> Fisher:
         """Return the average as a Fisher under the names on disk; of tensors that are not sharded.
 
         The tensors are the living ones: they change with the next update.
@@ -110,7 +110,7 @@ class GradientSquares:
         Raises:
             MismatchError: Nothing was taken in yet, or it does not fit the weights.
         """
-        return self._fisher(self.squares, None if weights is None else Path(weights), facts or Facts())
+        return self._fisher(self.squares, None if weights is None else Path(weights), facts or TrainingInfo())
 
     def save(
         self,
@@ -136,13 +136,15 @@ class GradientSquares:
         Raises:
             MismatchError: Nothing was taken in yet, or it does not fit the weights.
         """
-        facts = Facts(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
+        facts = TrainingInfo(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
         folder = Path(out).expanduser()
         beside = folder if weights is None else Path(weights).expanduser()
         self.write(folder, beside, facts, to_dtype(dtype), compress)
         return read_fisher(folder) if rank() == 0 else None
 
-    def write(self, out: Path, weights: Path | None, facts: Facts, dtype: torch.dtype, compress: str | None) -> None:
+    def write(
+        self, out: Path, weights: Path | None, facts: TrainingInfo, dtype: torch.dtype, compress: str | None
+    ) -> None:
         """Do what :meth:`save` does, with all that is known settled."""
         together = OnRankZero()
         stored = {name: together.add(t) if is_sharded(t) else t for name, t in self.squares.items()}
@@ -182,17 +184,18 @@ class GradientSquares:
         beta = fisher.config.optimizer.beta2 if fisher.config.optimizer else None
         self.load_state_dict({"beta": beta, "squares": squares, "steps": steps})
 
-    def _fisher(self, stored: Mapping[str, MaybeLazy], weights: Path | None, facts: Facts) -> Fisher:
+    def _fisher(self, stored: Mapping[str, MaybeLazy], weights: Path | None, facts: TrainingInfo) -> Fisher:
         kind = Moment("squares", "ema", self.beta)
         if not stored:
             raise MismatchError("a moving average must have taken in a gradient; call update() after backward()")
         slots = {
-            name: Slot(name, name, kind, tensor, self.steps[name], tuple(tensor.shape))
+            name: OptimizerSlot(name, name, kind, tensor, self.steps[name], tuple(tensor.shape))
             for name, tensor in stored.items()
         }
-        described = describe(self.model, headers(weights) if weights is not None else ())
+        beside = None if weights is None else Weights(weights)
+        described = describe(self.model, beside.infos if beside is not None else ())
         saved = RawState((weights or Path("training")) / "the moving average", (), layout=LAYOUT)
-        fisher = fisher_of(slots, described, saved, weights, facts)
+        fisher = fisher_of(slots, described, saved, beside, facts)
         fisher.config = fisher.config.model_copy(update={"estimator": "ema_empirical"})
         return fisher
 

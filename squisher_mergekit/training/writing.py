@@ -14,7 +14,7 @@ from squisher_mergekit.errors import SquisherError
 from squisher_mergekit.fisher.config import CONFIG_NAME
 from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, to_dtype, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.optimizers.live import Facts, squisher_of, states_of, unwrap_optimizer
+from squisher_mergekit.optimizers.live import TrainingInfo, squisher_of, states_of, unwrap_optimizer
 from squisher_mergekit.optimizers.metadata import warnings_of
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.sharded import OnRankZero, rank
@@ -72,7 +72,7 @@ def save_squisher(
         >>> fisher.scaled("weight"), fisher.config.steps
         (tensor([[1., 4.]]), 1)
     """
-    facts = Facts(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
+    facts = TrainingInfo(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
     folder = Path(out).expanduser()
     beside = folder if weights is None else Path(weights).expanduser()
     several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
@@ -85,7 +85,7 @@ def write_squisher(
     optimizers: Sequence[Any],
     out: Path,
     weights: Path | None,
-    facts: Facts,
+    facts: TrainingInfo,
     dtype: torch.dtype,
     compress: str | None,
     warn: bool = True,

@@ -7,12 +7,12 @@ import pytest
 from torch import nn
 
 from squisher_mergekit.errors import MismatchError, NamingError
-from squisher_mergekit.models.checkpoint_names import Parameter, types_around
+from squisher_mergekit.models.checkpoint_names import ParameterInfo, types_around
 from squisher_mergekit.optimizers.assign_names import assign
 
 
 def _parameter(name, shape, *types):
-    return Parameter(name, shape, frozenset(types))
+    return ParameterInfo(name, shape, frozenset(types))
 
 
 IN_LAYER_NORM = types_around("norm.weight", {"norm": nn.LayerNorm(3)})

@@ -8,7 +8,7 @@ import torch
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import NamingError
-from squisher_mergekit.models.checkpoint_names import Parameter
+from squisher_mergekit.models.checkpoint_names import ParameterInfo
 from squisher_mergekit.optimizers.assign_names import divide
 
 
@@ -31,7 +31,7 @@ def test_it_agrees_with_trying_every_way(seed):
     """Accepted exactly where one way fits, and then it is that way."""
     chance = random.Random(seed)
     shapes = [(3, 5), (5,), (5, 5)]
-    parameters = [Parameter(f"p{i}", chance.choice(shapes)) for i in range(7)]
+    parameters = [ParameterInfo(f"p{i}", chance.choice(shapes)) for i in range(7)]
     owners = [chance.choice([0, 0, 1, 1, None]) for _ in parameters]
     sequences = [[p.shape for p, k in zip(parameters, owners, strict=True) if k == number] for number in (0, 1)]
     changed = {p.name for p, k in zip(parameters, owners, strict=True) if k is not None and chance.random() < 0.7}
@@ -48,7 +48,7 @@ def test_it_agrees_with_trying_every_way(seed):
 def test_what_fits_in_no_way_is_refused():
     """Another model's parameters are not forced on this one's."""
     with pytest.raises(NamingError, match="do not fit"):
-        divide([[(3,)], [(5,)]], [Parameter("a", (3,)), Parameter("b", (7,))], None, [[True], [True]], "file")
+        divide([[(3,)], [(5,)]], [ParameterInfo("a", (3,)), ParameterInfo("b", (7,))], None, [[True], [True]], "file")
 
 
 class _Net(torch.nn.Module):

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from squisher_mergekit.errors import CorruptFileError
-from squisher_mergekit.optimizers.checkpoints.safe_pickle import Quantized
+from squisher_mergekit.optimizers.checkpoints.safe_pickle import QuantizedStandIn
 from squisher_mergekit.optimizers.checkpoints.torch_save import content
 from squisher_mergekit.optimizers.slots import parse
 from squisher_mergekit.tensors.lazy import Joined, Slices, parts, read
@@ -91,7 +91,7 @@ def test_eight_bits_whose_parts_do_not_fit_are_refused(changes):
 
 def _torchao(kind, shape, **parts):
     """A tensor as torchao writes it, through the stand-in that takes its place."""
-    tensor = torch.Tensor._make_wrapper_subclass(Quantized, shape)
+    tensor = torch.Tensor._make_wrapper_subclass(QuantizedStandIn, shape)
     tensor.__dict__.update(parts)
     group = {**_BETAS, "params": [0]}
     return {"state": {0: {"step": torch.tensor(3.0), "exp_avg": _M, kind: tensor}}, "param_groups": [group]}

@@ -53,8 +53,8 @@ def test_a_model_beside_it_gives_the_order():
     model.register_module("tied", torch.nn.Linear(3, 5))
     model.tied.weight = model[0].weight
     found = parse(content({"weights": model.state_dict(), "optimizer": state}, FILE))
-    assert found.saved.model is not None
-    names = list(parameters_of(found.saved.model))
+    assert found.raw.model is not None
+    names = list(parameters_of(found.raw.model))
     assert names == ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias", "tied.bias"]
 
 
@@ -63,9 +63,9 @@ def test_of_two_models_the_one_by_its_usual_name_is_taken():
     model, average = _model(), copy.deepcopy(_model())
     state = _stepped(model)
     found = parse(content({"ema": average.state_dict(), "model": model.state_dict(), "optimizer": state}, FILE))
-    assert found.saved.model is not None
-    assert found.saved.model["0.weight"] is not average.state_dict()["0.weight"]
-    assert torch.equal(found.saved.model["0.weight"], model[0].weight)
+    assert found.raw.model is not None
+    assert found.raw.model["0.weight"] is not average.state_dict()["0.weight"]
+    assert torch.equal(found.raw.model["0.weight"], model[0].weight)
     several = {"ema": average.state_dict(), "net": model.state_dict(), "optimizer": state}
     assert content(several, FILE).model is None
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from squisher_mergekit import SquisherCallback, load_fisher
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
-from squisher_mergekit.optimizers.live import Facts
+from squisher_mergekit.optimizers.live import TrainingInfo
 from squisher_mergekit.training.callback import Clipping, write_saved
 from tests.optimizers.states import STATES
 from tests.optimizers.test_trainer import FROZEN, MODELS
@@ -338,7 +338,7 @@ def test_under_deepspeed_the_checkpoint_is_read(tmp_path, name, limit):
     checkpoint = tmp_path / "checkpoint-4"
     shutil.copytree(STATES / name, checkpoint)
     for _ in range(2):
-        facts = Facts(examples_per_step=8.0, tokens_per_step=88.0, max_grad_norm=2.0)
+        facts = TrainingInfo(examples_per_step=8.0, tokens_per_step=88.0, max_grad_norm=2.0)
         write_saved(checkpoint, checkpoint, facts, torch.float32, None)
     fisher = load_fisher(checkpoint)
     assert _same(fisher, load_file(checkpoint / "expected.safetensors"))
@@ -350,4 +350,4 @@ def test_under_deepspeed_the_checkpoint_is_read(tmp_path, name, limit):
 def test_a_checkpoint_without_optimizer_is_said_to_be_one(tmp_path):
     """Where there is no state to be read, the cure is named."""
     with pytest.raises(UnsupportedStateError, match="save_only_model=False"):
-        write_saved(tmp_path, tmp_path, Facts(), torch.float32, None)
+        write_saved(tmp_path, tmp_path, TrainingInfo(), torch.float32, None)

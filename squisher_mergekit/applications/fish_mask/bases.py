@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -62,7 +62,7 @@ def under_names(base: Weights, names: Mapping[str, str]) -> Weights:
     """
     back = {old: new for new, old in names.items()}
     infos = {back.get(name, name): info for name, info in base.infos.items()}
-    return replace(base, store=_Renamed(base.store, infos, names))
+    return base.with_store(_Renamed(base.store, infos, names))
 
 
 def base_of(base: Weights, tuned: Weights) -> Weights:

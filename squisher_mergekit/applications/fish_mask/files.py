@@ -110,12 +110,12 @@ def select_files(
     below = None if base is None else base_of(open_weights(base, "--base"), tuned)
     opened = fisher if isinstance(fisher, Fisher) else None
     if choice.takes_fisher and fisher is not None and opened is None:
-        opened = load_fisher(fisher, tuned.folder)  # type: ignore[arg-type]
+        opened = load_fisher(fisher, tuned)  # type: ignore[arg-type]
     plan, sources = make_plan(choice, tuned, parts_on_disk(tuned)), Sources(tuned, below, opened)
     differs = sources.check(plan)
     if differs:
         _warn(f"the Fisher was made at other weights than {tuned.folder}: {differs}; make one at these", strict)
-    about = plan.about() | {"weights_fingerprint": fingerprint(tuned.folder)}
+    about = plan.about() | {"weights_fingerprint": tuned.fingerprint}
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside,
@@ -204,7 +204,7 @@ def _write(view: Reset, out: Path, advance: Callable[[], object], difference_onl
             text_of(view.tuned.folder / CONFIG),
             text_of(view.base.folder / CONFIG),
             fingerprint(folder),
-            fingerprint(view.base.folder),
+            view.base.fingerprint,
             renamed(view.tuned.infos, open_weights(view.base.folder, "--base").infos),
         )
         write_difference(view, view.base, folder / DIFFERENCE_NAME, about, advance)
@@ -228,7 +228,7 @@ def text_of(file: Path) -> str | None:
 
 
 def _check_made_at(mask: Mask, tuned: Weights, strict: bool) -> None:
-    differs = difference(mask.about.get("weights_fingerprint"), fingerprint(tuned.folder))
+    differs = difference(mask.about.get("weights_fingerprint"), tuned.fingerprint)
     if differs:
         _warn(f"the mask {mask.location} was made at other weights than {tuned.folder}: {differs}", strict)
 

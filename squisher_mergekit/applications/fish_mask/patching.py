@@ -15,10 +15,9 @@ from squisher_mergekit.applications.fish_mask.bases import under_names
 from squisher_mergekit.applications.fish_mask.difference import Difference, Side, bits_of, read_difference
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.models.fingerprint import difference as difference_of
-from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.weights import BASENAME, Weights, check_out, copy_rest, open_weights
 from squisher_mergekit.tensors.atomic import written_beside
-from squisher_mergekit.tensors.safetensors import safetensors_notes, tensor_infos
+from squisher_mergekit.tensors.safetensors import tensor_infos
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -115,12 +114,12 @@ def _turn(
 
 def _write(weights: Weights, opened: Difference, side: Side, folder: Path, advance: Callable[[], object]) -> None:
     ours, theirs, added = _by_tuned(opened, side), _theirs(opened, side), _added(weights.infos, opened, side)
-    for file in weights.files:
-        names = [ours.get(name, name) for name in tensor_infos(file)]
+    for file, header in weights.headers.items():
+        names = [ours.get(name, name) for name in header.infos]
         last = added if file == weights.files[-1] else []
         room = header_room([theirs.get(name, name) for name in (*names, *last)])
         with SafetensorsWriter(folder / file.name, room) as writer:
-            for key, value in safetensors_notes(file).items():
+            for key, value in header.metadata.items():
                 writer.note(key, value)
             read = ((name, weights.read(name)) for name in names)
             for name, tensor in _turned(read, opened, side, weights.folder):
@@ -202,7 +201,7 @@ def _check_names(names: Iterable[str], opened: Difference, side: Side, place: ob
 
 def _check_fingerprint(weights: Weights, opened: Difference, side: Side, strict: bool) -> None:
     made_at: str | None = getattr(opened.about, f"{_other(side)}_fingerprint")
-    differs = difference_of(made_at, fingerprint(weights.folder))
+    differs = difference_of(made_at, weights.fingerprint)
     if not differs:
         return
     message = f"{weights.folder} is not the {_other(side)} model that {opened.file} was made from: {differs}"

@@ -18,7 +18,6 @@ from squisher_mergekit.applications.pruning.report import Report, make_report
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.fits import check_fits
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.input_axes import axes_on_disk
 from squisher_mergekit.models.roles import roles_on_disk
 from squisher_mergekit.models.weights import Weights, check_out, open_weights, write_changed
@@ -111,7 +110,7 @@ def _fisher(recipe: Recipe, source: str | Path | Fisher | None, weights: Weights
         return None
     if source is None:
         raise ConfigError("score fisher needs a Fisher; give --fisher, or take --score magnitude or random")
-    return source if isinstance(source, Fisher) else load_fisher(source, weights.folder)
+    return source if isinstance(source, Fisher) else load_fisher(source, weights)
 
 
 def _scale(fisher: Fisher, recipe: Recipe) -> Callable[[str], tuple[float, float]]:
@@ -120,7 +119,7 @@ def _scale(fisher: Fisher, recipe: Recipe) -> Callable[[str], tuple[float, float
 
 def _write(weights: Weights, out: Path, plan: Plan, inputs: Inputs, bar: Any) -> dict[str, int]:
     """Write masks, then the model; return name -> how many entries are kept."""
-    about = {"made_by": "prune", **plan.recipe.about(), "weights_fingerprint": fingerprint(weights.folder)}
+    about = {"made_by": "prune", **plan.recipe.about(), "weights_fingerprint": weights.fingerprint}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         file = Path(beside) / MASK_NAME

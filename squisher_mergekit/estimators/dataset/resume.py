@@ -12,7 +12,7 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.tensors.atomic import sync
 from squisher_mergekit.tensors.safetensors import safetensors_notes
-from squisher_mergekit.tensors.sharded import OnRankZero, Sharded, is_sharded, rank
+from squisher_mergekit.tensors.sharded import GatheredOnRead, OnRankZero, is_sharded, rank
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 _NOTE = "estimate"
@@ -81,7 +81,7 @@ class EstimateCheckpoint:
                 with SafetensorsWriter(new, header_room([*named, note])) as writer:
                     writer.note(_NOTE, note)
                     for name, total in named.items():
-                        writer.add(name, total.read() if isinstance(total, Sharded) else total)
+                        writer.add(name, total.read() if isinstance(total, GatheredOnRead) else total)
                 sync(new)
                 new.replace(self.file)
             finally:

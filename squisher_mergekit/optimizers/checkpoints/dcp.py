@@ -1,8 +1,8 @@
-"""A distributed checkpoint of torch: an index, ``.metadata``, and pieces of tensors in ``*.distcp``.
+"""Distributed checkpoint of torch (DCP): an index, ``.metadata``, and pieces of tensors in ``*.distcp``.
 
-So write accelerate and the Trainer under FSDP with sharded states (``optimizer_0/``), torchtitan (``step-N/``), and
-others. The optimizer's entries are nested (``optimizer.param_groups.0.betas``) or flattened
-(``optimizer.param_groups.NAME.betas``); tensors are read piece by piece, when asked for.
+accelerate and the Trainer write it under FSDP with sharded states (``optimizer_0/``), torchtitan as ``step-N/``. The
+optimizer's entries are nested (``optimizer.param_groups.0.betas``) or flattened
+(``optimizer.param_groups.NAME.betas``). Tensors are read piece by piece, when asked for.
 """
 
 import re
@@ -26,7 +26,15 @@ _STATE = "state."
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a tensor: where it lies in the whole, and where in which file."""
+    """Piece of a tensor.
+
+    Attributes:
+        offsets: Position of the piece in the tensor.
+        sizes: Shape of the piece.
+        file: File that holds the piece.
+        start: Offset in the file, in bytes.
+        length: Length in the file, in bytes.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -37,7 +45,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A tensor in pieces, each in a file of its own or a part of one; memory when read: that of the tensor."""
+    """Lazy tensor stored in pieces; reading it takes the memory of the tensor alone.
+
+    Attributes:
+        name: Key in the checkpoint.
+        shape: Shape of the tensor.
+        dtype: Dtype of the tensor.
+        pieces: The pieces that make up the tensor.
+        verify: True if checksums are verified.
+    """
 
     name: str
     shape: torch.Size
@@ -47,36 +63,36 @@ class Pieces:
 
     @property
     def parts(self) -> Sequence[Tensor]:
-        """None is mapped: the pieces are read, and verified, one by one."""
+        """Empty: the pieces are not mapped, but read and verified one by one."""
         return ()
 
     def read(self) -> Tensor:
         """Return the tensor."""
-        whole = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
         for piece in self.pieces:
-            place = tuple(slice(begin, begin + size) for begin, size in zip(piece.offsets, piece.sizes, strict=True))
-            safe_pickle.read_part(piece.file, piece.start, piece.length, whole[place], self.verify)
-        return whole
+            region = tuple(slice(begin, begin + size) for begin, size in zip(piece.offsets, piece.sizes, strict=True))
+            safe_pickle.read_part(piece.file, piece.start, piece.length, tensor[region], self.verify)
+        return tensor
 
 
 def find(folder: Path) -> Path | None:
-    """Return the folder of a distributed checkpoint: this one, or accelerate's ``optimizer_0`` in it."""
-    return next((place for place in (folder, folder / "optimizer_0") if (place / INDEX).is_file()), None)
+    """Return the folder of a distributed checkpoint: this folder, or accelerate's ``optimizer_0`` in it."""
+    return next((path for path in (folder, folder / "optimizer_0") if (path / INDEX).is_file()), None)
 
 
 def read(folder: Path, verify: bool) -> RawState:
-    """Read the index, and arrange what it holds of optimizers.
+    """Read the index, and return the optimizers' states in it.
 
     Raises:
-        UnsafeFileError: The index asks for more than it needs; nothing was run.
-        CorruptFileError: It is damaged, or does not fit the files.
-        UnsupportedStateError: There is no optimizer in it.
+        UnsafeFileError: The pickle of the index asks for unknown classes; nothing of it was run.
+        CorruptFileError: The index is damaged, or does not fit the files.
+        UnsupportedStateError: The checkpoint holds no optimizer.
     """
     folders = [folder]
     if folder.name == "optimizer_0":
         more = (path for path in folder.parent.glob("optimizer_[0-9]*") if (path / INDEX).is_file())
         folders += sorted(path for path in more if path != folder and path.name.removeprefix("optimizer_").isdigit())
-    states = [state for one in folders for state in _states(one, verify)]
+    states = [state for path in folders for state in _states(path, verify)]
     if not states:
         raise UnsupportedStateError(
             f"{folder} must hold an optimizer's state, but its index names none (the weights alone?); "
@@ -92,7 +108,7 @@ def _states(folder: Path, verify: bool) -> Iterator[Mapping[str, Any]]:
         entries = dict(_entries(safe_pickle.load_metadata(index), folder, verify))
     except RefusedError:
         raise
-    except Exception as error:  # a damaged index can lack any attribute, or have any type in its place
+    except Exception as error:  # a damaged index can lack any attribute, or have any type instead
         raise CorruptFileError(
             f"{index} must be a whole index of a distributed checkpoint, but it is damaged ({error!r:.100}); copy it "
             "again"
@@ -103,15 +119,17 @@ def _states(folder: Path, verify: bool) -> Iterator[Mapping[str, Any]]:
 
 
 def _entries(metadata: Any, folder: Path, verify: bool) -> Iterator[tuple[str, Any]]:
-    """Yield key -> tensor in pieces, or for other values their one piece."""
-    where = defaultdict(list)
-    for at, stored in metadata.storage_data.items():
-        offset = getattr(at, "offset", None)
-        where[str(at.fqn)].append((None if offset is None else tuple(offset), stored))
+    """Yield key -> lazy tensor, or for other values their only piece."""
+    stored_pieces = defaultdict(list)
+    for position, stored in metadata.storage_data.items():
+        offset = getattr(position, "offset", None)
+        stored_pieces[str(position.fqn)].append((None if offset is None else tuple(offset), stored))
     sizes: dict[Path, int] = {}
     for key, described in metadata.state_dict_metadata.items():
         chunks = getattr(described, "chunks", None)
-        pieces = [_piece(offset, stored, chunks or (), folder, sizes, key) for offset, stored in where[str(key)]]
+        pieces = [
+            _piece(offset, stored, chunks or (), folder, sizes, key) for offset, stored in stored_pieces[str(key)]
+        ]
         if chunks is None:
             yield str(key), pieces[0]
             continue
@@ -125,12 +143,12 @@ def _entries(metadata: Any, folder: Path, verify: bool) -> Iterator[tuple[str, A
 def _piece(
     offset: tuple[int, ...] | None, stored: Any, chunks: Sequence[Any], folder: Path, sizes: dict[Path, int], key: str
 ) -> Piece:
-    """Return where a piece lies, in a file inside the folder.
+    """Return a piece, in a file inside the folder.
 
     Raises:
-        CorruptFileError: The file is outside, or shorter.
-        NotFoundError: It is missing.
-        UnsupportedStateError: It is encoded.
+        CorruptFileError: The file is outside the folder, or too short.
+        NotFoundError: The file is missing.
+        UnsupportedStateError: The piece is compressed or encrypted.
     """
     relative = PurePosixPath(str(stored.relative_path))
     if relative.is_absolute() or ".." in relative.parts or "\\" in str(relative):
@@ -156,15 +174,15 @@ def _piece(
 def _check_pieces(
     key: str, shape: torch.Size, dtype: torch.dtype, pieces: Sequence[Piece], count: int, folder: Path
 ) -> None:
-    """Refuse pieces that are not exactly the tensor, or that have fewer bytes than entries.
+    """Refuse pieces that do not make up the tensor exactly, or that have fewer bytes than entries.
 
     Raises:
-        CorruptFileError: They are not.
+        CorruptFileError: The pieces overlap, leave gaps, or are too short.
     """
     total = 0
     for piece in pieces:
-        whole = zip(piece.offsets, piece.sizes, shape, strict=True)
-        inside = all(begin >= 0 and size >= 0 and begin + size <= length for begin, size, length in whole)
+        axes = zip(piece.offsets, piece.sizes, shape, strict=True)
+        inside = all(begin >= 0 and size >= 0 and begin + size <= length for begin, size, length in axes)
         entries = torch.Size(piece.sizes).numel()
         total += entries if inside and entries * dtype.itemsize <= piece.length else shape.numel() + 1
     overlap = any(_overlap(a, b) for i, a in enumerate(pieces) for b in pieces[:i])
@@ -176,14 +194,14 @@ def _check_pieces(
 
 
 def _overlap(a: Piece, b: Piece) -> bool:
-    places = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    axes = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
     return bool(a.sizes) and all(
-        max(start_a, start_b) < min(start_a + size_a, start_b + size_b) for start_a, size_a, start_b, size_b in places
+        max(start_a, start_b) < min(start_a + size_a, start_b + size_b) for start_a, size_a, start_b, size_b in axes
     )
 
 
 class _Settings(Mapping[str, Any]):
-    """A parameter group, whose entries are read when asked for: there can be a dozen for each parameter."""
+    """Parameter group whose entries are read when asked for, as there can be a dozen per parameter."""
 
     def __init__(self, pieces: Mapping[str, Any], params: list[Any]) -> None:
         self._pieces = pieces
@@ -206,7 +224,7 @@ def _value(entry: Any) -> Any:
 
 
 def _state(prefix: str, entries: Mapping[str, Any], index: Path) -> Mapping[str, Any]:
-    """Arrange the entries of one optimizer as its ``state_dict`` would be."""
+    """Return the entries of one optimizer in the form of ``state_dict``."""
     groups: dict[str, dict[str, Any]] = defaultdict(dict)
     state: dict[Any, dict[str, Any]] = defaultdict(dict)
     for key, entry in entries.items():

@@ -1,10 +1,10 @@
 """DeepSpeed's ZeRO checkpoints: flat buffers, one part in the file of each rank, cut by ``param_shapes``.
 
-``global_stepN/`` holds ``*_optim_states.pt`` of every rank and ``*_model_states.pt``. In stages 1 and 2 a group's
-parameters lie one after the other in a buffer that was cut into equal parts, one a rank; in stage 3 each parameter was
-cut for itself, and every rank holds its part at the same place. The slice mappings saved beside are never used: with
-round-robin gradients they are wrong. Instead each cut is held against the weights, through the float32 copies of them
-that lie in buffers of the same layout.
+``global_stepN/`` holds ``*_optim_states.pt`` of every rank and ``*_model_states.pt``. In stages 1 and 2 the parameters
+of a group follow one another in a buffer that is cut into equal parts, one per rank. In stage 3 each parameter is cut
+separately, and every rank stores its part at the same offset. The slice mappings in the checkpoint are never used: with
+round-robin gradients they are wrong. Each cut is verified against the weights instead, through the float32 copies of
+the weights in buffers of the same layout.
 """
 
 import re
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
-from squisher_mergekit.optimizers.checkpoints.flat_buffers import check_lengths, cut, entries, prove
+from squisher_mergekit.optimizers.checkpoints.flat_buffers import check_lengths, cut, entries, verify_masters
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import tagged
 from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
@@ -33,7 +33,7 @@ Shapes = list[Mapping[str, torch.Size]]
 
 
 def find(folder: Path) -> Path | None:
-    """Return the folder of a step: this one, the one that ``latest`` names, or the last ``global_stepN`` in it."""
+    """Return the folder of a step: this folder, the one that ``latest`` names, or the last ``global_stepN`` in it."""
     if _is_step(folder):
         return folder
     latest = tagged(folder, "latest")
@@ -48,8 +48,8 @@ def read(folder: Path, verify: bool) -> RawState:
 
     Raises:
         NotFoundError: The file of a rank is missing.
-        MismatchError: What was cut out for a parameter is not its weights.
-        RefusedError: A file cannot be read safely, or is of a kind that cannot be cut.
+        MismatchError: The float32 weights cut for a parameter are not its weights.
+        RefusedError: A file cannot be read safely, or its buffers cannot be cut.
     """
     checksums = Checksums(verify)
     model_file = model_files(folder)[0]
@@ -57,7 +57,7 @@ def read(folder: Path, verify: bool) -> RawState:
     if not isinstance(model, Mapping):
         raise CorruptFileError(f"{model_file} must hold DeepSpeed's states of a model; copy it again")
     files = _optim_files(folder)
-    if not files:  # without ZeRO the optimizer lies with the model
+    if not files:  # without ZeRO the optimizer's state is in the model's file
         return RawState(
             folder, (_without_zero(model, folder),), module_of(model), "deepspeed", known_of(model), checksums.verify
         )
@@ -75,7 +75,7 @@ def read(folder: Path, verify: bool) -> RawState:
     known = known_of(model) | {"max_grad_norm": positive(ranks[0].get("clip_grad"))}
     module = module_of(model)
     if module is not None:
-        prove(masters, module, folder)
+        verify_masters(masters, module, folder)
     return RawState(folder, (state,), module, "deepspeed", known, checksums.verify, masters)
 
 
@@ -83,23 +83,23 @@ def _without_zero(model: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """Return the optimizer's state saved with the model, its parameters named by ``param_shapes``.
 
     Raises:
-        NotFoundError: There is none.
+        NotFoundError: The model's file holds no optimizer's state.
     """
     state = model.get("optimizer")
     if isinstance(state, Mapping) and not is_state(state):
-        state = state.get("optimizer_state_dict")  # within that of a wrapper for 16 bits
+        state = state.get("optimizer_state_dict")  # inside the state of the 16-bit wrapper
     if not is_state(state) or not isinstance(state, Mapping):
         raise NotFoundError(f"{folder} must hold *_optim_states.pt of every rank, found none; copy them as well")
     names = [list(shapes) for shapes in model.get("param_shapes") or [] if isinstance(shapes, Mapping)]
     groups = state["param_groups"]
-    if [len(some) for some in names] != [len(group["params"]) for group in groups]:
+    if [len(members) for members in names] != [len(group["params"]) for group in groups]:
         return state
-    named = [{**group, "param_names": some} for group, some in zip(groups, names, strict=True)]
+    named = [{**group, "param_names": members} for group, members in zip(groups, names, strict=True)]
     return {**state, "param_groups": named}
 
 
 def _is_step(folder: Path) -> bool:
-    """Return whether a folder holds a step's files, and is no universal checkpoint (with ``zero``)."""
+    """Return True for a folder with a step's files that is no universal checkpoint (with ``zero``)."""
     return folder.is_dir() and bool(_names(folder, _OPTIM) or _names(folder, _MODEL)) and not (folder / "zero").is_dir()
 
 
@@ -111,7 +111,7 @@ def model_files(folder: Path) -> list[Path]:
     """Return the model's files in the order of their ranks.
 
     Raises:
-        NotFoundError: There is none.
+        NotFoundError: The folder has no such file.
         UnsupportedStateError: The model was split over several GPUs by tensor, pipeline or expert parallelism.
     """
     split = [path.name for path in folder.iterdir() if re.match(r"layer_\d+|expp_rank|.*expert_\d+", path.name)]
@@ -133,8 +133,9 @@ def _optim_files(folder: Path) -> list[Path]:
     """Return the optimizer's files in the order of their ranks.
 
     Raises:
-        NotFoundError: One is missing.
-        CorruptFileError: There are two for one rank.
+        NotFoundError: The file of a rank is missing.
+        CorruptFileError: A rank has two files.
+        UnsupportedStateError: The model was split by tensor parallelism.
     """
     matches = sorted((int(m[1]), int(m[2]), path) for path in folder.iterdir() if (m := _OPTIM.fullmatch(path.name)))
     ranks = [rank for rank, _, _ in matches]
@@ -150,8 +151,8 @@ def _optim_files(folder: Path) -> list[Path]:
 
 
 def _need_all(ranks: Sequence[int], count: int, folder: Path) -> None:
-    there = set(ranks)
-    first = next(rank for rank in range(len(there) + 1) if rank not in there)
+    present = set(ranks)
+    first = next(rank for rank in range(len(present) + 1) if rank not in present)
     if first < max([count, *(rank + 1 for rank in ranks)]):
         raise NotFoundError(
             f"{folder} must hold the optimizer's files of all ranks, but that of rank {first} is missing; "
@@ -167,21 +168,20 @@ def _optimizer(loaded: Any, file: Path) -> Mapping[str, Any]:
 
 
 def _check_ranks(ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a number of files that is not the number of ranks that wrote."""
-    for count in [model.get("dp_world_size"), *(rank.get("partition_count") for rank in ranks)]:
-        counts = count if isinstance(count, list) else [count]
-        for one in counts:
-            if isinstance(one, int) and one > len(ranks):
-                _need_all(range(len(ranks)), one, folder)
-            if one is not None and not (isinstance(one, int) and one == len(ranks)):
+    """Refuse a number of files that is not the recorded number of ranks."""
+    for recorded in [model.get("dp_world_size"), *(rank.get("partition_count") for rank in ranks)]:
+        for count in recorded if isinstance(recorded, list) else [recorded]:
+            if isinstance(count, int) and count > len(ranks):
+                _need_all(range(len(ranks)), count, folder)
+            if count is not None and not (isinstance(count, int) and count == len(ranks)):
                 raise CorruptFileError(
-                    f"{folder} must hold the optimizer's files of {one!r:.20} ranks, found {len(ranks)}; "
+                    f"{folder} must hold the optimizer's files of {count!r:.20} ranks, found {len(ranks)}; "
                     "remove those of another run"
                 )
 
 
 def module_of(model: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
-    """Return the weights saved in a file of model states; None in stage 3, where they are empty."""
+    """Return the weights in a file of model states; None in stage 3, where they are empty."""
     module = model.get("module")
     if not isinstance(module, Mapping) or not all(isinstance(value, Tensor) for value in module.values()):
         return None
@@ -189,7 +189,7 @@ def module_of(model: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
 
 
 def known_of(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file of model states tells of training: examples per step, over all ranks and accumulation."""
+    """Return the metadata in a file of model states: version, and examples per step over all ranks and accumulation."""
     steps, samples = model.get("global_steps"), model.get("global_samples")
     version = model.get("ds_version")
     known: dict[str, Any] = {}
@@ -199,15 +199,15 @@ def known_of(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def positive(value: Any) -> float | None:
-    """Return a positive number as such, and None for anything else."""
+    """Return a positive number as a float; None for anything else."""
     return float(value) if isinstance(value, int | float) and 0 < value < float("inf") else None
 
 
-def shapes_of(model: Mapping[str, Any], place: Path) -> Shapes:
-    """Return ``param_shapes``: group by group name -> shape, in the order of the buffers.
+def shapes_of(model: Mapping[str, Any], folder: Path) -> Shapes:
+    """Return ``param_shapes``: name -> shape for each group, in the order of the buffers.
 
     Raises:
-        CorruptFileError: There is none, or it is something else.
+        CorruptFileError: ``param_shapes`` is missing, or is something else.
     """
     groups = model.get("param_shapes")
     sound = isinstance(groups, list) and all(
@@ -215,14 +215,14 @@ def shapes_of(model: Mapping[str, Any], place: Path) -> Shapes:
         for group in groups
     )
     if not sound or not isinstance(groups, list):
-        raise CorruptFileError(f"the param_shapes in {place} must be names and shapes; copy it again")
+        raise CorruptFileError(f"the param_shapes in {folder} must be names and shapes; copy it again")
     return groups
 
 
 def _stage_2(
     ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path
 ) -> tuple[dict[str, Any], dict[str, Slices]]:
-    """Cut the buffers of stages 1 and 2: group by group, the ranks' parts are one after the other."""
+    """Cut the buffers of stages 1 and 2: the parts of the ranks, in order, make up the buffer of a group."""
     groups, bases = shapes_of(model, folder), [rank["base_optimizer_state"] for rank in ranks]
     elastic = isinstance(bases[0], list)
     states = [dict(enumerate(base)) if elastic else base["state"] for base in bases]
@@ -234,13 +234,13 @@ def _stage_2(
     state: dict[str, Any] = {}
     master: dict[str, Slices] = {}
     for number, shapes in enumerate(groups):
-        check_lengths([one[number] for one in masters], [one[number] for one in states])
+        check_lengths([flats[number] for flats in masters], [rank[number] for rank in states])
         offset = 0
         for (name, shape), padding in zip(shapes.items(), paddings[number], strict=True):
-            place = (offset, shape.numel())
-            master[name] = Slices(tuple(cut([one[number] for one in masters], *place)), shape)
+            span = (offset, shape.numel())
+            master[name] = Slices(tuple(cut([flats[number] for flats in masters], *span)), shape)
             state[name] = {
-                key: Slices(tuple(cut([one[number][key] for one in states], *place)), shape) if flat else value
+                key: Slices(tuple(cut([rank[number][key] for rank in states], *span)), shape) if flat else value
                 for key, value, flat in entries(states[0][number])
             }
             offset += shape.numel() + int(padding)
@@ -250,12 +250,12 @@ def _stage_2(
 def _stage_3(
     ranks: Sequence[Mapping[str, Any]], model: Mapping[str, Any], folder: Path
 ) -> tuple[dict[str, Any], dict[str, Slices]]:
-    """Cut the buffers of stage 3: of each parameter every rank has an equal part, at the same place."""
+    """Cut the buffers of stage 3: every rank has an equal part of each parameter, at the same offset."""
     groups, inner = shapes_of(model, folder), [rank["optimizer_state_dict"] for rank in ranks]
-    states, settings = [one["state"] for one in inner], inner[0]["param_groups"]
+    states, settings = [state_dict["state"] for state_dict in inner], inner[0]["param_groups"]
     masters = [rank["fp32_flat_groups"] for rank in ranks]
     count = len(masters[0])
-    if not all(len(one) == count for one in [*states, *masters]) or sorted(states[0]) != list(range(count)):
+    if not all(len(flats) == count for flats in [*states, *masters]) or sorted(states[0]) != list(range(count)):
         raise ValueError("a sub-group of parameters")
     for rank, flats in enumerate(masters):
         for number, flat in enumerate(flats):
@@ -271,7 +271,7 @@ def _stage_3(
         part = next(k for k, end in enumerate(ends) if offset < end)
         master[name] = _gather(masters, offset, share, shape)
         state[name] = {
-            key: _gather([[one[k][key] for k in range(count)] for one in states], offset, share, shape)
+            key: _gather([[rank[k][key] for k in range(count)] for rank in states], offset, share, shape)
             if flat
             else value
             for key, value, flat in entries(states[0][part])
@@ -281,7 +281,7 @@ def _stage_3(
 
 
 def _gather(ranks: Sequence[Sequence[Tensor]], offset: int, share: int, shape: torch.Size) -> Slices:
-    """Return a parameter of which each rank has ``share`` entries at ``offset``, the last ones padding perhaps."""
+    """Return a parameter from the ``share`` entries that each rank has at ``offset``; the last may be padding."""
     left = shape.numel()
     slices: list[tuple[Tensor, int, int]] = []
     for buffers in ranks:
@@ -293,27 +293,27 @@ def _gather(ranks: Sequence[Sequence[Tensor]], offset: int, share: int, shape: t
 def named_groups(settings: Sequence[Mapping[str, Any]], groups: Shapes) -> list[dict[str, Any]]:
     """Return the optimizer's groups with the names of their parameters.
 
-    Stage 3 divides groups, and the optimizer's name the parts by number. Where they do not, all must have the same
-    settings, for it is not written which is part of which.
+    Stage 3 divides groups, and the optimizer's groups list their parts by number. Without these numbers all groups must
+    have the same settings, as nothing else tells which part belongs to which group.
 
     Args:
         settings: The optimizer's groups.
-        groups: ``param_shapes``.
+        groups: The ``param_shapes``.
 
     Raises:
-        UnsupportedStateError: It cannot be told which settings are whose.
+        UnsupportedStateError: The groups were divided, and their settings differ.
     """
-    parts = [one.get("params") for one in settings]
-    listed = [number for some in parts if isinstance(some, list) for number in some]
+    parts = [group.get("params") for group in settings]
+    listed = [number for numbers in parts if isinstance(numbers, list) for number in numbers]
     if all(isinstance(number, int) for number in listed) and sorted(listed) == [*range(len(groups))]:
         return [
-            {**one, "params": [name for number in some or () for name in groups[number]]}
-            for one, some in zip(settings, parts, strict=True)
+            {**group, "params": [name for number in numbers or () for name in groups[number]]}
+            for group, numbers in zip(settings, parts, strict=True)
         ]
     if len(settings) == len(groups):
-        return [{**one, "params": list(shapes)} for one, shapes in zip(settings, groups, strict=True)]
+        return [{**group, "params": list(shapes)} for group, shapes in zip(settings, groups, strict=True)]
     for key in ("betas", "alpha", "rho", "decay_rate", "beta2_decay"):
-        if len({str(one.get(key)) for one in settings}) > 1:
+        if len({str(group.get(key)) for group in settings}) > 1:
             raise UnsupportedStateError(
                 f"the groups of a ZeRO-3 optimizer must share their {key} where they were divided; {_UNIVERSAL}"
             )
@@ -321,7 +321,7 @@ def named_groups(settings: Sequence[Mapping[str, Any]], groups: Shapes) -> list[
 
 
 def _elastic_settings(model: Mapping[str, Any], count: int, folder: Path) -> list[dict[str, Any]]:
-    """Return the settings of an elastic checkpoint, which stand in DeepSpeed's configuration if anywhere."""
+    """Return the settings of an elastic checkpoint, from DeepSpeed's configuration."""
     config = model.get("ds_config")
     optimizer = config.get("optimizer") if isinstance(config, Mapping) else None
     params = optimizer.get("params") if isinstance(optimizer, Mapping) else None

@@ -16,7 +16,7 @@ from squisher_mergekit.optimizers.checkpoints.deepspeed import (
     positive,
     shapes_of,
 )
-from squisher_mergekit.optimizers.checkpoints.flat_buffers import prove
+from squisher_mergekit.optimizers.checkpoints.flat_buffers import verify_masters
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import tagged
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
@@ -27,7 +27,7 @@ _MASTER = "fp32"
 
 
 def find(folder: Path) -> Path | None:
-    """Return the folder with ``zero``: this one, the one that ``latest_universal`` names, or the last in it."""
+    """Return the folder with ``zero``: this folder, the one that ``latest_universal`` names, or the last one in it."""
     if _is_universal(folder):
         return folder
     latest = tagged(folder, "latest_universal")
@@ -38,7 +38,7 @@ def find(folder: Path) -> Path | None:
 
 
 def read(folder: Path, verify: bool) -> RawState:
-    """Read what was saved for each parameter.
+    """Read the files of each parameter.
 
     Raises:
         MismatchError: The float32 weights saved with a second moment are not those of the model.
@@ -52,7 +52,7 @@ def read(folder: Path, verify: bool) -> RawState:
         raise CorruptFileError(f"{model_file.name} and {_SETTINGS} in {folder} must hold mappings; copy them again")
     module, groups = module_of(model) or {}, shapes_of(model, folder)
     settings = loaded.get("param_groups")
-    if not isinstance(settings, list) or not all(isinstance(one, Mapping) for one in settings):
+    if not isinstance(settings, list) or not all(isinstance(group, Mapping) for group in settings):
         raise CorruptFileError(f"{_SETTINGS} in {folder} must have the settings of the optimizer; convert it again")
     state: dict[str, Any] = {}
     masters: dict[str, Slices] = {}
@@ -63,7 +63,7 @@ def read(folder: Path, verify: bool) -> RawState:
             state[name].setdefault("step", _steps(model))
         for key, value in state[name].items():
             if isinstance(value, Tensor) and value.ndim == 1 and value.numel() == shape.numel():
-                state[name][key] = value.reshape(shape)  # flat where it was made from stage 3
+                state[name][key] = value.reshape(shape)  # flat in checkpoints converted from stage 3
         if any(isinstance(value, Tensor) and value.ndim and value.shape != shape for value in state[name].values()):
             raise CorruptFileError(
                 f"the tensors of {name} in {folder} must have the shape {list(shape)}; convert it again"
@@ -71,7 +71,7 @@ def read(folder: Path, verify: bool) -> RawState:
         if isinstance(master, Tensor) and master.numel() == shape.numel():
             masters[name] = Slices(((master.reshape(-1), 0, master.numel()),), shape)
     if module:
-        prove(masters, module, folder)
+        verify_masters(masters, module, folder)
     known = known_of(model) | {"max_grad_norm": positive(loaded.get("clip_grad"))}
     return RawState(
         folder,
@@ -85,7 +85,7 @@ def read(folder: Path, verify: bool) -> RawState:
 
 
 def _steps(model: Mapping[str, Any]) -> int | None:
-    """Return how many steps the optimizer made: of stage 3 no parameter has a count of its own."""
+    """Return the number of optimizer steps, as parameters of stage 3 have no count of their own."""
     counts = [model.get("global_steps"), model.get("skipped_steps", 0)]
     return counts[0] - counts[1] if all(isinstance(count, int) for count in counts) else None
 
@@ -94,10 +94,12 @@ def _is_universal(folder: Path) -> bool:
     return (folder / "zero" / _SETTINGS).is_file()
 
 
-def _entries(folder: Path, checksums: Checksums, place: Path) -> dict[str, Any]:
+def _entries(folder: Path, checksums: Checksums, checkpoint: Path) -> dict[str, Any]:
     """Return key -> tensor of one parameter; empty if it was never stepped."""
-    if folder.parent != place / "zero" or not folder.is_dir():
-        raise NotFoundError(f"{place / 'zero'} must have a folder for each parameter, but {folder.name} is missing")
+    if folder.parent != checkpoint / "zero" or not folder.is_dir():
+        raise NotFoundError(
+            f"{checkpoint / 'zero'} must have a folder for each parameter, but {folder.name} is missing"
+        )
     entries: dict[str, Any] = {}
     for file in sorted(folder.glob("*.pt")):
         loaded = safe_pickle.load(file, checksums)

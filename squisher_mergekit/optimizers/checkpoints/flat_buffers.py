@@ -1,4 +1,4 @@
-"""Flat buffers that a trainer has cut up: how parameters lie in them, and the proof that they do."""
+"""Flat buffers that hold many parameters: cutting them, and verifying the cuts against the weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,15 +14,15 @@ _PROBE = 64  # entries compared at each end of a slice
 
 
 def cut(buffers: Sequence[Tensor], start: int, length: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Yield the slices of flat buffers, taken as one after the other, that make up a part of the whole.
+    """Yield the slices of consecutive flat buffers that make up one part of their concatenation.
 
     Args:
-        buffers: Flat tensors.
-        start: Where the part begins.
-        length: Its entries.
+        buffers: The flat buffers, in order.
+        start: First entry of the part.
+        length: Number of entries.
 
     Raises:
-        ValueError: The buffers end before, or are not flat.
+        ValueError: The buffers end before the part does, or are not flat.
 
     Example:
         >>> [(begin, size) for _, begin, size in cut([torch.zeros(3), torch.zeros(5)], 2, 4)]
@@ -31,32 +31,32 @@ def cut(buffers: Sequence[Tensor], start: int, length: int) -> Iterator[tuple[Te
     if any(buffer.ndim != 1 or buffer.dtype != buffers[0].dtype for buffer in buffers):
         raise ValueError("flat buffers of one type")
     for buffer in buffers:
-        here = min(length, buffer.numel() - start)
-        if here > 0:
-            yield buffer, start, here
-            length -= here
+        count = min(length, buffer.numel() - start)
+        if count > 0:
+            yield buffer, start, count
+            length -= count
         start = max(start - buffer.numel(), 0)
     if length > 0:
         raise ValueError(f"buffers that end {length} entries before their parameters do")
 
 
 def entries(state: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
-    """Yield key, value and whether it is a flat buffer, of one group's state."""
+    """Yield key, value and True for a flat buffer, from the state of one group."""
     for key, value in state.items():
         yield key, value, isinstance(value, Tensor) and value.ndim == 1 and value.numel() > 1
 
 
 def check_lengths(masters: Sequence[Tensor], states: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse buffers that are not as long as those of the float32 weights, which the cuts are proved by.
+    """Refuse buffers whose length differs from that of the float32 weights, by which the cuts are verified.
 
-    Only where no more weights follow may they be longer, by what was added to make equal parts.
+    The last buffer may be longer than its weights, by the padding that makes the parts of the ranks equal.
 
     Args:
-        masters: Flat float32 weights, one after the other.
-        states: Beside each the state of its parameters: key -> flat buffer, or anything else.
+        masters: Flat float32 weights, in order.
+        states: State of the parameters in each of them: key -> flat buffer, or anything else.
 
     Raises:
-        ValueError: One is.
+        ValueError: A buffer has the wrong length.
     """
     for rank, (flat, state) in enumerate(zip(masters, states, strict=True)):
         follows = any(later.numel() for later in masters[rank + 1 :])
@@ -65,32 +65,32 @@ def check_lengths(masters: Sequence[Tensor], states: Sequence[Mapping[str, Any]]
                 raise ValueError(f"the length of {key}")
 
 
-def prove(masters: Mapping[str, Slices], weights: Mapping[str, Tensor], place: Path) -> int:
-    """Hold what was cut out of the float32 weights against the weights themselves, at the ends of every slice.
+def verify_masters(masters: Mapping[str, Slices], weights: Mapping[str, Tensor], location: Path) -> int:
+    """Verify cuts of flat buffers: the float32 weights cut in the same way must be the weights, at every slice's ends.
 
     Args:
-        masters: Name -> what was cut out.
-        weights: Name -> weights; what is missing there is passed over.
-        place: For messages.
+        masters: Name -> float32 weights cut from the buffers.
+        weights: Name -> weights; a parameter without weights is skipped.
+        location: File or folder of the buffers, for messages.
 
     Returns:
-        How many were compared.
+        The number of parameters compared.
 
     Raises:
-        MismatchError: They differ: the buffers are laid out in another way.
+        MismatchError: The weights differ, so the buffers have another layout.
     """
     compared = 0
     for name, master in masters.items():
         weight = weights.get(name)
         if weight is None or not weight.numel():
             continue
-        places, values = master.sample(_PROBE)
-        there = weight.reshape(-1)[places] if weight.shape == master.shape else None
-        if there is None or not torch.equal(values.to(there.dtype), there):
+        positions, values = master.sample(_PROBE)
+        saved = weight.reshape(-1)[positions] if weight.shape == master.shape else None
+        if saved is None or not torch.equal(values.to(saved.dtype), saved):
             raise MismatchError(
-                f"what {place} keeps as the float32 weights of {name} is not its weights, so its second moment cannot "
-                "be told either; give the --model of the same step, of a converted checkpoint that which it was made "
-                "from, or save again without round_robin_gradients"
+                f"the buffers in {location} must hold the weights in float32, but the copy of {name} is not its "
+                "weights, so its second moment is not certain either; give the --model of the same step (for a "
+                "converted checkpoint: the model it was converted from), or save again without round_robin_gradients"
             )
         compared += 1
     return compared

@@ -1,7 +1,7 @@
-"""FSDP's sharded state without a distributed checkpoint: ``optimizer_0_rankR.bin``, one file a rank.
+"""FSDP's sharded state without a distributed checkpoint: ``optimizer_0_rankR.bin``, one file per rank.
 
-So writes accelerate with ``use_dcp=False``. Each tensor is FSDP2's ``DTensor``, this rank's shard and how the whole was
-cut, or FSDP1's ``ShardedTensor``, which tells the place of every shard.
+accelerate writes it with ``use_dcp=False``. Each tensor is FSDP2's ``DTensor``, with this rank's shard and the
+placements, or FSDP1's ``ShardedTensor``, with the offsets of every shard.
 """
 
 import logging
@@ -17,7 +17,7 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
-from squisher_mergekit.optimizers.checkpoints.safe_pickle import Sharded
+from squisher_mergekit.optimizers.checkpoints.safe_pickle import ShardedStandIn
 from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.lazy import Joined, MaybeLazy
@@ -26,17 +26,21 @@ NAME = re.compile(r"optimizer_(\d+)_rank(\d+)\.bin")
 
 
 def find(folder: Path) -> Path | None:
-    """Return the file of the lowest rank, None if there is none."""
+    """Return the file of the lowest rank; None if there is none."""
     files = _files(folder, 0)
     return files[min(files)] if files else None
 
 
 def read(file: Path, verify: bool) -> RawState:
-    """Read the files of all ranks beside one of them.
+    """Read the files of all ranks.
+
+    Args:
+        file: The file of any rank; the others are beside it.
+        verify: Verify checksums.
 
     Raises:
         NotFoundError: The file of a rank is missing.
-        RefusedError: A file cannot be read safely, or the files do not belong together.
+        RefusedError: A file cannot be read safely, or the shards do not fit each other.
     """
     folder, checksums = file.parent, Checksums(verify)
     states: list[Mapping[str, Any]] = []
@@ -58,11 +62,11 @@ def _files(folder: Path, number: int) -> dict[int, Path]:
 
 @contextmanager
 def _shards_allowed() -> Iterator[None]:
-    """Make torch's own sharded tensors known to ``weights_only``, and keep it from warning that nothing runs here."""
+    """Allow torch's sharded tensors in ``weights_only``, and silence its warning about a missing process group."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, _dtensor_spec, placement_types
 
-    # torch registers them as it imports them, but forgets that again if it happens within another safe_globals.
+    # torch registers these classes at import, but loses them if the import happens within another safe_globals.
     named = dict.fromkeys(("DTensorSpec", "TensorMeta", "ShardOrderEntry"), _dtensor_spec)
     named |= dict.fromkeys(("Shard", "Replicate", "Partial", "_StridedShard"), placement_types)
     known = [getattr(home, name) for name, home in named.items() if hasattr(home, name)]
@@ -85,43 +89,45 @@ def _joined(loaded: Mapping[int, Mapping[str, Any]], file: Path) -> Mapping[str,
             raise CorruptFileError(f"the state of {name} in {file} must be a mapping; copy it again")
         state[name] = {}
         for key, value in entry.items():
-            others = {rank: one["state"].get(name) for rank, one in loaded.items()}
-            shards = {rank: one.get(key) if isinstance(one, Mapping) else None for rank, one in others.items()}
+            entries = {rank: state_dict["state"].get(name) for rank, state_dict in loaded.items()}
+            shards = {rank: kept.get(key) if isinstance(kept, Mapping) else None for rank, kept in entries.items()}
             state[name][key] = _join(shards, value, f"{key} of {name} in {file}")
     return {"state": state, "param_groups": first["param_groups"]}
 
 
-def _join(shards: Mapping[int, Any], value: Any, place: str) -> Any:
-    """Join a value's shards, if it is a tensor cut by FSDP2 or FSDP1."""
+def _join(shards: Mapping[int, Any], value: Any, location: str) -> Any:
+    """Join the shards of a tensor sharded by FSDP2 or FSDP1; return any other value as it is."""
     if hasattr(value, "placements"):
-        return _join_mesh(shards, place)
-    return _join_shards(shards, place) if isinstance(value, Sharded) else value
+        return _join_mesh(shards, location)
+    return _join_shards(shards, location) if isinstance(value, ShardedStandIn) else value
 
 
-def _join_shards(shards: Mapping[int, Any], place: str) -> MaybeLazy:
-    """Join FSDP1's shards of one tensor, which tell their own offsets and those of all.
+def _join_shards(shards: Mapping[int, Any], location: str) -> MaybeLazy:
+    """Join FSDP1's shards of one tensor, each of which records the offsets of all shards.
 
     Raises:
-        NotFoundError: A rank is missing.
-        CorruptFileError: The shards do not add up to the whole.
+        NotFoundError: The shard of a rank is missing.
+        CorruptFileError: The shards do not add up to the tensor.
     """
     try:
         found = {
             tuple(shard.metadata.shard_offsets): shard.tensor
-            for one in shards.values()
-            if isinstance(one, Sharded)
-            for shard in one.state[0]
+            for stand_in in shards.values()
+            if isinstance(stand_in, ShardedStandIn)
+            for shard in stand_in.state[0]
         }
-        whole = shards[min(shards)].state[1]
-        wanted = {tuple(shard.shard_offsets): tuple(shard.shard_sizes) for shard in whole.shards_metadata}
-        shape = tuple(whole.size)
+        metadata = shards[min(shards)].state[1]
+        wanted = {tuple(shard.shard_offsets): tuple(shard.shard_sizes) for shard in metadata.shards_metadata}
+        shape = tuple(metadata.size)
     except (AttributeError, IndexError, TypeError) as error:
-        raise CorruptFileError(f"{place} must tell where its shards belong, but {error!s:.80}; copy it again") from None
+        raise CorruptFileError(
+            f"{location} must tell where its shards belong, but {error!s:.80}; copy it again"
+        ) from None
     missing = sorted(set(wanted) - set(found))
     if missing:
         raise NotFoundError(
-            f"{place} is in {len(wanted)} shards, but that from row {missing[0][0] if missing[0] else 0} on is in no "
-            "file; copy the files of all ranks"
+            f"{location} is in {len(wanted)} shards, but that from row {missing[0][0] if missing[0] else 0} on is in "
+            "no file; copy the files of all ranks"
         )
     order = sorted(found)
     tensors = tuple(found[offset] for offset in order)
@@ -130,30 +136,31 @@ def _join_shards(shards: Mapping[int, Any], place: str) -> MaybeLazy:
     for offset, tensor in zip(order, tensors, strict=True):
         fits = fits and (not offset or (offset[0] == row and not any(offset[1:])))
         row += tensor.shape[0] if fits and tensor.ndim else 0
-    if not fits or _total(tensors, 0) != shape:
-        raise CorruptFileError(f"the shards of {place} must add up to the shape {list(shape)}; copy the files again")
+    if not fits or _joined_shape(tensors, 0) != shape:
+        raise CorruptFileError(f"the shards of {location} must add up to the shape {list(shape)}; copy the files again")
     return Joined(tensors, 0) if len(tensors) > 1 else tensors[0]
 
 
-def _join_mesh(shards: Mapping[int, Any], place: str) -> MaybeLazy:
-    """Join one tensor's shards in the order of the mesh.
+def _join_mesh(shards: Mapping[int, Any], location: str) -> MaybeLazy:
+    """Join FSDP2's shards of one tensor in the order of the mesh.
 
     Raises:
-        NotFoundError: A rank is missing.
-        CorruptFileError: The shards do not add up to the whole.
+        NotFoundError: The shard of a rank is missing.
+        CorruptFileError: The shards do not add up to the tensor.
+        UnsupportedStateError: The tensor is sharded along several axes.
     """
-    whole = shards[min(shards)]
-    mesh, placements, shape = whole.device_mesh.mesh, whole.placements, tuple(whole.shape)
+    first = shards[min(shards)]
+    mesh, placements, shape = first.device_mesh.mesh, first.placements, tuple(first.shape)
     missing = sorted(set(mesh.flatten().tolist()) - {rank for rank, shard in shards.items() if shard is not None})
     if missing:
         raise NotFoundError(
-            f"{place} is spread over {mesh.numel()} ranks, but the file of rank {missing[0]} is missing or lacks it; "
-            "copy the files of all ranks"
+            f"{location} is spread over {mesh.numel()} ranks, but the file of rank {missing[0]} is missing or lacks "
+            "it; copy the files of all ranks"
         )
     cut = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
     if len(cut) > 1 or any(type(placements[axis]).__name__ != "Shard" for axis in cut) or len(placements) != mesh.ndim:
         raise UnsupportedStateError(
-            f"{place} must be cut along one axis, found {placements}; save with state_dict_type FULL_STATE_DICT"
+            f"{location} must be cut along one axis, found {placements}; save with state_dict_type FULL_STATE_DICT"
         )
     ranks: Sequence[int] = [int(mesh.flatten()[0])]
     if cut:
@@ -162,14 +169,14 @@ def _join_mesh(shards: Mapping[int, Any], place: str) -> MaybeLazy:
     along = placements[cut[0]].dim if cut else 0
     tensors = tuple(local for local in locals_ if isinstance(local, Tensor))
     fits = len(tensors) == len(ranks) and all(local.ndim == len(shape) for local in tensors)
-    if not fits or (cut and not 0 <= along < len(shape)) or _total(tensors, along) != shape:
-        raise CorruptFileError(f"the shards of {place} must add up to the shape {list(shape)}; copy the files again")
+    if not fits or (cut and not 0 <= along < len(shape)) or _joined_shape(tensors, along) != shape:
+        raise CorruptFileError(f"the shards of {location} must add up to the shape {list(shape)}; copy the files again")
     full = tuple(local for local in tensors if local.numel()) or tensors[:1]
     return Joined(full, along) if len(full) > 1 else full[0]
 
 
-def _total(shards: Sequence[Tensor], axis: int) -> tuple[int, ...] | None:
-    """Return the shape of the whole, None if the shards differ along another axis."""
+def _joined_shape(shards: Sequence[Tensor], axis: int) -> tuple[int, ...] | None:
+    """Return the shape of the joined tensor; None if the shards differ along another axis."""
     if not shards[0].ndim:
         return ()
     rest = {(*shard.shape[:axis], *shard.shape[axis + 1 :]) for shard in shards}

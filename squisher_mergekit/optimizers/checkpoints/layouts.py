@@ -1,4 +1,4 @@
-"""Whose checkpoint a folder is: each layout's file knows its own; here they are asked in turn."""
+"""Registry of the layouts: finds the layout of a checkpoint, which then reads it."""
 
 import re
 from collections.abc import Callable
@@ -12,10 +12,13 @@ from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of checkpoint is recognised and read.
+    """On-disk layout of optimizer states.
 
-    ``find``: a folder -> the file or folder in it that holds the optimizer's state, None if there is none. ``read``:
-    that file or folder -> its content; the flag asks for checksums to be verified. ``files``: names of its files.
+    Attributes:
+        name: Name for messages.
+        find: Function from a checkpoint's folder to the file or folder of the state in it; None if there is none.
+        read: Function that reads this file or folder; its flag asks for checksums to be verified.
+        files: Pattern of the names of the layout's files.
     """
 
     name: str
@@ -35,25 +38,25 @@ LAYOUTS = (
 
 
 def find(folder: Path) -> tuple[Layout, Path] | None:
-    """Return the layout of a checkpoint and its optimizer's file or folder; None if there is none.
+    """Return the layout of a checkpoint and the file or folder of its state; None if there is no state.
 
     Raises:
-        NamingError: There are two, and no telling which one is meant.
+        NamingError: The folder holds states in two layouts.
     """
-    found = [(layout, place) for layout in LAYOUTS if (place := layout.find(folder)) is not None]
-    # A universal checkpoint is made from the other, which lies beside it still.
+    found = [(layout, location) for layout in LAYOUTS if (location := layout.find(folder)) is not None]
+    # DeepSpeed's converter leaves the original checkpoint beside the universal one.
     if len(found) == 2 and [layout.name for layout, _ in found] == ["DeepSpeed's", "DeepSpeed's universal"]:
         found.pop()
     if len(found) > 1:
-        listed = " and ".join(f"{place.name} ({layout.name})" for layout, place in found)
+        listed = " and ".join(f"{location.name} ({layout.name})" for layout, location in found)
         raise NamingError(f"{folder} must hold the state of one optimizer, found {listed}; give the one to read")
     return found[0] if found else None
 
 
 def of(file: Path) -> tuple[Layout, Path]:
-    """Return the layout of a file, and the file or folder to be read, if it is one of several."""
+    """Return the layout of a file, and the file or folder to read where the file is one of several."""
     for layout in LAYOUTS:
-        place = layout.find(file.parent) if layout is not _LAST and layout.files.fullmatch(file.name) else None
-        if place is not None:
-            return layout, place
+        location = layout.find(file.parent) if layout is not _LAST and layout.files.fullmatch(file.name) else None
+        if location is not None:
+            return layout, location
     return _LAST, file

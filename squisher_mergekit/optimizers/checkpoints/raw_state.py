@@ -1,4 +1,4 @@
-"""What a layout reads from a checkpoint, before anything in it has been given a meaning."""
+"""Optimizer states as a layout stores them, not yet interpreted."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,17 +12,20 @@ from squisher_mergekit.tensors.lazy import Slices, unverified
 
 @dataclass(frozen=True)
 class RawState:
-    """The states of a checkpoint's optimizers, as ``state_dict`` gives them.
+    """States of a checkpoint's optimizers, in the form of ``state_dict``.
 
-    ``place``: the file or folder, for messages; the checkpoint is its parent. ``states``: of each optimizer ``state``
-    (number or name of a parameter -> key -> tensor, form of a tensor, or number) and ``param_groups``. ``model``: the
-    one saved beside, name -> tensor. ``layout``: whose it is, None to go by the folder. ``known``: further facts for
-    the metadata, by the keys of ``fisher_config.json``. ``verify``: holds the bytes of a mapped tensor against their
-    checksum. ``masters``: of a trainer that cuts flat buffers, the float32 weights cut from theirs in the same way, to
-    be held against the weights.
+    Attributes:
+        location: File or folder of the state; its parent is the checkpoint.
+        states: One mapping per optimizer: ``state`` (number or name of a parameter -> key -> tensor, lazy tensor or
+            number) and ``param_groups``.
+        model: Model saved with the state: name -> tensor; None if there is none.
+        layout: Name of the layout for the metadata; None where the folder tells it.
+        known: Further metadata, by the keys of ``fisher_config.json``.
+        verify: Function that verifies the checksum of a mapped tensor's bytes.
+        masters: Float32 weights cut from the trainer's flat buffers: the cuts are verified against the weights.
     """
 
-    place: Path
+    location: Path
     states: tuple[Mapping[str, Any], ...]
     model: Mapping[str, Tensor] | None = None
     layout: str | None = None

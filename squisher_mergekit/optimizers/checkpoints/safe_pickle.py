@@ -1,4 +1,4 @@
-"""Loading what ``torch.save`` wrote, without running a line of it."""
+"""Safe unpickling of files that ``torch.save`` wrote: no code in them is ever run."""
 
 import io
 import pickle
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFileError, UnsupportedStateError
-from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums, Record, check_archive
+from squisher_mergekit.optimizers.checkpoints.zip_checksums import ArchiveRecord, Checksums, check_archive
 
 
 class StandIn:
-    """Takes the place of a class whose library is not needed: it holds what was saved of an object, and does nothing.
+    """Inert replacement for a class of a library that is not needed: it keeps the saved data, and does nothing.
 
-    ``given``: the arguments that the object was made with. ``state``: what it was restored from, if not attributes.
+    Attributes:
+        given: Constructor arguments of the object.
+        state: Saved state of the object, where it is no mapping of attributes.
     """
 
     def __init__(self, *given: Any) -> None:
@@ -34,10 +36,14 @@ class StandIn:
             self.state = state
 
 
-class Quantized(Tensor):
-    """Takes the place of torchao's tensors in few bits: it holds their parts as attributes, and can do nothing.
+class QuantizedStandIn(Tensor):
+    """Inert replacement for torchao's quantized tensors, with their parts as attributes.
 
-    ``codes``, ``scale``; ``qmap`` unless the codes are float8; ``_shape`` where they are packed, two a byte.
+    Attributes:
+        codes: The codes.
+        scale: The scales of the blocks.
+        qmap: The levels; missing where the codes are float8.
+        _shape: Shape of the tensor, where two codes are packed into a byte.
     """
 
     @classmethod
@@ -46,8 +52,12 @@ class Quantized(Tensor):
         return NotImplemented
 
 
-class Sharded(Quantized):
-    """Takes the place of FSDP1's tensor: ``state`` holds this rank's shards, and where all shards belong."""
+class ShardedStandIn(QuantizedStandIn):
+    """Inert replacement for FSDP1's sharded tensor.
+
+    Attributes:
+        state: The shards of this rank, and the metadata of all shards.
+    """
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -58,7 +68,7 @@ class _ProcessGroupState(StandIn):
 
 
 def _state_of_processes(*_: Any) -> type[StandIn]:
-    """Take the place of ``getattr``, by which FSDP1's tensors ask for one class and nothing else."""
+    """Replace ``getattr``, which FSDP1's pickles use to name one class and nothing else."""
     return _ProcessGroupState
 
 
@@ -81,12 +91,12 @@ _STAND_INS: list[Any] = (
         )
     ]
     + [
-        (Sharded, "torch.distributed._shard.sharded_tensor.api.ShardedTensor"),
+        (ShardedStandIn, "torch.distributed._shard.sharded_tensor.api.ShardedTensor"),
         (_state_of_processes, "builtins.getattr"),
         (_ProcessGroupState, "torch.distributed._shard.sharded_tensor.api.ShardedTensor.ProcessGroupState"),
     ]
     + [
-        (Quantized, f"{home}.{name}")
+        (QuantizedStandIn, f"{home}.{name}")
         for name in _QUANTIZED
         for home in ("torchao.optim", "torchao.prototype.low_bit_optim")
     ]
@@ -94,22 +104,22 @@ _STAND_INS: list[Any] = (
 
 
 def load(path: Path, checksums: Checksums | None = None) -> Any:
-    """Load a file of tensors: ``weights_only`` always, memory-mapped where the file is a zip archive.
+    """Load a file of tensors with ``weights_only``, memory-mapped where the file is a zip archive.
 
     Files in torch's format from before 1.6 are no archives and cannot be mapped; they are read whole. Objects of
-    DeepSpeed and torchao come as stand-ins, which do nothing.
+    DeepSpeed and torchao are replaced by stand-ins.
 
     Args:
         path: The file.
-        checksums: Where to note the archive's, for its tensors to be held against when they are read.
+        checksums: Collects the checksums of the archive, by which its tensors are verified when they are read.
 
     Returns:
-        What was saved; its tensors are views of the mapped file and must not be written to.
+        The saved object; its tensors are views of the mapped file and must not be written to.
 
     Raises:
-        NotFoundError: There is no such file.
-        UnsafeFileError: Its pickle needs more than tensors and plain containers; nothing was run.
-        CorruptFileError: It is truncated, damaged, or no such file.
+        NotFoundError: The file does not exist.
+        UnsafeFileError: The pickle needs more than tensors and plain containers; nothing of it was run.
+        CorruptFileError: The file is truncated, damaged, or was not written by ``torch.save``.
     """
     if not path.is_file():
         raise NotFoundError(f"a file written by torch.save must be at {path}, but there is none")
@@ -127,14 +137,14 @@ def load(path: Path, checksums: Checksums | None = None) -> Any:
         if needed:
             raise _refusal(path, needed) from None
         raise _corrupt(path, error) from None
-    # A damaged stream can make the unpickler fail in any way: wrong opcodes, types, indices, encodings.
+    # Damage makes the unpickler fail in any way: wrong opcodes, types, indices, encodings.
     except Exception as error:
         raise _corrupt(path, error) from None
     return loaded
 
 
 class _Region(io.RawIOBase):
-    """A part of an open file, as a file of its own."""
+    """Part of an open file, as a file of its own."""
 
     def __init__(self, stream: io.FileIO, start: int, length: int) -> None:
         self._stream, self._start, self._length, self._at = stream, start, length, 0
@@ -161,36 +171,36 @@ class _Region(io.RawIOBase):
 
 
 def load_part(path: Path, start: int, length: int) -> Any:
-    """Load what ``torch.save`` wrote into a part of a file; for small values, tensors too.
+    """Load a small object that ``torch.save`` wrote into part of a file.
 
     Args:
         path: The file.
-        start: Where the part begins, in bytes.
-        length: Its bytes.
+        start: Offset of the part, in bytes.
+        length: Length of the part, in bytes.
 
     Returns:
-        What was saved, in memory.
+        The saved object, in memory.
 
     Raises:
-        UnsafeFileError: Its pickle needs more than tensors and plain containers; nothing was run.
-        CorruptFileError: The file is shorter, or the part is damaged or was not written by ``torch.save``.
+        UnsafeFileError: The pickle needs more than tensors and plain containers; nothing of it was run.
+        CorruptFileError: The file is too short, or the part is damaged or was not written by ``torch.save``.
     """
     with _part(path, start, length) as (stream, _):
         return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 def read_part(path: Path, start: int, length: int, into: Tensor, verify: bool) -> None:
-    """Read one tensor that ``torch.save`` wrote into a part of a file.
+    """Read one tensor that ``torch.save`` wrote into part of a file.
 
     Args:
         path: The file.
-        start: Where the part begins, in bytes.
-        length: Its bytes.
-        into: Where to put it, of its shape and dtype.
-        verify: Hold the bytes against the archive's checksum.
+        start: Offset of the part, in bytes.
+        length: Length of the part, in bytes.
+        into: Tensor to fill, of the saved shape and dtype.
+        verify: Verify the checksum in the archive.
 
     Raises:
-        UnsafeFileError: Its pickle needs more than tensors and plain containers; nothing was run.
+        UnsafeFileError: The pickle needs more than tensors and plain containers; nothing of it was run.
         CorruptFileError: The part is damaged, or holds something else.
     """
     with _part(path, start, length) as (stream, records):
@@ -219,9 +229,9 @@ def read_part(path: Path, start: int, length: int, into: Tensor, verify: bool) -
 
 
 @contextmanager
-def _part(path: Path, start: int, length: int) -> Iterator[tuple[Any, dict[str, Record]]]:
-    """Open a part of a file, and turn whatever goes wrong with it into an error of ours."""
-    place = f"{path} from byte {start} on"
+def _part(path: Path, start: int, length: int) -> Iterator[tuple[Any, dict[str, ArchiveRecord]]]:
+    """Open part of a file, and turn every failure with it into an error of this package."""
+    location = f"{path} from byte {start} on"
     try:
         if start < 0 or length < 0 or start + length > path.stat().st_size:
             raise ValueError(f"the file has {path.stat().st_size} bytes")
@@ -236,12 +246,12 @@ def _part(path: Path, start: int, length: int) -> Iterator[tuple[Any, dict[str, 
         needed = re.findall(r"(?:GLOBAL|global) `?([\w.]+\.\w+)", str(error))[:1]
         if needed:
             raise _refusal(path, needed) from None
-        raise _corrupt(place, error) from None
+        raise _corrupt(location, error) from None
     except Exception as error:
-        raise _corrupt(place, error) from None
+        raise _corrupt(location, error) from None
 
 
-# What the index of a distributed checkpoint is made of. Everything but shapes and dtypes comes as a stand-in.
+# Classes in the index of a distributed checkpoint. All of them are replaced by stand-ins; shapes and dtypes are not.
 _METADATA = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -255,12 +265,12 @@ _METADATA = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of ``_METADATA`` by name, shapes and dtypes, and no other."""
+    """Unpickler that accepts the classes of ``_METADATA`` by name, shapes and dtypes, and nothing else."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         super().__init__(stream)
         self._path = path
-        # New ones each time: a pickle may write to the classes it is given.
+        # New classes for each pickle, as a pickle can write to the classes it is given.
         self._known: dict[tuple[str, str], Any] = {
             (module, name): type(name, (StandIn,), {}) for module, names in _METADATA.items() for name in names
         }
@@ -285,11 +295,11 @@ def load_metadata(path: Path) -> Any:
         path: The file.
 
     Returns:
-        An object with the attributes of ``torch.distributed.checkpoint.metadata.Metadata``, all of it stand-ins.
+        A stand-in with the attributes of ``torch.distributed.checkpoint.metadata.Metadata``.
 
     Raises:
-        UnsafeFileError: It asks for anything but the classes of such an index; nothing was run.
-        CorruptFileError: It is truncated, damaged, or no such file.
+        UnsafeFileError: The pickle asks for classes that no such index has; nothing of it was run.
+        CorruptFileError: The file is truncated, damaged, or no index.
     """
     try:
         with path.open("rb") as stream:
@@ -300,7 +310,7 @@ def load_metadata(path: Path) -> Any:
         raise _corrupt(path, error) from None
 
 
-# Libraries whose optimizers put an object into their state, and no second moment of the parameters.
+# Libraries whose optimizers pickle an object in their state, and keep no second moment of the parameters.
 _PROJECTED = {"galore_torch": "GaLore", "apollo_torch": "APOLLO"}
 
 
@@ -327,9 +337,9 @@ def _corrupt(path: Path | str, error: Exception) -> CorruptFileError:
 
 
 def _unsafe_globals(path: Path, error: pickle.UnpicklingError) -> list[str]:
-    """Name what a pickle asks for; torch lists it for zip archives only, of other files its error names the first."""
+    """Return the globals that a pickle asks for: all for a zip archive, else the first, which torch's error names."""
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return list(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # the file is no archive, or damaged in any way as well
+    except Exception:  # the file is no archive, or is damaged as well
         return re.findall(r"(?:GLOBAL|global) `?([\w.]+\.\w+)", str(error))[:1]

@@ -1,7 +1,8 @@
-"""A file of ``torch.save``: an optimizer's ``state_dict``, or a bundle that holds one or several, a model perhaps too.
+"""File of ``torch.save``: an optimizer's ``state_dict``, or a bundle of one or several, perhaps with a model.
 
-So write the Hugging Face Trainer (``optimizer.pt``), accelerate (``optimizer.bin``, ``optimizer_1.bin`` of a second
-optimizer; with FSDP and the full state dict the same file under names), Lightning and Fabric (``*.ckpt``), and people.
+Writers of this layout: the Hugging Face Trainer (``optimizer.pt``), accelerate (``optimizer.bin``, and
+``optimizer_1.bin`` for a second optimizer; with FSDP and the full state dict the same file, keyed by names), Lightning
+and Fabric (``*.ckpt``), and scripts that call ``torch.save``.
 """
 
 import re
@@ -19,7 +20,7 @@ from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.lazy import unverified
 
 NAMES = ("optimizer.pt", "optimizer.bin")
-# What else lies in a checkpoint and is no optimizer's file.
+# Other files in a checkpoint, which hold no optimizer's state.
 _OTHERS = re.compile(
     r"training_args|rng_state|random_states|scheduler|scaler|sampler|pytorch_model|adapter_model|custom_checkpoint|"
     r".*(?:model_states|optim_states)|optimizer_\d+"
@@ -30,20 +31,20 @@ _MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
 
 
 def find(folder: Path) -> Path | None:
-    """Return the optimizer's file in a folder, by the names that trainers give it."""
+    """Return the optimizer's file in a folder, by the names that trainers use."""
     return next((folder / name for name in NAMES if (folder / name).is_file()), None)
 
 
 def others(folder: Path) -> list[Path]:
-    """Return the files in a folder that may hold an optimizer's state under a name of the user's own."""
+    """Return the files in a folder that may hold an optimizer's state under another name."""
     return sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES and not _OTHERS.match(file.name))
 
 
 def read(file: Path, verify: bool) -> RawState:
-    """Read the file, and those of accelerate's further optimizers beside it.
+    """Read an optimizer's file, and those of accelerate's further optimizers beside it.
 
     Raises:
-        RefusedError: It cannot be read safely, or holds no optimizer's state.
+        RefusedError: A file cannot be read safely, or the file holds no optimizer's state.
     """
     checksums = Checksums(verify)
     more = []
@@ -58,18 +59,18 @@ def read(file: Path, verify: bool) -> RawState:
 def content(
     loaded: Any, file: Path, more: Sequence[Any] = (), verify: Callable[[Tensor], None] = unverified
 ) -> RawState:
-    """Find the optimizers' states in what ``torch.load`` gave, and the model saved beside.
+    """Find the optimizers' states and the model in loaded objects.
 
     Args:
         loaded: Content of the file.
-        file: For messages.
-        more: Content of further files, of further optimizers of the same model.
-        verify: Holds the bytes of a tensor against their checksum.
+        file: The file, for messages.
+        more: Content of the files of further optimizers of the same model.
+        verify: Function that verifies the checksum of a tensor's bytes.
 
     Raises:
-        UnsupportedStateError: There is no optimizer's state in it.
+        UnsupportedStateError: The objects hold no optimizer's state.
     """
-    states = [state for one in (loaded, *more) for state in states_in(one)]
+    states = [state for content in (loaded, *more) for state in states_in(content)]
     if not states:
         raise UnsupportedStateError(
             f"{file} must hold an optimizer's state_dict (state and param_groups), found none; "
@@ -83,7 +84,7 @@ def content(
 
 
 def is_state(value: Any) -> bool:
-    """Return whether this is the ``state_dict`` of an optimizer."""
+    """Return True for the ``state_dict`` of an optimizer."""
     return (
         isinstance(value, Mapping)
         and isinstance(value.get("state"), Mapping)
@@ -93,7 +94,7 @@ def is_state(value: Any) -> bool:
 
 
 def states_in(loaded: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the optimizers' states in what was loaded, in one container or two."""
+    """Yield the optimizers' states in a loaded object, within at most two containers."""
     if is_state(loaded):
         yield loaded
         return
@@ -109,7 +110,7 @@ def _members(value: Any) -> list[Any]:
 
 
 def find_model(loaded: Any) -> Mapping[str, Tensor] | None:
-    """Return the one model beside the optimizer; None where there is none, or no telling which of several."""
+    """Return the model saved with the optimizer; None where there is none, or several that cannot be distinguished."""
     if not isinstance(loaded, Mapping):
         return None
     found = {
@@ -124,7 +125,7 @@ def find_model(loaded: Any) -> Mapping[str, Tensor] | None:
 
 
 def _without_attribute(model: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Strip the attribute under which a LightningModule holds its model, if it holds nothing else."""
+    """Strip the attribute under which a LightningModule stores its model, if it stores nothing else."""
     attributes = {name.partition(".")[0] for name in model}
     nested = len(attributes) == 1 and all("." in name for name in model)
     return {name.partition(".")[2] if nested else name: tensor for name, tensor in model.items()}

@@ -1,4 +1,4 @@
-"""The checksums of a zip archive that ``torch.save`` wrote; ``torch.load`` itself looks at none of them."""
+"""Checksums of the zip archives that ``torch.save`` writes; ``torch.load`` itself verifies none of them."""
 
 import struct
 import zipfile
@@ -18,8 +18,15 @@ _LOCAL = struct.Struct("<4s22xHH")  # a local header: signature, ..., lengths of
 
 
 @dataclass(frozen=True)
-class Record:
-    """One file in an archive: where its bytes begin, how many there are, and their CRC-32."""
+class ArchiveRecord:
+    """File inside a zip archive.
+
+    Attributes:
+        name: Name in the archive.
+        offset: Offset of the first byte.
+        size: Number of bytes.
+        crc: CRC-32 of the bytes.
+    """
 
     name: str
     offset: int
@@ -27,10 +34,10 @@ class Record:
     crc: int
 
     def check(self, tensor: Tensor, path: Path) -> None:
-        """Hold the storage of a tensor against the checksum.
+        """Verify the checksum of a tensor's storage.
 
         Raises:
-            CorruptFileError: They differ.
+            CorruptFileError: Size or checksum differ.
         """
         if tensor.untyped_storage().nbytes() != self.size:
             raise CorruptFileError(
@@ -40,10 +47,10 @@ class Record:
         self.check_bytes(_bytes(tensor), path)
 
     def check_bytes(self, data: Any, path: Path) -> None:
-        """Hold bytes in memory against the checksum.
+        """Verify the checksum of bytes in memory.
 
         Raises:
-            CorruptFileError: They differ.
+            CorruptFileError: The checksum differs.
         """
         if zlib.crc32(data) != self.crc:
             raise CorruptFileError(
@@ -54,12 +61,12 @@ class Record:
 
 def _bytes(tensor: Tensor) -> Any:
     """Return all bytes of a tensor's storage, without a copy."""
-    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-    return whole.numpy()
+    storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    return storage.numpy()
 
 
-def check_archive(stream: BinaryIO) -> dict[str, Record]:
-    """Read an archive's directory, and check the pickle in it.
+def check_archive(stream: BinaryIO) -> dict[str, ArchiveRecord]:
+    """Read the directory of an archive, and verify the checksum of its pickle.
 
     Args:
         stream: The open file.
@@ -80,39 +87,39 @@ def check_archive(stream: BinaryIO) -> dict[str, Record]:
             if signature != b"PK\x03\x04":
                 raise CorruptFileError(f"{info.filename} is not where the directory of the archive says")
             offset = info.header_offset + _LOCAL.size + name + extra
-            records[info.filename] = Record(info.filename, offset, info.file_size, info.CRC)
+            records[info.filename] = ArchiveRecord(info.filename, offset, info.file_size, info.CRC)
         for name in records:
             if name.endswith("data.pkl"):
-                archive.read(name)  # fails where the checksum does
+                archive.read(name)  # verifies the checksum
     return records
 
 
 class Checksums:
-    """Which bytes in memory are which record of which mapped archive.
+    """Registry of mapped archives: it knows which record's bytes a tensor uses, and verifies them.
 
     Args:
-        wanted: Otherwise nothing is noted, and nothing verified.
+        wanted: False to register and verify nothing.
 
     Example:
-        >>> Checksums(wanted=True).verify(torch.ones(3))  # of no archive: nothing to hold it against
+        >>> Checksums(wanted=True).verify(torch.ones(3))  # of no archive, so there is no checksum
     """
 
     def __init__(self, wanted: bool) -> None:
         self._wanted = wanted
         self._starts: list[int] = []
-        self._records: list[tuple[Record, Path]] = []
+        self._records: list[tuple[ArchiveRecord, Path]] = []
         self._verified: set[int] = set()
 
-    def add(self, path: Path, records: Mapping[str, Record], loaded: Any) -> None:
-        """Note an archive.
+    def add(self, path: Path, records: Mapping[str, ArchiveRecord], loaded: Any) -> None:
+        """Register an archive.
 
         Args:
-            path: Of the archive.
-            records: Its directory.
-            loaded: What ``torch.load`` made of it, mapped.
+            path: The archive.
+            records: Name -> record, from its directory.
+            loaded: The object that ``torch.load`` made from the archive, memory-mapped.
 
         Raises:
-            CorruptFileError: A tensor is not exactly one record: the pickle lies about sizes.
+            CorruptFileError: A tensor's storage is not exactly one record, so the sizes in the pickle are false.
         """
         if not self._wanted:
             return
@@ -136,24 +143,24 @@ class Checksums:
         self._starts, self._records = [start for start, _ in pairs], [record for _, record in pairs]
 
     def verify(self, tensor: Tensor) -> None:
-        """Hold the bytes that a tensor lies in against their checksum, the first time they are asked for.
+        """Verify the checksum of a tensor's storage, the first time that this storage is read.
 
         Raises:
-            CorruptFileError: They differ.
+            CorruptFileError: The checksum differs.
         """
         if not tensor.numel():
             return
         start = tensor.untyped_storage().data_ptr()
-        place = bisect_right(self._starts, start) - 1
-        if place < 0 or self._starts[place] != start or start in self._verified:
+        number = bisect_right(self._starts, start) - 1
+        if number < 0 or self._starts[number] != start or start in self._verified:
             return
-        record, path = self._records[place]
+        record, path = self._records[number]
         record.check(tensor, path)
         self._verified.add(start)
 
 
 def tensors_in(loaded: Any) -> Iterator[Tensor]:
-    """Yield all plain tensors in nested containers, in stand-ins and in tensors made of others."""
+    """Yield all plain tensors in nested containers, in stand-ins and in tensor subclasses made of other tensors."""
     todo, seen = [loaded], set()
     while todo:
         item = todo.pop()

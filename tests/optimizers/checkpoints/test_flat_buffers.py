@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.optimizers.checkpoints.flat_buffers import check_lengths, cut, prove
+from squisher_mergekit.optimizers.checkpoints.flat_buffers import check_lengths, cut, verify_masters
 from squisher_mergekit.tensors.lazy import Slices
 
 
@@ -35,14 +35,14 @@ def test_the_proof_looks_at_the_ends_of_every_slice(place):
     weight = torch.randn(500)
     buffers = [weight[:300].clone(), torch.cat([weight[300:], torch.zeros(7)])]
     master = Slices(tuple(cut(buffers, 0, 500)), torch.Size([20, 25]))
-    assert prove({"w": master}, {"w": weight.reshape(20, 25)}, Path("step")) == 1
+    assert verify_masters({"w": master}, {"w": weight.reshape(20, 25)}, Path("step")) == 1
     other = weight.clone()
     other[place] += 1
     with pytest.raises(MismatchError, match="w is not its weights"):
-        prove({"w": master}, {"w": other.reshape(20, 25)}, Path("step"))
+        verify_masters({"w": master}, {"w": other.reshape(20, 25)}, Path("step"))
     shifted = Slices(tuple(cut(buffers, 1, 500)), torch.Size([20, 25]))
     with pytest.raises(MismatchError, match="w is not its weights"):
-        prove({"w": shifted}, {"w": weight.reshape(20, 25)}, Path("step"))
+        verify_masters({"w": shifted}, {"w": weight.reshape(20, 25)}, Path("step"))
 
 
 def test_lengths_may_differ_by_padding_alone():

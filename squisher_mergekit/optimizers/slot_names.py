@@ -1,0 +1,177 @@
+"""Names of an optimizer's slots: given by the user, stored in the file, or the one assignment that fits the model."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError
+from squisher_mergekit.models.adapters import adapter_names
+from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointNames, ParameterInfo, checkpoint_names
+from squisher_mergekit.models.weights import trained_parameters
+from squisher_mergekit.optimizers.assign_names import assign, divide
+from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
+from squisher_mergekit.optimizers.ivon import cut, is_flat, split
+from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
+from squisher_mergekit.tensors.safetensors import check_shape
+
+NamedSlots = dict[str, OptimizerSlot]
+
+
+def name_slots(
+    state: OptimizerState, folders: Folders, given: Sequence[str] | None
+) -> tuple[NamedSlots, CheckpointNames | None]:
+    """Name the slots of an optimizer.
+
+    Args:
+        state: The slots.
+        folders: Folders of the config, the weights and the base.
+        given: The user's names, one for each slot; None if there are none.
+
+    Returns:
+        Name -> slot, and the names of the model, by which names in memory become names on disk; None where the names
+        are those on disk already. A slot without a second moment that fits several parameters is left out.
+
+    Raises:
+        NamingError: The names are not certain, or one is given twice.
+        MismatchError: A name is not in the model, or a shape differs.
+        NotFoundError: An adapter's names need its base model.
+    """
+    model = _names_of_model(folders, needed=given is None and not state.named and state.raw.model is None)
+    if is_flat(state):
+        state = _cut_flat(state, model, given, folders)
+    named = _named(state, model, given, folders)
+    slots, in_memory = _by_name(named, model, folders)
+    if not in_memory or model is None:
+        return slots, None
+    shapes = {parameter.name: parameter.shape for parameter in model.parameters}
+    for name, slot in slots.items():
+        if slot.shape is not None and name in shapes:
+            check_shape(name, slot.shape, shapes[name], str(state.location))
+    return slots, model
+
+
+def _names_of_model(folders: Folders, needed: bool) -> CheckpointNames | None:
+    """Return the names of the model; None where it cannot be built and the names are known otherwise."""
+    if folders.adapter is not None:
+        base = None if folders.base is None else folders.base.folder
+        return adapter_names(folders.adapter, base) if needed or base is not None else None
+    if not needed and not (folders.config.folder / "config.json").is_file():
+        return None
+    try:
+        return checkpoint_names(folders.config.folder, folders.weights.infos)
+    except CorruptFileError:
+        if needed:
+            raise
+        return None
+
+
+def _named(
+    state: OptimizerState, model: CheckpointNames | None, given: Sequence[str] | None, folders: Folders
+) -> list[tuple[str, OptimizerSlot]]:
+    """Pair every slot with its name; slots that fit several parameters and need no name are left out."""
+    slots = list(state.slots)
+    if given is not None:
+        if len(given) != len(slots):
+            raise NamingError(
+                f"--names must have one name for each of the {len(slots)} parameters in {state.location}, "
+                f"found {len(given)}"
+            )
+        _refuse_contradiction(given, slots, state.location)
+        return list(zip(given, slots, strict=True))
+    if state.named:
+        return [(str(slot.name), slot) for slot in slots]
+    parameters = _in_order(state, model)
+    shapes = [[slot.shape for slot in group] for group in state.groups]
+    trained = _trained(folders, model) if len(slots) < len(parameters) else None
+    if len(state.optimizers) > 1:
+        needed = [[slot.tensor is not None for slot in group] for group in state.groups]
+        chosen = divide(shapes, parameters, trained, needed, str(state.location))
+    else:
+        chosen = assign(shapes, parameters, trained, str(state.location))
+    pairs = zip((name for group in chosen for name in group), slots, strict=True)
+    return [(name, slot) for name, slot in pairs if name is not None]
+
+
+def _trained(folders: Folders, model: CheckpointNames | None) -> set[str] | None:
+    """Return the parameters that differ from the base; None if there is no base to compare with."""
+    if folders.base is None or folders.adapter is not None or model is None:
+        return None
+    return trained_parameters(folders.weights, folders.base, model)
+
+
+def _refuse_contradiction(given: Sequence[str], slots: Sequence[OptimizerSlot], location: Path) -> None:
+    """Refuse given names that are the file's own in another order; names of another kind are renamings."""
+    for name, slot in zip(given, slots, strict=True):
+        if slot.name is not None and slot.name != name and slot.name in given:
+            raise NamingError(
+                f"--names must follow {location}, which names its parameters itself: it has {slot.name} where {name} "
+                "was given; leave --names out"
+            )
+
+
+def _cut_flat(
+    state: OptimizerState, model: CheckpointNames | None, given: Sequence[str] | None, folders: Folders
+) -> OptimizerState:
+    """Cut flat second moments by the shapes of the parameters in the model or the weights."""
+    names = given if given is not None else [slot.name for slot in state.slots] if state.named else None
+    if names is None:
+        parameters, trained = _in_order(state, model), _trained(folders, model)
+        return split(state, [p for p in parameters if trained is None or p.name in trained])
+    shapes = {name: info.shape for name, info in folders.weights.infos.items()}
+    if model is not None:
+        shapes |= {parameter.name: parameter.shape for parameter in model.parameters}
+    unknown = [name for name in names if name not in shapes]
+    if unknown or len(names) != len(list(state.slots)):
+        raise NamingError(
+            f"the {len(list(state.slots))} parameters in {state.location} must each be named, and be of the model, but "
+            f"{unknown[0] if unknown else len(names)} was given; give --model DIR with its config.json"
+        )
+    return cut(state, [shapes[str(name)] for name in names])
+
+
+def _in_order(state: OptimizerState, model: CheckpointNames | None) -> Sequence[ParameterInfo]:
+    """Return the parameters in the optimizer's order: that of the model, or that of the model saved in the file."""
+    saved = state.raw.model
+    if saved is None:
+        if model is None:
+            raise TypeError("a model is needed to name numbered parameters")
+        return model.parameters
+    if model is not None and {parameter.name for parameter in model.parameters} <= set(saved):
+        return model.parameters
+    if len(state.optimizers) == 1 and sum(bool(group) for group in state.groups) > 1:
+        raise NamingError(
+            f"{state.location} keeps its parameters in several groups, and how they were split does not follow from "
+            f"the model saved in it; give --model DIR with its config.json, or {NAMES_CURE}"
+        )
+    return [ParameterInfo(name, shape) for name, shape in parameters_of(saved).items()]
+
+
+def _by_name(
+    named: Sequence[tuple[str, OptimizerSlot]], model: CheckpointNames | None, folders: Folders
+) -> tuple[NamedSlots, bool]:
+    """Return name -> slot, and True if the names are those in memory, False if they are those on disk.
+
+    Raises:
+        NamingError: A name is given twice.
+        MismatchError: A name is not in the model.
+        NotFoundError: A name is an adapter's in memory, and there is no base model to turn it into that on disk.
+    """
+    names = [name for name, _ in named]
+    in_memory = model is not None and all(name in model.first for name in names)
+    if in_memory and model is not None:
+        names = [model.first[name] for name in names]
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if doubled:
+        raise NamingError(
+            f"each parameter in {folders.location} must have its own name, but {doubled[0]} is given twice"
+        )
+    on_disk: set[str] = set(folders.weights.infos) or set(model.sources if model is not None else names)
+    unknown = [name for name in names if name not in on_disk]
+    if not in_memory and unknown:
+        if folders.adapter is not None:
+            adapter_names(folders.adapter, None)
+        raise MismatchError(
+            f"the names of the parameters in {folders.location} must be those of the model, but {unknown[0]} is not "
+            f"among them ({len(unknown)} of {len(names)} are not); give the --model that was trained, or {NAMES_CURE}"
+        )
+    return dict(zip(names, (slot for _, slot in named), strict=True)), in_memory
