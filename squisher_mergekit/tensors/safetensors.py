@@ -94,7 +94,7 @@ class SafetensorsHeader:
     start: int
 
     @cached_property
-    def infos(self) -> Mapping[str, TensorInfo]:
+    def infos(self) -> dict[str, TensorInfo]:
         """Name -> header of the tensor, in the order of the file."""
         infos = {}
         for name, entry in self.entries.items():
@@ -202,7 +202,7 @@ def safetensors_notes(file: Path) -> Mapping[str, str]:
     return read_header(file).metadata
 
 
-def tensor_infos(file: Path) -> Mapping[str, TensorInfo]:
+def tensor_infos(file: Path) -> dict[str, TensorInfo]:
     """Return name -> shape, dtype and bytes of a safetensors file, from its header alone.
 
     Raises:
