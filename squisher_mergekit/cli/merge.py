@@ -1,30 +1,30 @@
-"""``squisher merge``: mergekit's own merge between a strict check and a report."""
+"""``squisher merge``: mergekit's own merge, with a check before and a report after it."""
 
 import json
 from pathlib import Path
 
+from typing import Any
+
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.merging.mergekit.commands import read_config, run_config
+from squisher_mergekit.merging.mergekit.commands import help_class, merge_options, read_config, run_config
 from squisher_mergekit.merging.report import as_text
-from squisher_mergekit.merging.run import strict_runs
 from squisher_mergekit.tensors.atomic import written_beside
 
 
-@click.command("merge", cls=PrettyPrintHelp)
+@click.command("merge", cls=help_class())
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--strict", is_flag=True, help="A Fisher made at other weights is an error, not a warning.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report to a file as well.")
-@add_merge_options  # type: ignore[untyped-decorator]
-def command(config: Path, out: Path, strict: bool, json_file: Path | None, merge_options: MergeOptions) -> None:
-    """Merge the models in CONFIG into the folder OUT, and report what happened.
+@click.option("--strict", is_flag=True, help="Refuse a Fisher made at other weights, instead of a warning.")
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the report to FILE.")
+@merge_options
+def command(config: Path, out: Path, strict: bool, json_file: Path | None, merge_options: Any) -> None:
+    """Merge the models in CONFIG into the folder OUT, and print a report.
 
-    The merge is mergekit's own, with all its options, and OUT appears only when all of it is written. The report gives
-    the share of entries that fell back and the effective weight of each model, overall and per kind of layer; the
-    model card gets a section on where the Fishers come from.
+    mergekit does the merge, with all its options. OUT appears only when all of it is written. The report gives the
+    share of entries that fell back and the effective weight of each model, overall and per kind of layer. The model
+    card gets a section on the source of each Fisher.
 
     \b
     Example:
@@ -35,11 +35,10 @@ def command(config: Path, out: Path, strict: bool, json_file: Path | None, merge
     merge_options.apply_global_options()
     text = config.read_text(encoding="utf-8")
     parsed = read_config(text)
-    with strict_runs(strict), written_beside(out.absolute()) as folder:
-        run = run_config(parsed, text, folder, merge_options)
+    with written_beside(out.absolute()) as folder:
+        run = run_config(parsed, text, folder, merge_options, strict=strict)
     report = run.report()
     if not merge_options.quiet:
         click.echo(as_text(report))
     if json_file is not None:
-        plan = run.plan.as_dict() if run.plan is not None else None
-        json_file.write_text(json.dumps({**report, "plan": plan}, indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps({**report, "plan": run.preview}, indent=2) + "\n", encoding="utf-8")

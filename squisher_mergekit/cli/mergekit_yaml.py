@@ -8,6 +8,6 @@ from squisher_mergekit import _autoload
 def main() -> None:
     """Make the merge methods known, then run ``mergekit-yaml`` with the arguments of this process."""
     _autoload.install()
-    from mergekit.scripts.run_yaml import main as mergekit_yaml
+    from squisher_mergekit.merging.mergekit.commands import mergekit_yaml
 
     mergekit_yaml()

@@ -1,22 +1,18 @@
-"""``squisher plan``: check a merge strictly and preview it, before any tensor is read whole."""
+"""``squisher plan``: check and preview of a merge, from headers alone."""
 
 import json
 from pathlib import Path
 
 import click
-from mergekit.options import MergeOptions
-
-from squisher_mergekit.merging.mergekit.commands import plan_config, read_config
-from squisher_mergekit.merging.run import strict_runs
 
 
 @click.command("plan")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--strict", is_flag=True, help="A Fisher made at other weights is an error, not a warning.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the plan to a file as well.")
-@click.option("--transformers-cache", type=str, default=None, help="Where models and Fishers from the Hub are kept.")
-@click.option("--trust-remote-code", is_flag=True, help="Let transformers run a model's own code (danger).")
-@click.option("--allow-crimes", is_flag=True, help="Allow mixing architectures.")
+@click.option("--strict", is_flag=True, help="Refuse a Fisher made at other weights, instead of a warning.")
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the preview to FILE.")
+@click.option("--transformers-cache", type=str, default=None, help="Folder for models and Fishers from the Hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Let transformers run the code of a model (dangerous).")
+@click.option("--allow-crimes", is_flag=True, help="Allow models of different architectures.")
 def command(
     config: Path,
     strict: bool,
@@ -25,24 +21,26 @@ def command(
     trust_remote_code: bool,
     allow_crimes: bool,
 ) -> None:
-    """Check the merge in CONFIG strictly and show what it would do.
+    """Check the merge in CONFIG, and show a preview.
 
-    For each model: where its Fisher comes from, optimizer, steps, beta2, scale and coverage; then the tensors that
-    will fall back and why, the bytes to read, and an estimate of memory. Nothing is written, and of tensors only the
-    headers are read.
+    The preview gives, for each model, the source of its Fisher, optimizer, steps, beta2, scale and coverage; then the
+    tensors that fall back to the weighted mean, with the reason, the bytes to read, and an estimate of memory. The
+    command reads the headers of tensors only, and writes no model.
 
     \b
     Example:
         squisher plan merge.yml
     """
-    options = MergeOptions(
+    from squisher_mergekit.merging.merge_plan import preview_text
+    from squisher_mergekit.merging.mergekit.commands import plan_config, read_config
+
+    preview = plan_config(
+        read_config(config.read_text(encoding="utf-8")),
+        strict=strict,
         transformers_cache=transformers_cache,
         trust_remote_code=trust_remote_code,
         allow_crimes=allow_crimes,
-        quiet=True,
     )
-    with strict_runs(strict):
-        plan = plan_config(read_config(config.read_text(encoding="utf-8")), options)
-    click.echo(str(plan))
+    click.echo(preview_text(preview))
     if json_file is not None:
-        json_file.write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(preview, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The whole merge before it runs: what it lacks, where its Fishers come from, what it will read and hold."""
+"""Plan of a whole merge: missing tensors, source of each Fisher, bytes to read, memory."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,13 +6,20 @@ from typing import Any
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.merging.tensor_plan import FisherUse, TensorPlan, WeightInput
 
-# What Python, torch and mergekit hold before the first tensor is read, and the chunks being worked on.
+# Memory of Python, torch and mergekit before the first tensor is read, and of the chunks in work.
 _RESIDENT = 500_000_000
 
 
 @dataclass
 class MergePlan:
-    """The whole merge before it runs; ``str()`` of it is the preview that ``squisher plan`` prints."""
+    """Plan of a whole merge.
+
+    Attributes:
+        method: Name of the merge method.
+        out_bytes_per_entry: Size of an entry of the output, in bytes.
+        shard_bytes: Largest size of an output file, in bytes.
+        tensors: Plans of the output tensors.
+    """
 
     method: str
     out_bytes_per_entry: int = 4
@@ -20,10 +27,10 @@ class MergePlan:
     tensors: list[TensorPlan] = field(default_factory=list)
 
     def check(self) -> None:
-        """Refuse what ``missing: error`` and the use of each Fisher forbid.
+        """Refuse missing Fishers, and Fishers that fit no tensor.
 
         Raises:
-            MismatchError: Tensors lack a Fisher, or a Fisher serves no tensor at all.
+            MismatchError: A tensor lacks a Fisher under ``missing: error``, or a Fisher fits no tensor at all.
         """
         lacking: dict[str, dict[str, str]] = {}
         for tensor in self.tensors:
@@ -51,12 +58,12 @@ class MergePlan:
         return any(item.model.label == label for item in tensor.inputs)
 
     def warnings(self) -> list[str]:
-        """Return what has to be said about the Fishers, each once."""
+        """Return the warnings about the Fishers, each once."""
         found = [use.opened.warning for tensor in self.tensors for use in tensor.uses if use.opened is not None]
         return list(dict.fromkeys(warning for warning in found if warning))
 
     def models(self) -> list[dict[str, Any]]:
-        """Return one summary a model: where its Fisher comes from, steps, beta2, scale, coverage."""
+        """Return one summary per model: source of its Fisher, steps, beta2, scale, coverage."""
         summaries: dict[str, dict[str, Any]] = {}
         for tensor in self.tensors:
             for use in tensor.uses:
@@ -73,7 +80,7 @@ class MergePlan:
         return list(summaries.values())
 
     def fallbacks(self) -> dict[str, str]:
-        """Return tensor -> why it will be the weighted mean."""
+        """Return tensor -> reason why it is the weighted mean."""
         return {
             tensor.name: "; ".join(f"{label}: {why}" for label, why in tensor.missing.items())
             for tensor in self.tensors
@@ -81,7 +88,7 @@ class MergePlan:
         }
 
     def bytes_to_read(self) -> dict[str, int]:
-        """Return the bytes of weights and of Fishers that the merge will read."""
+        """Return the bytes of weights and of Fishers that the merge reads."""
         weights = sum(info.nbytes for tensor in self.tensors for info in tensor.weights())
         fishers = sum(_fisher_bytes(tensor) for tensor in self.tensors)
         return {"weights": weights, "fishers": fishers}
@@ -90,12 +97,12 @@ class MergePlan:
         """Return an estimate in bytes: ``anonymous`` memory of the process, and the largest ``mapped`` file part."""
         out = [tensor.size * self.out_bytes_per_entry for tensor in self.tensors] or [0]
         mapped = [sum(info.nbytes for info in t.weights()) + _fisher_bytes(t) for t in self.tensors]
-        held = min(sum(out), self.shard_bytes + max(out))
-        chosen = max((_choice_bytes(tensor) for tensor in self.tensors), default=0)
-        return {"anonymous": _RESIDENT + held + max(out) + chosen, "mapped": max(mapped, default=0)}
+        shard = min(sum(out), self.shard_bytes + max(out))
+        masks = max((_mask_bytes(tensor) for tensor in self.tensors), default=0)
+        return {"anonymous": _RESIDENT + shard + max(out) + masks, "mapped": max(mapped, default=0)}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the preview as plain data."""
+        """Return the plan as plain data: the preview."""
         return {
             "method": self.method,
             "tensors": len(self.tensors),
@@ -107,25 +114,24 @@ class MergePlan:
             "memory": self.memory(),
         }
 
-    def __str__(self) -> str:
-        data = self.as_dict()
-        lines = [f"{self.method}: {data['tensors']} tensors, {data['entries']:,} entries"]
-        for model in data["models"]:
-            share = model["covered"] / max(model["entries"], 1)
-            lines += [f"  {model['model']}", f"    {describe_model(model)}", f"    covers {share:.1%} of the entries"]
-        fallbacks = data["fallbacks"]
-        lines.append(
-            f"  {len(fallbacks)} tensors fall back to the weighted mean" if fallbacks else "  nothing falls back"
-        )
-        lines += [f"    {name}: {why}" for name, why in list(fallbacks.items())[:20]]
-        lines += [f"    ... and {len(fallbacks) - 20} more"] if len(fallbacks) > 20 else []
-        lines += [f"  warning: {warning}" for warning in data["warnings"]]
-        read, memory = data["bytes_to_read"], data["memory"]
-        lines.append(f"  reads {_size(read['weights'])} of weights and {_size(read['fishers'])} of Fishers")
-        lines.append(
-            f"  memory about {_size(memory['anonymous'])}, and {_size(memory['mapped'])} of mapped files at a time"
-        )
-        return "\n".join(lines)
+
+def preview_text(preview: dict[str, Any]) -> str:
+    """Return a preview (see :meth:`MergePlan.as_dict`) as text."""
+    lines = [f"{preview['method']}: {preview['tensors']} tensors, {preview['entries']:,} entries"]
+    for model in preview["models"]:
+        share = model["covered"] / max(model["entries"], 1)
+        lines += [f"  {model['model']}", f"    {describe_model(model)}", f"    covers {share:.1%} of the entries"]
+    fallbacks = preview["fallbacks"]
+    lines.append(f"  {len(fallbacks)} tensors fall back to the weighted mean" if fallbacks else "  nothing falls back")
+    lines += [f"    {name}: {why}" for name, why in list(fallbacks.items())[:20]]
+    lines += [f"    ... and {len(fallbacks) - 20} more"] if len(fallbacks) > 20 else []
+    lines += [f"  warning: {warning}" for warning in preview["warnings"]]
+    read, memory = preview["bytes_to_read"], preview["memory"]
+    lines.append(f"  reads {_size(read['weights'])} of weights and {_size(read['fishers'])} of Fishers")
+    lines.append(
+        f"  memory about {_size(memory['anonymous'])}, and {_size(memory['mapped'])} of mapped files at a time"
+    )
+    return "\n".join(lines)
 
 
 def _describe(use: FisherUse, tensor: TensorPlan) -> dict[str, Any]:
@@ -178,8 +184,8 @@ def _fisher_bytes(tensor: TensorPlan) -> int:
     return total
 
 
-def _choice_bytes(tensor: TensorPlan) -> int:
-    """Return what choosing by F holds: a mark an entry and model."""
+def _mask_bytes(tensor: TensorPlan) -> int:
+    """Return the bytes of the masks of ``density``: one byte per entry and model."""
     return tensor.size * len(tensor.trimmed())
 
 

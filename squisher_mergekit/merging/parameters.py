@@ -1,4 +1,4 @@
-"""The parameters of the two merge methods: names, defaults, what each accepts, and where each may stand."""
+"""Parameters of the two merge methods: names, defaults, accepted values, places in the YAML."""
 
 import difflib
 import math
@@ -11,13 +11,22 @@ from squisher_mergekit.errors import ConfigError
 SQUISHER = "squisher"
 UBGM_SQUISHER = "ubgm_squisher"
 METHODS = (SQUISHER, UBGM_SQUISHER)
-# Numbers, which mergekit can let run over the layers.
+# Numbers, for which a list in the YAML is a gradient over the layers.
 GRADIENTS = ("weight", "fisher_scale", "density", "floor", "prior")
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """One parameter: ``check`` returns the value to use or raises a ``ValueError`` that says what it must be."""
+class MergeParameter:
+    """One parameter of a merge method.
+
+    Attributes:
+        name: Name in the YAML.
+        default: Value if the YAML has none.
+        check: Function that returns the value to use, or raises a ``ValueError`` with the accepted values.
+        per_model: True if each model has its own value.
+        methods: Merge methods that have the parameter.
+        meaning: Description in mergekit's list of methods.
+    """
 
     name: str
     default: Any
@@ -30,7 +39,7 @@ class Parameter:
         """Return the checked value.
 
         Raises:
-            ConfigError: It is none that the parameter accepts.
+            ConfigError: The parameter does not accept the value.
         """
         try:
             return self.check(value)
@@ -75,26 +84,32 @@ def _fisher(value: Any) -> Any:
 
 
 PARAMETERS = (
-    Parameter("fisher", "auto", _fisher, per_model=True, meaning="where the model's Fisher is"),
-    Parameter("weight", 1.0, lambda v: _number(0, True, v), per_model=True, meaning="w_i"),
-    Parameter("fisher_scale", 1.0, lambda v: _number(0, False, v), per_model=True, meaning="factor on the Fisher"),
-    Parameter("density", 1.0, _share, per_model=True, meaning="share of the task vector that is kept, chosen by F"),
-    Parameter("scaling", "debiased", _one_of("debiased", "raw", "per_example"), meaning="which scale of the Fisher"),
-    Parameter("normalize", "auto", _one_of("auto", "none", "mean", "l2"), meaning="per-model normalization"),
-    Parameter("floor", 0.0, lambda v: _number(0, True, v), meaning="relative to the tensor's mean Fisher"),
-    Parameter("missing", "error", _one_of("error", "average"), meaning="a tensor without a Fisher"),
-    Parameter("prior", 0.0, lambda v: _number(0, True, v), methods=(UBGM_SQUISHER,), meaning="d, relative"),
+    MergeParameter("fisher", "auto", _fisher, per_model=True, meaning="source of the model's Fisher"),
+    MergeParameter("weight", 1.0, lambda v: _number(0, True, v), per_model=True, meaning="w_i"),
+    MergeParameter("fisher_scale", 1.0, lambda v: _number(0, False, v), per_model=True, meaning="factor on the Fisher"),
+    MergeParameter("density", 1.0, _share, per_model=True, meaning="share of the task vector that is kept, chosen by F"),
+    MergeParameter("scaling", "debiased", _one_of("debiased", "raw", "per_example"), meaning="scale of the Fisher"),
+    MergeParameter("normalize", "auto", _one_of("auto", "none", "mean", "l2"), meaning="divisor of each model's Fisher"),
+    MergeParameter("floor", 0.0, lambda v: _number(0, True, v), meaning="smallest F, relative to the tensor's mean F"),
+    MergeParameter("missing", "error", _one_of("error", "average"), meaning="treatment of a tensor without a Fisher"),
+    MergeParameter("prior", 0.0, lambda v: _number(0, True, v), methods=(UBGM_SQUISHER,), meaning="d, relative to the tensor's mean F"),
 )
 
 
-def of_method(method: str) -> tuple[Parameter, ...]:
+def of_method(method: str) -> tuple[MergeParameter, ...]:
     """Return the parameters of a method."""
     return tuple(parameter for parameter in PARAMETERS if method in parameter.methods)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A ``parameters:`` block of a merge configuration: where it stands, and whether it belongs to one model."""
+    """A ``parameters:`` block of a merge configuration.
+
+    Attributes:
+        place: Path of the block in the YAML.
+        of_model: True if the block belongs to one model.
+        settings: Keys and values.
+    """
 
     place: str
     of_model: bool
@@ -102,15 +117,14 @@ class Block:
 
 
 def check_blocks(method: str, blocks: Iterable[Block]) -> None:
-    """Refuse keys and values that mergekit would accept silently.
+    """Refuse keys and values that mergekit accepts silently.
 
     Args:
         method: Name of the merge method.
         blocks: All ``parameters:`` blocks of the configuration.
 
     Raises:
-        ConfigError: A key is unknown (the nearest valid one is named), stands in the wrong place, or a value is none
-            that the parameter accepts.
+        ConfigError: A key is unknown or in the wrong place, or a value is not accepted.
     """
     known = {parameter.name: parameter for parameter in of_method(method)}
     for block in blocks:
@@ -130,7 +144,7 @@ def check_blocks(method: str, blocks: Iterable[Block]) -> None:
                     raise ConfigError(f"{place}: {error.message}") from None
 
 
-def _unknown(method: str, key: str, place: str, known: Mapping[str, Parameter]) -> str:
+def _unknown(method: str, key: str, place: str, known: Mapping[str, MergeParameter]) -> str:
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     elsewhere = [p.name for p in PARAMETERS if p.name == key]
     hint = f"did you mean {nearest[0]}?" if nearest else f"valid are {', '.join(known)}"

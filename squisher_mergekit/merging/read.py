@@ -1,7 +1,7 @@
-"""One tensor of a Fisher, read and brought to the scale that a merge wants."""
+"""One tensor of a Fisher, read at the scale of a merge."""
 
 from collections.abc import Mapping
-from typing import TypedDict
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,21 +13,44 @@ from squisher_mergekit.merging.density import Rows
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
 
-class LoadedFisher(TypedDict):
-    """A raw tensor (None: no information) and the factor that brings it to the scale of the merge.
+@dataclass(frozen=True)
+class LoadedFisher:
+    """One tensor of a Fisher, and the factor that brings it to the scale of the merge.
 
-    For a ``density`` below 1: ``scores``, the tensor before the floor, None if that is the same; ``origin``, theta_0,
-    None if the base is an input itself; ``rows``, of a re-ordered vocabulary, see :class:`.density.Rows`.
+    Attributes:
+        name: Name in the Fisher.
+        location: Place of the Fisher, for messages.
+        tensor: The raw tensor; None if there is no information.
+        scale: The factor.
+        density: Share of the task vector that is kept.
+        scores: The tensor before the floor, for a density below 1; None if it is the same.
+        origin: theta_0, for a density below 1; None if the base is an input itself.
+        rows: Rows of a re-ordered vocabulary, for a density below 1.
     """
 
-    tensor: Tensor | None
-    scale: float
     name: str
-    location: str
-    density: float
-    scores: Tensor | None
-    origin: Tensor | None
-    rows: Rows | None
+    location: str = ""
+    tensor: Tensor | None = None
+    scale: float = 1.0
+    density: float = 1.0
+    scores: Tensor | None = None
+    origin: Tensor | None = None
+    rows: Rows | None = None
+
+    def to(self, device: torch.device) -> "LoadedFisher":
+        """Return the same with all tensors on a device."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            # As mergekit's executor moves weights: the host does not wait for the copy.
+            return None if tensor is None else tensor.to(device, non_blocking=device.type in ("cuda", "xpu"))
+
+        rows = None
+        if self.rows is not None:
+            shared, unbased, axis = self.rows
+            rows = Rows(shared.to(device), unbased.to(device), axis)
+        return replace(
+            self, tensor=moved(self.tensor), scores=moved(self.scores), origin=moved(self.origin), rows=rows
+        )
 
 
 def load_tensor(
@@ -42,15 +65,15 @@ def load_tensor(
 ) -> LoadedFisher:
     """Read one tensor of a Fisher.
 
-    The factor is ``fisher_scale * debiasing / normalizer``; it stays apart from the tensor, which is a view of the
-    mapped file unless an offset or a floor has to be applied: ``max(F, floor * mean(F))``.
+    The factor is ``fisher_scale * debiasing / normalizer``. The tensor is a view of the mapped file unless an offset or
+    a floor changes it: ``max(F, floor * mean(F))``.
 
     Args:
-        source: A Fisher, or a plain mapping of tensors that are taken as they are; None for no information.
-        name: The tensor's name in ``source``.
-        scaling: As in the YAML.
-        normalize: ``none``, ``mean`` or ``l2`` of the whole model.
-        floor: Relative to the mean over the tensor.
+        source: A Fisher, or a plain mapping of tensors that need no scale; None for no information.
+        name: Name of the tensor in ``source``.
+        scaling: Scale of the Fisher, as in the YAML.
+        normalize: Divisor over the whole model: ``none``, ``mean`` or ``l2``.
+        floor: Smallest F, relative to the mean over the tensor.
         fisher_scale: Factor on this model's Fisher.
         density: Share of this model's task vector that is kept.
 
@@ -61,7 +84,7 @@ def load_tensor(
         ConfigError: The normalizer is 0, or a number that the scaling needs is not recorded.
     """
     if source is None:
-        return no_fisher(name)
+        return LoadedFisher(name)
     fisher = source if isinstance(source, Fisher) else Fisher(MemoryStore(source), FisherConfig(statistic="mean"))
     stored = fisher.resolve(name) or name
     scale = fisher_scale * fisher.factor(stored, scaling)
@@ -78,12 +101,4 @@ def load_tensor(
     if floor > 0 and tensor.numel():
         scores = tensor if density < 1 else None
         tensor = tensor.clamp_min(floor * tensor.mean(dtype=torch.float64).item())
-    none = no_fisher(stored, fisher.location)
-    return {**none, "tensor": tensor, "scale": scale, "density": density, "scores": scores}
-
-
-def no_fisher(name: str, location: str = "") -> LoadedFisher:
-    """Return what stands for a Fisher where there is none."""
-    return LoadedFisher(
-        tensor=None, scale=1.0, name=name, location=location, density=1.0, scores=None, origin=None, rows=None
-    )
+    return LoadedFisher(stored, fisher.location, tensor, scale, density, scores)

@@ -1,4 +1,4 @@
-"""The report of a merge: a table for the terminal, a section for the model card."""
+"""Report of a merge: a table for the terminal, a section for the model card."""
 
 from pathlib import PurePath
 from typing import Any
@@ -7,11 +7,11 @@ from squisher_mergekit.merging.run import Run
 
 
 def as_text(report: dict[str, Any], rows: int = 40) -> str:
-    """Return the report as a table: effective weight of each model overall and per kind of layer.
+    """Return the report as a table: effective weight of each model, overall and per kind of layer.
 
     Args:
-        report: What :meth:`Run.report` gave.
-        rows: How many kinds of layer to show at most.
+        report: Report of :meth:`Run.report`.
+        rows: Largest number of kinds of layer to show.
     """
     labels = list(report["effective_weight"])
     columns = [chr(ord("A") + i % 26) for i in range(len(labels))]
@@ -33,7 +33,7 @@ def as_text(report: dict[str, Any], rows: int = 40) -> str:
 
 
 def provenance(run: Run) -> str:
-    """Return the model card's section: whose Fisher, how made, how much each model weighed. No path of a machine."""
+    """Return a section for the model card: source of each Fisher, effective weight of each model. No local path."""
     from importlib.metadata import version
 
     report = run.report()
@@ -48,7 +48,7 @@ def provenance(run: Run) -> str:
         "| model | Fisher | estimator | optimizer | steps | beta2 | scale | effective weight |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for model in run.plan.models() if run.plan else []:
+    for model in run.preview["models"] if run.preview else []:
         share = report["effective_weight"].get(model["model"])
         cells = [
             _short(model["model"]),
@@ -62,13 +62,13 @@ def provenance(run: Run) -> str:
 
 
 def _short(model: str) -> str:
-    """Return the last part of a path, and of a checkpoint the run's name before it."""
+    """Return the last part of a path; for a checkpoint also the name of its run."""
     path = PurePath(model)
     return "/".join(path.parts[-2:]) if path.name.startswith("checkpoint-") else path.name
 
 
 def bare_card(name: str, method: str, text: str) -> str:
-    """Return a model card without links to the Hub, for where it cannot be asked."""
+    """Return a model card without links to the Hub, for use without a network."""
     header = "---\ntags:\n- mergekit\n- merge\nlibrary_name: transformers\n---\n"
     return (
         f"{header}# {name}\n\nA merge by the method `{method}`, made with mergekit.\n\n```yaml\n{text.rstrip()}\n```\n"

@@ -1,4 +1,4 @@
-"""What a merge has written, so that it can be taken away again."""
+"""Output folder of a merge, restored after a failure."""
 
 import contextlib
 import shutil
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-class Output:
-    """The folder of a merge as it was before; :meth:`remove` brings it back to that, but for overwritten files.
+class OutputFolder:
+    """Snapshot of an output folder before a merge; :meth:`restore` returns to it, except for overwritten files.
 
     Args:
-        folder: The folder that the merge is about to write into.
+        folder: The folder that the merge writes into.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -19,12 +19,12 @@ class Output:
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         self.settle: Callable[[], None] = lambda: None
 
-    def remove(self) -> None:
+    def restore(self) -> None:
         """Remove every file that is new or has changed, and the folders that did not exist."""
         self.settle()
         if self._made:
             shutil.rmtree(self._made[0], ignore_errors=True)
-            # Of the folders above, those that nobody else has put anything into.
+            # Another process may have put files into the folders above; rmdir leaves those folders.
             with contextlib.suppress(OSError):
                 for parent in self._made[1:]:
                     parent.rmdir()

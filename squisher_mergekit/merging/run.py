@@ -1,28 +1,27 @@
-"""What a merge reports while and after it runs: where Fishers come from, what fell back, who weighed how much."""
+"""One merge: its settings, the Fishers it holds open, its plan, and its report."""
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
+from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.mapping import refuse_invalid
 from squisher_mergekit.fisher.summary import kind_of
 from squisher_mergekit.merging.execution import Outcome
-from squisher_mergekit.merging.merge_plan import MergePlan
-from squisher_mergekit.merging.rollback import Output
-from squisher_mergekit.merging.sources import ModelFiles, Sources
-from squisher_mergekit.merging.tensor_plan import TensorPlan
+from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
+from squisher_mergekit.merging.sources import FisherSources, ModelFiles
 
 LOG = logging.getLogger("squisher_mergekit")
 
 
 @dataclass
-class _Sums:
-    """Running sums over the entries of some tensors; the values may still lie on an accelerator."""
+class _Totals:
+    """Running totals over the entries of some tensors; values can be on an accelerator until the report."""
 
     entries: int = 0
     fell_back: list[int | Tensor] = field(default_factory=list)
@@ -46,49 +45,76 @@ class _Sums:
 
 
 class Run:
-    """One merge: its settings and its running report.
+    """One merge, from its plan to its report; it owns the open Fishers and the plan until :meth:`close`.
 
     Args:
         method: Name of the merge method.
-        quiet: No log lines below warnings.
-        strict: A Fisher made at other weights is an error instead of a warning.
+        quiet: Write no log lines below warnings.
+        strict: Refuse a Fisher made at other weights, instead of a warning.
+
+    Attributes:
+        sources: The open Fishers.
+        models: Files of each model, by mergekit's reference to it.
+        plan: The plan, while the merge is under way.
+        preview: The plan as plain data, see :meth:`MergePlan.as_dict`.
     """
 
     def __init__(self, method: str, quiet: bool = False, strict: bool = False) -> None:
         self.method = method
         self.quiet = quiet
         self.strict = strict
-        self.plan: MergePlan | None = None
-        self.sources = Sources()
+        self.sources = FisherSources()
         self.models: dict[Any, ModelFiles] = {}
-        # A base that a merge of single files names beside its models, kept from mergekit, which would sum it.
-        self.base: Any = None
-        self._planned: dict[int, tuple[object, TensorPlan]] = {}
-        self.output: Output | None = None
+        self.plan: MergePlan | None = None
+        self.preview: dict[str, Any] | None = None
         self._lock = threading.Lock()
-        self._all = _Sums()
-        self._kinds: dict[str, _Sums] = {}
+        self._all = _Totals()
+        self._kinds: dict[str, _Totals] = {}
         self._pending: list[tuple[Tensor, int, tuple[str, str]]] = []
 
-    def keep(self, task: object, plan: TensorPlan) -> TensorPlan:
-        """Remember the plan of a task (and the task, so that its id stays its own)."""
-        self._planned[id(task)] = (task, plan)
-        return plan
+    def __reduce__(self) -> tuple[type["Run"], tuple[str, bool, bool]]:
+        # A copy in another process reports to nobody here and opens its own Fishers.
+        return Run, (self.method, self.quiet, self.strict)
 
-    def planned(self, task: object) -> TensorPlan | None:
-        """Return the plan of a task, if it was planned in this run."""
-        return self._planned.get(id(task), (None, None))[1]
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def begin(self, plan: MergePlan) -> None:
+        """Accept a checked plan: keep it, and log the source of each model's Fisher.
+
+        Raises:
+            MismatchError: A Fisher was made at other weights, and the run is strict.
+        """
+        self.plan = plan
+        for warning in plan.warnings():
+            if self.strict:
+                raise MismatchError(f"{warning}; merge without --strict if that is meant")
+            LOG.warning(warning)
+        self.preview = plan.as_dict()
+        for model in self.preview["models"]:
+            self.log(f"{self.method}: {model['model']}: {describe_model(model)}")
+
+    def close(self) -> None:
+        """Release the Fishers, their file mappings and the plan; the report and the preview stay."""
+        self.sources.close()
+        self.models.clear()
+        self.plan = None
 
     def record(self, name: str, labels: Sequence[str], outcome: Outcome) -> None:
-        """Note the outcome of one tensor."""
+        """Add the outcome of one tensor to the report."""
         size = outcome.values.numel()
         with self._lock:
             self._all.add(size, labels, outcome)
-            self._kinds.setdefault(kind_of(name), _Sums()).add(size, labels, outcome)
+            self._kinds.setdefault(kind_of(name), _Totals()).add(size, labels, outcome)
             self._pending += outcome.pending
 
     def check(self) -> None:
-        """Look at what an accelerator found.
+        """Check the counts of invalid entries that an accelerator has not reported yet.
 
         Raises:
             ValuesError: A Fisher has NaN, infinite or negative entries.
@@ -97,48 +123,24 @@ class Run:
             refuse_invalid(counts, total, *label)
 
     def report(self) -> dict[str, Any]:
-        """Return what happened: overall and per kind of layer, shares of entries and mean effective weights."""
-        kinds = {kind: sums.report() for kind, sums in sorted(self._kinds.items())}
+        """Return shares of entries and mean effective weights, overall and per kind of layer."""
+        kinds = {kind: totals.report() for kind, totals in sorted(self._kinds.items())}
         return {"method": self.method, **self._all.report(), "kinds": kinds}
 
     def log(self, message: str) -> None:
-        """Write one log line, unless quiet."""
-        if not self.quiet:
-            LOG.setLevel(min(LOG.level or logging.INFO, logging.INFO))
+        """Write one log line, unless quiet; the logger's level is the same before and after."""
+        if self.quiet:
+            return
+        level = LOG.level
+        # Stock commands set the root logger to WARNING. A level that somebody gave our own logger is kept.
+        LOG.setLevel(level or logging.INFO)
+        try:
             LOG.info(message)
+        finally:
+            LOG.setLevel(level)
 
     def log_summary(self) -> None:
-        """Write the closing line."""
+        """Log the closing line."""
         report = self.report()
         weights = ", ".join(f"{label} {share:.1%}" for label, share in report["effective_weight"].items())
         self.log(f"{self.method}: {report['fell_back']:.2%} of the entries fell back; effective weight: {weights}")
-
-
-@dataclass
-class _State:
-    current: Run
-    strict: bool = False
-
-
-_STATE = _State(Run("squisher"))
-
-
-def current_run() -> Run:
-    """Return the merge that is going on (mergekit runs one at a time in a process)."""
-    return _STATE.current
-
-
-def start_run(method: str, quiet: bool) -> Run:
-    """Begin a merge and make it the current one."""
-    _STATE.current = Run(method, quiet, _STATE.strict)
-    return _STATE.current
-
-
-@contextmanager
-def strict_runs(strict: bool) -> Iterator[None]:
-    """Let the merges that begin inside treat a Fisher made at other weights as an error."""
-    before, _STATE.strict = _STATE.strict, strict
-    try:
-        yield
-    finally:
-        _STATE.strict = before

@@ -1,92 +1,138 @@
-"""From the parameter ``fisher:`` of a model to an open Fisher that fits its weights."""
+"""Fishers of a merge: found by the parameter ``fisher:`` of a model, checked against its weights, closed at the end."""
 
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from squisher_mergekit.errors import MismatchError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import has_fisher, read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.models.fingerprint import difference, fingerprint
+from squisher_mergekit.models.fingerprint import difference
+from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.load import find_state, load_fisher
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model as a merge sees it.
+    """Files of one model of a merge.
 
-    ``label``: as the configuration names it. ``folder``: where its weights lie; ``file``: the one file, for single-file
-    models. ``names``: all tensor names in its files. ``repo``: id and revision if it comes from the Hub. ``adapter``:
-    it is a base with a LoRA applied. ``convertible`` says whether transformers makes its tensors of others at loading;
-    it is a function, as the answer takes transformers half a second and is seldom needed.
+    Attributes:
+        label: Name of the model in the configuration.
+        weights: Headers and fingerprint of its safetensors; empty for pickled weights.
+        names: Names of all tensors in its files.
+        repo: Id and revision on the Hub; None for a local model.
+        adapter: True for a base with a LoRA applied.
+        convertible: Function that returns whether transformers builds tensors of this model from others at loading; a
+            function because the answer takes transformers half a second.
     """
 
     label: str
-    folder: Path
+    weights: Weights
     names: frozenset[str]
-    file: Path | None = None
     repo: tuple[str, str | None] | None = None
     adapter: bool = False
     convertible: Callable[[], bool] = lambda: False
 
 
-@dataclass(frozen=True)
-class Opened:
-    """An open Fisher and what has to be said about it."""
+class OpenFisher:
+    """Fisher of one model, open until the merge ends; used after that, it opens its files again.
 
-    fisher: Fisher
-    warning: str | None
+    Args:
+        path: File or folder of the Fisher.
+        weights: The model's weights.
+        base: Folder of the base model, which identifies frozen parameters.
+    """
+
+    def __init__(self, path: Path, weights: Weights, base: Path | None = None) -> None:
+        self.warning: str | None = None
+        self._path, self._base = path, base
+        self._model: Weights | Path = weights
+        self._fisher: Fisher | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # File mappings belong to one process; a copy in another one opens the files itself.
+        model = self._model.folder if isinstance(self._model, Weights) else self._model
+        return {**self.__dict__, "_fisher": None, "_model": model}
+
+    @property
+    def fisher(self) -> Fisher:
+        """The Fisher; its names are those of the model's weights."""
+        if self._fisher is None:
+            self._fisher = hub.named(self._read(), self._path)
+        return self._fisher
+
+    def close(self) -> None:
+        """Release the Fisher and its file mappings."""
+        self._fisher = None
+
+    def _read(self) -> Fisher:
+        path = self._path
+        if path.suffix in (".safetensors", ".json") if path.is_file() else has_fisher(path):
+            return read_fisher(path)
+        folder = self._model.folder if isinstance(self._model, Weights) else self._model
+        return load_fisher(path, model=folder, base=self._base)
 
 
-class Sources:
-    """Opens each Fisher of a merge once; safe to use from several threads."""
+class FisherSources:
+    """Open Fishers of a merge, each opened once; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._opened: dict[tuple[object, ...], Opened] = {}
+        self._opened: dict[tuple[object, ...], OpenFisher] = {}
 
-    def open(self, value: str, model: ModelFiles, base: Path | None = None, cache_dir: str | None = None) -> Opened:
+    def open(self, value: str, model: ModelFiles, base: Path | None = None, cache_dir: str | None = None) -> OpenFisher:
         """Find, open and check the Fisher of a model.
 
         Args:
             value: ``auto``, a path or a Hub id.
             model: The model.
-            base: The base model's folder, which tells frozen parameters apart.
-            cache_dir: Where Hub files are kept.
+            base: Folder of the base model, which identifies frozen parameters.
+            cache_dir: Folder for files from the Hub.
 
         Returns:
-            The Fisher, its names those of the model's weights.
+            The open Fisher.
 
         Raises:
-            NotFoundError: There is none.
-            MismatchError: It belongs to other weights, by its names, or to an adapter.
-            RefusedError: Whatever reading it raises.
+            NotFoundError: The model has no Fisher.
+            MismatchError: The Fisher has names of other weights, or is of an adapter.
+            RefusedError: The files cannot be read.
         """
         with self._lock:
             key = (value, model.label, base)
             if key not in self._opened:
-                self._opened[key] = _open(locate(value, model, cache_dir), model, base)
+                opened = OpenFisher(locate(value, model, cache_dir), model.weights, base)
+                opened.warning = _check(opened.fisher, model)
+                self._opened[key] = opened
             return self._opened[key]
+
+    def close(self) -> None:
+        """Close every Fisher."""
+        with self._lock:
+            for opened in self._opened.values():
+                opened.close()
+            self._opened.clear()
 
 
 def locate(value: str, model: ModelFiles, cache_dir: str | None = None) -> Path:
-    """Return the file or folder that ``fisher: value`` means for a model.
+    """Return the file or folder that ``fisher: value`` names for a model.
 
     Raises:
-        NotFoundError: There is none.
+        NotFoundError: Nothing is found.
     """
     if value != "auto":
         path = Path(value).expanduser()
         return path if path.exists() else hub.resolve(value, cache_dir, state=False)
     if model.adapter:
         raise NotFoundError(
-            f"{model.label} is a model with a LoRA applied, whose Fisher cannot be found beside it: the adapter's "
-            "second moments say nothing of the merged weights; give fisher: PATH, made for the merged weights"
+            f"{model.label} is a model with a LoRA applied, whose Fisher must be named: the second moments of the "
+            "adapter do not describe the merged weights; give fisher: PATH, made for the merged weights"
         )
-    if has_fisher(model.folder) or find_state(model.folder) is not None:
-        return model.folder
+    folder = model.weights.folder
+    if has_fisher(folder) or find_state(folder) is not None:
+        return folder
     if model.repo is not None:
         found = hub.find_beside(*model.repo, cache_dir)
         if isinstance(found, Path):
@@ -96,19 +142,17 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None) -> Path:
             "fisher: org/name@revision, or publish one there with squisher push"
         )
     raise NotFoundError(
-        f"no Fisher for {model.label}: {model.folder} has neither fisher.safetensors nor optimizer state "
+        f"no Fisher for {model.label}: {folder} has neither fisher.safetensors nor optimizer state "
         "(optimizer.pt of checkpoint-N); give the model fisher: PATH, or train with the optimizer state saved"
     )
 
 
-def _open(path: Path, model: ModelFiles, base: Path | None) -> Opened:
-    portable = path.suffix in (".safetensors", ".json") if path.is_file() else has_fisher(path)
-    fisher = read_fisher(path) if portable else load_fisher(path, model=model.folder, base=base)
-    fisher = hub.named(fisher, path)
+def _check(fisher: Fisher, model: ModelFiles) -> str | None:
+    """Check a Fisher against the weights; return a warning if it was made at other values of them."""
     if fisher.config.parameters == "adapter":
         raise MismatchError(
             f"the Fisher for {model.label} must be of full weights, but {fisher.location} is of a LoRA adapter, whose "
-            "second moments say nothing of the merged weights; merge adapters, or estimate a Fisher of the full model"
+            "second moments do not describe the merged weights; merge adapters, or estimate a Fisher of the full model"
         )
     unknown = [name for name in fisher if name not in model.names]
     if unknown and not model.convertible():
@@ -116,19 +160,20 @@ def _open(path: Path, model: ModelFiles, base: Path | None) -> Opened:
             f"the names of a Fisher must be those of the weights, but {len(unknown)} of {len(fisher)} in "
             f"{fisher.location} are not in {model.label}, {unknown[0]} among them; give the Fisher of this model"
         )
-    now = fingerprint(model.file or model.folder)
-    changed = difference(fisher.config.weights_fingerprint, now)
-    warning = None
-    if changed:
-        warning = f"the Fisher for {model.label}, {fisher.location}, was made at other weights: {changed}"
-    return Opened(fisher, warning)
+    changed = difference(fisher.config.weights_fingerprint, model.weights.fingerprint)
+    if not changed:
+        return None
+    return f"the Fisher for {model.label}, {fisher.location}, was made at other weights: {changed}"
 
 
 def find_name(fisher: Fisher, stored: str, aliases: tuple[str, ...]) -> str | None:
-    """Return under which name a Fisher has the tensor that a model stores as ``stored``.
+    """Return the name under which a Fisher has a tensor of the model; None if it has none.
 
-    ``aliases`` are other names of the same tensor in the architecture's eyes; tied names are no aliases: only the
-    Fisher itself may say that it counts two uses together.
+    Args:
+        fisher: The Fisher.
+        stored: Name in the model's files.
+        aliases: Other names of the same tensor in the architecture. Tied names are no aliases: only the Fisher itself
+            can tell that it counts both uses of a tied tensor.
     """
     for name in (stored, *aliases):
         found = fisher.resolve(name)

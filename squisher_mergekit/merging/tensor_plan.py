@@ -1,4 +1,4 @@
-"""What a merge will do with one tensor, from headers alone: whose Fisher weights it, and whether it falls back."""
+"""Plan of one output tensor, made from headers alone: the Fisher of each model, or the fallback."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -9,13 +9,13 @@ from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.parameters import SQUISHER, UBGM_SQUISHER
-from squisher_mergekit.merging.sources import ModelFiles, Opened, Sources, find_name
+from squisher_mergekit.merging.sources import FisherSources, ModelFiles, OpenFisher, find_name
 from squisher_mergekit.tensors.safetensors import TensorInfo, check_shape
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The parameters that hold for all models of a tensor."""
+    """Parameters of one tensor that hold for all models."""
 
     scaling: Scaling = "debiased"
     normalize: str = "auto"
@@ -26,11 +26,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Origin:
-    """The base's weight that a model's task vector starts at, where the merge would not read it anyway.
+    """Base weight at which a model's task vector starts, where the base is not an input of the merge.
 
-    ``label``: the base. ``name``: the weight's. ``load``: what the merge reads it by, None if the base lacks it.
-    ``stored`` and ``info`` as in :class:`WeightInput`. ``vocabulary_axis``: the axis along which the vocabulary is
-    brought to one size, if it is.
+    Attributes:
+        label: Name of the base in the configuration.
+        name: Name of the weight.
+        load: Task of the graph that reads the weight; None if the base lacks it.
+        stored: As in :class:`WeightInput`.
+        info: As in :class:`WeightInput`.
+        vocabulary_axis: Axis along which vocabularies are brought to one size; None if none is.
     """
 
     label: str
@@ -45,9 +49,18 @@ class Origin:
 class WeightInput:
     """One model's weight for one output tensor.
 
-    ``stored``: its name in the model's files, None if it is put together from other tensors when read. ``aliases``:
-    other names of the same tensor. ``info``: its header, None if unknown. ``density``: 1 where it changes nothing, as
-    of the base or with weight 0. ``origin``: None in ``ubgm_squisher``, where the base is an input.
+    Attributes:
+        key: The graph's reference to the model.
+        model: Files of the model.
+        stored: Name in the model's files; None if the weight is built from other tensors when it is read.
+        aliases: Other names of the same tensor.
+        info: Header of the weight; None if unknown.
+        fisher: The parameter ``fisher:``.
+        weight: w_i.
+        fisher_scale: Factor on the Fisher.
+        density: Share of the task vector that is kept; 1 for a base and for weight 0, where it changes nothing.
+        origin: theta_0; None in ``ubgm_squisher``, where the base is an input.
+        is_base: True for the base model.
     """
 
     key: Hashable
@@ -65,23 +78,33 @@ class WeightInput:
 
 @dataclass(frozen=True)
 class FisherUse:
-    """Which tensor of which Fisher weights one model's weight; ``opened`` is None for F = 0 (``fisher: none``).
+    """Tensor of a Fisher that weights one model's weight.
 
-    ``converted``: no tensor bears a name of the weight, but transformers' checkpoint conversion gives it.
+    Attributes:
+        input: The model's weight.
+        opened: The Fisher; None for F = 0 (``fisher: none``).
+        name: Name of the tensor.
+        converted: True if transformers' checkpoint conversion builds the tensor from others of the Fisher.
     """
 
     input: WeightInput
-    opened: Opened | None
+    opened: OpenFisher | None
     name: str
     converted: bool = False
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one output tensor is made.
+    """Plan of one output tensor.
 
-    ``uses``: empty if no Fisher is needed (a buffer, a tensor that one model alone has). ``missing``: model label ->
-    why it has no Fisher here; then all Fishers of this tensor are left out and the weighted mean is taken.
+    Attributes:
+        name: Name of the tensor.
+        size: Number of entries.
+        settings: Parameters for all models.
+        normalize: ``none``, ``mean`` or ``l2``.
+        uses: One Fisher tensor for each model; empty if the tensor needs none (a buffer, a tensor of one model alone).
+        missing: Model -> reason why it has no Fisher here. If there is one, the tensor is the weighted mean.
+        inputs: The models' weights.
     """
 
     name: str
@@ -93,11 +116,11 @@ class TensorPlan:
     inputs: tuple[WeightInput, ...]
 
     def trimmed(self) -> tuple[WeightInput, ...]:
-        """Return the inputs of whose task vector a share is kept."""
+        """Return the inputs with a density below 1."""
         return tuple(use.input for use in self.uses if use.input.density < 1)
 
     def weights(self) -> list[TensorInfo]:
-        """Return the headers of the weights that are read, a base's for ``density`` among them."""
+        """Return the headers of the weights that the merge reads, theta_0 of ``density`` included."""
         read = [item.info for item in self.inputs if item.info is not None]
         base = {item.stored for item in self.inputs if item.is_base}
         origins = [item.origin for item in self.trimmed() if item.origin is not None]
@@ -113,7 +136,7 @@ def plan_tensor(
     name: str,
     inputs: Sequence[WeightInput],
     settings: Settings,
-    sources: Sources,
+    sources: FisherSources,
     *,
     base: Path | None,
     passed_through: bool,
@@ -125,13 +148,13 @@ def plan_tensor(
     Args:
         method: ``squisher`` or ``ubgm_squisher``.
         name: Name of the output tensor.
-        inputs: The weights that will be loaded.
+        inputs: The weights that the merge reads.
         settings: Parameters for all models.
-        sources: Opens the Fishers.
+        sources: Open Fishers of the merge.
         base: Folder of the base model, for Fishers of partly frozen models.
-        passed_through: Whether mergekit copies the tensor, as one model alone has it.
-        can_convert: Whether a Fisher's tensors give a weight by transformers' conversion.
-        cache_dir: Where Hub files are kept.
+        passed_through: True if mergekit copies the tensor, because one model alone has it.
+        can_convert: Function that returns whether transformers' conversion builds a weight from a Fisher's tensors.
+        cache_dir: Folder for files from the Hub.
 
     Returns:
         The plan.
@@ -178,14 +201,14 @@ def _check_base(name: str, inputs: Sequence[WeightInput]) -> None:
     for item in inputs:
         if item.density < 1 and item.origin is None:
             raise ConfigError(
-                f"density below 1 needs base_model:, the model that all were trained from, whose values stand where a "
-                f"model's are not kept, but there is none (density {item.density:g} of {item.model.label} for {name}); "
-                "add it"
+                f"density below 1 needs base_model:, the model that all were trained from, whose values replace the "
+                f"entries that are not kept, but there is none (density {item.density:g} of {item.model.label} for "
+                f"{name}); add it"
             )
 
 
 def _check_origin(item: WeightInput) -> None:
-    """Refuse a base without the weight that a task vector starts at."""
+    """Refuse a base whose weight is missing or has another shape."""
     origin = item.origin
     if origin is None:
         return
@@ -208,16 +231,16 @@ def _check_origin(item: WeightInput) -> None:
 
 
 def _plan_input(
-    method: str, item: WeightInput, sources: Sources, base: Path | None, can_convert: CanConvert, cache_dir: str | None
+    method: str, item: WeightInput, sources: FisherSources, base: Path | None, can_convert: CanConvert, cache_dir: str | None
 ) -> FisherUse | str:
-    """Return the use of a Fisher, or why there is none."""
+    """Return the Fisher tensor of one model, or the reason why there is none."""
     label = item.model.label
     names = tuple(name for name in (item.stored, *item.aliases) if name is not None)
     if item.fisher == "none":
         if method == UBGM_SQUISHER and item.is_base:
             return FisherUse(item, None, names[0])
         raise ConfigError(f"fisher: none is for the base of {UBGM_SQUISHER} alone, found it for {label}; remove it")
-    opened = sources.open(item.fisher, item.model, base if base != item.model.folder else None, cache_dir)
+    opened = sources.open(item.fisher, item.model, base if base != item.model.weights.folder else None, cache_dir)
     fisher = opened.fisher
     found = find_name(fisher, names[0], names[1:])
     if found is not None:

@@ -1,58 +1,96 @@
-"""From a merge task of mergekit's to what it reads: which weights and Fishers, where they lie, what they are.
+"""Adapter from mergekit's merge tasks to plans: the weights and Fishers of each task, read from headers.
 
-Beside :mod:`.hooks`, which imports it once a merge by our methods is planned, the one place that knows how
-mergekit's tasks name and load weights.
+With :mod:`.hooks`, which imports it when a merge by our methods is planned, the module that knows how mergekit's tasks
+name and load weights.
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.io.tasks import LoaderCache, LoadTensor
 
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import tensor_plan as planning
-from squisher_mergekit.merging.mergekit.tasks import FisherRequest, GatherFishers, hold
+from squisher_mergekit.merging.merge_plan import MergePlan
+from squisher_mergekit.merging.mergekit.tasks import FisherMergeTask, FisherRequest
 from squisher_mergekit.merging.parameters import SQUISHER
-from squisher_mergekit.merging.run import Run, current_run
+from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import ModelFiles
 from squisher_mergekit.merging.tensor_plan import FisherUse, Origin, Settings, TensorPlan, WeightInput
-from squisher_mergekit.tensors.safetensors import TensorInfo, tensor_infos
+from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.tensors.safetensors import TensorInfo
 
 
-def gather_fishers(task: Any) -> GatherFishers:
-    """Return the task that loads what an ``ExecuteMergeMethodTask`` needs beside its weights.
+def add_fishers(
+    tasks: Sequence[Any], method: str, options: Any, dtype: str | None, base: ModelReference | None = None
+) -> list[FisherMergeTask]:
+    """Plan a merge, refuse what headers show to be wrong, and add the Fishers to its tasks.
+
+    Args:
+        tasks: mergekit's ``ExecuteMergeMethodTask`` of each output tensor.
+        method: Name of the merge method.
+        options: mergekit's options; their ``run``, if they have one, is the merge's.
+        dtype: Name of the output's dtype; None for that of the weights.
+        base: Base model of a merge of single files, which mergekit does not know.
+
+    Returns:
+        The tasks that read the Fishers as well.
 
     Raises:
-        RefusedError: As :func:`plan_task`.
+        RefusedError: A Fisher cannot be found, read, or does not fit.
     """
-    plan = current_run().planned(task) or plan_task(task)
-    source = task.gather_tensors
-    none = plan.inputs if plan.missing else ()
-    requests = [_request(use, plan) for use in plan.uses] + [
-        FisherRequest(
-            model=item.key, number=None, name=plan.name, scaling="raw", normalize="none", floor=0.0, fisher_scale=1.0
-        )
-        for item in none
-    ]
-    return GatherFishers(
-        requests=tuple(requests),
+    run = getattr(options, "run", None) or Run(method, options.quiet)
+    try:
+        plans = [_plan(task, task.base_model or base, run) for task in tasks]
+        width = dtype_from_name(dtype).itemsize if dtype else 4
+        whole = MergePlan(method, width, options.out_shard_size, plans)
+        whole.check()
+        run.begin(whole)
+        return [_with_fishers(task, plan, base, run) for task, plan in zip(tasks, plans, strict=True)]
+    except BaseException:
+        run.close()
+        raise
+
+
+def _plan(task: Any, base: ModelReference | None, run: Run) -> TensorPlan:
+    inputs = [item for model in task.model_order if (item := _weight_input(task, model, base, run)) is not None]
+    given = dict(task.parameters.items())
+    cache_dir: str | None = LoaderCache().hf_cache_dir
+    return planning.plan_tensor(
+        task.method_name,
+        task.output_weight.name,
+        inputs,
+        Settings(**{key: given[key] for key in Settings.__dataclass_fields__ if key in given}),
+        run.sources,
+        base=_base_folder(task),
+        passed_through=task.output_weight.optional and len(inputs) == 1 < len(task.model_order),
+        can_convert=_can_convert,
+        cache_dir=cache_dir,
+    )
+
+
+def _with_fishers(task: Any, plan: TensorPlan, base: ModelReference | None, run: Run) -> FisherMergeTask:
+    without = plan.inputs if plan.missing else ()
+    return FisherMergeTask(
+        **{name: getattr(task, name) for name in type(task).model_fields},
+        run=run,
+        requests=tuple(
+            [_request(use, plan) for use in plan.uses]
+            + [FisherRequest(model=item.key, opened=None, name=plan.name) for item in without]
+        ),
         origins=tuple((item.key, item.origin.load) for item in plan.trimmed() if item.origin is not None),
-        label=source.group_label(),
-        base=_base_model(task, current_run()) if plan.trimmed() else None,
-        tokenizer_task=getattr(source, "tokenizer_task", None),
-        vocabulary_axis=task.output_weight.vocabulary_axis or 0,
-        pad_to_multiple_of=getattr(source, "pad_to_multiple_of", None),
-        truncate=hasattr(source, "weight_info") and hasattr(source, "gather_tensors"),
+        origin_model=(task.base_model or base) if plan.trimmed() else None,
     )
 
 
 def _request(use: FisherUse, plan: TensorPlan) -> FisherRequest:
     return FisherRequest(
         model=use.input.key,
-        number=None if use.opened is None else hold(use.opened.fisher),
+        opened=use.opened,
         name=use.name,
         scaling=plan.settings.scaling,
         normalize=plan.normalize,
@@ -63,54 +101,20 @@ def _request(use: FisherUse, plan: TensorPlan) -> FisherRequest:
     )
 
 
-def plan_task(task: Any) -> TensorPlan:
-    """Plan one ``ExecuteMergeMethodTask``.
-
-    Raises:
-        RefusedError: The Fishers cannot be found, read, or do not fit.
-    """
-    run = current_run()
-    inputs = [item for model in task.model_order if (item := _weight_input(task, model, run)) is not None]
-    given = dict(task.parameters.items())
-    settings = Settings(**{key: given[key] for key in Settings.__dataclass_fields__ if key in given})
-    plan = planning.plan_tensor(
-        task.method_name,
-        task.output_weight.name,
-        inputs,
-        settings,
-        run.sources,
-        base=_base_folder(task),
-        passed_through=task.output_weight.optional and len(inputs) == 1 < len(task.model_order),
-        can_convert=_can_convert,
-        cache_dir=_cache_dir(),
-    )
-    return run.keep(task, plan)
-
-
 def _base_folder(task: Any) -> Path | None:
-    """Return where the base model's weights lie; None for single files, which no order of parameters follows from."""
+    """Return the folder of the base model; None for single files, whose parameters have no known order."""
     if task.base_model is None or Path(task.base_model.model.path).is_file():
         return None
     return Path(LoaderCache().get(task.base_model).index.base_path)
 
 
-def _base_model(task: Any, run: Run) -> Any:
-    """Return the model that task vectors start at, if there is one."""
-    return task.base_model or run.base
-
-
-def _cache_dir() -> str | None:
-    found: str | None = LoaderCache().hf_cache_dir
-    return found
-
-
-def _weight_input(task: Any, model: Any, run: Run) -> WeightInput | None:
-    """Describe one model's weight, or return None where it has none (mergekit then leaves the model out)."""
+def _weight_input(task: Any, model: Any, base: Any, run: Run) -> WeightInput | None:
+    """Describe one model's weight; None if the model has none (mergekit then leaves the model out)."""
     gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
     if hasattr(gather, "weight_info"):
         load, loader = _load_task(gather, model, model), LoaderCache().get(model)
         stored, own = load._resolve_name(loader), (load.tensor, *(load.aliases or ()))
-        # A tied name is another tensor's, which stands in for this one: its Fisher is that tensor's.
+        # A tied name belongs to another tensor, which replaces this one: the Fisher is that tensor's.
         aliases = own if stored is None or stored in own else ()
         if stored is None and load.optional and not _weight_converts(model, loader, own):
             return None
@@ -118,28 +122,26 @@ def _weight_input(task: Any, model: Any, run: Run) -> WeightInput | None:
         loader, stored, aliases = _raw_loader(gather.tensors[model].model), gather.tensors[model].tensor_name, ()
         if stored not in loader.index.tensor_paths:
             return None
-    if model not in run.models:
-        run.models[model] = _model_files(model, loader)
+    files = _model_files(model, loader, run)
     values, is_base = task.input_parameters[model], model == task.base_model
     trimmed = values["density"] < 1 and values["weight"] > 0 and not is_base
     return WeightInput(
         key=model,
-        model=run.models[model],
+        model=files,
         stored=stored,
         aliases=tuple(name for name in aliases if name != stored),
-        info=_stored_info(loader, stored),
+        info=_info(files, stored),
         fisher=values["fisher"],
         weight=values["weight"],
         fisher_scale=values["fisher_scale"],
         density=values["density"] if trimmed else 1.0,
-        origin=_origin(task, gather, model, run) if trimmed else None,
+        origin=_origin(task, gather, model, base, run) if trimmed else None,
         is_base=is_base,
     )
 
 
-def _origin(task: Any, gather: Any, model: Any, run: Run) -> Origin | None:
-    """Describe the base's weight of the name that a model's has; None without a base, or where the merge has it."""
-    base = _base_model(task, run)
+def _origin(task: Any, gather: Any, model: Any, base: Any, run: Run) -> Origin | None:
+    """Describe the base's weight of the same name; None without a base, or if the base is an input."""
     if base is None or task.method_name != SQUISHER:
         return None
     if hasattr(gather, "weight_info"):
@@ -148,7 +150,8 @@ def _origin(task: Any, gather: Any, model: Any, run: Run) -> Origin | None:
         found = stored is not None or _weight_converts(base, loader, (name, *(load.aliases or ())))
     else:
         name = gather.tensors[model].tensor_name
-        load, loader = gather.tensors[model].model_copy(update={"model": base.model.path}), _raw_loader(base.model.path)
+        path = base.model.path
+        load, loader = gather.tensors[model].model_copy(update={"model": path}), _raw_loader(path)
         stored, found = name, name in loader.index.tensor_paths
     tokenizer = getattr(task.gather_tensors, "tokenizer_task", None)
     if tokenizer is not None and base not in tokenizer.referenced_models:
@@ -161,13 +164,13 @@ def _origin(task: Any, gather: Any, model: Any, run: Run) -> Origin | None:
         name=name,
         load=load if found else None,
         stored=stored,
-        info=_stored_info(loader, stored) if found else None,
+        info=_info(_model_files(base, loader, run), stored) if found else None,
         vocabulary_axis=None if task.gather_tensors is gather else task.output_weight.vocabulary_axis,
     )
 
 
 def _load_task(gather: Any, model: ModelReference, owner: ModelReference) -> LoadTensor:
-    """Return the task that reads the tensor which ``model`` contributes from the files of ``owner``."""
+    """Return the task that reads from the files of ``owner`` the tensor that ``model`` contributes."""
     weight = gather.weight_info[model]
     # Equal to those of GatherTensors.arguments, so that the graph reads a tensor once.
     return LoadTensor(
@@ -187,30 +190,24 @@ def _raw_loader(model: str) -> Any:
     return SimpleLoaderCache().get(model)
 
 
-def _model_files(model: Any, loader: Any) -> ModelFiles:
-    local = Path(model.model.path)
-    return ModelFiles(
-        label=str(model),
-        folder=Path(loader.index.base_path or "."),
-        names=frozenset(loader.index.tensor_paths),
-        file=local if local.is_file() else None,
-        repo=None if local.exists() else (model.model.path, model.model.revision),
-        adapter=model.lora is not None,
-        convertible=lambda: not local.is_file() and _converts(_model_type(model)),
-    )
+def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
+    if model not in run.models:
+        local = Path(model.model.path)
+        single = local.is_file()
+        run.models[model] = ModelFiles(
+            label=str(model),
+            weights=Weights(local if single else Path(loader.index.base_path)),
+            names=frozenset(loader.index.tensor_paths),
+            repo=None if local.exists() else (model.model.path, model.model.revision),
+            adapter=model.lora is not None,
+            convertible=lambda: not single and _converts(_model_type(model)),
+        )
+    return run.models[model]
 
 
-@functools.lru_cache(maxsize=256)
-def _infos(file: Path, stamp: int) -> dict[str, TensorInfo]:
-    return tensor_infos(file)
-
-
-def _stored_info(loader: Any, name: str | None) -> TensorInfo | None:
-    """Read a weight's header; None for pickled weights, whose headers cannot be read apart."""
-    if name is None:
-        return None
-    file = Path(loader.index.base_path) / loader.index.tensor_paths[name]
-    return _infos(file, file.stat().st_mtime_ns).get(name) if file.suffix == ".safetensors" else None
+def _info(files: ModelFiles, name: str | None) -> TensorInfo | None:
+    """Return the header of a weight; None for pickled weights, which have no headers."""
+    return None if name is None else files.weights.infos.get(name)
 
 
 @functools.cache

@@ -1,19 +1,50 @@
-"""Merges by mergekit's own functions, called as its commands do, for ``squisher plan`` and ``squisher merge``."""
+"""Merges by mergekit's own functions, called as its commands call them, for the commands of this package.
 
-from collections.abc import Iterator
+mergekit is imported inside the functions: it takes seconds, and ``squisher --help`` must not wait for it.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from squisher_mergekit.errors import ConfigError, SquisherError
 from squisher_mergekit.merging.parameters import METHODS
+
+if TYPE_CHECKING:
+    import click
+
+    from squisher_mergekit.merging.run import Run
+
+
+def help_class() -> "type[click.Command]":
+    """Return mergekit's class of commands, whose help groups the merge options."""
+    from mergekit.options import PrettyPrintHelp
+
+    found: type[click.Command] = PrettyPrintHelp
+    return found
+
+
+def merge_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add mergekit's merge options to a command, which gets them as the argument ``merge_options``."""
+    from mergekit.options import add_merge_options
+
+    decorated: Callable[..., Any] = add_merge_options(function)
+    return decorated
+
+
+def mergekit_yaml() -> None:
+    """Run ``mergekit-yaml`` with the arguments of this process."""
+    from mergekit.scripts.run_yaml import main
+
+    main()
 
 
 def read_config(text: str) -> Any:
     """Parse the YAML of a merge as mergekit does.
 
     Raises:
-        ConfigError: It is no valid merge configuration, or one of another method.
+        ConfigError: The text is no valid merge configuration, or is for another merge method.
     """
     import yaml
     from mergekit.config import MergeConfiguration
@@ -29,36 +60,54 @@ def read_config(text: str) -> Any:
     return config
 
 
-def plan_config(config: Any, options: Any) -> Any:
-    """Plan a merge as ``mergekit-yaml`` would, and stop there (a ``merge_plan.MergePlan``).
+def plan_config(config: Any, *, strict: bool = False, **options: Any) -> dict[str, Any]:
+    """Plan a merge as ``mergekit-yaml`` does, and stop there.
+
+    Args:
+        config: Configuration of the merge.
+        strict: Refuse a Fisher made at other weights.
+        **options: Fields of mergekit's ``MergeOptions``.
+
+    Returns:
+        The preview, see :meth:`~squisher_mergekit.merging.merge_plan.MergePlan.as_dict`.
 
     Raises:
-        RefusedError: The merge would be refused.
-        UnsupportedMergekitError: This mergekit plans in another way.
+        RefusedError: The merge is refused.
+        UnsupportedMergekitError: The installed mergekit plans in another way.
     """
     from mergekit import merge
     from mergekit.architecture import get_architecture_info
     from mergekit.io.tasks import LoaderCache
+    from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
 
     from squisher_mergekit.merging.mergekit.hooks import need
-    from squisher_mergekit.merging.run import current_run
+    from squisher_mergekit.merging.run import Run
 
     model_out_config = need(merge, "_model_out_config", "trust_remote_code")
-    with mergekit_errors():
-        architecture = get_architecture_info(config, options)
-        LoaderCache().setup(options=options)
-        output = model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
-        # Planning to disk writes nothing; only the executor would.
-        MergePlanner(config, architecture, options=options, out_model_config=output).plan_to_disk("unused")
-    return current_run().plan
+    with Run(config.merge_method, quiet=True, strict=strict) as run, mergekit_errors():
+        given = _options_of(run, MergeOptions(**options, quiet=True))
+        architecture = get_architecture_info(config, given)
+        LoaderCache().setup(options=given)
+        output = model_out_config(config, architecture, trust_remote_code=given.trust_remote_code)
+        # Planning to disk writes nothing; the executor, which does, never runs.
+        MergePlanner(config, architecture, options=given, out_model_config=output).plan_to_disk("unused")
+    assert run.preview is not None
+    return run.preview
 
 
-def run_config(config: Any, text: str, folder: Path, options: Any) -> Any:
+def run_config(config: Any, text: str, folder: Path, options: Any, *, strict: bool = False) -> "Run":
     """Merge as ``mergekit-yaml`` does, and write a model card that needs no network.
 
+    Args:
+        config: Configuration of the merge.
+        text: The configuration as YAML.
+        folder: Output folder.
+        options: mergekit's ``MergeOptions``.
+        strict: Refuse a Fisher made at other weights.
+
     Returns:
-        The finished :class:`~squisher_mergekit.merging.run.Run`.
+        The closed run, with its report and preview.
 
     Raises:
         RefusedError: The merge is refused.
@@ -67,11 +116,11 @@ def run_config(config: Any, text: str, folder: Path, options: Any) -> Any:
     from mergekit.merge import run_merge
 
     from squisher_mergekit.merging.report import bare_card, provenance
-    from squisher_mergekit.merging.run import current_run
+    from squisher_mergekit.merging.run import Run
 
-    with mergekit_errors():
-        run_merge(config, str(folder), options.model_copy(update={"write_model_card": False}), config_source=text)
-    run = current_run()
+    with Run(config.merge_method, options.quiet, strict) as run, mergekit_errors():
+        given = _options_of(run, options.model_copy(update={"write_model_card": False}))
+        run_merge(config, str(folder), given, config_source=text)
     if options.write_model_card:
         try:
             card = generate_card(config=config, config_yaml=text, name=folder.name)
@@ -83,12 +132,24 @@ def run_config(config: Any, text: str, folder: Path, options: Any) -> Any:
     return run
 
 
+def _options_of(run: "Run", options: Any) -> Any:
+    """Return mergekit's options with the run added, which the planner finds there."""
+    from mergekit.options import MergeOptions
+
+    class RunOptions(MergeOptions, frozen=True):  # type: ignore[misc]
+        """Merge options, and the run that they belong to."""
+
+        run: Any
+
+    return RunOptions(**dict(options), run=run)
+
+
 @contextmanager
 def mergekit_errors() -> Iterator[None]:
-    """Turn what mergekit and transformers raise for a wrong configuration into one line.
+    """Turn the errors of mergekit and transformers for a wrong configuration into one line.
 
     Raises:
-        ConfigError: In their stead.
+        ConfigError: mergekit or transformers raised an error.
     """
     try:
         yield

@@ -1,18 +1,18 @@
-"""How the methods hook into mergekit; with :mod:`.adapter` the one place that knows its internals.
+"""Hooks into mergekit: the methods in its registry, checks and Fishers in its planner, clean-up in its executors.
 
-``activate`` is called by the start-up hook right after one of mergekit's modules has run, and checks there what is
-needed of it. It changes classes in place, so that it works in any order of imports:
+``activate`` is called by the start-up hook right after one of mergekit's modules has run. It checks the parts of
+mergekit that are needed, and changes classes in place, so that the order of imports does not matter:
 
 * the registry gets the two methods;
-* ``ExecuteMergeMethodTask`` gets one more dependency, the Fishers of its tensor (and a base's
-  weights, where ``density`` needs them), and hands them to the method;
-* ``MergePlanner`` refuses what headers can tell before any file is written, and leaves a base that ``squisher`` is
-  only given for its tokenizer out of the sum;
-* the executors remove what a failed merge has written, and report at the end.
+* ``MergePlanner`` and the planner of ``mergekit-pytorch`` refuse what headers show to be wrong before any file is
+  written, replace each merge task of our methods by one that reads the Fishers, and leave out of the sum a base that
+  ``squisher`` is only given for its tokenizer;
+* the executors restore the output folder after a failure, report at the end, and close the merge.
 
 Merges by other methods pass through unchanged.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -33,18 +33,18 @@ def activate(name: str, module: ModuleType) -> None:
     """Change one of mergekit's modules, right after it was imported; a second call does nothing.
 
     Args:
-        name: The module's name.
-        module: The module.
+        name: Name of the module.
+        module: Module to change.
 
     Raises:
-        UnsupportedMergekitError: A class or function that is needed is not there, or is called differently.
+        UnsupportedMergekitError: A class or function is missing, or has other parameters.
     """
     if getattr(module, _DONE, False):
         return
     try:
         _ACTIVATORS[name.removeprefix("mergekit.")](module)
     except (AttributeError, ImportError, TypeError, UnsupportedMergekitError) as error:
-        # A missing module of our own says nothing of mergekit.
+        # A missing module of this package is no fault of mergekit's.
         if not str(getattr(error, "name", None)).startswith("squisher_mergekit"):
             _explain_unsupported(error)
         raise
@@ -52,18 +52,18 @@ def activate(name: str, module: ModuleType) -> None:
 
 
 def need(owner: Any, name: str, *parameters: str) -> Any:
-    """Return an attribute of mergekit's.
+    """Return an attribute of mergekit.
 
     Args:
-        owner: The module or class.
-        name: The attribute's name.
-        *parameters: Names of parameters it must take.
+        owner: Module or class.
+        name: Name of the attribute.
+        *parameters: Names of parameters that the attribute must accept.
 
     Returns:
         The attribute.
 
     Raises:
-        UnsupportedMergekitError: It is not there, or does not take them.
+        UnsupportedMergekitError: The attribute is missing, or does not accept the parameters.
     """
     found = getattr(owner, name, None)
     taken = inspect.signature(found).parameters if callable(found) and parameters else {}
@@ -86,7 +86,7 @@ def _unsupported() -> str:
 
 
 def _explain_unsupported(error: Exception) -> None:
-    """Make a request for our methods say which versions are supported; all others go on as they are."""
+    """Refuse our methods with the supported versions of mergekit; other methods keep working."""
     message = getattr(error, "message", None) or f"{_unsupported()} ({error})"
     registry = sys.modules.get("mergekit.merge_methods.registry")
     for owner in (registry, sys.modules.get("mergekit.merge_methods")):
@@ -115,50 +115,11 @@ def _register(registry: ModuleType) -> None:
     need(base, "ParameterSpec", "name", "value_type", "scope", "default")
     need(registry, "register", "method")
     need(registry, "registered_methods")
-    # The module registers its methods when it has run; it may be the one whose imports brought mergekit in.
+    # Importing the module registers the methods. Its own imports may have brought mergekit in.
     importlib.import_module("squisher_mergekit.merging.mergekit.methods")
 
 
-# ---- one tensor
-
-
-def _extend_tasks(adapter: ModuleType) -> None:
-    from mergekit import graph
-    from mergekit.io import tasks as io_tasks
-
-    task = need(adapter, "ExecuteMergeMethodTask")
-    for field in ("method_name", "gather_tensors", "model_order", "base_model", "output_weight", "input_parameters"):
-        if field not in task.model_fields:
-            raise UnsupportedMergekitError(f"{_unsupported()} (ExecuteMergeMethodTask.{field} is gone)")
-    arguments, execute = need(task, "arguments"), need(task, "execute", "tensors")
-    need(io_tasks.LoadTensor, "_resolve_name", "loader")
-    need(io_tasks.GatherTensors, "group_label")
-    need(io_tasks, "LoaderCache")
-
-    @functools.wraps(arguments)
-    def with_fishers(self: Any) -> Any:
-        found = arguments(self)
-        if self.method_name in METHODS:
-            from squisher_mergekit.merging.mergekit.adapter import gather_fishers
-
-            found["fishers"] = gather_fishers(self)
-        return found
-
-    @functools.wraps(execute)
-    def execute_with_fishers(self: Any, tensors: Any, fishers: Any = None, **rest: Any) -> Any:
-        if self.method_name not in METHODS or not fishers:
-            return execute(self, tensors, **rest)
-        from squisher_mergekit.merging.mergekit.methods import INJECTED
-
-        injected = {model: {**self.input_parameters[model], INJECTED: fishers.get(model)} for model in self.model_order}
-        return execute(self.model_copy(update={"input_parameters": injected}), tensors, **rest)
-
-    task.arguments, task.execute = with_fishers, execute_with_fishers
-    _extend_writer(io_tasks)
-    _extend_executor(graph.Executor)
-
-
-# ---- the whole merge
+# ---- the planners
 
 
 def _extend_planner(plan_module: ModuleType) -> None:
@@ -180,48 +141,27 @@ def _extend_planner(plan_module: ModuleType) -> None:
         return result
 
     @functools.wraps(plan)
-    def checked_plan(self: Any) -> Any:
-        if self.config.merge_method not in METHODS:
+    def plan_with_fishers(self: Any) -> Any:
+        config = self.config
+        if config.merge_method not in METHODS:
             return plan(self)
-        check_blocks(self.config.merge_method, _blocks(self.config))
-        run = _begin(self.config.merge_method, self.options)
+        check_blocks(config.merge_method, _blocks(config))
         result = plan(self)
-        tasks = [task for _, task in self._tensors]
-        _conclude(run, tasks, self.config.out_dtype or self.config.dtype, self.options.out_shard_size)
+        # mergekit caches architectures by planner, on the class: without this no planner, task or Fisher is ever freed.
+        getattr(planner._model_arch, "cache_clear", lambda: None)()
+        from squisher_mergekit.merging.mergekit.adapter import add_fishers
+
+        weights, tasks = [weight for weight, _ in self._tensors], [task for _, task in self._tensors]
+        tasks = add_fishers(tasks, config.merge_method, self.options, config.out_dtype or config.dtype)
+        self._tensors = list(zip(weights, tasks, strict=True))
         return result
 
-    planner.normalize_config, planner._plan = normalize_config, checked_plan
-
-
-def _begin(method: str, options: Any) -> Any:
-    from squisher_mergekit.merging.run import start_run
-
-    return start_run(method, options.quiet)
-
-
-def _conclude(run: Any, tasks: list[Any], dtype: str | None, shard_bytes: int) -> None:
-    """Work out the plan, refuse what cannot be, and say where the Fishers come from."""
-    import logging
-
-    from mergekit.common import dtype_from_name
-
-    from squisher_mergekit.errors import MismatchError
-    from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
-    from squisher_mergekit.merging.mergekit.adapter import plan_task
-
-    width = dtype_from_name(dtype).itemsize if dtype else 4
-    run.plan = MergePlan(run.method, width, shard_bytes, [plan_task(task) for task in tasks])
-    run.plan.check()
-    for warning in run.plan.warnings():
-        if run.strict:
-            raise MismatchError(f"{warning}; merge without --strict if that is meant")
-        logging.getLogger("squisher_mergekit").warning(warning)
-    for model in run.plan.models():
-        run.log(f"{run.method}: {model['model']}: {describe_model(model)}")
+    need(planner, "_model_arch")
+    planner.normalize_config, planner._plan = normalize_config, plan_with_fishers
 
 
 def _listed_models(part: Any) -> set[Any]:
-    """Return the models that a configuration, or one of its modules, lists itself."""
+    """Return the models in the lists of a configuration, or of one of its modules."""
     listed = {item.model for item in (part.models or [])}
     return listed | {source.model for piece in (part.slices or []) for source in piece.sources}
 
@@ -250,7 +190,7 @@ def _extend_raw(module: ModuleType) -> None:
     signature = inspect.signature(plan_flat_merge)
 
     @functools.wraps(plan_flat_merge)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def plan_with_fishers(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs).arguments
         config, options = bound["config"], bound["options"]
         if config.merge_method not in METHODS:
@@ -261,77 +201,87 @@ def _extend_raw(module: ModuleType) -> None:
         check_blocks(config.merge_method, blocks)
         listed = {item.model for item in config.models}
         if config.merge_method == SQUISHER and config.base_model not in listed:
+            # mergekit would sum the base.
             bound["config"] = config.model_copy(update={"base_model": None})
-        run = _begin(config.merge_method, options)
-        run.base = _raw_reference(config.base_model)
-        tasks = plan_flat_merge(**bound)
-        merges = [task.tensor_task for task in tasks if hasattr(task, "tensor_task")]
-        _conclude(run, merges, config.out_dtype or config.dtype, options.out_shard_size)
-        return tasks
+        *saves, finalize = plan_flat_merge(**bound)
+        from squisher_mergekit.merging.mergekit.adapter import add_fishers
 
-    module.plan_flat_merge = checked  # type: ignore[attr-defined]
+        merges, base = [save.tensor_task for save in saves], _raw_reference(config.base_model)
+        merges = add_fishers(merges, config.merge_method, options, config.out_dtype or config.dtype, base)
+        saves = [save.model_copy(update={"tensor_task": task}) for save, task in zip(saves, merges, strict=True)]
+        return [*saves, finalize.model_copy(update={"tensor_save_tasks": tuple(saves)})]
+
+    module.plan_flat_merge = plan_with_fishers  # type: ignore[attr-defined]
 
 
 def _raw_reference(path: str | None) -> Any:
-    """Return a single file's path as mergekit's commands for such files do."""
+    """Return mergekit's reference to a single file."""
     from mergekit.common import ModelReference
 
     return None if path is None else ModelReference.model_validate({"model": {"path": path}})
 
 
-def _extend_writer(io_tasks: ModuleType) -> None:
-    writer_task = need(io_tasks, "TensorWriterTask")
-    execute = need(writer_task, "execute")
-
-    @functools.wraps(execute)
-    def noted(self: Any, **rest: Any) -> Any:
-        # Our methods' runs alone have loaded this; other merges must not depend on anything of ours.
-        if "squisher_mergekit.merging.run" not in sys.modules:
-            return execute(self, **rest)
-        from squisher_mergekit.merging.rollback import Output
-        from squisher_mergekit.merging.run import current_run
-
-        output = Output(Path(self.out_path))
-        writer = execute(self, **rest)
-        output.settle = functools.partial(_settle, writer)
-        current_run().output = output
-        return writer
-
-    writer_task.execute = noted
+# ---- the executors
 
 
-def _settle(writer: Any) -> None:
-    """Wait for shards that are being written in the background."""
-    executor = getattr(writer, "_executor", None) if getattr(writer, "use_async", False) else None
-    if executor is not None:
-        executor.shutdown(wait=True)
+def _extend_tasks(adapter: ModuleType) -> None:
+    from mergekit import graph
+    from mergekit.io import tasks as io_tasks
+
+    task = need(adapter, "ExecuteMergeMethodTask")
+    for field in ("method_name", "gather_tensors", "model_order", "base_model", "output_weight", "input_parameters"):
+        if field not in task.model_fields:
+            raise UnsupportedMergekitError(f"{_unsupported()} (ExecuteMergeMethodTask.{field} is missing)")
+    need(task, "arguments")
+    need(task, "execute", "tensors")
+    need(io_tasks.LoadTensor, "_resolve_name", "loader")
+    need(io_tasks, "GatherTensors")
+    need(io_tasks, "LoaderCache")
+    need(io_tasks, "TensorWriterTask")
+    _extend_executor(graph.Executor)
 
 
 def _extend_executor(executor: Any) -> None:
     run_graph = need(executor, "run", "quiet")
 
     @functools.wraps(run_graph)
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        if not _has_our_tasks(self):
+    def run_and_close(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        run = _run_of(self.universe)
+        if run is None:
             yield from run_graph(self, *args, **kwargs)
             return
-        from squisher_mergekit.merging.run import current_run
+        with run:
+            with _restored_on_failure(self.universe):
+                yield from run_graph(self, *args, **kwargs)
+                run.check()
+            run.log_summary()
 
-        run = current_run()
-        try:
-            yield from run_graph(self, *args, **kwargs)
-            run.check()
-        except BaseException:
-            if run.output is not None:
-                run.output.remove()
-            raise
-        run.log_summary()
-
-    executor.run = guarded
+    executor.run = run_and_close
 
 
-def _has_our_tasks(executor: Any) -> bool:
-    return any(getattr(task, "method_name", None) in METHODS for task in executor.universe.tasks)
+def _run_of(universe: Any) -> Any:
+    """Return the run that the tasks of a graph belong to; None for a merge by another method."""
+    ours = (task for task in universe.tasks if getattr(task, "method_name", None) in METHODS)
+    return next((task.run for task in ours if hasattr(task, "run")), None)
+
+
+@contextlib.contextmanager
+def _restored_on_failure(universe: Any) -> Iterator[None]:
+    """Restore the output folder if the graph does not run to its end."""
+    from squisher_mergekit.merging.mergekit.tasks import TensorWriterTask, TrackedWriterTask
+    from squisher_mergekit.merging.rollback import OutputFolder
+
+    folders = []
+    for i, task in enumerate(universe.tasks):
+        if isinstance(task, TensorWriterTask):
+            folders.append(OutputFolder(Path(task.out_path)))
+            universe.tasks[i] = TrackedWriterTask(**dict(task), folder=folders[-1])
+    try:
+        yield
+    except BaseException:
+        for folder in folders:
+            folder.restore()
+        raise
 
 
 _ACTIVATORS: dict[str, Callable[[ModuleType], None]] = {

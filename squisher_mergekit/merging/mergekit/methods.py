@@ -1,7 +1,7 @@
-"""The merge methods ``squisher`` and ``ubgm_squisher`` as mergekit sees them."""
+"""Merge methods ``squisher`` and ``ubgm_squisher`` in the form of mergekit's registry."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,17 +21,27 @@ from mergekit.merge_methods.base import (
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import execution, parameters
-from squisher_mergekit.merging.density import Rows, Trim
-from squisher_mergekit.merging.read import LoadedFisher, load_tensor, no_fisher
-from squisher_mergekit.merging.run import current_run
+from squisher_mergekit.merging.density import Trim
+from squisher_mergekit.merging.read import LoadedFisher, load_tensor
+from squisher_mergekit.merging.run import Run
 from squisher_mergekit.tensors.safetensors import check_shape
 
-# The per-input parameter under which the graph hands over the loaded Fisher of one tensor.
-INJECTED = "_fisher"
+
+@dataclass(frozen=True)
+class ResolvedFisher:
+    """Value of the parameter ``fisher`` in a graph, where a task has read the tensor.
+
+    Attributes:
+        loaded: The tensor and its scale.
+        run: The merge that gets the outcome.
+    """
+
+    loaded: LoadedFisher
+    run: Run
 
 
 class _Spec(ParameterSpec):  # type: ignore[misc]
-    """A parameter whose refusals are this package's own one-line errors."""
+    """Parameter that refuses a value by a one-line error of this package."""
 
     def validate(self, value: Any) -> Any:
         return _CHECKS[self.name].validate(value)
@@ -41,7 +51,7 @@ _CHECKS = {parameter.name: parameter for parameter in parameters.PARAMETERS}
 
 
 def _specs(method: str) -> tuple[ParameterSpec, ...]:
-    own = [
+    return tuple(
         _Spec(
             name=parameter.name,
             value_type=Any,
@@ -50,16 +60,15 @@ def _specs(method: str) -> tuple[ParameterSpec, ...]:
             description=parameter.meaning,
         )
         for parameter in parameters.of_method(method)
-    ]
-    return (*own, ParameterSpec(name=INJECTED, value_type=Any, scope=ParameterScope.INPUT, default=None))
+    )
 
 
 class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
-    """A merge in which every model's weight comes with its Fisher.
+    """Merge of weights that are weighted by their Fishers.
 
-    From YAML the Fishers are loaded by the graph, each just before its use. In memory (``merge_tensors``,
-    ``merge_state_dicts``) they are given as the parameter ``fisher``: for each input a mapping from tensor name to
-    tensor, or a :class:`~squisher_mergekit.fisher.mapping.Fisher`.
+    The parameter ``fisher`` of each input is a :class:`ResolvedFisher` in a graph (from YAML). In memory
+    (``merge_tensors``, ``merge_state_dicts``) it is a mapping from tensor name to tensor, or a
+    :class:`~squisher_mergekit.fisher.mapping.Fisher`.
     """
 
     def __init__(self, spec: MergeMethodSpec) -> None:
@@ -68,10 +77,10 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
     def validate_inputs(
         self, input_ids: Sequence[Any], base_id: Any | None = None, *, group_name: str | None = None
     ) -> None:
-        """Check how many models there are, and whether there is a base.
+        """Check the number of models and the base.
 
         Raises:
-            ConfigError: The method cannot merge these inputs.
+            ConfigError: There are too few models, or no base.
         """
         try:
             super().validate_inputs(input_ids, base_id, group_name=group_name)
@@ -90,9 +99,9 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
             ConfigError: The weights are all 0, or a Fisher is missing.
         """
         name = group.metadata.name or "the tensor"
-        loaded = {entry.id: given[INJECTED][entry.id] for entry in group.entries}
-        in_graph, base = any(value is not None for value in loaded.values()), group.base
-        if not in_graph:
+        resolved = {e.id: f for e in group.entries if isinstance(f := given["fisher"][e.id], ResolvedFisher)}
+        loaded, base = {key: fisher.loaded for key, fisher in resolved.items()}, group.base
+        if not resolved:
             group = replace(group, entries=[e for e in group.entries if not self._bystander(e, given)])
             loaded = _from_memory(group, name, given, self.spec.name)
         inputs = [_input(entry, name, loaded[entry.id], given["weight"][entry.id], base) for entry in group.entries]
@@ -100,9 +109,9 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         if not any(weight > 0 for weight in weights):
             raise ConfigError(f"the weights of {name} must not all be 0; give one model a positive weight")
         outcome = self._merge(group, inputs, given)
-        if in_graph:
+        if resolved:
             labels = [str(entry.id) for entry in group.entries if self._weighted(entry)]
-            current_run().record(name, labels, outcome)
+            next(iter(resolved.values())).run.record(name, labels, outcome)
         else:
             outcome.check()
         return outcome.values
@@ -111,7 +120,7 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         return not (self.spec.name == parameters.UBGM_SQUISHER and entry.is_base)
 
     def _bystander(self, entry: TensorEntry, given: Mapping[str, Any]) -> bool:
-        """In memory the base of ``squisher`` is always an input; at weight 0, without a Fisher, it is theta_0 alone."""
+        """Return True for the base of ``squisher`` in memory that is theta_0 alone: weight 0 and no Fisher."""
         known = isinstance(given["fisher"][entry.id], Mapping)
         return self._weighted(entry) and entry.is_base and given["weight"][entry.id] == 0 and not known
 
@@ -127,21 +136,21 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
 def _input(
     entry: TensorEntry, name: str, loaded: LoadedFisher, weight: float, base: TensorEntry | None
 ) -> execution.Input:
-    fisher = loaded["tensor"]
+    fisher = loaded.tensor
     if fisher is not None:
-        check_shape(name, tuple(fisher.shape), tuple(entry.tensor.shape), loaded["location"])
+        check_shape(name, tuple(fisher.shape), tuple(entry.tensor.shape), loaded.location)
         fisher = fisher.to(entry.tensor.device)
-    label = (loaded["name"] or name, loaded["location"])
+    label = (loaded.name or name, loaded.location)
     trim = None if fisher is None or entry.is_base else _trim(entry, name, loaded, fisher, base)
-    return execution.Input(entry.tensor, fisher, weight, loaded["scale"], label, trim)
+    return execution.Input(entry.tensor, fisher, weight, loaded.scale, label, trim)
 
 
 def _trim(
     entry: TensorEntry, name: str, loaded: LoadedFisher, fisher: torch.Tensor, base: TensorEntry | None
 ) -> Trim | None:
-    if loaded["density"] == 1:
+    if loaded.density == 1:
         return None
-    origin = loaded["origin"]
+    origin = loaded.origin
     if origin is None:
         if base is None:
             raise ConfigError(
@@ -154,13 +163,12 @@ def _trim(
             f"density below 1 needs a base's tensors to be shaped as the model's, but {name} is "
             f"{list(entry.tensor.shape)} and the base's {list(origin.shape)}; give the model that it was trained from"
         )
-    scores = fisher if loaded["scores"] is None else loaded["scores"].to(fisher.device)
-    rows = None if loaded["rows"] is None else Rows(*loaded["rows"])
-    return Trim(origin.to(fisher.device), scores, loaded["density"], rows)
+    scores = fisher if loaded.scores is None else loaded.scores.to(fisher.device)
+    return Trim(origin.to(fisher.device), scores, loaded.density, loaded.rows)
 
 
 def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method: str) -> dict[Any, LoadedFisher]:
-    """Look the tensor up in the mappings that an in-memory call was given."""
+    """Read the tensor from the mappings of an in-memory call."""
     sources = {entry.id: given["fisher"][entry.id] for entry in group.entries}
     for key, source in sources.items():
         if isinstance(source, Mapping):
@@ -194,7 +202,7 @@ def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method
             "name the tensors (merge_tensors(name=...)), add it, or set missing='average'"
         )
     if missing:
-        loaded = {key: no_fisher(name, "memory") for key in loaded}
+        loaded = {key: LoadedFisher(name, "memory") for key in loaded}
     return loaded
 
 
@@ -219,7 +227,7 @@ UBGM_SQUISHER = FisherMergeMethod(
     )
 )
 
-# A mergekit that loads entry points may have come first.
+# A mergekit that loads entry points may have registered the methods already.
 _PRESENT = {method.spec.name for method in registry.registered_methods()}
 for _method in (SQUISHER, UBGM_SQUISHER):
     if _method.spec.name not in _PRESENT:

@@ -1,45 +1,52 @@
-"""The graph task that loads the Fishers of one output tensor, and theta_0 for ``density``, just before their use."""
+"""Graph tasks of a merge: one merges a tensor with its Fishers, one lets a failed merge wait for its output files."""
 
-import threading
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.tokenizer import BuildTokenizer
+from mergekit.io.tasks import TensorWriterTask
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
 from pydantic import BaseModel
 from torch import Tensor
 
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.density import Rows
-from squisher_mergekit.merging.read import LoadedFisher, load_tensor, no_fisher
+from squisher_mergekit.merging.mergekit.methods import ResolvedFisher
+from squisher_mergekit.merging.read import LoadedFisher, load_tensor
+from squisher_mergekit.merging.rollback import OutputFolder
+from squisher_mergekit.merging.run import Run
+from squisher_mergekit.merging.sources import OpenFisher
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
-_OPEN: dict[int, Fisher] = {}
-_LOCK = threading.Lock()
 
+class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
+    """Request for one tensor of one model's Fisher, at the scale of the merge (see :func:`.read.load_tensor`).
 
-def hold(fisher: Fisher) -> int:
-    """Keep an open Fisher for the tasks of this process, which can hold plain values only; return its number."""
-    with _LOCK:
-        _OPEN[id(fisher)] = fisher
-    return id(fisher)
-
-
-class FisherRequest(BaseModel, frozen=True):
-    """One model's part: which tensor of which open Fisher, and at which scale (see ``read.load_tensor``).
-
-    ``number`` is None for F = 0. ``model_type`` is set where the tensor is put together by transformers' conversion.
+    Attributes:
+        model: The model.
+        opened: Its Fisher; None for F = 0.
+        name: Name of the tensor.
+        scaling: Scale of the Fisher.
+        normalize: Divisor over the whole model.
+        floor: Smallest F, relative to the mean over the tensor.
+        fisher_scale: Factor on the Fisher.
+        density: Share of the task vector that is kept.
+        model_type: Architecture whose checkpoint conversion builds the tensor; None if the Fisher has the tensor.
     """
 
     model: ModelReference
-    number: int | None
+    opened: OpenFisher | None
     name: str
-    scaling: Scaling
-    normalize: str
-    floor: float
-    fisher_scale: float
+    scaling: Scaling = "raw"
+    normalize: str = "none"
+    floor: float = 0.0
+    fisher_scale: float = 1.0
     density: float = 1.0
     model_type: str | None = None
 
@@ -47,16 +54,13 @@ class FisherRequest(BaseModel, frozen=True):
         """Read the tensor.
 
         Raises:
-            RefusedError: It cannot be read.
+            RefusedError: The tensor cannot be read.
         """
-        if self.number is None:
-            return no_fisher(self.name)
-        with _LOCK:
-            source: Any = _OPEN[self.number]
-        if self.model_type is not None:
-            source = _Converted(source, self.name, self.model_type)
+        if self.opened is None:
+            return LoadedFisher(self.name)
+        fisher = self.opened.fisher
         return load_tensor(
-            source,
+            fisher if self.model_type is None else _Converted(fisher, self.name, self.model_type),
             self.name,
             scaling=self.scaling,
             normalize=self.normalize,
@@ -67,10 +71,10 @@ class FisherRequest(BaseModel, frozen=True):
 
 
 class _Converted(Fisher):
-    """A Fisher of one tensor: the one that transformers' checkpoint conversion makes of another Fisher's tensors.
+    """Fisher of one tensor, built by transformers' checkpoint conversion from the tensors of another Fisher.
 
-    All of transformers' conversions used here move elements, so that they hold for a Fisher as for a weight. The parts
-    may have been stepped differently often, so each is brought to its scale first.
+    The conversions used here only move elements, so that they are valid for a Fisher as for a weight. The parts can
+    have different numbers of steps, so each is scaled before the conversion.
     """
 
     def __init__(self, fisher: Fisher, target: str, model_type: str) -> None:
@@ -96,92 +100,138 @@ class _Converted(Fisher):
         return self._whole.moments(scaling)
 
 
-class GatherFishers(Task[dict[ModelReference, LoadedFisher]]):  # type: ignore[misc]
-    """Load the Fishers of one output tensor: model -> tensor and factor, and theta_0 where it is asked for.
+class FisherMergeTask(ExecuteMergeMethodTask, frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+    """Merge of one output tensor by a method of this package: mergekit's task, with the Fishers of the tensor.
 
-    A plain dict, so that the executor moves the tensors to the device of the arithmetic. The label is that of the
-    weights: a load without one would be scheduled before everything else, and hold all Fishers at once.
+    The Fishers are read when the task runs, so that those of one tensor at a time are in memory. A row of a re-ordered
+    vocabulary moves with the row of the weight; a row that a model lacks gets F = 0.
 
-    ``origins``: model -> the task that loads its theta_0; ``base``: the model that those are of, or that is an input.
-    ``tokenizer_task``: where the vocabulary is re-ordered, rows move as the weights' rows do, and a row that a model
-    lacks gets 0. ``truncate``: rows beyond the smallest vocabulary are cut off, as they are from the weights.
+    Attributes:
+        run: The merge that this task belongs to.
+        requests: Tensors to read, one per model; empty for a tensor that mergekit copies.
+        origins: Model -> task that reads its theta_0, for a density below 1.
+        origin_model: Model whose weights are theta_0, for a density below 1.
     """
 
-    requests: tuple[FisherRequest, ...]
+    run: Run
+    requests: tuple[FisherRequest, ...] = ()
     # Task[Any] would be made anew from each task's fields.
     origins: tuple[tuple[ModelReference, Task], ...] = ()
-    label: str | None
-    base: ModelReference | None = None
-    tokenizer_task: BuildTokenizer | None = None
-    vocabulary_axis: int = 0
-    pad_to_multiple_of: int | None = None
-    truncate: bool = False
+    origin_model: ModelReference | None = None
 
     def arguments(self) -> dict[str, Task[Any]]:
-        """Return the tasks that load theta_0, and the tokenizer's task, if the vocabulary is re-ordered."""
-        found: dict[str, Task[Any]] = {f"origin of {model}": task for model, task in self.origins}
-        return found if self.tokenizer_task is None else {"tokenizer_info": self.tokenizer_task, **found}
+        """Return the tasks that read the weights, theta_0, and the tokenizer of a re-ordered vocabulary."""
+        found: dict[str, Task[Any]] = {**super().arguments()}
+        if self.requests and isinstance(self.gather_tensors, PermutedVocabulary):
+            found["tokenizer_info"] = self.gather_tensors.tokenizer_task
+        return found | {f"origin of {model}": task for model, task in self.origins}
 
-    def group_label(self) -> str | None:
-        """Return the label of the weights."""
-        return self.label
+    def execute(
+        self, tensors: dict[ModelReference, Tensor], tokenizer_info: Any = None, **origins: Tensor
+    ) -> Tensor | None:
+        """Read the Fishers of the tensor, and merge.
 
-    def priority(self) -> int:
-        """Return the weights' own priority."""
-        return -1000
+        Raises:
+            RefusedError: A Fisher cannot be read, or does not fit its weight.
+        """
+        parameters = {**self.input_parameters}
+        for model, fisher in self._load(tokenizer_info, origins).items():
+            if model in tensors:
+                resolved = ResolvedFisher(fisher.to(tensors[model].device), self.run)
+                parameters[model] = {**parameters[model], "fisher": resolved}
+        # The copy is mergekit's plain task with the Fishers in place of their names.
+        merged: Tensor | None = ExecuteMergeMethodTask.execute(
+            self.model_copy(update={"input_parameters": parameters}), tensors
+        )
+        return merged
 
-    def execute(self, tokenizer_info: Any = None, **origins: Tensor) -> dict[ModelReference, LoadedFisher]:
-        """Load, and follow the vocabulary."""
+    def _load(self, tokenizer_info: Any, origins: dict[str, Tensor]) -> dict[ModelReference, LoadedFisher]:
         loaded = {request.model: request.load() for request in self.requests}
         for model, _ in self.origins:
-            loaded[model]["origin"] = origins[f"origin of {model}"]
+            loaded[model] = replace(loaded[model], origin=origins[f"origin of {model}"])
         if tokenizer_info is not None:
-            self._permute(loaded, tokenizer_info)
-        elif self.truncate:
-            self._truncate(loaded)
+            return self._permute(loaded, tokenizer_info)
+        if isinstance(self.gather_tensors, TruncatedVocabulary):
+            return self._truncate(loaded)
         return loaded
 
-    def _permute(self, loaded: dict[ModelReference, LoadedFisher], tokenizer_info: Any) -> None:
-        vocabulary = len(tokenizer_info.tokenizer.get_vocab())
-        multiple = self.pad_to_multiple_of or 1
-        rows, moves = -(-vocabulary // multiple) * multiple, tokenizer_info.permutations
-        moved: dict[int, Tensor] = {}  # the models mostly share one theta_0
+    @property
+    def _axis(self) -> int:
+        return self.output_weight.vocabulary_axis or 0
+
+    def _permute(
+        self, loaded: dict[ModelReference, LoadedFisher], tokenizer_info: Any
+    ) -> dict[ModelReference, LoadedFisher]:
+        vocabulary, axis = len(tokenizer_info.tokenizer.get_vocab()), self._axis
+        multiple = self.gather_tensors.pad_to_multiple_of or 1
+        size, permutations = -(-vocabulary // multiple) * multiple, tokenizer_info.permutations
+        result, origins = {}, dict[int, Tensor]()  # most models share one theta_0
         for model, item in loaded.items():
-            for key in ("tensor", "scores"):
-                item[key] = _follow(item[key], moves[model], rows, self.vocabulary_axis)
-            if item["density"] < 1:
-                item["rows"] = shared_rows(moves[model], moves[self.base], rows, self.vocabulary_axis)
-            if (origin := item["origin"]) is not None:
-                if id(origin) not in moved:
-                    moved[id(origin)] = permute_rows(origin, moves[self.base], rows, self.vocabulary_axis)
-                item["origin"] = moved[id(origin)]
+            permutation, origin, rows = permutations[model], item.origin, None
+            if item.density < 1:
+                rows = shared_rows(permutation, permutations[self.origin_model], size, axis)
+            if origin is not None:
+                if id(origin) not in origins:
+                    origins[id(origin)] = permute_rows(origin, permutations[self.origin_model], size, axis)
+                origin = origins[id(origin)]
+            tensor, scores = (_permuted(part, permutation, size, axis) for part in (item.tensor, item.scores))
+            result[model] = replace(item, tensor=tensor, scores=scores, origin=origin, rows=rows)
+        return result
 
-    def _truncate(self, loaded: dict[ModelReference, LoadedFisher]) -> None:
-        axis = self.vocabulary_axis
-        rows = min((item["tensor"].shape[axis] for item in loaded.values() if item["tensor"] is not None), default=0)
-        for item in loaded.values():
-            for key in ("tensor", "scores"):
-                tensor = item[key]
-                item[key] = None if tensor is None else tensor.narrow(axis, 0, rows)
-            if (origin := item["origin"]) is not None:
-                own = min(origin.shape[axis], rows)
-                same = {row: row for row in range(own)}
-                item["origin"] = origin.narrow(axis, 0, rows) if own == rows else permute_rows(origin, same, rows, axis)
-                item["rows"] = None if own == rows else Rows(torch.arange(own), torch.arange(own, rows), axis)
+    def _truncate(self, loaded: dict[ModelReference, LoadedFisher]) -> dict[ModelReference, LoadedFisher]:
+        axis, result = self._axis, {}
+        size = min((item.tensor.shape[axis] for item in loaded.values() if item.tensor is not None), default=0)
+        for model, item in loaded.items():
+            origin, rows = item.origin, None
+            if origin is not None:
+                known = min(origin.shape[axis], size)
+                if known == size:
+                    origin = origin.narrow(axis, 0, size)
+                else:
+                    origin = permute_rows(origin, {row: row for row in range(known)}, size, axis)
+                    rows = Rows(torch.arange(known), torch.arange(known, size), axis)
+            tensor, scores = (
+                None if part is None else part.narrow(axis, 0, size) for part in (item.tensor, item.scores)
+            )
+            result[model] = replace(item, tensor=tensor, scores=scores, origin=origin, rows=rows)
+        return result
 
 
-def _follow(tensor: Tensor | None, permutation: dict[int, int], rows: int, axis: int) -> Tensor | None:
-    return None if tensor is None else permute_rows(tensor, permutation, rows, axis)
+class TrackedWriterTask(TensorWriterTask, frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+    """mergekit's task that opens the output, so that restoring the folder waits for shards still being written.
+
+    Attributes:
+        folder: The output folder.
+    """
+
+    folder: OutputFolder
+
+    def execute(self, **arguments: Any) -> Any:
+        """Open the output."""
+        writer = super().execute(**arguments)
+        self.folder.settle = partial(_settle, writer)
+        return writer
+
+
+def _settle(writer: Any) -> None:
+    """Wait for shards that are written in the background."""
+    executor = getattr(writer, "_executor", None) if getattr(writer, "use_async", False) else None
+    if executor is not None:
+        executor.shutdown(wait=True)
+
+
+def _permuted(tensor: Tensor | None, permutation: dict[int, int], size: int, axis: int) -> Tensor | None:
+    return None if tensor is None else permute_rows(tensor, permutation, size, axis)
 
 
 def shared_rows(own: dict[int, int], base: dict[int, int], rows: int, axis: int) -> Rows:
-    """Return which rows of a re-ordered vocabulary a model and the base had before.
+    """Return the rows of a re-ordered vocabulary by their owners: a model and the base, or the model alone.
 
     Args:
-        own: New row -> the model's old row, negative where it lacks the token.
-        base: The same of the base.
-        rows: Number of rows; those beyond the vocabulary are padding, which nobody had.
-        axis: The vocabulary's axis.
+        own: New row -> old row of the model, negative where it lacks the token.
+        base: New row -> old row of the base.
+        rows: Number of rows; rows beyond the vocabulary are padding, which has no owner.
+        axis: Axis of the vocabulary.
 
     Example:
         >>> shared_rows({0: 1, 1: 0, 2: -1}, {0: 0, 1: -1, 2: 1}, 4, axis=0)
@@ -193,13 +243,13 @@ def shared_rows(own: dict[int, int], base: dict[int, int], rows: int, axis: int)
 
 
 def permute_rows(tensor: Tensor, permutation: dict[int, int], rows: int, axis: int) -> Tensor:
-    """Re-order a Fisher along the vocabulary; a row without a source is 0, and so carries no weight.
+    """Re-order a tensor along the vocabulary; a row without a source is 0.
 
     Args:
-        tensor: The Fisher.
+        tensor: The tensor.
         permutation: New row -> old row, negative where the model lacks the token.
         rows: New number of rows.
-        axis: The vocabulary's axis.
+        axis: Axis of the vocabulary.
 
     Returns:
         A new tensor with ``rows`` rows along ``axis``.
