@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
-import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 from scripts.benchmarks.models import Recipe, make_model, shapes
+from scripts.benchmarks.process import run_measured, work_folder
 from scripts.benchmarks.report import write_report
 
 MEMORY_GOAL = 0.7  # GB of anonymous memory beside the largest tensor
-POLL_SECONDS = 0.005
 RECIPES: dict[str, Recipe] = {
     "0.3B": {"hidden": 1024, "layers": 18, "intermediate": 2816, "vocab": 32000, "shards": 2},
     "tiny": {"hidden": 64, "layers": 2, "intermediate": 148, "vocab": 61, "shards": 2},
@@ -69,12 +64,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     recipe = RECIPES[options.size] | {"dtype": options.dtype, "fisher_dtype": "float32"}
-    work = options.work or Path(tempfile.mkdtemp(prefix="bench-applications-"))
-    try:
+    with work_folder(options.work, "applications") as work:
         report = bench(work, recipe, options.cases)
-    finally:
-        if options.work is None:
-            shutil.rmtree(work, ignore_errors=True)
     print("\n".join(table(report)))
     if options.json:
         write_report(options.json, [report])
@@ -100,8 +91,8 @@ def bench(work: Path, recipe: Recipe, cases: list[str]) -> dict[str, Any]:
             if place in CASES[name]:
                 places[place[1:-1]] = work / maker
                 if not (work / maker).exists():
-                    measure(_line(maker, places | {"out": work / maker}))
-        samples[name] = measure(_line(name, places | {"out": out})) | {"files": sizes_of(out)}
+                    run_measured(_line(maker, places | {"out": work / maker}))
+        samples[name] = run_measured(_line(name, places | {"out": out})).figures() | {"files": sizes_of(out)}
     shutil.rmtree(out, ignore_errors=True)
     return {
         "parameters": sum(sizes) // 4,
@@ -119,7 +110,7 @@ def sizes_of(made: Path) -> dict[str, int]:
 
 
 def _line(name: str, places: dict[str, Path]) -> list[str]:
-    return [sys.executable, "-m", "squisher_mergekit", *(part.format(**places) for part in CASES[name])]
+    return [sys.executable, "-m", "squisher_mergekit", *(part.format(**places) for part in CASES[name]), "--quiet"]
 
 
 def _entries(shape: tuple[int, ...]) -> int:
@@ -127,41 +118,6 @@ def _entries(shape: tuple[int, ...]) -> int:
     for size in shape:
         total *= size
     return total
-
-
-def measure(command: list[str]) -> dict[str, float]:
-    """Run a command; return its seconds, those of its CPU, and its peak of anonymous memory.
-
-    Raises:
-        SystemExit: It failed; with the end of what it printed.
-    """
-    with tempfile.TemporaryFile() as printed:
-        began = time.perf_counter()
-        process = subprocess.Popen([*command, "--quiet"], stdout=printed, stderr=subprocess.STDOUT)
-        peak, ended = [0], threading.Event()
-        poller = threading.Thread(target=poll, args=(process.pid, peak, ended))
-        poller.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        ended.set()
-        poller.join()
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            printed.seek(0)
-            raise SystemExit(f"{' '.join(command[3:])}\nfailed:\n{printed.read().decode()[-3000:]}")
-    return {"wall_s": seconds, "cpu_s": usage.ru_utime + usage.ru_stime, "anonymous_gb": peak[0] / 1e6}
-
-
-def poll(pid: int, peak: list[int], ended: threading.Event) -> None:
-    """Keep the largest anonymous memory, in kB, of a process (proc(5)) until it has ended."""
-    while not ended.wait(POLL_SECONDS):
-        try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        except OSError:
-            return
-        for line in lines:
-            if line.startswith("RssAnon:"):
-                peak[0] = max(peak[0], int(line.split()[1]))
 
 
 def table(report: dict[str, Any]) -> list[str]:

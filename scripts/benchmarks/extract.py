@@ -17,17 +17,14 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 from scripts import ROOT
+from scripts.benchmarks.process import run_measured, verdict, work_folder
 
 SPEED_GOAL = 0.7  # of the plain copy's bytes per second
 MEMORY_GOAL = 0.7  # GB of anonymous memory beside the largest tensor
-POLL_SECONDS = 0.005
 LAYOUTS = ("trainer", "fsdp", "deepspeed")
 SIZES = {
     "0.3B": {"hidden": 1024, "layers": 18, "intermediate": 2816, "vocab": 32000},
@@ -66,18 +63,14 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=3, help="rounds; each runs everything once")
     parser.add_argument("--json", type=Path, help="write all samples there")
     options = parser.parse_args()
-    work = options.work or Path(tempfile.mkdtemp(prefix="bench-extract-"))
     reports = []
-    try:
+    with work_folder(options.work, "extract") as work:
         for size in options.sizes:
             for layout in options.layouts:
                 reports.append(bench(work, size, layout, options.repeat))
                 print("\n".join(table(reports[-1])), flush=True)
                 if options.work is None:
                     shutil.rmtree(work / f"{layout}-{size}", ignore_errors=True)
-    finally:
-        if options.work is None:
-            shutil.rmtree(work, ignore_errors=True)
     if options.json:
         options.json.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
     return 0
@@ -121,35 +114,10 @@ def bench(work: Path, size: str, layout: str, repeat: int) -> dict[str, Any]:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Run a command that prints its seconds; add those of the whole process, and its peak of anonymous memory.
-
-    Raises:
-        SystemExit: It failed; with the end of what it printed.
-    """
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak, ended = [0], threading.Event()
-    poller = threading.Thread(target=poll, args=(process.pid, peak, ended))
-    poller.start()
-    stdout, stderr = process.communicate()
-    ended.set()
-    poller.join()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command[3:])}\nfailed:\n{stderr[-3000:]}")
-    wall, cpu = json.loads(stdout.splitlines()[-1])
-    return {"wall_s": wall, "cpu_s": cpu, "whole_s": time.perf_counter() - began, "anonymous_gb": peak[0] / 1e6}
-
-
-def poll(pid: int, peak: list[int], ended: threading.Event) -> None:
-    """Keep the largest anonymous memory, in kB, of a process (proc(5)) until it has ended."""
-    while not ended.wait(POLL_SECONDS):
-        try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        except OSError:
-            return
-        for line in lines:
-            if line.startswith("RssAnon:"):
-                peak[0] = max(peak[0], int(line.split()[1]))
+    """Run a command that prints its own seconds, and add those of the whole process and its anonymous memory."""
+    usage = run_measured(command)
+    wall, cpu = json.loads(usage.output.splitlines()[-1])
+    return {"wall_s": wall, "cpu_s": cpu, "whole_s": usage.wall_s, "anonymous_gb": usage.anonymous_gb}
 
 
 def table(report: dict[str, Any]) -> list[str]:
@@ -179,11 +147,6 @@ def table(report: dict[str, Any]) -> list[str]:
         f"{verdict(memory <= limit)}); load average {report['load_average']:.1f}"
     )
     return rows
-
-
-def verdict(met: bool) -> str:
-    """Return a word for whether a goal is met."""
-    return "met" if met else "missed"
 
 
 if __name__ == "__main__":

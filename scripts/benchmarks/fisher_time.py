@@ -14,6 +14,7 @@ from torch import nn
 from scripts.benchmarks.fisher_methods import METHODS, OURS, Kind, Method, Run, compare, kinds_of, offered, plain, truth
 from scripts.benchmarks.fisher_models import Batch, build, labels_of
 from scripts.benchmarks.fisher_others import OTHERS, require
+from scripts.benchmarks.process import verdict
 
 BERT_GOALS = {"empirical": 1.25, "sampled": 1.35, "exact": 1 + 0.75 * (3 - 1)}
 GOALS: dict[str, dict[str, float]] = {  # kind -> the most that it may cost, as a ratio to the plain pass
@@ -168,8 +169,3 @@ def table(report: dict[str, Any]) -> list[str]:
             line += "; first calls " + ", ".join(f"{ratio:.2f}" for ratio in row["checking"])
         lines.append(line)
     return lines
-
-
-def verdict(met: bool) -> str:
-    """Return a word for whether a goal is met."""
-    return "met" if met else "missed"

@@ -18,19 +18,15 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scripts import ROOT
+from scripts.benchmarks.process import run_measured, verdict, work_folder
 from scripts.benchmarks.report import write_report
 
 CPU_GOAL = 1.15  # squisher / linear
 MEMORY_GOAL = 0.2  # GB of anonymous memory above linear
-POLL_SECONDS = 0.005
 MODELS = ("a", "b")
 BASE = "base"
 SIZES = {"hidden": 1024, "layers": 18, "intermediate": 2816, "vocab": 32000}  # about 300M parameters
@@ -48,27 +44,13 @@ for name in files:
 """
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One run of a command: seconds and GB."""
-
-    wall_s: float
-    cpu_s: float
-    rss_gb: float
-    anonymous_gb: float
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Make the models, time the commands, print the table."""
     options = parse(arguments)
-    work = (options.work or Path(tempfile.mkdtemp(prefix="bench-merge-"))).resolve()
-    try:
+    with work_folder(options.work, "merge") as work:
         for seed, name in enumerate((*MODELS, BASE) if options.density is not None else MODELS):
             prepare_model(work / name, seed, options)
         report = bench(work, options)
-    finally:
-        if options.work is None:
-            shutil.rmtree(work, ignore_errors=True)
     print("\n".join(table(report)))
     if options.json:
         write_report(options.json, [report])
@@ -154,13 +136,13 @@ def merge_config(method: str, work: Path, options: argparse.Namespace) -> dict[s
 
 def bench(work: Path, options: argparse.Namespace) -> dict[str, object]:
     """Run every command once a round and return all samples."""
-    samples: dict[str, list[Sample]] = {}
+    samples: dict[str, list[dict[str, float]]] = {}
     load = [os.getloadavg()[0]]
     for number in range(options.repeat):
         for name, command in commands(work, options).items():
             print(f"round {number + 1} of {options.repeat}: {name} ...", file=sys.stderr, flush=True)
             with output_folder(work):
-                samples.setdefault(name, []).append(measure(command))
+                samples.setdefault(name, []).append(run_measured(command).figures())
             load.append(os.getloadavg()[0])
     return {
         "recipe": recipe(options),
@@ -171,7 +153,7 @@ def bench(work: Path, options: argparse.Namespace) -> dict[str, object]:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "load_average": [min(load), max(load)],
-        "samples": {name: [asdict(sample) for sample in runs] for name, runs in samples.items()},
+        "samples": samples,
     }
 
 
@@ -185,43 +167,6 @@ def output_folder(work: Path) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(out, ignore_errors=True)
-
-
-def measure(command: list[str]) -> Sample:
-    """Run a command and return what it took.
-
-    Raises:
-        SystemExit: It failed; with the end of what it printed.
-    """
-    with tempfile.TemporaryFile() as log:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        peaks = {"VmHWM": 0, "RssAnon": 0}
-        ended = threading.Event()
-        poller = threading.Thread(target=poll, args=(process.pid, peaks, ended))
-        poller.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        ended.set()
-        poller.join()
-        if process.returncode:
-            log.seek(0)
-            raise SystemExit(f"{' '.join(command)}\nfailed:\n{log.read().decode(errors='replace')[-3000:]}")
-    return Sample(wall, usage.ru_utime + usage.ru_stime, peaks["VmHWM"] / 1e6, peaks["RssAnon"] / 1e6)
-
-
-def poll(pid: int, peaks: dict[str, int], ended: threading.Event) -> None:
-    """Keep the largest values, in kB, of a process' status (proc(5)) until it has ended."""
-    while not ended.wait(POLL_SECONDS):
-        try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        except OSError:
-            return
-        for line in lines:
-            key, _, value = line.partition(":")
-            if key in peaks:
-                peaks[key] = max(peaks[key], int(value.split()[0]))
 
 
 # ---- the report
@@ -264,11 +209,6 @@ def table(report: dict[str, object]) -> list[str]:
         f"{report['cores']} cores, load average {quiet:.1f} to {busy:.1f}; ratios are of the minima"
     )
     return rows
-
-
-def verdict(met: bool) -> str:
-    """Return a word for whether a goal is met."""
-    return "met" if met else "missed"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Writes what experiments and benchmarks found into the README: tables and pictures, from the files in results/ alone.
+"""Write tables and pictures of the experiments and benchmarks into the README files, from the JSON files in results/.
 
-    scripts/experiments/report.py            # rewrite the README's blocks and the pictures
-    scripts/experiments/report.py --check    # say whether they are what the JSON files tell
+    python -m scripts.experiments.report            # rewrite the blocks and the pictures
+    python -m scripts.experiments.report --check    # compare the blocks with the JSON files; exit with 1 if one differs
 
-A block of the README lies between ``<!-- results: NAME -->`` and ``<!-- end of results: NAME -->``.
+A block stands between ``<!-- BEGIN NAME -->`` and ``<!-- END NAME -->``. Tables of experiments are in the README.md of
+this folder, tables of benchmarks in that of scripts/, and the block ``gain`` in the top README.md, if it has the marks.
 """
 
 import argparse
@@ -15,12 +16,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.experiments import benchmarks
-from scripts.experiments.runner import RESULTS, ROOT
+from scripts import ROOT
+from scripts.benchmarks import tables as benchmarks
+from scripts.experiments import gain
+from scripts.experiments.runner import RESULTS
 
 README = ROOT / "README.md"
+EVIDENCE = ROOT / "scripts" / "experiments" / "README.md"
+COMMANDS = ROOT / "scripts" / "README.md"
 PICTURES = Path(__file__).parent / "pictures"
-# Module of this package, whose ``tables(report)`` and ``pictures(report)`` say what is shown.
+# Modules of this package; the ``tables(report)`` and ``pictures(report)`` of each make a block.
 EXPERIMENTS = (
     "merging",
     "gradient_matching",
@@ -33,10 +38,12 @@ EXPERIMENTS = (
     "questions",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
+GAIN = "gain"
+BLOCK = re.compile(r"<!-- BEGIN (\w+) -->.*?<!-- END \1 -->", re.DOTALL)
 
 
 def found(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
-    """Return the report of an experiment; None if it has not been run."""
+    """Return the report of an experiment or benchmark, or None if it has not been run."""
     file = folder / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -54,39 +61,64 @@ def block(name: str, report: Mapping[str, Any]) -> str:
     return "\n\n".join([*(table.markdown() for table in tables), last])
 
 
-def written(text: str, blocks: Mapping[str, str]) -> str:
-    """Return the README with its blocks replaced.
+def blocks() -> dict[Path, dict[str, str]]:
+    """Return the text of every block, by the README file that holds it."""
+    reports = {name: report for name in EXPERIMENTS + BENCHMARKS if (report := found(name)) is not None}
+    placed = {
+        EVIDENCE: {name: block(name, reports[name]) for name in EXPERIMENTS if name in reports},
+        COMMANDS: {name: block(name, reports[name]) for name in BENCHMARKS if name in reports},
+    }
+    if GAIN in BLOCK.findall(README.read_text(encoding="utf-8")):
+        placed[README] = {GAIN: gain.block(reports["merging"])}
+    return placed
+
+
+def written(text: str, contents: Mapping[str, str], file: str = "README.md") -> str:
+    """Return the text of a README file with its blocks replaced.
 
     Raises:
-        ValueError: A block has no place in it.
+        ValueError: The file has no marks for a block.
     """
-    for name, content in blocks.items():
-        begin, end = f"<!-- results: {name} -->", f"<!-- end of results: {name} -->"
+    for name, content in contents.items():
+        begin, end = f"<!-- BEGIN {name} -->", f"<!-- END {name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"the README has no place for {name}: it needs {begin} and {end}")
+            raise ValueError(f"{file} must have a place for the block {name}; add the lines {begin} and {end}")
         text = pattern.sub(lambda _, whole=f"{begin}\n{content}\n{end}": whole, text, count=1)
     return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the README, or check it."""
+    """Rewrite the README files and the pictures, or check the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README differs")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a file differs")
     options = parser.parse_args(arguments)
-    reports = {name: report for name in EXPERIMENTS + BENCHMARKS if (report := found(name)) is not None}
-    before = README.read_text(encoding="utf-8")
-    after = written(before, {name: block(name, report) for name, report in reports.items()})
+    differing = []
+    for file, contents in blocks().items():
+        before = file.read_text(encoding="utf-8")
+        after = written(before, contents, str(file.relative_to(ROOT)))
+        if before != after:
+            differing.append(str(file.relative_to(ROOT)))
+            if not options.check:
+                file.write_text(after, encoding="utf-8")
     if options.check:
-        print("the README says what the results say" if after == before else "the README differs from the results")
-        return int(after != before)
-    README.write_text(after, encoding="utf-8")
-    PICTURES.mkdir(exist_ok=True)
-    for name in (one for one in reports if one not in BENCHMARKS):
-        for file, data in importlib.import_module(f"scripts.experiments.{name}").pictures(reports[name]).items():
-            (PICTURES / file).write_bytes(data)
-            print(f"{PICTURES / file}: {len(data) / 1000:.0f} kB")
+        print(f"differing from the results: {', '.join(differing)}" if differing else "all blocks match the results")
+        return int(bool(differing))
+    _draw()
     return 0
+
+
+def _draw() -> None:
+    """Write the pictures of all experiments that were run."""
+    PICTURES.mkdir(exist_ok=True)
+    for name in EXPERIMENTS:
+        report = found(name)
+        if report is not None:
+            module = importlib.import_module(f"scripts.experiments.{name}")
+            drawn = module.pictures(report) | (gain.pictures(report) if name == "merging" else {})
+            for file, data in drawn.items():
+                (PICTURES / file).write_bytes(data)
+                print(f"{PICTURES / file}: {len(data) / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

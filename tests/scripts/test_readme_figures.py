@@ -1,4 +1,4 @@
-"""The README's prose has no measured figure: those stand in blocks that are made from JSON files."""
+"""The prose of every README.md has no measured figure: figures stand in blocks that are made from JSON files."""
 
 import re
 
@@ -6,9 +6,9 @@ import pytest
 
 from scripts import ROOT
 from scripts.experiments import report
+from tests.readmes import READMES, named, without_code
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"<!-- results: (\w+) -->.*?<!-- end of results: \1 -->", re.DOTALL)
 WORDS = "two|three|four|five|six|seven|eight|nine|ten|twenty|hundred|thousand|million"
 UNITS = "CPU-[a-z]+|seconds?|s|ms|minutes?|hours?|[kMGT]i?B|bytes?|percent|points?|times|(?:plain[ ])?passes"
 FIGURE = re.compile(
@@ -22,8 +22,8 @@ FIGURE = re.compile(
     )""",
     re.VERBOSE,
 )
-# Why a figure may be typed: words that it stands in, each of them once or more in the README. A reason that is a test
-# names the one that holds what is promised.
+# Reason -> phrases whose figures may be typed; each phrase stands in at least one README.md. A reason that names a test
+# is a promise that this test keeps.
 ALLOWED = {
     "title of a section": ["In 60 seconds"],
     "version": ["mergekit `>=0.1.5,<0.2`", "(0.50.2 was used, on the CPU)", "Apache-2.0"],
@@ -49,7 +49,7 @@ ALLOWED = {
     ],
     "setting of an experiment": ["25 to 90 % of them, five seeds"],
     "twice the spacing of float32": ["closer than 2.4e-7 of themselves"],
-    "tolerance of scripts/check_states": ["(Adafactor to 1e-6)"],
+    "tolerance of scripts.checkpoints.check": ["(Adafactor to 1e-6)"],
     "tests/fisher/test_compact.py::test_the_bound_holds_for_any_float32": ["a relative error below 4 % and 40 %"],
     "tests/fisher/test_compact.py::test_sizes": ["A dense Fisher takes 26 % and 13 % of float32"],
     "tests/estimators/test_architectures.py::test_given_labels_example_by_example": [
@@ -62,13 +62,15 @@ ALLOWED = {
 
 
 def prose(text):
-    """Return the README without blocks of results and of code, on one line."""
-    lines = BLOCK.sub("", text).splitlines()
-    return " ".join(" ".join(line for line in lines if not line.startswith("    ")).split())
+    """Return a README without its generated blocks and its code, on one line."""
+    return " ".join(without_code(report.BLOCK.sub("", text)).split())
+
+
+PROSE = {named(file): prose(file.read_text(encoding="utf-8")) for file in READMES}
 
 
 def figures(text):
-    """Return the figures that no phrase allows, each with what stands around it."""
+    """Return the figures that no phrase allows, each with the words around it."""
     phrases = [phrase for allowed in ALLOWED.values() for phrase in allowed]
     spans = [found.span() for phrase in phrases for found in re.finditer(re.escape(phrase), text)]
     return [
@@ -78,15 +80,16 @@ def figures(text):
     ]
 
 
-def test_no_figure_is_typed():
+@pytest.mark.parametrize("name", PROSE)
+def test_no_figure_is_typed(name):
     """Each number with a unit, power of ten or fraction outside of the blocks is on the list."""
-    assert figures(prose(README)) == []
+    assert figures(PROSE[name]) == []
 
 
 @pytest.mark.parametrize("phrase", [phrase for allowed in ALLOWED.values() for phrase in allowed])
 def test_the_list_has_nothing_that_is_gone(phrase):
-    """What is allowed still stands there, and has a figure."""
-    assert phrase in prose(README)
+    """Each phrase stands in a README.md, and has a figure."""
+    assert any(phrase in text for text in PROSE.values())
     assert FIGURE.search(phrase)
 
 
@@ -118,12 +121,23 @@ def test_a_promise_is_held_by_a_test(reason):
     ],
 )
 def test_a_typed_figure_is_found(typed):
-    """Whatever its unit is, in prose or in a table of one's own."""
+    """The unit does not matter, nor whether the figure is in prose or in a table."""
     assert figures(prose(f"{README}\n{typed}\n"))
 
 
+@pytest.mark.parametrize(
+    "hidden", ["    it took 9 s\n", "```text\nit took 9 s\n```\n", "<!-- BEGIN x -->9 s<!-- END x -->\n"]
+)
+def test_code_and_blocks_are_left_out(hidden):
+    """A figure in code or in a generated block is not typed by hand."""
+    assert figures(prose(f"{README}\n\n{hidden}")) == []
+
+
 def test_blocks_are_those_that_are_made():
-    """Each has its place once and its file, and each file is shown."""
-    names = BLOCK.findall(README)
-    assert sorted(names) == sorted(report.EXPERIMENTS + report.BENCHMARKS)
-    assert all(report.found(name) for name in names)
+    """Each block has one place, in the file that report.py fills, and its results."""
+    found = {file: report.BLOCK.findall(file.read_text(encoding="utf-8")) for file in READMES}
+    assert sorted(found.pop(report.EVIDENCE)) == sorted(report.EXPERIMENTS)
+    assert sorted(found.pop(report.COMMANDS)) == sorted(report.BENCHMARKS)
+    assert found.pop(report.README) in ([], [report.GAIN])
+    assert not any(found.values())
+    assert all(report.found(name) for name in report.EXPERIMENTS + report.BENCHMARKS)

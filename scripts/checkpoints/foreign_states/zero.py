@@ -85,20 +85,24 @@ def _steps(run: Any) -> int:
     return int(next(iter(inner.state.values()))["step"])
 
 
-def through_trainer(out: Path, stage: int, **zero: Any) -> Made:
-    """Train with the Hugging Face Trainer over DeepSpeed, which saves the last step."""
-    from transformers import Trainer, TrainingArguments
-
-    config = {
+def _config(stage: int, zero: Mapping[str, Any]) -> dict[str, Any]:
+    """Return DeepSpeed's configuration for an optimizer that the Trainer or accelerate makes."""
+    return {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": stage, **zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def through_trainer(out: Path, stage: int, **zero: Any) -> Made:
+    """Train with the Hugging Face Trainer over DeepSpeed, which saves the last step."""
+    from transformers import Trainer, TrainingArguments
+
     settings = {"max_steps": STEPS, "per_device_train_batch_size": BATCH, "save_steps": STEPS, "optim": "adamw_torch"}
     quiet = {"report_to": [], "disable_tqdm": True, "logging_steps": 1, "adam_beta2": BETAS[1], "max_grad_norm": 0.5}
-    arguments = TrainingArguments(str(out / "run"), deepspeed=config, **settings, **quiet)
+    arguments = TrainingArguments(str(out / "run"), deepspeed=_config(stage, zero), **settings, **quiet)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     rows = [row for ids in batches(0, 1, STEPS * ranks) for row in ids]
     data = [{"input_ids": row, "labels": row} for row in rows]
@@ -119,14 +123,7 @@ def through_accelerate(out: Path, stage: int, **zero: Any) -> Made:
     from accelerate import Accelerator, DeepSpeedPlugin
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    config = {
-        "train_micro_batch_size_per_gpu": BATCH,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": stage, **zero},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=_config(stage, zero)))
     model = tiny()
     wrapped, optimizer = accelerator.prepare(model, adamw(groups_of(model, True)))
     rank, ranks = dist.get_rank(), dist.get_world_size()

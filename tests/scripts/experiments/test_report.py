@@ -2,14 +2,48 @@
 
 import pytest
 
-from scripts.experiments import report
+from scripts.experiments import gain, merging, report, tables
 from tests.scripts.commands import run
 
 
 def test_the_readme_says_what_the_results_say(capsys):
     """Every table of an experiment is made from its JSON file, to the digit."""
     assert report.main(["--check"]) == 0, "run python -m scripts.experiments.report"
-    assert "the README says what the results say" in capsys.readouterr().out
+    assert "all blocks match the results" in capsys.readouterr().out
+
+
+def test_a_block_that_differs_is_reported_and_rewritten(tmp_path, monkeypatch, capsys):
+    """--check names the file and changes nothing; without it the block is made again."""
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- BEGIN gain -->\nold\n<!-- END gain -->\nafter\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "PICTURES", tmp_path / "pictures")
+    monkeypatch.setattr(report, "EXPERIMENTS", ())
+    monkeypatch.setattr(report, "blocks", lambda: {file: {"gain": gain.block(report.found("merging"))}})
+    assert report.main(["--check"]) == 1
+    assert "differing from the results: README.md" in capsys.readouterr().out
+    assert "\nold\n" in file.read_text()
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    assert file.read_text().startswith("before\n<!-- BEGIN gain -->\n|  | ")
+    assert file.read_text().endswith("\n<!-- END gain -->\nafter\n")
+
+
+def test_a_block_without_a_place_is_an_error():
+    """The message has both marks to add."""
+    with pytest.raises(ValueError, match="<!-- BEGIN cost --> and <!-- END cost -->"):
+        report.written("no marks", {"cost": "text"})
+
+
+def test_the_gain_is_that_of_the_results():
+    """The table of the top README.md has the means of ``merging`` over tasks and seeds, for both starts."""
+    found = report.found("merging")
+    text = gain.block(found)
+    for heads in gain.SETTINGS:
+        squisher, linear = (merging.means(found, heads, row) for row in ("squisher", "linear"))
+        assert f"| {tables.mean_sd(squisher)} |" in text
+        assert tables.mean_sd([one - other for one, other in zip(squisher, linear, strict=True)]) in text
+    assert [line.split(" |")[0].strip("| ") for line in text.splitlines()[2:7]] == list(gain.ROWS.values())
 
 
 def test_every_result_is_of_a_full_run():

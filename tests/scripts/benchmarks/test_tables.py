@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
+from scripts.benchmarks import tables as benchmarks
 from scripts.benchmarks.applications import CASES
 from scripts.benchmarks.fisher_models import build, task_of, terms
 from scripts.benchmarks.report import write_report
-from scripts.experiments import benchmarks, report, runner
+from scripts.experiments import report, runner
 from tests.scripts.commands import run
 
 
