@@ -14,7 +14,6 @@ from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.hub import download, parse_id
 
 PATTERNS = [f"{BASENAME}.safetensors", f"{BASENAME}-*.safetensors", f"{BASENAME}.safetensors.index.json", CONFIG_NAME]
-STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]
 FISHER_REVISION = "fisher"
 
 
@@ -28,38 +27,39 @@ def is_ours(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in PATTERNS)
 
 
-def resolve(source: str, cache_dir: str | None = None, *, state: bool = True) -> Path:
-    """Download the portable Fisher, or else the optimizer state, of a Hub id.
+def download_fisher(source: str, cache_dir: str | None = None) -> Path:
+    """Download the portable Fisher of a Hub id.
 
     Args:
-        source: ``org/name[@revision]``. The default revision is searched first, then revision ``fisher``.
+        source: ``org/name[@revision]``. Without a revision, the default one is searched first, then ``fisher``.
         cache_dir: The cache; by default Hugging Face's own.
-        state: Allow the download of optimizer state, which can be many times the size of the model.
 
     Returns:
         The local folder.
 
     Raises:
-        NotFoundError: ``source`` is not a Hub id, cannot be reached, or has neither.
+        NotFoundError: ``source`` is not a Hub id, cannot be reached, or has no portable Fisher.
     """
-    repo, revision = parse_id(source, "a Fisher must be a file, a folder")
-    found = find_beside(repo, revision, cache_dir, also=() if revision else (FISHER_REVISION,))
+    found = find_by_id(source, cache_dir)
     if isinstance(found, Path):
         return found
-    if not state:
-        raise NotFoundError(
-            f"no {BASENAME}.safetensors at {source} on the Hub or in its cache: {found}; optimizer state is not "
-            f"downloaded unasked: if the repository has it, run squisher extract {source} -o OUT and give OUT"
-        )
-    folder = download(repo, revision, STATE_PATTERNS, cache_dir)
-    if isinstance(folder, Path) and any((folder / name).exists() for name in STATE_PATTERNS[:2]):
-        return folder
     raise NotFoundError(
-        f"no {BASENAME}.safetensors and no optimizer state at {source} on the Hub or in its cache: {found}"
+        f"no {BASENAME}.safetensors at {source} on the Hub or in its cache: {found}; optimizer state is not "
+        f"downloaded unasked: if the repository has it, run squisher extract {source} -o OUT and give OUT"
     )
 
 
-def find_beside(
+def find_by_id(source: str, cache_dir: str | None = None) -> Path | str:
+    """Download the portable Fisher of a Hub id, or return the reason of the failure in words.
+
+    Raises:
+        NotFoundError: ``source`` is not a Hub id.
+    """
+    repo, revision = parse_id(source, "a Fisher must be a file, a folder")
+    return find_fisher(repo, revision, cache_dir, also=() if revision else (FISHER_REVISION,))
+
+
+def find_fisher(
     repo: str, revision: str | None, cache_dir: str | None = None, also: tuple[str, ...] = (FISHER_REVISION,)
 ) -> Path | str:
     """Download the portable Fisher of a Hub model: at the model's revision, else at revision ``fisher``.
@@ -84,7 +84,7 @@ def find_beside(
     return "; ".join(f"at revision {candidate}, {why}" for candidate, why in reasons.items())
 
 
-def named(fisher: Fisher, path: Path) -> Fisher:
+def with_hub_location(fisher: Fisher, path: Path) -> Fisher:
     """Return a Fisher whose location is ``org/name@commit``, if it comes from a snapshot in a Hub cache.
 
     Args:
@@ -133,7 +133,7 @@ def pull(source: str, out: Path) -> Fisher:
         CorruptFileError: A file in the repository is truncated or damaged.
     """
     check_free(out)
-    cached = resolve(source, state=False)
+    cached = download_fisher(source)
     try:
         with written_beside(out) as folder:
             for path in cached.iterdir():

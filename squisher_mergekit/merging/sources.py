@@ -124,7 +124,7 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None) -> Path:
     """
     if value != "auto":
         path = Path(value).expanduser()
-        return path if path.exists() else hub.resolve(value, cache_dir, state=False)
+        return path if path.exists() else hub.download_fisher(value, cache_dir)
     if model.adapter:
         raise NotFoundError(
             f"{model.label} is a model with a LoRA applied, whose Fisher must be named: the second moments of the "
@@ -134,7 +134,7 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None) -> Path:
     if has_fisher(folder) or find_state(folder) is not None:
         return folder
     if model.repo is not None:
-        found = hub.find_beside(*model.repo, cache_dir)
+        found = hub.find_fisher(*model.repo, cache_dir)
         if isinstance(found, Path):
             return found
         raise NotFoundError(

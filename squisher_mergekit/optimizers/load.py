@@ -15,8 +15,11 @@ from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
+from squisher_mergekit.tensors.hub import download as download_files
+from squisher_mergekit.tensors.hub import split_revision
 
 LOG = logging.getLogger("squisher_mergekit")
+_STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]
 # Files of trainers whose checkpoints cannot be read, named in the refusal.
 _FOREIGN = {
     "distrib_optim.pt": "Megatron-LM's; convert it to a Hugging Face checkpoint and estimate a Fisher from data",
@@ -30,6 +33,27 @@ def find_state(folder: Path) -> Path | None:
     """Return the file or folder of the optimizer's state in a checkpoint; None if there is none."""
     found = layouts.find(folder)
     return found[1] if found else None
+
+
+def download(source: str) -> Path:
+    """Download the portable Fisher of a Hub id, or else its optimizer state.
+
+    Args:
+        source: ``org/name[@revision]``.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        NotFoundError: ``source`` is not a Hub id, cannot be reached, or has neither.
+    """
+    found = hub.find_by_id(source)
+    if isinstance(found, Path):
+        return found
+    folder = download_files(*split_revision(source), _STATE_PATTERNS, None)
+    if isinstance(folder, Path) and any((folder / name).exists() for name in _STATE_PATTERNS[:2]):
+        return folder
+    raise NotFoundError(f"no fisher.safetensors and no optimizer state at {source} on the Hub or in its cache: {found}")
 
 
 def load_fisher(
@@ -65,7 +89,7 @@ def load_fisher(
     """
     path = Path(source).expanduser()
     if not path.exists():
-        path = hub.resolve(str(source))
+        path = download(str(source))
     tuned, before = _weights(model, "--model"), _weights(base, "--base")
     if has_fisher(path) if path.is_dir() else path.suffix in (".safetensors", ".json"):
         fisher = read_fisher(path)

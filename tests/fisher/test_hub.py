@@ -18,6 +18,7 @@ from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import has_fisher, read_fisher, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.optimizers import load
 from squisher_mergekit.tensors.hub import split_revision
 from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests import hub_server
@@ -58,8 +59,8 @@ def test_a_fisher_is_found_by_its_id_and_revision(cache):
     """Without a revision main is taken, with one that one."""
     _write(_snapshot(cache, "org/name", "main"), 1)
     _write(_snapshot(cache, "org/name", "v2"), 2)
-    assert _value(hub.resolve("org/name")) == 1
-    assert _value(hub.resolve("org/name@v2")) == 2
+    assert _value(hub.download_fisher("org/name")) == 1
+    assert _value(hub.download_fisher("org/name@v2")) == 2
     assert load_fisher("org/name@v2")["w"].tolist() == [2.0] * 3
 
 
@@ -67,9 +68,9 @@ def test_a_cache_of_ones_own_is_used(tmp_path_factory):
     """cache_dir says where to look."""
     other = tmp_path_factory.mktemp("other")
     _write(_snapshot(other, "org/name", "main"), 3)
-    assert _value(hub.resolve("org/name", str(other))) == 3
+    assert _value(hub.download_fisher("org/name", str(other))) == 3
     with pytest.raises(NotFoundError):
-        hub.resolve("org/name")
+        hub.download_fisher("org/name")
 
 
 def test_optimizer_state_is_found_where_it_is_asked_for_by_name(cache):
@@ -85,40 +86,40 @@ def test_optimizer_state_is_found_where_it_is_asked_for_by_name(cache):
 def test_what_is_in_no_cache_and_out_of_reach_is_refused(cache):
     """Nothing there is one line that names the id."""
     with pytest.raises(NotFoundError, match="org/nothing") as caught:
-        hub.resolve("org/nothing")
+        hub.download_fisher("org/nothing")
     assert "\n" not in str(caught.value)
     folder = _snapshot(cache, "org/model", "main")
     (folder / "config.json").write_text("{}")
     with pytest.raises(NotFoundError, match="no optimizer state at org/model"):
-        hub.resolve("org/model")
+        load.download("org/model")
 
 
 @pytest.mark.parametrize("source", ["name", "a/b/c", "/abs/path", "./here/there", "../up", "~/home", "", "@rev"])
 def test_what_is_no_id_is_taken_for_a_missing_path(source):
     """Only org/name[@revision] goes to the Hub; all else is a path that is not there."""
     with pytest.raises(NotFoundError, match="there is no"):
-        hub.resolve(source)
+        hub.download_fisher(source)
 
 
 def test_beside_a_model_its_own_revision_comes_before_the_branch_fisher(cache):
     """Our files at the model's revision, then at revision fisher, else None."""
-    assert "not in the cache, and HF_HUB_OFFLINE is set" in hub.find_beside("org/model", None)
+    assert "not in the cache, and HF_HUB_OFFLINE is set" in hub.find_fisher("org/model", None)
     (_snapshot(cache, "org/model", "main") / "config.json").write_text("{}")
-    assert "at revision main, no fisher.safetensors there" in hub.find_beside("org/model", None)
+    assert "at revision main, no fisher.safetensors there" in hub.find_fisher("org/model", None)
     _write(_snapshot(cache, "org/model", "fisher"), 5)
-    assert _value(hub.find_beside("org/model", None)) == 5
+    assert _value(hub.find_fisher("org/model", None)) == 5
     _write(_snapshot(cache, "org/model", "v2"), 6)
-    assert _value(hub.find_beside("org/model", "v2")) == 6
-    assert _value(hub.find_beside("org/model", "v3")) == 5
+    assert _value(hub.find_fisher("org/model", "v2")) == 6
+    assert _value(hub.find_fisher("org/model", "v3")) == 5
 
 
 def test_without_a_revision_the_branch_fisher_comes_next(cache):
     """org/name is looked for at main, then at fisher; a given revision is the only one."""
     (_snapshot(cache, "org/model", "main") / "config.json").write_text("{}")
     _write(_snapshot(cache, "org/model", "fisher"), 5)
-    assert _value(hub.resolve("org/model")) == 5
+    assert _value(hub.download_fisher("org/model")) == 5
     with pytest.raises(NotFoundError, match=r"at revision main, no fisher\.safetensors there"):
-        hub.resolve("org/model@main")
+        hub.download_fisher("org/model@main")
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_a_merge_never_fetches_optimizer_state(server, tmp_path):
     assert "squisher extract org/m0 -o OUT" in result.output
     assert not (tmp_path / "out").exists()
     assert server.fetched() == []
-    assert (hub.resolve("org/m0") / "optimizer.pt").read_bytes() == files["optimizer.pt"]
+    assert (load.download("org/m0") / "optimizer.pt").read_bytes() == files["optimizer.pt"]
     assert server.fetched() == ["config.json", "optimizer.pt"]
 
 
@@ -285,10 +286,10 @@ def test_what_the_hub_does_not_have_is_one_line(server, tmp_path, private):
     """A repository that is missing or private to others, and a missing revision, are said so."""
     server.add("org/other", {}).private = private
     with pytest.raises(NotFoundError, match="no such repository" if private else "no such revision"):
-        hub.resolve("org/other@v9")
+        hub.download_fisher("org/other@v9")
     server.broken = 500
     with pytest.raises(NotFoundError, match="not in the cache, and the Hub cannot be reached"):
-        hub.resolve("org/other@v9")
+        hub.download_fisher("org/other@v9")
 
 
 def test_pull_makes_a_plain_folder_of_our_files(server, tmp_path):
