@@ -59,7 +59,7 @@ def command(
     from squisher_mergekit.tensors.atomic import write_json
     from squisher_mergekit.tensors.hub import progress_bars
 
-    publish.check(repo)
+    publish.check_repository(repo)
     opened = load_fisher(fisher, model)
     bar = tqdm(list(opened), desc="Compressing", unit="tensor", disable=quiet, delay=2)
     with tempfile.TemporaryDirectory(prefix="squisher-push-") as folder:

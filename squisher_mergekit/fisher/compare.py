@@ -182,9 +182,8 @@ def compare(
 
     Example:
         >>> from squisher_mergekit.fisher.config import FisherConfig
-        >>> from squisher_mergekit.tensors.safetensors import MemoryStore
         >>> a, b = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 2.0, 4.0])
-        >>> result = compare(*(Fisher(MemoryStore({"w": each}), FisherConfig()) for each in (a, b)))
+        >>> result = compare(*(Fisher({"w": tensor}, FisherConfig()) for tensor in (a, b)))
         >>> result.over_all.spearman, result.over_all.ratio, result.over_all.factor, result.zeros
         (1.0, 0.5, 2.0, (0, 0, 1))
     """

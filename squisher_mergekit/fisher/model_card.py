@@ -1,4 +1,4 @@
-"""The section of a model card that says what a Fisher is, where it comes from, and how to merge by it."""
+"""Section of a model card about a published Fisher: its purpose, its provenance, an example merge."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ BEGIN = "<!-- squisher-mergekit: begin of the Fisher section; replaced by the ne
 END = "<!-- squisher-mergekit: end of the Fisher section -->"
 HEADER = "---\nlibrary_name: squisher-mergekit\ntags:\n- mergekit\n- fisher\n- squisher\n---\n"
 
-_PURPOSE = """A diagonal Fisher says how much each weight of a model matters to what the model was trained on. With it,
-[squisher-mergekit](https://pypi.org/project/squisher-mergekit/) merges this model with others of its family, without
-data: each entry of the result is the mean of the models' entries, weighted by their Fishers."""
-_ADAPTER = """This is the Fisher of a LoRA adapter, under the names in `adapter_model.safetensors`. It says nothing of
-the merged weights: a merge of full models by it is refused."""
+_PURPOSE = """A diagonal Fisher measures how much each weight of a model matters to its training task. With it,
+squisher-mergekit merges this model with others of its family, without data: each entry of the result is the mean of the
+models' entries, weighted by their Fishers."""
+_ADAPTER = """This is the Fisher of a LoRA adapter, with the names in `adapter_model.safetensors`. It does not measure
+the merged weights: squisher-mergekit refuses a merge of full models with it."""
 
 
 def section(config: FisherConfig, source: str, model: str, size: str) -> str:
-    """Return the section for one Fisher, between its two markers; what is not known is shown as unknown.
+    """Return the section for one Fisher, between its two markers.
 
     Args:
-        config: The metadata.
-        source: Where it is published, ``org/name[@revision]``.
-        model: The model it belongs to, ``org/name``, for the example.
-        size: Its size in words.
+        config: The metadata. An unknown value is shown as "unknown".
+        source: Hub id of the Fisher, ``org/name[@revision]``.
+        model: Hub id of its model, ``org/name``, for the example.
+        size: Size of its files, in words.
 
     Returns:
-        Markdown, with no path and no host name in it.
+        Markdown, without paths or host names.
 
     Example:
         >>> print(section(FisherConfig(), "org/name@fisher", "org/name", "3 kB").splitlines()[2])
@@ -52,17 +52,17 @@ def section(config: FisherConfig, source: str, model: str, size: str) -> str:
 
 
 def insert(readme: str | None, text: str) -> str:
-    r"""Put a section into a README: in place of the one between the markers, else at the end.
+    r"""Insert a section into a README: in place of the section between the markers, else at the end.
 
     Args:
-        readme: The README as it is; None where there is none, which gives one with a YAML header.
-        text: What :func:`section` gave.
+        readme: The README; None to make one with a YAML header.
+        text: The section, from :func:`section`.
 
     Returns:
-        The README; all that is not between the markers stays as it was.
+        The README, unchanged outside the markers.
 
     Raises:
-        ConfigError: It has one marker without the other, or several.
+        ConfigError: The README does not have each marker once and in order.
 
     Example:
         >>> old = f"# Mine\n\n{BEGIN}\nold\n{END}\nmore\n"
@@ -79,13 +79,13 @@ def insert(readme: str | None, text: str) -> str:
     if begins != 1 or ends != 1 or stop < start:
         raise ConfigError(
             "README.md must have the two marker lines of the Fisher section once each and in order, or neither, but "
-            f"has {begins} and {ends}; remove what is left of the section there"
+            f"has {begins} and {ends}; remove the rest of the section there"
         )
     return readme[:start] + text + readme[stop + len(END) :]
 
 
 def _facts(config: FisherConfig, size: str) -> list[tuple[str, object]]:
-    """Return what the table says, name and value."""
+    """Return the rows of the table, as names and values."""
     optimizer, source, coverage = config.optimizer, config.source, config.coverage
     total = coverage.with_ + len(coverage.without)
     kind = " ".join(filter(None, (config.estimator, config.statistic))) or None
@@ -110,12 +110,12 @@ def _facts(config: FisherConfig, size: str) -> list[tuple[str, object]]:
 
 
 def _default(value: object) -> object:
-    """Return one value of those that may differ between parameters, and say that they do."""
+    """Return the default of a value per parameter, with a note that others differ."""
     return f"{value.get('default')}, others for some tensors" if isinstance(value, dict) else value
 
 
 def _cell(value: object) -> str:
-    """Write a value so that it stays in its cell of a table."""
+    """Return a value as the text of one table cell."""
     if value is None:
         return "unknown"
     text = f"{value:g}" if isinstance(value, float) else str(value)
@@ -123,7 +123,7 @@ def _cell(value: object) -> str:
 
 
 def _example(source: str, model: str) -> list[str]:
-    """Return a merge by this Fisher and another."""
+    """Return the lines of an example merge with this Fisher and another."""
     return [
         "```yaml",
         "merge_method: squisher",
@@ -131,13 +131,12 @@ def _example(source: str, model: str) -> list[str]:
         f"  - model: {model}",
         "    parameters:",
         f"      fisher: {source}",
-        "  - model: another/model          # of the same family; its own Fisher",
+        "  - model: another/model          # a model of the same family, with its own Fisher",
         "    parameters:",
         "      fisher: another/model@fisher",
         f"base_model: {model}",
         "```",
         "",
-        "    pip install squisher-mergekit",
         "    mergekit-yaml merge.yml merged",
         "",
     ]

@@ -1,4 +1,4 @@
-"""Publish a Fisher on the Hugging Face Hub: made small, with what that costs, in one commit with its card."""
+"""Upload of a Fisher to the Hugging Face Hub: compressed, with its measured error, in one commit with its card."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ _SAMPLE = 1_000_000
 
 @dataclass(frozen=True)
 class Prepared:
-    """A portable Fisher that is ready to be published, and what its size costs.
+    """Portable Fisher that is ready for upload, with its size and error.
 
-    ``before``, ``after``: bytes of the tensors as they were, and of the files. ``agreement``: of the Fisher as it was
-    (A) with what is published (B); None where nothing was changed. ``sample``: over how many entries its rank
-    correlation and factor are.
+    Args:
+        folder: The folder of the files.
+        config: The metadata in the files.
+        before: Bytes of the tensors before compression.
+        after: Bytes of the files.
+        agreement: The agreement of the original (A) with the compressed Fisher (B); None if nothing changed.
+        sample: Number of entries behind the agreement's rank correlation and factor.
     """
 
     folder: Path
@@ -49,7 +53,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Published:
-    """A commit on the Hub and the files of ours that are at its revision now."""
+    """Commit of a Fisher on the Hub.
+
+    Args:
+        repo: ``org/name``.
+        revision: The branch.
+        commit: Hash of the commit.
+        url: Address of the commit.
+        files: Names of the uploaded files.
+    """
 
     repo: str
     revision: str
@@ -58,14 +70,14 @@ class Published:
     files: tuple[str, ...]
 
 
-def check(repo: str) -> None:
-    """Refuse at once what no upload can come of.
+def check_repository(repo: str) -> None:
+    """Raise if an upload to a repository cannot succeed.
 
     Args:
-        repo: Where to publish, ``org/name``.
+        repo: The repository, ``org/name``.
 
     Raises:
-        ConfigError: It is no Hub id, HF_HUB_OFFLINE is set, or there is no token.
+        ConfigError: ``repo`` is not a Hub id, HF_HUB_OFFLINE is set, or no token is stored.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -83,7 +95,7 @@ def check(repo: str) -> None:
 
 
 def is_compressed(config: FisherConfig) -> bool:
-    """Return whether a Fisher is kept in a compact code.
+    """Return True if a tensor of a Fisher is in a compact form.
 
     Example:
         >>> is_compressed(FisherConfig()), is_compressed(FisherConfig(encoding={"default": "rank1"}))
@@ -93,16 +105,16 @@ def is_compressed(config: FisherConfig) -> bool:
 
 
 def prepare(fisher: Fisher, out: Path, compress: str | None = None, progress: Iterable[str] | None = None) -> Prepared:
-    """Make the files to publish, and measure what their size costs.
+    """Make the files for an upload, and measure the error of their compression.
 
     Args:
-        fisher: What to publish.
-        out: A folder to write to, if anything has to be written.
-        compress: ``rank1``, ``log8``, ``log4`` or ``none``; None for rank1 where the Fisher is not compact yet.
+        fisher: The Fisher.
+        out: Folder for new files.
+        compress: ``rank1``, ``log8``, ``log4`` or ``none``; by default ``rank1``, or ``none`` for a compact Fisher.
         progress: The names of ``fisher``, wrapped in a progress bar.
 
     Returns:
-        The folder with the files, which is the Fisher's own where nothing has to be changed.
+        The files, in ``out``, or in the Fisher's own folder if nothing has to change.
 
     Raises:
         ConfigError: ``compress`` is unknown.
@@ -110,14 +122,14 @@ def prepare(fisher: Fisher, out: Path, compress: str | None = None, progress: It
     """
     before = sum(fisher.info(name).nbytes for name in fisher)
     code = compress or ("none" if is_compressed(fisher.config) else COMPRESS)
-    own = _own_folder(fisher)
-    if code == "none" and own is not None:
-        return Prepared(own, fisher.config, before, _size(own), None, 0)
+    source = _portable_folder(fisher)
+    if code == "none" and source is not None:
+        return Prepared(source, fisher.config, before, _size(source), None, 0)
     write_fisher(fisher, out, torch.float32, progress, compress=None if code == "none" else code)
     written = read_fisher(out)
     if code == "none":
         return Prepared(out, written.config, before, _size(out), None, 0)
-    # Not raw: a compact Fisher is kept without Adagrad's start.
+    # Not raw: the compact Fisher lacks Adagrad's initial value.
     scaling = common_scaling(fisher, written)
     comparison = compare(fisher, written, scaling=scaling, sample=_SAMPLE, whole=False)
     return Prepared(out, written.config, before, _size(out), comparison.over_all, comparison.sample)
@@ -126,42 +138,42 @@ def prepare(fisher: Fisher, out: Path, compress: str | None = None, progress: It
 def publish(
     prepared: Prepared, repo: str, revision: str, message: str | None = None, private: bool = False
 ) -> Published:
-    """Upload a portable Fisher and the section on it in ``README.md``, in one commit.
+    """Upload a portable Fisher and its section in ``README.md``, in one commit.
 
-    The repository and the branch are made where they are missing. Files of an earlier Fisher at that revision that the
-    new one does not have are removed; no other file is touched.
+    The upload creates the repository and the branch if they are missing. It removes files of an earlier Fisher at that
+    revision that the new one lacks; it touches no other file.
 
     Args:
-        prepared: What :func:`prepare` gave.
+        prepared: The Fisher, from :func:`prepare`.
         repo: ``org/name``.
         revision: The branch.
-        message: Of the commit.
-        private: Make the repository private if it does not exist yet.
+        message: The commit message.
+        private: Make a new repository private.
 
     Returns:
         The commit.
 
     Raises:
-        ConfigError: The Hub refuses it, or ``private`` is asked of a repository that is public.
+        ConfigError: The Hub refuses the upload, or ``private`` is set for a public repository.
         NotFoundError: The Hub cannot be reached, or has no such revision.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    check(repo)
+    check_repository(repo)
     files = {path.name: path for path in sorted(prepared.folder.iterdir()) if is_ours(path.name)}
     with explained(f"push to {repo}", repo):
         api = HfApi(library_name="squisher-mergekit")
         head = _branch(api, repo, revision, private)
-        there = {sibling.rfilename for sibling in head.siblings or ()}
+        existing = {sibling.rfilename for sibling in head.siblings or ()}
         readme = model_card.insert(
-            _text(api, repo, str(head.sha)) if README in there else None, _section(prepared, repo, revision)
+            _text(api, repo, str(head.sha)) if README in existing else None, _section(prepared, repo, revision)
         )
         done = api.create_commit(
             repo,
             [
                 *(CommitOperationAdd(name, path) for name, path in files.items()),
                 CommitOperationAdd(README, readme.encode()),
-                *(CommitOperationDelete(name) for name in sorted(there) if is_ours(name) and name not in files),
+                *(CommitOperationDelete(name) for name in sorted(existing) if is_ours(name) and name not in files),
             ],
             commit_message=message or f"Fisher for merging ({prepared.config.estimator or 'unknown estimator'})",
             revision=revision,
@@ -171,7 +183,7 @@ def publish(
 
 
 def _branch(api: HfApi, repo: str, revision: str, private: bool) -> ModelInfo:
-    """Make the repository and the branch where they are missing; return what is at the branch."""
+    """Create the repository and the branch if they are missing; return the state of the branch."""
     api.create_repo(repo, private=private or None, exist_ok=True)
     if private and not api.model_info(repo).private:
         raise ConfigError(
@@ -184,20 +196,21 @@ def _branch(api: HfApi, repo: str, revision: str, private: bool) -> ModelInfo:
 
 
 def _text(api: HfApi, repo: str, commit: str) -> str:
-    """Return the README at a commit, with its line ends as they are."""
+    """Return the README at a commit, with unchanged line ends."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(api.hf_hub_download(repo, README, revision=commit, cache_dir=folder))
         return path.read_bytes().decode("utf-8")
 
 
 def _section(prepared: Prepared, repo: str, revision: str) -> str:
+    """Return the section of the model card."""
     source = repo if revision == "main" else f"{repo}@{revision}"
     config = prepared.config
     return model_card.section(config, source, config.source.model or repo, human_bytes(prepared.after))
 
 
-def _own_folder(fisher: Fisher) -> Path | None:
-    """Return the folder of a portable Fisher that is open whole; None for any other."""
+def _portable_folder(fisher: Fisher) -> Path | None:
+    """Return the folder of a Fisher that was opened from whole portable files, else None."""
     path = Path(fisher.location)
     if path.name == f"{BASENAME}.safetensors":
         path = path.parent
@@ -205,4 +218,5 @@ def _own_folder(fisher: Fisher) -> Path | None:
 
 
 def _size(folder: Path) -> int:
+    """Return the bytes of the Fisher's files in a folder."""
     return sum(path.stat().st_size for path in folder.iterdir() if is_ours(path.name))

@@ -1,4 +1,4 @@
-"""What a Fisher holds, in numbers: a row for each tensor, and one over all."""
+"""Statistics of a Fisher, per tensor and over all entries."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher, Moments, check_values
 
-# A bin of the histograms is a hundredth of a decade wide, from below float32's smallest number to above its largest.
+# The bins of the histograms cover the range of float32.
 BINS_PER_DECADE = 100
 FIRST_DECADE, LAST_DECADE = -46, 39
 
 
 @dataclass(frozen=True)
-class Row:
-    """One tensor: its entries at the summary's scaling, in units of one squared gradient; ``zeros`` is their share."""
+class TensorSummary:
+    """Statistics of one tensor, in units of one squared gradient at the summary's scaling.
+
+    Args:
+        name: Name of the tensor.
+        shape: Shape of the tensor.
+        dtype: dtype in the file.
+        minimum: Smallest entry.
+        median: Lower median.
+        maximum: Largest entry.
+        zeros: Share of entries that are exactly 0.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -34,14 +44,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """All rows, and over all entries: count, share of zeros, extremes, mean, and the median to 1.2 %.
+    """Statistics of a Fisher.
 
-    ``scaling``: at which scale all of it is.
-    ``histograms``: kind of layer -> number of positive entries in each bin of log10 F, ``BINS_PER_DECADE`` a decade.
-    ``zero_counts``: kind of layer -> number of entries that are exactly 0.
+    Args:
+        rows: Statistics of each tensor.
+        entries: Number of all entries.
+        mean: Mean over all entries.
+        histograms: Kind of layer -> number of positive entries in each bin of log10 F, ``BINS_PER_DECADE`` a decade.
+        zero_counts: Kind of layer -> number of entries that are exactly 0.
+        scaling: The scale of all numbers.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[TensorSummary, ...]
     entries: int
     mean: float
     histograms: dict[str, Tensor] = field(repr=False)
@@ -65,7 +79,7 @@ class Summary:
 
     @property
     def median(self) -> float:
-        """Lower median over all entries: the middle of its bin, so within a factor of 10^(1/200)."""
+        """Lower median over all entries, to a factor of 10^(1/200): the centre of its bin."""
         rank = (self.entries + 1) // 2 - sum(self.zero_counts.values())
         if rank <= 0:
             return 0.0
@@ -74,17 +88,16 @@ class Summary:
 
 
 def centre(index: int) -> float:
-    """Return log10 of the middle of a bin."""
+    """Return log10 of the centre of a bin."""
     return FIRST_DECADE + (index + 0.5) / BINS_PER_DECADE
 
 
 def known_scaling(fisher: Fisher) -> Scaling:
-    """Return ``debiased``, or ``raw`` where a number that it needs is not recorded.
+    """Return ``debiased`` if the metadata allow it, else ``raw``.
 
     Example:
         >>> from squisher_mergekit.fisher.config import FisherConfig
-        >>> from squisher_mergekit.tensors.safetensors import MemoryStore
-        >>> known_scaling(Fisher(MemoryStore({"w": torch.ones(3)}), FisherConfig(statistic="ema")))
+        >>> known_scaling(Fisher({"w": torch.ones(3)}, FisherConfig(statistic="ema")))
         'raw'
     """
     try:
@@ -96,28 +109,27 @@ def known_scaling(fisher: Fisher) -> Scaling:
 
 
 def summarize(fisher: Fisher, names: Iterable[str] | None = None, scaling: Scaling = "raw") -> Summary:
-    """Read every tensor once, one at a time, and describe it.
+    """Compute the statistics of a Fisher, reading each tensor once, one at a time.
 
     Args:
-        fisher: What to describe.
-        names: Its names, perhaps wrapped in a progress bar.
-        scaling: At which scale; it moves the numbers, and no scaled tensor is made.
+        fisher: The Fisher.
+        names: The names of ``fisher``, wrapped in a progress bar.
+        scaling: The scale of the numbers.
 
     Returns:
-        Rows in the order of the names.
+        The statistics, with rows in the order of the names.
 
     Raises:
-        ConfigError: A number that the scaling needs is not recorded.
+        ConfigError: The scaling needs a number that the metadata lack.
         ValuesError: An entry is NaN, infinite or negative.
 
     Example:
         >>> from squisher_mergekit.fisher.config import FisherConfig
-        >>> from squisher_mergekit.tensors.safetensors import MemoryStore
-        >>> summary = summarize(Fisher(MemoryStore({"w": torch.tensor([0.0, 1.0, 4.0])}), FisherConfig()))
+        >>> summary = summarize(Fisher({"w": torch.tensor([0.0, 1.0, 4.0])}, FisherConfig()))
         >>> summary.rows[0].median, round(summary.zeros, 3), summary.maximum
         (1.0, 0.333, 4.0)
     """
-    rows: list[Row] = []
+    rows: list[TensorSummary] = []
     sums = Moments()
     bins = (LAST_DECADE - FIRST_DECADE) * BINS_PER_DECADE
     histograms: dict[str, Tensor] = {}
@@ -135,20 +147,20 @@ def summarize(fisher: Fisher, names: Iterable[str] | None = None, scaling: Scali
         low, median, high = [(value.item() - offset) * factor for value in raw] or [0.0] * 3
         share = zeros / max(tensor.numel(), 1)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        rows.append(Row(name, tuple(tensor.shape), dtype, low, median, high, share))
+        rows.append(TensorSummary(name, tuple(tensor.shape), dtype, low, median, high, share))
     return Summary(tuple(rows), sums.count, sums.mean, histograms, dict(zero_counts), scaling)
 
 
 def _count(flat: Tensor, histogram: Tensor, offset: float, factor: float) -> None:
-    """Add the positive entries, scaled, to a histogram of their log10, a block at a time."""
+    """Count log10 of the positive scaled entries in a histogram, a block at a time."""
     for start in range(0, flat.numel(), Moments.BLOCK):
         block = (flat[start : start + Moments.BLOCK].to(torch.float64) - offset) * factor
-        places = (block[block > 0].log10() - FIRST_DECADE) * BINS_PER_DECADE
-        histogram += torch.bincount(places.long().clamp(0, len(histogram) - 1), minlength=len(histogram))
+        bins = (block[block > 0].log10() - FIRST_DECADE) * BINS_PER_DECADE
+        histogram += torch.bincount(bins.long().clamp(0, len(histogram) - 1), minlength=len(histogram))
 
 
 def human_bytes(size: int) -> str:
-    """Write a size with three digits.
+    """Return a size in bytes as text with three digits.
 
     Example:
         >>> human_bytes(28_000_000_000), human_bytes(512)
@@ -159,7 +171,7 @@ def human_bytes(size: int) -> str:
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of layer a parameter belongs to: its name without indices, ``weight`` and ``bias``.
+    """Return the kind of layer of a parameter: its name without indices, ``weight`` and ``bias``.
 
     Example:
         >>> kind_of("model.layers.3.mlp.up_proj.weight"), kind_of("bert.embeddings.LayerNorm.bias")

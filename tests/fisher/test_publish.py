@@ -174,11 +174,11 @@ def test_offline_and_bad_ids_are_refused_at_once(server, monkeypatch):
     """HF_HUB_OFFLINE and what is no org/name ask nothing of the Hub."""
     for repo in ("name", "a/b/c", "org/name@fisher", "org/--", ""):
         with pytest.raises(ConfigError, match="Hub id org/name"):
-            publish.check(repo)
-    publish.check(REPO)
+            publish.check_repository(repo)
+    publish.check_repository(REPO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
-        publish.check(REPO)
+        publish.check_repository(REPO)
     assert server.requests == []
 
 
