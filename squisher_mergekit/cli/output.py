@@ -1,45 +1,102 @@
-"""How the verbs print a Fisher, and write a report beside it."""
+"""Output that several commands share: the metadata of a Fisher, progress bars, reports and pictures in files."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from squisher_mergekit.cli.tables import name_lines, pairs
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from squisher_mergekit.fisher.config import FisherConfig
     from squisher_mergekit.fisher.mapping import Fisher
 
+T = TypeVar("T")
+
 _SHOWN = 20
+_BAR_DELAY = 2  # seconds
+
+
+def progress_bar(items: Iterable[T], label: str, quiet: bool, unit: str = "tensor") -> tqdm[T]:
+    """Return the items in a progress bar, which appears after two seconds."""
+    from tqdm import tqdm
+
+    return tqdm(list(items), desc=label, unit=unit, disable=quiet, delay=_BAR_DELAY)
+
+
+def write_report(file: Path | None, report: object) -> None:
+    """Write the report of a command as JSON, if ``--json`` was given.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    from squisher_mergekit.tensors.atomic import write_json
+
+    if file is not None:
+        with _writing("report", file):
+            write_json(file, report)
+
+
+def write_picture(file: Path, png: bytes) -> None:
+    """Write the picture of a command.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    from squisher_mergekit.tensors.atomic import write_whole
+
+    with _writing("picture", file):
+        write_whole(file, png)
+
+
+@contextmanager
+def _writing(noun: str, file: Path) -> Iterator[None]:
+    """Turn an operating system's error into one line."""
+    from squisher_mergekit.errors import ConfigError
+
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"the {noun} cannot be written to {file}: {error}; choose another file") from error
 
 
 def config_lines(config: FisherConfig, size: str) -> Iterator[str]:
-    """Say where a Fisher comes from, its steps and decay, how much of the model it covers, and its size.
+    """Yield the kind, source, optimizer, steps, size and coverage of a Fisher as lines.
 
     Args:
         config: The metadata.
         size: Number of tensors and bytes, in words.
     """
     optimizer, source = config.optimizer, config.source
-    kind = " ".join(filter(None, (config.estimator, config.statistic, f"of the {config.parameters}")))
-    yield f"kind       {kind}"
+    rows = [("kind", " ".join(filter(None, (config.estimator, config.statistic, f"of the {config.parameters}"))))]
     if source.layout:
-        yield f"source     {source.layout}: {', '.join(source.files)}"
+        rows.append(("source", f"{source.layout}: {', '.join(source.files)}"))
     if optimizer is not None:
-        yield f"optimizer  {optimizer.class_ or 'unknown class'}, beta2 {_short(optimizer.beta2)}"
-    yield f"steps      {_short(config.steps)}"
+        rows.append(("optimizer", f"{optimizer.class_ or 'unknown class'}, beta2 {_short(optimizer.beta2)}"))
+    rows.append(("steps", _short(config.steps)))
     for key in ("examples_per_step", "tokens_per_step", "num_examples"):
         value = getattr(config, key)
         if value is not None:
-            yield f"{key.replace('_', ' ')}  {value:g}"
+            rows.append((key.replace("_", " "), f"{value:g}"))
     if config.mean is not None and config.norm is not None:
-        yield f"debiased   mean {config.mean:.3g}, norm {config.norm:.3g}"
-    yield f"size       {size}"
-    yield from coverage_lines(config)
+        rows.append(("debiased", f"mean {config.mean:.3g}, norm {config.norm:.3g}"))
+    without = config.coverage.without
+    rows.append(("size", size))
+    rows.append(("coverage", f"{config.coverage.with_} tensors with a Fisher, {len(without)} without"))
+    yield from pairs(rows)
+    for reason in dict.fromkeys(without.values()):
+        yield f"  {reason}:"
+        names = [name for name, why in without.items() if why == reason]
+        yield from name_lines(names, _SHOWN, "    ", "listed under coverage in the metadata")
 
 
 def size_of(fisher: Fisher) -> str:
-    """Say how many bytes a Fisher takes, and in which encoding."""
+    """Return the bytes of a Fisher and their encodings, in words."""
     from squisher_mergekit.fisher.summary import human_bytes
 
     encoding = dict(fisher.config.encoding)
@@ -49,20 +106,8 @@ def size_of(fisher: Fisher) -> str:
     return f"{size} of {default}" + (f" ({', '.join(others)})" if others else "")
 
 
-def coverage_lines(config: FisherConfig) -> Iterator[str]:
-    """Say which tensors have no Fisher, reason by reason."""
-    without = config.coverage.without
-    yield f"coverage   {config.coverage.with_} tensors with a Fisher, {len(without)} without"
-    for reason in dict.fromkeys(without.values()):
-        names = [name for name, why in without.items() if why == reason]
-        yield f"  {reason}:"
-        yield from (f"    {name}" for name in names[:_SHOWN])
-        if len(names) > _SHOWN:
-            yield f"    and {len(names) - _SHOWN} more, listed under coverage in the metadata"
-
-
 def _short(value: object) -> str:
-    """Write a number, or a number a parameter, on one line."""
+    """Return a number, or a mapping with a number per parameter, on one line."""
     if isinstance(value, dict):
         others = {item for name, item in value.items() if name != "default"}
         return f"{value.get('default')} (others: {', '.join(str(item) for item in sorted(others))})"

@@ -1,0 +1,76 @@
+"""Options that several commands share, each written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+
+
+def combined(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Return one decorator that adds several options, in the order of the help text."""
+
+    def decorate(function: Command) -> Command:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def choice_option(name: str, values: list[str], text: str, default: str | None = None) -> Callable[[Command], Command]:
+    """Return an option with a fixed set of values, which shows its default."""
+    return click.option(name, type=click.Choice(values), default=default, show_default=True, help=text)
+
+
+def out_option(text: str = "The folder to write; it must not hold a Fisher yet.") -> Callable[[Command], Command]:
+    """Return the option for the output."""
+    return click.option("-o", "--out", type=PATH, required=True, help=text)
+
+
+def plot_option(text: str) -> Callable[[Command], Command]:
+    """Return the option for a picture."""
+    return click.option("--plot", type=PATH, help=f"{text} It needs matplotlib.")
+
+
+def scaling_option(text: str, default: str | None = "debiased") -> Callable[[Command], Command]:
+    """Return the option for the scale of F."""
+    return choice_option("--scaling", ["raw", "debiased", "per_example"], text, default)
+
+
+def seed_option(text: str) -> Callable[[Command], Command]:
+    """Return the option for the seed of random numbers."""
+    return click.option("--seed", type=int, default=0, show_default=True, help=text)
+
+
+model_option = click.option(
+    "--model", type=PATH, help="The weights, or their config.json, if the source does not contain them."
+)
+models_option = click.option(
+    "--model",
+    type=PATH,
+    multiple=True,
+    help="The weights, or their config.json, of Fishers from optimizer state: once for all, or once for each.",
+)
+naming_options = combined(
+    model_option,
+    click.option(
+        "--base",
+        type=PATH,
+        help="The model before training: for a LoRA (its config.json is enough), or to find frozen layers.",
+    ),
+    click.option("--names", type=PATH, help="Text file with one name a line: line i names the optimizer's parameter i."),
+)
+dtype_option = choice_option("--dtype", ["float32", "bfloat16"], "dtype of the tensors in the file.", "float32")
+strict_option = click.option("--strict", is_flag=True, help="Refuse a Fisher that was made at other weights.")
+quiet_option = click.option("--quiet", is_flag=True, help="Show no progress bar.")
+report_options = combined(
+    quiet_option, click.option("--json", "json_file", type=PATH, help="Write the report to this file as well.")
+)
