@@ -16,7 +16,9 @@ from squisher_mergekit.tensors.atomic import written_beside
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--strict", is_flag=True, help="Refuse a Fisher made at other weights, instead of a warning.")
-@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the report to FILE.")
+@click.option(
+    "--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the report to FILE."
+)
 @merge_options
 def command(config: Path, out: Path, strict: bool, json_file: Path | None, merge_options: Any) -> None:
     """Merge the models in CONFIG into the folder OUT, and print a report.

@@ -66,7 +66,9 @@ naming_options = combined(
         type=PATH,
         help="The model before training: for a LoRA (its config.json is enough), or to find frozen layers.",
     ),
-    click.option("--names", type=PATH, help="Text file with one name a line: line i names the optimizer's parameter i."),
+    click.option(
+        "--names", type=PATH, help="Text file with one name a line: line i names the optimizer's parameter i."
+    ),
 )
 dtype_option = choice_option("--dtype", ["float32", "bfloat16"], "dtype of the tensors in the file.", "float32")
 strict_option = click.option("--strict", is_flag=True, help="Refuse a Fisher that was made at other weights.")

@@ -9,7 +9,9 @@ import click
 @click.command("plan")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--strict", is_flag=True, help="Refuse a Fisher made at other weights, instead of a warning.")
-@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the preview to FILE.")
+@click.option(
+    "--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the preview to FILE."
+)
 @click.option("--transformers-cache", type=str, default=None, help="Folder for models and Fishers from the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Let transformers run the code of a model (dangerous).")
 @click.option("--allow-crimes", is_flag=True, help="Allow models of different architectures.")

@@ -87,12 +87,22 @@ PARAMETERS = (
     MergeParameter("fisher", "auto", _fisher, per_model=True, meaning="source of the model's Fisher"),
     MergeParameter("weight", 1.0, lambda v: _number(0, True, v), per_model=True, meaning="w_i"),
     MergeParameter("fisher_scale", 1.0, lambda v: _number(0, False, v), per_model=True, meaning="factor on the Fisher"),
-    MergeParameter("density", 1.0, _share, per_model=True, meaning="share of the task vector that is kept, chosen by F"),
+    MergeParameter(
+        "density", 1.0, _share, per_model=True, meaning="share of the task vector that is kept, chosen by F"
+    ),
     MergeParameter("scaling", "debiased", _one_of("debiased", "raw", "per_example"), meaning="scale of the Fisher"),
-    MergeParameter("normalize", "auto", _one_of("auto", "none", "mean", "l2"), meaning="divisor of each model's Fisher"),
+    MergeParameter(
+        "normalize", "auto", _one_of("auto", "none", "mean", "l2"), meaning="divisor of each model's Fisher"
+    ),
     MergeParameter("floor", 0.0, lambda v: _number(0, True, v), meaning="smallest F, relative to the tensor's mean F"),
     MergeParameter("missing", "error", _one_of("error", "average"), meaning="treatment of a tensor without a Fisher"),
-    MergeParameter("prior", 0.0, lambda v: _number(0, True, v), methods=(UBGM_SQUISHER,), meaning="d, relative to the tensor's mean F"),
+    MergeParameter(
+        "prior",
+        0.0,
+        lambda v: _number(0, True, v),
+        methods=(UBGM_SQUISHER,),
+        meaning="d, relative to the tensor's mean F",
+    ),
 )
 
 

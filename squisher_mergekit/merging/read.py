@@ -48,9 +48,7 @@ class LoadedFisher:
         if self.rows is not None:
             shared, unbased, axis = self.rows
             rows = Rows(shared.to(device), unbased.to(device), axis)
-        return replace(
-            self, tensor=moved(self.tensor), scores=moved(self.scores), origin=moved(self.origin), rows=rows
-        )
+        return replace(self, tensor=moved(self.tensor), scores=moved(self.scores), origin=moved(self.origin), rows=rows)
 
 
 def load_tensor(

@@ -61,7 +61,7 @@ class OpenFisher:
     def fisher(self) -> Fisher:
         """The Fisher; its names are those of the model's weights."""
         if self._fisher is None:
-            self._fisher = hub.named(self._read(), self._path)
+            self._fisher = hub.with_hub_location(self._read(), self._path)
         return self._fisher
 
     def close(self) -> None:

@@ -231,7 +231,12 @@ def _check_origin(item: WeightInput) -> None:
 
 
 def _plan_input(
-    method: str, item: WeightInput, sources: FisherSources, base: Path | None, can_convert: CanConvert, cache_dir: str | None
+    method: str,
+    item: WeightInput,
+    sources: FisherSources,
+    base: Path | None,
+    can_convert: CanConvert,
+    cache_dir: str | None,
 ) -> FisherUse | str:
     """Return the Fisher tensor of one model, or the reason why there is none."""
     label = item.model.label
