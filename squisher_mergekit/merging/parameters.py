@@ -83,26 +83,24 @@ def _fisher(value: Any) -> Any:
     raise ValueError("auto, none, a path or a Hub id (in memory: a mapping name -> tensor)")
 
 
+def _positive(value: Any) -> float:
+    return _number(0, False, value)
+
+
+def _not_negative(value: Any) -> float:
+    return _number(0, True, value)
+
+
 PARAMETERS = (
     MergeParameter("fisher", "auto", _fisher, per_model=True, meaning="source of the model's Fisher"),
-    MergeParameter("weight", 1.0, lambda v: _number(0, True, v), per_model=True, meaning="w_i"),
-    MergeParameter("fisher_scale", 1.0, lambda v: _number(0, False, v), per_model=True, meaning="factor on the Fisher"),
-    MergeParameter(
-        "density", 1.0, _share, per_model=True, meaning="share of the task vector that is kept, chosen by F"
-    ),
+    MergeParameter("weight", 1.0, _not_negative, per_model=True, meaning="w_i"),
+    MergeParameter("fisher_scale", 1.0, _positive, per_model=True, meaning="factor on the Fisher"),
+    MergeParameter("density", 1.0, _share, per_model=True, meaning="kept share of the task vector, chosen by F"),
     MergeParameter("scaling", "debiased", _one_of("debiased", "raw", "per_example"), meaning="scale of the Fisher"),
-    MergeParameter(
-        "normalize", "auto", _one_of("auto", "none", "mean", "l2"), meaning="divisor of each model's Fisher"
-    ),
-    MergeParameter("floor", 0.0, lambda v: _number(0, True, v), meaning="smallest F, relative to the tensor's mean F"),
-    MergeParameter("missing", "error", _one_of("error", "average"), meaning="treatment of a tensor without a Fisher"),
-    MergeParameter(
-        "prior",
-        0.0,
-        lambda v: _number(0, True, v),
-        methods=(UBGM_SQUISHER,),
-        meaning="d, relative to the tensor's mean F",
-    ),
+    MergeParameter("normalize", "auto", _one_of("auto", "none", "mean", "l2"), meaning="divisor of each Fisher"),
+    MergeParameter("floor", 0.0, _not_negative, meaning="smallest F, relative to the tensor's mean F"),
+    MergeParameter("missing", "error", _one_of("error", "average"), meaning="merge of a tensor without a Fisher"),
+    MergeParameter("prior", 0.0, _not_negative, methods=(UBGM_SQUISHER,), meaning="d, relative to the tensor's mean F"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -10,13 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from squisher_mergekit.cli.plan import command as plan_command
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.merging.mergekit.commands import read_config
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
 Tensors = dict[str, Tensor]
+WEIGHTS = (1.0, 0.3, 2.0, 0.7, 1.3)
 
 
 def squisher_reference(thetas: Sequence[Tensor], fishers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -140,3 +144,106 @@ def merged(config: Mapping[str, object], out: Path, *flags: str) -> Tensors:
     result = merge(config, out, *flags)
     assert result.exit_code == 0, result.output + repr(result.exception)
     return load_file(out / "model.safetensors")
+
+
+def assert_squisher(
+    result: Tensors, weights: list[Tensors], fishers: list[Tensors], factors: tuple[float, ...] = WEIGHTS
+) -> None:
+    """Assert that a merged model is Fisher merging of some models, in float64 on the same files."""
+    assert set(result) == set(weights[0])
+    for name, tensor in result.items():
+        thetas = [model[name] for model in weights]
+        reference = squisher_reference(thetas, [model[name] for model in fishers], factors[: len(weights)])
+        assert_within(tensor, reference, largest(thetas))
+
+
+def assert_ubgm(
+    result: Tensors, weights: list[Tensors], fishers: list[Tensors], factors: tuple[float, ...], prior: float = 0.0
+) -> None:
+    """Assert that a merged model is gradient matching of a base and some models."""
+    for name, tensor in result.items():
+        base, *thetas = [model[name] for model in weights]
+        base_fisher, *others = [model[name] for model in fishers]
+        size = base.double().abs() + sum(
+            w * (t.double() - base.double()).abs() for w, t in zip(factors, thetas, strict=True)
+        )
+        assert_within(tensor, ubgm_reference(base, base_fisher, thetas, others, factors, prior), size)
+
+
+def reference_at(
+    weights: list[Tensors], fishers: list[Tensors], scales: list[float], name: str
+) -> tuple[Tensor, Tensor]:
+    """Return Fisher merging of one tensor with scaled Fishers, and the size for its tolerance."""
+    thetas = [model[name] for model in weights]
+    scaled = [fisher[name].double() * scale for fisher, scale in zip(fishers, scales, strict=True)]
+    return squisher_reference(thetas, scaled, [1.0] * len(weights)), largest(thetas)
+
+
+def assert_trimmed(result: Tensor, base: Tensor, thetas: list[Tensor], fishers: list[Tensor], kept: Any) -> None:
+    """Assert that a tensor is Fisher merging of models trimmed to a share of their task vectors."""
+    trimmed = [keep_largest(t, base, f, d) for t, f, d in zip(thetas, fishers, kept, strict=True)]
+    reference = squisher_reference(trimmed, fishers, [1.0] * len(thetas))
+    assert_within(result, reference, largest([*thetas, base]))
+
+
+def assert_row(result: Tensor, method: str, base: Tensor, thetas: list[Tensor], fishers: list[Tensor]) -> None:
+    """Assert that a row of a vocabulary is a merge of rows, by either method."""
+    if method == "squisher":
+        reference = squisher_reference(thetas, fishers, [1.0, 1.0])
+    else:
+        reference = ubgm_reference(base, torch.zeros_like(base), thetas, fishers, [1.0, 1.0])
+    assert_within(result, reference, 2 * largest([base, *thetas]) + 1)
+
+
+def preview_of(root: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Run ``squisher plan``; return the preview as data and as text."""
+    import json
+
+    file = root / "plan.yml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    result = CliRunner().invoke(plan_command, [str(file), "--json", str(root / "plan.json")])
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads((root / "plan.json").read_text(encoding="utf-8"))
+    return found | {"text": result.output}
+
+
+def planned(config: Mapping[str, object], out: Path) -> list[Any]:
+    """Return the graph of a merge as mergekit plans it: a task per output tensor, then the end."""
+    from mergekit.architecture import get_architecture_info
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import _model_out_config
+    from mergekit.options import MergeOptions
+    from mergekit.plan import MergePlanner
+
+    parsed, options = read_config(yaml.safe_dump(dict(config))), MergeOptions(quiet=True)
+    architecture = get_architecture_info(parsed, options)
+    LoaderCache().setup(options=options)
+    output = _model_out_config(parsed, architecture)
+    tasks: list[Any] = MergePlanner(parsed, architecture, options, output).plan_to_disk(str(out))
+    return tasks
+
+
+def merge_raw(tmp_path: Path, config: dict[str, Any], *flags: str) -> Any:
+    """Run stock ``mergekit-pytorch`` on a configuration, in this process."""
+    from mergekit.scripts.merge_raw_pytorch import main
+
+    file = tmp_path / "raw.yml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return CliRunner().invoke(main, [str(file), str(tmp_path / "out"), *flags])
+
+
+def assert_refused(result: Result, out: Path, *words: str) -> None:
+    """Assert that a command printed one line, exited with 1 and left no output folder."""
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.output
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert not out.exists()
+
+
+def assert_config_refused(root: Path, config: Mapping[str, object], *words: str) -> None:
+    """Assert that stock ``mergekit-yaml`` refuses a configuration in one line with these words."""
+    assert_refused(merge(config, root / "out"), root / "out", *words)

@@ -1,33 +1,67 @@
-"""Taking away what a failed merge has written."""
+"""The output folder after a failed merge."""
 
 from pathlib import Path
+from typing import Any
 
-from squisher_mergekit.merging.rollback import Output
+import pytest
+
+from squisher_mergekit.merging.rollback import OutputFolder
+from tests.merging.reference import (
+    assert_refused,
+    give_fisher,
+    llama,
+    merge,
+    store_fisher,
+)
 
 
 def test_the_folders_that_were_made_go_again(tmp_path: Path) -> None:
     """The output folder and the folders made for it vanish with it."""
-    output = Output(tmp_path / "runs" / "deep" / "out")
+    output = OutputFolder(tmp_path / "runs" / "deep" / "out")
     output.folder.mkdir(parents=True)
     (output.folder / "model.safetensors").touch()
-    output.remove()
+    output.restore()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_others_put_beside_it_stays(tmp_path: Path) -> None:
     """A folder above that another process has put something into meanwhile is left, with all of it."""
-    output = Output(tmp_path / "runs" / "out")
+    output = OutputFolder(tmp_path / "runs" / "out")
     output.folder.mkdir(parents=True)
     (tmp_path / "runs" / "other").mkdir()
-    output.remove()
+    output.restore()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
 
 
 def test_an_existing_folder_is_left_as_it_was(tmp_path: Path) -> None:
     """Files that were there stay; files and folders that are new go."""
     (tmp_path / "notes.txt").touch()
-    output = Output(tmp_path)
+    output = OutputFolder(tmp_path)
     (tmp_path / "model-1.safetensors").touch()
     (tmp_path / "more").mkdir()
-    output.remove()
+    output.restore()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-1.0, "negative")])
+@pytest.mark.parametrize("flags", [[], ["--out-shard-size", "1K"], ["--async-write", "--out-shard-size", "1K"]])
+def test_invalid_entries(tmp_path: Path, pair: dict[str, Any], value: float, word: str, flags: list[str]) -> None:
+    """NaN, infinite and negative entries are found while merging; all that was written is removed."""
+    fisher = give_fisher(tmp_path / "m1", llama(tmp_path / "m1", 1), 1)
+    fisher["model.norm.weight"][7] = value
+    store_fisher(tmp_path / "m1", fisher)
+    out = tmp_path / "deep" / "out"
+    (tmp_path / "deep").mkdir()
+    assert_refused(merge(pair, out, *flags), out, "model.norm.weight", f"1 {word} of 33")
+
+
+def test_invalid_entries_leave_an_existing_folder_as_it_was(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A folder that existed before keeps what it held, and nothing else."""
+    fisher = give_fisher(tmp_path / "m1", llama(tmp_path / "m1", 1), 1)
+    fisher["model.norm.weight"][7] = float("nan")
+    store_fisher(tmp_path / "m1", fisher)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    assert merge(pair, out, "--out-shard-size", "1K").exit_code == 1
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]

@@ -4,10 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from torch import Tensor
 
-from tests.merging.reference import llama
+from tests.merging.reference import assert_within, give_fisher, largest, llama, merge, squisher_reference
 
 ORDERS = [
     "import squisher_mergekit.merging.mergekit.methods as own, mergekit.merge_methods as stock",
@@ -50,3 +55,41 @@ def test_a_base_counts_as_listed_module_by_module(tmp_path: Path) -> None:
         for name, module in planner.config.modules.items()
     }
     assert sources == {"text": {"m0", "m1"}, "vision": {"m1", "m2"}}
+
+
+def test_stock_methods_keep_their_ways(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """Other methods still ignore unknown keys, as mergekit does."""
+    pair["merge_method"] = "linear"
+    pair["parameters"]["wieght"] = 3
+    assert merge(pair, tmp_path / "out").exit_code == 0
+
+
+def test_mergekit_multi(tmp_path: Path) -> None:
+    """`mergekit-multi` runs several of our merges in one process, the second on the result of the first."""
+    from mergekit.scripts.multimerge import main
+
+    weights = [llama(tmp_path / f"m{i}", i) for i in range(3)]
+    fishers = [give_fisher(tmp_path / f"m{i}", w, i) for i, w in enumerate(weights)]
+    first = {
+        "name": "first",
+        "merge_method": "squisher",
+        "models": [{"model": str(tmp_path / f"m{i}")} for i in (0, 1)],
+    }
+    second = {
+        "merge_method": "squisher",
+        "models": [
+            {"model": "first", "parameters": {"fisher": str(tmp_path / "m0")}},
+            {"model": str(tmp_path / "m2")},
+        ],
+    }
+    file = tmp_path / "multi.yml"
+    file.write_text(yaml.safe_dump_all([first, second]), encoding="utf-8")
+    arguments = [str(file), "-I", str(tmp_path / "steps"), "--out-path", str(tmp_path / "out"), "--no-copy-tokenizer"]
+    result = CliRunner().invoke(main, [*arguments, "--quiet"])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    between = load_file(tmp_path / "steps" / "first" / "model.safetensors")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in found.items():
+        thetas: list[Tensor] = [between[name], weights[2][name]]
+        reference = squisher_reference(thetas, [fishers[0][name], fishers[2][name]], [1.0, 1.0])
+        assert_within(tensor, reference, largest(thetas))

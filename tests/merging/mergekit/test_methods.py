@@ -1,17 +1,34 @@
-"""mergekit's in-memory calls with Fishers given as mappings of tensors."""
+"""The methods in mergekit's registry, called in memory with Fishers as mappings of tensors."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
+from mergekit.merge_methods.base import TensorGroup
 
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.merging.mergekit.methods import SQUISHER, ResolvedFisher
+from squisher_mergekit.merging.read import LoadedFisher
+from squisher_mergekit.merging.run import Run
 from squisher_mergekit.tensors.safetensors import MemoryStore
-from tests.merging.reference import assert_within, draw_fisher, largest, squisher_reference, ubgm_reference
+from tests.merging.reference import (
+    Tensors,
+    assert_refused,
+    assert_trimmed,
+    assert_within,
+    draw_fisher,
+    keep_largest,
+    largest,
+    merge,
+    squisher_reference,
+    ubgm_reference,
+)
 
 SHAPES = {"encoder.weight": (7, 13), "encoder.bias": (13,)}
-Tensors = dict[str, torch.Tensor]
 
 
 def _models(count: int) -> tuple[list[Tensors], list[Tensors]]:
@@ -107,3 +124,72 @@ def test_missing_average() -> None:
     result = merge_state_dicts(weights, "squisher", parameters=parameters)
     mean = (weights[0]["encoder.bias"].double() + 3 * weights[1]["encoder.bias"].double()) / 4
     assert_within(result["encoder.bias"], mean, mean.abs() + 1)
+
+
+def _in_memory() -> tuple[dict[str, Tensors], dict[str, Tensors]]:
+    generator = torch.Generator().manual_seed(0)
+    keys, shapes = ("base", "a", "b"), {"encoder.weight": (7, 13), "encoder.bias": (13,)}
+    weights = {k: {n: torch.randn(*s, generator=generator) for n, s in shapes.items()} for k in keys}
+    return weights, {k: {n: draw_fisher(s, generator) for n, s in shapes.items()} for k in keys}
+
+
+def test_an_entry_that_is_put_back_votes_for_the_base(tmp_path: Path) -> None:
+    """By hand: of [1, 5] with F [3, 1] half is kept, and the second entry enters as the base's 9 with weight 1."""
+    tensors = [torch.tensor([0.0, 9.0]), torch.tensor([1.0, 5.0]), torch.tensor([3.0, 1.0])]
+    fishers = [{"w": torch.tensor([0.0, 0.0])}, {"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([1.0, 3.0])}]
+    parameters = {"fisher": fishers, "density": [1.0, 0.5, 0.5]}
+    result = merge_tensors(tensors, "squisher", parameters=parameters, base_index=0, name="w")
+    assert result.tolist() == [(3 * 1 + 1 * 0) / 4, (1 * 9 + 3 * 1) / 4]
+
+
+def test_state_dicts_with_a_base() -> None:
+    """`merge_state_dicts` takes theta_0 from its base; at weight 0 the base needs no Fisher and is not summed."""
+    weights, fishers = _in_memory()
+    shares = {"base": 0.5, "a": 0.2, "b": 0.6}
+    summed = merge_state_dicts(weights, "squisher", base="base", parameters={"fisher": fishers, "density": shares})
+    beside = {"fisher": {**fishers, "base": "auto"}, "density": shares, "weight": {"base": 0.0, "a": 1.0, "b": 1.0}}
+    alone = merge_state_dicts(weights, "squisher", base="base", parameters=beside)
+    for name, tensor in summed.items():
+        base, *thetas = (model[name] for model in weights.values())
+        known, *own = (fisher[name] for fisher in fishers.values())
+        assert_trimmed(tensor, base, [base, *thetas], [known, *own], (1.0, 0.2, 0.6))
+        assert_trimmed(alone[name], base, thetas, own, (0.2, 0.6))
+
+
+def test_state_dicts_by_gradient_matching() -> None:
+    """UBGM in memory trims by the base that it has."""
+    weights, fishers = _in_memory()
+    parameters = {"fisher": fishers, "density": 0.3}
+    result = merge_state_dicts(weights, "ubgm_squisher", base="base", parameters=parameters)
+    for name, tensor in result.items():
+        base, *thetas = (model[name] for model in weights.values())
+        known, *own = (fisher[name] for fisher in fishers.values())
+        trimmed = [keep_largest(t, base, f, 0.3) for t, f in zip(thetas, own, strict=True)]
+        size = base.double().abs() + sum((theta.double() - base.double()).abs() for theta in thetas)
+        assert_within(tensor, ubgm_reference(base, known, trimmed, own, [1.0, 1.0]), size)
+
+
+def test_refusals_in_memory() -> None:
+    """In memory a density below 1 without a base, a density of 0 and a NaN in F are refused."""
+    weights, fishers = _in_memory()
+    with pytest.raises(ConfigError, match=r"density below 1 needs a base.*encoder.*merge_state_dicts\(base="):
+        merge_state_dicts(weights, "squisher", parameters={"fisher": fishers, "density": [1.0, 0.5, 1.0]})
+    with pytest.raises(ConfigError, match="density must be a number > 0 and <= 1"):
+        merge_state_dicts(weights, "squisher", base="base", parameters={"fisher": fishers, "density": 0.0})
+    fishers["a"]["encoder.bias"][3] = float("nan")
+    with pytest.raises(ValuesError, match="1 NaN of 13"):
+        merge_state_dicts(weights, "squisher", base="base", parameters={"fisher": fishers, "density": 0.5})
+
+
+def test_a_base_of_another_shape_is_refused_where_no_header_tells() -> None:
+    """A base whose shape shows only when it is read, as of pickled weights, is refused by name."""
+    loaded = LoadedFisher("w", tensor=torch.ones(3), density=0.5, origin=torch.ones(4))
+    given = {"fisher": dict.fromkeys(range(2), ResolvedFisher(loaded, Run("squisher"))), "weight": {0: 1.0, 1: 1.0}}
+    with pytest.raises(MismatchError, match=r"w is \[3\] and the base's \[4\]"):
+        SQUISHER.merge_group(TensorGroup.from_tensors([torch.ones(3), torch.ones(3)], name="w"), **given)
+
+
+def test_ubgm_without_a_base(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """UBGM without a base says what is needed."""
+    pair["merge_method"] = "ubgm_squisher"
+    assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "ubgm_squisher needs base_model:")

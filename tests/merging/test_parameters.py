@@ -1,0 +1,76 @@
+"""Wrong parameters under stock commands: one line, exit code 1, no output folder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.merging.models import base_and_models, density_config, nets
+from tests.merging.reference import assert_config_refused, assert_refused, merge, merge_raw
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"), [("wieght", "did you mean weight?"), ("fishers", "fisher"), ("qqq", "valid are fisher, weight")]
+)
+def test_a_misspelt_parameter(tmp_path: Path, pair: dict[str, Any], key: str, hint: str) -> None:
+    """A misspelt key is an error that names the place and the nearest valid key."""
+    pair["models"][1]["parameters"][key] = 0.5
+    assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "models[1].parameters", repr(key), hint)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("scaling", "debaised", "one of debiased, raw, per_example"),
+        ("normalize", "L3", "one of auto"),
+        ("floor", -0.1, "a finite number >= 0"),
+        ("missing", "zero", "one of error, average"),
+        ("prior", 0.1, "belongs to ubgm_squisher"),
+    ],
+)
+def test_a_wrong_value(tmp_path: Path, pair: dict[str, Any], key: str, value: object, word: str) -> None:
+    """A value that a parameter does not accept is named with its place and what is accepted."""
+    pair["parameters"][key] = value
+    assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "parameters", key, word)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), True, "much"])
+def test_a_wrong_weight(tmp_path: Path, pair: dict[str, Any], value: object) -> None:
+    """Weights are finite and not negative."""
+    pair["models"][0]["parameters"]["weight"] = value
+    assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "models[0].parameters.weight", "finite number >= 0")
+
+
+def test_a_global_parameter_of_one_model(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A parameter for all models that stands under one model, where mergekit would ignore it, is refused."""
+    pair["models"][0]["parameters"]["scaling"] = "raw"
+    assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "models[0].parameters.scaling", "top-level")
+
+
+def test_a_list_of_fishers(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A list of paths, which mergekit would read as a gradient over the layers, is refused."""
+    pair["parameters"]["fisher"] = [str(tmp_path / "m0"), str(tmp_path / "m1")]
+    assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "parameters.fisher must be one value", "gradient")
+
+
+@pytest.mark.parametrize("value", [0, -0.2, 1.5, float("nan"), True, "half", [1.0, 0.0]])
+def test_a_wrong_density(tmp_path: Path, value: object) -> None:
+    """Density is above 0 and at most 1; who wants none of a model leaves it out."""
+    base_and_models(tmp_path, 3)
+    assert_config_refused(
+        tmp_path,
+        density_config(tmp_path, [0.5, value]),
+        "models[1].parameters.density",
+        "> 0 and <= 1",
+        "leave the model out",
+    )
+
+
+def test_mergekit_pytorch_refuses(tmp_path: Path) -> None:
+    """`mergekit-pytorch` names misspelt keys and missing tensors as `mergekit-yaml` does."""
+    nets(tmp_path, 2)
+    entries = [{"model": str(tmp_path / f"n{i}" / "net.safetensors")} for i in range(2)]
+    entries[1]["parameters"] = {"wieght": 1.0}  # type: ignore[assignment]
+    result = merge_raw(tmp_path, {"merge_method": "squisher", "models": entries})
+    assert (result.exit_code, "did you mean weight?" in result.output) == (1, True)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,74 @@
+"""Plans of single tensors: refused in one line, with exit code 1 and no output folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.merging.models import base_and_models, base_without_norm, density_config
+from tests.merging.reference import assert_config_refused, assert_refused, give_fisher, llama, merge, store_fisher
+
+
+def test_weights_all_zero(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """Weights that are all 0 are refused with a tensor's name."""
+    for model in pair["models"]:
+        model["parameters"]["weight"] = 0.0
+    assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "must not all be 0", "model.embed_tokens.weight")
+
+
+def test_fisher_none_outside_a_base(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """`fisher: none` is for the base of UBGM alone."""
+    pair["models"][0]["parameters"]["fisher"] = "none"
+    assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "base of ubgm_squisher alone")
+
+
+def test_shapes_that_do_not_fit(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A Fisher of another size is refused with tensor and both shapes."""
+    wide = llama(tmp_path / "wide", 5, intermediate_size=19)
+    give_fisher(tmp_path / "wide", wide, 5)
+    pair["models"][1]["parameters"]["fisher"] = str(tmp_path / "wide")
+    assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "[17, 33]", "[19, 33]", "mlp")
+
+
+def test_steps_unknown(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A moving average of unknown age cannot be debiased: refused, with `scaling: raw` as the cure."""
+    weights = llama(tmp_path / "m0", 0)
+    store_fisher(tmp_path / "m0", weights, statistic="ema", optimizer={"beta2": 0.999})
+    assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "steps", "scaling: raw")
+
+
+def _no_base(root: Path, config: dict[str, Any]) -> None:
+    del config["base_model"]
+
+
+def _base_of_another_shape(root: Path, config: dict[str, Any]) -> None:
+    llama(root / "m0", 0, intermediate_size=19)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_no_base, ["density below 1 needs base_model:", "density 0.5 of", "m1", "add it"]),
+        (base_without_norm, ["every tensor", "m0 has no model.norm.weight", "density: 1"]),
+        (_base_of_another_shape, ["shaped as in the base_model:", "mlp", "[17, 33]", "[19, 33]", "m0"]),
+    ],
+    ids=["none", "lacking", "shape"],
+)
+def test_a_base_that_cannot_serve(tmp_path: Path, spoil: Callable[..., None], words: list[str]) -> None:
+    """No base, a base without a tensor, and one of another shape are refused from headers, before anything is there."""
+    base_and_models(tmp_path, 3)
+    config = density_config(tmp_path, [0.5, 1.0])
+    spoil(tmp_path, config)
+    assert_config_refused(tmp_path, config, *words)
+
+
+def test_a_base_is_needed_only_where_something_is_chosen(tmp_path: Path) -> None:
+    """A base that lacks a tensor serves if density is 1 there, and if the models that trim have weight 0."""
+    base_and_models(tmp_path, 3)
+    base_without_norm(tmp_path, {})
+    shares = [{"filter": "norm", "value": 1.0}, {"value": 0.5}]
+    assert merge(density_config(tmp_path, [shares, 1.0]), tmp_path / "out").exit_code == 0
+    config = density_config(tmp_path, [0.5, 1.0])
+    config["models"][0]["parameters"]["weight"] = 0.0
+    assert merge(config, tmp_path / "out2").exit_code == 0
