@@ -3,36 +3,25 @@
 import csv
 import json
 import re
+from typing import get_args
 
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from squisher_mergekit import load_fisher
+from squisher_mergekit.cli.estimate import command
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.estimators.estimate import estimate_fisher
+from squisher_mergekit.estimators.tasks import DataTask
+from tests.models import SMALL, word_tokenizer
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far"]
 ROWS = [
     ("the cat sat on the mat", "far", 0), ("a dog ran", "the mat", 2), ("far far far", "a cat", 1),
     ("the dog", "sat", 1), ("a cat ran far on the mat", "a dog", 0),
 ]  # fmt: skip
-SMALL = {"vocab_size": 14, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 19}
-
-
-def _tokenizer():
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, mask_token="[MASK]", **names)
-
-
 MODELS = {
     "classification": lambda: transformers.BertForSequenceClassification(
         transformers.BertConfig(**SMALL, num_labels=3, max_position_embeddings=32)
@@ -53,7 +42,7 @@ def saved(request, tmp_path):
     torch.manual_seed(3)
     model = MODELS[request.param]()
     model.save_pretrained(tmp_path / "model")
-    _tokenizer().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
     return request.param, model, tmp_path / "model"
 
 
@@ -80,7 +69,7 @@ def _run(*arguments):
 
 def _by_hand(task, model):
     """What estimate_fisher makes of the same rows, tokenized one by one without padding."""
-    tokenizer, made = _tokenizer(), []
+    tokenizer, made = word_tokenizer(), []
     for text, target, label in ROWS:
         batch = dict(tokenizer([text], return_tensors="pt"))
         if task == "classification":
@@ -128,7 +117,7 @@ def test_what_is_missing_is_refused_in_one_line(change, words, tmp_path, monkeyp
     """A missing file, column or model and labels that do not go together: exit code 1, one line, nothing left."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     MODELS["classification"]().save_pretrained(tmp_path / "model")
-    _tokenizer().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
     options = {"--task": "classification", "--data": _write(tmp_path / "rows.jsonl")}
     options |= {"-o": tmp_path / "out"} | change
     model = options.pop("MODEL", tmp_path / "model")
@@ -143,7 +132,7 @@ def test_what_is_missing_is_refused_in_one_line(change, words, tmp_path, monkeyp
 def test_exact_labels_of_tokens_are_refused(tmp_path):
     """The expectation over all tokens would take a pass for each: the cure is sampling."""
     MODELS["causal-lm"]().save_pretrained(tmp_path / "model")
-    _tokenizer().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
     data = _write(tmp_path / "rows.jsonl")
     done = _run(tmp_path / "model", "--task", "causal-lm", "--data", data, "--labels", "exact", "-o", tmp_path / "out")
     assert (done.exit_code, "take labels sampled" in done.output) == (1, True)
@@ -157,3 +146,22 @@ def test_a_bar_tells_the_rate_and_the_time_left(saved, tmp_path):
     done = CliRunner().invoke(main, [*map(str, arguments)])
     assert done.exit_code == 0, done.output
     assert re.search(r"Estimating: +100%.* 5/5 \[[0-9:]+<[0-9:]+, .*(example/s|s/example)", done.stderr)
+
+
+def test_tasks_are_those_of_python():
+    """The values of --task are those of ``estimate_fisher`` but ``auto``."""
+    (task,) = [option for option in command.params if option.name == "task"]
+    assert set(task.type.choices) == set(get_args(DataTask))
+
+
+def test_the_old_name_of_classification_still_works(tmp_path):
+    """It gives the same Fisher, and a line that names the new one."""
+    MODELS["classification"]().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    data = _write(tmp_path / "rows.jsonl")
+    old = _run(tmp_path / "model", "--task", "sequence-classification", "--data", data, "-o", tmp_path / "old")
+    new = _run(tmp_path / "model", "--task", "classification", "--data", data, "-o", tmp_path / "new")
+    assert (old.exit_code, new.exit_code) == (0, 0)
+    assert "take --task classification" in old.stderr
+    one, other = load_fisher(tmp_path / "old"), load_fisher(tmp_path / "new")
+    assert all(torch.equal(one[name], other[name]) for name in other)

@@ -18,7 +18,7 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.dataset import run
 from squisher_mergekit.estimators.dataset.run import Request, estimate_from
-from tests.cli.test_estimate import SMALL, _tokenizer
+from tests.models import SMALL, word_tokenizer
 
 ROOT = Path(__file__).parents[3]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far"]
@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
     settings = SMALL | {"hidden_size": 24, "intermediate_size": 20, "num_local_experts": 3, "num_experts_per_tok": 2}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**settings, num_key_value_heads=3))
     model.save_pretrained(folder / "model")
-    _tokenizer().save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
     draw = random.Random(0)
     rows = [{"text": " ".join(draw.choices(WORDS, k=draw.randint(2, 9)))} for _ in range(23)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
