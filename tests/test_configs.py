@@ -1,6 +1,7 @@
 """Every example in configs/ is loaded and planned as it stands."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,16 +10,24 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
+from squisher_mergekit.merging.parameters import METHODS, PARAMETERS
 from tests.merging.reference import Tensors, give_fisher, llama
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+README = (CONFIGS / "README.md").read_text(encoding="utf-8")
 LOCAL = [path for path in sorted(CONFIGS.glob("*.yml")) if path.name != "hub.yml"]
 
 
 def _model(folder: Path, seed: int, fisher: Path | None = None) -> Tensors:
     weights = llama(folder, seed)
     give_fisher(folder, weights, seed, out=fisher)
+    vocabulary = {"<unk>": 0} | {f"word{seed + number}": number for number in range(1, 29)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     return weights
 
 
@@ -76,3 +85,21 @@ def test_the_hub_config_is_planned_from_a_cache(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("covers 100.0%") == 2
     assert done.stdout.count("@" + "b" * 40) == 2
+
+
+def test_the_table_of_parameters_is_that_of_the_code() -> None:
+    """configs/README.md has every parameter, in order, with its place and its default."""
+    rows = re.findall(r"^\| `(\w+)` \| ((?:per model|global)[^|]*) \| `([^`]+)` \|", README, flags=re.MULTILINE)
+    expected = []
+    for parameter in PARAMETERS:
+        only = "" if parameter.methods == METHODS else f", `{', '.join(parameter.methods)}`"
+        default = str(parameter.default)
+        expected.append((parameter.name, ("per model" if parameter.per_model else "global") + only, default))
+    assert rows == expected
+
+
+def test_every_recipe_is_listed() -> None:
+    """configs/README.md links to each YAML file in its folder, once, in its table of recipes."""
+    assert sorted(re.findall(r"^\| \[([\w.]+)\]\(\1\) \|", README, flags=re.MULTILINE)) == sorted(
+        path.name for path in CONFIGS.glob("*.yml")
+    )
