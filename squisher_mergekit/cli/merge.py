@@ -1,21 +1,22 @@
 """``squisher merge``: mergekit's own merge, with a check before and a report after it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from squisher_mergekit.cli.options import strict_option
+from squisher_mergekit.cli.output import write_report
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.merging.mergekit.commands import help_class, merge_options, read_config, run_config
-from squisher_mergekit.merging.report import as_text
+from squisher_mergekit.merging.report import report_text
 from squisher_mergekit.tensors.atomic import written_beside
 
 
 @click.command("merge", cls=help_class())
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--strict", is_flag=True, help="Refuse a Fisher made at other weights, instead of a warning.")
+@strict_option
 @click.option(
     "--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the report to FILE."
 )
@@ -40,6 +41,5 @@ def command(config: Path, out: Path, strict: bool, json_file: Path | None, merge
         run = run_config(parsed, text, folder, merge_options, strict=strict)
     report = run.report()
     if not merge_options.quiet:
-        click.echo(as_text(report))
-    if json_file is not None:
-        json_file.write_text(json.dumps({**report, "plan": run.preview}, indent=2) + "\n", encoding="utf-8")
+        click.echo(report_text(report))
+    write_report(json_file, {**report, "plan": run.preview})

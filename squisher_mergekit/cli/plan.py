@@ -1,14 +1,15 @@
 """``squisher plan``: check and preview of a merge, from headers alone."""
 
-import json
 from pathlib import Path
 
 import click
 
+from squisher_mergekit.cli.options import strict_option
+
 
 @click.command("plan")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--strict", is_flag=True, help="Refuse a Fisher made at other weights, instead of a warning.")
+@strict_option
 @click.option(
     "--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the preview to FILE."
 )
@@ -33,6 +34,7 @@ def command(
     Example:
         squisher plan merge.yml
     """
+    from squisher_mergekit.cli.output import write_report
     from squisher_mergekit.merging.merge_plan import preview_text
     from squisher_mergekit.merging.mergekit.commands import plan_config, read_config
 
@@ -44,5 +46,4 @@ def command(
         allow_crimes=allow_crimes,
     )
     click.echo(preview_text(preview))
-    if json_file is not None:
-        json_file.write_text(json.dumps(preview, indent=2) + "\n", encoding="utf-8")
+    write_report(json_file, preview)

@@ -1,4 +1,4 @@
-"""What ``density`` keeps of a model's task vector: the entries with the largest Fisher, tensor by tensor."""
+"""Trimming by ``density``: of a model's task vector the entries with the largest Fisher are kept, per tensor."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

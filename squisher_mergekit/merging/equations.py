@@ -220,7 +220,7 @@ def matched_step(
 
 
 def weighted_mean(thetas: Sequence[Tensor], weights: Sequence[float], base: Tensor | None = None) -> Tensor:
-    """What stands in for a merge where a Fisher is missing: ``sum_i w_i theta_i / sum_i w_i``.
+    """Return the weighted mean, the merge of a tensor without Fishers: ``sum_i w_i theta_i / sum_i w_i``.
 
     With a base, ``theta_0 + sum_i w_i (theta_i - theta_0) / sum_i w_i``, which is the same up to rounding.
 

@@ -1,4 +1,4 @@
-"""How an equation is run over whole tensors: in chunks over a pool on the CPU, in one fused pass on an accelerator.
+"""Execution of the equations over whole tensors: in chunks on a CPU pool, in one fused pass on an accelerator.
 
 On the CPU the intermediate results of a chunk stay in the cache, so that a merge costs little more than touching its
 inputs once. torch's own threads would spin at the end of every small operation; the pool's workers run with one
@@ -46,7 +46,7 @@ class Input:
 
 @dataclass
 class Outcome:
-    """A merged tensor and what is to be reported of it.
+    """Merged tensor, and numbers for the report.
 
     ``shares``: for each input the mean over the entries of the coefficient it entered with. ``pending``: on an
     accelerator, counts of invalid entries not yet looked at, each with the number of entries and a label; no Fisher is
@@ -205,7 +205,7 @@ class _Operands:
 
 
 def _kept(trim: Trim | None) -> tuple[Tensor, Tensor] | None:
-    """Return, flat, which entries are kept, and what stands where they are not; chosen once for the whole tensor."""
+    """Return, flat, the mask of the kept entries, and the values that replace the others."""
     return None if trim is None else (trim.kept().reshape(-1), trim.origin.reshape(-1))
 
 

@@ -143,7 +143,7 @@ def check_blocks(method: str, blocks: Iterable[Block]) -> None:
                 raise ConfigError(_unknown(method, key, block.place, known))
             if block.of_model and not parameter.per_model:
                 raise ConfigError(
-                    f"{place} must stand under the top-level parameters: {key} is one for all models; move it there"
+                    f"{place} must be under the top-level parameters: {key} is one value for all models; move it there"
                 )
             for value in _values(setting, place, gradient=key in GRADIENTS):
                 try:

@@ -6,7 +6,7 @@ from typing import Any
 from squisher_mergekit.merging.run import Run
 
 
-def as_text(report: dict[str, Any], rows: int = 40) -> str:
+def report_text(report: dict[str, Any], rows: int = 40) -> str:
     """Return the report as a table: effective weight of each model, overall and per kind of layer.
 
     Args:

@@ -42,20 +42,20 @@ class OpenFisher:
 
     Args:
         path: File or folder of the Fisher.
-        weights: The model's weights.
-        base: Folder of the base model, which identifies frozen parameters.
+        model: The model's weights.
+        base: Weights of the base model, which identify frozen parameters.
     """
 
-    def __init__(self, path: Path, weights: Weights, base: Path | None = None) -> None:
+    def __init__(self, path: Path, model: Weights, base: Weights | None = None) -> None:
         self.warning: str | None = None
-        self._path, self._base = path, base
-        self._model: Weights | Path = weights
+        self._path = path
+        self._folders = model.folder, None if base is None else base.folder
+        self._weights: tuple[Weights, Weights | None] | None = (model, base)
         self._fisher: Fisher | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # File mappings belong to one process; a copy in another one opens the files itself.
-        model = self._model.folder if isinstance(self._model, Weights) else self._model
-        return {**self.__dict__, "_fisher": None, "_model": model}
+        return {**self.__dict__, "_fisher": None, "_weights": None}
 
     @property
     def fisher(self) -> Fisher:
@@ -65,15 +65,15 @@ class OpenFisher:
         return self._fisher
 
     def close(self) -> None:
-        """Release the Fisher and its file mappings."""
-        self._fisher = None
+        """Release the Fisher, the weights and their file mappings."""
+        self._fisher = self._weights = None
 
     def _read(self) -> Fisher:
         path = self._path
         if path.suffix in (".safetensors", ".json") if path.is_file() else has_fisher(path):
             return read_fisher(path)
-        folder = self._model.folder if isinstance(self._model, Weights) else self._model
-        return load_fisher(path, model=folder, base=self._base)
+        model, base = self._weights or self._folders
+        return load_fisher(path, model=model, base=base)
 
 
 class FisherSources:
@@ -83,13 +83,15 @@ class FisherSources:
         self._lock = threading.Lock()
         self._opened: dict[tuple[object, ...], OpenFisher] = {}
 
-    def open(self, value: str, model: ModelFiles, base: Path | None = None, cache_dir: str | None = None) -> OpenFisher:
+    def open(
+        self, value: str, model: ModelFiles, base: Weights | None = None, cache_dir: str | None = None
+    ) -> OpenFisher:
         """Find, open and check the Fisher of a model.
 
         Args:
             value: ``auto``, a path or a Hub id.
             model: The model.
-            base: Folder of the base model, which identifies frozen parameters.
+            base: Weights of the base model, which identify frozen parameters.
             cache_dir: Folder for files from the Hub.
 
         Returns:
@@ -101,7 +103,7 @@ class FisherSources:
             RefusedError: The files cannot be read.
         """
         with self._lock:
-            key = (value, model.label, base)
+            key = (value, model.label, None if base is None else base.folder)
             if key not in self._opened:
                 opened = OpenFisher(locate(value, model, cache_dir), model.weights, base)
                 opened.warning = _check(opened.fisher, model)

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.parameters import SQUISHER, UBGM_SQUISHER
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles, OpenFisher, find_name
+from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors.safetensors import TensorInfo, check_shape
 
 
@@ -138,7 +138,7 @@ def plan_tensor(
     settings: Settings,
     sources: FisherSources,
     *,
-    base: Path | None,
+    base: Weights | None,
     passed_through: bool,
     can_convert: CanConvert,
     cache_dir: str | None = None,
@@ -151,7 +151,7 @@ def plan_tensor(
         inputs: The weights that the merge reads.
         settings: Parameters for all models.
         sources: Open Fishers of the merge.
-        base: Folder of the base model, for Fishers of partly frozen models.
+        base: Weights of the base model, for Fishers of partly frozen models.
         passed_through: True if mergekit copies the tensor, because one model alone has it.
         can_convert: Function that returns whether transformers' conversion builds a weight from a Fisher's tensors.
         cache_dir: Folder for files from the Hub.
@@ -234,7 +234,7 @@ def _plan_input(
     method: str,
     item: WeightInput,
     sources: FisherSources,
-    base: Path | None,
+    base: Weights | None,
     can_convert: CanConvert,
     cache_dir: str | None,
 ) -> FisherUse | str:
@@ -245,7 +245,8 @@ def _plan_input(
         if method == UBGM_SQUISHER and item.is_base:
             return FisherUse(item, None, names[0])
         raise ConfigError(f"fisher: none is for the base of {UBGM_SQUISHER} alone, found it for {label}; remove it")
-    opened = sources.open(item.fisher, item.model, base if base != item.model.weights.folder else None, cache_dir)
+    other = base if base is not None and base.folder != item.model.weights.folder else None
+    opened = sources.open(item.fisher, item.model, other, cache_dir)
     fisher = opened.fisher
     found = find_name(fisher, names[0], names[1:])
     if found is not None:

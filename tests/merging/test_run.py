@@ -15,6 +15,7 @@ from squisher_mergekit.errors import RefusedError
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.merge_plan import MergePlan
 from squisher_mergekit.merging.run import LOG, Run
+from squisher_mergekit.models import weights
 from tests.merging.reference import Tensors, give_fisher, llama, merge_raw, planned, preview_of, store_fisher
 
 
@@ -151,3 +152,15 @@ def test_a_closed_run_keeps_its_preview() -> None:
     with Run("squisher") as run:
         run.begin(MergePlan("squisher"))
     assert (run.plan, run.preview and run.preview["tensors"]) == (None, 0)
+
+
+def test_headers_and_fingerprints_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan reads the header of each model's weights once, for shapes, names and the fingerprint."""
+    config, _ = _models(tmp_path, "ubgm_squisher")
+    read, fingerprints = [], []
+    stock_header, stock_fingerprint = weights.read_header, weights.fingerprint_of
+    monkeypatch.setattr(weights, "read_header", lambda file: (read.append(file), stock_header(file))[1])
+    monkeypatch.setattr(weights, "fingerprint_of", lambda h: (fingerprints.append(h), stock_fingerprint(h))[1])
+    planned(config, tmp_path / "out")
+    assert sorted(read) == [tmp_path / f"m{i}" / "model.safetensors" for i in range(2)]
+    assert len(fingerprints) == 2

@@ -66,7 +66,7 @@ def _plan(task: Any, base: ModelReference | None, run: Run) -> TensorPlan:
         inputs,
         Settings(**{key: given[key] for key in Settings.__dataclass_fields__ if key in given}),
         run.sources,
-        base=_base_folder(task),
+        base=_base_weights(task, run),
         passed_through=task.output_weight.optional and len(inputs) == 1 < len(task.model_order),
         can_convert=_can_convert,
         cache_dir=cache_dir,
@@ -101,11 +101,11 @@ def _request(use: FisherUse, plan: TensorPlan) -> FisherRequest:
     )
 
 
-def _base_folder(task: Any) -> Path | None:
-    """Return the folder of the base model; None for single files, whose parameters have no known order."""
+def _base_weights(task: Any, run: Run) -> Weights | None:
+    """Return the weights of the base model; None for single files, whose parameters have no known order."""
     if task.base_model is None or Path(task.base_model.model.path).is_file():
         return None
-    return Path(LoaderCache().get(task.base_model).index.base_path)
+    return _model_files(task.base_model, LoaderCache().get(task.base_model), run).weights
 
 
 def _weight_input(task: Any, model: Any, base: Any, run: Run) -> WeightInput | None:
@@ -156,7 +156,7 @@ def _origin(task: Any, gather: Any, model: Any, base: Any, run: Run) -> Origin |
     tokenizer = getattr(task.gather_tensors, "tokenizer_task", None)
     if tokenizer is not None and base not in tokenizer.referenced_models:
         raise ConfigError(
-            f"density below 1 beside tokenizer: needs the base at the top level, whose tokenizer mergekit reads, but "
+            f"density below 1 with tokenizer: needs the base at the top level, whose tokenizer mergekit reads, but "
             f"{base} is the base_model: of a slice alone; name it as the top-level base_model:"
         )
     return Origin(

@@ -102,7 +102,7 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         resolved = {e.id: f for e in group.entries if isinstance(f := given["fisher"][e.id], ResolvedFisher)}
         loaded, base = {key: fisher.loaded for key, fisher in resolved.items()}, group.base
         if not resolved:
-            group = replace(group, entries=[e for e in group.entries if not self._bystander(e, given)])
+            group = replace(group, entries=[e for e in group.entries if not self._is_origin_only(e, given)])
             loaded = _from_memory(group, name, given, self.spec.name)
         inputs = [_input(entry, name, loaded[entry.id], given["weight"][entry.id], base) for entry in group.entries]
         weights = [item.weight for item, entry in zip(inputs, group.entries, strict=True) if self._weighted(entry)]
@@ -119,7 +119,7 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
     def _weighted(self, entry: TensorEntry) -> bool:
         return not (self.spec.name == parameters.UBGM_SQUISHER and entry.is_base)
 
-    def _bystander(self, entry: TensorEntry, given: Mapping[str, Any]) -> bool:
+    def _is_origin_only(self, entry: TensorEntry, given: Mapping[str, Any]) -> bool:
         """Return True for the base of ``squisher`` in memory that is theta_0 alone: weight 0 and no Fisher."""
         known = isinstance(given["fisher"][entry.id], Mapping)
         return self._weighted(entry) and entry.is_base and given["weight"][entry.id] == 0 and not known
