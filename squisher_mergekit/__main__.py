@@ -1,4 +1,4 @@
-"""``python -m squisher_mergekit``: the command line, for launchers that start a module."""
+"""Command line for launchers that start a module: ``python -m squisher_mergekit``."""
 
 from squisher_mergekit.cli.main import main
 

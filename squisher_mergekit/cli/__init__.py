@@ -1,1 +1,1 @@
-"""The program ``squisher``: one module a verb or two, no logic."""
+"""The program ``squisher``: one module for each command, shared options and tables, no logic."""

@@ -1,4 +1,4 @@
-"""``squisher compare``: how two Fishers agree."""
+"""``squisher compare``: the agreement of two Fishers."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ from typing import TYPE_CHECKING
 
 import click
 
+from squisher_mergekit.cli.options import models_option, plot_option, report_options, scaling_option
+from squisher_mergekit.cli.tables import name_lines, shape_text, table
+
 if TYPE_CHECKING:
     from squisher_mergekit.fisher.compare import Agreement, Comparison
     from squisher_mergekit.fisher.config import Scaling
 
-_PATH = click.Path(path_type=Path)
 _SHOWN = 20
+_HEAD = ("tensor", "shape", "rank corr", "log corr", "mean A/B", "zeros A", "zeros B")
 
 
 @click.command("compare")
 @click.argument("a")
 @click.argument("b")
-@click.option("--model", type=_PATH, multiple=True, help="The weights, or their config.json; twice: of A, then of B.")
-@click.option(
-    "--scaling",
-    type=click.Choice(["raw", "debiased", "per_example"]),
-    help="The scale of both; debiased by default, or raw where one does not record what that needs.",
-)
-@click.option("--plot", type=_PATH, help="Write a picture of log10 F, B against A, as PNG.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "json_file", type=_PATH, help="Write the report to a file as well.")
+@models_option
+@scaling_option("Scale of both; by default debiased, or raw if the metadata of one do not allow it.", default=None)
+@plot_option("Write a scatter plot of log10 F, B against A, as PNG.")
+@report_options
 def command(
     a: str,
     b: str,
@@ -37,66 +35,55 @@ def command(
     quiet: bool,
     json_file: Path | None,
 ) -> None:
-    """Show how the Fishers A and B agree, tensor by tensor and over all entries.
+    """Show the agreement of the Fishers A and B, per tensor and over all entries.
 
-    A and B are portable Fishers or whatever `squisher extract` reads, of one architecture. The table shows the rank
-    correlation (Spearman's, ties at their average rank), the correlation of log F over entries that are positive in
-    both, the mean of A over the mean of B, and the shares of zeros. Tensors that one alone has are listed.
+    A and B are portable Fishers, or sources that `squisher extract` reads, of one architecture. The table shows
+    Spearman's rank correlation, the correlation of log F over the entries that are positive in both, the mean of A over
+    the mean of B, and the shares of zeros. A list names the tensors that only one of them has.
 
     \b
     Example:
         squisher compare fishers/math fishers/code --plot math-code.png
     """
-    from tqdm import tqdm
-
+    from squisher_mergekit.cli.output import progress_bar, write_picture, write_report
     from squisher_mergekit.fisher import compare as comparing
     from squisher_mergekit.optimizers.load import load_fisher
-    from squisher_mergekit.tensors.atomic import write_json, write_whole
 
     if len(model) > 2:
         raise click.UsageError(f"--model is given once for both Fishers or once for each, not {len(model)} times")
     if plot is not None:
-        from squisher_mergekit.cli.plots import scatter  # says at once if matplotlib is missing
+        from squisher_mergekit.cli.plots import scatter  # refuses before any work if matplotlib is missing
 
     models = model if len(model) == 2 else (model * 2 or (None, None))
     first, second = load_fisher(a, models[0]), load_fisher(b, models[1])
-    bar = tqdm(comparing.common(first, second), desc="Comparing", unit="tensor", disable=quiet, delay=2)
+    bar = progress_bar(comparing.common(first, second), "Comparing", quiet)
     result = comparing.compare(first, second, bar, scaling or comparing.common_scaling(first, second))
     click.echo(f"A  {a}\nB  {b}")
-    for line in table(result):
+    for line in lines(result):
         click.echo(line)
     if plot is not None:
-        write_whole(plot, scatter(result, a, b))
-    if json_file is not None:
-        write_json(json_file, {"a": a, "b": b} | as_dict(result))
+        write_picture(plot, scatter(result, a, b))
+    write_report(json_file, {"a": a, "b": b} | as_dict(result))
 
 
-def table(result: Comparison) -> Iterator[str]:
-    """Return the comparison as aligned text: one tensor a line, a line over all, and what one alone has."""
-    width = max(8, *(len(row.name) for row in result.rows))
-    shapes = ["x".join(map(str, row.shape)) or "scalar" for row in result.rows]
-    space = max(5, *(len(shape) for shape in shapes))
-    heads = ("rank corr", "log corr", "mean A/B", "zeros A", "zeros B")
+def lines(result: Comparison) -> Iterator[str]:
+    """Yield the comparison as a table, followed by the names of the tensors that only one Fisher has."""
+    rows = [(row.name, shape_text(row.shape), *_cells(row)) for row in result.rows]
     yield f"entries at the {result.scaling} scale:"
-    yield f"{'tensor':{width}}  {'shape':>{space}}  " + "  ".join(f"{head:>9}" for head in heads)
-    for row, shape in zip(result.rows, shapes, strict=True):
-        yield f"{row.name:{width}}  {shape:>{space}}  {_numbers(row)}"
-    yield f"{'over all':{width}}  {'':{space}}  {_numbers(result.over_all)}"
+    yield from table(_HEAD, [*rows, ("over all", "", *_cells(result.over_all))])
     if result.sample < result.over_all.entries:
         yield (
-            f"the rank correlation over all is of a sample: {result.sample:,} of {result.over_all.entries:,} entries, "
-            "drawn evenly over the tensors with a fixed seed; all else is exact"
+            f"the rank correlation over all is that of a sample: {result.sample:,} of {result.over_all.entries:,} "
+            "entries, drawn evenly over the tensors with a fixed seed; all other numbers are exact"
         )
     for label, names in (("A", result.only_a), ("B", result.only_b)):
         if names:
             yield f"only in {label}: {len(names)} tensors"
-            yield from (f"  {name}" for name in names[:_SHOWN])
-            if len(names) > _SHOWN:
-                yield f"  and {len(names) - _SHOWN} more (--json FILE has all)"
+            yield from name_lines(names, _SHOWN, "  ", "listed by --json FILE")
 
 
 def as_dict(result: Comparison) -> dict[str, object]:
-    """Return the comparison as JSON takes it."""
+    """Return the comparison as JSON data."""
     from dataclasses import asdict
 
     keys = ("a alone", "b alone", "both")
@@ -111,11 +98,11 @@ def as_dict(result: Comparison) -> dict[str, object]:
     }
 
 
-def _numbers(agreement: Agreement) -> str:
-    cells = (
+def _cells(agreement: Agreement) -> tuple[str, ...]:
+    """Return the numbers of a row, as text."""
+    return (
         *("-" if value is None else f"{value:.4f}" for value in (agreement.spearman, agreement.log_correlation)),
         "-" if agreement.ratio is None else f"{agreement.ratio:.3g}",
         f"{agreement.zeros_a:.2%}",
         f"{agreement.zeros_b:.2%}",
     )
-    return "  ".join(f"{cell:>9}" for cell in cells)

@@ -1,4 +1,4 @@
-"""``squisher doctor``: what is installed, whether mergekit knows the methods, and what would stop a merge."""
+"""``squisher doctor``: versions, the start-up hook, and the problems that would stop a merge."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import click
 
-from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.cli.options import report_options
+from squisher_mergekit.cli.tables import pairs
 
 PACKAGES = ("squisher-mergekit", "mergekit", "torch", "transformers", "safetensors")
 METHODS = ("squisher", "ubgm_squisher")
@@ -23,9 +24,10 @@ HOOK_FILES = ("squisher_mergekit.pth", "squisher_mergekit.start")
 SWITCH = "SQUISHER_MERGEKIT_AUTOLOAD"
 LITTLE_DISK = 100_000_000
 PROBE_SECONDS = 300
+REINSTALL = "run: pip install --force-reinstall --no-deps PATH, with PATH the repository of squisher-mergekit"
 
-# Runs in an interpreter of its own and imports mergekit alone, as the command mergekit-yaml does. The working
-# directory leaves the path, where a checkout of this package would otherwise be found without being installed.
+# A fresh interpreter runs this and imports mergekit alone, as the command mergekit-yaml does. The working directory
+# leaves the path, because a checkout of this package there would count as installed.
 PROBE = """
 import json, sys, warnings
 sys.path = [entry for entry in sys.path if entry]
@@ -55,8 +57,20 @@ print(json.dumps(found))
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the doctor saw; ``problems`` has a line for each thing that stops a merge, with its cure."""
+class Diagnosis:
+    """State of an environment.
+
+    Args:
+        versions: Package -> installed version, None if it is missing.
+        mergekit_supported: Range of the supported versions of mergekit.
+        hook_files: Paths of the start-up files.
+        hook_switched_off: True if the environment variable switches the hook off.
+        hook_started: True if importing mergekit imported this package.
+        methods: Merge method -> True if mergekit knows it.
+        devices: Names of the devices that torch sees.
+        free_disk_bytes: Free bytes in the working directory.
+        problems: A line with its cure for each problem that stops a merge.
+    """
 
     versions: dict[str, str | None]
     mergekit_supported: str
@@ -70,29 +84,33 @@ class Report:
 
 
 @click.command("doctor")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the report there.")
-@click.option("--quiet", is_flag=True, help="Print problems only.")
+@report_options
 @click.pass_context
-def command(ctx: click.Context, json_file: Path | None, quiet: bool) -> None:
-    """Say whether a merge can run here, and what would stop it.
+def command(ctx: click.Context, quiet: bool, json_file: Path | None) -> None:
+    """Check whether a merge can run in this environment.
 
-    Exits with 0 if mergekit-yaml can run both methods in this environment, and with 1 if not: each problem is one line
-    with its cure.
+    The exit code is 0 if mergekit-yaml can run both methods, and 1 otherwise. Each problem is one line with its cure.
+    --quiet prints only problems.
+
+    \b
+    Example:
+        squisher doctor --json doctor.json
     """
+    from squisher_mergekit.cli.output import write_report
+
     if not quiet:
         click.echo("asking mergekit in a fresh interpreter, which takes some seconds ...", err=True)
-    report = examine()
-    if json_file is not None:
-        _write(json_file, json.dumps(asdict(report), indent=2) + "\n")
+    diagnosis = examine()
+    write_report(json_file, asdict(diagnosis))
     if not quiet:
-        click.echo("\n".join(lines(report)))
-    for problem in report.problems:
+        click.echo("\n".join(lines(diagnosis)))
+    for problem in diagnosis.problems:
         click.echo(f"problem: {problem}")
-    ctx.exit(1 if report.problems else 0)
+    ctx.exit(1 if diagnosis.problems else 0)
 
 
-def examine() -> Report:
-    """Look at this environment, and ask a fresh interpreter which methods mergekit knows."""
+def examine() -> Diagnosis:
+    """Examine this environment, and ask a fresh interpreter for the methods that mergekit knows."""
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     supported = supported_mergekit()
     files = hook_files()
@@ -111,7 +129,7 @@ def examine() -> Report:
     answers = found.get("methods")
     answers = answers if isinstance(answers, dict) else {}
     devices = found.get("devices")
-    return Report(
+    return Diagnosis(
         versions=versions,
         mergekit_supported=supported,
         hook_files=[str(file) for file in files],
@@ -125,7 +143,7 @@ def examine() -> Report:
 
 
 def supported_mergekit() -> str:
-    """Return the range of mergekit versions that this package was installed for, such as ``<0.2,>=0.1.5``."""
+    """Return the range of mergekit versions in the metadata of this package, such as ``<0.2,>=0.1.5``."""
     from packaging.requirements import Requirement
 
     try:
@@ -136,14 +154,14 @@ def supported_mergekit() -> str:
 
 
 def hook_files() -> list[Path]:
-    """Return the start-up files of this package in the folders where the interpreter looks for such files."""
+    """Return the start-up files of this package in the site-packages folders of this interpreter."""
     folders = site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
     unique = dict.fromkeys(Path(folder) for folder in folders)
     return [folder / name for folder in unique for name in HOOK_FILES if (folder / name).is_file()]
 
 
 def probe() -> dict[str, object]:
-    """Ask a fresh interpreter; never raises: what went wrong is under ``errors``."""
+    """Return the answer of a fresh interpreter, with its failures under ``errors``; never raises."""
     arguments = [sys.executable, "-c", PROBE, *METHODS]
     try:
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
@@ -154,7 +172,7 @@ def probe() -> dict[str, object]:
 
 
 def version_problems(versions: dict[str, str | None], supported: str) -> list[str]:
-    """Return a line for each package that is missing or of an unsupported version."""
+    """Return a line for each package that is missing or has an unsupported version."""
     from packaging.specifiers import SpecifierSet
 
     problems = []
@@ -172,9 +190,9 @@ def method_problems(found: dict[str, object], files: list[Path], off: bool) -> l
     """Return a line for each reason why mergekit does not know the methods.
 
     Args:
-        found: The answer of :func:`probe`.
-        files: The start-up files found.
-        off: Whether the environment variable switches the hook off.
+        found: The answer from :func:`probe`.
+        files: The start-up files in site-packages.
+        off: True if the environment variable switches the hook off.
     """
     errors, answers = found.get("errors"), found.get("methods")
     problems = [f"mergekit or the plug-in fails: {error}; run: pip check" for error in dict.fromkeys(_list(errors))]
@@ -189,34 +207,34 @@ def method_problems(found: dict[str, object], files: list[Path], off: bool) -> l
     elif not files:
         problems.append(
             f"mergekit-yaml does not know {names}, because {HOOK_FILES[0]} is in no site-packages folder of this "
-            "Python; run: pip install --force-reinstall --no-deps squisher-mergekit, or use squisher-mergekit-yaml"
+            f"Python; {REINSTALL}, or use squisher-mergekit-yaml"
         )
     elif not found.get("started"):
         problems.append(
-            f"mergekit-yaml does not know {names}, because {files[0]} could not import the package; "
-            "run: pip install --force-reinstall --no-deps squisher-mergekit"
+            f"mergekit-yaml does not know {names}, because {files[0]} could not import the package; {REINSTALL}"
         )
     else:
         problems += [f"mergekit-yaml does not know {name}: {why}" for name, why in unknown.items()]
     return problems
 
 
-def lines(report: Report) -> list[str]:
-    """Return the report as lines for a person."""
-    rows = [(name, version or "missing") for name, version in report.versions.items()]
-    hook = "started" if report.hook_started else f"off ({SWITCH}=0)" if report.hook_switched_off else "not started"
-    known = [name for name, yes in report.methods.items() if yes]
+def lines(diagnosis: Diagnosis) -> list[str]:
+    """Return the diagnosis as aligned text."""
+    rows = [(name, version or "missing") for name, version in diagnosis.versions.items()]
+    hook = (
+        "started" if diagnosis.hook_started else f"off ({SWITCH}=0)" if diagnosis.hook_switched_off else "not started"
+    )
+    known = [name for name, yes in diagnosis.methods.items() if yes]
     rows += [
-        ("mergekit range", report.mergekit_supported or "unknown: squisher-mergekit is not installed"),
-        ("start-up hook", f"{hook}; {', '.join(report.hook_files) or 'no file in site-packages'}"),
+        ("mergekit range", diagnosis.mergekit_supported or "unknown: squisher-mergekit is not installed"),
+        ("start-up hook", f"{hook}; {', '.join(diagnosis.hook_files) or 'no file in site-packages'}"),
         ("known methods", ", ".join(known) or "none of this package"),
-        ("devices", ", ".join(report.devices) or "unknown"),
-        ("free disk", f"{report.free_disk_bytes / 1e9:.1f} GB in {Path.cwd()}"),
+        ("devices", ", ".join(diagnosis.devices) or "unknown"),
+        ("free disk", f"{diagnosis.free_disk_bytes / 1e9:.1f} GB in {Path.cwd()}"),
     ]
-    if not report.problems:
+    if not diagnosis.problems:
         rows.append(("verdict", "a merge can run here"))
-    width = max(len(name) for name, _ in rows)
-    return [f"{name:<{width}}  {value}" for name, value in rows]
+    return list(pairs(rows))
 
 
 def _list(value: object) -> list[object]:
@@ -228,14 +246,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file so that it is whole or absent."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise ConfigError(f"the report cannot be written to {file}: {error}; choose another place") from error

@@ -7,8 +7,14 @@ from typing import Any
 
 import click
 
-_PATH = click.Path(path_type=Path)
-_COUNT = click.IntRange(min=1)
+from squisher_mergekit.cli.options import (
+    COUNT,
+    choice_option,
+    dtype_option,
+    out_option,
+    report_options,
+    seed_option,
+)
 
 
 class _Task(click.Choice):  # type: ignore[type-arg]
@@ -24,7 +30,7 @@ class _Task(click.Choice):  # type: ignore[type-arg]
 
 @click.command("estimate")
 @click.argument("model")
-@click.option("-o", "--out", type=_PATH, required=True, help="Folder to create.")
+@out_option()
 @click.option(
     "--data", required=True, help="A jsonl, csv, tsv, parquet or text file, or a dataset org/name[:config] on the Hub."
 )
@@ -35,50 +41,36 @@ class _Task(click.Choice):  # type: ignore[type-arg]
     required=True,
     help="Task of the model; selects the class to load it with.",
 )
-@click.option("--num-examples", type=_COUNT, default=256, show_default=True, help="Number of rows, from the first on.")
-@click.option(
+@click.option("--num-examples", type=COUNT, default=256, show_default=True, help="Number of rows, from the first on.")
+@choice_option(
     "--labels",
-    type=click.Choice(["true", "sampled", "exact", "predicted"]),
+    ["true", "sampled", "exact", "predicted"],
+    "true: the empirical Fisher. sampled, exact: the Fisher. predicted: with the likeliest label.",
     default="true",
-    show_default=True,
-    help="true: the empirical Fisher. sampled, exact: the Fisher. predicted: with the likeliest label.",
 )
 @click.option("--joint", is_flag=True, help="Square the gradient of each batch, not of each example.")
-@click.option(
+@choice_option(
     "--datum",
-    type=click.Choice(["example", "token"]),
+    ["example", "token"],
+    "Square the gradient of each sequence or of each token (one backward pass for each position).",
     default="example",
-    show_default=True,
-    help="Square the gradient of each sequence or of each token (one backward pass for each position).",
 )
 @click.option(
     "--num-samples",
-    type=_COUNT,
+    type=COUNT,
     default=1,
     show_default=True,
     help="Labels drawn for each example, for --labels sampled.",
 )
-@click.option("--batch-size", type=_COUNT, default=8, show_default=True, help="Rows of a batch.")
-@click.option("--max-length", type=_COUNT, default=512, show_default=True, help="Largest number of tokens of a row.")
+@click.option("--batch-size", type=COUNT, default=8, show_default=True, help="Rows of a batch.")
+@click.option("--max-length", type=COUNT, default=512, show_default=True, help="Largest number of tokens of a row.")
 @click.option("--text-column", help="Column of the text, the words or the messages; by default one of the usual names.")
 @click.option("--pair-column", help="Column of the second text of a pair.")
 @click.option("--target-column", help="Column of the target of seq2seq, or of the completion of a prompt.")
 @click.option("--label-column", help="Column of the class or number; for token-classification one for each word.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of drawn labels and masks.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Dtype of the file.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "bf16"]),
-    default="fp32",
-    show_default=True,
-    help="Precision of forward and backward passes.",
-)
+@seed_option("Seed of drawn labels and masks.")
+@dtype_option
+@choice_option("--precision", ["fp32", "bf16"], "Precision of forward and backward passes.", default="fp32")
 @click.option(
     "--save-every",
     type=click.IntRange(min=0),
@@ -87,8 +79,7 @@ class _Task(click.Choice):  # type: ignore[type-arg]
     help="Examples between checkpoints in OUT.partial.safetensors; the same command resumes from it. 0: none.",
 )
 @click.option("--shard", is_flag=True, help="Shard the model over the processes (FSDP2).")
-@click.option("--quiet", is_flag=True, help="Show no progress bar.")
-@click.option("--json", "json_file", type=_PATH, help="Also write the report to this file.")
+@report_options
 def command(
     model: str,
     out: Path,
@@ -132,9 +123,8 @@ def command(
 
     import torch
 
-    from squisher_mergekit.cli.output import config_lines, size_of
+    from squisher_mergekit.cli.output import config_lines, size_of, write_report
     from squisher_mergekit.estimators.dataset.run import Request, estimate_from
-    from squisher_mergekit.tensors.atomic import write_json
 
     request = Request(
         model,
@@ -160,5 +150,4 @@ def command(
     click.echo(f"{model} -> {out}")
     for line in config_lines(fisher.config, size_of(fisher)):
         click.echo(line)
-    if json_file is not None:
-        write_json(json_file, {"model": model, "out": str(out), "config": json.loads(fisher.config.to_json())})
+    write_report(json_file, {"model": model, "out": str(out), "config": json.loads(fisher.config.to_json())})

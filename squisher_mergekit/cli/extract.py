@@ -1,4 +1,4 @@
-"""``squisher extract``: optimizer state of a checkpoint -> portable Fisher."""
+"""``squisher extract``: a portable Fisher from the optimizer state of a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from pathlib import Path
 
 import click
 
+from squisher_mergekit.cli.options import choice_option, dtype_option, naming_options, out_option, report_options
+
 _POSITIVE = click.FloatRange(min=0, min_open=True)
-_PATH = click.Path(path_type=Path)
 
 
 @click.command("extract")
 @click.argument("checkpoint")
-@click.option("-o", "--out", type=_PATH, required=True, help="The folder to make.")
-@click.option("--model", type=_PATH, help="The weights, or their config.json, where CHECKPOINT does not hold them.")
-@click.option("--base", type=_PATH, help="The model before training: for LoRA (config.json is enough), frozen layers.")
-@click.option("--names", type=_PATH, help="Text file, one name a line: line i names the optimizer's parameter i.")
-@click.option("--examples-per-step", type=_POSITIVE, help="Examples behind one optimizer step, to be recorded.")
-@click.option("--tokens-per-step", type=_POSITIVE, help="Tokens behind one optimizer step, to be recorded.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option(
+@out_option()
+@naming_options
+@click.option("--examples-per-step", type=_POSITIVE, help="Examples behind one optimizer step, for the metadata.")
+@click.option("--tokens-per-step", type=_POSITIVE, help="Tokens behind one optimizer step, for the metadata.")
+@dtype_option
+@choice_option(
     "--compress",
-    type=click.Choice(["log8", "log4", "rank1"]),
-    help="Logarithmic codes (F to 4 %, 40 %), or row and column means; --dtype is then that of tensors kept whole.",
+    ["log8", "log4", "rank1"],
+    "Compact form: logarithmic codes (each entry to 4 % or 40 %), or row and column means. Tensors that stay whole "
+    "have --dtype.",
 )
-@click.option("--no-verify", is_flag=True, help="Do not hold what is read against the checksums saved with it.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "json_file", type=_PATH, help="Write the report to a file as well.")
+@click.option("--no-verify", is_flag=True, help="Skip the checksums in the files.")
+@report_options
 def command(
     checkpoint: str,
     out: Path,
@@ -41,13 +40,13 @@ def command(
     quiet: bool,
     json_file: Path | None,
 ) -> None:
-    """Read the optimizer state of CHECKPOINT into a Fisher with the names of the weights.
+    """Convert the optimizer state of CHECKPOINT to a Fisher with the names of the weights.
 
-    CHECKPOINT is a checkpoint of a Hugging Face Trainer, accelerate, FSDP, DeepSpeed, Lightning or
-    torch.distributed (of a run's folder the last one is taken), a file with an optimizer's state_dict, or a Hub id
-    org/name[@revision]. No code in it is run. Where it cannot be told with certainty which tensor belongs to which
-    parameter, nothing is written. Parameters without a second moment (frozen, unused, tied) are listed; the Fisher
-    then covers the others.
+    CHECKPOINT is a checkpoint of a Hugging Face Trainer, accelerate, FSDP, DeepSpeed, Lightning or torch.distributed
+    (or the folder of a run, for its last checkpoint), a file with an optimizer's state_dict, or a Hub id
+    org/name[@revision]. The command runs no code from a checkpoint. It writes nothing if the parameter of a tensor is
+    not certain. A list names the parameters without a second moment (frozen, unused, tied); the Fisher covers the
+    others.
 
     \b
     Example:
@@ -57,9 +56,8 @@ def command(
 
     import torch
 
-    from squisher_mergekit.cli.output import config_lines, size_of
+    from squisher_mergekit.cli.output import config_lines, size_of, write_report
     from squisher_mergekit.optimizers.load import extract
-    from squisher_mergekit.tensors.atomic import write_json
 
     fisher = extract(
         checkpoint,
@@ -77,7 +75,6 @@ def command(
     click.echo(f"{checkpoint} -> {out}")
     for line in config_lines(fisher.config, f"{len(fisher)} tensors, {size_of(fisher)}"):
         click.echo(line)
-    if json_file is not None:
-        size = sum(fisher.info(name).nbytes for name in fisher)
-        report = {"checkpoint": checkpoint, "out": str(out), "bytes": size}
-        write_json(json_file, report | {"config": json.loads(fisher.config.to_json())})
+    size = sum(fisher.info(name).nbytes for name in fisher)
+    report = {"checkpoint": checkpoint, "out": str(out), "bytes": size}
+    write_report(json_file, report | {"config": json.loads(fisher.config.to_json())})

@@ -1,35 +1,36 @@
-"""The group ``squisher``: its help is a static table, so that no verb is imported before it is used."""
+"""The group ``squisher``, whose help is a static table, so that it imports no command."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
 import click
+from click.shell_completion import CompletionItem
 
 from squisher_mergekit import __version__
 
-# verb -> (module in this folder that holds it as `command`, its line in the group's help)
+# Name of a command -> (module in this folder that defines it as `command`, line in the help of the group).
 VERBS = {
-    "extract": ("extract", "Read the optimizer state of a checkpoint into a Fisher."),
-    "inspect": ("inspect", "Show what a Fisher holds: config, coverage, a table of its tensors."),
-    "estimate": ("estimate", "Estimate a Fisher from data, where there is no optimizer state."),
-    "compare": ("compare", "Show how two Fishers agree: rank correlation, scale, zeros."),
+    "extract": ("extract", "Convert the optimizer state of a checkpoint to a Fisher."),
+    "inspect": ("inspect", "Show metadata, coverage and a table of the tensors of a Fisher."),
+    "estimate": ("estimate", "Estimate a Fisher from data, without optimizer state."),
+    "compare": ("compare", "Compare two Fishers: rank correlation, scale, zeros."),
     "push": ("push", "Publish a Fisher on the Hugging Face Hub."),
-    "pull": ("pull", "Fetch a Fisher from the Hugging Face Hub."),
-    "plan": ("plan", "Check a merge strictly and show what it would do, without doing it."),
-    "merge": ("merge", "Check a merge, run it with mergekit, and report on it."),
-    "prune": ("prune", "Make the weights 0 that matter least, by their Fisher."),
-    "mask": ("mask", "FISH masks: choose the weights that matter most, take the others back."),
-    "task2vec": ("task2vec", "Tasks as vectors: embed Fishers, compare tasks, rank sources for a target."),
-    "doctor": ("doctor", "Say whether a merge can run here, and what would stop it."),
+    "pull": ("pull", "Download a Fisher from the Hugging Face Hub."),
+    "plan": ("plan", "Check a merge strictly and preview it."),
+    "merge": ("merge", "Check a merge, run it with mergekit, and print a report."),
+    "prune": ("prune", "Set the least important weights to 0, by their Fisher."),
+    "mask": ("mask", "FISH masks: keep the most important weights, reset the others."),
+    "task2vec": ("task2vec", "Embed tasks as vectors, compare them, rank sources for a target."),
+    "doctor": ("doctor", "Check whether a merge can run in this environment."),
 }
 
 HELP = """Fisher-weighted model merging for mergekit.
 
 Adam keeps a running mean of the squared gradient of every parameter: the Squisher, an estimate of the diagonal Fisher
-information. A merge that weighs each entry by it keeps what each model has learned there. After the installation
-mergekit-yaml itself knows the methods squisher and ubgm_squisher. The verbs below make Fishers from checkpoints, look
-at them, and check merges before they run.
+information. A merge that weighs each entry by its Fisher keeps more of each model's training. The installation adds the
+merge methods squisher and ubgm_squisher to mergekit-yaml. The commands below make Fishers, inspect them, and check
+merges before they run.
 
 \b
 Example:
@@ -37,18 +38,25 @@ Example:
   squisher inspect fishers/math
   squisher plan merge.yml
   mergekit-yaml merge.yml merged
+
+\b
+Shell completion, for bash (in ~/.bashrc; zsh_source and fish_source for other shells):
+  eval "$(_SQUISHER_COMPLETE=bash_source squisher)"
+
+\b
+Exit codes: 0 done; 1 refused, with one line that names requirement, place and cure; 2 usage.
 """
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are named by ``VERBS`` and imported when they are used."""
+    """Group with the commands in ``VERBS``, which imports a command on its first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the verbs in the order of their table."""
+        """Return the names of the commands, in the order of the help."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one verb, or return None where there is none of this name."""
+        """Import one command, or return None for an unknown name."""
         if cmd_name not in VERBS:
             return None
         module, _ = VERBS[cmd_name]
@@ -56,12 +64,17 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the table of verbs without importing any."""
+        """Write the table of commands without importing any."""
         with formatter.section("Commands"):
             formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the name of a command or an option without importing any command."""
+        commands = [CompletionItem(verb, help=line) for verb, (_, line) in VERBS.items() if verb.startswith(incomplete)]
+        return [*commands, *click.Command.shell_complete(self, ctx, incomplete)]
 
-@click.command("squisher", cls=LazyGroup, help=HELP)
+
+@click.command("squisher", cls=LazyGroup, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="squisher")
 def main() -> None:
-    """Run one verb."""
+    """Run one command."""

@@ -30,14 +30,14 @@ def choice_option(name: str, values: list[str], text: str, default: str | None =
     return click.option(name, type=click.Choice(values), default=default, show_default=True, help=text)
 
 
-def out_option(text: str = "The folder to write; it must not hold a Fisher yet.") -> Callable[[Command], Command]:
+def out_option(text: str = "Folder to create.") -> Callable[[Command], Command]:
     """Return the option for the output."""
     return click.option("-o", "--out", type=PATH, required=True, help=text)
 
 
 def plot_option(text: str) -> Callable[[Command], Command]:
     """Return the option for a picture."""
-    return click.option("--plot", type=PATH, help=f"{text} It needs matplotlib.")
+    return click.option("--plot", type=PATH, help=f"{text} This needs matplotlib.")
 
 
 def scaling_option(text: str, default: str | None = "debiased") -> Callable[[Command], Command]:
@@ -51,28 +51,26 @@ def seed_option(text: str) -> Callable[[Command], Command]:
 
 
 model_option = click.option(
-    "--model", type=PATH, help="The weights, or their config.json, if the source does not contain them."
+    "--model", type=PATH, help="Folder of the weights, or of their config.json, if the source lacks them."
 )
 models_option = click.option(
     "--model",
     type=PATH,
     multiple=True,
-    help="The weights, or their config.json, of Fishers from optimizer state: once for all, or once for each.",
+    help="Folder of the weights, for Fishers from optimizer state; give it once for all, or once for each.",
 )
 naming_options = combined(
     model_option,
     click.option(
         "--base",
         type=PATH,
-        help="The model before training: for a LoRA (its config.json is enough), or to find frozen layers.",
+        help="Folder of the model before training: for a LoRA (config.json is enough), or to find frozen layers.",
     ),
-    click.option(
-        "--names", type=PATH, help="Text file with one name a line: line i names the optimizer's parameter i."
-    ),
+    click.option("--names", type=PATH, help="Text file of names; line i names the optimizer's parameter i."),
 )
-dtype_option = choice_option("--dtype", ["float32", "bfloat16"], "dtype of the tensors in the file.", "float32")
+dtype_option = choice_option("--dtype", ["float32", "bfloat16"], "Dtype of the file.", "float32")
 strict_option = click.option("--strict", is_flag=True, help="Refuse a Fisher that was made at other weights.")
 quiet_option = click.option("--quiet", is_flag=True, help="Show no progress bar.")
 report_options = combined(
-    quiet_option, click.option("--json", "json_file", type=PATH, help="Write the report to this file as well.")
+    quiet_option, click.option("--json", "json_file", type=PATH, help="Also write the report to this file.")
 )

@@ -1,4 +1,4 @@
-"""Pictures of a Fisher; matplotlib comes with the extra ``plots``."""
+"""Pictures of Fishers, drawn by matplotlib (extra ``plots``)."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _BINS_IN_ONE_OF_FEW = 25
 
 
 def histogram(summary: Summary, title: str) -> bytes:
-    """Draw how log10 F is distributed: a curve for each kind of layer (the most numerous twenty), one above another.
+    """Draw the histograms of log10 F, a curve for each of the twenty most numerous kinds of layer.
 
     Args:
-        summary: Of a Fisher.
-        title: Above the picture.
+        summary: The statistics of the Fisher.
+        title: Title of the picture.
 
     Returns:
-        A PNG.
+        The PNG file.
     """
     sizes = {kind: int(counts.sum()) for kind, counts in summary.histograms.items()}
     most = sorted(sizes, key=lambda kind: -sizes[kind])[:_KINDS]
@@ -47,16 +47,16 @@ def histogram(summary: Summary, title: str) -> bytes:
         zeros = summary.zero_counts[kind]
         share = f", {zeros / (zeros + sizes[kind]):.1%} zero" if zeros else ""
         labels.append(f"{kind}\n{zeros + sizes[kind]:,} entries{share}")
-        # Few entries in narrow bins are a row of needles.
+        # Narrow bins would show few entries as needles.
         width = _BINS_IN_ONE if sizes[kind] >= _MANY else _BINS_IN_ONE_OF_FEW
         counts = summary.histograms[kind].reshape(-1, width).sum(1).double()
         heights = -row + _HEIGHT * counts / max(counts.max().item(), 1.0)
         edges = [FIRST_DECADE + place * width / BINS_PER_DECADE for place in range(len(counts) + 1)]
         axes.stairs(heights.tolist(), edges, baseline=-row, fill=True, alpha=0.6, color=f"C{row % 10}")
         axes.stairs(heights.tolist(), edges, baseline=None, color=f"C{row % 10}", linewidth=0.8)
-    held = torch.stack(list(summary.histograms.values())).sum(0).nonzero() if sizes else torch.empty(0)
-    if len(held):
-        low, high = (FIRST_DECADE + int(place) / BINS_PER_DECADE for place in (held.min(), held.max()))
+    filled = torch.stack(list(summary.histograms.values())).sum(0).nonzero() if sizes else torch.empty(0)
+    if len(filled):
+        low, high = (FIRST_DECADE + int(place) / BINS_PER_DECADE for place in (filled.min(), filled.max()))
         axes.set_xlim(low - 0.5, high + 0.5)
     axes.set_yticks([-row for row in range(len(kinds))], labels, fontsize="small", verticalalignment="bottom")
     axes.tick_params(axis="y", length=0)
@@ -70,15 +70,15 @@ def histogram(summary: Summary, title: str) -> bytes:
 
 
 def scatter(comparison: compare.Comparison, a: str, b: str) -> bytes:
-    """Draw log10 of B against log10 of A, as the number of entries in each small square, and the line of equality.
+    """Draw log10 B against log10 A, as the number of entries in each small square, with the line of equality.
 
     Args:
-        comparison: Of two Fishers.
-        a: Name of the one along the x axis.
-        b: Name of the other.
+        comparison: The comparison of the Fishers A and B.
+        a: Name of A, along the x axis.
+        b: Name of B, along the y axis.
 
     Returns:
-        A PNG.
+        The PNG file.
     """
     figure = Figure(figsize=(8, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -100,15 +100,15 @@ def scatter(comparison: compare.Comparison, a: str, b: str) -> bytes:
 
 
 def _window(histogram: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """Return the square part of a histogram that holds all of its entries, and where it begins and ends."""
-    held = (histogram.sum(0) + histogram.sum(1)).nonzero()
-    low, high = (int(held.min()), int(held.max()) + 1) if len(held) else (0, len(histogram))
+    """Return the square part of a histogram with all of its entries, and its first and last index."""
+    filled = (histogram.sum(0) + histogram.sum(1)).nonzero()
+    low, high = (int(filled.min()), int(filled.max()) + 1) if len(filled) else (0, len(histogram))
     low, high = max(low - 5, 0), min(high + 5, len(histogram))
     return histogram[low:high, low:high], low, high
 
 
 def _captions(comparison: compare.Comparison) -> list[str]:
-    """Return the lines below the names: the rank correlation, and the entries that have no place in the picture."""
+    """Return the captions: the rank correlation, and the shares of zeros, which a logarithmic picture cannot show."""
     over_all = comparison.over_all
     known = over_all.spearman is not None
     shares = [f"{zeros / max(over_all.entries, 1):.2%}" for zeros in comparison.zeros]
@@ -119,12 +119,12 @@ def _captions(comparison: compare.Comparison) -> list[str]:
 
 
 def _tail(name: str, length: int = 70) -> str:
-    """Return the end of a name that is too long for a title."""
+    """Return a name, or the end of a long one, for a title."""
     return name if len(name) <= length else f"...{name[-length:]}"
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG."""
+    """Return a figure as a PNG file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""``squisher prune``: a copy of a model whose least important weights are 0."""
+"""``squisher prune``: a copy of a model with its least important weights set to 0."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from typing import TYPE_CHECKING
 
 import click
 
+from squisher_mergekit.cli.options import (
+    choice_option,
+    out_option,
+    report_options,
+    scaling_option,
+    seed_option,
+    strict_option,
+)
+from squisher_mergekit.cli.tables import shape_text, table
+
 if TYPE_CHECKING:
     from squisher_mergekit.applications.pruning.report import Report
 
-_PATH = click.Path(path_type=Path)
-
 
 def _pattern(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """Read ``n:m`` as two numbers."""
+    """Parse ``n:m`` as two numbers."""
     if value is None:
         return None
     n, colon, m = value.partition(":")
@@ -26,56 +34,44 @@ def _pattern(context: click.Context, option: click.Parameter, value: str | None)
 
 @click.command("prune")
 @click.argument("model")
-@click.option("-o", "--out", type=_PATH, required=True, help="The folder to make; new or empty.")
-@click.option("--fisher", help="A Fisher of MODEL, or what `squisher extract` reads. Not needed by the other scores.")
-@click.option("--sparsity", type=float, help="Share, in [0, 1), of the entries chosen from that becomes 0.")
-@click.option(
-    "--score",
-    type=click.Choice(["fisher", "magnitude", "random"]),
-    default="fisher",
-    show_default=True,
-    help="theta^2 F / 2, |theta|, or drawn evenly.",
+@out_option("Folder to create; new or empty.")
+@click.option("--fisher", help="Fisher of MODEL, or a source that `squisher extract` reads; for --score fisher.")
+@click.option("--sparsity", type=float, help="Share of the candidate entries that becomes 0, in [0, 1).")
+@choice_option(
+    "--score", ["fisher", "magnitude", "random"], "theta^2 F / 2, |theta|, or random numbers.", default="fisher"
 )
-@click.option(
+@choice_option(
     "--normalize",
-    type=click.Choice(["none", "layer"]),
+    ["none", "layer"],
+    "none: compare the scores directly. layer: divide them by their mean over the tensor, so that small layers, whose "
+    "weights have larger scores, lose as much as large ones.",
     default="none",
-    show_default=True,
-    help="none: compare scores as they are. layer: divide them by their mean over the tensor; a small layer, of which "
-    "every weight matters more, then loses as much as a large one.",
 )
-@click.option(
+@choice_option(
     "--scope",
-    type=click.Choice(["global", "layer"]),
+    ["global", "layer"],
+    "global: remove the lowest scores of all tensors. layer: remove the same share of each tensor.",
     default="global",
-    show_default=True,
-    help="global: the lowest scores of all tensors go. layer: of each tensor the same share.",
 )
 @click.option(
-    "--least",
+    "--min-keep",
     type=float,
-    help="Keep at least this share of each tensor: theta^2 F differs by orders of magnitude between layers, a global "
-    "choice would empty some. By default a third of the share that is kept over all; 0 for none.",
+    help="Smallest share of each tensor to keep: theta^2 F differs by orders of magnitude between layers, so that a "
+    "global choice would empty some. By default a third of the overall share; 0 for none.",
 )
+@click.option("--least", type=float, hidden=True)
 @click.option(
     "--pattern",
     metavar="N:M",
     callback=_pattern,
-    help="In place of --sparsity: keep N of each M weights along the inputs.",
+    help="Instead of --sparsity: keep N of each M weights along the inputs.",
 )
-@click.option("--ignore", multiple=True, help="A name, or a regular expression, of tensors to leave alone; repeatable.")
-@click.option("--no-default-ignore", is_flag=True, help="Prune embeddings, norms, biases and the output layer as well.")
-@click.option(
-    "--scaling",
-    type=click.Choice(["raw", "debiased", "per_example"]),
-    default="debiased",
-    show_default=True,
-    help="Of the Fisher; matters with --normalize none where tensors have seen different numbers of steps.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --score random.")
-@click.option("--strict", is_flag=True, help="Refuse a Fisher that was made at other weights.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "json_file", type=_PATH, help="Write the report to a file as well.")
+@click.option("--ignore", multiple=True, help="Name or regular expression of tensors to leave unchanged; repeatable.")
+@click.option("--no-default-ignore", is_flag=True, help="Also prune embeddings, norms, biases and the output layer.")
+@scaling_option("Scale of the Fisher; matters with --normalize none if tensors have different numbers of steps.")
+@seed_option("Seed of --score random.")
+@strict_option
+@report_options
 def command(
     model: str,
     out: Path,
@@ -84,6 +80,7 @@ def command(
     score: str,
     normalize: str,
     scope: str,
+    min_keep: float | None,
     least: float | None,
     pattern: tuple[int, int] | None,
     ignore: tuple[str, ...],
@@ -94,12 +91,12 @@ def command(
     quiet: bool,
     json_file: Path | None,
 ) -> None:
-    """Write a copy of MODEL, a folder or a Hub id, in which the weights that matter least are 0.
+    """Write a copy of MODEL, a folder or a Hub id, with its least important weights set to 0.
 
-    A weight's score is by how much the loss would grow without it, theta^2 F / 2. Embeddings, norms, biases and the
-    output layer are left alone. OUT loads as MODEL does, and holds mask.safetensors as well, a bit for each weight: it
-    keeps pruned weights 0 in further training (MaskedTraining in Python). The sparsity is counted over the entries
-    chosen from, exactly; the table shows that of each layer, and that of the whole model below.
+    The score of a weight is the growth of the loss without it, theta^2 F / 2. Embeddings, norms, biases and the output
+    layer stay unchanged. OUT loads like MODEL. Its mask.safetensors, with a bit for each weight, keeps pruned weights 0
+    in further training (MaskedTraining in Python). The sparsity is exact, over the candidate entries; the table shows
+    the sparsity of each layer, and the last lines that of the whole model.
 
     \b
     Example:
@@ -107,10 +104,13 @@ def command(
         squisher prune runs/math/checkpoint-500 --fisher fishers/math --pattern 2:4 -o pruned-2-4
     """
     from squisher_mergekit.applications.pruning.files import prune_files
-    from squisher_mergekit.tensors.atomic import write_json
+    from squisher_mergekit.cli.output import write_report
 
     if (sparsity is None) == (pattern is None):
         raise click.UsageError("give either --sparsity or --pattern")
+    if least is not None:
+        click.echo("--least is deprecated; use --min-keep", err=True)
+        min_keep = least if min_keep is None else min_keep
     report = prune_files(
         model,
         fisher,
@@ -121,7 +121,7 @@ def command(
         score=score,
         normalize=normalize,
         scope=scope,
-        least=least,
+        least=min_keep,
         pattern=pattern,
         ignore=ignore,
         default_ignore=not no_default_ignore,
@@ -129,26 +129,23 @@ def command(
         seed=seed,
     )
     click.echo(f"{model} -> {out}")
-    for line in table(report):
+    for line in lines(report):
         click.echo(line)
-    if json_file is not None:
-        write_json(json_file, {"model": model, "fisher": fisher, "out": str(out)} | report.as_dict())
+    write_report(json_file, {"model": model, "fisher": fisher, "out": str(out)} | report.as_dict())
 
 
-def table(report: Report) -> Iterator[str]:
-    """Return the report as aligned text: one tensor a line, then sums, then what was left alone."""
+def lines(report: Report) -> Iterator[str]:
+    """Yield a table of the pruned tensors, the totals, and the numbers of unchanged tensors."""
     from collections import Counter
 
-    rows = [*report.layers, report.over_all]
-    shapes = ["x".join(map(str, row.shape)) for row in report.layers] + [""]
-    width, space = (max(map(len, texts)) for texts in ([row.name for row in rows], ["shape", *shapes]))
-    yield f"{'tensor':{width}}  {'shape':>{space}}  {'kept':>14}  sparsity"
-    for row, shape in zip(rows, shapes, strict=True):
-        yield f"{row.name:{width}}  {shape:>{space}}  {row.kept:>14,}  {row.sparsity:>8.2%}"
+    rows = [(row.name, shape_text(row.shape), f"{row.kept:,}", f"{row.sparsity:.2%}") for row in report.layers]
+    total = report.over_all
+    rows.append((total.name, "", f"{total.kept:,}", f"{total.sparsity:.2%}"))
+    yield from table(("tensor", "shape", "kept", "sparsity"), rows)
     yield f"of the whole model, {report.entries:,} entries, {report.sparsity_of_model:.2%} were pruned"
     empty = [layer.name for layer in report.layers if not layer.kept]
     if empty:
-        yield f"{len(empty)} layers have no weight left, {empty[0]} among them; see --least"
+        yield f"{len(empty)} layers have no weight left, {empty[0]} among them; see --min-keep"
     reasons = Counter(report.ignored.values())
     if reasons:
         yield "left alone: " + ", ".join(f"{count} ({why})" for why, count in reasons.items())

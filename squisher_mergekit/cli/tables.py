@@ -31,8 +31,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
         yield "  ".join(padded).rstrip()
 
 
-def pairs(rows: Iterable[tuple[str, object]]) -> Iterator[str]:
+def pairs(rows: Iterable[tuple[str, object]], width: int = _NAME_WIDTH) -> Iterator[str]:
     """Yield one line for each name and value, with aligned values.
+
+    Args:
+        rows: Names and values.
+        width: Least width of the names.
 
     Example:
         >>> print(*pairs([("kind", "squisher"), ("steps", 50)]), sep="\\n")
@@ -40,9 +44,9 @@ def pairs(rows: Iterable[tuple[str, object]]) -> Iterator[str]:
         steps      50
     """
     known = list(rows)
-    width = max((len(name) for name, _ in known), default=0)
+    width = max([width, *(len(name) for name, _ in known)])
     for name, value in known:
-        yield f"{name:<{max(width, _NAME_WIDTH)}}  {value}"
+        yield f"{name:<{width}}  {value}"
 
 
 def name_list(names: Sequence[str], most: int) -> str:

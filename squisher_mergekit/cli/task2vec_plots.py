@@ -1,4 +1,4 @@
-"""The heat map of distances between tasks; matplotlib comes with the extra ``plots``."""
+"""Heat map of the distances between tasks, drawn by matplotlib (extra ``plots``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from squisher_mergekit.cli import plots  # says what to install where matplotlib is missing
+from squisher_mergekit.cli import plots  # refuses, with the command to install matplotlib, if it is missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,20 +19,20 @@ _LONGEST = 24
 
 
 def heat_map(matrix: Tensor, names: Sequence[str], order: Sequence[int], tree: Tensor, title: str) -> bytes:
-    """Draw distances as a square of cells, dark for near tasks, with the tree of clusters above.
+    """Draw a matrix of distances as a heat map, dark for near tasks, with the tree of clusters above.
 
-    The darkness alone tells near from far, so it can be printed in black and white; where tasks are few, each cell has
+    Grey levels show the distances, so that the picture can be printed in black and white. For few tasks each cell has
     its number. The diagonal is hatched.
 
     Args:
-        matrix: Distances, ``[n, n]``, from the task of a row to that of a column.
-        names: Of the tasks.
-        order: In which to draw them.
-        tree: The linkage matrix that the order comes from.
-        title: Above the picture.
+        matrix: Distances, shape ``(n, n)``, from the task of a row to the task of a column.
+        names: Names of the tasks.
+        order: Order of the tasks in the picture.
+        tree: Linkage matrix behind the order.
+        title: Title of the picture.
 
     Returns:
-        A PNG.
+        The PNG file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ def heat_map(matrix: Tensor, names: Sequence[str], order: Sequence[int], tree: T
 
 
 def _grey(picture: bytes) -> bytes:
-    """Return a PNG without the colours that it does not use, less than half as large."""
+    """Return a PNG file in grey levels, which is less than half as large."""
     from PIL import Image  # matplotlib brings it
 
     stream = io.BytesIO()
@@ -71,7 +71,7 @@ def _grey(picture: bytes) -> bytes:
 
 
 def _write_cells(axes: Axes, shown: Tensor) -> None:
-    """Write each distance into its cell, in black on light and white on dark."""
+    """Write each distance into its cell, black on light cells and white on dark ones."""
     known = shown[~shown.isnan()]
     middle = (0.6 * known.min() + 0.4 * known.max()).item()
     form = ".2f" if known.abs().max() >= 0.1 else ".1e"
@@ -83,7 +83,7 @@ def _write_cells(axes: Axes, shown: Tensor) -> None:
 
 
 def _draw_tree(axes: Axes, tree: Tensor) -> None:
-    """Draw which tasks are joined at which distance, above their columns."""
+    """Draw the tree of clusters above the columns, with heights at the distances of the joins."""
     from scipy.cluster.hierarchy import dendrogram
 
     drawn = dendrogram(tree.numpy(), no_plot=True)

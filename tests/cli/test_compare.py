@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from squisher_mergekit.cli.compare import table
+from squisher_mergekit.cli.compare import lines
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.fisher.compare import compare
 from squisher_mergekit.fisher.config import FisherConfig
@@ -74,9 +74,9 @@ def test_table_has_a_line_for_each_common_tensor(pair, tmp_path):
 def test_a_sample_is_stated():
     """Where the overall order is of a sample, its size and the number of entries stand below the table."""
     fisher = Fisher(MemoryStore({"w": torch.rand(1009)}), FisherConfig())
-    text = "\n".join(table(compare(fisher, fisher, sample=101)))
+    text = "\n".join(lines(compare(fisher, fisher, sample=101)))
     assert "a sample: 101 of 1,009 entries" in text
-    assert "sample" not in "\n".join(table(compare(fisher, fisher)))
+    assert "sample" not in "\n".join(lines(compare(fisher, fisher)))
 
 
 def test_scaling_is_a_choice(tmp_path):

@@ -62,7 +62,7 @@ def test_options_reach_the_recipe(run, tmp_path):
     assert mask["bert.pooler.dense.weight"].all()
     held = mask["bert.encoder.layer.1.output.dense.weight"].reshape(12, 3, 4).sum(2)
     assert torch.equal(held, torch.full((12, 3), 2))
-    options = ("--scope", "layer", "--least", 0.1, "--normalize", "layer", "--seed", 7, "--scaling", "raw")
+    options = ("--scope", "layer", "--min-keep", 0.1, "--normalize", "layer", "--seed", 7, "--scaling", "raw")
     done = run("--score", "random", "--sparsity", 0.5, "--no-default-ignore", *options, out="other")
     assert done.exit_code == 0, done.output
     about = read_mask(tmp_path / "other").about
@@ -85,7 +85,7 @@ def mask_all_kept(folder, name):
 
 def test_a_layer_without_weights_is_pointed_out(run):
     """Where the options let a whole layer go, a line says so."""
-    result = run("--score", "random", "--sparsity", "0.995", "--least", "0")
+    result = run("--score", "random", "--sparsity", "0.995", "--min-keep", "0")
     assert result.exit_code == 0, result.output
     assert "layers have no weight left" in result.output
 
@@ -97,7 +97,7 @@ def test_a_layer_without_weights_is_pointed_out(run):
         (("--sparsity", "0.5"), "score fisher needs a Fisher; give --fisher"),
         (("--sparsity", "0.5", "--score", "random", "--ignore", "nothing"), "nothing matches 'nothing'"),
         (("--sparsity", "0.5", "--score", "random", "--ignore", "."), "all 41 tensors are ignored"),
-        (("--sparsity", "0.95", "--score", "random", "--least", "0.1"), "lower one"),
+        (("--sparsity", "0.95", "--score", "random", "--min-keep", "0.1"), "lower one"),
         (("--pattern", "2:5", "--score", "random"), "has 12; ignore it"),
         (("--sparsity", "0.5", "--fisher", "nowhere"), "nowhere"),
     ],
