@@ -16,7 +16,7 @@ from squisher_mergekit.cli.estimate import command
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.estimators.estimate import estimate_fisher
 from squisher_mergekit.estimators.tasks import DataTask
-from tests.models import SMALL, word_tokenizer
+from tests.small_models import SMALL, word_tokenizer
 
 ROWS = [
     ("the cat sat on the mat", "far", 0), ("a dog ran", "the mat", 2), ("far far far", "a cat", 1),

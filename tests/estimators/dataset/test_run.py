@@ -18,7 +18,7 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.dataset import run
 from squisher_mergekit.estimators.dataset.run import Request, estimate_from
-from tests.models import SMALL, word_tokenizer
+from tests.small_models import SMALL, word_tokenizer
 
 ROOT = Path(__file__).parents[3]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far"]
