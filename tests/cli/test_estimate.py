@@ -1,4 +1,4 @@
-"""``squisher estimate``: saved models, files of rows, and the Fisher that comes of them."""
+"""``squisher estimate`` on saved models and files of rows."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ MODELS = {
 
 @pytest.fixture(params=MODELS)
 def saved(request, tmp_path):
-    """A small model of a task, saved with its tokenizer."""
+    """Save a small model of a task with its tokenizer."""
     torch.manual_seed(3)
     model = MODELS[request.param]()
     model.save_pretrained(tmp_path / "model")
@@ -68,7 +68,7 @@ def _run(*arguments):
 
 
 def _by_hand(task, model):
-    """What estimate_fisher makes of the same rows, tokenized one by one without padding."""
+    """Return ``estimate_fisher`` of the same rows, tokenized one by one without padding."""
     tokenizer, made = word_tokenizer(), []
     for text, target, label in ROWS:
         batch = dict(tokenizer([text], return_tensors="pt"))
@@ -84,7 +84,7 @@ def _by_hand(task, model):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_file_of_rows_gives_the_fisher_of_these_rows(saved, kind, tmp_path):
-    """Padded batches of two give what single rows give; names and fingerprint are those of the saved weights."""
+    """Padded batches of two give the Fisher of single rows, under the names of the saved weights."""
     task, model, folder = saved
     data, out = _write(tmp_path / f"rows.{kind}"), tmp_path / "fisher"
     done = _run(folder, "--task", task, "--data", data, "--batch-size", 2, "-o", out)
@@ -114,7 +114,7 @@ def test_a_file_of_rows_gives_the_fisher_of_these_rows(saved, kind, tmp_path):
     ],
 )
 def test_what_is_missing_is_refused_in_one_line(change, words, tmp_path, monkeypatch):
-    """A missing file, column or model and labels that do not go together: exit code 1, one line, nothing left."""
+    """A missing file, column or model and wrong labels exit with 1, one line and no output folder."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     MODELS["classification"]().save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
@@ -130,7 +130,7 @@ def test_what_is_missing_is_refused_in_one_line(change, words, tmp_path, monkeyp
 
 
 def test_exact_labels_of_tokens_are_refused(tmp_path):
-    """The expectation over all tokens would take a pass for each: the cure is sampling."""
+    """Exact labels of tokens raise an error that names sampling as the cure."""
     MODELS["causal-lm"]().save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     data = _write(tmp_path / "rows.jsonl")
@@ -139,7 +139,7 @@ def test_exact_labels_of_tokens_are_refused(tmp_path):
 
 
 def test_a_bar_tells_the_rate_and_the_time_left(saved, tmp_path):
-    """Of the examples: how many are done, of how many, how long it took and will take, and how many a second."""
+    """The progress bar shows examples done and in all, the times, and the rate."""
     task, _, folder = saved
     data = _write(tmp_path / "rows.jsonl")
     arguments = ["estimate", folder, "--task", task, "--data", data, "--batch-size", "2", "-o", tmp_path / "out"]
@@ -149,13 +149,13 @@ def test_a_bar_tells_the_rate_and_the_time_left(saved, tmp_path):
 
 
 def test_tasks_are_those_of_python():
-    """The values of --task are those of ``estimate_fisher`` but ``auto``."""
+    """The values of --task are those of ``estimate_fisher`` without ``auto``."""
     (task,) = [option for option in command.params if option.name == "task"]
     assert set(task.type.choices) == set(get_args(DataTask))
 
 
 def test_the_old_name_of_classification_still_works(tmp_path):
-    """It gives the same Fisher, and a line that names the new one."""
+    """The old name gives the same Fisher, and a line with the new name."""
     MODELS["classification"]().save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     data = _write(tmp_path / "rows.jsonl")

@@ -1,4 +1,4 @@
-"""Small models of every architecture, batches for them, and how a Fisher is held against the oracle's."""
+"""Small models of every architecture, batches for them, and comparison with the oracle."""
 
 import copy
 import tempfile
@@ -19,7 +19,7 @@ def _ids(vocab, seed=0, size=SIZE, length=LENGTH):
 
 
 def _masked(ids):
-    """Pad the ends of some sequences."""
+    """Return an attention mask that pads the ends of some sequences."""
     mask = torch.ones_like(ids)
     mask[0, 4:] = 0
     mask[3, 2:] = 0
@@ -71,7 +71,7 @@ MODELS = {
 
 
 class TextTower(nn.Module):
-    """CLIP's text model with a classifier on top, which gives out what a classifier of transformers does."""
+    """CLIP's text model with a classifier on top, and transformers' classifier output."""
 
     def __init__(self, config):
         super().__init__()
@@ -84,19 +84,19 @@ class TextTower(nn.Module):
 
 
 def make(name):
-    """Build a model, with random weights."""
+    """Return a model with random weights."""
     _, config, kind, settings = MODELS[name]
     return (kind or TextTower)(config(**settings))
 
 
 def task_of(name):
-    """Return what the outputs of a model mean."""
+    """Return the task of a model."""
     task = MODELS[name][0]
     return "classification" if task == "image" else task
 
 
 def batch_of(task, size=SIZE, seed=0):
-    """Return a batch for a task, some sequences of it padded."""
+    """Return a batch for a task, with some padded sequences."""
     classes = torch.tensor([0, 2, 1, 1, 0])[:size]
     if task == "image":
         pixels = torch.randn(size, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
@@ -116,12 +116,12 @@ def batch_of(task, size=SIZE, seed=0):
 
 
 def loss_of(task, kind):
-    """Return the oracle's loss."""
+    """Return the oracle's loss function."""
     return oracle.classes(kind) if task in ("classification", "image") else oracle.tokens(task, kind)
 
 
 def assert_close(fisher, expected, rtol=1e-5, model=None):
-    """Hold each tensor to within a share of its largest entry, or of 1e-12 of the model's largest."""
+    """Assert that each tensor is within a share of its largest entry, or 1e-12 of the model's largest."""
     if model is not None and hasattr(model, "save_pretrained"):
         expected = _as_saved(model, expected)
     assert set(fisher) == set(expected)
@@ -132,7 +132,7 @@ def assert_close(fisher, expected, rtol=1e-5, model=None):
 
 
 def _as_saved(model, tensors):
-    """Push tensors through save_pretrained in the place of the weights."""
+    """Return tensors under the names and shapes that save_pretrained gives the weights."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in other.named_parameters():

@@ -1,4 +1,4 @@
-"""The Fisher in the plainest way: one example, one label and one backward pass at a time, in float64."""
+"""Oracle: the Fisher in float64, with one backward pass for each example and label."""
 
 import copy
 
@@ -32,7 +32,7 @@ def fisher(model, batches, loss, kinds):
 
 
 def split(batch):
-    """Return the examples of a batch, each a batch of one, floats in float64."""
+    """Return the examples as batches of size one, with floats in float64."""
     if isinstance(batch, dict):
         size = len(next(iter(batch.values())))
         return [{key: _wide(value[n : n + 1]) for key, value in batch.items()} for n in range(size)]
@@ -44,7 +44,7 @@ def _wide(tensor):
 
 
 def classes(kind):
-    """Cross-entropy of a classifier: with the true label, the likeliest, or all of them by their probability."""
+    """Return a loss function of a classifier: with the true label, the likeliest, or all weighted by probability."""
 
     def loss(model, example):
         if isinstance(example, dict):
@@ -62,7 +62,7 @@ def classes(kind):
 
 
 def tokens(task, kind):
-    """Cross-entropy of a language model, summed over the tokens that have a label."""
+    """Return a loss function of a language model: the sum over tokens with a label."""
 
     def loss(model, example):
         labels = example["labels"][0]
@@ -82,6 +82,6 @@ def tokens(task, kind):
 
 
 def shifted(model, labels):
-    """Return what a decoder is given for these labels."""
+    """Return the decoder's inputs for these labels."""
     make = getattr(model, "prepare_decoder_input_ids_from_labels", None) or model._shift_right
     return make(labels)

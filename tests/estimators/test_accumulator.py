@@ -1,4 +1,4 @@
-"""Accumulators that grow batch by batch: who is counted, what is drawn, what no device waits for."""
+"""Accumulators over several batches: counts, draws, devices and sharded models."""
 
 import copy
 import gc
@@ -24,14 +24,14 @@ from tests.estimators.models import MODELS, assert_close, batch_of, loss_of, mak
 
 @pytest.fixture
 def group(tmp_path):
-    """Make this process a group of one."""
+    """Initialize a process group of size one."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def test_a_batch_draws_by_its_number_alone():
-    """Batches added in any order, by one or by two, draw the same labels."""
+    """Batches added in another order draw the same labels."""
     torch.manual_seed(0)
     model = make("llama").double()
     batches = [batch_of("causal-lm", seed=n) for n in range(3)]
@@ -44,7 +44,7 @@ def test_a_batch_draws_by_its_number_alone():
 
 
 def test_another_seed_draws_others():
-    """And the same seed the same."""
+    """Another seed draws other labels; the same seed draws the same."""
     torch.manual_seed(0)
     model, batch = make("llama"), batch_of("causal-lm")
     first, again, other = (estimate_fisher(model, [batch], "sampled", seed=seed) for seed in (3, 3, 4))
@@ -55,7 +55,7 @@ def test_another_seed_draws_others():
 
 @pytest.mark.parametrize("name", ["llama", "bert-mlm", "t5"])
 def test_tokens_as_data(name):
-    """The squared gradient of each token's loss, divided by the number of tokens."""
+    """With datum token the squared gradient of each token's loss is summed, and tokens are counted."""
     torch.manual_seed(0)
     model, kind, batch = make(name), MODELS[name][0], batch_of(MODELS[name][0])
     fisher = estimate_fisher(model, [batch], datum="token", statistic="sum", task=task_of(name))
@@ -75,7 +75,7 @@ def test_tokens_as_data(name):
 
 
 def test_a_parameter_that_comes_late_is_no_hole():
-    """A weight that no layer's call uses, and no batch but the second, has its gradient all the same."""
+    """A weight that no layer's call uses, and that only the second batch reaches, gets its gradient."""
 
     class _Late(nn.Module):
         def __init__(self):
@@ -100,7 +100,7 @@ def test_a_parameter_that_comes_late_is_no_hole():
 
 
 def test_tokens_are_those_of_a_language_model():
-    """A classifier's outputs are one an example."""
+    """A classifier has no outputs for each token."""
     with pytest.raises(ConfigError, match="datum token needs a model with outputs for each token"):
         estimate_fisher(make("bert"), [batch_of("classification")], datum="token")
 
@@ -108,7 +108,7 @@ def test_tokens_are_those_of_a_language_model():
 @pytest.mark.parametrize("name", ["bert", "bert-mlm", "gpt2", "llama-tied", "t5", "qwen3"])
 @pytest.mark.parametrize("labels", ["true", "sampled"])
 def test_no_step_waits_for_the_device(name, labels, monkeypatch):
-    """With tensors that have no values nothing can ask for one: shapes alone decide what is done."""
+    """Tensors without values suffice for a whole step: it depends on shapes alone."""
     choose = labels_module._choose_labels  # no draw without values knows a generator
     monkeypatch.setattr(labels_module, "_choose_labels", lambda p, targets, kind, _: choose(p, targets, kind, None))
     with FakeTensorMode():
@@ -123,7 +123,7 @@ def test_no_step_waits_for_the_device(name, labels, monkeypatch):
 
 
 def test_nothing_of_a_batch_stays():
-    """Activations are freed with the batch: no hook holds the graph that it hangs on."""
+    """Activations are freed with their batch: no hook keeps the graph alive."""
     torch.manual_seed(0)
     model, seen = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 3)), []
     model[1].register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
@@ -137,7 +137,7 @@ def test_nothing_of_a_batch_stays():
 
 @pytest.mark.parametrize("how", ["whole", "in place", "inside"])
 def test_a_compiled_model_runs_as_it_is(how):
-    """Whatever torch.compile is put around or into, the squares are those of the plain model."""
+    """A model compiled as a whole, in place or inside has the squares of the plain model."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 3))
     batch = (torch.randn(5, 7), torch.arange(5) % 3)
@@ -156,7 +156,7 @@ def test_a_compiled_model_runs_as_it_is(how):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # where nothing asks for one
 def test_reentrant_checkpoints_are_refused():
-    """They cannot be asked for the gradients of chosen tensors; the cure is in the line."""
+    """Reentrant checkpoints raise an error that names the cure."""
 
     class _Reentrant(nn.Module):
         def __init__(self):
@@ -171,7 +171,7 @@ def test_reentrant_checkpoints_are_refused():
 
 
 def test_autocast_needs_no_setting():
-    """Under bfloat16 the proof still holds, which is made in float32, and squares are float32."""
+    """Under bfloat16 autocast the verification in float32 passes, and squares are float32."""
     torch.manual_seed(0)
     model, batch = make("llama"), batch_of("causal-lm")
     exact = estimate_fisher(model, [batch])
@@ -186,7 +186,7 @@ def test_autocast_needs_no_setting():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral-grouped", "t5", "vit"])
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .FSDPT5Block. returned a view:UserWarning")  # so it does alone
 def test_a_sharded_model_has_the_same_fisher(name):
-    """Totals lie as FSDP2's parameters do, and .grad is left alone."""
+    """Accumulators are sharded like FSDP2's parameters, and .grad stays None."""
     torch.manual_seed(1)
     model, kind = make(name), MODELS[name][0]
     batches = [batch_of(kind), batch_of(kind, 2, seed=3)]
@@ -202,7 +202,7 @@ def test_a_sharded_model_has_the_same_fisher(name):
 @pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")  # there is one process
 def test_what_cannot_be_told_apart_in_shards_is_refused():
-    """FSDP1's flat parameters, the joint form of a sharded model, and tensors split in other ways."""
+    """FSDP1's flat parameters, the joint form of a sharded model and other shardings raise an error."""
     flat = FullyShardedDataParallel(nn.Linear(7, 3), use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(UnsupportedStateError, match="take FSDP2"):
         FisherAccumulator(flat, task="classification")
@@ -220,7 +220,7 @@ def test_what_cannot_be_told_apart_in_shards_is_refused():
 
 @pytest.mark.usefixtures("group")
 def test_a_batch_for_company_adds_nothing():
-    """It runs, so that other processes can go on, and neither accumulators nor count change."""
+    """A batch that does not count runs, and changes neither accumulators nor the number of examples."""
     torch.manual_seed(1)
     model, batch = make("llama"), batch_of("causal-lm")
     accumulator = FisherAccumulator(shard(model, torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""Fishers of all kinds of nets and uses, held against the oracle."""
+"""Fishers of plain networks against the oracle."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.estimators.models import assert_close, batch_of, make
 
 
 class _Twice(nn.Module):
-    """One linear layer called twice, and a scale of the model's own."""
+    """Network that calls one linear layer twice and registers a scale itself."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ NETS = {
 @pytest.mark.parametrize("labels", ["true", "exact", "predicted"])
 @pytest.mark.parametrize("name", NETS)
 def test_nets_of_every_layer_match_the_oracle(name, labels):
-    """Convolutions of all kinds, norms, shared layers, parameters of a container: within 1e-5 of the largest entry."""
+    """Convolutions, norms, shared layers and parameters of a container are within 1e-5 of the largest entry."""
     torch.manual_seed(2)
     make, shape, classes = NETS[name]
     model = make().double()
@@ -66,7 +66,7 @@ def test_nets_of_every_layer_match_the_oracle(name, labels):
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "twice"])
 def test_a_joint_fisher_squares_the_sum_of_each_batch(name):
-    """The square of each batch's summed gradient, added up over batches."""
+    """The joint form is the square of each batch's summed gradient, summed over batches."""
     torch.manual_seed(3)
     make, shape, classes = NETS[name]
     model = make().double()
@@ -76,7 +76,7 @@ def test_a_joint_fisher_squares_the_sum_of_each_batch(name):
 
 
 def test_drawn_labels_give_the_exact_fisher_on_average():
-    """Of 4000 draws the mean is within five standard errors of the expectation, in every entry."""
+    """The mean of 4000 draws is within five standard errors of the expectation in every entry."""
     torch.manual_seed(4)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     batch = (torch.randn(5, 3).double(), torch.zeros(5, dtype=torch.int64))
@@ -90,7 +90,7 @@ def test_drawn_labels_give_the_exact_fisher_on_average():
 
 @pytest.mark.parametrize("labels", ["true", "exact"])
 def test_a_regression_has_the_fisher_of_a_gaussian(labels):
-    """Squared gradients of the squared error over twice the noise's variance, or their expectation."""
+    """A regression squares gradients of the squared error over twice the noise variance, or takes their expectation."""
     torch.manual_seed(5)
     model = nn.Linear(3, 2).double()
     x, y = torch.randn(7, 3).double(), torch.randn(7, 2).double()
@@ -104,7 +104,7 @@ def test_a_regression_has_the_fisher_of_a_gaussian(labels):
 
 
 def test_neither_mode_nor_gradients_are_touched():
-    """Training mode, dropout, .grad and running statistics are afterwards what they were."""
+    """Training mode, dropout, .grad and running statistics are unchanged afterwards."""
     model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Linear(5, 3))
     model.train()
     model[1].eval()
@@ -119,7 +119,7 @@ def test_neither_mode_nor_gradients_are_touched():
 
 
 class _Mixing(nn.Module):
-    """Subtracts the mean over the batch: no example has a gradient of its own."""
+    """Network that subtracts the mean over the batch, so that no example has its own gradient."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class _Mixing(nn.Module):
 
 
 class _Elsewhere(nn.Module):
-    """Uses a layer's weight without calling the layer."""
+    """Network that uses a layer's weight without calling the layer."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +142,7 @@ class _Elsewhere(nn.Module):
 
 
 def test_examples_that_mix_are_refused():
-    """Where an example's outputs depend on the others there is no gradient of it alone; the first two show it."""
+    """A model whose outputs for one example depend on others raises an error at the first two examples."""
     torch.manual_seed(6)
     batch = (torch.randn(5, 7), torch.randint(3, (5,)))
     with pytest.raises(UnsupportedStateError, match=r"a\.(weight|bias) must have .* mixes its examples"):
@@ -150,7 +150,7 @@ def test_examples_that_mix_are_refused():
 
 
 def test_a_weight_used_without_its_layer_is_found():
-    """A parameter that another module than its own uses is differentiated there."""
+    """A parameter that another module uses is differentiated in that module."""
     torch.manual_seed(6)
     model = _Elsewhere().double()
     batch = (torch.randn(5, 7).double(), torch.randint(3, (5,)))
@@ -159,7 +159,7 @@ def test_a_weight_used_without_its_layer_is_found():
 
 
 def test_unverified_a_hole_is_an_error_that_names_it():
-    """Such a weight is refused where nothing is tried beforehand, and not left at 0."""
+    """Without verification such a weight raises an error; it is not left at 0."""
     with pytest.raises(
         UnsupportedStateError, match=r"a\.weight must be used by a call of the module that registers it"
     ):
@@ -167,7 +167,7 @@ def test_unverified_a_hole_is_an_error_that_names_it():
 
 
 def test_frozen_parameters_are_left_out():
-    """Only what asks for a gradient has a Fisher, and that is what it is without freezing."""
+    """Only trainable parameters have a Fisher, equal to the one without freezing."""
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     batch = (torch.randn(5, 7).double(), torch.randint(3, (5,)))
@@ -180,7 +180,7 @@ def test_frozen_parameters_are_left_out():
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks transformers so
 def test_of_a_lora_the_adapter_alone_has_a_fisher():
-    """Names are those in adapter_model.safetensors, values the oracle's for A and B."""
+    """Names are those of adapter_model.safetensors, and values of A and B are the oracle's."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(10)
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -193,7 +193,7 @@ def test_of_a_lora_the_adapter_alone_has_a_fisher():
 
 
 def test_under_autocast_squares_are_still_float32():
-    """In bfloat16 the entries are within its precision of the float32 ones, and none is lost to a narrow square."""
+    """Entries in bfloat16 are within its precision of the float32 ones, and no square underflows."""
     torch.manual_seed(11)
     model, batch = make("bert"), batch_of("classification")
     exact = estimate_fisher(model, [batch])
@@ -210,7 +210,7 @@ def test_under_autocast_squares_are_still_float32():
 
 
 class _Checkpointed(nn.Module):
-    """Forgets what is inside a block, and computes it again in the backward pass."""
+    """Network that recomputes the activations of a block in the backward pass."""
 
     def __init__(self, forgets):
         super().__init__()
@@ -224,7 +224,7 @@ class _Checkpointed(nn.Module):
 
 
 def test_gradient_checkpointing_changes_nothing():
-    """Activations that are computed again give the same entries, bit for bit."""
+    """Recomputed activations give the same entries, bit for bit."""
     torch.manual_seed(12)
     models = [_Checkpointed(True), _Checkpointed(False)]
     models[1].load_state_dict(models[0].state_dict())

@@ -1,4 +1,4 @@
-"""What training left behind and what data say, side by side."""
+"""Agreement of a Squisher with the Fisher from data."""
 
 import json
 
@@ -14,7 +14,7 @@ from squisher_mergekit.fisher.files import write_fisher
 
 @pytest.mark.parametrize("labels", ["true", "sampled", "exact"])
 def test_a_squisher_ranks_parameters_as_the_fisher_does(tmp_path, labels):
-    """After 300 steps on a small task the accumulator's ranks go with those of each Fisher, by squisher compare."""
+    """After 300 steps ``squisher compare`` finds a rank correlation above 0.8 with each Fisher."""
     torch.manual_seed(13)
     model = nn.Sequential(nn.Linear(17, 23), nn.Tanh(), nn.Linear(23, 5))
     x = torch.randn(512, 17) * torch.linspace(0.1, 2, 17)

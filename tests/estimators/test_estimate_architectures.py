@@ -1,4 +1,4 @@
-"""Every architecture in float32, with padding, against single examples in float64: within 1e-5 of the largest entry."""
+"""Every architecture in float32, with padding, within 1e-5 of the float64 oracle's largest entry."""
 
 import pytest
 import torch
@@ -26,33 +26,33 @@ def _check(name, labels, grouping):
 @pytest.mark.parametrize("labels", ["true", "predicted"])
 @pytest.mark.parametrize("name", MODELS)
 def test_given_labels_example_by_example(name, labels):
-    """Shared layers, ties, position ids without a batch, relative biases, experts: the true and the likeliest label."""
+    """The Fisher of true and of likeliest labels is the oracle's, with ties, relative biases and experts too."""
     _check(name, labels, "example")
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_expectation_over_classes(name):
-    """Columns of a factor of the covariance of a draw give what all classes by their probability do."""
+    """The Fisher of exact labels is the oracle's sum over classes weighted by probability."""
     _check(name, "exact", "example")
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_the_expectation_over_tokens_is_refused(name):
-    """It would take a pass for each token of the vocabulary, at each place."""
+    """Exact labels of tokens raise an error: they would need a pass for each token of the vocabulary."""
     with pytest.raises(ConfigError, match="take labels sampled"):
         estimate_fisher(make(name), [batch_of(MODELS[name][0])], "exact", task=task_of(name))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_joint_form_of_given_labels(name):
-    """The square of each batch's summed gradient, added up over two batches."""
+    """The joint form is the square of each batch's summed gradient, summed over two batches."""
     _check(name, "true", "batch")
 
 
 @pytest.mark.parametrize("grouping", ["example", "batch"])
 @pytest.mark.parametrize("name", MODELS)
 def test_drawn_labels_are_used_as_true_ones_are(name, grouping, monkeypatch):
-    """Given the labels that were drawn, the oracle finds the same; padding and what has no label draw none."""
+    """With the drawn labels as true ones the oracle gives the same; ignored targets draw none."""
     torch.manual_seed(1)
     model, task, batch = make(name), task_of(name), batch_of(MODELS[name][0])
     seen = []

@@ -1,4 +1,4 @@
-"""Gradients at the outputs, against derivatives and expectations worked out one by one."""
+"""Gradients at the outputs against derivatives and expectations computed one by one."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def _p(*shape, spread=3.0, seed=0):
 @pytest.mark.parametrize("classes", [2, 3, 11])
 @pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
 def test_the_factor_is_that_of_the_covariance_of_a_draw(classes, spread):
-    """L L^T = diag(p) - p p^T to rounding, also where classes have no chance at all."""
+    """L L^T = diag(p) - p p^T to rounding, also for classes with probability 0."""
     p = _p(7, classes, spread=spread)
     columns = torch.stack(list(factor_columns(p)), -1)
     assert columns.shape == (7, classes, classes - 1)
@@ -29,7 +29,7 @@ def test_the_factor_is_that_of_the_covariance_of_a_draw(classes, spread):
 
 @pytest.mark.parametrize("kind", ["true", "predicted"])
 def test_one_label_gives_the_derivative_of_its_cross_entropy(kind):
-    """It is p - e_y, as autograd has it, and 0 where the label says to leave it out."""
+    """The gradient is p - e_y, equal to autograd's, and 0 at ignored targets."""
     logits = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(7, (3, 5))
     targets[1, 2:] = -100
@@ -43,7 +43,7 @@ def test_one_label_gives_the_derivative_of_its_cross_entropy(kind):
 
 
 def test_draws_follow_the_models_distribution():
-    """Over 20000 draws each class comes as often as its probability says, within five standard errors."""
+    """Over 20000 draws the frequency of each class is within five standard errors of its probability."""
     logits = torch.tensor([[0.0, 1.0, -2.0, 3.0]], dtype=torch.float64)
     p = logits.softmax(-1)
     draws = 20_000
@@ -56,7 +56,7 @@ def test_draws_follow_the_models_distribution():
 
 
 def test_the_same_seed_draws_the_same_labels():
-    """Draws are the generator's, not the process's."""
+    """Draws depend on the generator alone, not on torch's global state."""
     logits = torch.randn(11, 5)
     one, two = (
         [*class_output_gradients(logits, None, "sampled", 3, torch.Generator().manual_seed(7))] for _ in range(2)
@@ -65,7 +65,7 @@ def test_the_same_seed_draws_the_same_labels():
 
 
 def test_what_cannot_be_is_refused():
-    """True labels that are not there, all classes at every token, the likeliest target of a regression."""
+    """Missing true labels, exact labels of tokens and predicted labels of a regression raise an error."""
     with pytest.raises(ConfigError, match="needs the labels"):
         next(class_output_gradients(torch.zeros(2, 3), None, "true", 1, None))
     with pytest.raises(ConfigError, match="take labels sampled"):

@@ -22,7 +22,7 @@ from tests.estimators.dataset.makers import (
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_targets_are_labels_filled_on_their_own(side):
-    """To the longest target, on the right; targets are cut as texts are."""
+    """Targets are padded on the right to the longest target, and truncated like texts."""
     rows = [{"text": "a cat", "target": "mat"}, {"text": "dog", "target": "the dog ran far"}]
     assert_batch(
         batch_maker("seq2seq", bert_tokenizer(padding_side=side), max_length=5)(rows, 0),
@@ -33,7 +33,7 @@ def test_targets_are_labels_filled_on_their_own(side):
 
 
 def test_targets_are_tokenized_as_targets():
-    """MBart's tokenizer ends a text by the language of the source, and a target by that of the target."""
+    """MBart's tokenizer ends a text with the source language and a target with the target language."""
     names = ["<s>", "<pad>", "</s>", "<unk>", "▁cat", "▁dog"]
     vocab = [(name, float(-i)) for i, name in enumerate(names)]
     tokenizer = transformers.MBartTokenizer(vocab=vocab, src_lang="en_XX", tgt_lang="ro_RO")
@@ -43,7 +43,7 @@ def test_targets_are_tokenized_as_targets():
 
 
 def test_a_tokenizer_in_python_serves_as_well():
-    """ByT5's: bytes and an end."""
+    """ByT5's tokenizer, which is no fast one, serves seq2seq."""
     batch = batch_maker("seq2seq", transformers.ByT5Tokenizer())([{"text": "ab", "target": "c"}], 0)
     assert_batch(batch, input_ids=[[100, 101, 1]], attention_mask=[[1, 1, 1]], labels=[[102, 1]])
 
@@ -72,7 +72,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_padding_changes_nothing(name):
-    """A batch is its rows one by one, filled with 0 in the mask and -100 in the labels; and is the same again."""
+    """A batch equals its rows one by one, padded with 0 in the mask and -100 in the labels."""
     make = MAKERS[name]()
     batch = make(FULL, 0)
     assert same_batches(make(copy.deepcopy(FULL), 0), batch)
@@ -112,7 +112,7 @@ def test_padding_changes_nothing(name):
     ],
 )
 def test_a_value_that_is_no_text_is_refused(task, columns, column, value, words):
-    """The row, counted over all batches, and the column are named."""
+    """The message names the row, counted over all batches, and the column."""
     row = {"text": "cat", "prompt": "cat", "completion": "sat", "target": "cat", "label": 0}
     with pytest.raises(ConfigError, match=f"^row 11 {words.format(column)}"):
         batch_maker(task, columns=columns, label_ids={})([row, row | {column: value}], 2)
@@ -136,7 +136,7 @@ GONE = "\N{ZERO WIDTH SPACE}"  # a character that the tokenizers of the next tes
     ],
 )
 def test_a_row_without_a_loss_is_refused(task, tokenizer, row, words):
-    """Nothing is predicted of one token, or of none."""
+    """A row without a predicted token raises an error."""
     tokenizer = tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace(GONE, "")
     with pytest.raises(ConfigError, match=f"^row 0 {words}"):
@@ -164,13 +164,13 @@ NO_ROOM = "--max-length must leave room for text beside 2 special tokens"
     ],
 )  # fmt: skip
 def test_tokenizers_that_do_not_fit_the_task_are_refused(task, columns, tokenizer, options, words):
-    """Before any row is read."""
+    """A tokenizer that lacks a feature raises an error before any row is read."""
     with pytest.raises(ConfigError, match=words):
         batch_maker(task, tokenizer(), columns, **options)
 
 
 def test_rows_of_different_lengths_need_a_mask():
-    """A tokenizer that makes none belongs to a model that takes none: filled rows would be taken as they are."""
+    """Without attention_mask, rows of different lengths raise an error: padding would count as text."""
     make = batch_maker("masked-lm", bert_tokenizer(model_input_names=["input_ids"]))
     assert set(make([{"text": "cat"}, {"text": "dog"}], 0)) == {"input_ids", "labels"}
     with pytest.raises(ConfigError, match=r"the tokenizer makes no attention_mask; take --batch-size 1"):

@@ -1,4 +1,4 @@
-"""Batches of causal language models: texts, completions and conversations. Every expected tensor is written by hand."""
+"""Batches of causal language models: texts, completions and conversations, with expected tensors written by hand."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from tests.estimators.dataset.makers import (
 
 
 def test_every_token_of_a_text_has_a_label_and_padding_has_none():
-    """An end of text in the text keeps its label, although the same token fills the shorter row."""
+    """An end of text in the text keeps its label, although the same token pads the shorter row."""
     tokenizer = byte_tokenizer()
     batch = batch_maker("causal-lm", tokenizer)([{"text": "cat sat<eos>"}, {"text": "a<eos> cat cat<eos>"}], 0)
     assert_batch(
@@ -30,7 +30,7 @@ def test_every_token_of_a_text_has_a_label_and_padding_has_none():
 
 
 def test_rows_of_decoders_are_filled_on_the_right():
-    """Whatever the tokenizer is set to for generation: absolute positions count from the first column on."""
+    """Rows are padded on the right whatever the tokenizer's setting: positions count from the first column on."""
     batch = batch_maker("causal-lm", bert_tokenizer(padding_side="left"))([{"text": "cat"}, {"text": "a cat sat"}], 0)
     assert_batch(
         batch,
@@ -42,7 +42,7 @@ def test_rows_of_decoders_are_filled_on_the_right():
 
 @pytest.mark.parametrize(("side", "kept"), [("right", [2, 5, 6, 3]), ("left", [2, 10, 9, 3])])
 def test_long_texts_are_cut_between_the_special_tokens(side, kept):
-    """On the side that the tokenizer is set to."""
+    """Long texts are truncated on the tokenizer's side, between the special tokens."""
     batch = batch_maker("causal-lm", bert_tokenizer(truncation_side=side), max_length=4)(
         [{"text": "the cat on mat a"}], 0
     )
@@ -62,7 +62,7 @@ def test_long_texts_are_cut_between_the_special_tokens(side, kept):
     ],
 )
 def test_the_loss_of_a_completion_begins_behind_the_prompt(prompt, completion, ids, labels, trim):
-    """Both are tokenized as one text; a token that reaches into the completion is the completion's."""
+    """Both are tokenized as one text; a token across the border belongs to the completion."""
     make = completion_maker(byte_tokenizer(trim_offsets=trim))
     rows = [{"prompt": prompt, "completion": completion}]
     if labels is None:
@@ -73,7 +73,7 @@ def test_the_loss_of_a_completion_begins_behind_the_prompt(prompt, completion, i
 
 
 def test_special_tokens_behind_a_completion_have_labels():
-    """An end that the tokenizer adds is to be predicted; the start, and padding, are not."""
+    """The end token has a label; the start token and padding have none."""
     rows = [{"prompt": "the cat ", "completion": "sat"}, {"prompt": "a", "completion": " mat on mat"}]
     assert_batch(
         completion_maker(bert_tokenizer())(rows, 0),
@@ -84,7 +84,7 @@ def test_special_tokens_behind_a_completion_have_labels():
 
 
 def test_a_completion_is_cut_at_its_end_and_must_not_vanish():
-    """Even where the tokenizer cuts on the left; the end token stays."""
+    """The end of a completion is truncated, even if the tokenizer truncates on the left; the end token stays."""
     make = completion_maker(bert_tokenizer(truncation_side="left"), max_length=5)
     rows = [{"prompt": "the cat ", "completion": "sat on a mat"}, {"prompt": "the cat sat ", "completion": "on a mat"}]
     assert_batch(make(rows[:1], 0), input_ids=[[2, 5, 6, 7, 3]], attention_mask=[[1] * 5], labels=[[-100] * 3 + [7, 3]])
@@ -94,7 +94,7 @@ def test_a_completion_is_cut_at_its_end_and_must_not_vanish():
 
 @pytest.mark.parametrize("trim", [False, True])
 def test_all_turns_of_the_assistant_have_labels(trim):
-    """As the template marks them, from the space on that some tokenizers leave out of a token's place."""
+    """Marked tokens have labels, from the space on that some tokenizers leave out of a token's offsets."""
     batch = chat_maker(byte_tokenizer(trim_offsets=trim))([{"messages": CHAT}, {"messages": CHAT[:2]}], 0)
     assert_batch(
         batch,
@@ -108,7 +108,7 @@ def test_all_turns_of_the_assistant_have_labels(trim):
 
 
 def test_a_token_that_a_mark_cuts_has_a_label():
-    """What is marked begins behind the space that belongs to its first token."""
+    """A token that the mark begins inside of has a label."""
     template = MARKED.replace("{% generation %}{{ ' ' + ", " {% generation %}{{ ")
     assert_batch(
         chat_maker(byte_tokenizer(), template)([{"messages": CHAT[:2]}], 0),
@@ -117,13 +117,13 @@ def test_a_token_that_a_mark_cuts_has_a_label():
 
 
 def test_without_marks_every_token_of_a_conversation_has_a_label():
-    """The template does not say which are the assistant's."""
+    """Without marks in the template every token has a label."""
     batch = chat_maker(byte_tokenizer(), UNMARKED)([{"messages": CHAT[:2]}], 0)
     assert_batch(batch, input_ids=[[4, 10, 3, 14, 2]], attention_mask=[[1] * 5], labels=[[4, 10, 3, 14, 2]])
 
 
 def test_a_template_sees_special_tokens_and_no_keys_that_a_row_lacks():
-    """Columns of dicts have None where a message has no such key; a template asks whether it is defined."""
+    """A template sees the special tokens, and no keys that a message lacks."""
     template = (
         "{% for message in messages %}{{ 'a' if message.tool_calls is defined else message.content }}{% endfor %}"
         "{{ eos_token }}"
@@ -136,7 +136,7 @@ def test_a_template_sees_special_tokens_and_no_keys_that_a_row_lacks():
 
 
 def test_a_conversation_adds_no_special_tokens_beside_its_template():
-    """The template has written those that the model knows."""
+    """Special tokens come from the template alone."""
     batch = chat_maker(bert_tokenizer(), "{{ '[CLS] ' + messages[0].content }}")([{"messages": CHAT}], 0)
     assert_batch(batch, input_ids=[[2, 6]], attention_mask=[[1, 1]], labels=[[2, 6]])
 
@@ -154,6 +154,6 @@ def test_a_conversation_adds_no_special_tokens_beside_its_template():
     ],
 )
 def test_conversations_that_say_nothing_are_refused(messages, words):
-    """No turn of the assistant, or none left of it, what the template refuses, and what is no conversation."""
+    """Missing or truncated assistant turns, template errors and values of other types raise an error."""
     with pytest.raises(ConfigError, match=f"^row 1 .*{words}"):
         chat_maker(byte_tokenizer(), max_length=7)([{"messages": CHAT}, {"messages": messages}], 0)

@@ -9,7 +9,7 @@ from tests.estimators.dataset.makers import LABELS, assert_batch, batch_maker, b
 
 @pytest.mark.parametrize("label", [2, "yes", 2.0])
 def test_a_class_is_a_number_or_a_name(label):
-    """A name is looked up; a whole number may have come as a float, of a csv column with gaps."""
+    """A name is looked up in label2id; a whole float is a class."""
     rows = [{"text": "cat", "label": label}, {"text": "the cat sat", "label": True}]
     batch = batch_maker("classification")(rows, 0)
     assert_batch(
@@ -22,13 +22,13 @@ def test_a_class_is_a_number_or_a_name(label):
 
 
 def test_a_number_needs_no_names():
-    """A model without label2id takes any class."""
+    """A model without label2id accepts any class."""
     assert batch_maker("classification", label_ids={})([{"text": "cat", "label": 5}], 0)["labels"].tolist() == [5]
 
 
 @pytest.mark.parametrize("length", [7, 19])
 def test_pairs_are_cut_and_joined_as_the_tokenizer_does(length):
-    """The longer text first; the types of tokens come along where the tokenizer gives them."""
+    """The tokenizer truncates the longer text first; token types are passed on."""
     tokenizer = bert_tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     columns = {"text": "text", "pair": "pair", "label": "label"}
     rows = [{"text": "the cat sat on", "pair": "a mat", "label": 0}]
@@ -63,7 +63,7 @@ MANY = {f"class{i}": i for i in range(11)}
     ],
 )
 def test_labels_that_are_not_the_models_are_refused(label, label_ids, words):
-    """The message names the row, counted over all batches, what it has, and what the model knows."""
+    """The message has the row's number over all batches, its label, and the model's classes."""
     rows = [{"text": "cat", "label": 0}] * 3 + [{"text": "cat", "label": label}]
     with pytest.raises(ConfigError, match=words) as caught:
         batch_maker("classification", label_ids=label_ids)(rows, 4)
@@ -71,7 +71,7 @@ def test_labels_that_are_not_the_models_are_refused(label, label_ids, words):
 
 
 def test_a_regression_has_numbers():
-    """Whole ones too; one for a row, or a list of as many as the model gives."""
+    """A label is a number, or a list with as many numbers as the model has outputs."""
     rows = [{"text": "cat", "label": 3}, {"text": "mat", "label": -0.25}]
     labels = batch_maker("regression", label_ids={"LABEL_0": 0})(rows, 0)["labels"]
     torch.testing.assert_close(labels, torch.tensor([3.0, -0.25]), rtol=0, atol=0)
@@ -93,13 +93,13 @@ def test_a_regression_has_numbers():
     ],
 )
 def test_what_is_no_number_is_refused(label, words):
-    """Text, gaps and numbers that are none."""
+    """Text, missing values and infinite numbers raise an error."""
     with pytest.raises(ConfigError, match=words):
         batch_maker("regression", label_ids={"LABEL_0": 0})([{"text": "cat", "label": label}], 0)
 
 
 def test_a_words_label_lies_at_its_first_token():
-    """Further tokens of the word, special tokens and padding have none; names are looked up; -100 stays."""
+    """Other tokens of a word, special tokens and padding have label -100; names are looked up."""
     rows = [
         {"tokens": ["cat", "a"], "tags": [1, "yes"]},
         {"tokens": ["a", "cat", "cat", "sa"], "tags": [0, -100, 2, 1]},
@@ -113,7 +113,7 @@ def test_a_words_label_lies_at_its_first_token():
 
 
 def test_encoders_keep_the_side_that_they_are_filled_on():
-    """Labels are filled on the same side as tokens."""
+    """Labels are padded on the side of the tokens."""
     tokenizer = piece_tokenizer()
     tokenizer.padding_side = "left"
     rows = [{"tokens": ["a"], "tags": [1]}, {"tokens": ["cat"], "tags": [2]}]
@@ -140,6 +140,6 @@ def test_encoders_keep_the_side_that_they_are_filled_on():
     ],
 )
 def test_words_without_fitting_labels_are_refused(tokens, tags, words):
-    """Lists that do not fit each other, gaps, unknown classes, and rows whose labels are cut off."""
+    """Lists of different lengths, gaps, unknown classes and truncated labels raise an error."""
     with pytest.raises(ConfigError, match=f"^row 0 {words}"):
         batch_maker("token-classification", piece_tokenizer(), max_length=4)([{"tokens": tokens, "tags": tags}], 0)

@@ -15,7 +15,7 @@ def _make_elsewhere(maker, number, results):
 
 
 def test_masks_depend_on_seed_and_number_alone():
-    """Not on the batches before, nor on torch's generator, which is left as it was."""
+    """Masks depend neither on earlier batches nor on torch's generator, which stays unchanged."""
     maker = batch_maker("masked-lm")
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -31,7 +31,7 @@ def test_masks_depend_on_seed_and_number_alone():
 
 
 def test_masks_are_the_same_in_another_process():
-    """A run is dealt out over processes that share no state."""
+    """A process without shared state makes the same masks."""
     maker = batch_maker("masked-lm")
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
@@ -43,7 +43,7 @@ def test_masks_are_the_same_in_another_process():
 
 
 def test_masks_are_those_of_training():
-    """15 % of the tokens that are not special have labels, their own; 80 % of these are hidden, 10 % others."""
+    """15 % of the ordinary tokens have labels; 80 % of these are hidden, 10 % are random."""
     whole = batch_maker("causal-lm")(TEXTS * 40, 0)
     batch = batch_maker("masked-lm", batch_size=120)(TEXTS * 40, 0)
     ordinary = whole["input_ids"] > 4

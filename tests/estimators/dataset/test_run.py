@@ -1,4 +1,4 @@
-"""``squisher estimate`` by several processes, interrupted, and of adapters."""
+"""``squisher estimate`` with several processes, interruptions and adapters."""
 
 import json
 import os
@@ -26,7 +26,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far"]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A small Mixtral with its tokenizer, and 23 rows of text."""
+    """Save a small Mixtral with its tokenizer, and 23 rows of text."""
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(3)
     settings = SMALL | {"hidden_size": 24, "intermediate_size": 20, "num_local_experts": 3, "num_experts_per_tok": 2}
@@ -45,7 +45,7 @@ def _request(saved, **changes):
 
 
 def _stop_after(monkeypatch, batches):
-    """Let the call be interrupted when so many batches were added."""
+    """Interrupt the estimate after so many batches."""
     add, seen = FisherAccumulator.add, []
 
     def counted(self, *args, **kwargs):
@@ -65,13 +65,13 @@ def _interrupted(saved, out, batches, monkeypatch):
 
 
 def _close(found, expected):
-    """Within rounding of each tensor's largest entry."""
+    """Return True if entries agree within rounding of each tensor's largest entry."""
     assert set(found) == set(expected)
     return max(float((found[name] - expected[name]).abs().max() / expected[name].max()) for name in expected) < 1e-6
 
 
 def test_what_was_interrupted_goes_on_to_the_bit(saved, tmp_path, monkeypatch):
-    """The sums of six batches are kept, the call is repeated: the file is that of one call, and nothing else stays."""
+    """A repeated call resumes after six batches, writes the file of one call, and removes the checkpoint."""
     whole = estimate_from(_request(saved), tmp_path / "whole")
     _interrupted(saved, tmp_path / "out", 7, monkeypatch)
     partial = tmp_path / "out.partial.safetensors"
@@ -89,7 +89,7 @@ def test_what_was_interrupted_goes_on_to_the_bit(saved, tmp_path, monkeypatch):
     ("change", "words"), [({"seed": 1}, "with seed 0, not 1"), ({"batch_size": 4}, "batch_size 3")]
 )
 def test_only_the_same_call_goes_on(saved, tmp_path, monkeypatch, change, words):
-    """What was kept of another request is refused in a line, and left alone."""
+    """A checkpoint of another request raises an error and stays unchanged."""
     _interrupted(saved, tmp_path / "out", 4, monkeypatch)
     before = (tmp_path / "out.partial.safetensors").read_bytes()
     with pytest.raises(ConfigError, match=words):
@@ -98,7 +98,7 @@ def test_only_the_same_call_goes_on(saved, tmp_path, monkeypatch, change, words)
 
 
 def test_another_file_in_its_place_is_refused(saved, tmp_path):
-    """A damaged file, or one of the user's, is not overwritten."""
+    """A damaged checkpoint or a file of the user raises an error and stays unchanged."""
     (tmp_path / "out.partial.safetensors").write_bytes(b"mine")
     with pytest.raises(CorruptFileError, match="must be the checkpoint of an estimate"):
         estimate_from(_request(saved), tmp_path / "out")
@@ -106,7 +106,7 @@ def test_another_file_in_its_place_is_refused(saved, tmp_path):
 
 
 def test_sharding_needs_processes(saved, tmp_path):
-    """One process has nobody to share with."""
+    """Sharding in one process raises an error."""
     with pytest.raises(ConfigError, match="start more, by accelerate launch or torchrun"):
         estimate_from(_request(saved), tmp_path / "out", sharded=True)
 
@@ -121,7 +121,7 @@ def test_bfloat16_is_near(saved, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks transformers so
 def test_of_an_adapters_folder_the_adapter_has_a_fisher(saved, tmp_path):
-    """The base model is found by the adapter's config; names are those in adapter_model.safetensors."""
+    """The adapter's config names the base model; names are those of adapter_model.safetensors."""
     peft = pytest.importorskip("peft")
     model = transformers.AutoModelForCausalLM.from_pretrained(saved / "model")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -161,7 +161,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("options", [(), ("--shard",)])
 def test_two_processes_find_what_one_does(saved, tmp_path, launcher, options):
-    """Eight batches in turn, the last one odd, with the model in each process or split over them: within rounding."""
+    """Eight batches on two processes, replicated or sharded, give one process's Fisher within rounding."""
     one = estimate_from(_request(saved), tmp_path / "one")
     done = _launch(saved, tmp_path / "two", *options, launcher=LAUNCHERS[launcher])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -174,7 +174,7 @@ def test_two_processes_find_what_one_does(saved, tmp_path, launcher, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--shard",)])
 def test_others_finish_what_was_kept(saved, tmp_path, monkeypatch, options):
-    """What one process has kept, two take up, sharded or not."""
+    """Two processes, replicated or sharded, resume the checkpoint of one."""
     one = estimate_from(_request(saved), tmp_path / "one")
     _interrupted(saved, tmp_path / "two", 7, monkeypatch)
     done = _launch(saved, tmp_path / "two", "--save-every", "3", *options)
@@ -185,7 +185,7 @@ def test_others_finish_what_was_kept(saved, tmp_path, monkeypatch, options):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(saved, tmp_path):
-    """SIGKILL after the sums were kept: no half-written file, and the same call finishes to the bit."""
+    """After SIGKILL no file is half written, and the same call finishes to the bit."""
     rows = [json.loads(line) for line in (saved / "rows.jsonl").read_text().splitlines()] * 40
     many = tmp_path / "many.jsonl"
     many.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""Convolutions of all kinds against autograd, one example at a time."""
+"""Per-example gradients of convolutions against autograd on single examples."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ KINDS = {
     "ignore:Using padding='same' with even kernel lengths:UserWarning"
 )  # that is the case meant
 def test_gradients_are_those_of_each_example(kind, name):
-    """Strides, paddings, dilations and groups over one to three axes."""
+    """Strides, paddings, dilations and groups over one to three axes give each example's gradient."""
     torch.manual_seed(0)
     module = KINDS[kind]().double()
     x = torch.randn(3, module.in_channels, *(7, 5, 6)[: len(module.kernel_size)]).double()

@@ -1,4 +1,4 @@
-"""What is found out about a model before and while it is differentiated."""
+"""Verification before an estimate and during it."""
 
 import logging
 
@@ -15,7 +15,7 @@ from tests.estimators.models import assert_close, batch_of, make
 
 
 class _Experts(nn.Module):
-    """Sends each token to one of several layers; which are given what depends on the data."""
+    """Network that routes each token to one of several layers by its data."""
 
     def __init__(self, experts=3):
         super().__init__()
@@ -34,14 +34,14 @@ class _Experts(nn.Module):
 
 
 def _routed(size, ways):
-    """Return a batch whose tokens go to given experts."""
+    """Return a batch whose tokens go to the given experts."""
     x = torch.randn(size, len(ways), 5, generator=torch.Generator().manual_seed(size))
     x[..., 0] = torch.tensor(ways) / 2
     return x, torch.arange(size) % 3
 
 
 def test_experts_that_are_given_parts_of_the_examples_are_run_whole():
-    """Tokens of several examples in one call are told apart by the module around."""
+    """Experts that get tokens of several examples in one call are differentiated by their parent."""
     torch.manual_seed(0)
     model = _Experts()
     batches = [(torch.randn(n, 4, 5), torch.arange(n) % 3) for n in (5, 3, 4)]
@@ -50,7 +50,7 @@ def test_experts_that_are_given_parts_of_the_examples_are_run_whole():
 
 
 def test_what_the_first_batches_did_not_use_is_proven_when_it_comes():
-    """An expert that is first chosen in the third batch, by tokens of some examples alone, has the right gradient."""
+    """An expert that only tokens of the third batch choose has the right gradient."""
     torch.manual_seed(0)
     model = _Experts(4)
     last = _routed(4, [0, 1, 0, 3])
@@ -62,7 +62,7 @@ def test_what_the_first_batches_did_not_use_is_proven_when_it_comes():
 
 
 def test_other_parts_in_later_batches_are_noticed():
-    """Where the first batches happened to lie as rows of examples do, and a later one does not: refused."""
+    """Rows that look like examples in the first batch but not in the second raise an error there."""
     torch.manual_seed(0)
     model = _Experts(2)
     accumulator = FisherAccumulator(model, task="classification")
@@ -75,7 +75,7 @@ def test_other_parts_in_later_batches_are_noticed():
 
 
 def test_rows_that_belong_to_nobody_are_seen():
-    """A layer along the wrong axis has a gradient where that of the example is 0."""
+    """A layer along the wrong axis has a gradient that is not 0 for a masked example."""
 
     class _Turned(nn.Module):
         def __init__(self):
@@ -93,7 +93,7 @@ def test_rows_that_belong_to_nobody_are_seen():
 
 
 def test_only_what_is_the_same_for_all_examples_is_repeated():
-    """Of BERT the table of positions; of a model that takes one row for no batch, nothing."""
+    """BERT broadcasts its table of positions; a model that rejects an expanded output broadcasts nothing."""
     found = verify(TapedModel(make("bert").eval(), "classification", None), batch_of("classification"))
     assert [module.num_embeddings for module in found.broadcast_modules] == [17]
     assert not found.owner_of
@@ -113,7 +113,7 @@ def test_only_what_is_the_same_for_all_examples_is_repeated():
 
 
 def test_a_slow_way_is_told(caplog):
-    """Where the whole model must be run for one example after the other, a line says so."""
+    """A warning names the parameters for which the whole model runs for each example."""
 
     class _Across(nn.Module):
         def __init__(self):
@@ -131,7 +131,7 @@ def test_a_slow_way_is_told(caplog):
 
 
 def test_memory_that_runs_out_is_no_verdict(monkeypatch):
-    """It is raised as what it is, and no parameter is moved because of it."""
+    """Running out of memory raises its own error, and no parameter changes its owner."""
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
