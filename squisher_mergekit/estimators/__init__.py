@@ -1,18 +1,19 @@
 """Diagonal Fishers from a model and data.
 
-One call of :func:`~squisher_mergekit.estimate_fisher` walks through the modules in this order:
+The model of :func:`~squisher_mergekit.estimate_fisher` passes through these functions, in this order:
 
-1. ``estimate``: the public function; a loop over the batches.
-2. ``accumulator``: the running sums of squared gradients, over batches and processes.
-3. ``tasks``: the forward pass of a batch; its outputs and targets.
-4. ``output_gradients``: the gradients of the log-likelihood at the outputs, one for each label.
-5. ``per_example.tape``: the calls of every layer in that forward pass, and the gradient at the output of each.
-6. ``per_example.accumulate``: the squared per-example gradients of a batch, by the rule of each layer. ``layer_kinds``
-   names the rule; ``linear_embedding``, ``convolution`` and ``rules`` have the rules; ``t5_bias`` adapts T5.
-7. ``per_example.verify``: the comparison with a loop over single examples, at the first batches.
-8. ``accumulator`` again: a :class:`~squisher_mergekit.Fisher` under the names on disk, from ``models.parameters`` and
+1. ``estimate.estimate_fisher``: the public function; a loop over the batches.
+2. ``accumulator.FisherAccumulator``: zero accumulators; ``models.parameters`` removes wrappers and returns names.
+3. ``accumulator.FisherAccumulator.add``, for each batch; ``tasks.infer_task`` decides on the task.
+4. ``per_example.verify.verify``, at the first batch: steps 5 to 7, compared with a loop over single examples.
+5. ``per_example.verify.TapedModel.run``: ``per_example.tape.taped`` records the calls of every layer while
+   ``tasks.run_model`` runs the model.
+6. ``output_gradients``: the gradients of the log-likelihood at the outputs, one for each label.
+7. ``per_example.accumulate.accumulate_batch``: a backward pass to the outputs of the layers, and the rule of each layer.
+   ``layer_kinds`` names the rule; ``linear_embedding``, ``convolution`` and ``rules`` have them; ``t5_bias`` adapts T5.
+8. ``accumulator.FisherAccumulator.fisher``: the accumulators under the names on disk, by ``models.parameters`` and
    ``models.convert``.
 
 ``dataset`` is the command ``squisher estimate``: ``rows`` reads a file, ``batches`` tokenizes, ``load_model`` loads,
-``resume`` checkpoints, ``run`` calls them.
+``resume`` writes checkpoints, and ``run`` calls them.
 """

@@ -220,7 +220,7 @@ class FisherAccumulator:
         self._count = count
 
     def reset(self) -> None:
-        """Set the accumulators to zero on this rank, so that sums which rank 0 already has count once."""
+        """Set the accumulators to zero, on ranks whose sums rank 0 has after :meth:`reduce`."""
         for total in self.accumulators.values():
             if not is_sharded(total):
                 total.zero_()
@@ -302,7 +302,7 @@ def check_labels(labels: Labels, grouping: Grouping) -> None:
 
 
 def check_model(model: nn.Module, grouping: Grouping) -> None:
-    """Raise if the model's parameters have no gradients of the shapes that they are used in.
+    """Raise if the model's parameters cannot be differentiated in their own shapes.
 
     Args:
         model: The model, with its wrappers.

@@ -83,6 +83,7 @@ def class_output_gradients(
 
 
 def _choose_labels(p: Tensor, targets: Tensor | None, kind: Labels, generator: torch.Generator | None) -> Tensor:
+    """Return one class for each target: the true one, the likeliest, or a drawn one."""
     if kind == "true":
         if targets is None:
             raise ConfigError("labels true needs the labels in every batch; give them, or take labels sampled")

@@ -132,7 +132,7 @@ def verify(
 
 
 def _find_broadcast_modules(taped_model: TapedModel, batch: Batch) -> Collection[nn.Module]:
-    """Return the modules with one output for all examples; none, if expanding these outputs changes the model's."""
+    """Return the modules with one output for all examples; none if expanding it changes the model's outputs."""
     with torch.no_grad():
         values = run_model(taped_model.model, batch, taped_model.task, taped_model.forward).values
     _reshard(taped_model.model)
