@@ -1,0 +1,183 @@
+"""Folders and Python names that the examples of README.md files use, as small as they can be.
+
+``World.prepare`` makes the folders that a text names: ``runs/NAME`` (a model), ``runs/NAME/checkpoint-N`` (a real
+checkpoint of the Trainer with its optimizer state), ``models/NAME`` (weights alone) and ``fishers/NAME`` (unless a
+command of the text makes it). ``base``, ``math``, ``code`` and ``bert-base`` are there as well, and data files
+``NAME.jsonl``. A NAME in ``CLASSIFIERS`` is a BERT with three classes, any other name a Llama.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+CLASSIFIERS = {"movies", "products", "news", "reviews", "1", "2", "3"}
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "one",
+    "two",
+    "three",
+    "plus",
+    "is",
+    "good",
+    "bad",
+    "def",
+    "return",
+]
+SIZES = {"vocab_size": len(WORDS), "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+STEPS, LENGTH, BATCH = 3, 7, 4
+
+
+def tokenizer() -> Any:
+    """Return a tokenizer of a few words."""
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, mask_token="[MASK]", **names)
+
+
+def rows(kind: str, seed: int) -> list[dict[str, Any]]:
+    """Return examples as the Trainer takes them: token ids, and the labels of a task."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, len(WORDS), (BATCH * STEPS, LENGTH), generator=generator)
+    labels = ids if kind == "llama" else ids.sum(1) % 3
+    return [{"input_ids": one, "labels": label} for one, label in zip(ids, labels, strict=True)]
+
+
+def fresh(kind: str) -> Any:
+    """Return an untrained model."""
+    transformers.set_seed(3)
+    if kind == "llama":
+        config = transformers.LlamaConfig(**SIZES, intermediate_size=40, num_key_value_heads=2, use_cache=False)
+        return transformers.LlamaForCausalLM(config)
+    config = transformers.BertConfig(**SIZES, intermediate_size=40, num_labels=3, max_position_embeddings=32)
+    return transformers.BertForSequenceClassification(config)
+
+
+def arguments(folder: Path) -> Any:
+    """Return the arguments of a short run of the Trainer."""
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        save_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+    )
+
+
+@dataclass(frozen=True)
+class World:
+    """Trained runs, each in ``root/KIND-NUMBER``, from which the folders of an example are copied."""
+
+    root: Path
+
+    @classmethod
+    def make(cls, root: Path) -> "World":
+        """Train three models of each kind from one base."""
+        for kind in ("llama", "bert"):
+            base = root / f"{kind}-base"
+            fresh(kind).save_pretrained(base)
+            tokenizer().save_pretrained(base)
+            for seed in range(3):
+                run = transformers.Trainer(
+                    type(fresh(kind)).from_pretrained(base),
+                    arguments(root / f"{kind}-{seed}"),
+                    train_dataset=rows(kind, seed),
+                    processing_class=tokenizer(),
+                )
+                run.train()
+                run.save_model()
+        return cls(root)
+
+    def prepare(self, folder: Path, text: str) -> None:
+        """Make the folders that a text names, and data."""
+        numbers: dict[str, int] = {}
+        for name, step in re.findall(r"\bruns/([\w-]+)(?:/checkpoint-(\d+))?", text):
+            self._copy(self._run(name, numbers), folder / "runs" / name, weights_only=True)
+            if step:
+                self._copy(
+                    self._run(name, numbers) / f"checkpoint-{STEPS}", folder / "runs" / name / f"checkpoint-{step}"
+                )
+        for name in re.findall(r"\bmodels/([\w-]+)", text):
+            self._copy(self._run(name, numbers), folder / "models" / name, weights_only=True)
+        for name in set(re.findall(r"\bfishers/([\w-]+)", text)) - set(re.findall(r"-o fishers/([\w-]+)", text)):
+            self._fisher(self._run(name, numbers), folder / "fishers" / name)
+        for name in ("math", "code"):
+            self._copy(self._run(name, numbers) / f"checkpoint-{STEPS}", folder / name)
+        for name, base in {"base": "llama-base", "bert-base": "bert-base"}.items():
+            self._copy(self.root / base, folder / name)
+        for name in re.findall(r"\b([\w-]+)\.jsonl\b", text):
+            texts = [{"text": "one plus two is three", "label": 0}, {"text": "def two return good", "label": 2}]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+
+    def _run(self, name: str, numbers: dict[str, int]) -> Path:
+        """Return the run that stands for a name; names of a kind take the three runs in turns."""
+        kind = "bert" if name in CLASSIFIERS else "llama"
+        number = numbers.setdefault(name, sum((other in CLASSIFIERS) == (kind == "bert") for other in numbers))
+        return self.root / f"{kind}-{number % 3}"
+
+    @staticmethod
+    def _copy(source: Path, target: Path, weights_only: bool = False) -> None:
+        hidden = shutil.ignore_patterns("checkpoint-*", "training_args.bin") if weights_only else None
+        shutil.copytree(source, target, ignore=hidden, dirs_exist_ok=True)
+
+    @staticmethod
+    def _fisher(run: Path, target: Path) -> None:
+        from squisher_mergekit import extract
+
+        extract(run / f"checkpoint-{STEPS}", target)
+
+    def names(self, folder: Path) -> dict[str, Any]:
+        """Return the Python names of an example, made anew: see the docstring of ``tests/test_readme.py``."""
+        from safetensors.torch import load_file
+
+        from squisher_mergekit import load_fisher
+
+        runs = [self.root / f"llama-{seed}" / f"checkpoint-{STEPS}" for seed in range(2)]
+        model = transformers.LlamaForCausalLM.from_pretrained(runs[0])
+        data = rows("llama", 0)
+        stacked = {key: torch.stack([row[key] for row in data]) for key in data[0]}
+        batches = [{key: part[start : start + 4] for key, part in stacked.items()} for start in range(0, 12, 4)]
+
+        def loss_of(model: Any, batch: Any) -> torch.Tensor:
+            return model(**batch).loss
+
+        def train() -> None:
+            loss_of(model, batches[0]).backward()
+
+        return {
+            "model": model,
+            "base": transformers.LlamaForCausalLM.from_pretrained(self.root / "llama-base"),
+            "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+            "tokenizer": tokenizer(),
+            "data": data,
+            "batches": batches,
+            "batch": batches[0],
+            "tasks": [batches, batches[:2]],
+            "loss_of": loss_of,
+            "train": train,
+            "args": arguments(folder / "trained"),
+            "Trainer": transformers.Trainer,
+            "torch": torch,
+            "fisher": load_fisher(runs[0]),
+            "a": load_file(runs[0] / "model.safetensors"),
+            "b": load_file(runs[1] / "model.safetensors"),
+            "theta_0": load_file(self.root / "llama-base" / "model.safetensors"),
+            "fisher_a": load_fisher(runs[0]),
+            "fisher_b": load_fisher(runs[1]),
+        }
