@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from squisher_mergekit.cli.options import strict_option
+from squisher_mergekit.cli.options import json_option, strict_option
 from squisher_mergekit.cli.output import write_report
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.merging.mergekit.commands import help_class, merge_options, read_config, run_config
@@ -17,9 +17,7 @@ from squisher_mergekit.tensors.atomic import written_beside
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @strict_option
-@click.option(
-    "--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the report to FILE."
-)
+@json_option
 @merge_options
 def command(config: Path, out: Path, strict: bool, json_file: Path | None, merge_options: Any) -> None:
     """Merge the models in CONFIG into the folder OUT, and print a report.

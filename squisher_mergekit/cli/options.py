@@ -69,8 +69,9 @@ naming_options = combined(
     click.option("--names", type=PATH, help="Text file of names; line i names the optimizer's parameter i."),
 )
 dtype_option = choice_option("--dtype", ["float32", "bfloat16"], "Dtype of the file.", "float32")
-strict_option = click.option("--strict", is_flag=True, help="Refuse a Fisher that was made at other weights.")
-quiet_option = click.option("--quiet", is_flag=True, help="Show no progress bar.")
-report_options = combined(
-    quiet_option, click.option("--json", "json_file", type=PATH, help="Also write the report to this file.")
+strict_option = click.option(
+    "--strict", is_flag=True, help="Refuse a Fisher that was made at other weights, instead of a warning."
 )
+quiet_option = click.option("--quiet", is_flag=True, help="Show no progress bar.")
+json_option = click.option("--json", "json_file", type=PATH, help="Also write the report to this file.")
+report_options = combined(quiet_option, json_option)

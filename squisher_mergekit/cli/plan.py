@@ -4,15 +4,13 @@ from pathlib import Path
 
 import click
 
-from squisher_mergekit.cli.options import strict_option
+from squisher_mergekit.cli.options import json_option, strict_option
 
 
 @click.command("plan")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @strict_option
-@click.option(
-    "--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the preview to FILE."
-)
+@json_option
 @click.option("--transformers-cache", type=str, default=None, help="Folder for models and Fishers from the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Let transformers run the code of a model (dangerous).")
 @click.option("--allow-crimes", is_flag=True, help="Allow models of different architectures.")
