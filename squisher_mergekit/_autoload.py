@@ -1,15 +1,15 @@
-"""The hook that makes the merge methods known to mergekit; ``sys`` alone is imported.
+"""Start-up hook that adds the merge methods to mergekit; imports ``sys`` alone.
 
-An installation puts ``squisher_mergekit_startup`` into every interpreter; it imports this package when somebody imports
-mergekit. mergekit 0.1.5 loads no plug-ins, so :func:`install` puts a finder on ``sys.meta_path`` that answers for a few
-of mergekit's modules alone: it lets the other finders locate the module and, right after its code has run, calls
-``squisher_mergekit.merging.mergekit.hooks.activate``. Nothing of mergekit, torch or this package is imported before.
-A plug-in must not break stock merges: whatever fails in there becomes a warning.
+The installation adds ``squisher_mergekit_startup`` to every interpreter; it imports this package when mergekit is
+imported. mergekit 0.1.5 loads no plug-ins. :func:`install` therefore puts a finder on ``sys.meta_path`` for a few
+modules of mergekit: the other finders locate the module, and after its code has run, the finder calls
+``squisher_mergekit.merging.mergekit.hooks.activate``. Until then the hook imports neither mergekit nor torch. A plug-in
+must not break stock merges: any failure becomes a warning.
 """
 
 import sys
 
-# This runs while mergekit is being imported, and in whatever imports this package: nothing more, typing included.
+# Importing mergekit runs this module: it must import nothing more, typing included.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +26,7 @@ WATCHED = (
 
 
 class _PostImportFinder:
-    """Finds nothing itself; wraps the loader that another finder gives for a watched module."""
+    """Finder that wraps the loader of a watched module, which another finder returns."""
 
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
@@ -44,7 +44,7 @@ class _PostImportFinder:
 
 
 def _wrap(loader: object, name: str) -> None:
-    """Make a loader activate the plug-in once it has run the module ``name``."""
+    """Change a loader to activate the plug-in after it has run the module ``name``."""
     execute = getattr(loader, "exec_module", None)
     if execute is None:
         return
@@ -56,11 +56,12 @@ def _wrap(loader: object, name: str) -> None:
 
     try:
         loader.exec_module = exec_module  # type: ignore[attr-defined]
-    except Exception as error:  # a loader that takes no attributes
+    except Exception as error:  # a loader without assignable attributes
         _warn(error)
 
 
 def _activate(name: str, module: "ModuleType") -> None:
+    """Activate the plug-in in one module of mergekit, and turn any failure into a warning."""
     try:
         from squisher_mergekit.merging.mergekit.hooks import activate
 
@@ -70,6 +71,7 @@ def _activate(name: str, module: "ModuleType") -> None:
 
 
 def _warn(error: Exception) -> None:
+    """Warn that the plug-in is not active."""
     import warnings
 
     text = f"squisher-mergekit is not active in mergekit, stock merges are not affected: {error!r}"
@@ -77,12 +79,12 @@ def _warn(error: Exception) -> None:
 
 
 def installed() -> bool:
-    """Return whether the finder is in place."""
+    """Return True if the finder is on ``sys.meta_path``."""
     return any(isinstance(finder, _PostImportFinder) for finder in sys.meta_path)
 
 
 def install() -> None:
-    """Watch for mergekit's modules, and activate the plug-in in those imported already; a second call does nothing."""
+    """Watch for mergekit's modules, and activate the plug-in in those already imported; idempotent."""
     if installed():
         return
     sys.meta_path.insert(0, _PostImportFinder())

@@ -1,20 +1,22 @@
-"""Every error that this package raises.
+"""Errors of this package.
 
     SquisherError
-    ├── UnsupportedMergekitError     the installed mergekit is none that the plug-in knows
+    ├── UnsupportedMergekitError     the plug-in does not support the installed mergekit
     └── RefusedError                 an input is refused; also a click.ClickException, so that
         │                            mergekit's own commands print one line and exit with 1
-        ├── NotFoundError            no Fisher, optimizer state, model or file where one was named
-        ├── ConfigError              a parameter of a merge, a flag or a metadata file is wrong
+        ├── NotFoundError            a Fisher, optimizer state, model or file is missing
+        ├── ConfigError              a merge parameter, an option or a metadata file is wrong
         ├── UnsupportedStateError    the optimizer keeps no second moment that can serve as a Fisher
-        │   └── NothingKeptError     it keeps momentum alone, or nothing
-        ├── NamingError              it cannot be told which tensor belongs to which parameter
+        │   └── NothingKeptError     the optimizer keeps only momentum, or nothing
+        ├── NamingError              the parameter of a tensor is not certain
         ├── MismatchError            names, shapes or weights do not fit each other
-        ├── CorruptFileError         truncated, damaged, or not what its name says
-        ├── UnsafeFileError          a pickle that would run code; nothing of it was run
-        └── ValuesError              NaN, infinite or negative entries
+        ├── CorruptFileError         a file is truncated, damaged, or of another format
+        ├── UnsafeFileError          a pickle would run code; none of it ran
+        └── ValuesError              entries are NaN, infinite or negative
 
-A message says, in one line: what was required, where, what was found, and the cure.
+Each message has four parts, in one line: requirement, place, found, cure. Warnings go to the logger
+``squisher_mergekit``. The exceptions are deprecated names (``DeprecationWarning``) and the start-up hook, which warns
+through :mod:`warnings` because it must work even if this package cannot be imported.
 """
 
 from __future__ import annotations
@@ -23,22 +25,18 @@ import click
 
 
 class SquisherError(Exception):
-    """Root of this package's errors."""
-
-
-class SquisherWarning(UserWarning):
-    """Something that the user should know and that does not stop the work."""
+    """Base class of all errors of this package."""
 
 
 class UnsupportedMergekitError(SquisherError, click.ClickException):
-    """The installed mergekit is none that the plug-in knows."""
+    """The plug-in does not support the installed mergekit."""
 
 
 class RefusedError(SquisherError, click.ClickException, ValueError):
     """An input is refused.
 
     Args:
-        message: Requirement, place, what was found, and the cure. Line breaks become spaces.
+        message: Requirement, place, found, cure. Line breaks become spaces.
     """
 
     def __init__(self, message: str) -> None:
@@ -46,11 +44,11 @@ class RefusedError(SquisherError, click.ClickException, ValueError):
 
 
 class NotFoundError(RefusedError):
-    """There is no Fisher, optimizer state, model or file where one was named."""
+    """A Fisher, optimizer state, model or file is missing."""
 
 
 class ConfigError(RefusedError):
-    """A parameter of a merge, a flag or a metadata file is wrong."""
+    """A merge parameter, an option or a metadata file is wrong."""
 
 
 class UnsupportedStateError(RefusedError):
@@ -58,11 +56,11 @@ class UnsupportedStateError(RefusedError):
 
 
 class NothingKeptError(UnsupportedStateError):
-    """The optimizer keeps momentum alone of a parameter; another may have kept more of the others."""
+    """The optimizer keeps only momentum of a parameter; another optimizer in the checkpoint may keep more."""
 
 
 class NamingError(RefusedError):
-    """It cannot be told which tensor belongs to which parameter."""
+    """The parameter of a tensor is not certain."""
 
 
 class MismatchError(RefusedError):
@@ -70,12 +68,12 @@ class MismatchError(RefusedError):
 
 
 class CorruptFileError(RefusedError):
-    """A file is truncated, damaged, or not what its name says."""
+    """A file is truncated, damaged, or of another format than its name says."""
 
 
 class UnsafeFileError(RefusedError):
-    """A pickle would run code when loaded; nothing of it was run."""
+    """A pickle would run code when loaded; none of it ran."""
 
 
 class ValuesError(RefusedError):
-    """A Fisher holds NaN, infinite or negative entries."""
+    """A Fisher has NaN, infinite or negative entries."""

@@ -1,7 +1,7 @@
-"""What an interpreter runs when it starts: ``squisher_mergekit.pth``, or its ``.start`` where PEP 829 is known.
+"""Code that an interpreter runs at its start, by ``squisher_mergekit.pth`` or, since PEP 829, its ``.start`` file.
 
-Every interpreter of the environment pays for this module, so it is one small file outside the package: it waits until
-somebody imports mergekit, and only then imports the package, whose own hook does the rest.
+Every interpreter of the environment imports this module, so it is one small file outside the package. It imports the
+package when mergekit is imported; the package's own hook does the rest.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 
 
 class _Watch:
-    """Finds nothing; imports the package just before mergekit is looked for."""
+    """Finder that imports the package before another finder locates mergekit."""
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def] # no typing at start-up
         if name == "mergekit":
@@ -23,6 +23,6 @@ class _Watch:
 
 
 def start() -> None:
-    """Make the merge methods known to mergekit whenever it is imported, unless switched off."""
+    """Add the merge methods to mergekit when it is imported, unless the environment variable switches it off."""
     if os.environ.get("SQUISHER_MERGEKIT_AUTOLOAD") != "0":
         sys.meta_path.insert(0, _Watch())

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import has_fisher, read_fisher, write_fisher
@@ -273,3 +274,61 @@ def test_a_header_that_lies_about_places_is_refused_when_read(tmp_path):
         CorruptFileError, match=r"x\.safetensors must be a whole safetensors file, but a cannot be read"
     ):
         store.read("a")
+
+
+def test_save_and_load_fisher_are_inverse(tmp_path):
+    """A Fisher computed in Python, with its fingerprint, comes back from ``save`` through ``load_fisher``."""
+    fisher = Fisher(_tensors(), FisherConfig.model_validate(CONFIG | {"weights_fingerprint": "fp1:0123456789abcdef"}))
+    config = fisher.save(tmp_path / "new" / "out")
+    found = load_fisher(tmp_path / "new" / "out")
+    _assert_same(found, _tensors())
+    assert found.config == config
+    assert config.weights_fingerprint == "fp1:0123456789abcdef"
+    assert config.coverage.with_ == len(fisher)
+    assert (config.mean, config.norm) == pytest.approx(fisher.moments(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_save_takes_a_dtype_by_name_or_object(tmp_path, dtype):
+    """bfloat16 rounds to nearest; the metadata record it."""
+    assert _fisher().save(str(tmp_path / "out"), dtype=dtype).encoding == {"default": "bfloat16"}
+    _assert_same(read_fisher(tmp_path / "out"), {name: tensor.bfloat16() for name, tensor in _tensors().items()})
+
+
+@pytest.mark.parametrize(("code", "error"), [("log8", 0.04), ("log4", 0.4)])
+def test_save_compresses(tmp_path, code, error):
+    """A logarithmic code keeps each entry to its relative error, and the file is smaller."""
+    tensors = {"w": _random(67, 41)}
+    fisher = Fisher(tensors, FisherConfig(estimator="empirical", statistic="mean"))
+    assert fisher.save(tmp_path / "out", compress=code).encoding == {"default": code}
+    found = read_fisher(tmp_path / "out")
+    torch.testing.assert_close(found["w"], tensors["w"], rtol=error, atol=0.0)
+    assert found.info("w").nbytes < tensors["w"].numel() * 4
+
+
+def test_save_refuses_a_folder_with_a_fisher(tmp_path):
+    """An existing Fisher is never overwritten; an empty folder is used."""
+    (tmp_path / "out").mkdir()
+    _fisher().save(tmp_path / "out")
+    before = (tmp_path / "out" / "fisher.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="must not hold a Fisher yet"):
+        _fisher({"a.weight": _random(3, seed=9)}).save(tmp_path / "out")
+    assert (tmp_path / "out" / "fisher.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"dtype": "float16"}, "float32 or bfloat16"), ({"compress": "zip"}, "compress must be")]
+)
+def test_save_refuses_unknown_options(tmp_path, options, words):
+    """A dtype or compact form that does not exist is refused, and nothing is made."""
+    with pytest.raises(ConfigError, match=words):
+        _fisher().save(tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_copies_an_opened_fisher(tmp_path):
+    """A compact Fisher saved again is plain, with the decoded entries."""
+    _fisher().save(tmp_path / "compact", compress="log8")
+    compact = read_fisher(tmp_path / "compact")
+    assert compact.save(tmp_path / "plain").encoding == {"default": "float32"}
+    _assert_same(read_fisher(tmp_path / "plain"), {name: compact[name].float() for name in compact})

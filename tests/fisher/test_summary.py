@@ -1,4 +1,4 @@
-"""What a summary says, against the same numbers taken the slow way."""
+"""Statistics of a Fisher, against a slow computation of the same numbers."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.fisher.summary import BINS_PER_DECADE, human_bytes, known_scaling, summarize
+from squisher_mergekit.fisher.summary import BINS_PER_DECADE, human_bytes, kind_of, known_scaling, summarize
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
 
@@ -113,3 +113,29 @@ def test_bad_entries_are_refused(bad):
 def test_human_bytes(size, text):
     """Sizes have three digits and a unit of powers of 1000."""
     assert human_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", "mlp.up_proj"),
+        ("model.layers.31.self_attn.q_proj.bias", "self_attn.q_proj"),
+        ("model.embed_tokens.weight", "embed_tokens"),
+        ("lm_head.weight", "lm_head"),
+        ("transformer.h.0.attn.c_attn.weight", "attn.c_attn"),
+        ("model.layers.2.block_sparse_moe.experts.7.w1.weight", "block_sparse_moe.experts.w1"),
+        ("bert.embeddings.LayerNorm.bias", "embeddings.LayerNorm"),
+        ("0.weight", "0.weight"),
+        ("weight", "weight"),
+        ("scale", "scale"),
+    ],
+)
+def test_kinds(name, kind):
+    """The kind of a layer is its name without layer and expert numbers, weight and bias; it is never empty."""
+    assert kind_of(name) == kind
+
+
+def test_layers_of_one_kind_share_it():
+    """Weights and biases at one position of every layer share their kind."""
+    names = [f"model.layers.{i}.mlp.fc.{part}" for i in range(12) for part in ("weight", "bias")]
+    assert {kind_of(name) for name in names} == {"mlp.fc"}
