@@ -9,7 +9,7 @@ The model of :func:`~squisher_mergekit.estimate_fisher` passes through these fun
 5. ``per_example.verify.TapedModel.run``: ``per_example.tape.taped`` records the calls of every layer while
    ``tasks.run_model`` runs the model.
 6. ``output_gradients``: the gradients of the log-likelihood at the outputs, one for each label.
-7. ``per_example.accumulate.accumulate_batch``: a backward pass to the outputs of the layers, and the rule of each layer.
+7. ``per_example.accumulate.accumulate_batch``: a backward pass to the layer outputs, and the rule of each layer.
    ``layer_kinds`` names the rule; ``linear_embedding``, ``convolution`` and ``rules`` have them; ``t5_bias`` adapts T5.
 8. ``accumulator.FisherAccumulator.fisher``: the accumulators under the names on disk, by ``models.parameters`` and
    ``models.convert``.
