@@ -1,0 +1,33 @@
+"""The device of the tests: ``--device cuda`` runs on a GPU all tests that can, marked ``gpu``."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--device``."""
+    parser.addoption("--device", default="cpu", help="device of the tests that take one (default: cpu)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Triton's kernels run on the CPU; Triton reads the variable when it is imported."""
+    if config.getoption("--device") == "cpu" and importlib.util.find_spec("triton"):
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that take the device as ``gpu``, if it is one."""
+    if config.getoption("--device") != "cpu":
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Return the device that ``--device`` names; inputs are drawn on the CPU, so that they are the same on each."""
+    return torch.device(request.config.getoption("--device"))

@@ -1,0 +1,212 @@
+"""The fused kernel against products in float64; on a CPU in Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from squisher_mergekit.estimators.per_example import square_kernel  # noqa: E402
+from squisher_mergekit.estimators.per_example.square_kernel import SMALL, Tiling, add_product_squares, plan  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+TINY = Tiling(16, 32, 16, 4, 2)
+NESTED = Tiling(16, 32, 16, 4, 2, flat=False)
+COPIED = Tiling(16, 16, 16, 4, 2, tma=True)
+
+
+def _factors(device, dtype, examples=3, tokens=19, rows=23, columns=37):
+    generator = torch.Generator().manual_seed(examples * 1000 + tokens)
+    b = torch.randn(examples, tokens, rows, generator=generator).to(dtype)
+    a = torch.randn(examples, tokens, columns, generator=generator).to(dtype)
+    return b.to(device), a.to(device)
+
+
+def _expected(b, a):
+    return torch.bmm(b.double().transpose(1, 2), a.double()).square().sum(0)
+
+
+def _assert_close(total, expected):
+    """Products of narrow floats are exact in float32; only their sums round."""
+    assert float((total.double() - expected).abs().max()) <= 2e-6 * float(expected.max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tiling", [TINY, NESTED], ids=["flat", "nested"])
+def test_the_kernel_adds_squared_products(device, dtype, tiling):
+    """The kernel adds sum_n (B_n^T A_n)^2 to the accumulator, for sizes that no tile divides."""
+    b, a = _factors(device, dtype)
+    total = torch.full((23, 37), 2.0, device=device)
+    add_product_squares(total, b, a, tiling=tiling)
+    _assert_close(total, 2 + _expected(b, a))
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32])
+def test_tokens_need_not_fill_their_block(device, tokens):
+    """Tokens beyond the last one count as 0."""
+    b, a = _factors(device, torch.bfloat16, tokens=tokens)
+    total = torch.zeros(23, 37, device=device)
+    add_product_squares(total, b, a, tiling=TINY)
+    _assert_close(total, _expected(b, a))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (32, 48), (1, 1), (5, 33)])
+def test_tiles_may_be_full_or_cut(device, shape):
+    """Rows and columns beyond the edges are neither read nor written."""
+    rows, columns = shape
+    b, a = _factors(device, torch.bfloat16, tokens=16, rows=rows, columns=columns)
+    frame = torch.full((rows + 2, columns + 2), 7.0, device=device)
+    total = frame[1:-1, 1:-1]
+    add_product_squares(total, b, a, tiling=TINY)
+    _assert_close(total, 7 + _expected(b, a))
+    assert bool((frame[[0, -1]] == 7).all())
+    assert bool((frame[:, [0, -1]] == 7).all())
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+def test_split_examples_add_up(device, splits):
+    """Parts of the examples are summed by several programs, each example once."""
+    b, a = _factors(device, torch.bfloat16, examples=7, tokens=5)
+    total = torch.ones(23, 37, device=device)
+    add_product_squares(total, b, a, tiling=TINY, splits=splits)
+    _assert_close(total, 1 + _expected(b, a))
+
+
+def test_split_sums_are_the_same_each_time(device):
+    """Partial sums are added in a fixed order, so that two runs agree to the last bit."""
+    b, a = _factors(device, torch.bfloat16, examples=7)
+    totals = [torch.zeros(23, 37, device=device) for _ in range(2)]
+    for total in totals:
+        add_product_squares(total, b, a, tiling=TINY, splits=3)
+    assert torch.equal(*totals)
+
+
+def test_any_strides_are_read(device):
+    """Factors may be transposed, expanded over the examples, or every other column of a wider tensor."""
+    b, a = _factors(device, torch.bfloat16, rows=46)
+    b, a = b[:, :, ::2], a.transpose(1, 2).contiguous().transpose(1, 2)
+    total = torch.zeros(37, 23, device=device).T
+    add_product_squares(total, b[:1].expand(3, -1, -1), a, tiling=TINY)
+    _assert_close(total, _expected(b[:1].expand(3, -1, -1), a))
+
+
+def test_the_copy_engine_loads_the_same_tiles(device):
+    """Descriptors give the same sums as pointers, also at the ends of tokens, rows and columns."""
+    b, a = _factors(device, torch.bfloat16, rows=24, columns=40)
+    total = torch.zeros(24, 40, device=device)
+    add_product_squares(total, b, a, tiling=COPIED)
+    _assert_close(total, _expected(b, a))
+
+
+def test_what_the_copy_engine_refuses_is_loaded_by_pointers(device):
+    """Rows that are no whole number of 16 bytes have no descriptor."""
+    b, a = _factors(device, torch.bfloat16)
+    assert not square_kernel._can_copy(b)
+    total = torch.zeros(23, 37, device=device)
+    add_product_squares(total, b, a, tiling=COPIED)
+    _assert_close(total, _expected(b, a))
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e17])
+def test_squares_are_of_float32(device, scale):
+    """Gradients of 1e-18 and of 1e17 have squares beyond float16, and none is lost."""
+    b, a = _factors(device, torch.bfloat16)
+    b = b * scale
+    total = torch.zeros(23, 37, device=device)
+    add_product_squares(total, b, a, tiling=TINY)
+    _assert_close(total, _expected(b, a))
+
+
+def test_gradients_of_zero_leave_the_accumulator_alone(device):
+    """No entry changes by a bit."""
+    b, a = _factors(device, torch.float16)
+    total = torch.rand(23, 37, device=device)
+    before = total.clone()
+    add_product_squares(total, torch.zeros_like(b), a, tiling=TINY)
+    assert torch.equal(total, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 4), (2, 5, 3, 0)])
+def test_nothing_adds_nothing(device, shape):
+    """No examples, no tokens, no rows or no columns: there is no launch."""
+    b, a = _factors(device, torch.bfloat16, *shape)
+    total = torch.ones(shape[2:], device=device)
+    add_product_squares(total, b, a)
+    assert bool((total == 1).all())
+
+
+def test_the_planned_tiling_is_right_too(device):
+    """Without a tiling the planned one is taken, larger than the whole parameter."""
+    b, a = _factors(device, torch.bfloat16, examples=2)
+    total = torch.zeros(23, 37, device=device)
+    add_product_squares(total, b, a)
+    _assert_close(total, _expected(b, a))
+
+
+# ---- the plan
+
+
+@pytest.mark.parametrize("rows", [64, 256, 768, 2048, 5632, 32000])
+@pytest.mark.parametrize("tokens", [64, 512])
+def test_a_plan_fills_the_processors(rows, tokens):
+    """At least half of the multiprocessors have a tile, and no part is without an example."""
+    tiling, splits = plan(rows, 768, 16, tokens, 132)
+    tiles = -(-rows // tiling.rows) * -(-768 // tiling.columns)
+    assert splits <= 16
+    assert tiles * splits >= 66
+
+
+def test_one_example_is_never_split():
+    """Its tokens have to be summed before they are squared."""
+    assert plan(64, 64, 1, 512, 132)[1] == 1
+
+
+# ---- where it is taken
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """Offer the kernel on every device."""
+    monkeypatch.setattr(square_kernel, "is_offered", lambda *_: "cpu" not in square_kernel._failed)
+    monkeypatch.setattr(square_kernel, "_failed", set())
+
+
+def test_a_cpu_is_not_offered_the_kernel():
+    """There the interpreter would run it."""
+    b, a = _factors("cpu", torch.bfloat16)
+    total = torch.zeros(23, 37)
+    assert not square_kernel.try_product_squares(total, b, a)
+    assert not total.any()
+
+
+def test_a_card_with_little_memory_takes_the_small_tiling(offered, monkeypatch):
+    """A tiling that does not fit is followed by the small one."""
+    taken = []
+
+    def launch(out, b, a, tiling, precision, add):
+        if tiling != SMALL:
+            raise RuntimeError("out of resource: shared memory")
+        taken.append(tiling)
+
+    monkeypatch.setattr(square_kernel, "_launch", launch)
+    b, a = _factors("cpu", torch.bfloat16)
+    assert square_kernel.try_product_squares(torch.zeros(23, 37), b, a)
+    assert taken == [SMALL]
+
+
+def test_a_failing_kernel_is_told_once(offered, monkeypatch, caplog):
+    """Afterwards the device is not offered the kernel any more."""
+    calls = []
+
+    def launch(*args, **_):
+        calls.append(args)
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(square_kernel, "_launch", launch)
+    b, a = _factors("cpu", torch.bfloat16)
+    for _ in range(2):
+        assert not square_kernel.try_product_squares(torch.zeros(23, 37), b, a)
+    assert len(calls) == 2  # the planned tiling and the small one
+    assert [record.message for record in caplog.records] == [
+        "the fused kernel does not run on cpu (no compiler); torch.bmm takes its place"
+    ]
