@@ -59,8 +59,8 @@ class MergePlan:
 
     def warnings(self) -> list[str]:
         """Return the warnings about the Fishers, each once."""
-        found = [use.opened.warning for tensor in self.tensors for use in tensor.uses if use.opened is not None]
-        return list(dict.fromkeys(warning for warning in found if warning))
+        warnings = [use.opened.warning for tensor in self.tensors for use in tensor.uses if use.opened is not None]
+        return list(dict.fromkeys(warning for warning in warnings if warning))
 
     def models(self) -> list[dict[str, Any]]:
         """Return one summary per model: source of its Fisher, steps, beta2, scale, coverage."""
@@ -162,17 +162,17 @@ def _blank(item: WeightInput) -> dict[str, Any]:
 
 def describe_model(model: dict[str, Any]) -> str:
     """Return one line about a model's Fisher: source, estimator, steps, decay, scale."""
-    told = [model["estimator"], model["layout"], model["optimizer"]]
-    told += [f"{key} {model[key]}" for key in ("steps", "beta2") if model[key] is not None]
+    details = [model["estimator"], model["layout"], model["optimizer"]]
+    details += [f"{key} {model[key]}" for key in ("steps", "beta2") if model[key] is not None]
     if model["scale"] is not None:
-        told.append(f"{model['scaling']} x{model['scale']:.4g}")
+        details.append(f"{model['scaling']} x{model['scale']:.4g}")
     if model["normalize"] not in (None, "none"):
-        told.append(f"divided by its {model['normalize']}")
+        details.append(f"divided by its {model['normalize']}")
     low, high = model["density"] or (1.0, 1.0)
     if low < 1:
-        told.append(f"density {low:g}" if low == high else f"density {low:g} to {high:g}")
-    details = ", ".join(str(item) for item in told if item is not None)
-    return f"fisher {model['fisher']}" + (f" ({details})" if details else "")
+        details.append(f"density {low:g}" if low == high else f"density {low:g} to {high:g}")
+    text = ", ".join(str(item) for item in details if item is not None)
+    return f"fisher {model['fisher']}" + (f" ({text})" if text else "")
 
 
 def _fisher_bytes(tensor: TensorPlan) -> int:

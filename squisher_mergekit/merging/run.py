@@ -73,7 +73,7 @@ class Run:
         self._pending: list[tuple[Tensor, int, tuple[str, str]]] = []
 
     def __reduce__(self) -> tuple[type["Run"], tuple[str, bool, bool]]:
-        # A copy in another process reports to nobody here and opens its own Fishers.
+        # A copy in another process has a report of its own, and opens the Fishers itself.
         return Run, (self.method, self.quiet, self.strict)
 
     def __enter__(self) -> "Run":

@@ -113,10 +113,10 @@ def _weight_input(task: Any, model: Any, base: Any, run: Run) -> WeightInput | N
     gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
     if hasattr(gather, "weight_info"):
         load, loader = _load_task(gather, model, model), LoaderCache().get(model)
-        stored, own = load._resolve_name(loader), (load.tensor, *(load.aliases or ()))
+        stored, names = load._resolve_name(loader), (load.tensor, *(load.aliases or ()))
         # A tied name belongs to another tensor, which replaces this one: the Fisher is that tensor's.
-        aliases = own if stored is None or stored in own else ()
-        if stored is None and load.optional and not _weight_converts(model, loader, own):
+        aliases = names if stored is None or stored in names else ()
+        if stored is None and load.optional and not _weight_converts(model, loader, names):
             return None
     else:
         loader, stored, aliases = _raw_loader(gather.tensors[model].model), gather.tensors[model].tensor_name, ()

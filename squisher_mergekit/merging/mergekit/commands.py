@@ -136,7 +136,7 @@ def _options_of(run: "Run", options: Any) -> Any:
     """Return mergekit's options with the run added, which the planner finds there."""
     from mergekit.options import MergeOptions
 
-    class RunOptions(MergeOptions, frozen=True):  # type: ignore[misc]
+    class RunOptions(MergeOptions):  # type: ignore[misc]
         """Merge options, and the run that they belong to."""
 
         run: Any

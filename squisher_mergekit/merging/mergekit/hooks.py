@@ -147,8 +147,8 @@ def _extend_planner(plan_module: ModuleType) -> None:
             return plan(self)
         check_blocks(config.merge_method, _blocks(config))
         result = plan(self)
-        # mergekit caches architectures by planner, on the class: without this no planner, task or Fisher is ever freed.
-        getattr(planner._model_arch, "cache_clear", lambda: None)()
+        # mergekit caches architectures by planner, on the class, so that a planner and its tasks would never be freed.
+        getattr(getattr(planner, "_model_arch", None), "cache_clear", lambda: None)()
         from squisher_mergekit.merging.mergekit.adapter import add_fishers
 
         weights, tasks = [weight for weight, _ in self._tensors], [task for _, task in self._tensors]
@@ -156,7 +156,6 @@ def _extend_planner(plan_module: ModuleType) -> None:
         self._tensors = list(zip(weights, tasks, strict=True))
         return result
 
-    need(planner, "_model_arch")
     planner.normalize_config, planner._plan = normalize_config, plan_with_fishers
 
 
@@ -268,7 +267,9 @@ def _run_of(universe: Any) -> Any:
 @contextlib.contextmanager
 def _restored_on_failure(universe: Any) -> Iterator[None]:
     """Restore the output folder if the graph does not run to its end."""
-    from squisher_mergekit.merging.mergekit.tasks import TensorWriterTask, TrackedWriterTask
+    from mergekit.io.tasks import TensorWriterTask
+
+    from squisher_mergekit.merging.mergekit.tasks import TrackedWriterTask
     from squisher_mergekit.merging.rollback import OutputFolder
 
     folders = []

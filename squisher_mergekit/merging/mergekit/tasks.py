@@ -11,7 +11,7 @@ from mergekit.io.tasks import TensorWriterTask
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import PermutedVocabulary
 from mergekit.tokenizer.truncate import TruncatedVocabulary
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
@@ -100,7 +100,7 @@ class _Converted(Fisher):
         return self._whole.moments(scaling)
 
 
-class FisherMergeTask(ExecuteMergeMethodTask, frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
     """Merge of one output tensor by a method of this package: mergekit's task, with the Fishers of the tensor.
 
     The Fishers are read when the task runs, so that those of one tensor at a time are in memory. A row of a re-ordered
@@ -113,9 +113,11 @@ class FisherMergeTask(ExecuteMergeMethodTask, frozen=True, arbitrary_types_allow
         origin_model: Model whose weights are theta_0, for a density below 1.
     """
 
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
     run: Run
     requests: tuple[FisherRequest, ...] = ()
-    # Task[Any] would be made anew from each task's fields.
+    # With Task[Any], pydantic would copy each task into a new one.
     origins: tuple[tuple[ModelReference, Task], ...] = ()
     origin_model: ModelReference | None = None
 
@@ -197,12 +199,14 @@ class FisherMergeTask(ExecuteMergeMethodTask, frozen=True, arbitrary_types_allow
         return result
 
 
-class TrackedWriterTask(TensorWriterTask, frozen=True, arbitrary_types_allowed=True):  # type: ignore[misc]
+class TrackedWriterTask(TensorWriterTask):  # type: ignore[misc]
     """mergekit's task that opens the output, so that restoring the folder waits for shards still being written.
 
     Attributes:
         folder: The output folder.
     """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     folder: OutputFolder
 
