@@ -43,18 +43,21 @@ def load_tile(
         TMA: If True, the copy engine of Hopper loads the tile.
     """
     if TMA:
-        return source.load([example, first_token, first_column]).reshape(TOKENS, COLUMNS)
-    tokens = tl.arange(0, TOKENS)
-    columns = first_column + tl.arange(0, COLUMNS)
-    # The start of the tile may lie beyond 2^31 entries; the offsets within it do not.
-    start = source + example.to(tl.int64) * example_stride + first_token.to(tl.int64) * token_stride
-    places = start + (tokens[:, None] * token_stride + columns[None, :] * column_stride)
-    if EVEN_TOKENS and EVEN_COLUMNS:
-        return tl.load(places)
-    if EVEN_COLUMNS:
-        return tl.load(places, mask=(first_token + tokens < n_tokens)[:, None], other=0.0)
-    inside = (first_token + tokens < n_tokens)[:, None] & (columns < n_columns)[None, :]
-    return tl.load(places, mask=inside, other=0.0)
+        tile = source.load([example, first_token, first_column]).reshape(TOKENS, COLUMNS)
+    else:
+        tokens = tl.arange(0, TOKENS)
+        columns = first_column + tl.arange(0, COLUMNS)
+        # The start of the tile may lie beyond 2^31 entries; the offsets within it do not.
+        start = source + example.to(tl.int64) * example_stride + first_token.to(tl.int64) * token_stride
+        places = start + (tokens[:, None] * token_stride + columns[None, :] * column_stride)
+        if EVEN_TOKENS and EVEN_COLUMNS:
+            tile = tl.load(places)
+        elif EVEN_COLUMNS:
+            tile = tl.load(places, mask=(first_token + tokens < n_tokens)[:, None], other=0.0)
+        else:
+            inside = (first_token + tokens < n_tokens)[:, None] & (columns < n_columns)[None, :]
+            tile = tl.load(places, mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit
