@@ -162,8 +162,17 @@ def test_a_probe_that_dies_is_a_problem_and_no_traceback(monkeypatch):
 
 
 def test_a_report_that_cannot_be_written_is_one_line(probe, tmp_path):
-    """``--json`` into a folder that does not exist exits with 1, says so in one line, and leaves nothing."""
-    result = _run("--quiet", "--json", str(tmp_path / "absent" / "report.json"))
+    """``--json`` below a file, where no folder can be, exits with 1, says so in one line, and leaves nothing."""
+    (tmp_path / "file").write_text("unchanged")
+    result = _run("--quiet", "--json", str(tmp_path / "file" / "report.json"))
     assert result.exit_code == 1
     assert "cannot be written" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert result.stderr.count("\n") == 1
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["unchanged"]
+
+
+def test_a_report_makes_its_folder(probe, tmp_path):
+    """``--json`` into a new folder creates the folder, as for every command, and leaves no temporary file."""
+    assert _run("--quiet", "--json", str(tmp_path / "new" / "report.json")).exit_code == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.json"]
+    assert json.loads((tmp_path / "new" / "report.json").read_text())["problems"] == []

@@ -1,5 +1,6 @@
 """The group ``squisher``: help without imports, exit codes, and the verbs that it promises."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -60,6 +62,53 @@ def test_every_verb_exists_and_answers_help(verb):
     assert result.output.startswith(f"Usage: squisher {verb} ")
     assert "\\b" not in result.output
     assert "\n  Example:\n" in result.output or "Example" not in result.output
+
+
+def _commands(command=main, path=()):
+    """Yield the path of every command of the program."""
+    yield path
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            yield from _commands(command.get_command(context, name), (*path, name))
+
+
+@pytest.mark.parametrize("path", list(_commands()), ids=" ".join)
+def test_every_command_shows_an_example_and_answers_the_short_option(path):
+    """``-h`` prints the same help as ``--help``, with an example that names the command."""
+    short, long = (CliRunner().invoke(main, [*path, option]) for option in ("-h", "--help"))
+    assert short.exit_code == 0, short.output
+    assert short.output == long.output
+    assert f"squisher {' '.join(path)}".strip() in short.output.partition("Example:\n")[2]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_are_printed(shell):
+    """The line of the help that switches completion on prints a script for each shell."""
+    script = _completed({"_SQUISHER_COMPLETE": f"{shell}_source"})
+    assert "_SQUISHER_COMPLETE" in script
+
+
+def test_completion_knows_commands_and_options_without_importing_commands():
+    """Names of commands come from their table; options come from the command itself."""
+    assert _complete("squisher pu") == ["plain,push", "plain,pull"]
+    assert "plain,--compress" in _complete("squisher extract --c")
+    code = (
+        "import sys, click\nfrom squisher_mergekit.cli.main import main\n"
+        "items = main.shell_complete(click.Context(main), '')\n"
+        "print(len(items), [name for name in sys.modules if name.startswith('squisher_mergekit.cli.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{len(VERBS)} ['squisher_mergekit.cli.main']")
+
+
+def _completed(variables):
+    return subprocess.run([PROGRAM], env=os.environ | variables, capture_output=True, text=True, check=True).stdout
+
+
+def _complete(line):
+    words = {"_SQUISHER_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    return _completed(words).splitlines()
 
 
 def test_version():

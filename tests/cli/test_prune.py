@@ -1,6 +1,7 @@
 """``squisher prune`` through its command: model, table, report, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -109,6 +110,17 @@ def test_what_is_refused_is_one_line(run, tmp_path, arguments, message):
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fisher", "model"]
+
+
+def test_the_old_name_of_min_keep_still_works(run, tmp_path):
+    """``--least`` prunes as ``--min-keep`` does, and names the new option."""
+    options = ("--sparsity", "0.5", "--score", "random", "--json")
+    assert run(*options, tmp_path / "new.json", "--min-keep", "0.3").exit_code == 0
+    shutil.rmtree(tmp_path / "out")
+    result = run(*options, tmp_path / "old.json", "--least", "0.3")
+    assert result.exit_code == 0, result.output
+    assert "--least is deprecated; use --min-keep" in result.stderr
+    assert (tmp_path / "new.json").read_text() == (tmp_path / "old.json").read_text()
 
 
 @pytest.mark.parametrize("arguments", [(), ("--sparsity", "0.5", "--pattern", "2:4"), ("--pattern", "half")])
