@@ -1,8 +1,8 @@
-"""Measure the commands that work on a model's files: time, and memory against the bound of squisher extract.
+"""Measure time and memory of the commands that work on a model's files, against the memory bound of squisher extract.
 
-A random Llama and its Fisher are made; each command runs in a process of its own. Anonymous memory is what a process
-needs beyond mapped files, which the system can drop at any time; the bound is 0.7 GB and the largest tensor in float32.
-Seconds are those of the whole command, start included.
+The benchmark makes a random Llama and its Fisher, and runs each command in its own process. Anonymous memory excludes
+mapped files, which the system can drop at any time. The bound is 0.7 GB plus the largest tensor in float32. Seconds are
+those of the whole command, start included.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from scripts.benchmarks.models import Recipe, make_model, shapes
 from scripts.benchmarks.process import run_measured, work_folder
 from scripts.benchmarks.report import write_report
 
-MEMORY_GOAL = 0.7  # GB of anonymous memory beside the largest tensor
+MEMORY_GOAL = 0.7  # GB of anonymous memory on top of the largest tensor
 RECIPES: dict[str, Recipe] = {
     "0.3B": {"hidden": 1024, "layers": 18, "intermediate": 2816, "vocab": 32000, "shards": 2},
     "tiny": {"hidden": 64, "layers": 2, "intermediate": 148, "vocab": 61, "shards": 2},
 }
-# What is measured: arguments of `squisher`; {model} also holds its Fisher, {base} is another model of the same shapes,
-# {out} does not exist yet.
+# Case -> arguments of `squisher`. {model} holds weights and Fisher, {base} is another model of the same shapes, {out}
+# does not exist yet.
 CASES: dict[str, list[str]] = {
     "prune": ["prune", "{model}", "--fisher", "{model}", "--sparsity", "0.75", "-o", "{out}"],
     "prune, all tensors": [
@@ -50,7 +50,7 @@ CASES: dict[str, list[str]] = {
     "task2vec embed": ["task2vec", "embed", "{model}", "-o", "{out}"],
     "task2vec distance": ["task2vec", "distance", "{model}", "{base}"],
 }
-# What a case needs that is made once: by these cases, whose {out} is kept.
+# Placeholder -> the case whose {out} it names; such a case runs once, and its output is kept.
 PREPARED = {"{difference}": "mask reset", "{half}": "mask reset, a half"}
 
 
@@ -59,9 +59,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(RECIPES), default="0.3B")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weights")
-    parser.add_argument("--work", type=Path, help="keep the model here between runs (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="dtype of the weights")
+    parser.add_argument(
+        "--work", type=Path, help="folder that keeps the model between runs (default: a temporary folder)"
+    )
+    parser.add_argument("--json", type=Path, help="JSON file for the measured numbers")
     options = parser.parse_args()
     recipe = RECIPES[options.size] | {"dtype": options.dtype, "fisher_dtype": "float32"}
     with work_folder(options.work, "applications") as work:
@@ -121,7 +123,7 @@ def _entries(shape: tuple[int, ...]) -> int:
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """Return a line a case: seconds, memory, and whether the bound is kept."""
+    """Return one line for each case: seconds, memory, and the verdict on the bound."""
     rows = [
         f"{report['parameters'] / 1e6:.0f} million weights, {report['dtype']}; bound {report['limit_gb']:.2f} GB",
         f"{'':<22}{'wall s':>9}{'CPU s':>9}{'anonymous GB':>14}",

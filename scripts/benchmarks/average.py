@@ -1,6 +1,6 @@
-"""Measure what ``FisherAverage`` adds to training: CPU time of the same run of the Trainer with and without it.
+"""Measure the CPU time that ``FisherAverage`` adds to a run of the Trainer.
 
-Runs take turns in one process on one thread; each share's ratio is that of the fastest rounds.
+Runs with and without the average take turns in one process on one thread. Ratios compare the fastest rounds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from squisher_mergekit.training import FisherAverage
 
 
 def seconds(steps: int, share: float | None) -> float:
-    """Return the CPU time of a run over random text: a BERT of four layers of 256, batches of 16 times 64 tokens."""
+    """Return the CPU seconds of a run of a BERT (four layers of 256) on batches of 16 random texts of 64 tokens."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=1000, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024,
@@ -41,7 +41,7 @@ def seconds(steps: int, share: float | None) -> float:
 
 
 def measure(steps: int, shares: list[float], rounds: int) -> dict[str, Any]:
-    """Return the CPU seconds of a plain run, and by what share each average lengthens it."""
+    """Return the CPU seconds of a plain run, and the share that each average adds."""
     fastest: dict[float | None, float] = {}
     for _ in range(rounds):
         for share in (None, *shares):
@@ -52,12 +52,12 @@ def measure(steps: int, shares: list[float], rounds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, and print a line for each length of a run and share."""
+    """Measure each length of a run with each share, and print one line for each pair."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.1, 0.25])
-    parser.add_argument("--steps", nargs="+", type=int, default=[40, 120], help="of each run")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--steps", nargs="+", type=int, default=[40, 120], help="steps of each run")
+    parser.add_argument("--repeat", type=int, default=3, help="number of rounds")
+    parser.add_argument("--json", type=Path, help="JSON file for the measured numbers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     reports = []

@@ -1,10 +1,10 @@
-"""Measure squisher extract against a plain copy of the same bytes, in three layouts and two sizes.
+"""Measure squisher extract against a plain copy of the same number of bytes, in three layouts and two sizes.
 
-The same bytes are those of the second moments, read and written: a plain copy reads a file of as many and writes it,
-in blocks of 8 MiB. Both sync what they wrote to disk. Each runs in a process of its own that imports the same
-libraries; seconds count from then on, and whole commands are listed beside. (So both wait as long before they write: on
-a virtual machine memory that was free for some seconds is slower to write to.) ``unverified`` leaves the checksums out.
-Anonymous memory is what the process needs beyond mapped files, which the system can drop at any time.
+The bytes are those of the second moments. The plain copy reads and writes them in blocks of 8 MiB. Both sync their
+output to disk. Each runs in its own process, which first imports the same libraries. The clock starts after that; the
+table lists the whole command as well. (Both have to wait equally long before they write: on a virtual machine,
+memory that was free for some seconds is slower to write to.) ``unverified`` skips the checksums. Anonymous memory
+excludes mapped files, which the system can drop at any time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scripts import ROOT
 from scripts.benchmarks.process import run_measured, verdict, work_folder
 
 SPEED_GOAL = 0.7  # of the plain copy's bytes per second
-MEMORY_GOAL = 0.7  # GB of anonymous memory beside the largest tensor
+MEMORY_GOAL = 0.7  # GB of anonymous memory on top of the largest tensor
 LAYOUTS = ("trainer", "fsdp", "deepspeed")
 SIZES = {
     "0.3B": {"hidden": 1024, "layers": 18, "intermediate": 2816, "vocab": 32000},
@@ -56,12 +56,12 @@ def main() -> int:
     """Make the checkpoints, measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--work", type=Path, help="keep the checkpoints here between runs (default: a temporary folder)"
+        "--work", type=Path, help="folder that keeps the checkpoints between runs (default: a temporary folder)"
     )
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["0.3B", "1B"])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--repeat", type=int, default=3, help="rounds; each runs everything once")
-    parser.add_argument("--json", type=Path, help="write all samples there")
+    parser.add_argument("--repeat", type=int, default=3, help="number of rounds; each runs everything once")
+    parser.add_argument("--json", type=Path, help="JSON file for all samples")
     options = parser.parse_args()
     reports = []
     with work_folder(options.work, "extract") as work:
@@ -121,7 +121,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """Return the minima, the speed beside the copy's, and the goals beside what was reached."""
+    """Return the minima, the speed relative to the copy, and a verdict on each goal."""
     low = {name: {key: min(run[key] for run in runs) for key in runs[0]} for name, runs in report["samples"].items()}
     size = report["bytes"] / 1e9
     rows = [

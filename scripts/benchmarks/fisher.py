@@ -1,21 +1,22 @@
-r"""Measure what a Fisher costs beside a plain forward and backward pass, and how far it is from the slow truth.
+r"""Measure the cost of a Fisher relative to a plain forward and backward pass, and its error against a slow reference.
 
-Time: all methods take turns in one process on one thread, and the CPU time of a method's second call in a row is
-compared, as the ratio of medians to the plain pass over the same batch. Methods that cost more than five plain passes
-run in three rounds. Of methods that take chunks of the batch, the chunk that was fastest in the first round is kept.
-Ours holds two examples against autograd, again and again but ever more seldom: in calls 1, 2, 4, 8, ... A median does
-not show that, so that what the first two cost is printed as well; they count as memory.
+Time: all methods take turns in one process on one thread. The table has the CPU time of a method's second call in a
+row, as the ratio of medians to the plain pass over the same batch. Methods that cost more than five plain passes
+run in three rounds. If a method takes chunks of the batch, the fastest chunk of the first round remains. Our method
+compares two examples with autograd in calls 1, 2, 4, 8, ... A median hides these checks, so the table has the cost of
+the first two calls as well. They count as memory.
 
-Errors are against a loop over single examples (and classes, of exact) in float64: the largest difference, as a share of
-the tensor's largest entry, or of 1e-12 of the model's, where gradients vanish by symmetry. Beyond 1e-4 a tensor is
-wrong. Sampled is compared for the labels that the package draws from its seed; those of others are not known.
+Error: the reference is a loop over single examples (and over classes for exact labels) in float64. An error is the
+largest difference, relative to the tensor's largest entry, or to 1e-12 of the model's largest entry where gradients
+vanish by symmetry. A tensor with an error above 1e-4 is wrong. Sampled labels are compared for the labels that this
+package draws from its seed; the labels that other packages draw are unknown.
 
-Memory (--memory): each method runs in a process of its own. What counts is by how much its first call, and some later
-ones, raise the peak over what model and batch take. Memory is given back to the system when it is freed, so that the
-peak is that of what is in use.
+Memory (--memory): each method runs in its own process. The benchmark measures how far the first call, and some later
+calls, raise the peak above the memory of model and batch. Freed memory returns to the system at once, so the peak is
+memory in use.
 
-Other packages are measured where they are installed. They declare torchvision, which would bring another torch, and do
-not need it:
+The benchmark measures other packages where they are installed. They declare torchvision, which would bring another
+torch, but do not need it:
 
     pip install --no-deps backpack-for-pytorch==1.7.1 nngeometry==0.4 asdfghjkl==0.1a4 opacus==1.6.0 \
         einops==0.8.2 unfoldNd==0.2.3 opt-einsum==3.4.0
@@ -40,11 +41,11 @@ from scripts.benchmarks.report import write_report
 
 
 def main() -> int:
-    """Measure, and print a table for each model."""
+    """Measure each model and print its table."""
     options = parse()
-    warnings.simplefilter("ignore")  # what the other packages warn of
+    warnings.simplefilter("ignore")  # warnings of the other packages
     torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = False  # ratios and errors are those of float32
+    torch.backends.cudnn.allow_tf32 = False  # ratios and errors have to be those of float32
     if options.device == "cpu" and not options.memory:
         limit_memory()
     reports = []
@@ -65,11 +66,15 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="default: all but llama-large")
-    parser.add_argument("--memory", action="store_true", help=f"peaks, not times; of {', '.join(MEMORY_MODELS)}")
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), help="models to measure (default: all but llama-large)"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help=f"measure peaks of memory, not times, of {', '.join(MEMORY_MODELS)}"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeat", type=int, default=9, help="rounds")
-    parser.add_argument("--json", type=Path, help="write the figures to a file")
+    parser.add_argument("--repeat", type=int, default=9, help="number of rounds")
+    parser.add_argument("--json", type=Path, help="JSON file for the measured numbers")
     options = parser.parse_args()
     default = MEMORY_MODELS if options.memory else [name for name in MODELS if name != "llama-large"]
     options.models = options.models or default
@@ -77,7 +82,7 @@ def parse() -> argparse.Namespace:
 
 
 def limit_memory() -> None:
-    """Make a method that asks for more memory than the machine has fail, rather than end this process."""
+    """Limit this process to the memory of the machine, so that a method that needs more fails with an error."""
     everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard == resource.RLIM_INFINITY:

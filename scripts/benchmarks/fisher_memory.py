@@ -1,7 +1,7 @@
-"""What each way to a Fisher adds to the peak of memory; of ``bench_fisher --memory``.
+"""Peak memory of each method for a Fisher: the part of ``fisher`` that ``--memory`` runs.
 
-``bench_fisher_memory.py MODEL KIND METHOD CHUNK DEVICE`` measures one, in this process, and prints the bytes of
-its first call and of later ones.
+``python -m scripts.benchmarks.fisher_memory MODEL KIND METHOD CHUNK DEVICE`` measures one method in this process, and
+prints the bytes of its first call and of later calls.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from scripts.benchmarks.fisher_models import Batch, build, labels_of, one
 from scripts.benchmarks.fisher_others import OTHERS, require
 
 MEMORY_MODELS = ("bert", "llama-large")
-MARGIN = 1.25  # times a plain step and one more copy of the parameters
+MARGIN = 1.25  # goal, relative to a plain step plus one copy of the parameters
 PLAIN = "plain"
-LATER = 4  # calls, so that what a call leaves behind shows
-# One heap; what is larger than 64 KiB is mapped, and goes back to the system as soon as it is freed.
+LATER = 4  # further calls, which show memory that a call does not free
+# One heap. Blocks above 64 KiB are mapped, and return to the system as soon as they are freed.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def memory_report(name: str, device: str) -> dict[str, Any]:
-    """Measure all methods on one model, each in a process of its own."""
+    """Measure all methods on one model, each in its own process."""
     model, batch = build(name, "cpu")
     size, copy = len(labels_of(batch)), sum(p.numel() * 4 for p in model.parameters())
     rows = [peak_of(name, "", PLAIN, 0, device)]
     for kind in kinds_of(batch):
-        failed = set()  # these are not tried again with other chunks
+        failed = set()  # methods that need no second attempt with other chunks
         for method in offered([*METHODS, *OTHERS], kind, size):
             if method.name not in failed:
                 row = peak_of(name, kind, method.name, method.chunk, device)
@@ -48,7 +48,7 @@ def memory_report(name: str, device: str) -> dict[str, Any]:
 
 
 def peak_of(name: str, kind: str, method: str, chunk: int, device: str) -> dict[str, Any]:
-    """Measure one method, or say why not."""
+    """Measure one method; return a problem if it failed."""
     command = [sys.executable, "-m", "scripts.benchmarks.fisher_memory", name, kind, method, str(chunk), device]
     environment = {**os.environ, **ENVIRONMENT}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -62,7 +62,7 @@ def peak_of(name: str, kind: str, method: str, chunk: int, device: str) -> dict[
 def memory_table(report: dict[str, Any]) -> list[str]:
     """Return the table of one model."""
     lines = [
-        f"{report['model']}: what the peak grows by, in MB ({report['device']}); one copy of the parameters is "
+        f"{report['model']}: growth of the peak in MB ({report['device']}); one copy of the parameters is "
         f"{report['copy'] / 1e6:.0f}, so the goal, {MARGIN:g} x (plain + copy), is {report['goal'] / 1e6:.0f}",
         f"  {'':<40}{'1st call':>9}{'later':>8}",
     ]
@@ -77,17 +77,17 @@ def memory_table(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-# ---- in a process of its own
+# ---- in the process that measures
 
 
 def grown(model: nn.Module, batch: Batch, kind: Any, name: str, chunk: int) -> tuple[int, int]:
-    """Return by how many bytes the first call of a method, and later ones, raise the peak."""
+    """Return the bytes by which the first call of a method and later calls raise the peak."""
     run: Any = functools.partial(plain, model, batch)
     if name != PLAIN:
         [method] = [method for method in [*METHODS, *OTHERS] if (method.name, method.chunk) == (name, chunk)]
         require(method)
         run = method.prepare(model, batch, kind, chunk)
-    plain(model, one(batch, 0))  # loads what any pass loads
+    plain(model, one(batch, 0))  # loads everything that any pass loads
     model.zero_grad(set_to_none=True)
     gc.collect()
     device = next(model.parameters()).device
@@ -101,16 +101,16 @@ def grown(model: nn.Module, batch: Batch, kind: Any, name: str, chunk: int) -> t
 
 
 def reset_peak(device: torch.device) -> int:
-    """Forget the peak so far, and return the bytes now in use."""
+    """Reset the peak, and return the bytes in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM becomes what is in use now
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to the memory in use
     return peak(device)
 
 
 def peak(device: torch.device) -> int:
-    """Return the most bytes that were in use since the last reset."""
+    """Return the peak in bytes since the last reset."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]

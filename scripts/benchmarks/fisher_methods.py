@@ -1,7 +1,7 @@
-"""Ways to a diagonal Fisher that ``bench_fisher`` compares, without third parties; and the slow truth.
+"""Methods for a diagonal Fisher that the benchmark ``fisher`` compares, and the slow reference.
 
-A method is prepared once for a model and a batch, which is not timed, and then called again and again. What it
-returns, name -> sum over the examples of squared gradients, may lack parameters.
+A method is prepared once for a model and a batch, which is not timed, and then called many times. A call returns a
+mapping from parameter names to sums of squared gradients over the examples; the mapping may lack parameters.
 """
 
 from __future__ import annotations
@@ -25,13 +25,21 @@ Run = Callable[[], Sought]
 LABELS: dict[Kind, Labels] = {"empirical": "true", "sampled": "sampled", "exact": "exact"}
 SEED = 0
 CHUNKS = (4, 16, 64)
-WRONG = 1e-4  # of a tensor's largest entry
-FLOOR = 1e-12  # of the model's largest entry: gradients that vanish by symmetry are nothing but rounding
+WRONG = 1e-4  # relative to the tensor's largest entry
+FLOOR = 1e-12  # relative to the model's largest entry; gradients that vanish by symmetry consist of rounding
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to a diagonal Fisher. ``chunk``: examples at a time, 0 for all. ``package``: what must be installed."""
+    """A method for a diagonal Fisher.
+
+    Attributes:
+        name: label in the table.
+        kinds: kinds of Fisher that the method can compute.
+        prepare: function from model, batch, kind and chunk to the call that is timed.
+        chunk: number of examples in a forward pass, or 0 for the whole batch.
+        package: Python module that has to be installed, or an empty string.
+    """
 
     name: str
     kinds: tuple[Kind, ...]
@@ -40,19 +48,19 @@ class Method:
     package: str = ""
 
     def title(self, size: int) -> str:
-        """Return what its row is called, for a batch of that size."""
+        """Return the label of the row for a batch of the given size."""
         return self.name + (f", chunks of {min(self.chunk, size)}" if self.chunk else "")
 
 
 def plain(model: nn.Module, batch: Batch) -> None:
-    """One ordinary forward and backward pass."""
+    """Run an ordinary forward and backward pass."""
     model.zero_grad(set_to_none=True)
     nn.functional.cross_entropy(*terms(model, batch)).backward()
 
 
 def ours(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
-    """Sums of the package; each call adds to those of earlier ones."""
-    made: list[FisherAccumulator] = []  # by the first call, as its memory counts
+    """Prepare the accumulator of this package; each call adds to the same one."""
+    made: list[FisherAccumulator] = []  # made by the first call, whose memory counts
 
     def run() -> Sought:
         if not made:
@@ -64,7 +72,7 @@ def ours(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
 
 
 def loop(model: nn.Module, batch: Batch, kind: Kind = "empirical", chunk: int = 0) -> Run:
-    """One example at a time; of ``exact`` one class at a time as well."""
+    """Prepare a loop over single examples, and over classes for ``exact``."""
     names, parameters = zip(*model.named_parameters(), strict=True)
 
     def run() -> Sought:
@@ -81,7 +89,7 @@ def loop(model: nn.Module, batch: Batch, kind: Kind = "empirical", chunk: int = 
 
 
 def _losses(logits: Tensor, targets: Tensor, kind: Kind) -> Iterator[tuple[Tensor, float]]:
-    """Yield the losses of one example whose squared gradients count, and how much each counts."""
+    """Yield the losses of one example with the weights of their squared gradients."""
     if kind == "exact":
         logs = logits.log_softmax(-1)[0]
         yield from zip(logs, logs.detach().exp().tolist(), strict=True)
@@ -90,7 +98,7 @@ def _losses(logits: Tensor, targets: Tensor, kind: Kind) -> Iterator[tuple[Tenso
 
 
 def by_vmap(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
-    """``torch.func.vmap`` of ``torch.func.grad``."""
+    """Prepare ``torch.func.vmap`` of ``torch.func.grad``."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(values: Sought, single: Batch) -> Tensor:
@@ -112,13 +120,13 @@ def by_vmap(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
 
 
 def chunks(batch: Batch, chunk: int) -> Iterator[Batch]:
-    """Yield a batch in parts of so many examples."""
+    """Yield a batch in chunks of the given number of examples."""
     for start in range(0, len(labels_of(batch)), chunk):
         yield convert(batch, lambda part, start=start: part[start : start + chunk])
 
 
 def add_squares(total: Tensor, gradients: Tensor) -> None:
-    """Add the squares of gradients, examples in front; on a CPU large ones are best read once and never written."""
+    """Add the squares of per-example gradients (first axis: examples); on a CPU without a large temporary."""
     if total.is_cpu and total.numel() > 4096:
         for gradient in gradients:
             total.addcmul_(gradient, gradient)
@@ -137,12 +145,12 @@ METHODS = [
 
 
 def kinds_of(batch: Batch) -> tuple[Kind, ...]:
-    """Return the kinds of Fisher to be had: exact would take a backward pass for each class of each token."""
+    """Return the kinds of Fisher to measure; exact is too costly for a vocabulary of classes."""
     return ALL if task_of(batch) == "classification" else ALL[:2]
 
 
 def offered(methods: list[Method], kind: Kind, size: int) -> list[Method]:
-    """Return the methods of a kind; of chunks that hold a whole batch of that size, only the smallest."""
+    """Return the methods of a kind; of the chunks that hold the whole batch, only the smallest."""
     found, whole = [], set()
     for method in methods:
         if kind in method.kinds and method.name not in whole:
@@ -152,11 +160,11 @@ def offered(methods: list[Method], kind: Kind, size: int) -> list[Method]:
     return found
 
 
-# ---- the truth
+# ---- the reference
 
 
 def truth(model: nn.Module, batch: Batch, kind: Kind) -> Sought:
-    """Return what a method should give, in float64; of ``sampled`` what the package should, for the labels it draws."""
+    """Return the reference in float64; for ``sampled`` with the labels that the package draws."""
     if kind == "sampled":
         batch = relabelled(batch, drawn(model, batch))
     wide = convert(batch, lambda part: part.double() if part.is_floating_point() else part)
@@ -164,7 +172,7 @@ def truth(model: nn.Module, batch: Batch, kind: Kind) -> Sought:
 
 
 def drawn(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the labels that the package draws from its seed: its gradient at the logits is below 0 there alone."""
+    """Return the labels that the package draws from its seed; only their logits have a negative gradient."""
     seen: list[Tensor] = []
 
     def forward(model: nn.Module, inputs: Any) -> Tensor:
@@ -181,7 +189,14 @@ def drawn(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a method is from the truth. ``error``: see :func:`compare`; counts are of tensors."""
+    """Difference between a method and the reference.
+
+    Attributes:
+        error: largest error over the tensors, see :func:`compare`.
+        wrong: number of tensors with an error above ``WRONG``.
+        missing: number of tensors that the method does not return.
+        count: number of tensors of the model.
+    """
 
     error: float
     wrong: int
@@ -189,7 +204,7 @@ class Comparison:
     count: int
 
     def __str__(self) -> str:
-        """Return what the table says of it."""
+        """Return the text for the table."""
         found = f"error {self.error:.1e}"
         if self.wrong:
             found = f"wrong: {self.wrong} of {self.count}, {found}"
@@ -197,10 +212,10 @@ class Comparison:
 
 
 def compare(found: Sought, expected: Sought) -> Comparison:
-    """Compare with the truth, tensor by tensor.
+    """Compare a Fisher with the reference, tensor by tensor.
 
-    An error is the largest difference, as a share of the tensor's largest entry, or of 1e-12 of the model's if that is
-    more. The largest one counts; NaN and another shape are infinite ones.
+    The error of a tensor is its largest difference, relative to its largest entry, or to 1e-12 of the model's largest
+    entry if that is larger. NaN or another shape is an infinite error.
     """
     floor = FLOOR * max(float(tensor.max()) for tensor in expected.values())
     errors = []

@@ -1,4 +1,4 @@
-"""Models and batches of ``bench_fisher``: random weights, random data, nothing left out of any batch."""
+"""Models and batches of the benchmark ``fisher``: random weights and random data without padding."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-Batch = Any  # (inputs, labels), or a dict of what a Hugging Face model takes
+Batch = Any  # (inputs, labels), or keyword arguments of a Hugging Face model
 
 
 def mlp() -> tuple[nn.Module, Batch]:
-    """784-400-400-10, batch 256."""
+    """Return a perceptron of 784-400-400-10 and a batch of 256."""
     model = nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10))
     return model, (torch.randn(256, 784), torch.randint(10, (256,)))
 
 
 def cnn() -> tuple[nn.Module, Batch]:
-    """Three convolutions and two batch norms on 32 x 32 images, batch 64."""
+    """Return three convolutions with two batch norms and a batch of 64 images of 32 x 32."""
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
@@ -29,7 +29,7 @@ def cnn() -> tuple[nn.Module, Batch]:
 
 
 def bert(vocab: int) -> tuple[nn.Module, Batch]:
-    """Four layers of 256, batch 16 of 64 tokens, three classes. No dropout: Opacus runs in train mode only."""
+    """Return a BERT of four layers of 256 without dropout (Opacus needs train mode) and a batch of 16 x 64 tokens."""
     config = transformers.BertConfig(
         vocab_size=vocab,
         hidden_size=256,
@@ -45,7 +45,7 @@ def bert(vocab: int) -> tuple[nn.Module, Batch]:
 
 
 def llama(layers: int, hidden: int, vocab: int, tied: bool = False) -> tuple[nn.Module, Batch]:
-    """A causal language model, batch 8 of 64 tokens."""
+    """Return a causal language model and a batch of 8 x 64 tokens."""
     config = transformers.LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -71,14 +71,14 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Batch]]] = {
 
 
 def build(name: str, device: str) -> tuple[nn.Module, Batch]:
-    """Return a model in eval mode and its batch, on a device; always the same ones."""
+    """Return a model in eval mode and its batch on a device, from a fixed seed."""
     torch.manual_seed(0)
     model, batch = MODELS[name]()
     return model.to(device).eval(), convert(batch, lambda part: part.to(device))
 
 
 def convert(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """Return a batch with each of its tensors changed."""
+    """Return a batch with a function applied to each tensor."""
     if isinstance(batch, tuple):
         return tuple(change(part) for part in batch)
     return {key: change(part) for key, part in batch.items()}
@@ -90,7 +90,7 @@ def one(batch: Batch, n: int) -> Batch:
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """Return the labels of a batch: of each example, or of each token."""
+    """Return the labels of a batch, one for each example or token."""
     found: Tensor = batch[1] if isinstance(batch, tuple) else batch["labels"]
     return found
 
@@ -101,14 +101,14 @@ def relabelled(batch: Batch, labels: Tensor) -> Batch:
 
 
 def task_of(batch: Batch) -> str:
-    """Return what the package calls the task."""
+    """Return the name of the task in this package."""
     return "causal-lm" if labels_of(batch).ndim == 2 else "classification"
 
 
 def terms(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
-    """Run a model, and return logits ``(M, C)`` and their targets ``(M)``.
+    """Run a model and return logits ``(M, C)`` and targets ``(M)``.
 
-    M is the number of examples; of a language model that of all tokens but the first of each sequence.
+    M is the number of examples; for a language model, of all tokens but the first of each sequence.
     """
     if isinstance(batch, tuple):
         return model(batch[0]), batch[1]

@@ -1,8 +1,8 @@
-"""The four other packages that ``bench_fisher`` compares with, each driven as it works best.
+"""Four other packages in the benchmark ``fisher``, each used in its fastest way.
 
-Losses are sums over the examples, so that nothing has to be scaled back; those of language models take flattened
-logits. Each package works on a copy of the model, since it leaves hooks behind. Positions are given for each example:
-left to itself BERT looks them up once for all, and no hook can tell the examples apart afterwards.
+Losses are sums over the examples, so no result needs scaling; losses of language models take flattened logits. Each
+package works on a copy of the model, because it leaves hooks behind. The batch has position ids for each example:
+without them BERT looks positions up once for all examples, and no hook can separate the examples.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from scripts.benchmarks.fisher_models import Batch, labels_of, terms
 
 
 def require(method: Method) -> None:
-    """Refuse a method whose package is not there.
+    """Raise if the package of a method is not installed.
 
     Raises:
-        ModuleNotFoundError: It cannot be imported.
+        ModuleNotFoundError: The package cannot be imported.
     """
     if method.package and importlib.util.find_spec(method.package) is None:
         raise ModuleNotFoundError("not installed, see --help")
 
 
 def _placed(batch: Batch) -> Batch:
-    """Return a batch with the positions of the tokens of each example."""
+    """Return a batch with position ids for each example."""
     if isinstance(batch, tuple):
         return batch
     ids = batch["input_ids"]
@@ -37,10 +37,10 @@ def _placed(batch: Batch) -> Batch:
 
 
 def backpack(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
-    """BackPACK.
+    """Prepare BackPACK.
 
-    First order needs no more than the leaves, second order all of a sequential net. A padding index is refused, and
-    taken off, as no batch pads.
+    First-order extensions need the leaf modules only, second-order ones the whole sequential network. BackPACK refuses
+    a padding index, so the copy has none; no batch has padding.
     """
     from backpack import backpack, extend
     from backpack.extensions import DiagGGNExact, DiagGGNMC, SumGradSquared
@@ -71,14 +71,14 @@ def backpack(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
 
 
 def nngeometry(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
-    """nngeometry; the empirical Fisher is that of the true labels' log-likelihood."""
+    """Prepare nngeometry; its empirical Fisher takes the log-likelihood of the true labels."""
     from nngeometry.backend import TorchHooksJacobianBackend
     from nngeometry.layercollection import LayerCollection
     from nngeometry.metrics import FIM, FIM_MonteCarlo
     from nngeometry.object import PMatDiag
 
     model = copy.deepcopy(model)
-    layers = LayerCollection.from_model(model)  # refuses what it does not know
+    layers = LayerCollection.from_model(model)  # raises for unknown layers
     _, labels = batch
     loader = _whole(batch)
 
@@ -94,7 +94,7 @@ def nngeometry(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
             found = FIM_MonteCarlo(model, loader, PMatDiag, **common).get_diag()
         else:
             found = FIM(model, loader, PMatDiag, **common).get_diag()
-        found = found * len(labels)  # a mean
+        found = found * len(labels)  # nngeometry returns a mean
         named = list(layers.named_parameters(dict(model.named_modules())))
         pieces = found.split([p.numel() for _, p in named])
         return {name: piece.view(p.shape) for (name, p), piece in zip(named, pieces, strict=True)}
@@ -103,17 +103,17 @@ def nngeometry(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
 
 
 def _whole(batch: Batch) -> torch.utils.data.DataLoader[Any]:
-    """Return a loader of the whole batch at once, which takes no time over its examples."""
+    """Return a loader that yields the whole batch at once, without collating examples."""
     dataset = torch.utils.data.TensorDataset(*batch)
 
     def whole(_: Any) -> list[torch.Tensor]:
-        return [part.detach() for part in batch]  # it will be told to require a gradient, which the batch must not
+        return [part.detach() for part in batch]  # nngeometry makes it require a gradient, which the batch must not do
 
     return torch.utils.data.DataLoader(dataset, batch_size=len(labels_of(batch)), collate_fn=whole)
 
 
 def asdl(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
-    """ASDL (asdfghjkl on PyPI)."""
+    """Prepare ASDL (asdfghjkl on PyPI)."""
     import asdl as package
 
     model, batch = copy.deepcopy(model), _placed(batch)
@@ -140,7 +140,7 @@ def asdl(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
 
 
 def opacus(model: nn.Module, batch: Batch, kind: Kind, chunk: int) -> Run:
-    """Opacus, whose per-example gradients are squared and summed; it notes inputs in train mode only."""
+    """Prepare Opacus, and square and sum its per-example gradients; Opacus records inputs in train mode only."""
     from opacus import GradSampleModule
 
     batch = _placed(batch)

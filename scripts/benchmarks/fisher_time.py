@@ -1,4 +1,4 @@
-"""What each way to a Fisher costs beside a plain pass, and how far it is from the truth; of ``bench_fisher``."""
+"""CPU time and error of each method for a Fisher: the benchmark ``fisher`` without ``--memory``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scripts.benchmarks.fisher_others import OTHERS, require
 from scripts.benchmarks.process import verdict
 
 BERT_GOALS = {"empirical": 1.25, "sampled": 1.35, "exact": 1 + 0.75 * (3 - 1)}
-GOALS: dict[str, dict[str, float]] = {  # kind -> the most that it may cost, as a ratio to the plain pass
+GOALS: dict[str, dict[str, float]] = {  # kind -> highest ratio to the plain pass that meets the goal
     "mlp": {"empirical": 1.2, "sampled": 1.3, "exact": 3.2},
     "cnn": {"empirical": 1.4, "sampled": 1.5},
     "bert": BERT_GOALS,
@@ -29,9 +29,16 @@ SLOW_ROUNDS = 3
 
 @dataclass
 class Row:
-    """What became of one method. ``problem`` is empty if it ran; then ``ratio`` is to the plain pass.
+    """Row of the table.
 
-    ``checking``: the same of our first two calls, which hold examples against autograd.
+    Attributes:
+        kind: kind of Fisher.
+        method: label of the method.
+        ratio: CPU time relative to the plain pass, or None.
+        error: largest error, or None.
+        found: text of the comparison with the reference.
+        problem: reason for a method that failed, or an empty string.
+        checking: ratios of our first two calls, which compare examples with autograd.
     """
 
     kind: Kind
@@ -45,7 +52,7 @@ class Row:
 
 @dataclass
 class Entry:
-    """A method in the running, and the seconds that its calls took."""
+    """Method that is timed, with the seconds of its calls."""
 
     method: Method
     row: Row
@@ -86,12 +93,12 @@ def time_report(name: str, repeat: int, device: str) -> dict[str, Any]:
 
 
 def enter(model: nn.Module, batch: Batch) -> tuple[list[Entry], list[Row]]:
-    """Call each method once and compare it with the truth; return those that can be timed, and the rows of all."""
+    """Call each method once and compare it with the reference; return entries to time, and the rows of all methods."""
     entries, rows = [], []
     size = len(labels_of(batch))
     for kind in kinds_of(batch):
         expected = truth(model, batch, kind)
-        failed = set()  # these are not tried again with other chunks
+        failed = set()  # methods that need no second attempt with other chunks
         for method in offered([*METHODS, *OTHERS], kind, size):
             if method.name in failed:
                 continue
@@ -101,7 +108,7 @@ def enter(model: nn.Module, batch: Batch) -> tuple[list[Entry], list[Row]]:
                 require(method)
                 run = method.prepare(model, batch, kind, method.chunk)
                 found = run()
-            except Exception as problem:  # what another method cannot do is part of the result
+            except Exception as problem:  # a failure of another package is a result
                 row.method, row.problem = method.name, one_line(problem)
                 failed.add(method.name)
                 continue
@@ -115,7 +122,7 @@ def enter(model: nn.Module, batch: Batch) -> tuple[list[Entry], list[Row]]:
 
 
 def slower_chunks(entries: list[Entry]) -> list[Entry]:
-    """Return the entries that another one of the same method, with other chunks, was faster than in the last round."""
+    """Return the entries whose method was faster with another chunk in the last round."""
     best: dict[tuple[str, str], Entry] = {}
     for entry in sorted(entries, key=lambda entry: entry.seconds[-1]):
         best.setdefault((entry.row.kind, entry.method.name), entry)
@@ -124,7 +131,7 @@ def slower_chunks(entries: list[Entry]) -> list[Entry]:
 
 
 def seconds(run: Callable[[], Any], device: str, warm: bool) -> float:
-    """Return the seconds that a call takes, the second of two in a row if ``warm``: of CPU, or between CUDA events."""
+    """Return the CPU seconds of a call, or those between CUDA events; if ``warm``, of the second of two calls."""
     if warm:
         run()
     if device == "cpu":
@@ -144,13 +151,13 @@ def seconds(run: Callable[[], Any], device: str, warm: bool) -> float:
 
 
 def one_line(problem: Exception) -> str:
-    """Return the beginning of what an exception says."""
+    """Return an exception as one short line."""
     text = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """Return the table of one model, with goals beside what was reached."""
+    """Return the table of one model, with a verdict on each goal."""
     goals = GOALS.get(report["model"], {})
     lines = [
         f"{report['model']}: {report['parameters'] / 1e6:.2f}M parameters, {report['examples']} examples, "

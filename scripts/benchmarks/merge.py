@@ -1,10 +1,10 @@
-"""Time whole merge commands: mergekit's linear beside squisher and ubgm_squisher, on random Llama models.
+"""Time whole merge commands on random Llama models: squisher and ubgm_squisher relative to mergekit's linear.
 
-Everything is timed in one run and interleaved, because only ratios taken side by side mean anything on a shared
-machine. ``read+write`` reads the bytes that ``squisher`` reads (the weights and Fishers of two models) and writes those
-of one model. ubgm_squisher takes the first model as its base, so that it reads the same files. With --density come
-squisher and mergekit's ties at that density, both with a third model as their base. Memory is polled: RSS counts mapped
-files, which the system can drop at any time; anonymous memory it cannot.
+The commands take turns in one run, because only such ratios are meaningful on a shared machine. ``read+write`` reads
+the bytes that ``squisher`` reads (weights and Fishers of two models) and writes the bytes of one model. ubgm_squisher
+takes the first model as its base, so it reads the same files. ``--density`` adds squisher and mergekit's ties at that
+density, both with a third model as their base. A thread polls the memory of each command. RSS includes mapped files,
+which the system can drop at any time; anonymous memory does not.
 """
 
 from __future__ import annotations
@@ -60,19 +60,21 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="keep the models here between runs (default: a temporary folder)")
+    parser.add_argument(
+        "--work", type=Path, help="folder that keeps the models between runs (default: a temporary folder)"
+    )
     for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"of the Llama (default: {default})")
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"size of the Llama (default: {default})")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--fisher-dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--shards", type=int, default=4, help="files a model's weights are split into")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds; each runs every command once")
+    parser.add_argument("--shards", type=int, default=4, help="number of weight files of a model")
+    parser.add_argument("--repeat", type=int, default=3, help="number of rounds; each runs every command once")
     parser.add_argument("--threads", type=int, help="mergekit's -j (default: not given)")
-    parser.add_argument("--options", default="", help="further options of mergekit-yaml, as one string")
-    parser.add_argument("--density", type=float, help="also squisher and ties that keep this share of the task vectors")
+    parser.add_argument("--options", default="", help="further options of mergekit-yaml, in one string")
+    parser.add_argument("--density", type=float, help="run squisher and ties at this density as well")
     choices = [COPY, *MERGES, *TRIMMED]
-    parser.add_argument("--only", nargs="+", choices=choices, help="run these alone, beside linear")
-    parser.add_argument("--json", type=Path, help="write all samples there")
+    parser.add_argument("--only", nargs="+", choices=choices, help="run these commands and linear only")
+    parser.add_argument("--json", type=Path, help="JSON file for all samples")
     return parser.parse_args(arguments)
 
 
@@ -80,12 +82,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def recipe(options: argparse.Namespace) -> dict[str, object]:
-    """Return what the models depend on."""
+    """Return the settings that determine the models."""
     return {key: getattr(options, key) for key in ("dtype", "fisher_dtype", "shards", *SIZES)}
 
 
 def prepare_model(folder: Path, seed: int, options: argparse.Namespace) -> None:
-    """Make a model in a process of its own, unless it lies there: torch here would distort what is measured."""
+    """Make a model in another process unless the folder holds it; torch in this process would distort the timing."""
     done = folder / "recipe.json"
     if done.exists() and json.loads(done.read_text()) == recipe(options):
         return
@@ -95,7 +97,7 @@ def prepare_model(folder: Path, seed: int, options: argparse.Namespace) -> None:
 
 
 def parameters(options: argparse.Namespace) -> int:
-    """Return how many parameters a model has."""
+    """Return the number of parameters of a model."""
     layer = 4 * options.hidden**2 + 3 * options.hidden * options.intermediate + 2 * options.hidden
     return options.layers * layer + (2 * options.vocab + 1) * options.hidden
 
@@ -104,7 +106,7 @@ def parameters(options: argparse.Namespace) -> int:
 
 
 def commands(work: Path, options: argparse.Namespace) -> dict[str, list[str]]:
-    """Return name -> command; each writes to ``work/out``."""
+    """Return a mapping from names to commands, each of which writes to ``work/out``."""
     weights = [file for name in MODELS for file in sorted((work / name).glob("model*.safetensors"))]
     fishers = [file for name in MODELS for file in sorted((work / name).glob("fisher*.safetensors"))]
     size = sum(file.stat().st_size for file in weights) // len(MODELS)
@@ -159,7 +161,7 @@ def bench(work: Path, options: argparse.Namespace) -> dict[str, object]:
 
 @contextlib.contextmanager
 def output_folder(work: Path) -> Iterator[None]:
-    """Make an empty ``work/out`` and remove it afterwards."""
+    """Make an empty folder ``work/out``, and remove it when the block ends."""
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -173,7 +175,7 @@ def output_folder(work: Path) -> Iterator[None]:
 
 
 def table(report: dict[str, object]) -> list[str]:
-    """Return the table of minima and medians, with ratios to linear, and the goals beside what was reached."""
+    """Return the table of minima and medians, ratios to linear, and a verdict on each goal."""
     samples: dict[str, list[dict[str, float]]] = report["samples"]  # type: ignore[assignment]
     keys = ("wall_s", "cpu_s", "rss_gb", "anonymous_gb")
     low = {name: {key: min(run[key] for run in runs) for key in keys} for name, runs in samples.items()}

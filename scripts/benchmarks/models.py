@@ -1,6 +1,6 @@
-"""Write a random Llama and a Fisher for it: ``bench_models.py FOLDER SEED RECIPE``, the recipe in JSON.
+"""Write a random Llama and its Fisher: ``python -m scripts.benchmarks.models FOLDER SEED RECIPE``.
 
-The recipe holds ``hidden``, ``layers``, ``intermediate``, ``vocab``, ``dtype``, ``fisher_dtype`` and ``shards``.
+The recipe is JSON with ``hidden``, ``layers``, ``intermediate``, ``vocab``, ``dtype``, ``fisher_dtype`` and ``shards``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Recipe = dict[str, Any]
 
 
 def make_model(folder: Path, seed: int, recipe: Recipe) -> None:
-    """Write config, weights and Fisher of one model; its recipe comes last and says that all of it is there."""
+    """Write config, weights and Fisher of a model; the recipe comes last and marks a complete folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +37,7 @@ def make_model(folder: Path, seed: int, recipe: Recipe) -> None:
 
 
 def shapes(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of each tensor of a Llama with an untied head, as transformers names them."""
+    """Yield the name and shape of each tensor of a Llama with an untied head."""
     hidden, wide = recipe["hidden"], recipe["intermediate"]
     yield "model.embed_tokens.weight", (recipe["vocab"], hidden)
     for layer in range(recipe["layers"]):
@@ -70,7 +70,7 @@ def write_config(folder: Path, recipe: Recipe) -> None:
 
 
 def write_weights(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:
-    """Write random weights, a shard at a time, and their index."""
+    """Write random weights shard by shard, and their index."""
     everything = list(shapes(recipe))
     size = max(1, -(-len(everything) // recipe["shards"]))
     parts = [everything[start : start + size] for start in range(0, len(everything), size)]
@@ -90,7 +90,7 @@ def write_weights(folder: Path, recipe: Recipe, generator: torch.Generator) -> N
 
 
 class _RandomStore:
-    """Random squares, spread over some orders of magnitude as real ones are."""
+    """Store of random squares that span orders of magnitude, as real second moments do."""
 
     location = "random"
 
@@ -108,7 +108,7 @@ class _RandomStore:
 
 
 def _write_fisher(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:
-    """Write a Squisher beside the weights."""
+    """Write a Squisher into the folder of the weights."""
     config = FisherConfig(
         estimator="squisher",
         statistic="ema",

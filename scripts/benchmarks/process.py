@@ -1,4 +1,4 @@
-"""Processes whose time and memory a benchmark measures, and the folders that they work in."""
+"""Measured processes and their work folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Usage:
         wall_s: seconds from its start to its end.
         cpu_s: seconds of user and system time.
         rss_gb: peak of resident memory, mapped files included.
-        anonymous_gb: peak of anonymous memory, which the system cannot drop as it can mapped files.
+        anonymous_gb: peak of anonymous memory, which excludes mapped files.
         output: its standard output.
     """
 

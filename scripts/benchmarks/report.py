@@ -1,4 +1,4 @@
-"""The JSON file of a benchmark: what was measured, and by which command, with which versions, on which machine."""
+"""JSON file of a benchmark: measured numbers, command, versions and machine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from scripts.experiments.runner import cpu_seconds, versions, write_json
 
 
 def write_report(file: Path, measured: Sequence[dict[str, Any]], modules: Iterable[str] = ()) -> None:
-    """Write what a benchmark measured, as this command line asked for it.
+    """Write the measured numbers of a benchmark with the command line of this process.
 
     Args:
         file: JSON file to write.
-        measured: One report a part, such as a model.
-        modules: Modules whose packages' versions count as well, where they are installed.
+        measured: One report for each part, such as a model.
+        modules: Further modules; the file has the versions of their packages if they are installed.
     """
     installed = importlib.metadata.packages_distributions()
     others = {

@@ -1,7 +1,7 @@
-"""Measure what the start-up hook adds to every start of Python: CPU of ``python -c pass`` with and without it.
+"""Measure the CPU time that the start-up hook adds to every start of Python.
 
-Two empty environments, one with the start-up files as an installation leaves them (compiled), are started in turn. The
-median is what a user pays on the average; the least is free of what other work on the machine adds.
+Two environments take turns with ``python -c pass``; one has the compiled start-up files of an installation. The median
+is the cost for a user; the minimum is free of the influence of other work on the machine.
 """
 
 import argparse
@@ -24,7 +24,7 @@ GOAL = 1.0
 
 
 def make(root: Path, hook: bool) -> Path:
-    """Make an environment, with the start-up files and the package if ``hook``; return its interpreter."""
+    """Make an environment, with start-up files and package if ``hook``, and return its interpreter."""
     venv.create(root, with_pip=False, symlinks=True)
     if hook:
         [packages] = root.glob("lib/python*/site-packages")
@@ -45,9 +45,9 @@ def start(python: Path, switch: str | None) -> float:
 
 
 def main() -> int:
-    """Measure, print the table, and say whether the goal is met (exit code 1 if not)."""
+    """Measure, print the table, and return 1 if the goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=300, help="of each kind, interleaved (default 300)")
+    parser.add_argument("--starts", type=int, default=300, help="number of starts of each kind, in turns (default 300)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         hooked, bare = make(Path(folder, "hooked"), True), make(Path(folder, "bare"), False)

@@ -1,8 +1,8 @@
-"""Write the optimizer state of a random Llama in a trainer's layout: ``bench_states.py FOLDER LAYOUT RECIPE``.
+"""Write the optimizer state of a random Llama: ``python -m scripts.benchmarks.states FOLDER LAYOUT RECIPE``.
 
 LAYOUT is ``trainer`` (optimizer.pt), ``fsdp`` (a distributed checkpoint of two ranks, each tensor cut by rows) or
-``deepspeed`` (ZeRO-2 of two ranks). The recipe, in JSON, holds ``hidden``, ``layers``, ``intermediate`` and ``vocab``.
-Every layout has the weights in bfloat16 beside, and both moments in float32.
+``deepspeed`` (ZeRO-2 of two ranks). The recipe is JSON with ``hidden``, ``layers``, ``intermediate`` and
+``vocab``. Every layout has the weights in bfloat16 and both moments in float32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS = 1000
 
 
 def make_state(folder: Path, layout: str, recipe: Recipe) -> None:
-    """Write config, weights and optimizer state; the recipe comes last and says that all of it is there."""
+    """Write config, weights and optimizer state; the recipe comes last and marks a complete folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(len(layout))
@@ -47,13 +47,13 @@ def make_state(folder: Path, layout: str, recipe: Recipe) -> None:
 
 
 def _squares(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Return random squares, spread over some orders of magnitude as real ones are."""
+    """Return random squares that span orders of magnitude, as real second moments do."""
     spread = torch.rand(shape, generator=generator)
     return torch.randn(shape, generator=generator).mul_(spread).square_().mul_(1e-9)
 
 
 def _order(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """Return name and shape of the parameters as the model has them, decayed ones first, and their number."""
+    """Return the names and shapes of the parameters in the order of the model."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
     return [(name, tuple(p.shape)) for name, p in model.named_parameters()]

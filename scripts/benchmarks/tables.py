@@ -1,6 +1,6 @@
-"""The README's tables of the benchmarks, from the JSON files that they write with ``--json``.
+"""Tables of the benchmarks for scripts/README.md, from their JSON files.
 
-Times are CPU seconds of a machine that may have other work to do: ratios within one run mean something, seconds little.
+Times are CPU seconds of a machine that may have other work to do: compare ratios within a run, not seconds.
 """
 
 import re
@@ -13,7 +13,7 @@ Measured = Sequence[Mapping[str, Any]]
 
 # ---- bench_fisher
 
-# As bench_fisher_models makes them.
+# Labels of the models in fisher_models.
 MODELS = {
     "mlp": "MLP, 10 classes",
     "cnn": "CNN, 10 classes",
@@ -26,19 +26,19 @@ OURS = "ours"
 
 
 def fisher_time(measured: Measured) -> list[Table]:
-    """Return CPU time as a multiple of a plain pass: our kinds of Fisher, and other ways to that of the true labels."""
+    """Return CPU time relative to a plain pass: each kind of ours, and other methods for true labels."""
     columns = [
         f"{MODELS[one['model']]}, {one['parameters'] / 1e6:.2g} M weights, {one['examples']} examples"
         for one in measured
     ]
     by_method = [_by_method(one["rows"]) for one in measured]
     rows = [(title, [_time_cell(found.get(key)) for found in by_method]) for key, title in _titles(by_method)]
-    title = "**What a Fisher costs.** CPU time on one thread, as a multiple of a plain forward and backward pass"
+    title = "**Time of a Fisher.** CPU time on one thread, relative to a plain forward and backward pass"
     return [Table(title, columns, rows, [_reading(measured), _others(measured), _checks(measured)])]
 
 
 def _by_method(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """Return (kind, method without its chunk) -> its row; of several chunks that which needs least memory."""
+    """Return a mapping from (kind, method) to a row; of several chunks, the row with the least memory."""
     found: dict[tuple[str, str], Mapping[str, Any]] = {}
     for row in rows:
         key = row["kind"], row["method"].partition(", chunks")[0]
@@ -48,7 +48,7 @@ def _by_method(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Mappi
 
 
 def _titles(by_method: Iterable[Mapping[tuple[str, str], Any]]) -> Iterable[tuple[tuple[str, str], str]]:
-    """Return the rows of a table: ours of each kind, then others, of the true labels alone."""
+    """Yield the keys and labels of the rows: each kind of ours, then other methods for true labels."""
     keys = list(dict.fromkeys(key for found in by_method for key in found))
     yield from (((kind, OURS), f"**ours, {title}**") for kind, title in KINDS.items())
     yield from ((key, f"`{key[1]}`" if "(" in key[1] else key[1]) for key in keys if _is_other(*key))
@@ -66,7 +66,7 @@ def _time_cell(row: Mapping[str, Any] | None) -> str:
 
 
 def _flaws(row: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with what a method found, and what it lacks."""
+    """Return the counts of wrong and missing tensors as text."""
     flaws = re.findall(r"(wrong|missing):? (\d+) of (\d+)", row["found"])
     return [f"{count} of {tensors} tensors {flaw}" for flaw, count, tensors in flaws]
 
@@ -79,11 +79,11 @@ def _problem(row: Mapping[str, Any] | None) -> str:
 
 def _reading(measured: Measured) -> str:
     rounds = sorted({one["rounds"] for one in measured})
-    ours = [row for one in measured for row in one["rows"] if row["method"] == OURS]
+    error = max(row["error"] for one in measured for row in one["rows"] if row["method"] == OURS)
     return (
-        f"Medians of {_span(rounds, 0)} rounds in turns (of 3 where a method costs over 5 passes); of methods that "
-        "take chunks of the batch, the fastest chunk. A tensor is wrong if it is off by more than 1e-4 of its largest "
-        f"entry, beside single examples in float64; ours are off by at most {max(row['error'] for row in ours):.1e}."
+        f"Medians of {_span(rounds, 0)} rounds in turns (of 3 where a method costs over 5 passes). If a method takes "
+        "chunks of the batch, the table has the fastest chunk. A tensor is wrong if it differs from single examples "
+        f"in float64 by more than 1e-4 of its largest entry; ours differ by at most {error:.1e}."
     )
 
 
@@ -99,21 +99,21 @@ def _others(measured: Measured) -> str:
         if ratios:
             method = min(ratios, key=ratios.__getitem__)
             found.append(f"{ratios[method] / ours:.1f} times ours ({MODELS[one['model']].partition(',')[0]}: {method})")
-    return f"The cheapest other way that has all tensors right, of true labels: {', '.join(found)}."
+    return f"The cheapest other method with all tensors right, for true labels: {', '.join(found)}."
 
 
 def _checks(measured: Measured) -> str:
     true = [row for one in measured for row in one["rows"] if (row["kind"], row["method"]) == ("empirical", OURS)]
     first, second = ([row["checking"][number] for row in true] for number in (0, 1))
     return (
-        f"The checks are not in these: with true labels the first batch takes {_span(first)} plain passes, the second, "
-        f"fourth, eighth and so on {_span(second)}. So a handful of batches costs more than the table says; "
-        "`verify=False` leaves the checks out."
+        f"The table does not include the checks: with true labels the first batch takes {_span(first)} plain passes, "
+        f"the second, fourth, eighth and so on {_span(second)}. So a handful of batches costs more than in the table; "
+        "`verify=False` skips the checks."
     )
 
 
 def _span(values: Sequence[float], digits: int = 1) -> str:
-    """Return the least and the most, or one value if they read alike.
+    """Return the minimum and the maximum, or one value if both have the same text.
 
     Example:
         >>> _span([3.2, 4.94]), _span([7, 7], 0)
@@ -124,7 +124,7 @@ def _span(values: Sequence[float], digits: int = 1) -> str:
 
 
 def fisher_memory(measured: Measured) -> list[Table]:
-    """Return what each way to a Fisher adds to the peak of memory."""
+    """Return the growth of the memory peak for each method."""
     columns = [f"{MODELS[one['model']]}, {one['copy'] / 4e6:.0f} M weights" for one in measured]
     by_method = [_by_method(one["rows"]) for one in measured]
     rows = [("plain pass", [_memory_cell(found[("", "plain")]) for found in by_method])]
@@ -135,11 +135,11 @@ def fisher_memory(measured: Measured) -> list[Table]:
     ]
     copies = " and ".join(f"{one['copy'] / 1e6:.0f}" for one in measured)
     note = (
-        f"Beside model and batch, each method in a process of its own; one copy of the weights takes {copies} MB. Of "
-        "methods that take chunks of the batch, the chunk that needs least. What others get wrong or lack is said "
-        "above."
+        f"Without model and batch, each method in its own process; one copy of the weights takes {copies} MB. If a "
+        "method takes chunks of the batch, the table has the chunk with the least memory. The table of times says "
+        "which tensors are wrong or missing."
     )
-    return [Table("**What a Fisher takes of memory.** MB that the peak grows by", columns, rows, [note])]
+    return [Table("**Memory of a Fisher.** Growth of the peak in MB", columns, rows, [note])]
 
 
 def _memory_cell(row: Mapping[str, Any] | None) -> str:
@@ -162,12 +162,12 @@ COMMANDS = {
     "task2vec embed": "`task2vec embed`",
     "task2vec distance": "`task2vec distance`, of two",
 }
-# What is written beside a model (which is in shards).
+# Files that a command writes in addition to a model (which is in shards).
 FILES = {"mask.safetensors": "mask", "difference.safetensors": "difference", "model.safetensors": "embedding"}
 
 
 def applications(measured: Measured) -> list[Table]:
-    """Return CPU time, memory and the size of what is written, by command."""
+    """Return CPU time, memory and output size of each command."""
     (report,) = measured
     whole = report["weights_bytes"]
     rows = [
@@ -178,20 +178,20 @@ def applications(measured: Measured) -> list[Table]:
         for name, one in report["cases"].items()
     ]
     most, bound = max(one["anonymous_gb"] for one in report["cases"].values()), report["limit_gb"]
-    verdict = "all keep it" if most <= bound else "**not all keep it**"
+    verdict = "all commands stay below it" if most <= bound else "**not all commands stay below it**"
     note = (
         f"A random Llama, {report['parameters'] / 1e6:.0f} million weights in {report['dtype']} "
         f"({whole / 1e6:.0f} MB), and a Fisher in float32. Seconds are those of the whole command, start included. "
-        "Anonymous memory is what a process needs beyond mapped files, which the system can drop at any time; the "
-        f"bound is that of `extract`, 0.7 GB and the largest tensor in float32, here {bound:.2f} GB: at most "
-        f"{most:.2f} GB, {verdict}."
+        "Anonymous memory excludes mapped files, which the system can drop at any time. The bound is that of "
+        f"`extract`, 0.7 GB plus the largest tensor in float32, here {bound:.2f} GB; the highest peak is "
+        f"{most:.2f} GB: {verdict}."
     )
-    title = "**Commands that work on a model's files.** CPU time, memory, and what is written beside a model"
+    title = "**Commands that work on a model's files.** CPU time, memory, and files in addition to a model"
     return [Table(title, ["CPU s", "anonymous GB", "written"], rows, [note])]
 
 
 def _written(files: Mapping[str, int], whole: int) -> str:
-    """Return the files beside those of a model, with their bytes and the share of the weights' that these are."""
+    """Return the files in addition to a model, with their bytes, absolute and relative to the weights."""
     return ", ".join(
         f"{FILES[name]} {_bytes(size)} ({100 * size / whole:.1f} % of the weights)"
         for name, size in files.items()
@@ -219,7 +219,7 @@ def merges(measured: Measured) -> list[Table]:
         name: {key: min(run[key] for run in runs) for key in ("cpu_s", "anonymous_gb")}
         for name, runs in report["samples"].items()
     }
-    titles = {"read+write": "reading and writing the same bytes, no more"} | {
+    titles = {"read+write": "only reading and writing the same bytes"} | {
         f"{name} trim": f"`{name}`, density {report['density']:g}" for name in ("squisher", "ties")
     }
     linear = low["linear"]
@@ -233,8 +233,8 @@ def merges(measured: Measured) -> list[Table]:
     rounds = len(report["samples"]["linear"])
     note = (
         f"Two random Llamas of {report['parameters'] / 1e6:.0f} million weights in {report['recipe']['dtype']}, "
-        f"Fishers in {report['recipe']['fisher_dtype']}; the least of {rounds} rounds in turns. `ubgm_squisher` takes "
-        "one of the two as its base, a density below 1 a third model."
+        f"Fishers in {report['recipe']['fisher_dtype']}; the minimum of {rounds} rounds in turns. `ubgm_squisher` "
+        "takes one of the two as its base, a density below 1 a third model."
     )
     return [
         Table(
@@ -247,7 +247,7 @@ def merges(measured: Measured) -> list[Table]:
 
 
 def averages(measured: Measured) -> list[Table]:
-    """Return what an average of Fishers adds to a run."""
+    """Return the CPU time that an average of Fishers adds to a run."""
     shares = list(measured[0]["added"])
     rows = [
         (
@@ -258,8 +258,8 @@ def averages(measured: Measured) -> list[Table]:
     ]
     columns = ["CPU s without", *(f"added by `FisherAverage(share={share})`" for share in shares)]
     note = (
-        "A small BERT on batches of 16 times 64 tokens; the least of "
-        f"{_span([one['rounds'] for one in measured], 0)} rounds. The check of the first batch is in it."
+        "A small BERT on batches of 16 x 64 tokens; the minimum of "
+        f"{_span([one['rounds'] for one in measured], 0)} rounds. The check of the first batch is included."
     )
     return [
         Table("**`FisherAverage` while training.** CPU time of the same run with and without it", columns, rows, [note])
@@ -276,7 +276,7 @@ TABLES: Mapping[str, Callable[[Measured], list[Table]]] = {
 
 
 def made_by(report: Mapping[str, Any]) -> str:
-    """Return by which command a report was made, and on what machine."""
+    """Return the command and the machine of a report as text."""
     return (
         f"`{report['command']}`: {report['cpu_seconds'] / 60:.0f} CPU-minutes on a machine with "
         f"{report['cores']} cores, at a load average of {report['load_average']}"

@@ -1,10 +1,10 @@
-"""Read the checkpoints that scripts/make_states made, and hold them against the truth beside; opt-in.
+"""Read the checkpoints of ``scripts.checkpoints.make``, and compare them with the second moments next to them.
 
-    scripts/check_states FOLDER [--only NAME ...]
+    python -m scripts.checkpoints.check FOLDER [--only NAME ...]
 
-Prints for each case: ok (names, shapes and bits of every second moment are right, and so are beta2, steps and the kind
-of average), "refused as wanted", or WRONG with what was found; exits with 1 if anything is WRONG. Run it where the
-other trainers' libraries are not installed, as no reader may need them.
+Prints one line for each case: ok (names, shapes and bits of every second moment are right, and so are beta2, steps and
+bias correction), "refused as wanted", or WRONG with the difference. Exits with 1 if a case is WRONG. The environment
+must not have the libraries of the other trainers, because no reader may need them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ FOREIGN = ("deepspeed", "bitsandbytes", "torchao", "schedulefree", "optimi", "py
 def main() -> int:
     """Check the cases in a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what scripts/make_states made")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases alone; * and ? stand for anything")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder of scripts.checkpoints.make")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="check only these cases; * and ? are wildcards")
     arguments = parser.parse_args()
     installed = [name for name in FOREIGN if importlib.util.find_spec(name)]
     if installed:
@@ -37,12 +37,12 @@ def main() -> int:
     if arguments.only:
         cases = [case for case in cases if any(fnmatch.fnmatch(case.name, one) for one in arguments.only)]
     if not cases:
-        parser.error(f"no case in {arguments.folder}; make some with scripts/make_states")
+        parser.error(f"no case in {arguments.folder}; make some with python -m scripts.checkpoints.make")
     logging.getLogger("squisher_mergekit").setLevel(logging.ERROR)
     import squisher_mergekit.optimizers.load  # noqa: F401  # imported once, for all processes
 
     wrong = 0
-    # A process for each, as what one case makes its process import can be what another needs.
+    # One process for each case: a module that one case imports could hide a missing import of another.
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         for folder, outcome in zip(cases, pool.imap(check, cases, chunksize=1), strict=True):
             wrong += outcome.startswith("WRONG")
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def check(folder: Path) -> str:
-    """Read one case and say how it went."""
+    """Read one case and return its verdict."""
     from squisher_mergekit import extract, load_fisher
     from squisher_mergekit.errors import RefusedError
 
@@ -64,7 +64,7 @@ def check(folder: Path) -> str:
     try:
         fisher = load_fisher(source, base=base)
         read = {name: fisher[name] for name in fisher}
-        with tempfile.TemporaryDirectory() as scratch:  # which looks at the values as well
+        with tempfile.TemporaryDirectory() as scratch:  # checks the values as well
             extract(source, Path(scratch) / "out", base=base)
     except RefusedError as error:
         kind = type(error).__name__
@@ -82,7 +82,7 @@ def check(folder: Path) -> str:
 
 
 def compare(read: dict[str, Any], truth: Path, tolerance: float) -> list[str]:
-    """Return what differs between what was read and the truth, by more than a relative tolerance."""
+    """Return the differences between a Fisher and its reference beyond a relative tolerance."""
     import torch
     from safetensors.torch import load_file
 
@@ -99,8 +99,10 @@ def compare(read: dict[str, Any], truth: Path, tolerance: float) -> list[str]:
 
 
 def described(config: Any, case: dict[str, Any]) -> list[str]:
-    """Return what the metadata say of training, where the case knows otherwise."""
-    beta2 = case["beta2"] if case["optimizer"].endswith("Adafactor") else config.optimizer.beta2  # it has none
+    """Return the entries of the metadata that differ from the case."""
+    beta2 = (
+        case["beta2"] if case["optimizer"].endswith("Adafactor") else config.optimizer.beta2
+    )  # Adafactor has no beta2
     rules = {"beta2": beta2, "step": config.steps, "bias_corrected": config.bias_corrected}
     return [f"{key} is {found}, not {case[key]}" for key, found in rules.items() if case.get(key) not in (None, found)]
 

@@ -1,4 +1,4 @@
-"""Ways to damage a checkpoint's file, for ``fuzz_states``: its bytes, the pickle in its archive, or what it holds."""
+"""Damage to a file of a checkpoint, for ``fuzz``: to its bytes, the pickle in its archive, or its content."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MARKER = "SQUISHER_MARKER"  # a file that malicious pickles would make
+MARKER = "SQUISHER_MARKER"  # name of the file that malicious pickles would make
 
 
-# --- ways to damage bytes ---------------------------------------------------------------------------------------------
+# ---- damage to bytes
 
 
 def flip(data: bytes, chance: random.Random) -> bytes:
@@ -31,7 +31,7 @@ def truncate(data: bytes, chance: random.Random) -> bytes:
 
 
 def lengthen(data: bytes, chance: random.Random) -> bytes:
-    """Add bytes at the end, the beginning, or within."""
+    """Insert bytes at the end, at the beginning, or between."""
     place = chance.choice((0, len(data), chance.randrange(len(data))))
     return data[:place] + chance.randbytes(chance.choice((1, 4, 100, 4096))) + data[place:]
 
@@ -57,7 +57,7 @@ BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (flip, flip, trunca
 
 
 def archived(data: bytes, chance: random.Random, change: Callable[[bytes, random.Random], bytes]) -> bytes:
-    """Damage the pickle within an archive, and make its checksum right again."""
+    """Damage the pickle in an archive, and update its checksum."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as new:
         for name in old.namelist():
@@ -67,17 +67,17 @@ def archived(data: bytes, chance: random.Random, change: Callable[[bytes, random
 
 
 def malicious(data: bytes, chance: random.Random) -> bytes:
-    """Put a call of the system's shell into a pickle, before its end or anywhere."""
+    """Insert a call of the system's shell into a pickle."""
     call = f"cos\nsystem\n(S'touch {MARKER}'\ntR0".encode()
     place = chance.choice((0, 2, len(data) - 1, chance.randrange(len(data))))
     return data[:place] + call + data[place:]
 
 
-# --- ways to damage content -------------------------------------------------------------------------------------------
+# ---- damage to content
 
 
 def restructured(data: bytes, chance: random.Random) -> bytes:
-    """Load a file, damage what it holds, and save it again, whole."""
+    """Load a file, damage its content, and save it again."""
     import torch
 
     from squisher_mergekit.optimizers.checkpoints import safe_pickle
@@ -87,7 +87,7 @@ def restructured(data: bytes, chance: random.Random) -> bytes:
         file.flush()
         whole = [own(safe_pickle.load(Path(file.name)))]
     places = [*walk(whole)]
-    # Each at most once: numbers made whole and then floats again would be other numbers, and nothing would tell.
+    # Each entry at most once: two conversions of a number could undo the damage to its type but not to its value.
     for container, key in chance.sample(places, min(len(places), chance.choice((1, 1, 3)))):
         if key in container if isinstance(container, dict) else key < len(container):
             spoil(container, key, chance)
@@ -97,7 +97,7 @@ def restructured(data: bytes, chance: random.Random) -> bytes:
 
 
 def own(value: Any) -> Any:
-    """Return containers and tensors of their own; objects of libraries become None."""
+    """Return copies of containers and tensors; objects of libraries become None."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -110,7 +110,7 @@ def own(value: Any) -> Any:
 
 
 def walk(value: Any) -> Any:
-    """Yield container and key of everything in nested dicts and lists."""
+    """Yield the container and the key of every entry in nested dicts and lists."""
     for key in value if isinstance(value, dict) else range(len(value)):
         yield value, key
         if isinstance(value[key], dict | list):
@@ -118,7 +118,7 @@ def walk(value: Any) -> Any:
 
 
 def spoil(container: Any, key: Any, chance: random.Random) -> None:
-    """Drop an entry, or put another thing in its place."""
+    """Drop an entry or replace its value."""
     import torch
 
     value = container[key]
@@ -127,7 +127,7 @@ def spoil(container: Any, key: Any, chance: random.Random) -> None:
             (
                 lambda: value[..., :-1].clone(),
                 lambda: value.flatten(),
-                # Of a square matrix nothing would tell.
+                # A transposed square matrix would have the same shape.
                 lambda: value.T.contiguous() if value.ndim == 2 and len({*value.shape}) > 1 else value[None],
                 lambda: value.to(chance.choice((torch.float16, torch.int32, torch.float64, torch.complex64))),
                 lambda: value.flatten()[:1].expand(1 << 36),
@@ -146,7 +146,7 @@ def spoil(container: Any, key: Any, chance: random.Random) -> None:
 
 
 def damage(name: str, data: bytes, chance: random.Random) -> tuple[str, bytes]:
-    """Damage one file in one way; return the way and its new content."""
+    """Damage a file in a random way; return the name of the damage and the new content."""
     zipped = data[:2] == b"PK"
     ways = ["bytes"]
     if zipped:
@@ -162,6 +162,6 @@ def damage(name: str, data: bytes, chance: random.Random) -> tuple[str, bytes]:
         if way == "code":
             return way, archived(data, chance, malicious) if zipped else malicious(data, chance)
     except (pickle.PicklingError, RuntimeError, TypeError, ValueError, NotImplementedError, IndexError):
-        pass  # what was made of it cannot be saved
+        pass  # the damaged content cannot be saved
     change = chance.choice(BYTES)
     return change.__name__, change(data, chance)

@@ -1,15 +1,14 @@
-"""Damage real checkpoints in every way, and see that they are read right or refused, never anything else.
+"""Damage real checkpoints, and verify that each is read right or refused.
 
-Each trial takes one of the checkpoints in tests/fixtures/optimizer_states (all layouts), damages one of its files, and
-reads all of it with load_fisher. Bytes are flipped, cut, added, overwritten, exchanged; pickles are damaged inside
-their archive with the checksums made right again, or made to ask for code; keys are dropped, tensors given other
-shapes, types, strides or devices. It must end in the tensors that the training run had in memory (or some of them: a
-key that is gone is a parameter that was never stepped), or in an error of ours. A crash, a hang, a wrong tensor, a
-foreign exception, too much memory, or a line of code run is a failure, and the program exits with 1.
+Each trial takes a checkpoint from tests/fixtures/optimizer_states (all layouts), damages one of its files, and reads
+all of it with load_fisher. The damage flips, cuts, inserts, overwrites or exchanges bytes; changes a pickle inside its
+archive and updates the checksum; makes a pickle call code; or drops keys and gives tensors other shapes, types, strides
+or devices. A trial passes if the reader returns the tensors that the training run had in memory (or some of them: a
+dropped key is a parameter without a step), or raises an error of this package. A crash, a hang, a wrong tensor, another
+exception, too much memory, or executed code is a failure; then the program exits with 1.
 
-Where a format has no checksum over its values (tensors in the format of torch before 1.6), a flipped byte gives
-another number; that is counted apart, and so is a number of a parameter that is exchanged for another in a pickle
-whose checksum was made right again.
+A format without checksums over its values (torch before 1.6) cannot reveal a flipped byte. Such trials count as
+unchecked, and so do trials that exchange the index of a parameter in a pickle and update its checksum.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ from scripts.checkpoints.damage import MARKER, damage
 STATES = ROOT / "tests" / "fixtures" / "optimizer_states"
 SECONDS, GIGABYTE = 10, 1 << 30
 MOST_ADDRESSES = 16 * GIGABYTE
-ROUND = 250  # trials that one process makes before it is replaced
+ROUND = 250  # trials of one process, which then is replaced
 OUTCOMES = ("right", "partly", "refused", "unchecked", "FAILED")
 
 
 class Hang(BaseException):
-    """A trial took too long; no handler of Exception may swallow it."""
+    """Timeout of a trial; a BaseException, so that no handler of Exception catches it."""
 
 
 class Case:
-    """A checkpoint: its files, what to read it with, and the truth."""
+    """Checkpoint with its files, its base model and the second moments to find."""
 
     def __init__(self, folder: Path) -> None:
         from safetensors.torch import load_file
@@ -61,13 +60,13 @@ class Case:
         self.base = next((name for name in ("base", "base_config") if (folder / name).is_dir()), None)
         self.truth = load_file(folder / "expected.safetensors")
         self.tolerance = 1e-6 if "adafactor" in folder.name else 0.0
-        # What an optimizer, or a trainer's index or cut, is read from; once in a while another file is damaged.
+        # Files of the optimizer state; most trials damage one of these.
         weights = ("model.safetensors", "config.json", "trainer_state.json", "adapter_model.safetensors")
         self.states = sorted(name for name in self.files if not name.endswith(weights) and "base" not in name)
 
 
 def legacy(content: bytes) -> bytes:
-    """Write a file of torch.save again, in the format from before 1.6, which has no checksums."""
+    """Convert a file of torch.save to the format of torch before 1.6, which has no checksums."""
     import torch
 
     out = io.BytesIO()
@@ -76,18 +75,18 @@ def legacy(content: bytes) -> bytes:
 
 
 def load_cases() -> list[Case]:
-    """Return all checkpoints with a truth, and one more in torch's old format."""
+    """Return all checkpoints with known second moments, and one more in torch's old format."""
     cases = [Case(path.parent) for path in sorted(STATES.glob("*/expected.safetensors"))]
     old = Case(STATES / "plain_adamw_named")
     old.name, old.files["optimizer.pt"] = "plain_adamw_named (old format)", legacy(old.files["optimizer.pt"])
     return [*cases, old]
 
 
-# --- one trial --------------------------------------------------------------------------------------------------------
+# ---- one trial
 
 
 def judge(case: Case, folder: Path) -> str:
-    """Read a checkpoint, and say what came of it."""
+    """Read a checkpoint and return the outcome."""
     import torch
 
     from squisher_mergekit import load_fisher
@@ -107,7 +106,7 @@ def judge(case: Case, folder: Path) -> str:
         true = case.truth[name]
         if tensor.shape != true.shape:
             raise AssertionError(f"{name} has shape {list(tensor.shape)}, not {list(true.shape)}")
-        true = true.to(tensor.dtype)  # one saved in another type is rounded to it
+        true = true.to(tensor.dtype)  # a tensor saved in another dtype is rounded
         if not torch.allclose(tensor.double(), true.double(), rtol=case.tolerance, atol=0):
             same = (other for other, t in case.truth.items() if torch.equal(t.to(tensor.dtype), tensor))
             raise AssertionError(f"{name} differs from the truth{''.join(f': it is that of {o}' for o in same)}")
@@ -115,7 +114,7 @@ def judge(case: Case, folder: Path) -> str:
 
 
 def trial(case: Case, chance: random.Random, folder: Path) -> tuple[str, str]:
-    """Damage a copy of a checkpoint in place, judge it, and mend it again; return the way and the outcome."""
+    """Damage a copy of a checkpoint, judge it, and restore it; return the damage and the outcome."""
     states = case.states if chance.random() < 0.95 else sorted(case.files)
     name = chance.choice(states)
     way, content = damage(name, case.files[name], chance)
@@ -126,16 +125,16 @@ def trial(case: Case, chance: random.Random, folder: Path) -> tuple[str, str]:
         file.write_bytes(content)
         outcome = judge(case, folder)
     except AssertionError as error:
-        # Numbers changed in a file without checksums, or the weights' names did, are no fault of the reader.
+        # No reader can detect changed numbers or names in a file without checksums.
         unchecked = content[:2] != b"PK" and not name.endswith((".metadata", ".distcp")) and "differs" in str(error)
-        # A parameter's number that is changed within the pickle, checksum and all, is a forgery that nothing shows.
+        # No reader can detect an exchanged index of a parameter in a pickle with a valid checksum.
         unchecked = unchecked or (": pickle of" in way and "it is that of" in str(error))
         outcome = "unchecked" if unchecked else f"FAILED: {error}"
     except Hang:
         outcome = f"FAILED: longer than {SECONDS} s"
     except MemoryError:
         outcome = "FAILED: out of memory"
-    except Exception as error:  # any but our own is a failure
+    except Exception as error:  # any other exception is a failure
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "squisher_mergekit" in frame.filename]
         where = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
         outcome = f"FAILED: {type(error).__module__}.{type(error).__name__}: {error!s:.300}{where}"
@@ -150,7 +149,7 @@ def trial(case: Case, chance: random.Random, folder: Path) -> tuple[str, str]:
 
 
 def work(seed: int, numbers: range, only: str | None, pipe: Any) -> None:
-    """Make the trials of these numbers, telling of each before and after."""
+    """Run the trials of the given numbers, and report each before and after."""
     import torch
 
     def hang(*_: Any) -> None:
@@ -159,7 +158,7 @@ def work(seed: int, numbers: range, only: str | None, pipe: Any) -> None:
     signal.signal(signal.SIGALRM, hang)
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    # Far above what is allowed, so that a trial that asks for all memory ends in an error and not in the system's.
+    # Far above the allowed memory: a trial that asks for everything gets an error before the system runs out.
     resource.setrlimit(resource.RLIMIT_AS, (MOST_ADDRESSES, MOST_ADDRESSES))
     cases = [case for case in load_cases() if only is None or only in case.name]
     with tempfile.TemporaryDirectory() as scratch:
@@ -170,8 +169,8 @@ def work(seed: int, numbers: range, only: str | None, pipe: Any) -> None:
                 (folders[case.name] / name).parent.mkdir(parents=True, exist_ok=True)
                 (folders[case.name] / name).write_bytes(content)
             if judge(case, folders[case.name]) != "right":
-                raise AssertionError(f"{case.name} is not read right even whole")
-        # The limit of memory is this process's own, beyond what it needs for libraries.
+                raise AssertionError(f"{case.name} must be read right without damage")
+        # The limit applies to memory on top of that of the libraries.
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         for number in numbers:
             chance = random.Random(f"{seed}/{number}")
@@ -185,12 +184,12 @@ def work(seed: int, numbers: range, only: str | None, pipe: Any) -> None:
 
 
 def chance_case(cases: list[Case], seed: int, number: int) -> Case:
-    """Return the case of a trial: the first choice of its generator."""
+    """Return the case of a trial, the first choice of its generator."""
     return random.Random(f"{seed}/{number}").choice(cases)
 
 
 def run(seed: int, numbers: range, only: str | None, report: Callable[[int, str, str], None]) -> None:
-    """Make trials in a process of their own; one that dies is replaced after the trial that killed it."""
+    """Run trials in another process, and replace a process that dies."""
     context = multiprocessing.get_context("spawn")
     while numbers:
         ours, theirs = context.Pipe(duplex=False)
@@ -217,14 +216,14 @@ def run(seed: int, numbers: range, only: str | None, report: Callable[[int, str,
 
 
 def main() -> int:
-    """Run all trials, and print a table."""
+    """Run all trials and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-n", "--trials", type=int, default=20_000, help="how many (default 20000)")
-    parser.add_argument("--seed", type=int, default=0, help="trial I of a seed is always the same")
-    parser.add_argument("--first", type=int, default=0, help="number of the first trial, to repeat one")
-    parser.add_argument("--only", help="checkpoints whose name contains this")
+    parser.add_argument("-n", "--trials", type=int, default=20_000, help="number of trials (default 20000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed; trial I of a seed is always the same")
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial, to repeat a trial")
+    parser.add_argument("--only", help="take only checkpoints whose name contains this")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the counts and failures to a file")
+    parser.add_argument("--json", type=Path, help="JSON file for counts and failures")
     options = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     from concurrent.futures import ThreadPoolExecutor

@@ -1,13 +1,13 @@
-"""Make real checkpoints of other trainers by their own libraries, with the truth beside; opt-in.
+"""Make real checkpoints of other trainers with their own libraries, and the second moments next to them.
 
-    scripts/make_states OUT [--only NAME ...] [--list]
-    scripts/check_states OUT                              # in the project's environment
+    python -m scripts.checkpoints.make OUT [--only NAME ...] [--list]
+    python -m scripts.checkpoints.check OUT                              # in the project's environment
 
-Each case is a folder in OUT as a training run leaves it, with ``expected.safetensors``, the second moments of the live
-optimizer under their names, and ``case.json``, which says what a reader must do. Runs are of a few steps, on CPU, with
-two or three gloo processes where the trainer shards. About 15 minutes on two cores for all.
+Each case is a folder in OUT as a training run leaves it, plus ``expected.safetensors``, the second moments of the live
+optimizer by parameter name, and ``case.json``, the expected behaviour of a reader. Runs have a few steps on the CPU, in
+two to four gloo processes where the trainer shards. All cases take about 15 minutes on two cores.
 
-It needs an environment of its own, as the project must not have these libraries:
+The command needs its own environment, because the project must not have these libraries:
 
     python3.11 -m venv libs && . libs/bin/activate
     pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 einops hjson msgpack ninja psutil py-cpuinfo \
@@ -16,7 +16,7 @@ It needs an environment of its own, as the project must not have these libraries
     pip install --no-deps bitsandbytes==0.50.2 torchao==0.18.0 schedulefree==1.4.1 torch-optimi==0.3.3 \
         pytorch-optimizer==4.1.0 ivon-opt==0.1.3 galore-torch==1.0 apollo-torch==1.0.3 lomo-optim==0.1.1
 
-``--no-deps`` keeps packages from bringing torchvision, or another torch.
+``--no-deps`` keeps packages from bringing torchvision or another torch.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from pathlib import Path
 
 from scripts import ROOT
 
-SECONDS = 300  # for one case
+SECONDS = 300  # limit for one case
 
 
 def main() -> int:
-    """Make the cases, or in a process started for it, one rank's part of one."""
+    """Make the cases, or one rank's part of a case in a process that ``run`` started."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="the folder to make the cases in")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases alone; * and ? stand for anything")
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="folder for the cases")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="make only these cases; * and ? are wildcards")
     parser.add_argument("--list", action="store_true", help="print the names of all cases")
     parser.add_argument("--rank-of", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def run(out: Path, name: str, ranks: int) -> bool:
-    """Make one case in processes of its own; a case that fails leaves its log, and no folder."""
+    """Make one case in one process for each rank; a case that fails leaves a log and no folder."""
     began, making, log = time.monotonic(), out / f".{name}", out / f"{name}.log"
     for old in (making, out / name):
         shutil.rmtree(old, ignore_errors=True)
@@ -103,7 +103,7 @@ def run(out: Path, name: str, ranks: int) -> bool:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], until: float) -> bool:
-    """Wait for all; end the others when one fails."""
+    """Wait for all processes; kill the others when one fails."""
     while time.monotonic() < until and all(process.poll() in (None, 0) for process in processes):
         if all(process.poll() == 0 for process in processes):
             return True
@@ -115,7 +115,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], until: float) -> bool:
 
 
 def make(out: Path, name: str) -> int:
-    """Do one rank's part of a case."""
+    """Make one rank's part of a case."""
     from scripts.checkpoints.foreign_states import cases
     from scripts.checkpoints.foreign_states.common import keep_case
 

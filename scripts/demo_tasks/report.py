@@ -1,4 +1,4 @@
-"""The result as a table for the terminal: nothing but what was measured."""
+"""Result of the demo as a table for the terminal."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The main job, from archives to a result: fetch, split, fine-tune, merge, score."""
+"""One run of the demo: fetch, split, fine-tune, merge, score."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from scripts.demo_tasks.data import Source, split
 from scripts.demo_tasks.processes import Progress, Timed, Workers, mergekit_yaml
 from scripts.demo_tasks.settings import Setting, bytes_read, merge_config
 
-# Seconds that each stage took on two cores; they only set the pace of the progress bar.
+# Seconds of each stage on two cores; they set the pace of the progress bar only.
 FETCH, START, TRAIN, MERGE, SCORE = 8.0, 8.0, 25.0, 10.0, 5.0
 LOGGER = ":squisher_mergekit:"
 OWN = "single models, each on its own task"
@@ -22,7 +22,7 @@ OWN = "single models, each on its own task"
 
 @dataclass(frozen=True)
 class Step:
-    """A line of the table of costs: seconds on the wall and of CPU; bytes of weights and accumulators in files read."""
+    """Line of the table of costs: wall and CPU seconds, and bytes of the weights and accumulators in the files read."""
 
     name: str
     seconds: float
@@ -33,7 +33,20 @@ class Step:
 
 @dataclass
 class Result:
-    """What a run measured. ``accuracy``: row of the table -> task -> share of held-out texts that are right."""
+    """Measured numbers of a run.
+
+    Attributes:
+        setting: name of the setting.
+        seed: seed of the run.
+        n_train: number of training texts of a task.
+        n_test: number of held-out texts of a task.
+        accuracy: row of the table -> task -> share of held-out texts with the right class.
+        steps: costs of each step.
+        fine_tuning: task -> number of steps and share of clipped steps.
+        messages: merge -> log lines of this package.
+        seconds: wall seconds of the whole run.
+        scoring: description of the scoring, for the table.
+    """
 
     setting: str
     seed: int
@@ -59,11 +72,11 @@ class Run:
     """One run of a setting.
 
     Args:
-        setting: What to train and merge.
-        seed: Of the split, the heads, dropout and the order.
-        out: Folder of archives and runs; ``out/<setting>`` is made anew.
+        setting: Setting to train and merge.
+        seed: Seed of the split, the heads, dropout and the order.
+        out: Folder of the runs; an earlier ``out/<setting>`` is replaced.
         packages: Folder of the archives.
-        progress: Draws the bar.
+        progress: Progress bar.
     """
 
     def __init__(self, setting: Setting, seed: int, out: Path, packages: Path, progress: Progress) -> None:
@@ -80,10 +93,10 @@ class Run:
         return FETCH + START + TRAIN * models + MERGE * len(setting.merges) + SCORE * rows
 
     def __call__(self) -> Result:
-        """Run everything; the folder keeps checkpoints, configurations, merged models and logs.
+        """Run all stages; the folder keeps checkpoints, configurations, merged models and logs.
 
         Raises:
-            DemoError: The folder is somebody else's, or a child failed.
+            DemoError: The folder was not made by the demo, or a child failed.
         """
         started = time.perf_counter()
         log = self._make_folder()
@@ -111,7 +124,7 @@ class Run:
 
     @contextlib.contextmanager
     def _stage(self, label: str, weight: float, step: str) -> Iterator[None]:
-        """Run a stage of the bar that is a line of the table of costs as well."""
+        """Run a stage of the bar, and add a line to the table of costs."""
         started = time.perf_counter()
         with self.progress.stage(label, weight):
             yield

@@ -1,4 +1,4 @@
-"""The two settings: which texts, which models, which merges, and how a merge is written for mergekit."""
+"""The two settings of the demo: texts, models and merges, and the configuration of a merge for mergekit."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,14 @@ SWAPPED = "squisher, swapped accumulators"
 
 @dataclass(frozen=True)
 class Merge:
-    """A row of the table. ``swapped``: each model gets the accumulator of the next one, as a control."""
+    """Row of the table.
+
+    Attributes:
+        name: label of the row.
+        method: merge method.
+        with_base: True if the merge takes the common base.
+        swapped: True if each model gets the accumulator of the next model, as a control.
+    """
 
     name: str
     method: str
@@ -21,18 +28,25 @@ class Merge:
 
     @property
     def reads_fisher(self) -> bool:
-        """Whether the method reads accumulators at all."""
+        """True if the method reads accumulators."""
         return "squisher" in self.method
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained and merged.
+    """Models of a demo, their data, and their merges.
 
-    ``base``: the data set on which the common base is fine-tuned first, if any. ``sources``: one model each.
-    ``own_heads``: each task is scored with the head of its own model; otherwise all share one, which is merged too.
-    ``seed_stride``: between the seeds of the runs. At 0, heads start equal, as in runs that all fix the same seed; that
-    ties class i of every task to one direction of the encoder, which the plain average suffers from most.
+    Attributes:
+        name: name of the setting, and of its folder.
+        base: data set of the common base, or empty.
+        sources: data set of each model.
+        labels: width of the classifiers.
+        own_heads: True if each task is scored with the head of its own model; otherwise all share a merged head.
+        merges: rows of the table.
+        n_train: number of training texts of a task.
+        n_test: number of held-out texts of a task.
+        seed_stride: difference between the seeds of two runs. At 0 the heads start equal, as in runs with the same
+            seed. That ties class i of every task to one direction of the encoder, which hurts the plain average most.
     """
 
     name: str
@@ -47,7 +61,7 @@ class Setting:
 
     @property
     def scoring(self) -> str:
-        """How a row is scored, as a line under the table."""
+        """Description of the scoring, for a line below the table."""
         if self.own_heads:
             scored = "Each set is scored with the pooler and classifier of its own model on the encoder of the row.\n"
             if self.seed_stride:
@@ -63,7 +77,7 @@ FOUR_TASKS = Setting(
     name="tasks",
     base={},
     sources=TASKS,
-    labels=5,  # as many as the task with the most classes has, so that the heads have one shape
+    labels=5,  # the largest number of classes of a task, so that all heads have one shape
     own_heads=True,
     merges=(Merge("linear", "linear"), Merge("squisher", "squisher"), Merge(SWAPPED, "squisher", swapped=True)),
 )
@@ -83,10 +97,10 @@ SHARED_HEAD = Setting(
 
 
 def merge_config(merge: Merge, models: Mapping[str, Path], base: Path | None) -> str:
-    """Return the configuration for mergekit. JSON is YAML; paths are absolute, so that no name is taken for a Hub id.
+    """Return the configuration of a merge as JSON, which is YAML, with absolute paths, which are no Hub ids.
 
     Args:
-        merge: The method and what it is given.
+        merge: Row of the table.
         models: Checkpoint of each model, each with its ``optimizer.pt``, which ``fisher: auto`` finds.
         base: Checkpoint of the base, if there is one.
     """
@@ -105,7 +119,7 @@ def merge_config(merge: Merge, models: Mapping[str, Path], base: Path | None) ->
 
 
 def bytes_read(merge: Merge, models: Mapping[str, Path], base: Path | None) -> tuple[int, int]:
-    """Return the sizes of the files that a merge opens: of weights, and of ``optimizer.pt`` with its first moments."""
+    """Return the bytes of the weights and of the ``optimizer.pt`` files that a merge opens."""
     folders = [*models.values(), *([base] if merge.with_base and base is not None else [])]
     weights = sum((folder / "model.safetensors").stat().st_size for folder in folders)
     accumulators = sum((folder / "optimizer.pt").stat().st_size for folder in folders) if merge.reads_fisher else 0

@@ -1,4 +1,4 @@
-"""A process that fine-tunes and scores: jobs come as JSON lines on stdin, events go as JSON lines to stdout."""
+"""Worker process that fine-tunes and scores: it reads jobs as JSON lines from stdin and writes events to stdout."""
 
 import json
 import os
@@ -23,10 +23,10 @@ from transformers import (
 
 LENGTH, BATCH, LEARNING_RATE, CLIP = 40, 16, 1e-4, 1.0
 HEAD = ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias")
-"""What belongs to a task. Trained as a sentence encoder, the model reads means of tokens: its pooler starts unused, and
-fine-tuning makes it the first layer of each task's own head, although it lies under ``bert.``."""
+"""Parameters of a task's head. The encoder was trained on means of tokens, so its pooler starts unused; fine-tuning
+makes it the first layer of each task's head, although its name begins with ``bert.``."""
 Report = Callable[[float], None]
-"""Called with the share of the job that was done since the last call."""
+"""Function that takes the share of the job since its last call."""
 
 
 def train(start: str, data: str, out: str, labels: int, seed: int, report: Report) -> dict[str, Any]:
@@ -35,13 +35,13 @@ def train(start: str, data: str, out: str, labels: int, seed: int, report: Repor
     Args:
         start: Folder of the model to start from.
         data: JSON file with ``train``: pairs of text and class.
-        out: Where the Trainer writes ``checkpoint-N``, which holds model, tokenizer and ``optimizer.pt``.
+        out: Folder in which the Trainer writes ``checkpoint-N`` with model, tokenizer and ``optimizer.pt``.
         labels: Width of the head.
-        seed: Of head, dropout and order.
-        report: Called after each step.
+        seed: Seed of head, dropout and order.
+        report: Function to call after each step.
 
     Returns:
-        ``checkpoint``: the folder written; ``steps``; ``clipped``: share of steps whose gradient was clipped.
+        ``checkpoint``: folder of the checkpoint; ``steps``: number of steps; ``clipped``: share of clipped steps.
     """
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(start)
@@ -89,9 +89,9 @@ def score(model: str, tasks: list[dict[str, Any]], report: Report) -> dict[str, 
 
     Args:
         model: Folder of the model.
-        tasks: For each: ``name``; ``data``: JSON file with ``test``; ``head``: folder of the model whose pooler
-            and classifier stand in for those of ``model``, or null.
-        report: Called after each batch.
+        tasks: For each task its ``name``, ``data`` (JSON file with ``test``) and ``head`` (folder of the model whose
+            pooler and classifier replace those of ``model``, or null).
+        report: Function to call after each batch.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     net = AutoModelForSequenceClassification.from_pretrained(model).eval()
@@ -128,9 +128,9 @@ JOBS: dict[str, Callable[..., Any]] = {"train": train, "score": score}
 
 
 def main() -> None:
-    """Answer each job with its result, or with the exception that stopped it, after any number of progress events."""
+    """Answer each job with progress events, and then with its result or its exception."""
     events = os.fdopen(os.dup(1), "w", encoding="utf8", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not come between the events
+    os.dup2(2, 1)  # keeps the output of libraries out of the events
     torch.set_num_threads(1)
 
     def send(**event: Any) -> None:

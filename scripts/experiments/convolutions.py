@@ -1,8 +1,8 @@
-"""Convolutions learnt on emoji of no task's class, then frozen: each emoji of the tasks becomes features once.
+"""Frozen convolutions that turn the emoji of the tasks into features.
 
 The layers are the paper's for split CIFAR-100: five of 3 x 3, with 16 to 256 channels, the last four with stride 2,
-which make 1,024 features of 32 x 32 pixels. It learns them on CIFAR-10. Here they learn to tell apart the
-subcategories that are left: People & Body, and those with too few emoji to be a class of the tasks.
+which make 1,024 features of 32 x 32 pixels. The paper trains them on CIFAR-10. Here they classify the subcategories
+that are in no task: People & Body, and those with too few emoji to be a class.
 """
 
 from itertools import pairwise
@@ -19,20 +19,20 @@ from scripts.experiments import digits, emojis, runner
 CHANNELS = (3, 16, 32, 64, 128, 256)
 FEATURES = CHANNELS[-1] * 4
 APART = "People & Body"
-LEAST = 20  # emoji that a subcategory must have to be a class of the tasks
-HELD, MOST = 6, 40  # emoji of a subcategory that are tested; that are learnt from at most
+LEAST = 20  # number of emoji that a class of the tasks needs
+HELD, MOST = 6, 40  # tested emoji of a subcategory; largest number of training emoji
 BATCH, RATE, EPOCHS, SEED, SHIFT = 128, 2e-3, 40, 0, 3
 
 
 def classes(pictures: emojis.Emojis) -> tuple[list[int], list[int]]:
-    """Return the subcategories that are classes of the tasks, and those that convolutions are learnt on."""
+    """Return the subcategories for the tasks, and those that train the convolutions."""
     sizes = pictures.sizes()
     tasks = [group for group, name in enumerate(pictures.names) if name[0] != APART and sizes[group] >= LEAST]
     return tasks, [group for group in range(len(pictures.names)) if group not in tasks]
 
 
 def network(outputs: int) -> nn.Sequential:
-    """Return the convolutions, and a layer of outputs on top; no normalisation after the last, as in the paper."""
+    """Return the convolutions with an output layer, without a norm after the last one, as in the paper."""
     layers: list[nn.Module] = []
     last = len(CHANNELS) - 2
     for number, (before, after) in enumerate(pairwise(CHANNELS)):
@@ -43,7 +43,7 @@ def network(outputs: int) -> nn.Sequential:
 
 
 def moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images moved by up to ``SHIFT`` pixels and half of them mirrored, white coming in from the edges."""
+    """Return images shifted by up to ``SHIFT`` pixels on white, half of them mirrored."""
     count, _, side, _ = images.shape
     wide = pad(images, [SHIFT] * 4, value=1.0)
     down, right = torch.randint(2 * SHIFT + 1, (2, count, 1), generator=generator)
@@ -53,7 +53,7 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def learn(images: Tensor, labels: Tensor) -> nn.Sequential:
-    """Return a network that has learnt which label an image has."""
+    """Train a network to classify images, and return it."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     model = network(int(labels.max()) + 1)
@@ -70,9 +70,9 @@ def learn(images: Tensor, labels: Tensor) -> nn.Sequential:
 
 
 def make(pictures: emojis.Emojis, file: Path) -> None:
-    """Write the features of the tasks' pictures, and whose they are.
+    """Write the features of the tasks' images with their emoji and classes.
 
-    They have mean 0 and standard deviation 1 over the pictures, and features, that the convolutions were learnt on.
+    Features are scaled to mean 0 and standard deviation 1 over the training images of the convolutions.
     """
     tasks, left = (torch.tensor(groups) for groups in classes(pictures))
     wanted, others = (torch.isin(pictures.groups, groups).nonzero().squeeze(1) for groups in (tasks, left))
@@ -95,8 +95,8 @@ def load(seed: int, work: Path) -> digits.Sets:
     """Return the features of the tasks' emoji, split at random by emoji.
 
     Args:
-        seed: Of the split and of the order; the convolutions are the same for all seeds.
-        work: Folder where features are kept.
+        seed: Seed of the split and of the order; all seeds have the same convolutions.
+        work: Folder that keeps the features.
     """
     made = (emojis.STYLES, CHANNELS, LEAST, MOST, BATCH, RATE, EPOCHS, SEED, SHIFT, torch.__version__)
     folder = runner.cached(

@@ -1,18 +1,18 @@
-"""What a Fisher costs beside a Squisher (Table 1 of the paper): CPU seconds to compute the one and to read the other.
+"""CPU time to compute a Fisher and to read a Squisher (Table 1 of the paper).
 
-The paper times, for each of its settings, the computation of the Fisher and the reading of the optimizer's
-state. Here each setting has its small counterpart, on one thread of a CPU: MiniLM for merging, gradient matching, FISH
-mask and Task2Vec, a small convolutional network for pruning and a perceptron for EWC. Two ways to the same Fisher:
+The paper times the computation of the Fisher and the reading of the optimizer state in each of its settings. Here each
+setting has a small counterpart on one CPU thread: MiniLM for merging, gradient matching, FISH mask and Task2Vec, a
+small convolutional network for pruning, and a perceptron for EWC. Two functions compute the same Fisher:
 
-* what users do today: one example at a time, its gradient squared and added (``loop``);
+* ``loop``, as users do today: one example at a time, its gradient squared and added;
 * ``estimate_fisher``, which takes the examples of a batch at once.
 
-Labels are true ones, and all of the model's outputs (the exact Fisher) in EWC, as in the paper. Examples are in memory
-and texts tokenized before the clock starts. The Squisher is read twice: from the state that torch saved, and from the
-portable file; each tensor is summed, so that all of it is read. Files lie in the system's cache. What a pass costs does
-not depend on the weights, so models have seen two steps; it grows with the number of examples, so that is stated (the
-paper takes whole training sets). Medians over three repeats of CPU time; seconds differ from run to run, all else is
-the same.
+Labels are the true ones; EWC takes all outputs of the model (the exact Fisher), as in the paper. Examples are in
+memory, and texts are tokenized, before the clock starts. The Squisher is read from the state that torch saved, and from
+the portable file; each tensor is summed, so all bytes are read. Files are in the system's cache. The cost of a pass
+does not depend on the weights, so models have seen two steps. It grows with the number of examples, which the table has
+(the paper takes whole training sets). Seconds are medians of CPU time over three repeats; they alone differ between
+runs.
 """
 
 import statistics
@@ -33,16 +33,19 @@ from scripts.experiments.runner import Experiment, Result, Settings, main
 from scripts.experiments.tables import Table
 from squisher_mergekit import estimate_fisher, extract, load_fisher
 
-Batch = Any  # a dict of what an encoder takes, or a pair of images and labels
+Batch = Any  # keyword arguments of an encoder, or a pair of images and labels
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of the paper.
+    """Setting of the paper.
 
-    ``paper``: seconds that it gives for its Fisher. ``make``: from a number of examples and a work folder to the model
-    and the examples, one by one and in batches. ``labels``: of the Fisher.
+    Attributes:
+        title: label of the row.
+        paper: seconds for the Fisher in the paper.
+        make: function from a number of examples and a work folder to model, single examples and batches.
+        labels: labels of the Fisher.
     """
 
     title: str
@@ -52,7 +55,7 @@ class Setting:
 
 
 def texts_of(data: str, **recipe: Any) -> Callable[[int, Path], tuple[nn.Module, list[Batch], list[Batch]]]:
-    """Return what makes an encoder and texts: single ones without padding, and batches of like length."""
+    """Return a function that makes an encoder, single texts without padding, and batches of similar length."""
 
     def make(examples: int, work: Path) -> tuple[nn.Module, list[Batch], list[Batch]]:
         settings = encoder.Recipe(data, 0, **recipe)
@@ -67,7 +70,7 @@ def texts_of(data: str, **recipe: Any) -> Callable[[int, Path], tuple[nn.Module,
 
 
 def images_of(network: Callable[[], nn.Module]) -> Callable[[int, Path], tuple[nn.Module, list[Batch], list[Batch]]]:
-    """Return what makes a network and digits."""
+    """Return a function that makes a network and digits."""
 
     def make(examples: int, work: Path) -> tuple[nn.Module, list[Batch], list[Batch]]:
         data = digits.load(0)
@@ -79,7 +82,7 @@ def images_of(network: Callable[[], nn.Module]) -> Callable[[int, Path], tuple[n
 
 
 def convolutional() -> nn.Module:
-    """Return three pairs of convolutions, as in the paper's VGG but far smaller."""
+    """Return three pairs of convolutions, a small version of the paper's VGG."""
     layers: list[nn.Module] = [nn.Unflatten(1, (1, digits.SIDE, digits.SIDE))]
     for before, width in ((1, 8), (8, 16), (16, 32)):
         layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
@@ -88,7 +91,7 @@ def convolutional() -> nn.Module:
 
 
 def perceptron() -> nn.Module:
-    """Return the network that EWC is tried on."""
+    """Return the perceptron of the experiment with EWC."""
     return forgetting.network(digits.SIDE**2, digits.CLASSES, seed=0)
 
 
@@ -107,12 +110,12 @@ SETTINGS = {
 
 
 def loop(model: nn.Module, singles: Sequence[Batch], labels: str) -> dict[str, Tensor]:
-    """Return the Fisher as users compute it today: examples one at a time, gradients squared and averaged.
+    """Return the Fisher of a loop over single examples, whose gradients are squared and averaged.
 
     Args:
-        model: A classifier.
+        model: Classifier.
         singles: Examples, each a batch of one.
-        labels: ``true``, or ``exact``: a pass for each class, weighted by its probability.
+        labels: ``true``, or ``exact`` for one pass per class, weighted by its probability.
     """
     model.eval()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -132,7 +135,7 @@ def _logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _losses(logits: Tensor, target: Tensor, labels: str) -> Iterator[tuple[Tensor, float]]:
-    """Yield the losses of one example, each with its weight."""
+    """Yield the losses of one example with their weights."""
     logs = logits.log_softmax(-1)[0]
     if labels == "exact":
         yield from zip(-logs, logs.exp().tolist(), strict=True)
@@ -162,10 +165,10 @@ def cell(settings: Settings, work: Path) -> Result:
 
 
 def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Return the largest difference, in units of the largest entry of its tensor.
+    """Return the largest difference relative to the largest entry of its tensor.
 
-    Tensors below 1e-12 of the largest entry of all count as of that size: an attention's bias of keys has no gradient
-    but rounding, since adding one number to all scores changes nothing.
+    Tensors below 1e-12 of the model's largest entry count as of that size: the key bias of an attention layer has a
+    gradient of rounding only, because adding one number to all scores changes nothing.
     """
     largest = {name: float(tensor.max()) for name, tensor in expected.items()}
     floor = 1e-12 * max(largest.values())
@@ -173,7 +176,7 @@ def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
 
 
 def checkpoint(model: nn.Module, batches: Sequence[Batch], folder: Path) -> list[str]:
-    """Train a step on each batch, leave weights and optimizer state as torch saves them, and return their names."""
+    """Train one step on each batch, save weights and optimizer state, and return the parameter names."""
     model.train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-4)
@@ -187,7 +190,7 @@ def checkpoint(model: nn.Module, batches: Sequence[Batch], folder: Path) -> list
 
 
 def touched(source: Path, **given: Any) -> int:
-    """Open a Squisher, read each tensor of it, and return how many there are."""
+    """Open a Squisher, read each tensor, and return their number."""
     fisher = load_fisher(source, **given)
     for name in fisher:
         fisher[name].sum()
@@ -195,7 +198,7 @@ def touched(source: Path, **given: Any) -> int:
 
 
 def _timed(run: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
-    """Return the CPU seconds of each repeat, and what the last one returned."""
+    """Return the CPU seconds of each repeat, and the last return value."""
     spent, found = [], None
     for _ in range(repeats):
         begin = time.process_time()
@@ -218,7 +221,7 @@ EXPERIMENT = Experiment(
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return one row a setting."""
+    """Return the table with one row for each setting."""
     rows, measured = [], medians(report)
     for one in report["cells"]:
         name = one["settings"]["setting"]
@@ -254,7 +257,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def medians(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Return the median CPU seconds of each way, by setting."""
+    """Return the median CPU seconds of each method, by setting."""
     return {
         one["settings"]["setting"]: {
             way: statistics.median(spent) for way, spent in one["result"]["cpu_seconds"].items()
@@ -283,7 +286,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return CPU seconds by setting and way, on a logarithmic axis."""
+    """Return the picture of CPU seconds by setting and method on a logarithmic axis."""
     found = medians(report)
     figure = drawing.new(9, 3.8)
     axes = figure.add_subplot()

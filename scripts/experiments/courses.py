@@ -1,4 +1,4 @@
-"""What EWC is tried on: courses of tasks, learnt one after another, of digits and of emoji."""
+"""Courses of tasks of digits and emoji, which a network learns one after another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from torch import Tensor
 from scripts.experiments import convolutions, digits
 from squisher_mergekit.applications.ewc import continual
 
-EACH, HELD = 800, 200  # digits of a permuted task, to learn from and to test on
+EACH, HELD = 800, 200  # training and test digits of a permuted task
 
 
 @dataclass(frozen=True)
 class Column:
-    """A set and a scenario of it; ``permuted``: its tasks are orders of the pixels, not classes."""
+    """Data set with a scenario; with ``permuted``, tasks differ in the order of the pixels, not in classes."""
 
     label: str
     set: str
@@ -33,12 +33,12 @@ COLUMNS = {
     "colour class": Column("colour (class-incremental)", "emoji", "class"),
 }
 TASKS = {"digits": 5, "emoji": 8}
-STEPS = {"digits": 60, "emoji": 40}  # of each task
+STEPS = {"digits": 60, "emoji": 40}  # steps of each task
 
 
 @dataclass
 class Task:
-    """Images and labels of a context for training and testing, and the mask of its outputs."""
+    """Images and labels of a context for training and testing, with the mask of its outputs."""
 
     train: Tensor
     labels: Tensor
@@ -49,21 +49,21 @@ class Task:
 
 @dataclass(frozen=True)
 class Course:
-    """Tasks, each with the outputs that compete while it is learnt, and the outputs that do when it is tested later."""
+    """Tasks in order, with the outputs that compete when task j is tested after task i."""
 
     tasks: Sequence[Task]
-    tested: Sequence[Sequence[Tensor]]  # after task i, task j: [i][j]
+    tested: Sequence[Sequence[Tensor]]  # indices: [i][j]
 
 
 def course_of(column: str, seed: int, work: Path) -> Course:
-    """Return the tasks of a column and a seed; ``work``: folder where features of emoji are kept."""
+    """Return the course of a column and a seed; the folder ``work`` keeps features of emoji."""
     what = COLUMNS[column]
     data = digits.load(seed) if what.set == "digits" else convolutions.load(seed, work)
     return permuted(data, TASKS[what.set], seed) if what.permuted else split(data, TASKS[what.set], what.scenario, seed)
 
 
 def permuted(data: digits.Sets, count: int, seed: int) -> Course:
-    """Return a course whose tasks have all classes, no image of another one, and an order of the pixels each."""
+    """Return a course of tasks with all classes, disjoint images, and one order of the pixels each."""
     every = torch.ones(digits.CLASSES, dtype=torch.bool)
     orders = continual.permutations(data.train.shape[1], count, seed)
     sizes = ((data.train, EACH), (data.train_labels, EACH), (data.test, HELD), (data.test_labels, HELD))
@@ -76,7 +76,7 @@ def permuted(data: digits.Sets, count: int, seed: int) -> Course:
 
 
 def split(data: digits.Sets, count: int, scenario: continual.Scenario, seed: int) -> Course:
-    """Return a course whose tasks share out the classes."""
+    """Return a course of tasks with disjoint classes."""
     classes = int(data.train_labels.max()) + 1
     contexts = continual.split_classes(classes, count, seed)
     tasks = []

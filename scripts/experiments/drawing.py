@@ -1,4 +1,4 @@
-"""What the experiments' pictures have in common: readable without colours, made without a screen."""
+"""Shared parts of the pictures, which need neither colours nor a screen."""
 
 import io
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from scripts.experiments.tables import spread
 
 
 def new(width: float, height: float) -> Any:
-    """Return an empty figure, in inches."""
+    """Return an empty figure of the given size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -27,14 +27,14 @@ def png(figure: Any, dpi: int = 110) -> bytes:
 def curve(
     axes: Any, places: Sequence[float], values: Sequence[Sequence[float]], style: tuple[str, str, str], label: str
 ) -> None:
-    """Draw means over seeds against places, with standard deviations.
+    """Draw means over seeds with standard deviations.
 
     Args:
-        axes: Where.
-        places: Of the points.
-        values: Of each point, a value a seed.
-        style: Marker, line, and what fills the marker.
-        label: In the legend.
+        axes: Axes of matplotlib.
+        places: Horizontal positions of the points.
+        values: Values of each point, one for each seed.
+        style: Marker, line, and fill of the marker.
+        label: Label in the legend.
     """
     mark, line, fill = style
     spreads = [spread(seeds) for seeds in values]

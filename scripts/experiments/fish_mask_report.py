@@ -1,4 +1,4 @@
-"""Tables and picture of ``fish_mask``: of its report alone."""
+"""Tables and picture of ``fish_mask``, from its report only."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -7,7 +7,7 @@ from typing import Any
 from scripts.experiments import drawing
 from scripts.experiments.tables import Table, mean_sd
 
-# Row -> what F is, and the score.
+# Row -> Fisher and score.
 ROWS = {
     "squisher": ("squisher", "fisher"),
     "fisher": ("fisher", "fisher"),
@@ -34,12 +34,12 @@ Cells = Sequence[Mapping[str, Any]]
 
 
 def shares_of(report: Mapping[str, Any]) -> list[str]:
-    """Return the shares, as the report has them."""
+    """Return the shares of the report."""
     return list(report["cells"][0]["result"]["reset"]["random"])
 
 
 def tasks_of(report: Mapping[str, Any]) -> dict[str, Cells]:
-    """Return task -> its cells, one a seed."""
+    """Return a mapping from tasks to cells, one for each seed."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for cell in report["cells"]:
         found.setdefault(cell["settings"]["task"], []).append(cell)
@@ -47,29 +47,29 @@ def tasks_of(report: Mapping[str, Any]) -> dict[str, Cells]:
 
 
 def accuracies(cells: Cells, kind: str, row: str, share: str) -> list[float]:
-    """Return the accuracy of a row, by seed."""
+    """Return the accuracy of a row for each seed."""
     return [cell["result"][kind][row][share] for cell in cells]
 
 
 def means(report: Mapping[str, Any], kind: str, row: str, share: str) -> list[float]:
-    """Return the mean accuracy over the tasks, by seed."""
+    """Return the mean accuracy over the tasks for each seed."""
     by_task = [accuracies(cells, kind, row, share) for cells in tasks_of(report).values()]
     return [mean(one) for one in zip(*by_task, strict=True)]
 
 
 def dense_of(report: Mapping[str, Any]) -> list[float]:
-    """Return the mean accuracy over the tasks of the models as fine-tuned, by seed."""
+    """Return the mean accuracy of the dense models over the tasks for each seed."""
     by_task = [[cell["result"]["dense"] for cell in cells] for cells in tasks_of(report).values()]
     return [mean(one) for one in zip(*by_task, strict=True)]
 
 
 def chance_of(report: Mapping[str, Any]) -> float:
-    """Return the mean accuracy over the tasks of a guess."""
+    """Return the mean accuracy of a random guess over the tasks."""
     return mean(100 / cells[0]["result"]["classes"] for cells in tasks_of(report).values())
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return the means over the tasks, after a reset and of training inside the mask; and both by task."""
+    """Return tables of means over the tasks, after a reset and after training inside the mask, and one by task."""
     shares, tasks = shares_of(report), tasks_of(report)
     made = []
     for kind, rows in KINDS.items():
@@ -97,7 +97,7 @@ def _by_task(report: Mapping[str, Any]) -> Table:
 
 
 def wins(report: Mapping[str, Any], kind: str, row: str, share: str) -> tuple[int, int]:
-    """Return on how many pairs of task and seed a row is above the random mask, and how many pairs there are."""
+    """Return the number of pairs (task, seed) in which a row is above the random mask, and the number of pairs."""
     pairs = [
         one > two
         for cells in tasks_of(report).values()
@@ -107,13 +107,13 @@ def wins(report: Mapping[str, Any], kind: str, row: str, share: str) -> tuple[in
 
 
 def gains(report: Mapping[str, Any], kind: str, row: str, share: str) -> list[float]:
-    """Return by how many points a row is above the random mask in the mean over tasks, by seed."""
+    """Return the points of a row above the random mask, mean over the tasks, for each seed."""
     both = zip(means(report, kind, row, share), means(report, kind, "random", share), strict=True)
     return [one - other for one, other in both]
 
 
 def _above(report: Mapping[str, Any], kind: str, row: str) -> str:
-    """Say by how many points a row is above the random mask at each share, and on how many tasks and seeds."""
+    """Return a note with the points of a row above the random mask at each share."""
     said = []
     for share in shares_of(report):
         won, of = wins(report, kind, row, share)
@@ -122,7 +122,7 @@ def _above(report: Mapping[str, Any], kind: str, row: str) -> str:
 
 
 def _note(report: Mapping[str, Any]) -> str:
-    """Say where the paper's order comes out: Fisher and Squisher above a random mask, and near each other."""
+    """Return a note on the paper's order: Fisher and Squisher above a random mask, and near each other."""
     rows = "; ".join(_above(report, "reset", row) for row in ("squisher", "fisher", "squisher, reset loss"))
     verdicts = " ".join(_verdict(report, share) for share in shares_of(report))
     return f"Points above the random mask (and on how many tasks and seeds): {rows}. {verdicts}"
@@ -142,7 +142,7 @@ def _verdict(report: Mapping[str, Any], share: str) -> str:
 
 
 def _trained_note(report: Mapping[str, Any]) -> str:
-    """Say whether the Squisher's mask is the better one to train in."""
+    """Return a note that compares training inside the Squisher's mask and inside a random mask."""
     shares, dense = shares_of(report), mean(dense_of(report))
     below = {share: mean(means(report, "trained", "squisher", share)) - dense for share in shares}
     beside = ", ".join(f"{value:+.1f} at {float(share):.1%}" for share, value in below.items())
@@ -171,7 +171,7 @@ _STYLES = {
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the mean accuracy by share kept: after a reset, and of training inside the mask."""
+    """Return the picture of mean accuracy by share, after a reset and after training inside the mask."""
     figure = drawing.new(9, 3.8)
     panels = figure.subplots(1, 2, sharey=True)
     shares = shares_of(report)

@@ -1,10 +1,10 @@
-"""At which rate to train inside a mask: the search that ``fish_mask.RATES`` comes from.
+"""Learning rates for training inside a mask: the search for ``fish_mask.RATES``.
 
-The fewer weights may change, the further they have to move, so each mask and share has a rate of its own: the best in
-the mean over the validation texts of three of the tasks, on seed 100, which is not reported. Rates are half a power of
-ten apart, tried up and down until they got worse.
+Fewer weights have to move further, so each mask and share has its own rate: the one with the highest accuracy on the
+validation texts of three tasks, on seed 100, which is not reported. Rates are half a power of ten apart, and the search
+went up and down until the accuracy fell.
 
-    scripts/experiments/fish_rates.py --full
+    python -m scripts.experiments.fish_rates --full
 """
 
 import sys
@@ -19,7 +19,7 @@ from scripts.experiments.runner import Experiment, Result, Settings, main
 from scripts.experiments.tables import Table
 
 TASKS, SEED = ("tweets", "election", "newsgroups"), 100
-# Row -> share -> the rates tried.
+# Row -> share -> rates.
 TRIED: dict[str, dict[str, Sequence[float]]] = {
     "squisher": dict.fromkeys(("0.005", "0.025", "0.1"), (3e-4, 1e-3, 3e-3)),
     "random": {"0.005": (1e-3, 3e-3, 1e-2, 3e-2), "0.025": (1e-3, 3e-3, 1e-2), "0.1": (3e-4, 1e-3, 3e-3)},
@@ -39,7 +39,7 @@ def cell(settings: Settings, work: Path) -> Result:
 
 
 def means(report: Mapping[str, Any]) -> dict[tuple[str, str], dict[float, float]]:
-    """Return (row, share) -> rate -> accuracy, mean over the tasks."""
+    """Return a mapping from (row, share) and rate to the mean accuracy over the tasks."""
     found: dict[tuple[str, str], dict[float, list[float]]] = {}
     for one in report["cells"]:
         for share, rates in one["result"].items():
@@ -50,7 +50,7 @@ def means(report: Mapping[str, Any]) -> dict[tuple[str, str], dict[float, float]
 
 
 def best(report: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Return row -> the best rate of each share; of equal ones the smallest."""
+    """Return a mapping from rows and shares to the best rate, the smallest of equally good ones."""
     found = means(report)
     return {
         row: tuple(max(rates, key=rates.__getitem__) for (name, _), rates in found.items() if name == row)
@@ -59,7 +59,7 @@ def best(report: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return the accuracies by mask, share and rate, the best one of a row in bold."""
+    """Return the table of accuracies by mask, share and rate, with the best of a row in bold."""
     found = means(report)
     columns = sorted({rate for rates in found.values() for rate in rates})
     rows = []
@@ -75,7 +75,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return none."""
+    """Return no picture."""
     return {}
 
 

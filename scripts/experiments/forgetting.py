@@ -1,4 +1,4 @@
-"""EWC (Tables 2 and 8 of the paper): one network learns tasks, one after another, under a penalty.
+"""EWC (Tables 2 and 8 of the paper): a network learns tasks one after another under a penalty.
 
 The paper learns split MNIST, permuted MNIST and split CIFAR-100, with 2,000 to 5,000 steps a task. Here there are
 5,000 digits, and a colour set of emoji in two art styles; ``STEPS`` of 64 images a task; Adam at 1e-3; and a perceptron
@@ -6,34 +6,34 @@ with two hidden layers of 400, which for digits is the paper's for MNIST.
 
 Seven columns:
 
-* split digits: five tasks of two classes, drawn by the seed, of 800 digits to learn from and 200 to test on: task-,
-  domain- and class-incremental;
-* permuted digits: five tasks of all ten classes, and an order of the pixels for each; the ten outputs serve all tasks
-  (domain-incremental; to know the task would change nothing);
+* split digits: five tasks of two classes, drawn by the seed, with 800 training and 200 test digits: task-, domain- and
+  class-incremental;
+* permuted digits: five tasks of all ten classes, each with its own order of the pixels; the ten outputs serve all tasks
+  (domain-incremental);
 * colour: eight tasks of three subcategories of emoji, which the seed draws from all that have 20 emoji (People & Body
-  apart); six emoji of each are tested, in both styles, and up to 40 learnt from. As in the paper, convolutions are
-  learnt on pictures of other classes, and frozen (``convolutions``). Task-, domain- and class-incremental.
+  excluded), with six test emoji of each, in both styles, and up to 40 training emoji. As in the paper, convolutions are
+  trained on images of other classes and frozen (``convolutions``). Task-, domain- and class-incremental.
 
-The columns ``ABLATED`` have the ablation of Table 2 too. The Squisher is an average of the squared gradient of the task
-alone (``GradientSquares``), times the 64 images of a step. Its variants: times the images of a task (the paper's N);
-times nothing; an average over 20 steps (beta 0.95 in place of 0.999; Adam keeps its own); the joint Fisher in its
-place; Adam begun anew with each task; Adam's own second moment, which takes in the penalty's gradient and never begins
-anew. They are held against the exact Fisher of the task's images. Not run: the last two together, and Adam begun anew
-without a penalty, so what that alone does to learning is not told apart.
+The columns ``ABLATED`` have the ablation of Table 2 as well. The Squisher is an average of the squared gradient of the
+task's loss (``GradientSquares``), times the 64 images of a step. Its variants: times the images of a task (the paper's
+N); without a factor; an average over 20 steps (beta 0.95 in place of 0.999; Adam keeps its beta2); the joint Fisher; a
+new Adam for each task; Adam's own second moment, which includes the gradient of the penalty and continues over all
+tasks. The reference is the exact Fisher of the task's images. Not run: the last two together, and a new Adam without a
+penalty, so its own effect on learning is not separated.
 
-Settled on seeds 10 and 11:
+Decided on seeds 10 and 11:
 
-* Lambda: the best mean accuracy at the end, over both seeds, of five powers of ten for each method; of equal ones the
-  smallest. A run whose importance overflows has learnt nothing (accuracy 0). The grids (``FIRST``) were placed by those
-  two seeds, before seeds 3 to 5 were run: moved by a power of ten while the best was at an end, up to four times.
-  Earlier grids of the digits had been moved while seeds 0 to 2 were reported, so those three are reported no more.
-* Steps of the colour tasks, how many classes they have, and what convolutions are learnt on: by what a task reaches
-  when it is learnt, and what is left of it without a penalty.
+* Lambda: the one with the highest mean accuracy at the end, over both seeds, of five powers of ten for each method; of
+  equal ones the smallest. A run whose importance overflows counts as accuracy 0. These two seeds also placed the grids
+  (``FIRST``), before seeds 3 to 5 ran: a grid moved by a power of ten while the best value was at its end, up to four
+  times. Earlier grids of the digits had moved while seeds 0 to 2 were reported, so these three are reported no more.
+* Steps and number of classes of the colour tasks, and the training data of the convolutions: by the accuracy on a task
+  after it was learnt, and at the end without a penalty.
 
-Seeds 3, 4 and 5 are reported. A seed draws what is tested, classes or permutations, order, and network; all seeds draw
-from the same images, and have the same convolutions.
+Seeds 3, 4 and 5 are reported. A seed draws test images, classes or permutations, order, and network. All seeds have the
+same images and the same convolutions.
 
-    scripts/experiments/forgetting.py --full
+    python -m scripts.experiments.forgetting --full
 """
 
 import sys
@@ -57,7 +57,7 @@ from squisher_mergekit.training.ewc import live_squisher
 
 VALIDATION, REPORTED = (10, 11), (3, 4, 5)
 GRID = 5
-# Power of ten of the smallest lambda.
+# Power of ten of the smallest lambda of a grid.
 FIRST = {
     "task": {
         "l2": -5, "fisher": 1, "squisher": 1, "dataset": 0, "unscaled": 3, "short": 1, "joint": 3, "reset": 2, "own": 1
@@ -76,7 +76,7 @@ FIRST = {
 
 
 def lambdas(column: str, method: str) -> tuple[float, ...]:
-    """Return what lambda is chosen from."""
+    """Return the grid of lambda."""
     if METHODS[method].source == "none":
         return (0.0,)
     return tuple(10.0 ** (FIRST[column][method] + step) for step in range(GRID))
@@ -84,10 +84,12 @@ def lambdas(column: str, method: str) -> tuple[float, ...]:
 
 @dataclass
 class Found:
-    """What a run came to.
+    """Result of a run.
 
-    ``matrix[i, j]``: accuracy on task j after task i. ``ratios``: penalty by task gradient, squared, by task.
-    ``overflowed``: the importance ran away beyond what a float32 holds; nothing was learnt after it.
+    Attributes:
+        matrix: accuracy on task j after task i, [i, j].
+        ratios: squared gradient of the penalty relative to that of the task, for each task.
+        overflowed: True if the importance exceeded float32; then the run stopped learning.
     """
 
     matrix: Tensor
@@ -104,9 +106,9 @@ def network(inputs: int, outputs: int, seed: int) -> nn.Sequential:
 
 
 def fisher_of(model: nn.Module, task: Task, source: str) -> Mapping[str, Tensor]:
-    """Return the exact or the joint Fisher over the task's training images and the outputs that compete.
+    """Return the exact or the joint Fisher over the task's training images and its competing outputs.
 
-    The joint one is of batches as they are in training.
+    The joint Fisher has the batches of the training.
     """
     columns = task.mask.nonzero().squeeze(1)
     places = (task.labels[:, None] == columns).long().argmax(1)
@@ -123,7 +125,7 @@ def fisher_of(model: nn.Module, task: Task, source: str) -> Mapping[str, Tensor]
 
 
 def learn(name: str, lam: float, course: Course, seed: int, steps: int) -> Found:
-    """Learn all tasks by a method, and test on those seen after each."""
+    """Learn all tasks with a method, and test on all seen tasks after each."""
     method, tasks = METHODS[name], course.tasks
     model, penalty = (
         network(tasks[0].train.shape[1], len(tasks[0].mask), seed),
@@ -162,7 +164,7 @@ def learn(name: str, lam: float, course: Course, seed: int, steps: int) -> Found
 def _importance(
     source: str, model: nn.Module, task: Task, squares: GradientSquares, optimizer: torch.optim.Optimizer
 ) -> Mapping[str, Tensor]:
-    """Return what weighs each parameter, of the task just learnt."""
+    """Return the importance of each parameter for the last task."""
     if source == "identity":
         return identity(model)
     if source == "average":

@@ -1,4 +1,4 @@
-"""What the experiment with EWC compares, and the tables and the picture of what it found."""
+"""Methods of the experiment with EWC, and its tables and picture."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,15 +12,17 @@ from scripts.experiments.tables import Table, mean_sd, spread
 from squisher_mergekit.applications.ewc.runaway import RUNAWAY
 
 BATCH, RATE = 64, 1e-3
-HELD_BACK = 5  # points of accuracy on a task just learnt, from which on a lambda is said to hold it back
+HELD_BACK = 5  # points lost on a new task from which a lambda counts as too large
 
 
 @dataclass(frozen=True)
 class Method:
-    """What the penalty is made of.
+    """Importance of the parameters in the penalty.
 
-    ``source``: none, identity, exact, joint, average (of the task's squared gradient) or optimizer (its own).
-    ``reset``: the optimizer begins anew with each task.
+    Attributes:
+        title: label of the row.
+        source: none, identity, exact, joint, average (of the task's squared gradient), or optimizer (its state).
+        reset: True if each task has a new optimizer.
     """
 
     label: str
@@ -47,7 +49,7 @@ ABLATED = ("task", "permuted", "colour task")
 
 
 def results(report: Mapping[str, Any]) -> dict[str, dict[str, Result]]:
-    """Return column -> method -> what was found."""
+    """Return a mapping from columns and methods to results."""
     found: dict[str, dict[str, Result]] = {}
     for one in report["cells"]:
         found.setdefault(one["settings"]["column"], {})[one["settings"]["method"]] = one["result"]
@@ -55,12 +57,12 @@ def results(report: Mapping[str, Any]) -> dict[str, dict[str, Result]]:
 
 
 def ends(result: Result) -> list[float]:
-    """Return the mean accuracy over all tasks at the end, by seed."""
+    """Return the mean accuracy over all tasks at the end, for each seed."""
     return [curve[-1] for curve in result["so_far"]]
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return the scenarios by method, of digits and in colour, and the ablation."""
+    """Return the tables of digits and emoji by scenario and method, and of the ablation."""
     found, seeds = results(report), len(report["cells"][0]["settings"]["seeds"])
     title = f"Accuracy (%) over all tasks at the end, mean ± standard deviation over {seeds} seeds"
     ablation = Table(
@@ -92,21 +94,21 @@ def _with_lambda(result: Result) -> tuple[str, str]:
 
 
 def gains(found: Mapping[str, Result], method: str, over: str = "none") -> list[float]:
-    """Return the points of a method above another one, by seed."""
+    """Return the points of a method above another one, for each seed."""
     return [one - other for one, other in zip(ends(found[method]), ends(found[over]), strict=True)]
 
 
 def in_order(found: Mapping[str, Result]) -> bool:
-    """Return whether the paper's order came out in a column, by the means.
+    """Return True if the means of a column have the paper's order.
 
-    Fisher and Squisher are both above no penalty, and nearer to each other than the lower one is to it.
+    Fisher and Squisher are both above no penalty, and nearer to each other than the lower one is to no penalty.
     """
     fisher, squisher = mean(gains(found, "fisher")), mean(gains(found, "squisher"))
     return min(fisher, squisher) > abs(fisher - squisher)
 
 
 def on_every_seed(found: Mapping[str, Result]) -> bool:
-    """Return whether Fisher and Squisher are above no penalty on every seed of a column."""
+    """Return True if Fisher and Squisher are above no penalty on every seed of a column."""
     return min(gains(found, "fisher") + gains(found, "squisher")) > 0
 
 
@@ -122,7 +124,7 @@ def _order(found: Mapping[str, Mapping[str, Result]]) -> str:
 
 
 def _verdict(found: Mapping[str, Result]) -> str:
-    """Say whether the paper's order came out, and if not on every seed, what is likely the cause."""
+    """Return a note on the paper's order, with the likely cause where it fails."""
     if in_order(found) and on_every_seed(found):
         return "the paper's order, on every seed"
     verdict = "**not the paper's order**"
@@ -144,7 +146,7 @@ def _verdict(found: Mapping[str, Result]) -> str:
 
 
 def _learnt(found: Mapping[str, Mapping[str, Result]]) -> str:
-    """Say what a task is at when it is learnt, and what is lost of it, without a penalty."""
+    """Return a note on the accuracy of a task after it was learnt, and the loss by the end, without a penalty."""
     parts = [
         f"{COLUMNS[column].label} {mean_sd(one['none']['learnt'])} and {mean_sd(one['none']['forgetting'])}"
         for column, one in found.items()
@@ -156,7 +158,7 @@ def _learnt(found: Mapping[str, Mapping[str, Result]]) -> str:
 
 
 def _no_success(found: Mapping[str, Mapping[str, Result]]) -> list[str]:
-    """Say so if class-incremental learning came to little more than the last task."""
+    """Return a note on class-incremental learning if it reaches little more than the last task."""
     said = []
     for column, one in found.items():
         best, last = max(mean(ends(one[name])) for name in MAIN), 100 / len(one["none"]["so_far"][0])
@@ -170,7 +172,7 @@ def _no_success(found: Mapping[str, Mapping[str, Result]]) -> list[str]:
 
 
 def edges(report: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
-    """Return where, of some columns, the lambda chosen is the first or the last of its grid."""
+    """Return the columns and methods whose lambda is at an end of its grid."""
     said = []
     for one in report["cells"]:
         settings, best = one["settings"], one["result"]["lambda"]
@@ -252,7 +254,7 @@ _STYLES = {
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the accuracy on the tasks learnt so far, by their number."""
+    """Return the picture of the accuracy on all tasks so far, by their number."""
     found = results(report)
     figure = drawing.new(12, 6)
     panels = figure.subplots(2, 4).flat

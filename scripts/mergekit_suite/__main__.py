@@ -1,8 +1,8 @@
-"""Run mergekit's own tests with and without the plug-in: what passed before must pass with it.
+"""Run mergekit's own tests with and without the plug-in, and compare the outcomes.
 
-The tests come from mergekit's sdist on PyPI, of the installed version; the sdist lacks ``tests/common.py``, for which
-``mergekit_suite_common.py`` stands in. Exits with 0 if every test has the same outcome in both runs, apart from the
-cases that the plug-in itself adds: one test runs each registered method without Fishers, which ours must refuse.
+The tests come from the sdist of the installed version on PyPI. The sdist lacks ``tests/common.py``; ``common.py`` in
+this folder replaces it. The command exits with 0 if every test has the same outcome in both runs. The plug-in adds
+cases to one test, which runs each registered method without Fishers; our methods must refuse them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from xml.etree import ElementTree
 SWITCH = "SQUISHER_MERGEKIT_AUTOLOAD"
 OUTCOMES = {"failure": "failed", "error": "error", "skipped": "skipped"}
 METHODS = ("squisher", "ubgm_squisher")
-# The test that runs every registered method, and the refusal that it must meet in ours.
+# The test that runs every registered method, and the message with which our methods must refuse.
 EVERY_METHOD = "tests.test_merge_method_regressions::test_state_dict_methods_accept_strided_weights_without_mutation"
 REFUSAL = "needs a Fisher for input"
 
 
 @dataclass(frozen=True)
 class Case:
-    """What became of one test: its outcome and, unless it passed, why."""
+    """Outcome of one test, with its text unless it passed."""
 
     outcome: str
     text: str = ""
@@ -62,15 +62,15 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="work here and keep it (default: a temporary folder)")
-    parser.add_argument("--sdist", type=Path, help="use this file and download nothing")
-    parser.add_argument("--json", type=Path, help="write the counts there")
+    parser.add_argument("--work", type=Path, help="work folder that is kept (default: a temporary folder)")
+    parser.add_argument("--sdist", type=Path, help="sdist of mergekit; nothing is downloaded then")
+    parser.add_argument("--json", type=Path, help="JSON file for the counts")
     parser.add_argument("pytest", nargs="*", help="further arguments for pytest, after --")
     return parser.parse_args(arguments)
 
 
 def download(work: Path, version: str) -> Path:
-    """Return mergekit's sdist, from PyPI unless it lies in the work folder already."""
+    """Return mergekit's sdist, from the work folder or from PyPI."""
     work.mkdir(parents=True, exist_ok=True)
     file = work / f"mergekit-{version}.tar.gz"
     if not file.exists():
@@ -81,7 +81,7 @@ def download(work: Path, version: str) -> Path:
 
 
 def prepare(work: Path, sdist: Path) -> Path:
-    """Unpack the tests alone, so that the installed mergekit is tested, and add the module that they lack."""
+    """Unpack only the tests, so that they use the installed mergekit, and add the missing module."""
     suite = work / "suite"
     shutil.rmtree(suite, ignore_errors=True)
     tests = suite / "tests"
@@ -116,7 +116,7 @@ def run(suite: Path, name: str, extra: list[str]) -> dict[str, Case]:
 
 
 def read_report(file: Path) -> dict[str, Case]:
-    """Read a JUnit report into ``module::test -> Case``; a test that failed twice keeps the first text."""
+    """Read a JUnit report into a mapping ``module::test -> Case``; a test that failed twice keeps the first text."""
     cases: dict[str, Case] = {}
     for element in ElementTree.parse(file).iter("testcase"):
         name = "::".join(filter(None, (element.get("classname"), element.get("name"))))
@@ -128,7 +128,7 @@ def read_report(file: Path) -> dict[str, Case]:
 
 
 def compare(stock: dict[str, Case], plugged: dict[str, Case], methods: tuple[str, ...]) -> list[str]:
-    """Return a line for whatever differs between the runs but for the refusals that ``methods`` must meet."""
+    """Return one line for each difference between the runs other than the refusals of ``methods``."""
     if not any(case.outcome == "passed" for case in stock.values()):
         return ["no test passed without the plug-in, so the comparison says nothing"]
     problems = [f"fails without the plug-in: {name}" for name, case in stock.items() if failed(case)]
@@ -148,7 +148,7 @@ def compare(stock: dict[str, Case], plugged: dict[str, Case], methods: tuple[str
 
 
 def failed(case: Case) -> bool:
-    """Return whether a test failed or could not run."""
+    """Return True if a test failed or could not run."""
     return case.outcome in ("failed", "error")
 
 

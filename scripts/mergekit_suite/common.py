@@ -1,6 +1,6 @@
-"""Stands in for ``tests/common.py``, which mergekit's sdist leaves out; ``scripts/mergekit_suite`` copies it there.
+"""Replacement of ``tests/common.py``, which mergekit's sdist lacks: tiny random models, and a check of a merge.
 
-Tiny random models, and a check of a merge by its output: transformers must load it, no weight missing or left over.
+transformers must load the output of a merge without missing or unexpected weights.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ def run_and_check_merge(
     validate: Callable[[str], object] | None = None,
     auto_arch: bool = False,
 ) -> None:
-    """Merge into a temporary folder and check what lies there.
+    """Merge into a temporary folder and check the output.
 
     Args:
-        config: The merge.
-        check_nan: Whether NaN entries fail.
-        check_tensors: Whether the output must load with exactly the weights its architecture has.
-        validate: Further checks, given the folder.
-        auto_arch: Whether mergekit infers the architecture. Then weights may be missing: of a LLaVA, mergekit 0.1.5 on
-            its own leaves out the language model, whose names in memory are not those in the file.
+        config: Configuration of the merge.
+        check_nan: If True, NaN entries fail.
+        check_tensors: If True, the output must load with exactly the weights of its architecture.
+        validate: Function with further checks of the folder.
+        auto_arch: If True, mergekit infers the architecture. Then weights may be missing: mergekit 0.1.5 drops the
+            language model of a LLaVA, whose names in memory and in the file differ.
     """
     with tempfile.TemporaryDirectory() as folder:
         run_merge(config, folder, MergeOptions(quiet=True))

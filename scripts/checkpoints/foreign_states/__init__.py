@@ -1,4 +1,4 @@
-"""Real checkpoints of other trainers, made by their own libraries with the truth beside: see scripts/make_states."""
+"""Cases of ``scripts.checkpoints.make``: checkpoints that other trainers' libraries write."""
 
 from scripts.checkpoints.foreign_states.common import Case
 

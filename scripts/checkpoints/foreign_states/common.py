@@ -1,4 +1,4 @@
-"""What all makers share: a tiny model, the same batches for all, a plain run to compare with, the files of a case."""
+"""Shared parts of all cases: a tiny model, its batches, a plain run as reference, and the files of a case."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
 
 @dataclass(frozen=True)
 class Case:
-    """How a checkpoint is made.
+    """Recipe of a checkpoint.
 
-    ``make``: writes it and tells the truth; called in each of the ``ranks`` processes. ``options``: for it.
-    ``refuse``: the errors of ours that are a right answer; empty if it must be read. ``why``: of the refusal.
-    ``libraries``: whose versions are recorded. ``note``: what is special.
+    Attributes:
+        make: function that writes the checkpoint and returns the second moments; each rank calls it.
+        options: keyword arguments of ``make``.
+        ranks: number of processes.
+        refuse: names of errors that are the right answer; empty if the checkpoint must be read.
+        why: reason for the refusal.
+        libraries: packages whose versions ``case.json`` records.
+        note: remark for the list of cases.
     """
 
     make: Callable[..., Made]
@@ -38,10 +43,16 @@ class Case:
 
 @dataclass
 class Made:
-    """What a maker tells; rank 0 alone has to.
+    """Description of a checkpoint that was written; only that of rank 0 counts.
 
-    ``truth``: name -> second moment of the live optimizer. ``optimizer``: its class. ``trainer``: what wrote the file.
-    ``beta2``, ``step``: of it, None if they are not one number. ``file``: what is to be opened, if not the folder.
+    Attributes:
+        truth: parameter name -> second moment of the live optimizer.
+        optimizer: class of the optimizer.
+        trainer: library that wrote the file.
+        beta2: decay, or None if there is no single one.
+        step: number of steps, or None if there is no single one.
+        file: file to open, or an empty string for the folder.
+        more: further entries of ``case.json``.
     """
 
     truth: Mapping[str, Tensor] = field(default_factory=dict)
@@ -54,7 +65,7 @@ class Made:
 
 
 def tiny(wide: bool = False, layers: int = 1, **changes: Any) -> Any:
-    """Return a small Llama with tied embeddings, always the same; its sizes are odd, or ``wide`` enough for 8 bits."""
+    """Return a small Llama with tied embeddings from a fixed seed, of odd sizes, or ``wide`` enough for 8 bits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 15, "intermediate_size": 21, "vocab_size": 33}
@@ -74,7 +85,7 @@ def tiny(wide: bool = False, layers: int = 1, **changes: Any) -> Any:
 
 
 def batches(rank: int = 0, ranks: int = 1, steps: int = STEPS) -> list[Tensor]:
-    """Return the token ids of each step that one rank gets: its part of the batch that all get together."""
+    """Return the token ids of each step for one rank, its part of the global batch."""
     everything = [
         torch.randint(1, 33, (BATCH * ranks, 7), generator=torch.Generator().manual_seed(i)) for i in range(steps)
     ]
@@ -82,7 +93,7 @@ def batches(rank: int = 0, ranks: int = 1, steps: int = STEPS) -> list[Tensor]:
 
 
 def freeze(model: nn.Module, most: bool = False) -> None:
-    """Freeze one matrix in the middle and one norm, or all but some of either."""
+    """Freeze one matrix and one norm in the middle, or with ``most`` almost all parameters."""
     kept = ("embed_tokens.weight", "q_proj.weight", ".norm.weight")
     for name, parameter in model.named_parameters():
         few = name.endswith(("self_attn.k_proj.weight", "post_attention_layernorm.weight"))
@@ -91,7 +102,7 @@ def freeze(model: nn.Module, most: bool = False) -> None:
 
 
 def groups_of(model: nn.Module, two: bool) -> list[dict[str, Any]]:
-    """Return the trainable parameters in one group, or matrices with weight decay and vectors without."""
+    """Return the trainable parameters in one group, or in two: matrices with weight decay, vectors without."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not two:
         return [{"params": trained}]
@@ -103,12 +114,12 @@ def groups_of(model: nn.Module, two: bool) -> list[dict[str, Any]]:
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """Return the language model's loss."""
+    """Return the loss of the language model."""
     return model(input_ids=ids, labels=ids).loss
 
 
 def train(model: Any, optimizer: Any, steps: int = STEPS, rank: int = 0, ranks: int = 1) -> None:
-    """Make some steps in a plain loop."""
+    """Train in a plain loop."""
     for ids in batches(rank, ranks, steps):
         loss = loss_of(model, ids)
         loss.backward()
@@ -121,13 +132,13 @@ def adamw(groups: Any, **more: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1e-3, betas=BETAS, **more)
 
 
-def hold_against_plain(
+def compare_with_plain_run(
     truth: Mapping[str, Tensor], ranks: int, frozen: bool | str, two: bool, rough: bool = False
 ) -> None:
-    """Check the truth itself: the second moments of a plain run on one process, over all ranks' data, must be like it.
+    """Compare second moments with those of a plain run in one process over the data of all ranks.
 
     Raises:
-        AssertionError: They are not: it was taken from the live optimizer in a wrong way.
+        AssertionError: They differ, so they were read from the live optimizer in a wrong way.
     """
     model = tiny()
     if frozen:
@@ -148,7 +159,7 @@ def hold_against_plain(
 
 
 def keep_weights(out: Path, config: Any, state: Mapping[str, Tensor]) -> None:
-    """Write ``model.safetensors`` and ``config.json``; of tied tensors the one that transformers keeps."""
+    """Write ``model.safetensors`` and ``config.json``; a tied tensor has the name that transformers keeps."""
     kept = {name: value.detach().clone().contiguous() for name, value in state.items() if name != "lm_head.weight"}
     save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
     config.dtype = next(iter(kept.values())).dtype
@@ -157,7 +168,7 @@ def keep_weights(out: Path, config: Any, state: Mapping[str, Tensor]) -> None:
 
 
 def keep_case(out: Path, name: str, case: Case, made: Made) -> None:
-    """Write ``case.json`` and, of what must be read, ``expected.safetensors``."""
+    """Write ``case.json`` and, unless the case must be refused, ``expected.safetensors``."""
     if not case.refuse:
         assert made.truth
         save_file(

@@ -1,4 +1,4 @@
-"""Optimizers of other packages, saved by torch.save or by the Trainer; and those that a reader must refuse."""
+"""Cases of optimizers of other packages, saved by torch.save or the Trainer, and of optimizers to refuse."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ REFUSED = ("UnsupportedStateError", "NothingKeptError", "UnsafeFileError")
 
 
 def live(model: nn.Module, optimizer: torch.optim.Optimizer, key: str = "exp_avg_sq") -> dict[str, Tensor]:
-    """Return the second moments that an optimizer holds, by the parameters themselves."""
+    """Return the second moments of a live optimizer by parameter name."""
     return {name: optimizer.state[p][key] for name, p in model.named_parameters() if key in optimizer.state.get(p, {})}
 
 
 def built(package: str, name: str, groups: Any, settings: Mapping[str, Any]) -> Any:
-    """Return an optimizer of some package."""
+    """Return an optimizer of a package."""
     return getattr(importlib.import_module(package), name)(groups, **settings)
 
 
 def corrected(package: str, name: str, settings: Mapping[str, Any], key: str = "exp_avg_sq") -> bool:
-    """Tell by trial whether a moving average of ones needs no bias correction.
+    """Return True if an optimizer stores a bias-corrected moving average; a trial with constant gradients decides.
 
     Raises:
-        AssertionError: It is neither 1 nor 1 - beta2^t times what is averaged.
+        AssertionError: The state is neither 1 nor 1 - beta2^t times the squared gradient.
     """
     parameter = nn.Parameter(torch.zeros(2, 3))
     optimizer = built(package, name, [parameter], settings)
@@ -62,7 +62,7 @@ def corrected(package: str, name: str, settings: Mapping[str, Any], key: str = "
 def single(
     out: Path, package: str, name: str, trial: bool = True, mode: str = "", two: bool = False, **settings: Any
 ) -> Made:
-    """Save one optimizer's state_dict as ``optimizer.pt`` beside the weights."""
+    """Save the state dict of one optimizer as ``optimizer.pt``, and the weights."""
     settings = {"lr": 1e-3, "betas": BETAS, **settings}
     settings = {key: value for key, value in settings.items() if value is not None}
     model = tiny(layers=2)
@@ -83,7 +83,7 @@ def trainer(out: Path, optim: str, wide: bool = False, dequantized: Any = None, 
     """Train with the Hugging Face Trainer, which saves the last step."""
     from transformers import Trainer, TrainingArguments
 
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # or it would be one process of a distributed run
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # otherwise the Trainer would join a distributed run
         del os.environ[name]
     model = tiny(wide, layers=1 if wide else 2)
     data = [{"input_ids": row, "labels": row} for ids in batches() for row in ids]
@@ -104,7 +104,7 @@ def trainer(out: Path, optim: str, wide: bool = False, dequantized: Any = None, 
 
 
 def bundle(out: Path, as_list: bool = False, inside: bool = False) -> Made:
-    """Save Muon's state of the matrices and AdamW's of the rest in one file."""
+    """Save the state dicts of Muon (matrices) and AdamW (the rest) in one file."""
     model = tiny(layers=2)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for p in model.parameters() if not any(p is other for other in matrices)]
@@ -123,7 +123,7 @@ def bundle(out: Path, as_list: bool = False, inside: bool = False) -> Made:
 
 
 def sparse(out: Path) -> Made:
-    """Save SparseAdam's state of the embeddings and AdamW's of the rest, as a list."""
+    """Save the state dicts of SparseAdam (embeddings) and AdamW (the rest) as a list."""
     model = tiny(layers=1, tie_word_embeddings=False)
     embedding = model.model.embed_tokens
     embedding.sparse = True
@@ -163,7 +163,7 @@ def ivon(out: Path) -> Made:
 
 
 def projected(out: Path, package: str, name: str, **settings: Any) -> Made:
-    """Save an optimizer whose moments of matrices are of a projected gradient."""
+    """Save an optimizer whose moments of matrices belong to a projected gradient."""
     model = tiny(layers=2)
     matrices = [p for name_, p in model.named_parameters() if "_proj" in name_]
     rest = [p for p in model.parameters() if not any(p is other for other in matrices)]
@@ -176,7 +176,7 @@ def projected(out: Path, package: str, name: str, **settings: Any) -> Made:
 
 
 def adalomo(out: Path) -> Made:
-    """Save AdaLomo, which steps inside the backward pass; it calls cuda() by name, which does nothing here."""
+    """Save AdaLomo, which steps inside the backward pass; its calls of cuda() do nothing here."""
     from lomo_optim import AdaLomo
 
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
@@ -198,7 +198,7 @@ def _refuse(make: Any, why: str, library: str, **options: Any) -> Case:
 
 
 def _wrong(name: str, why: str) -> Case:
-    """Return a case of pytorch_optimizer that has to be refused."""
+    """Return a case of pytorch_optimizer that a reader must refuse."""
     return _refuse(single, why, "pytorch_optimizer", package="pytorch_optimizer", name=name, trial=False)
 
 

@@ -1,4 +1,4 @@
-"""States in 8 bits and less: bitsandbytes and torchao. The truth is what the library's own function makes of them."""
+"""Cases of states in 8 bits and less: bitsandbytes and torchao, decoded by the library's own function."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def bitsandbytes(out: Path, name: str, two: bool = True, bf16: bool = False, **s
 def torchao(out: Path, name: str, bf16: bool = False, even: bool = True, few: bool = False, **settings: Any) -> Made:
     """Save a state_dict of an optimizer of torchao."""
     sizes = {"hidden_size": 48, "intermediate_size": 96, "vocab_size": 96} if even else {}
-    if few:  # the embeddings alone are quantized
+    if few:  # quantizes the embeddings only
         sizes = {"hidden_size": 33, "intermediate_size": 21, "vocab_size": 128}
     model = tiny(wide=True, **sizes)
     if bf16:

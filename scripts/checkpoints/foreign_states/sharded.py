@@ -1,6 +1,6 @@
-"""FSDP as accelerate writes it, and torch.distributed.checkpoint, with gloo processes on CPU.
+"""Cases of FSDP, written by accelerate, and of torch.distributed.checkpoint, with gloo processes on the CPU.
 
-The truth is gathered from the live optimizer's own shards: flat pieces under FSDP1, DTensors under FSDP2.
+The second moments are gathered from the live optimizer's shards: flat pieces under FSDP1, DTensors under FSDP2.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from scripts.checkpoints.foreign_states.common import (
     Case,
     Made,
     adamw,
+    compare_with_plain_run,
     freeze,
     groups_of,
-    hold_against_plain,
     keep_weights,
     tiny,
     train,
@@ -30,7 +30,7 @@ _WRAPPER = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
 def _fsdp1(model: nn.Module, bf16: bool, original: bool, mesh: Any) -> nn.Module:
-    """Wrap a model by FSDP1."""
+    """Wrap a model with FSDP1."""
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -46,7 +46,7 @@ def _fsdp1(model: nn.Module, bf16: bool, original: bool, mesh: Any) -> nn.Module
 
 
 def _fsdp2(model: nn.Module, bf16: bool, mesh: Any) -> nn.Module:
-    """Wrap a model by FSDP2."""
+    """Wrap a model with FSDP2."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if bf16 else {}
@@ -67,7 +67,7 @@ def _start(two_dimensions: bool) -> Any:
 
 
 def _of_pieces(model: nn.Module, optimizer: Any, mesh: Any) -> dict[str, Tensor]:
-    """Return the second moments under FSDP1: the ranks' flat pieces one after the other."""
+    """Return the second moments under FSDP1, the concatenated flat pieces of the ranks."""
     truth: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         piece = optimizer.state.get(p, {}).get("exp_avg_sq", torch.zeros(0)).reshape(-1)
@@ -75,11 +75,11 @@ def _of_pieces(model: nn.Module, optimizer: Any, mesh: Any) -> dict[str, Tensor]
         dist.all_gather_object(sides, piece)
         if not any(one.numel() for one in sides):  # frozen
             continue
-        # Of a two-dimensional mesh the first row holds everything once.
+        # The first row of a two-dimensional mesh has every piece once.
         ranks = range(dist.get_world_size()) if mesh is None else mesh.mesh[0].tolist()
         whole = torch.cat([sides[rank] for rank in ranks])
         clean = _WRAPPER.sub("", name)
-        if hasattr(p, "_fqns"):  # a flat parameter of several, which FSDP describes
+        if hasattr(p, "_fqns"):  # one flat parameter for several, which FSDP describes
             prefix = clean.rpartition("_flat_param")[0]
             begin = 0
             padded = zip(p._numels_with_padding, p._is_padding_mask, strict=True)
@@ -107,7 +107,7 @@ def _of_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 def _trained(
     version: int, bf16: bool, frozen: bool | str, two: bool, original: bool = True, hybrid: bool = False
 ) -> tuple[Any, Any, dict[str, Tensor], dict[str, Tensor]]:
-    """Train under FSDP; return the model, the optimizer, the truth and the weights."""
+    """Train under FSDP; return model, optimizer, second moments and weights."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     mesh = _start(hybrid)
@@ -123,7 +123,7 @@ def _trained(
     truth = _of_pieces(model, optimizer, mesh if hybrid else None) if version == 1 else _of_tensors(model, optimizer)
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
-        hold_against_plain(truth, ranks, frozen, two, rough=bf16)
+        compare_with_plain_run(truth, ranks, frozen, two, rough=bf16)
     model.config = config
     return model, optimizer, truth, weights
 
@@ -139,7 +139,7 @@ def fsdp(
     original: bool = True,
     hybrid: bool = False,
 ) -> Made:
-    """Make a checkpoint of FSDP by accelerate's own functions."""
+    """Make a checkpoint of FSDP with accelerate's functions."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
     from torch.distributed.fsdp import FullOptimStateDictConfig
@@ -149,7 +149,7 @@ def fsdp(
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version, state_dict_type=kind, use_orig_params=original if version == 1 else None
     )
-    if version == 1 and kind == "FULL_STATE_DICT":  # offloading to the CPU from the CPU crashes
+    if version == 1 and kind == "FULL_STATE_DICT":  # offloading from the CPU to the CPU crashes
         plugin.optim_state_dict_config = FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=True)
     save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(out), use_dcp=dcp)
     if kind != "FULL_STATE_DICT":
@@ -172,7 +172,7 @@ def checkpoint(
     frozen: bool | str = False,
     **writer: Any,
 ) -> Made:
-    """Make a checkpoint by torch.distributed.checkpoint, of DTensors on several ranks."""
+    """Make a checkpoint of DTensors with torch.distributed.checkpoint on several ranks."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
@@ -200,7 +200,7 @@ def checkpoint(
 
 
 def alone(out: Path, numbered: bool = False, at_top: bool = False, flat: bool = False, two: bool = True) -> Made:
-    """Make a checkpoint by torch.distributed.checkpoint in one process, of plain tensors."""
+    """Make a checkpoint of plain tensors with torch.distributed.checkpoint in one process."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 

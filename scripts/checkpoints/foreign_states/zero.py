@@ -1,7 +1,7 @@
-"""DeepSpeed: ZeRO 0 to 3 and universal checkpoints, on CPU.
+"""Cases of DeepSpeed: ZeRO 0 to 3 and universal checkpoints, on the CPU.
 
-The truth is cut out of the live flat buffers at the places where the parameters themselves lie in memory, so it does
-not depend on any list of shapes or slices, which is what a reader has.
+The second moments are cut from the live flat buffers at the memory addresses of the parameters. So they do not depend
+on the lists of shapes and slices that a reader has.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from scripts.checkpoints.foreign_states.common import (
     Made,
     adamw,
     batches,
+    compare_with_plain_run,
     freeze,
     groups_of,
-    hold_against_plain,
     keep_weights,
     loss_of,
     tiny,
@@ -40,7 +40,7 @@ LIBRARIES = ("deepspeed",)
 def engine(
     out: Path, stage: int, bf16: bool = False, frozen: bool = False, two: bool = True, listed: bool = False, **zero: Any
 ) -> tuple[Any, Made]:
-    """Train with DeepSpeed, its optimizer ``listed`` in the configuration or not, and save its checkpoint."""
+    """Train with DeepSpeed and save a checkpoint; if ``listed``, DeepSpeed's configuration names the optimizer."""
     import deepspeed
 
     deepspeed.init_distributed("gloo", verbose=False)
@@ -70,8 +70,10 @@ def engine(
     truth = {0: _stage_0, 1: _stage_2, 2: _stage_2, 3: _stage_3}[stage](run)
     state = _weights(run, stage)
     if rank == 0:
-        if ranks > 1:  # alone, DeepSpeed 0.19.8 gives three quarters of a plain run's second moments after four steps
-            hold_against_plain(truth, ranks, frozen, two, rough=bf16)
+        if (
+            ranks > 1
+        ):  # on one rank, DeepSpeed 0.19.8 has three quarters of a plain run's second moments after four steps
+            compare_with_plain_run(truth, ranks, frozen, two, rough=bf16)
         keep_weights(out, run.module.config, state)
         for script in out.glob("zero_to_*.py"):
             script.unlink()
@@ -80,7 +82,7 @@ def engine(
 
 
 def _steps(run: Any) -> int:
-    """Return how many steps the inner optimizer counts: at stage 0 in bf16 one without gradients before the first."""
+    """Return the step count of the inner optimizer; stage 0 in bf16 counts one step without gradients."""
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
     return int(next(iter(inner.state.values()))["step"])
 
@@ -119,7 +121,7 @@ def through_trainer(out: Path, stage: int, **zero: Any) -> Made:
 
 
 def through_accelerate(out: Path, stage: int, **zero: Any) -> Made:
-    """Train in a loop of accelerate's over DeepSpeed, and save its state."""
+    """Train with accelerate over DeepSpeed in a loop, and save its state."""
     from accelerate import Accelerator, DeepSpeedPlugin
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -135,7 +137,7 @@ def through_accelerate(out: Path, stage: int, **zero: Any) -> Made:
     truth, state = {1: _stage_2, 2: _stage_2, 3: _stage_3}[stage](wrapped), _weights(wrapped, stage)
     dist.barrier()
     if rank == 0:
-        hold_against_plain(truth, ranks, False, True)
+        compare_with_plain_run(truth, ranks, False, True)
         keep_weights(out, model.config, state)
         for path in [*out.glob("zero_to_*.py"), *out.glob("random_states*")]:
             path.unlink()
@@ -148,7 +150,7 @@ def make(out: Path, **options: Any) -> Made:
 
 
 def universal(out: Path, **options: Any) -> Made:
-    """Make a checkpoint of ZeRO and convert it, which leaves the converted one alone."""
+    """Make a checkpoint of ZeRO, convert it to a universal one, and remove the original."""
     _, made = engine(out, **options)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -173,24 +175,24 @@ def _weights(run: Any, stage: int) -> Mapping[str, Tensor]:
 
 
 def _gathered(part: Tensor) -> Tensor:
-    """Return the parts of all ranks one after the other."""
+    """Return the concatenated parts of all ranks."""
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, part.contiguous())
     return torch.cat(parts)
 
 
 def _place(parameter: Tensor, flats: list[Tensor]) -> tuple[int, int]:
-    """Return in which flat buffer a parameter lies in memory, and where."""
+    """Return the number of the flat buffer that contains a parameter, and its offset."""
     for number, flat in enumerate(flats):
         begin = parameter.data_ptr() - flat.data_ptr()
         if 0 <= begin < flat.numel() * flat.element_size():
             return number, begin // flat.element_size()
-    raise AssertionError("a parameter lies in no buffer")
+    raise AssertionError("a parameter is in no buffer")
 
 
 def _stage_0(run: Any) -> dict[str, Tensor]:
     inner, masters = run.optimizer, {}
-    if hasattr(inner, "fp32_groups"):  # half-precision parameters, each with a copy
+    if hasattr(inner, "fp32_groups"):  # half-precision parameters, each with a float32 copy
         pairs = (zip(*groups, strict=True) for groups in zip(inner.fp16_groups, inner.fp32_groups, strict=True))
         masters = {id(parameter): master for group in pairs for parameter, master in group}
         inner = inner.optimizer

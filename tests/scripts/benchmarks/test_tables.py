@@ -89,7 +89,9 @@ def test_a_fishers_memory_is_that_of_the_leanest_chunk():
     assert "one copy of the weights takes 206 MB" in table.notes[0]
 
 
-@pytest.mark.parametrize(("peak", "said"), [(0.74, "all keep it"), (0.84, "**not all keep it**")])
+@pytest.mark.parametrize(
+    ("peak", "said"), [(0.74, "all commands stay below it"), (0.84, "**not all commands stay below it**")]
+)
 def test_commands_have_time_memory_and_what_they_write(peak, said):
     """Files of the whole model are not listed; the bound is the report's."""
     files = {"difference.safetensors": 12_000_000, "mask.safetensors": 370_000, "model-00001-of-00002.safetensors": 9}
@@ -98,7 +100,7 @@ def test_commands_have_time_memory_and_what_they_write(peak, said):
     (table,) = benchmarks.applications([found | {"cases": cases}])
     written = "difference 12.0 MB (2.0 % of the weights), mask 370 kB (0.1 % of the weights)"
     assert table.rows == [("`mask reset --keep 0.005`", ["14.3", f"{peak}", written])]
-    assert f"here 0.83 GB: at most {peak} GB, {said}." in table.notes[0]
+    assert f"here 0.83 GB; the highest peak is {peak} GB: {said}." in table.notes[0]
 
 
 def test_merges_are_compared_with_linear_by_their_least():
@@ -113,7 +115,7 @@ def test_merges_are_compared_with_linear_by_their_least():
         ("`linear`", ["8.0", "1.00", "0.40"]),
         ("`squisher`, density 0.2", ["12.0", "1.50", "0.90"]),
     ]
-    assert "the least of 2 rounds" in table.notes[0]
+    assert "the minimum of 2 rounds" in table.notes[0]
 
 
 def test_an_average_adds_a_share():
