@@ -8,6 +8,6 @@ from squisher_mergekit import _autoload
 def main() -> None:
     """Make the merge methods known, then run ``mergekit-yaml`` with the arguments of this process."""
     _autoload.install()
-    from squisher_mergekit.merging.mergekit.commands import mergekit_yaml
+    from squisher_mergekit.merging.mergekit.console import mergekit_yaml
 
     mergekit_yaml()

@@ -33,13 +33,6 @@ def merge_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return decorated
 
 
-def mergekit_yaml() -> None:
-    """Run ``mergekit-yaml`` with the arguments of this process."""
-    from mergekit.scripts.run_yaml import main
-
-    main()
-
-
 def read_config(text: str) -> Any:
     """Parse the YAML of a merge as mergekit does.
 
