@@ -40,8 +40,8 @@ def split(state: OptimizerState, parameters: Sequence[ParameterInfo]) -> Optimiz
     if len(found) != 1:
         raise NamingError(
             f"the {' + '.join(map(str, sizes))} parameters in {state.location} must fill its flat tensors in one way, "
-            f"but the model's {len(parameters)} do so in {len(found)}; give the --model that was trained, the --base if "
-            f"some were frozen, or {NAMES_CURE}"
+            f"but the model's {len(parameters)} do so in {len(found)}; give the --model that was trained, the --base "
+            f"if some were frozen, or {NAMES_CURE}"
         )
     return cut(state, [parameter.shape for parameter in next(iter(found))])
 

@@ -19,7 +19,6 @@ from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import has_fisher, read_fisher, write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.optimizers import load
-from squisher_mergekit.tensors.hub import split_revision
 from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests import hub_server
 from tests.merging.reference import assert_within, give_fisher, largest, llama, merge, merged, squisher_reference
@@ -120,14 +119,6 @@ def test_without_a_revision_the_branch_fisher_comes_next(cache):
     assert _value(hub.download_fisher("org/model")) == 5
     with pytest.raises(NotFoundError, match=r"at revision main, no fisher\.safetensors there"):
         hub.download_fisher("org/model@main")
-
-
-@pytest.mark.parametrize(
-    ("source", "parts"), [("a/b", ("a/b", None)), ("a/b@c", ("a/b", "c")), ("a/b@refs/pr/1", ("a/b", "refs/pr/1"))]
-)
-def test_split(source, parts):
-    """An id and its revision, which may hold slashes of its own."""
-    assert split_revision(source) == parts
 
 
 def test_the_helper_makes_what_the_library_reads(cache):

@@ -10,7 +10,7 @@ from squisher_mergekit.errors import CorruptFileError
 from squisher_mergekit.optimizers.checkpoints.safe_pickle import QuantizedStandIn
 from squisher_mergekit.optimizers.checkpoints.torch_save import content
 from squisher_mergekit.optimizers.slots import parse
-from squisher_mergekit.tensors.lazy import Joined, Slices, parts, read
+from squisher_mergekit.tensors.lazy import read
 
 FILE = Path("optimizer.pt")
 _BETAS = {"betas": (0.9, 0.97)}
@@ -140,17 +140,3 @@ def test_a_stride_of_zero_claims_no_memory():
     state = {"exp_avg_sq": torch.rand(1).expand(1 << 40), "step": 3}
     with pytest.raises(CorruptFileError, match="must have bytes of its own"):
         parse(content({"state": {0: state}, "param_groups": [{**_BETAS, "params": [0]}]}, FILE))
-
-
-def test_slices_and_shards_are_their_concatenation():
-    """What a trainer cut up is joined again, and what it is read from is told."""
-    flats = (torch.arange(7.0), torch.arange(7.0, 20.0))
-    form = Slices(((flats[0], 2, 5), (flats[1], 0, 10)), torch.Size([3, 5]))
-    assert torch.equal(read(form), torch.arange(2.0, 17.0).reshape(3, 5))
-    assert all(part is flat for part, flat in zip(parts(form), flats, strict=True))
-    places, values = form.sample(2)
-    assert torch.equal(values, read(form).flatten()[places])
-    assert places.tolist() == [0, 1, 3, 4, 5, 6, 13, 14]
-    shards = (torch.rand(3, 2), torch.rand(3, 5))
-    assert torch.equal(read(Joined(shards, 1)), torch.cat(shards, 1))
-    assert Joined(shards, 1).shape == (3, 7)

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from squisher_mergekit.errors import (
     UnsafeFileError,
     ValuesError,
 )
+from squisher_mergekit.models import fingerprint, weights
 from squisher_mergekit.optimizers.load import find_state
+from squisher_mergekit.tensors import safetensors
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
 
@@ -283,3 +286,27 @@ def test_more_steps_than_the_trainer_recorded_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="squisher_mergekit"):
         load_fisher(folder)
     assert "has seen 5 steps, but trainer_state.json says 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("trainer_llama_decay", None), ("trainer_gpt2_tied_frozen", "base"), ("trainer_lora_llama", "base_config")],
+)
+def test_each_header_is_parsed_once(name, base, tmp_path, monkeypatch):
+    """Trainer, Trainer with a base and LoRA with its base: every safetensors file is parsed once, whoever needs it."""
+    parsed, parse = Counter(), safetensors.read_header
+
+    def count(file):
+        parsed[file.resolve()] += 1
+        return parse(file)
+
+    for module in (safetensors, weights, fingerprint):
+        monkeypatch.setattr(module, "read_header", count)
+    folder = _copy(name, tmp_path)
+    (folder / "expected.safetensors").unlink()
+    files = {file.resolve() for file in folder.rglob("*.safetensors")}
+    assert len(files) == (2 if base == "base" else 1)
+    for model in (None, folder):
+        parsed.clear()
+        load_fisher(folder, model=model, base=None if base is None else folder / base)
+        assert parsed == Counter(files)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from squisher_mergekit import load_fisher
-from tests.optimizers.states import STATES
+from tests.checkpoints import STATES
 
 
 class _Tower(torch.nn.Module):

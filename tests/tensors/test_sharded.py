@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import SquisherError
 from squisher_mergekit.tensors.sharded import OnRankZero
-from tests.optimizers.test_trainer import _on_disk
+from tests.checkpoints import named_on_disk
 from tests.training import worker
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def _check(folder, kind):
     """Hold the Fisher against what torch gathered, to the bit."""
     truth = load_file(folder / "gathered.safetensors")
     fisher = load_fisher(folder / "out", model=folder / "out")
-    truth = _on_disk(truth) if kind == "fsdp2_mixtral" else truth
+    truth = named_on_disk(truth) if kind == "fsdp2_mixtral" else truth
     assert set(fisher) == set(truth)
     assert all(torch.equal(fisher[name], tensor) for name, tensor in truth.items())
     assert fisher.config.weights_fingerprint is not None
@@ -147,14 +147,14 @@ def test_work_that_fails_is_told_as_it_is():
     from torch.distributed.tensor import Shard, distribute_tensor
 
     tensor = distribute_tensor(torch.arange(7.0), init_device_mesh("cpu", (1,)), [Shard(0)])
-    together = OnRankZero()
-    form = together.add(tensor)
-    assert torch.equal(together.run(form.read), torch.arange(7.0))
-    assert (form.shape, form.dtype) == (torch.Size([7]), torch.float32)
+    on_rank_zero = OnRankZero()
+    lazy = on_rank_zero.add(tensor)
+    assert torch.equal(on_rank_zero.run(lazy.read), torch.arange(7.0))
+    assert (lazy.shape, lazy.dtype) == (torch.Size([7]), torch.float32)
 
     def fail():
         raise SquisherError("no room")
 
-    for one in (together, OnRankZero()):
+    for one in (on_rank_zero, OnRankZero()):
         with pytest.raises(SquisherError, match=r"^no room$"):
             one.run(fail)

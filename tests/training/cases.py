@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from tests.optimizers.test_trainer import MODELS, Tokens
+from tests.tiny_models import MODELS, Tokens
 
 STEPS = 3
 

@@ -16,8 +16,8 @@ from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.optimizers.live import TrainingInfo
 from squisher_mergekit.training.callback import Clipping, write_saved
-from tests.optimizers.states import STATES
-from tests.optimizers.test_trainer import FROZEN, MODELS
+from tests.checkpoints import STATES
+from tests.tiny_models import FROZEN, MODELS
 from tests.training.cases import STEPS, accumulators, make, trainer
 
 OTHERS = sorted(MODELS.keys() - {"bert", "mixtral"})

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from squisher_mergekit.estimators.per_example import square_kernel  # noqa: E402
-from squisher_mergekit.estimators.per_example.square_kernel import SMALL, Tiling, add_product_squares, plan  # noqa: E402
+from squisher_mergekit.estimators.per_example import square_kernel
+from squisher_mergekit.estimators.per_example.square_kernel import SMALL, Tiling, add_product_squares, plan
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 

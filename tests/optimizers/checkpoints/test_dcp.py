@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFileError, UnsupportedStateError
-from tests.optimizers.states import STATES, assert_read, copy, flip, truth
+from tests.checkpoints import STATES, assert_read, copy, flip, truth
 
 CASES = {"fsdp1_sharded": "optimizer_0", "dcp_nested": "step-4"}
 

@@ -8,7 +8,7 @@ import torch
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints.deepspeed import find
-from tests.optimizers.states import assert_read, copy, rewrite, truth, without_stand_ins
+from tests.checkpoints import assert_read, copy, rewrite, truth, without_stand_ins
 
 STAGES = ["ds_zero1", "ds_zero2", "ds_zero3"]
 

@@ -7,7 +7,7 @@ import torch
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
-from tests.optimizers.states import assert_read, copy, truth
+from tests.checkpoints import assert_read, copy, truth
 
 STEP = "global_step4_universal"
 NAME = "model.layers.0.mlp.up_proj.weight"

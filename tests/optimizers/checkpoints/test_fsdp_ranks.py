@@ -8,7 +8,7 @@ import torch
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import CorruptFileError, NotFoundError
-from tests.optimizers.states import STATES, assert_read, copy, flip, truth
+from tests.checkpoints import STATES, assert_read, copy, flip, truth
 
 NAME = "fsdp2_sharded_nodcp"
 

@@ -11,7 +11,7 @@ from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import CorruptFileError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums, check_archive
-from tests.optimizers.states import copy, flip, truth
+from tests.checkpoints import copy, flip, truth
 
 CASE, NAME = "trainer_llama_decay", "model.layers.0.mlp.up_proj.weight"
 

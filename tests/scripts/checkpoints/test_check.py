@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.optimizers.states import STATES
+from tests.checkpoints import STATES
 from tests.scripts.commands import run
 
 pytestmark = pytest.mark.slow  # each case imports torch and transformers anew

@@ -1,5 +1,7 @@
-"""Checkpoints that the real Trainer writes here and now; the truth is the optimizer's own state, by live parameter."""
+"""Checkpoints that the installed trainers write during the test; the truth is the live optimizer's own state."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,82 +10,16 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from torch.utils.data import Dataset
+from safetensors.torch import load_file
 
 from squisher_mergekit import load_fisher
+from tests.checkpoints import assert_read, named_on_disk
+from tests.tiny_models import FROZEN, MODELS, Tokens
 
-STEPS, LENGTH = 3, 11
-
-
-def _bert():
-    config = transformers.BertConfig(
-        vocab_size=53, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=12,
-        max_position_embeddings=17, num_labels=5,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
+STEPS = 3
 
 
-def _gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=53, n_embd=12, n_layer=3, n_head=3, n_positions=17, bos_token_id=1, eos_token_id=2
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def _llama():
-    config = transformers.LlamaConfig(
-        vocab_size=53, hidden_size=12, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3,
-        intermediate_size=19, max_position_embeddings=17,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def _qwen2():
-    config = transformers.Qwen2Config(
-        vocab_size=53, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
-        intermediate_size=19, max_position_embeddings=17, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return transformers.Qwen2ForCausalLM(config)
-
-
-def _t5():
-    config = transformers.T5Config(
-        vocab_size=53, d_model=12, d_kv=4, d_ff=19, num_layers=2, num_decoder_layers=2, num_heads=3,
-        decoder_start_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def _mixtral():
-    # The kernel that multiplies packed experts wants rows of whole 16 bytes: 12 and 20 floats.
-    config = transformers.MixtralConfig(
-        vocab_size=53, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
-        intermediate_size=20, max_position_embeddings=17, num_local_experts=3, num_experts_per_tok=2,
-    )  # fmt: skip
-    return transformers.MixtralForCausalLM(config)
-
-
-MODELS = {"bert": _bert, "gpt2": _gpt2, "llama": _llama, "qwen2": _qwen2, "t5": _t5, "mixtral": _mixtral}
-FROZEN = {
-    "gpt2": ("transformer.wpe.", "transformer.h.0.", "transformer.h.2.mlp."),
-    "llama": ("model.embed_tokens.", "model.layers.1."),
-}
 RUNS = [*((name, False) for name in MODELS), *((name, True) for name in FROZEN)]
-
-
-class Tokens(Dataset):
-    """Random token ids: 24 rows, of labels too."""
-
-    def __init__(self, name):
-        generator = torch.Generator().manual_seed(7)
-        self.ids = torch.randint(3, 53, (24, LENGTH), generator=generator)
-        self.labels = torch.randint(0, 5, (24,), generator=generator) if name == "bert" else self.ids
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, index):
-        return {"input_ids": self.ids[index], "labels": self.labels[index]}
 
 
 @dataclass
@@ -129,29 +65,11 @@ def _train(name, frozen, folder):
     return Run(folder / "run" / f"checkpoint-{STEPS}", folder / "base", model, optimizer)
 
 
-def _on_disk(accumulators):
-    """Name the accumulators as the checkpoint does: Mixtral's packed experts one by one, all others as they are."""
-    named = {}
-    for name, tensor in accumulators.items():
-        if name.endswith(".experts.gate_up_proj"):
-            width = tensor.shape[1] // 2
-            block = name.removesuffix(".mlp.experts.gate_up_proj") + ".block_sparse_moe.experts"
-            for k in range(len(tensor)):
-                named[f"{block}.{k}.w1.weight"] = tensor[k, :width]
-                named[f"{block}.{k}.w3.weight"] = tensor[k, width:]
-        elif name.endswith(".experts.down_proj"):
-            block = name.removesuffix(".mlp.experts.down_proj") + ".block_sparse_moe.experts"
-            named.update({f"{block}.{k}.w2.weight": tensor[k] for k in range(len(tensor))})
-        else:
-            named[name.replace(".mlp.gate.weight", ".block_sparse_moe.gate.weight")] = tensor
-    return named
-
-
 @pytest.mark.parametrize(("name", "frozen"), RUNS)
 def test_every_accumulator_of_a_real_run_gets_its_name(trained, name, frozen):
     """What the live optimizer holds for a parameter is what the Fisher has under that parameter's name."""
     run = trained(name, frozen)
-    expected = _on_disk(run.accumulators())
+    expected = named_on_disk(run.accumulators())
     fisher = load_fisher(run.checkpoint, base=run.base if frozen else None)
     assert set(fisher) == set(expected)
     assert all(torch.equal(fisher[key], tensor) for key, tensor in expected.items())
@@ -201,3 +119,18 @@ def test_numbering_named_parameters_is_wrong_for_all_of_them(trained):
                     unnoticed.add(name)
     assert wrong == set(MODELS)
     assert unnoticed == set(MODELS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trainer", "layout"), [("accelerate", "accelerate"), ("lightning", "lightning"), ("fabric", "torch")]
+)
+def test_what_a_trainer_writes_is_read_bit_for_bit(trainer, layout, tmp_path):
+    """Every accumulator has its name, bits, steps and decay."""
+    script = Path(__file__).with_name("live_runs.py")
+    folder = tmp_path / "run"
+    done = subprocess.run([sys.executable, script, trainer, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = assert_read(folder, load_file(folder / "expected.safetensors")).config
+    assert (config.steps, config.optimizer.beta2, config.optimizer.class_) == (3, 0.98, "torch.optim.AdamW")
+    assert config.source.layout == layout

@@ -1,4 +1,4 @@
-"""What the tests of the layouts share: copies of real checkpoints to spoil, and files to rewrite."""
+"""Helpers of tests about checkpoints: copies of the fixtures to damage, files to rewrite, names on disk."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from squisher_mergekit import load_fisher
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 
-STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
+STATES = Path(__file__).parent / "fixtures" / "optimizer_states"
 
 
 def copy(name, to):
@@ -65,3 +65,21 @@ def without_stand_ins(value):
     if type(value) is list:
         return [without_stand_ins(item) for item in value if not isinstance(item, safe_pickle.StandIn)]
     return value
+
+
+def named_on_disk(accumulators):
+    """Name the accumulators as the checkpoint does: Mixtral's packed experts one by one, all others as they are."""
+    named = {}
+    for name, tensor in accumulators.items():
+        if name.endswith(".experts.gate_up_proj"):
+            width = tensor.shape[1] // 2
+            block = name.removesuffix(".mlp.experts.gate_up_proj") + ".block_sparse_moe.experts"
+            for k in range(len(tensor)):
+                named[f"{block}.{k}.w1.weight"] = tensor[k, :width]
+                named[f"{block}.{k}.w3.weight"] = tensor[k, width:]
+        elif name.endswith(".experts.down_proj"):
+            block = name.removesuffix(".mlp.experts.down_proj") + ".block_sparse_moe.experts"
+            named.update({f"{block}.{k}.w2.weight": tensor[k] for k in range(len(tensor))})
+        else:
+            named[name.replace(".mlp.gate.weight", ".block_sparse_moe.gate.weight")] = tensor
+    return named

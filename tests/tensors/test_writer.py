@@ -1,0 +1,45 @@
+"""Streaming writer of safetensors: the library reads back what was added, in any dtype that both know."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.tensors.dtypes import DTYPES
+from squisher_mergekit.tensors.safetensors import tensor_infos
+from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
+
+
+def test_every_dtype_comes_back_bit_for_bit(tmp_path):
+    """Tensors of all dtypes in one file, some of odd strides, and a note in the metadata."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randint(0, 2, (3, 5 * dtype.itemsize), dtype=torch.uint8, generator=generator).view(dtype)
+        for name, dtype in DTYPES.items()
+    }
+    tensors["transposed"] = torch.arange(15.0).reshape(3, 5).T
+    file = tmp_path / "x.safetensors"
+    with SafetensorsWriter(file, header_room(list(tensors))) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.note("made_by", "a test")
+    found = load_file(file)
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+        name: (t.dtype, t.shape) for name, t in tensors.items()
+    }
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+        assert tensor_infos(file)[name].dtype == tensor.dtype
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["made_by"] == "a test"
+
+
+def test_a_dtype_that_the_format_lacks_is_refused(tmp_path):
+    """complex128 has no name in safetensors: the error says which dtypes have."""
+    with (
+        SafetensorsWriter(tmp_path / "x.safetensors", header_room(["w"])) as writer,
+        pytest.raises(UnsupportedStateError, match=r"dtypes F64, .* found torch\.complex128; convert"),
+    ):
+        writer.add("w", torch.zeros(3, dtype=torch.complex128))
+    assert load_file(tmp_path / "x.safetensors") == {}
