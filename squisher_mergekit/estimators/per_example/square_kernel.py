@@ -8,8 +8,6 @@ registers. A loop over :func:`torch.bmm` would write and read each example's gra
 from __future__ import annotations
 
 import functools
-import importlib.util
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-LOG = logging.getLogger("squisher_mergekit")
+from squisher_mergekit.estimators.per_example.kernel_fallback import can_launch, give_up
+
+KERNEL = "square"
 Precision = Literal["ieee", "tf32x3"]
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -62,24 +62,11 @@ TILINGS = (
 # A card with less shared memory than any of the above asks for.
 SMALL = Tiling(64, 64, 32, 4, 2, speed=0.4)
 
-_failed: set[str] = set()  # devices on which no kernel runs
-
 
 def is_offered(total: Tensor, b: Tensor, a: Tensor) -> bool:
     """Return whether the kernel takes these tensors: bfloat16 or float16 on a GPU that Triton compiles for."""
-    return (
-        b.dtype == a.dtype
-        and b.dtype in _NARROW
-        and total.dtype == torch.float32
-        and b.is_cuda
-        and str(total.device) not in _failed
-        and _has_triton()
-    )
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    narrow = b.dtype == a.dtype and b.dtype in _NARROW and total.dtype == torch.float32
+    return narrow and can_launch(KERNEL, b)
 
 
 def add_product_squares(
@@ -138,7 +125,9 @@ def plan(
         >>> plan(5632, 2048, 8, 512, 132)[1], plan(256, 2048, 8, 512, 132)[1]
         (1, 4)
     """
-    parts = sorted({min(examples, -(-processors * k // 8)) for k in range(1, 17)} | {1, 2, 4, 8} & {*range(examples + 1)})
+    parts = sorted(
+        {min(examples, -(-processors * k // 8)) for k in range(1, 17)} | {1, 2, 4, 8} & {*range(examples + 1)}
+    )
     choices = [(tiling, splits) for tiling in tilings for splits in parts]
     return min(choices, key=lambda choice: _expected(*choice, rows, columns, examples, tokens, processors))
 
@@ -202,15 +191,16 @@ def try_product_squares(total: Tensor, b: Tensor, a: Tensor) -> bool:
     """
     if not is_offered(total, b, a):
         return False
-    for tiling in (None, SMALL):
+    try:
         try:
-            add_product_squares(total, b, a, tiling=tiling)
+            add_product_squares(total, b, a)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # compilers fail in many ways
-            reason = " ".join(str(error).split())[:200]
-        else:
-            return True
-    _failed.add(str(total.device))
-    LOG.warning("the fused kernel does not run on %s (%s); torch.bmm takes its place", total.device, reason)
-    return False
+        except Exception:  # the card has less shared memory, perhaps
+            add_product_squares(total, b, a, tiling=SMALL)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways
+        give_up(KERNEL, total, error)
+        return False
+    return True

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from squisher_mergekit.estimators.per_example import square_kernel
+from squisher_mergekit.estimators.per_example import kernel_fallback, square_kernel
 from squisher_mergekit.estimators.per_example.square_kernel import SMALL, Tiling, add_product_squares, plan
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -166,9 +166,10 @@ def test_one_example_is_never_split():
 
 @pytest.fixture
 def offered(monkeypatch):
-    """Offer the kernel on every device."""
-    monkeypatch.setattr(square_kernel, "is_offered", lambda *_: "cpu" not in square_kernel._failed)
-    monkeypatch.setattr(square_kernel, "_failed", set())
+    """Offer the kernel on every device where it has not failed."""
+    failed = set()
+    monkeypatch.setattr(kernel_fallback, "_failed", failed)
+    monkeypatch.setattr(square_kernel, "is_offered", lambda *_: not failed)
 
 
 def test_a_cpu_is_not_offered_the_kernel():
@@ -208,5 +209,5 @@ def test_a_failing_kernel_is_told_once(offered, monkeypatch, caplog):
         assert not square_kernel.try_product_squares(torch.zeros(23, 37), b, a)
     assert len(calls) == 2  # the planned tiling and the small one
     assert [record.message for record in caplog.records] == [
-        "the fused kernel does not run on cpu (no compiler); torch.bmm takes its place"
+        "the fused kernel square does not run on cpu (no compiler); torch takes its place"
     ]
