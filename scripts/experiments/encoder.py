@@ -107,8 +107,10 @@ def train(
     """Fine-tune a model and write the files that :func:`fine_tune` describes.
 
     Args:
-        recipe: Recipe of the fine-tuning. work: Folder of trained models. folder: Output folder. watch: Function to
-        call before each optimizer step with its number, from 1, and the model with clipped gradients.
+        recipe: Recipe of the fine-tuning.
+        work: Folder of trained models.
+        folder: Output folder.
+        watch: Function to call before each step with its number, from 1, and the model, after clipping.
         optimizer_class: Class of AdamW.
     """
     start = encoder(work) if recipe.start is None else work / "models" / recipe.start / "final"

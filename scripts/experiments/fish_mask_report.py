@@ -145,11 +145,11 @@ def _trained_note(report: Mapping[str, Any]) -> str:
     """Return a note that compares training inside the Squisher's mask and inside a random mask."""
     shares, dense = shares_of(report), mean(dense_of(report))
     below = {share: mean(means(report, "trained", "squisher", share)) - dense for share in shares}
-    beside = ", ".join(f"{value:+.1f} at {float(share):.1%}" for share, value in below.items())
+    differences = ", ".join(f"{value:+.1f} at {float(share):.1%}" for share, value in below.items())
     worse = [f"{float(share):.1%}" for share in shares if mean(gains(report, "trained", "squisher", share)) <= 0]
     note = (
         f"Points above the random mask (and on how many tasks and seeds): {_above(report, 'trained', 'squisher')}. "
-        f"Beside all of it fine-tuned: {beside}."
+        f"Points above the fully fine-tuned model: {differences}."
     )
     if worse:
         note += (

@@ -41,7 +41,7 @@ METHODS = {
     "unscaled": Method("Squisher without a factor", "average", scale=1.0),
     "short": Method("Squisher with beta 0.95", "average", beta=0.95),
     "joint": Method("joint Fisher", "joint"),
-    "reset": Method("Squisher with Adam begun anew", "average", reset=True),
+    "reset": Method("Squisher with a new Adam for each task", "average", reset=True),
     "own": Method("Adam's own second moment", "optimizer"),
 }
 MAIN = ("none", "l2", "fisher", "squisher")
@@ -132,7 +132,7 @@ def _verdict(found: Mapping[str, Result]) -> str:
         verdict = "the paper's order by the means, **not on every seed**"
     alone, gain = spread(ends(found["none"]))[1], mean(gains(found, "squisher"))
     if alone > gain > 1:
-        verdict += f" (likely because each seed draws its tasks anew: without a penalty, seeds differ by ± {alone:.1f})"
+        verdict += f" (likely because each seed draws other tasks: without a penalty, seeds differ by ± {alone:.1f})"
     less, more = sorted(("fisher", "squisher"), key=lambda name: mean(found[name]["learnt"]))
     held, free = (mean(found[name]["learnt"]) for name in (less, more))
     if free - held > HELD_BACK:
@@ -192,7 +192,7 @@ def _chosen(report: Mapping[str, Any], found: Mapping[str, Mapping[str, Result]]
         if name != "none"
     ]
     at = edges(report, found)
-    ending = f" It is at the end of its grid, and a better one may lie beyond: {'; '.join(at)}." if at else ""
+    ending = f" At the end of its grid, so that a better value may be outside: {'; '.join(at)}." if at else ""
     return (
         f"Lambda, chosen by the mean over seeds {' and '.join(map(str, settings['validation']))}, by column: "
         f"{'; '.join(parts)}. {settings['steps']} steps a task.{ending}"

@@ -1,19 +1,19 @@
-"""Gradient matching (UBGM) of four sentiment domains over a base that knows a fifth (Table 4 of the paper).
+"""Gradient matching (UBGM) of four sentiment domains over a base that was trained on a fifth (Table 4 of the paper).
 
 The paper fine-tunes RoBERTa on IMDB, from there on Yelp, RT, SST2 and Amazon, and merges the four with one shared head.
 Here the base is MiniLM, six layers, fine-tuned on movie reviews (60 steps of 16 texts, learning rate 1e-4); from there
 one model each for products and tweets (60 steps, 5e-5) and for Yelp and phones (30 steps): one pass over the training
 texts, of 32 tokens each. The whole model is merged, pooler and classifier included.
 
-Settled before a reported seed was looked at:
+Decided before a reported seed was looked at:
 
 * Fishers come at the package's default scale (``normalize: auto``), times the number of training texts
   (``fisher_scale``), as in the original. The computed Fisher is the empirical one of the first 128 training texts.
 * For each seed, alpha (``weight``) and the prior are chosen by the mean accuracy on 100 validation texts a domain, on
-  one grid for all methods; the first of equals is taken, the package's defaults come first. Task arithmetic has no
-  prior; the plain average and ``squisher`` have neither, as a common factor cancels.
+  one grid for all methods; of equal choices the first counts, and the package's defaults come first. Task arithmetic
+  has no prior; the plain average and ``squisher`` have neither, because a common factor cancels.
 * The base's validation texts are not used: a merge is for the four domains.
-* Seeds 0, 1, 2 are reported: of texts, order and dropout; the base's classifier is drawn by it and goes to all four.
+* Seeds 0, 1, 2 are reported. A seed draws texts, order, dropout, and the classifier of the base, which all four share.
 """
 
 import sys
@@ -82,7 +82,7 @@ def _mean(found: Mapping[str, float]) -> float:
 
 
 class Models:
-    """The base and the models of one seed, with their Squishers and Fishers."""
+    """Base and models of one seed, with their Squishers and Fishers."""
 
     def __init__(self, settings: Settings, work: Path) -> None:
         common = {
@@ -116,7 +116,7 @@ class Models:
         return empirical_fisher(self._model, recipe.parts().train[:texts], recipe.length)
 
     def merged(self, row: str, choice: Choice) -> Mapping[str, Tensor]:
-        """Return the weights of a row, with alpha and the prior where it has them."""
+        """Return the merged weights of a row, with alpha and the prior if the row has them."""
         alpha, prior = choice
         domains = {name: weights for name, weights in self._weights.items() if name != "base"}
         if row == "base":
@@ -155,7 +155,7 @@ class Models:
 _FULL: dict[str, Any] = {
     "base": "movies",
     "base_steps": 60,
-    # Domain: steps of fine-tuning, and texts to test on.
+    # Domain -> steps of fine-tuning, and number of test texts.
     "domains": {"products": (60, 400), "tweets": (60, 400), "yelp": (30, 200), "phones": (30, 200)},
     "layers": 6,
     "fisher_texts": 128,
@@ -177,7 +177,7 @@ EXPERIMENT = Experiment(
 
 
 def means(report: Mapping[str, Any], row: str, *, by_size: bool = False) -> list[float]:
-    """Return a row's mean over the domains for each seed; ``by_size``: weighted by the texts tested on."""
+    """Return the mean of a row over the domains for each seed; if ``by_size``, weighted by the number of test texts."""
     found = []
     for result in _results(report):
         texts = result["texts"] if by_size else dict.fromkeys(result["texts"], 1)
@@ -191,7 +191,7 @@ def _results(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return accuracies by row and domain, with the mean and the one weighted by size."""
+    """Return the table of accuracies by row and domain, with the mean and the mean weighted by size."""
     results = _results(report)
     domains = list(results[0]["texts"])
     rows = [
@@ -218,7 +218,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
-    """Return what the numbers say: gains seed by seed, what was chosen, and whether the order is the paper's."""
+    """Return notes on the gains seed by seed, the choices, and the paper's order."""
     gains = {
         row: [a - b for a, b in zip(means(report, row), means(report, "linear"), strict=True)] for row in list(ROWS)[3:]
     }
@@ -251,15 +251,15 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def _on_edge(report: Mapping[str, Any]) -> str:
-    """Say how many choices lie where the grid ends, a prior of 0 aside, which is an end of the range itself."""
+    """Return a note on the choices at an end of the grid, except a prior of 0, the end of its range."""
     choices = [choice for result in _results(report) for choice in result["chosen"].values()]
     ends = (min(ALPHAS), max(ALPHAS))
     count = sum(choice["alpha"] in ends or choice["prior"] == max(PRIORS) for choice in choices)
-    return f"{count} of {len(choices)} lie where the grid ends: alpha {ends[0]} or {ends[1]:g}, prior {max(PRIORS):g}"
+    return f"{count} of {len(choices)} are at an end of the grid: alpha {ends[0]} or {ends[1]:g}, prior {max(PRIORS):g}"
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return accuracies by domain and row."""
+    """Return the picture of accuracies by domain and row."""
     figure = drawing.new(8, 4.2)
     axes = figure.subplots()
     results = _results(report)

@@ -1,24 +1,24 @@
 """Fisher merging of six text tasks (Tables 3 and 9 of the paper): Fisher, Squisher, plain average, single models.
 
-The paper merges eight fine-tuned T5-large, trained until they had converged, with one output vocabulary for all tasks.
+The paper merges eight fine-tuned T5-large, trained to convergence, with one output vocabulary for all tasks.
 Here a MiniLM encoder of six layers is fine-tuned for one pass over 640 texts (40 steps of 16, 32 tokens each, learning
 rate 1e-4, gradients clipped at 1) on each of six tasks; pooler and classifier stay those of the task, and the rest is
 merged. Each row is scored on 200 held-out texts a task.
 
-Settled before a reported seed was looked at:
+Decided before a reported seed was looked at:
 
-* Two tables. *Apart*: each model's classifier was drawn by a seed of its own, as with models of different people.
-  *Equal*: all classifiers start alike, as with people who all leave the seed at its default; that ties class i of every
-  task to one direction of the encoder.
-* The Fisher is the empirical one (true labels, one example at a time) of the first 128 training texts.
+* Two tables. *Apart*: each model's classifier has its own seed, as with models of different people. *Equal*: all
+  classifiers start alike, as with people who keep the default seed; that ties class i of every task to one direction of
+  the encoder.
+* The Fisher is the empirical one (true labels, per example) of the first 128 training texts.
 * ``normalize`` (none, mean, l2) is chosen for each seed by the mean accuracy on 100 validation texts a task, for
-  Fisher and Squisher alike; the first of equals is taken. Nothing else is searched: all weights are 1.
-* The control gives each model the Squisher of the next one, at the Squisher's ``normalize``.
-* Table 9, heads apart: for each task the earliest checkpoint (after 16, 28 and 40 steps) that is best on the validation
-  texts, with the ``normalize`` that was chosen for the final ones.
+  Fisher and Squisher alike; of equal choices the first counts. Nothing else is searched: all weights are 1.
+* The control gives each model the Squisher of the next model, with the Squisher's ``normalize``.
+* Table 9, heads apart: for each task the earliest checkpoint (of those after 16, 28 and 40 steps) with the highest
+  accuracy on the validation texts, with the ``normalize`` of the final checkpoints.
 * Seeds 1, 2, 3 are reported. A seed draws texts, order, dropout and classifiers. Seed 0, heads apart, was a pilot with
-  movie reviews as the fifth task: its single model stayed at chance (50.5 %) after these 40 steps, so that Reuters news
-  took its place. Nothing else was changed after it.
+  movie reviews as the fifth task: its single model stayed at chance (50.5 %) after these 40 steps, so Reuters news
+  replaced it. Nothing else changed after that.
 """
 
 import json
@@ -100,7 +100,7 @@ def _place(step: int, recipe: Recipe) -> str:
 
 
 def _best_step(folder: Path, recipe: Recipe, parts: Parts) -> int:
-    """Return the earliest of the checkpoints that are best on the validation texts."""
+    """Return the steps of the earliest checkpoint with the highest accuracy on the validation texts."""
     found = {
         step: _accuracy(encoder.load(folder / _place(step, recipe)), recipe, parts, "validation")
         for step in (*recipe.keep_at, recipe.steps)
@@ -117,12 +117,12 @@ def _mean(found: Mapping[str, float]) -> float:
 
 
 class Models:
-    """The models of one seed, one a task, each with its parts, its Squisher and its Fisher.
+    """Models of one seed, one for each task, with their texts, Squishers and Fishers.
 
     Args:
         folders: Checkpoint of each task's model.
-        recipes: How each was trained.
-        fisher_texts: Training texts for the empirical Fisher.
+        recipes: Recipe of each model.
+        fisher_texts: Number of training texts for the empirical Fisher.
     """
 
     def __init__(self, folders: Mapping[str, Path], recipes: Mapping[str, Recipe], fisher_texts: int) -> None:
@@ -134,7 +134,7 @@ class Models:
         self._fishers: list[Fisher] = []
 
     def merged(self, kind: str, normalize: str = "none") -> dict[str, Tensor]:
-        """Return what is merged of the models: ``linear``, or by ``squisher``, ``fisher`` or ``control``."""
+        """Return the merged weights of a row: ``linear``, ``squisher``, ``fisher`` or ``control``."""
         if kind == "linear":
             return merge_state_dicts(self._trunks, "linear", parameters={"weight": 1.0})
         if kind == "fisher":
@@ -144,7 +144,7 @@ class Models:
         return merge_state_dicts(self._trunks, "squisher", parameters={"fisher": fishers, "normalize": normalize})
 
     def score(self, trunk: Mapping[str, Tensor] | None, part: str = "test") -> PerTask:
-        """Return the accuracy on each task, in %, with the task's own head on a trunk (None: its own as well)."""
+        """Return the accuracy in % on each task, with the task's head on a trunk (None: the task's own)."""
         found = {}
         for task, own in zip(self.models, self._trunks, strict=True):
             model = encoder.with_weights(self.models[task], own if trunk is None else trunk, head=False)
@@ -167,7 +167,7 @@ class Models:
 
 
 def empirical_fisher(model: nn.Module, rows: Sequence[encoder.Row], length: int) -> Fisher:
-    """Return the empirical Fisher of a model: the paper's "Fisher"."""
+    """Return the empirical Fisher of a model, the paper's "Fisher"."""
     return estimate_fisher(model, encoder.in_order(rows, length, 16), labels="true", grouping="example")
 
 
@@ -199,12 +199,12 @@ EXPERIMENT = Experiment(
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return accuracies by row and task, one table a start of the heads; then final against early checkpoints."""
+    """Return a table of accuracies for each start of the heads, and one of final and early checkpoints."""
     return [*(_by_task(report, heads) for heads in HEADS), _early(report)]
 
 
 def means(report: Mapping[str, Any], heads: str, row: str, when: str = "final") -> list[float]:
-    """Return a row's mean over the tasks, for each seed."""
+    """Return the mean of a row over the tasks, for each seed."""
     return [_mean(result[when][row]) for result in _results(report, heads)]
 
 
@@ -236,7 +236,7 @@ def _by_task(report: Mapping[str, Any], heads: str) -> Table:
 
 
 def _notes(report: Mapping[str, Any], heads: str) -> list[str]:
-    """Return what the numbers say: gains seed by seed, what was chosen, and whether the paper's order came out."""
+    """Return notes on the gains seed by seed, the choices, and the paper's order."""
     pairs = (("squisher", "linear"), ("fisher", "linear"), ("squisher", "fisher"), ("control", "linear"))
     gains = {pair: _differences(report, heads, *pair) for pair in pairs}
     short = {"squisher": "Squisher", "fisher": "Fisher", "linear": "average", "control": "control"}
@@ -280,7 +280,7 @@ def signed(values: Sequence[float]) -> str:
 
 
 def _early(report: Mapping[str, Any]) -> Table:
-    """Return the table of final against early-stopped checkpoints, of the heads that started apart."""
+    """Return the table of final and early-stopped checkpoints, for heads that started apart."""
     found = {row: [means(report, "apart", row, when) for when in ("final", "early")] for row in EARLY_ROWS}
     steps = [step for result in _results(report, "apart") for step in result["early"]["steps"].values()]
     taken = ", ".join(f"{steps.count(step)} of {len(steps)} after {step} steps" for step in sorted({*steps}))
@@ -298,7 +298,7 @@ def _early(report: Mapping[str, Any]) -> Table:
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return accuracies by task and row, a panel a start of the heads."""
+    """Return the picture of accuracies by task and row, one panel for each start of the heads."""
     figure = drawing.new(9, 3.6)
     panels = figure.subplots(1, len(HEADS), sharey=True)
     for axes, heads in zip(panels, HEADS, strict=True):
@@ -321,7 +321,7 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def dots(axes: Any, found: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Draw mean and standard deviation of each row (a marker) in each column (a place)."""
+    """Draw mean and standard deviation of each row, one marker each, at each column."""
     columns = list(next(iter(found.values())))
     for number, ((label, row), (mark, shade)) in enumerate(zip(found.items(), _MARKS[: len(found)], strict=True)):
         spreads = [spread(row[column]) for column in columns]

@@ -1,22 +1,21 @@
 """Pruning of a small convolutional network (Tables 5 and 10 of the paper): accuracy against sparsity.
 
-The paper prunes filters of a VGG-13 trained on CIFAR-100 by Adam, 25 to 75 % of them, and trains on. Here the layout is
-the same in small: two pairs of convolutions with BatchNorm (12 and 24 filters), a pool after each, one linear layer,
-trained by 250 steps of Adam on 4,000 digits of 14 x 14 and tested on 1,000. Pruned are single weights of the
-convolutions, or whole filters, by a smaller network. The Squisher is read from that Adam; the Fisher is the empirical
-one of 1,000 training images. Of each seed and sparsity, all scores prune the same network, which is then trained for 30
-steps of a new Adam, pruned weights held at 0. Statistics of BatchNorm are taken anew before accuracy is measured, as
-they are those of the whole network otherwise.
+The paper prunes 25 to 75 % of the filters of a VGG-13, trained on CIFAR-100 with Adam, and trains further. Here the
+network is a small version: two pairs of convolutions with BatchNorm (12 and 24 filters), a pool after each pair, one
+linear layer, 250 steps of Adam on 4,000 digits of 14 x 14, and 1,000 test digits. The experiment prunes single weights
+of the convolutions, or whole filters by a smaller network. The Squisher is the state of that Adam; the Fisher is the
+empirical one of 1,000 training images. For each seed and sparsity, all scores prune the same network, which then trains
+for 30 steps of a new Adam, with pruned weights at 0. The statistics of BatchNorm are estimated again before each test,
+because they belong to the whole network.
 
-Settled on other seeds than the reported ones, 0 to 4:
+Decided on other seeds than the reported ones, 0 to 4:
 
-* Single weights: what each layer keeps at least (a third of the share kept over all, the package's default), on two
-  seeds.
-* Filters: of ``WAYS``, each score takes the one with the highest accuracy after training, mean over seeds 100 and 101
-  and the sparsities 25 and 50 % (above, one seed can differ from another by 20 points). A training six times as long
-  was tried as well. The search has cells of its own in the report: ``CHOSEN`` can be checked.
+* Single weights: the floor of each layer (a third of the global share, the package's default), on two seeds.
+* Filters: each score takes the one of ``WAYS`` with the highest accuracy after training, mean over seeds 100 and 101
+  and the sparsities 25 and 50 % (at higher ones, seeds can differ by 20 points). A training six times as long was tried
+  as well. The report has the cells of the search, so ``CHOSEN`` can be checked.
 
-    scripts/experiments/pruning.py --full --plot pruning.png
+    python -m scripts.experiments.pruning --full --plot pruning.png
 """
 
 import argparse
@@ -43,12 +42,12 @@ from squisher_mergekit.training.masked import MaskedTraining
 
 __all__ = ["EXPERIMENT", "pictures", "tables"]
 WIDTHS, BATCH, RATE = (12, 24), 64, 1e-3
-STEPS = 250  # of the optimizer
-EXAMPLES = 1000  # behind the Fisher
+STEPS = 250  # learning rate
+EXAMPLES = 1000  # training images for the Fisher
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
 SEEDS, SEARCH_SEEDS = tuple(range(5)), (100, 101)
 SEARCHED, TRIED_LONGER = (0.25, 0.5), (0.5, 0.75)  # sparsities
-# How filters of different layers are compared: options of choose_units.
+# Ways to compare filters of different layers: options of choose_units.
 _ALL, _UNITS, _EACH = "over all layers", "over all layers, in units of each one's mean", "in each layer the same share"
 WAYS: dict[str, dict[str, Any]] = {_ALL: {}, _UNITS: {"normalize": "layer"}, _EACH: {"scope": "layer"}}
 CHOSEN = {"fisher": _ALL, "squisher": _ALL, "magnitude": _EACH, "random": _EACH}
@@ -66,7 +65,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Point:
-    """A pruned network: accuracy right after pruning and after training on, and what each convolution keeps."""
+    """Pruned network: accuracy right after pruning and after further training, and the size of each convolution."""
 
     at_once: float
     retrained: float
@@ -74,7 +73,7 @@ class Point:
 
 
 def load(seed: int) -> Data:
-    """Return the digits of a seed, pixels averaged two by two and centred."""
+    """Return the digits of a seed, with pixels averaged two by two and centred."""
     found = digits.load(seed)
 
     def small(pixels: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ def load(seed: int) -> Data:
 
 
 def network(seed: int) -> nn.Sequential:
-    """Return the network: two pairs of convolutions, a pool to 7 x 7 and to 3 x 3, one linear layer."""
+    """Return a network of two pairs of convolutions, pools to 7 x 7 and 3 x 3, and one linear layer."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     last = 1
@@ -97,7 +96,7 @@ def network(seed: int) -> nn.Sequential:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, steps: int, seed: int) -> None:
-    """Train by mini-batches that the seed draws."""
+    """Train on mini-batches that the seed draws."""
     order = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(steps):
@@ -109,7 +108,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, steps:
 
 @torch.no_grad()
 def renew_statistics(model: nn.Module, images: Tensor, batch: int = 250) -> None:
-    """Take the running mean and variance of each BatchNorm anew, as plain averages over batches."""
+    """Estimate the running mean and variance of each BatchNorm again, as plain averages over batches."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -124,13 +123,13 @@ def renew_statistics(model: nn.Module, images: Tensor, batch: int = 250) -> None
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
-    """Return the share of test images that are told right."""
+    """Return the accuracy on the test images."""
     model.eval()
     return (model(data.test).argmax(1) == data.test_labels).double().mean().item()
 
 
 class Run:
-    """A trained network and what the scores take: one for all that is pruned of a seed."""
+    """Trained network of a seed, with the inputs of the scores."""
 
     def __init__(self, seed: int, steps: int = STEPS) -> None:
         self.seed, self.data, self.model = seed, load(seed), network(seed)
@@ -152,14 +151,14 @@ class Run:
         return Point(*self._measured(pruned, mask), kept)
 
     def filters(self, score: str, sparsity: float, way: str, retrain: int = RETRAIN) -> Point:
-        """Prune filters, by a smaller network."""
+        """Prune filters by a smaller network."""
         units = chain_units(self.model)
         choice = choose_units(self.model, units, sparsity=sparsity, **self._given(score), **WAYS[way])
         small = shrink(self.model, choice)
         return Point(*self._measured(small, steps=retrain), [layer.out_channels for _, layer in convolutions(small)])
 
     def whole(self) -> Point:
-        """Measure the network that is not pruned, and train it on as the pruned ones are."""
+        """Test the network without pruning, before and after the same further training."""
         kept = [layer.out_channels for _, layer in convolutions(self.model)]
         return Point(*self._measured(copy.deepcopy(self.model)), kept)
 
@@ -171,7 +170,7 @@ class Run:
     def _measured(
         self, pruned: nn.Module, mask: Mapping[str, Tensor] | None = None, steps: int = RETRAIN
     ) -> tuple[float, float]:
-        """Return the accuracy of a pruned network before and after a short training, under its mask if it has one."""
+        """Return the accuracy of a pruned network before and after a short training under its mask."""
         renew_statistics(pruned, self.data.train[:EXAMPLES])
         at_once = accuracy(pruned, self.data)
         optimizer = torch.optim.Adam(pruned.parameters(), lr=RATE)
@@ -188,7 +187,7 @@ def convolutions(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
 
 
 def cell(settings: Settings, work: Path) -> Result:
-    """Prune the network of one seed in every way that is reported, or its filters in every way that is searched."""
+    """Prune the network of one seed in every reported way, or its filters in every way of the search."""
     run, sparsities = Run(settings["seed"], settings["steps"]), settings["sparsities"]
     if "longer" not in settings:
         return {
@@ -223,7 +222,7 @@ EXPERIMENT = Experiment(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as every experiment does; ``--plot FILE`` draws the picture as well."""
+    """Run the experiment as a command; ``--plot FILE`` draws the picture as well."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--out", type=Path)

@@ -1,4 +1,4 @@
-"""Tables and pictures of ``pruning``: of its report alone, so that nothing that trains has to be imported."""
+"""Tables and pictures of ``pruning``, from its report only, without imports of training code."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -8,7 +8,7 @@ from scripts.experiments import drawing
 from scripts.experiments.tables import Table, mean_sd
 
 SCORES = ("fisher", "squisher", "magnitude", "random")
-RETRAIN, LONGER = 30, 190  # optimizer steps after pruning, and those that were tried as well
+RETRAIN, LONGER = 30, 190  # optimizer steps after pruning, and a longer training that was tried
 LABELS = {"fisher": "Fisher", "squisher": "Squisher", "magnitude": "magnitude", "random": "random"}
 MOMENTS = {"at_once": "right after pruning", "retrained": "trained on"}
 KINDS = {"weights": "single weights", "filters": "filters"}
@@ -21,7 +21,7 @@ _STYLES = {
 
 
 class Found:
-    """What a report holds: cells of the reported seeds, and those of the search, which have ``longer`` in settings."""
+    """Cells of a report: those of the reported seeds, and those of the search (``longer`` in their settings)."""
 
     def __init__(self, report: Mapping[str, Any]) -> None:
         cells: dict[bool, list[Any]] = {False: [], True: []}
@@ -37,8 +37,8 @@ class Found:
         """Return, for each sparsity, the accuracy of each seed in %.
 
         Args:
-            kind: ``weights``, ``filters``, or ``longer`` (filters trained on for longer, on the seeds of the search).
-            score: Of ``SCORES``.
+            kind: ``weights``, ``filters``, or ``longer`` (filters after a longer training, on the seeds of the search).
+            score: Key of ``SCORES``.
             moment: ``at_once`` or ``retrained``.
         """
         results = self.searched if kind == "longer" else self.reported
@@ -46,12 +46,12 @@ class Found:
         return [list(values) for values in zip(*by_seed, strict=True)]
 
     def gains(self, kind: str, moment: str, one: str, other: str) -> list[list[float]]:
-        """Return, for each sparsity and seed, by how many points a score is above another."""
+        """Return the points of a score above another one, for each sparsity and seed."""
         pairs = zip(self.points(kind, one, moment), self.points(kind, other, moment), strict=True)
         return [[a - b for a, b in zip(ours, theirs, strict=True)] for ours, theirs in pairs]
 
     def shares(self, chosen: Sequence[bool]) -> str:
-        """Return those of the sparsities that are chosen, as text."""
+        """Return the chosen sparsities as text."""
         return percent([share for share, yes in zip(self.sparsities, chosen, strict=True) if yes])
 
 
@@ -66,7 +66,7 @@ def percent(shares: Sequence[float]) -> str:
 
 
 def best_ways(found: Found) -> dict[str, str]:
-    """Return score -> the way to prune filters that is best, after training on, on the seeds of the search."""
+    """Return a mapping from scores to the best way to prune filters, after training, on the seeds of the search."""
     best = {}
     for score in SCORES:
         totals: dict[str, float] = {}
@@ -78,7 +78,7 @@ def best_ways(found: Found) -> dict[str, str]:
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return the accuracies of single weights and of filters, right after pruning and after training on."""
+    """Return the tables of single weights and of filters, right after pruning and after further training."""
     found = Found(report)
     before, after = (mean_sd([100 * one["whole"][moment] for one in found.reported]) for moment in MOMENTS)
     seeds = f"test accuracy (%), {len(found.reported)} seeds; the whole network: {before}, trained on as well: {after}"
@@ -97,7 +97,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def _differences(found: Found, kind: str) -> str:
-    """Say by how much the Squisher is above each other score after training on."""
+    """Return a note with the points of the Squisher above each other score after further training."""
     said = [
         f"{LABELS[other]} {', '.join(map(marked, found.gains(kind, 'retrained', 'squisher', other)))}"
         for other in SCORES
@@ -120,7 +120,7 @@ def marked(gains: Sequence[float]) -> str:
 
 
 def _verdict(found: Found, kind: str, moment: str) -> str:
-    """Say how far Fisher and Squisher agree, and where both are above random or magnitude is as good."""
+    """Return a note on the agreement of Fisher and Squisher, and on random and magnitude."""
     means = {score: list(map(mean, found.points(kind, score, moment))) for score in SCORES}
     apart = [abs(one - two) for one, two in zip(means["fisher"], means["squisher"], strict=True)]
     lowest = [min(pair) for pair in zip(means["fisher"], means["squisher"], strict=True)]
@@ -149,7 +149,7 @@ def _verdict(found: Found, kind: str, moment: str) -> str:
 
 
 def _about_filters(found: Found) -> list[str]:
-    """Say how filters were compared, what a longer training gives, and how many each layer keeps."""
+    """Return notes on the comparison of filters, on a longer training, and on the filters of each layer."""
     ways: dict[str, list[str]] = {}
     for score, way in best_ways(found).items():
         ways.setdefault(way, []).append(LABELS[score])
@@ -172,7 +172,7 @@ def _about_filters(found: Found) -> list[str]:
 
 
 def _little_left(found: Found, least: float = 20) -> list[str]:
-    """Say where no score leaves more than so many % accuracy, the likely cause if no order is seen there."""
+    """Return a note on sparsities at which no score leaves much accuracy, the likely cause of a missing order."""
     by_score = [list(map(mean, found.points("filters", score, "at_once"))) for score in SCORES]
     best = [max(values) for values in zip(*by_score, strict=True)]
     gone = [value < least for value in best]
@@ -181,18 +181,18 @@ def _little_left(found: Found, least: float = 20) -> list[str]:
     most = max(value for value, yes in zip(best, gone, strict=True) if yes)
     return [
         f"At {found.shares(gone)} no score leaves more than {most:.1f} % right after pruning. So narrow a network is "
-        "then trained almost anew, the likely reason why no clear order is seen there."
+        "then trained almost from scratch, the likely reason why there is no clear order."
     ]
 
 
 def _kept(found: Found, score: str) -> list[list[float]]:
-    """Return, for each sparsity, how many filters each layer keeps in the mean over seeds."""
+    """Return the mean number of filters of each layer over the seeds, for each sparsity."""
     by_seed = [[point["kept"] for point in one["filters"][score]] for one in found.reported]
     return [[mean(layer) for layer in zip(*widths, strict=True)] for widths in zip(*by_seed, strict=True)]
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return accuracy against sparsity: single weights and filters, right after pruning and after training on."""
+    """Return the picture of accuracy against sparsity for single weights and filters."""
     found = Found(report)
     figure = drawing.new(9, 6)
     panels = figure.subplots(2, 2, sharex=True, sharey="row")

@@ -1,24 +1,23 @@
-"""What users ask of a Squisher and the paper does not answer, on merges of four text tasks.
+"""Questions about Squishers that the paper leaves open, answered on merges of four text tasks.
 
-1. After how many steps is it good? The weights are those of the last step; the Squisher is taken after 2, 5, 10, 20 and
-   50 steps, with beta2 = 0.9, 0.98 and 0.999. All of them are of one run: Adam's second moment depends on beta2, but so
-   do the weights, so moving averages of the squared (clipped) gradients are kept beside one AdamW (beta2 = 0.999).
-2. What does it cost to keep fewer bits? bfloat16 and the compact forms ``log8``, ``log4`` and ``rank1``, written and
-   read again; and an optimizer that keeps its state in 8 bits (AdamW8bit of bitsandbytes, all tensors of 4,096 entries
-   and more, the table of words included). In that run a float32 average of the same gradients is kept, so that weights
-   and gradients are the same and the bits alone differ.
-3. What does an estimate from other data cost? Fishers on the task's own training texts, with true labels and with
-   labels drawn from the model; and, with drawn labels, on the texts of the next task and on movie reviews, which are
-   no task's.
+1. After how many steps is a Squisher good? The weights are those of the last step; the Squisher is the one after 2, 5,
+   10, 20 and 50 steps, with beta2 = 0.9, 0.98 and 0.999. One run gives all of them: beta2 changes the weights as well
+   as the second moment, so the run has one AdamW (beta2 = 0.999) and separate averages of the squared (clipped)
+   gradients.
+2. What do fewer bits cost? bfloat16 and the compact forms ``log8``, ``log4`` and ``rank1``, written and read again; and
+   an optimizer with an 8-bit state (AdamW8bit of bitsandbytes, for all tensors of at least 4,096 entries, word
+   embeddings included). That run keeps a float32 average of the same gradients, so only the bits differ. 3. What does
+   an estimate from other data cost? Fishers on the task's own training texts, with true labels and with labels drawn
+   from the model; and, with drawn labels, on the texts of the next task and on movie reviews, which belong to no task.
 
-Models are those of ``merging``: MiniLM, six layers, 50 steps of 16 texts a task, heads that start equal, because there
-the plain average loses most and there is most to tell apart. With 50 steps a task has seen its 800 texts once.
+Models are those of ``merging``: MiniLM, six layers, 50 steps of 16 texts a task, heads that start equal, because the
+differences are largest there. In 50 steps a task sees each of its 800 texts once.
 
-Settled before a reported seed was looked at: nothing is searched. All weights are 1, ``normalize`` is the package's
-default (none for Squishers and other moving averages, mean for computed Fishers); computed Fishers are of 128 texts.
-Seeds 0, 1, 2 are reported. Rank correlations are over every eleventh entry of the merged tensors without the table of
-words, in which almost half of the entries are exactly 0 (words not seen), mean over the four tasks; their ceiling is
-that of a Fisher with a second one, of another 128 training texts.
+Decided before a reported seed was looked at: nothing is searched. All weights are 1, ``normalize`` is the package's
+default (none for Squishers and other moving averages, mean for computed Fishers); computed Fishers have 128 texts.
+Seeds 0, 1, 2 are reported. Rank correlations are means over the four tasks, over every eleventh entry of the merged
+tensors without the word embeddings, in which almost half of the entries are exactly 0 (unseen words). Their ceiling is
+the rank correlation of two Fishers on different sets of 128 training texts.
 """
 
 import importlib
@@ -59,12 +58,12 @@ Fishers = Sequence[Mapping[str, Tensor]]
 
 
 class Models:
-    """The models of one seed, one a task.
+    """Models of one seed, one for each task.
 
     Args:
-        recipes: How each was trained, by task.
-        folders: Where each lies.
-        fisher_texts: Texts of a computed Fisher.
+        recipes: Recipe of each task's model.
+        folders: Folder of each task's model.
+        fisher_texts: Number of texts of a computed Fisher.
     """
 
     def __init__(self, recipes: Mapping[str, Recipe], folders: Mapping[str, Path], fisher_texts: int) -> None:
@@ -74,7 +73,7 @@ class Models:
         self._trunks = {task: trunk_of(model) for task, model in self._models.items()}
 
     def accuracy(self, fishers: Fishers | None, normalize: str = "auto") -> float:
-        """Return the mean accuracy over the tasks, in %, of the models merged: by Fishers, or the plain average."""
+        """Return the mean accuracy of a merge over the tasks in %, by Fishers or as a plain average."""
         trunks = list(self._trunks.values())
         if fishers is None:
             merged = merge_state_dicts(trunks, "linear", parameters={"weight": 1.0})
@@ -88,7 +87,7 @@ class Models:
         return round(sum(found) / len(found), 4)
 
     def estimated(self, rows: Mapping[str, Sequence[Row]], labels: str = "true") -> list[Fisher]:
-        """Return a Fisher of each model, on the rows given for its task."""
+        """Return a Fisher of each model, on the given rows of its task."""
         fishers = []
         for task, model in self._models.items():
             encoder.with_weights(model, self._trunks[task], head=False)
@@ -97,18 +96,18 @@ class Models:
         return fishers
 
     def texts(self, part: int = 0) -> dict[str, list[Row]]:
-        """Return training texts of each task, as many as a Fisher takes; disjoint ones for another part."""
+        """Return the training texts of each task for a Fisher; another part has other texts."""
         begin = part * self._texts
         return {task: parts.train[begin : begin + self._texts] for task, parts in self.parts.items()}
 
 
 def trunk_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the weights that are merged."""
+    """Return a copy of the merged weights."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith(HEAD)}
 
 
 def entries(fisher: Mapping[str, Tensor]) -> Tensor:
-    """Return every eleventh entry of each merged tensor but the table of words, in the order of names."""
+    """Return every eleventh entry of each merged tensor except the word embeddings, in the order of names."""
     names = sorted(name for name in fisher if name != WORDS and not name.startswith(HEAD))
     return torch.cat([fisher[name].reshape(-1)[::STRIDE].float() for name in names])
 
@@ -120,18 +119,18 @@ def rank(one: Fishers, other: Fishers) -> float:
 
 
 def swapped(fishers: Fishers) -> Fishers:
-    """Return the Fishers so that each model gets that of the next one."""
+    """Return the Fishers rotated, so that each model gets the Fisher of the next model."""
     return [*fishers[1:], fishers[0]]
 
 
 def after_steps(settings: Settings, work: Path) -> Result:
-    """Take Squishers along a run, and hold each against a computed Fisher at the final weights."""
+    """Record Squishers along a run, and compare each with a computed Fisher at the final weights."""
     recipes = _recipes(settings)
     with _scratch(work) as scratch:
         for task, recipe in recipes.items():
             kept = Averages(scratch / "averages" / task, BETAS, settings["taken_at"])
             encoder.train(recipe, work, scratch / task, kept.watch)
-            encoder.keep(recipe, work, scratch / task)  # the next questions are of the same models
+            encoder.keep(recipe, work, scratch / task)  # the next questions use the same models
         models = Models(recipes, {task: scratch / task / "final" for task in recipes}, settings["fisher_texts"])
         fishers, others = (models.estimated(models.texts(part)) for part in range(2))
         rows = []
@@ -151,7 +150,7 @@ def after_steps(settings: Settings, work: Path) -> Result:
 
 
 def in_few_bits(settings: Settings, work: Path) -> Result:
-    """Write Squishers in each form, read them again and merge; beside them the plain average and the control."""
+    """Write Squishers in each form, read them again and merge; add the plain average and the control."""
     models, folders = _trained(settings, work)
     rows = []
     with _scratch(work) as scratch:
@@ -165,7 +164,7 @@ def in_few_bits(settings: Settings, work: Path) -> Result:
 
 
 def by_8bit_optimizer(settings: Settings, work: Path) -> Result:
-    """Train with states in 8 bits, and merge by them and by a float32 average of the same gradients."""
+    """Train with an 8-bit optimizer, and merge with its state and with a float32 average of the same gradients."""
     try:
         library = importlib.import_module(BITS8)
     except ImportError as error:
@@ -193,7 +192,7 @@ def by_8bit_optimizer(settings: Settings, work: Path) -> Result:
 
 
 def from_other_data(settings: Settings, work: Path) -> Result:
-    """Estimate Fishers on own and other texts, and merge by each."""
+    """Estimate Fishers on own and other texts, and merge with each."""
     models, folders = _trained(settings, work)
     own = models.texts()
     following = dict(zip(own, [*list(own.values())[1:], next(iter(own.values()))], strict=True))
@@ -222,14 +221,14 @@ QUESTIONS: dict[str, Callable[[Settings, Path], Result]] = {
 
 
 class Averages:
-    """Moving averages of the squared gradient along a run, one for each decay, written after some steps."""
+    """Moving averages of the squared gradient along a run, one for each decay, written after given steps."""
 
     def __init__(self, folder: Path, betas: Sequence[float], steps: Sequence[int]) -> None:
         self._folder, self._betas, self._steps = folder, betas, steps
         self._averages: list[GradientSquares] = []
 
     def watch(self, step: int, model: nn.Module) -> None:
-        """Take in the gradients of a step."""
+        """Add the gradients of a step."""
         self._averages = self._averages or [GradientSquares(model, beta) for beta in self._betas]
         for average in self._averages:
             average.update()
@@ -248,7 +247,7 @@ def cell(settings: Settings, work: Path) -> Result:
 
 
 def _recipes(settings: Settings) -> dict[str, Recipe]:
-    # As in ``merging``, so that what it trained is taken.
+    # As in ``merging``, so that its trained models are used.
     keys = ("steps", "layers", "train", "validation", "test")
     given = {key: settings[key] for key in keys} | {"keep_at": tuple(settings["keep_at"])}
     seed = settings["seed"]
@@ -262,18 +261,18 @@ def _trained(settings: Settings, work: Path) -> tuple[Models, dict[str, Path]]:
 
 
 def _apart(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Return the largest difference of two Fishers, in units of their largest entry."""
+    """Return the largest difference of two Fishers relative to their largest entry."""
     largest = max(float(b[name].max()) for name in b)
     return max(float((a[name] - b[name]).abs().max()) for name in b) / largest
 
 
 def _zeros(fishers: Fishers) -> float:
-    """Return which share of the entries is exactly 0, in %, mean over the tasks."""
+    """Return the share of entries that are exactly 0 in %, mean over the tasks."""
     return round(100 * sum(float((entries(fisher) == 0).float().mean()) for fisher in fishers) / len(fishers), 4)
 
 
 def _raised(exact: Fishers, coded: Fishers) -> float:
-    """Return which share of the entries that are 0 in one is not 0 in the other, in %, mean over the tasks."""
+    """Return the share of the zeros of one Fisher that the other lacks in %, mean over the tasks."""
     shares = [float((entries(b)[entries(a) == 0] > 0).float().mean()) for a, b in zip(exact, coded, strict=True)]
     return round(100 * sum(shares) / len(shares), 4)
 

@@ -1,4 +1,4 @@
-"""Tables and pictures of ``questions``: of its report alone, so that nothing that trains has to be imported."""
+"""Tables and pictures of ``questions``, from its report only, without imports of training code."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,13 +33,13 @@ def tables(report: Report) -> list[Table]:
 
 
 def results(report: Report, question: str) -> list[Found]:
-    """Return what was found by each seed, in the order of the seeds."""
+    """Return the results of each seed, in the order of the seeds."""
     cells = [cell for cell in report["cells"] if cell["settings"]["question"] == question]
     return [cell["result"] for cell in sorted(cells, key=lambda cell: cell["settings"]["seed"])]
 
 
 def values(found: Sequence[Found], key: str, **which: Any) -> list[float]:
-    """Return a number of one row, of each seed.
+    """Return a number of one row for each seed.
 
     Example:
         >>> values([{"rows": [{"form": "log8", "accuracy": 3.0}, {"form": "log4", "accuracy": 2.0}]}],
@@ -50,12 +50,12 @@ def values(found: Sequence[Found], key: str, **which: Any) -> list[float]:
 
 
 def of(found: Sequence[Found], key: str) -> list[float]:
-    """Return a number of each seed that is in no row."""
+    """Return a number outside of the rows for each seed."""
     return [one[key] for one in found]
 
 
 def gain(one: Sequence[float], other: Sequence[float], digits: int = 1) -> str:
-    """Return one less the other, seed by seed, with its sign; none where the mean is rounded to 0.
+    """Return the difference seed by seed with its sign, without a sign where the mean is rounded to 0.
 
     Example:
         >>> gain([3.0, 4.0], [1.0, 4.0])
@@ -113,7 +113,7 @@ def _notes_on_steps(found: Sequence[Found], betas: Sequence[float], steps: Seque
         f"a second computed Fisher with the first, on as many other texts, is {mean_sd(of(found, 'ceiling'), 3)}, the "
         f"best of a Squisher's {best:.3f}, {'above' if best > ceiling else 'below'} it.",
         f"Seed by seed, β2 = {betas[-1]}: after {steps[0]} steps {gain(early, average)} points over the plain "
-        f"average, after {steps[-1]} steps {gain(last, average)}, and {gain(last, fisher)} beside the computed Fisher. "
+        f"average, after {steps[-1]} steps {gain(last, average)}, and {gain(last, fisher)} relative to the computed Fisher. "
         f"After {steps[-1]} steps the decays differ by {mean_sd(spread)} points within a seed. The average with "
         f"β2 = {betas[-1]} is Adam's own second moment {_exactly(max(of(found, 'unlike_adams')))}.",
     ]
@@ -125,7 +125,7 @@ def _exactly(apart: float) -> str:
 
 
 def _order(squisher: Sequence[float], fisher: Sequence[float], average: Sequence[float]) -> list[str]:
-    """Return a note where the paper's order (both above the plain average) did not come out on every seed."""
+    """Return a note if the paper's order (both above the plain average) fails on a seed."""
     below = [
         name
         for name, one in (("Squisher", squisher), ("computed Fisher", fisher))
@@ -163,7 +163,7 @@ def _forms(report: Report) -> Table:
     )
     return Table(
         f"**What do fewer bits cost?** Squishers written, read and merged: {_about(report, 'forms')}",
-        ["size beside float32 weights", "accuracy", "less float32, seed by seed"],
+        ["size relative to float32 weights", "accuracy", "less float32, seed by seed"],
         rows,
         [f"{note} Words that were not seen make zeros, which the `log` forms keep for little."],
     )
@@ -224,7 +224,7 @@ def _data(report: Report) -> Table:
 
 
 def pictures(report: Report) -> dict[str, bytes]:
-    """Return quality against steps: accuracy of the merge, and rank correlation with a computed Fisher."""
+    """Return the picture of quality against steps: merged accuracy, and rank correlation with a computed Fisher."""
     found = results(report, "steps")
     figure = drawing.new(9, 4.4)
     left, right = figure.subplots(1, 2)
@@ -250,7 +250,7 @@ def _curves(axes: Any, found: Sequence[Found], key: str) -> None:
         low = [mean - min(one) for mean, one in zip(means, columns, strict=True)]
         high = [max(one) - mean for mean, one in zip(means, columns, strict=True)]
         axes.errorbar(
-            [step * 1.05 ** (number - 1) for step in steps],  # side by side, so that each can be seen
+            [step * 1.05 ** (number - 1) for step in steps],  # offset, so that the markers do not overlap
             means,
             [low, high],
             marker=mark,

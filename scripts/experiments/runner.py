@@ -1,7 +1,7 @@
-"""Runs an experiment cell by cell, keeps what each found, and writes one JSON file.
+"""Runner of experiments: it runs each cell, keeps its result, and writes one JSON file.
 
-A cell is a part that needs no other, such as one seed. Its result is kept as soon as it is there, so a run that was
-stopped goes on where it was. With the same seed and versions a cell gives the same digits; CPU seconds alone differ.
+A cell is a part that needs no other part, such as one seed. Its result is kept as soon as the cell ends, so an
+interrupted run resumes. With the same seed and versions a cell repeats its digits; only CPU seconds differ.
 """
 
 import argparse
@@ -32,11 +32,16 @@ _PACKAGES = ("torch", "transformers", "mergekit", "squisher-mergekit")
 
 @dataclass(frozen=True)
 class Experiment:
-    """One setting of the paper.
+    """Experiment that consists of cells.
 
-    ``cell``: from a cell's settings and a folder for what may be kept (trained models, archives) to what it found.
-    ``full`` and ``quick``: the settings of all cells. ``revision``: to be raised when ``cell`` changes, so that nothing
-    that an older one found is taken. ``repeats``: whether a cell gives the same digits each time; seconds do not.
+    Attributes:
+        name: name of the module and of its results.
+        about: description for the help text.
+        cell: function from the settings of a cell and a folder for trained models to its result.
+        full: settings of the cells of the published tables.
+        quick: settings of a few small cells.
+        revision: number to raise when ``cell`` changes, so that older results are not reused.
+        repeats: True if a cell repeats its digits; seconds do not.
     """
 
     name: str
@@ -54,11 +59,11 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
         description=experiment.about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--full", action="store_true", help="the cells of the README's tables")
-    size.add_argument("--quick", action="store_true", help="a few small cells, to see that all of it works")
+    size.add_argument("--full", action="store_true", help="run the cells of the published tables")
+    size.add_argument("--quick", action="store_true", help="run a few small cells, to see that everything works")
     parser.add_argument("--out", type=Path, help="JSON file to write; by default in results/ (full) or --work (quick)")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of cells done and models trained")
-    parser.add_argument("--fresh", action="store_true", help="do not take up cells of an earlier run")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of finished cells and trained models")
+    parser.add_argument("--fresh", action="store_true", help="ignore the finished cells of an earlier run")
     parser.add_argument(
         "--check",
         action="store_true",
@@ -74,7 +79,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     deterministic()
     log = logging.getLogger("squisher_mergekit")
     level = log.level
-    log.setLevel(logging.ERROR)  # that these runs are short is known
+    log.setLevel(logging.ERROR)  # silences the warning about short runs
     try:
         if options.check:
             return check(experiment, tier, out, options.work)
@@ -87,7 +92,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
 
 
 def check(experiment: Experiment, tier: str, kept: Path, work: Path) -> int:
-    """Run all cells in an empty folder below ``work`` and say which find other than what is kept; returns 0 if none."""
+    """Run all cells in an empty folder below ``work``, print those that differ, and return 1 if there are any."""
     before = json.loads(kept.read_text(encoding="utf-8"))
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".check.", dir=work) as folder:
@@ -104,14 +109,14 @@ def check(experiment: Experiment, tier: str, kept: Path, work: Path) -> int:
 
 
 def run(experiment: Experiment, tier: str, work: Path, *, fresh: bool = False, quiet: bool = False) -> Result:
-    """Run all cells of a tier, or take them up, and return the report.
+    """Run the cells of a tier that have no kept result, and return the report.
 
     Args:
-        experiment: What to run.
+        experiment: Experiment to run.
         tier: ``full`` or ``quick``.
-        work: Folder of cells done and models trained.
-        fresh: Do not take up cells of an earlier run.
-        quiet: No progress bar.
+        work: Folder of finished cells and trained models.
+        fresh: If True, ignore the finished cells of an earlier run.
+        quiet: If True, draw no progress bar.
     """
     kept = work / "cells" / experiment.name
     if fresh:
@@ -138,9 +143,9 @@ def run(experiment: Experiment, tier: str, work: Path, *, fresh: bool = False, q
 
 
 def cached(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return a folder that is made once: under another name first, so that half of it is never found there.
+    """Return a folder, made on the first call under a temporary name, so that it is always complete.
 
-    Of two processes that make it at once, the first one's is kept, and both return it.
+    If two processes make it at once, both return the folder of the first.
     """
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -157,31 +162,31 @@ def cached(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def key(*parts: object) -> str:
-    """Return a short name for settings: what is cached under it was made with the same."""
+    """Return a short name that identifies settings, for a cache."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_json(file: Path, data: object) -> None:
-    """Write a JSON file beside its final name, then rename it."""
+    """Write a JSON file under a temporary name, then rename it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    beside.replace(file)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result can depend on."""
+    """Return the versions of the packages that can change a result."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of this process and of its children that ended."""
+    """Return the CPU time of this process and its ended children."""
     own = os.times()
     return own.user + own.system + own.children_user + own.children_system
 
 
 def deterministic() -> None:
-    """Let torch do the same each time: one thread, and no operation that may sum in another order."""
+    """Make torch deterministic: one thread, and no operation with a random order of summation."""
     import torch
 
     torch.set_num_threads(1)

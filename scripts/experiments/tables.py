@@ -1,4 +1,4 @@
-"""Tables of the README, and figures as they are shown there."""
+"""Tables of the README files, and the text of their numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the README. ``rows``: the label of a row and its cells, as text; ``notes``: paragraphs below it."""
+    """Table of a README.md.
+
+    Attributes:
+        title: paragraph above the table, or an empty string.
+        columns: titles of the columns.
+        rows: label and cells of each row, as text.
+        notes: paragraphs below the table.
+    """
 
     title: str
     columns: Sequence[str]
@@ -24,7 +31,7 @@ class Table:
 
 
 def mean_sd(values: Sequence[float], digits: int = 1) -> str:
-    """Return mean and standard deviation (of a sample) as text.
+    """Return mean and sample standard deviation as text.
 
     Example:
         >>> mean_sd([1.0, 2.0, 3.0])
@@ -37,7 +44,7 @@ def mean_sd(values: Sequence[float], digits: int = 1) -> str:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard deviation (of a sample; 0 of one).
+    """Return mean and sample standard deviation, which is 0 for a single value.
 
     Example:
         >>> spread([1.0, 2.0, 3.0])

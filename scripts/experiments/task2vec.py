@@ -1,11 +1,11 @@
-"""Task2Vec on real texts: are tasks of one domain nearest to each other, by the Squisher and by a computed Fisher?
+"""Task2Vec on real texts: nearest tasks by the Squisher and by a computed Fisher, with two tasks from each domain.
 
-    python scripts/experiments/task2vec.py [--seed N] [--fisher] [--plot FILE] [--out DIR]
+    python -m scripts.experiments.task2vec [--seed N] [--fisher] [--plot FILE] [--out DIR]
 
-Twelve tasks of two classes each, two from each of six domains; no text is in two tasks. For each, the first two layers
-of a real sentence encoder are fine-tuned for 40 steps of 16 texts, and ``squisher task2vec`` does the rest, from the
-second moments that AdamW has left. All tasks have as many classes, texts and steps, since each of these alone would
-tell tasks apart. The words' table is frozen, so that it cannot tell them apart by which words they use.
+Twelve tasks of two classes each, two from each of six domains; no text is in two tasks. For each task, the first two
+layers of a real sentence encoder are fine-tuned for 40 steps of 16 texts; ``squisher task2vec`` embeds the second
+moments of AdamW. All tasks have the same number of classes, texts and steps, because each of these alone would separate
+tasks. The word embeddings are frozen, because the words of a task alone would separate it, too.
 """
 
 import argparse
@@ -36,7 +36,13 @@ after trials with seeds 401 and 402, in which it was 0.038 and more; none of the
 
 @dataclass(frozen=True)
 class Task:
-    """Two classes of a text set. ``labels``: which two, where it has more. ``domain``: shared with one other task."""
+    """Two classes of a text set.
+
+    Attributes:
+        data: name of the text set.
+        domain: domain, which one other task shares.
+        labels: the two classes, or empty if the set has two.
+    """
 
     data: str
     domain: str
@@ -67,7 +73,7 @@ FOUR = {
 
 
 class Network(nn.Module):
-    """The encoder's first layers, the mean over tokens that it was trained with, and a linear head."""
+    """First layers of the encoder, the mean over tokens, and a linear head."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -91,21 +97,21 @@ class Network(nn.Module):
 
 
 def rows_of(name: str) -> list[tuple[str, str]]:
-    """Return all texts of a task, with their labels."""
+    """Return all texts of a task with their labels."""
     task = TASKS[name]
     return [row for row in texts.rows_of(task.data) if not task.labels or row[1] in task.labels]
 
 
 def fine_tune(name: str, seed: int, out: Path) -> tuple[nn.Module, list[tuple[str, int]]]:
-    """Fine-tune on a task and leave the Squisher in a folder.
+    """Fine-tune on a task and write the Squisher into a folder.
 
     Args:
         name: Key of ``TASKS``.
-        seed: Of the texts, their order, and the head, which starts equal for all tasks.
-        out: The folder.
+        seed: Seed of the texts, their order, and the head, which starts equal for all tasks.
+        out: Output folder.
 
     Returns:
-        The network and the texts that it saw, once each.
+        The network and its training texts.
     """
     rows = split(rows_of(name), STEPS * BATCH, 0, seed).train
     torch.manual_seed(seed)
@@ -131,16 +137,16 @@ def batches(rows: Sequence[tuple[str, int]]) -> Iterator[tuple[dict[str, Tensor]
 
 
 def run(names: Sequence[str], seed: int, out: Path, fisher: bool = False) -> dict[str, list[str]]:
-    """Fine-tune on tasks and embed them by the command line.
+    """Fine-tune on tasks and embed them with the command line.
 
     Args:
         names: Keys of ``TASKS``.
-        seed: As for :func:`fine_tune`.
-        out: Folder for ``squisher/NAME`` and ``fisher/NAME``, and for the embeddings beside.
-        fisher: Estimate a Fisher of each network as well, the empirical one over some of its texts.
+        seed: Seed, see :func:`fine_tune`.
+        out: Folder for ``squisher/NAME``, ``fisher/NAME`` and the embeddings.
+        fisher: If True, estimate the empirical Fisher of each network as well.
 
     Returns:
-        Kind (``squisher``, ``fisher``) -> the embeddings' files.
+        Kind (``squisher``, ``fisher``) -> files of the embeddings.
     """
     for name in tqdm(names, desc="Fine-tuning", unit="task", delay=2):
         model, rows = fine_tune(name, seed, out / "squisher" / name)
@@ -161,7 +167,7 @@ def squisher(*arguments: str) -> None:
 
 
 def write_tables(names: Sequence[str], partners: Mapping[str, str], out: Path) -> tuple[Path, Path]:
-    """Write the tables that ``rank`` takes: score 1 from a task of the same domain, else 0; and the sets' sizes."""
+    """Write the tables for ``rank``: scores (1 for a task of the same domain, else 0) and sizes of the text sets."""
     transfer, sizes = out / "transfer.csv", out / "sizes.csv"
     pairs = [(a, b) for a in names for b in names if a != b]
     transfer.write_text("target,source,score\n" + "".join(f"{a},{b},{int(partners[a] == b)}\n" for a, b in pairs))
@@ -170,17 +176,17 @@ def write_tables(names: Sequence[str], partners: Mapping[str, str], out: Path) -
 
 
 def partners_of(names: Sequence[str]) -> dict[str, str]:
-    """Return task -> the other task of its domain."""
+    """Return a mapping from each task to the other task of its domain."""
     return {a: b for a in names for b in names if a != b and TASKS[a].domain == TASKS[b].domain}
 
 
 def main() -> None:
-    """Run all tasks; print distances and how well they find the other task of a domain."""
+    """Run all tasks, and print distances and the rank of the other task of each domain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fisher", action="store_true", help="estimate Fishers as well")
-    parser.add_argument("--plot", type=Path, help="PNG for the heat map of the Squishers' distances")
-    parser.add_argument("--out", type=Path, help="a new folder for Fishers and embeddings (by default not kept)")
+    parser.add_argument("--plot", type=Path, help="PNG file for the heat map of the Squishers' distances")
+    parser.add_argument("--out", type=Path, help="new folder that keeps Fishers and embeddings")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)

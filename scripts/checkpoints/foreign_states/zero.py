@@ -287,7 +287,7 @@ CASES = {
         ("MismatchError",),
         "converted in a wrong way",
         LIBRARIES,
-        "DeepSpeed cuts it by slices of parameters that lie elsewhere",
+        "DeepSpeed cuts it by the slices of other parameters",
     ),
     "ds_universal_aligned": Case(universal, {"stage": 2, **_ALIGNED}, 2, libraries=LIBRARIES),
 }

@@ -40,7 +40,7 @@ def _language_model():
 
 
 def test_exact_truth_is_the_sum_over_classes():
-    """Of a linear layer it is sum_n sum_c p_nc (p_n - e_c)^2 x_n^2."""
+    """For a linear layer the reference is sum_n sum_c p_nc (p_n - e_c)^2 x_n^2."""
     torch.manual_seed(5)
     model, x = nn.Linear(5, 3), torch.randn(7, 5)
     p = (x.double() @ model.weight.detach().double().T + model.bias.detach().double()).softmax(-1)

@@ -1,4 +1,4 @@
-"""What the README's tables of the benchmarks are made of."""
+"""Tables of the benchmarks."""
 
 import importlib.util
 import json
@@ -104,7 +104,7 @@ def test_commands_have_time_memory_and_what_they_write(peak, said):
 
 
 def test_merges_are_compared_with_linear_by_their_least():
-    """Of each command the least of its rounds, and a density by its value."""
+    """A row has the minimum of its rounds; a density is named by its value."""
     samples = {
         "linear": [{"cpu_s": 8.0, "anonymous_gb": 0.5}, {"cpu_s": 10.0, "anonymous_gb": 0.4}],
         "squisher trim": [{"cpu_s": 20.0, "anonymous_gb": 0.9}, {"cpu_s": 12.0, "anonymous_gb": 1.0}],

@@ -67,7 +67,7 @@ def test_every_task_has_three_seeds_and_the_shares_of_the_paper():
 
 
 def test_rates_are_those_that_the_search_found():
-    """Of each mask and share the best, which is at no end of the rates tried, on a seed that is not reported."""
+    """The rate of each mask and share is the best one, not an end of its range, and of a seed that is not reported."""
     found = report.found("fish_rates")
     assert fish_rates.best(found) == fish_mask.RATES
     for rates in fish_rates.means(found).values():
@@ -76,7 +76,7 @@ def test_rates_are_those_that_the_search_found():
 
 
 def test_the_best_rate_is_by_the_mean_over_tasks():
-    """Of two tasks: 70 and 80 beat 90 and 50; it stands in bold, what was not tried is empty."""
+    """Over two tasks 70 and 80 beat 90 and 50; the best rate is bold, and a rate that was not tried is empty."""
     cells = [
         {
             "settings": {"task": task, "row": row},
@@ -92,7 +92,7 @@ def test_the_best_rate_is_by_the_mean_over_tasks():
 
 
 def test_the_picture_is_a_small_png():
-    """Of both experiments."""
+    """Both experiments have a curve."""
     pytest.importorskip("matplotlib")
     (data,) = fish_mask.pictures(_report()).values()
     assert data.startswith(b"\x89PNG")

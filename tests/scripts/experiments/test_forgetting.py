@@ -186,7 +186,7 @@ def test_a_cell_takes_the_best_lambda_and_of_equal_ones_the_smallest(colours, mo
 
 
 def test_a_run_that_overflows_is_never_chosen(few, tmp_path):
-    """It has no accuracy at the end; its lambda is told."""
+    """An overflowed run has no accuracy at the end; the table has its lambda."""
     settings = {"column": "task", "method": "l2", "lambdas": (1e-2, 1e39), "steps": 3}
     result = forgetting.cell({**settings, "validation": (10,), "seeds": (3,)}, tmp_path)
     assert result["overflowed"] == [1e39]
@@ -247,7 +247,7 @@ def test_an_order_by_the_means_alone_is_said():
 
 
 def test_the_picture_is_a_small_png():
-    """Of the seven columns."""
+    """The picture has the seven columns."""
     pytest.importorskip("matplotlib")
     (data,) = forgetting.pictures(_report()).values()
     assert data.startswith(b"\x89PNG")

@@ -63,7 +63,7 @@ def small_run(monkeypatch):
 
 @pytest.mark.parametrize("score", pruning.SCORES)
 def test_the_share_asked_for_goes(small_run, score):
-    """Of all weights of the convolutions, and of all filters; the network that is pruned stays as it is."""
+    """The sparsity refers to all weights of the convolutions or to all filters; the original network does not change."""
     before = {name: tensor.clone() for name, tensor in small_run.model.state_dict().items()}
     weights = [9 * a * b for a, b in ((1, 12), (12, 12), (12, 24), (24, 24))]
     assert sum(small_run.weights(score, 0.75).kept) == sum(weights) - round(0.75 * sum(weights))
@@ -135,7 +135,7 @@ def test_the_way_to_prune_filters_is_the_best_of_the_search():
 
 
 def test_the_ways_that_are_reported_are_those_that_the_search_found():
-    """What the module says was chosen, by the cells of the search in its results."""
+    """The chosen ways are those of the search in the results."""
     report = json.loads((RESULTS / "pruning.json").read_text(encoding="utf-8"))
     assert pruning_report.best_ways(pruning_report.Found(report)) == pruning.CHOSEN
     assert not {cell["settings"]["seed"] for cell in report["cells"] if "longer" in cell["settings"]} & set(
@@ -144,7 +144,7 @@ def test_the_ways_that_are_reported_are_those_that_the_search_found():
 
 
 def test_the_picture_is_a_small_png():
-    """Of weights and filters."""
+    """The picture has weights and filters."""
     pytest.importorskip("matplotlib")
     (data,) = pruning.pictures(_report()).values()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")

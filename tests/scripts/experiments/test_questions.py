@@ -171,7 +171,7 @@ def test_tables_hold_means_and_differences_seed_by_seed():
 
 
 def test_notes_follow_the_numbers():
-    """What loses most, on which side of its ceiling the correlation is, and whether the paper's order came out."""
+    """The notes have the largest loss, the side of the ceiling, and the paper's order."""
     steps, forms, _, _ = (" ".join(table.notes) for table in questions_report.tables(_report()))
     assert "best of a Squisher's 0.850, below it" in steps
     assert "after 2 steps +10.2 ± 0.0 points over the plain average" in steps
@@ -211,7 +211,7 @@ def test_differences_have_a_sign_but_where_they_are_nothing(one, text):
 
 
 def test_a_model_trained_for_one_question_is_taken_for_the_next(tmp_path, monkeypatch):
-    """What was kept under a recipe is what fine-tuning by it returns, without training."""
+    """Fine-tuning returns the model that was kept under the same recipe, without training."""
     recipe, made = encoder.Recipe("tweets", 0), tmp_path / "made"
     (made / "final").mkdir(parents=True)
     (made / "final" / "weights").write_text("x")

@@ -1,4 +1,4 @@
-"""What the README says of the experiments is what their results say."""
+"""The generated blocks of the README files match the results."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_the_gain_is_that_of_the_results():
 
 
 def test_every_result_is_of_a_full_run():
-    """What a quick run found is not shown."""
+    """No block shows the result of a quick run."""
     found = {name: report.found(name) for name in report.EXPERIMENTS}
     shown = {name: one for name, one in found.items() if one is not None}
     assert shown

@@ -32,7 +32,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
 
 
 def test_another_revision_or_version_takes_nothing_up(tmp_path, monkeypatch):
-    """What an older cell, or another torch, found is not this one's."""
+    """A result of another revision or of another torch is not reused."""
     calls = []
     experiment = _experiment(calls)
     runner.run(experiment, "quick", tmp_path, quiet=True)

@@ -20,7 +20,7 @@ def test_sentences_without_a_class_are_left_out(tmp_path):
 
 
 def test_mails_lose_their_headers(tmp_path):
-    """What follows the first empty line is the text; the folder tells what it is."""
+    """The text begins after the first empty line; the folder is the label."""
     mail = {"text": "From: a\nTo: b\n\nBuy now\n\nPlease"}
     files = {f"package/data/{group}/1.json": json.dumps(mail).encode() for group in ("spam-1", "hard-ham-1", "other")}
     found = texts.SETS["spam"].source.read(tarball(tmp_path / "x.tgz", files))

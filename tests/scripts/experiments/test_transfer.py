@@ -150,7 +150,7 @@ def test_tables_and_notes_are_made_from_the_numbers():
 
 
 def test_distances_are_means_over_what_was_measured_of_two_tasks():
-    """Of a and b, each a target once: 0.1 and 0.1 (each the first source of the other); of a and d 0.3 and 0.1."""
+    """Targets a and b give 0.1 and 0.1 (each is the first source of the other), a and d give 0.3 and 0.1."""
     names, matrix = transfer_report.distances(_report())
     assert names == ["a", "b", "d"]
     assert torch.equal(matrix, matrix.T)
@@ -180,7 +180,7 @@ def test_the_kept_results_hold_every_pair():
 
 @pytest.mark.slow
 def test_a_cell_repeats_to_the_digit(tmp_path):
-    """Of the quick tier, trained anew in another folder; sources do differ."""
+    """The quick tier repeats its digits in another folder, and its sources differ."""
     torch.set_num_threads(1)
     settings = {**transfer.EXPERIMENT.quick[0], "tasks": transfer.TASKS[:3]}
     first, second = (transfer.cell(settings, tmp_path / name) for name in ("first", "second"))
