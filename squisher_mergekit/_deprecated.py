@@ -39,3 +39,26 @@ def deprecated_names(module_name: str, new_homes: Mapping[str, str], stacklevel:
         return getattr(import_module(module), new_name)
 
     return __getattr__
+
+
+def renamed_options(options: Mapping[str, Any], **new_names: str) -> dict[str, Any]:
+    """Return keyword arguments under their new names, with a warning for each old name.
+
+    Args:
+        options: The keyword arguments that a function got.
+        new_names: Old name -> new name.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     renamed_options({"least": 0.1, "seed": 3}, least="min_keep")
+        {'seed': 3, 'min_keep': 0.1}
+        >>> print(caught[0].message)
+        least is deprecated; use min_keep
+    """
+    found = dict(options)
+    for old, new in new_names.items():
+        if old in found:
+            warnings.warn(f"{old} is deprecated; use {new}", DeprecationWarning, stacklevel=3)
+            found[new] = found.pop(old)
+    return found

@@ -1,7 +1,7 @@
-"""How much each weight matters: the scores by which weights are kept, as pure functions of tensors.
+"""Scores of weights, as pure functions of tensors.
 
-All tensors are shaped like the weight. Scores are float64: F spans so many decades that its product with a square
-leaves float32.
+All tensors have the shape of the weight. Scores are float64: F spans so many decades that its product with a square
+leaves the range of float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BLOCK = 1 << 20
 
 
 def saliency(theta: Tensor, fisher: Tensor) -> Tensor:
-    """Return by how much the loss grows if a weight becomes 0, to second order: ``rho = theta^2 F / 2``.
+    """Return the second-order growth of the loss if a weight becomes 0: ``rho = theta^2 F / 2``.
 
     Source: section 3.3 of "Fishers for Free?" (Li et al., ICML 2025); Theis et al., 2018.
 
@@ -31,9 +31,9 @@ def saliency(theta: Tensor, fisher: Tensor) -> Tensor:
 
 
 def reset_loss(tuned: Tensor, base: Tensor, fisher: Tensor) -> Tensor:
-    """Return by how much the loss grows if a weight goes back to the base's: ``(theta - theta_0)^2 F / 2``.
+    """Return the second-order growth of the loss if a weight is reset: ``(theta - theta_0)^2 F / 2``.
 
-    Source: the second-order expansion behind section 3.3, about the pre-trained value in place of 0.
+    Source: the expansion behind section 3.3 of "Fishers for Free?", about the pre-trained value theta_0 in place of 0.
 
     Example:
         >>> reset_loss(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([4.0]))
@@ -43,7 +43,7 @@ def reset_loss(tuned: Tensor, base: Tensor, fisher: Tensor) -> Tensor:
 
 
 def movement(tuned: Tensor, base: Tensor) -> Tensor:
-    """Return how far a weight went in training: ``|theta - theta_0|``.
+    """Return the distance of a weight from its pre-trained value: ``|theta - theta_0|``.
 
     Example:
         >>> movement(torch.tensor([-2.0]), torch.tensor([1.0]))
@@ -65,10 +65,10 @@ def magnitude(theta: Tensor) -> Tensor:
 def taylor_squared(theta: Tensor, gradient: Tensor) -> Tensor:
     """Return the square of the first-order change of the loss if a weight becomes 0: ``(theta g)^2``.
 
-    With g the gradient averaged over many examples this is the square of a mean. It is not the Fisher's score, which
-    has the mean of the squares: gradients of opposite sign cancel here.
+    With the mean gradient g this is the square of a mean, in which gradients of opposite sign cancel. The Fisher has
+    the mean of the squares.
 
-    Source: what the pruning code behind Table 5 of "Fishers for Free?" calls its Fisher score, for a single weight.
+    Source: the score of a single weight in the pruning code behind Table 5 of "Fishers for Free?".
 
     Example:
         >>> taylor_squared(torch.tensor([2.0]), torch.tensor([-3.0]))
@@ -77,38 +77,39 @@ def taylor_squared(theta: Tensor, gradient: Tensor) -> Tensor:
     return (theta.double() * gradient).square_()
 
 
-def chance(name: str, seed: int) -> Score:
-    """Return a score that is drawn evenly from [0, 1), the baseline: of a tensor's blocks, given one after the other.
+def random_score(name: str, seed: int) -> Score:
+    """Return a score function that draws uniformly from [0, 1); the baseline.
 
-    The draws depend on the tensor's name and the seed alone.
+    The draws depend only on the name of the tensor and the seed. Call the function on the blocks of the tensor in
+    order.
 
     Example:
-        >>> first, again = (chance("w", seed=0)(torch.zeros(3)) for _ in range(2))
+        >>> first, again = (random_score("w", seed=0)(torch.zeros(3)) for _ in range(2))
         >>> torch.equal(first, again)
         True
     """
-    mark = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(mark, "little", signed=True))
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
     return lambda block: torch.rand(block.shape, generator=generator).double()
 
 
-def ranked(score: Score, *tensors: Tensor, unit: float = 1.0) -> Tensor:
-    """Return integers that order as ``score(*tensors) / unit`` does (see :func:`~.fisher.selection.keys`).
+def sort_keys(score: Score, *tensors: Tensor, unit: float = 1.0) -> Tensor:
+    """Return the sort keys of a score: integers in the order of ``score(*tensors) / unit``.
 
-    They are those of the square root in float32, which holds where the score itself would not: scores that differ by
-    less than 2.4e-7 of themselves can count as equal.
+    The keys are those of the square root in float32 (:func:`~squisher_mergekit.tensors.topk.keys`), as the score
+    itself can leave the range of float32. Scores that differ by less than 2.4e-7 of their value can have equal keys.
 
     Args:
-        score: From blocks of the tensors to float64, not negative.
-        tensors: Alike in shape.
-        unit: What one is measured by, such as the mean of its layer; 0 counts as 1.
+        score: Function from blocks of the tensors to non-negative float64.
+        tensors: The tensors, of one shape.
+        unit: Divisor of the scores, such as their mean over a layer; 0 counts as 1.
 
     Returns:
-        int32, shaped like the tensors.
+        int32, of the shape of the tensors.
 
     Example:
         >>> tiny = torch.tensor([1e-30, 1e-25])
-        >>> ranked(saliency, tiny, tiny).diff().item() > 0
+        >>> sort_keys(saliency, tiny, tiny).diff().item() > 0
         True
     """
     keys = torch.empty(tensors[0].shape, dtype=torch.int32)
@@ -120,13 +121,13 @@ def ranked(score: Score, *tensors: Tensor, unit: float = 1.0) -> Tensor:
 
 
 def mean(score: Score, *tensors: Tensor) -> float:
-    """Return the mean score of a tensor's entries; 0 if there are none."""
+    """Return the mean score over the entries of a tensor; 0 if there are none."""
     total = sum(block.sum().item() for _, block in _blocks(score, tensors))
     return total / max(tensors[0].numel(), 1)
 
 
 def _blocks(score: Score, tensors: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
-    """Yield where a block begins, and its scores; they never exist of a whole tensor at once."""
+    """Yield the start and the scores of each block; the scores of a whole tensor are never in memory at once."""
     flat = [tensor.detach().cpu().reshape(-1) for tensor in tensors]
     for start in range(0, len(flat[0]), _BLOCK):
         yield start, score(*(tensor[start : start + _BLOCK] for tensor in flat))

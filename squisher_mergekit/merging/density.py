@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from squisher_mergekit.tensors.topk import largest
+from squisher_mergekit.tensors.topk import keep_count, largest
 
 
 class Rows(NamedTuple):
@@ -42,13 +42,3 @@ class Trim:
         chosen = largest(among, keep_count(self.density, among.numel()))
         mask = torch.zeros_like(self.scores, dtype=torch.bool)
         return mask.index_copy_(axis, shared, chosen).index_fill_(axis, unbased, True)
-
-
-def keep_count(density: float, size: int) -> int:
-    """Return how many of ``size`` entries are kept: ``density * size`` rounded (a half to the even), but at least 1.
-
-    Example:
-        >>> [keep_count(0.2, size) for size in (0, 1, 9, 10)]
-        [0, 1, 2, 2]
-    """
-    return min(size, max(1, round(density * size)))

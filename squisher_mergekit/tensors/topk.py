@@ -5,7 +5,7 @@ k-th largest exactly. The first counts the keys by their upper 16 bits; the seco
 bits of the k-th by their lower 15 bits.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ KEPT = 2**31 - 1
 _LOW = 15
 # Entries at a time: intermediate results stay in the CPU's cache, and take little memory.
 _BLOCK = 1 << 18
+_ROWS = 1 << 20
 
 
 def keys(values: Tensor) -> Tensor:
@@ -116,6 +117,83 @@ def largest(values: Tensor, keep: int) -> Tensor:
         return kept.reshape(values.shape)
     kept[flat.to(torch.float32).topk(keep, sorted=False).indices] = True
     return kept.reshape(values.shape)
+
+
+def keep_count(density: float, size: int) -> int:
+    """Return the number of entries that a density keeps of a tensor: ``density * size`` rounded, but at least 1.
+
+    A half is rounded to the even number.
+
+    Args:
+        density: Share to keep, in (0, 1].
+        size: Number of entries of the tensor.
+
+    Example:
+        >>> [keep_count(0.2, size) for size in (0, 1, 9, 10)]
+        [0, 1, 2, 2]
+    """
+    return min(size, max(1, round(density * size)))
+
+
+def largest_of_many(
+    sizes: Mapping[str, int], sort_keys: Callable[[str], Tensor], keep: int, counts: Mapping[str, int] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the masks of the largest entries over many tensors.
+
+    Args:
+        sizes: Name -> number of entries, in the order that breaks ties.
+        sort_keys: Function from a name to integers in the order of its scores; called three times per tensor.
+        keep: Number of entries to keep in all.
+        counts: Name -> number of its own largest entries that a tensor keeps in any case.
+
+    Yields:
+        Name, and a bool tensor of the shape of the keys; together exactly ``keep`` entries are true.
+
+    Example:
+        >>> values = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
+        >>> masks = dict(largest_of_many({"a": 2, "b": 2}, lambda name: keys(values[name]), keep=2))
+        >>> masks["a"].tolist(), masks["b"].tolist()
+        ([False, False], [True, True])
+    """
+
+    def raised(name: str) -> Tensor:
+        found = sort_keys(name)
+        count = (counts or {}).get(name, 0)
+        if count:
+            found.masked_fill_(cut(lambda: [found], count).take(found), KEPT)
+        return found
+
+    threshold = cut(lambda: (raised(name) for name in sizes), keep)
+    for name in sizes:
+        yield name, threshold.take(raised(name))
+
+
+def pattern_mask(keys: Tensor, n: int, m: int, axis: int = -1) -> Tensor:
+    """Return the mask of the n largest of each m consecutive entries along an axis.
+
+    Args:
+        keys: Integers, of any shape; m divides the axis.
+        n: Number of entries kept of each m.
+        m: Number of consecutive entries in a group.
+        axis: Axis of the groups.
+
+    Returns:
+        bool, of the same shape; of equal entries the first are kept.
+
+    Example:
+        >>> pattern_mask(torch.tensor([[3, 1, 2, 2, 9, 9, 9, 0]]), 2, 4).int()
+        tensor([[1, 0, 1, 0, 1, 1, 0, 0]], dtype=torch.int32)
+    """
+    last = keys.movedim(axis, -1)
+    groups = last.reshape(-1, m)
+    kept = torch.empty(groups.shape, dtype=torch.bool)
+    for start in range(0, len(groups), _ROWS):
+        block = groups[start : start + _ROWS]
+        for i in range(m):
+            entry = block[:, i : i + 1]
+            rank = (block[:, :i] >= entry).sum(1) + (block[:, i + 1 :] > entry).sum(1)
+            kept[start : start + _ROWS, i] = rank < n
+    return kept.reshape(last.shape).movedim(-1, axis)
 
 
 def _counts(tensors: Iterable[Tensor], part: Callable[[Tensor], Tensor], size: int) -> Tensor:
