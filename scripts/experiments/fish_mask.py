@@ -41,7 +41,7 @@ from scripts.experiments.encoder import Recipe
 from scripts.experiments.fish_mask_report import ROWS, TRAINED, pictures, tables
 from scripts.experiments.runner import Experiment, Result, Settings, main
 from squisher_mergekit import Fisher, estimate_fisher, load_fisher
-from squisher_mergekit.applications.fish_mask.choice import select
+from squisher_mergekit.applications.fish_mask.recipe import select
 from squisher_mergekit.applications.fish_mask.resetting import reset
 from squisher_mergekit.applications.masks import Mask
 from squisher_mergekit.training import MaskedTraining

@@ -1,6 +1,4 @@
-"""What else a diagonal Fisher is good for: pruning, FISH masks, task embeddings, and not forgetting.
+"""Applications of a diagonal Fisher: pruning, FISH masks, task embeddings, and elastic weight consolidation.
 
-``weights`` reads and rewrites a model on disk tensor by tensor, ``scores`` says how much each weight matters,
-``choosing`` takes the largest of a whole model, ``roles`` tells embeddings, norms, biases and the output layer,
-``masks`` keeps what was chosen.
+``scores`` rates weights, ``selection`` keeps the largest scores of a whole model, ``masks`` stores the result.
 """

@@ -1,8 +1,9 @@
-"""A mask: for every entry of a model's weights whether it is kept, in memory and as a compact file."""
+"""Masks of a model's weights, in memory and as files with one bit per entry."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,15 +25,17 @@ from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 MASK_NAME = "mask.safetensors"
 _FORMAT = "squisher-mask"
 _VERSION = 1
+_METADATA = "about"  # key in the file
 
 
 class Mask(Mapping[str, Tensor]):
-    """A lazy mapping from the name of a weight, as in ``model.safetensors``, to a bool tensor: true is kept.
+    """Lazy mapping from the name of a weight, as in ``model.safetensors``, to a bool tensor, true where it is kept.
 
     Args:
         tensors: Name -> bool tensor.
-        about: How it was made, and ``weights_fingerprint`` of the weights that it was made at.
-        location: Where it lies, for messages.
+        metadata: Options of the selection, and ``weights_fingerprint`` of its weights.
+        location: File of the mask, for messages.
+        about: Old name of ``metadata``.
 
     Example:
         >>> mask = Mask({"w": torch.tensor([True, False, False])})
@@ -41,11 +44,23 @@ class Mask(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None, location: str = "memory"
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any] | None = None,
+        location: str = "memory",
+        about: Mapping[str, Any] | None = None,
     ) -> None:
+        if about is not None:
+            warnings.warn("about is deprecated; use metadata", DeprecationWarning, stacklevel=2)
         self._tensors = tensors
-        self.about = dict(about or {})
+        self.metadata = dict(metadata or about or {})
         self.location = location
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Old name of ``metadata``."""
+        warnings.warn("Mask.about is deprecated; use Mask.metadata", DeprecationWarning, stacklevel=2)
+        return self.metadata
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -57,25 +72,29 @@ class Mask(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a weight without unpacking its mask."""
+        """Return the shape of a weight; its mask is not unpacked."""
         shapes = getattr(self._tensors, "shapes", None)
         return shapes[name] if shapes is not None else tuple(self._tensors[name].shape)
 
     @property
     def kept(self) -> int:
-        """How many entries are kept."""
+        """Number of entries that are kept."""
         return sum(int(self[name].sum()) for name in self)
 
     @property
     def entries(self) -> int:
-        """How many entries there are."""
+        """Number of entries."""
         return sum(torch.Size(self.shape(name)).numel() for name in self)
 
     def check(self, infos: Mapping[str, TensorInfo], place: object) -> None:
-        """Refuse weights that it is not of.
+        """Check the names and shapes of the mask against the headers of weights.
+
+        Args:
+            infos: Name -> header of each weight.
+            place: Folder of the weights, for messages.
 
         Raises:
-            MismatchError: It names one that is not there, leaves one out, or a shape differs.
+            MismatchError: A name is missing in the mask or in the weights, or a shape differs.
         """
         wanted = {name: info.shape for name, info in infos.items() if info.dtype.is_floating_point}
         for name in dict.fromkeys((*self, *wanted)):
@@ -87,10 +106,10 @@ class Mask(Mapping[str, Tensor]):
                 )
 
     def by_parameter(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the mask by the names that a model's parameters have in memory.
+        """Return the mask by the names of a model's parameters in memory.
 
         Raises:
-            MismatchError: It lacks a parameter, or a shape differs.
+            MismatchError: The mask lacks a parameter, or a shape differs.
         """
         as_fisher = Fisher(_AsStore(self), FisherConfig(statistic="mean"))
         found, _ = in_memory(model, as_fisher)
@@ -104,7 +123,7 @@ class Mask(Mapping[str, Tensor]):
 
 
 class _AsStore:
-    """A mask as the tensors of a Fisher, so that they take the same way into memory."""
+    """Store of a Fisher whose tensors are those of a mask, to convert names to those in memory."""
 
     def __init__(self, mask: Mask) -> None:
         self.location = mask.location
@@ -118,17 +137,27 @@ class _AsStore:
         return self._mask[name]
 
 
+def whole_mask(shape: tuple[int, ...]) -> Tensor:
+    """Return the mask of a tensor that is kept whole; it takes no memory.
+
+    Example:
+        >>> whole_mask((2,))
+        tensor([True, True])
+    """
+    return torch.ones((), dtype=torch.bool).expand(shape)
+
+
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(list(shape))
 
 
 class MaskWriter:
-    """Writes a mask tensor by tensor, eight entries a byte; a tensor of which all or none is kept takes no byte.
+    """Writer of a mask file, tensor by tensor: eight entries per byte, and none for an all-true or all-false tensor.
 
     Args:
-        file: To be made.
-        names: Of the tensors to come.
-        about: How the mask is made.
+        file: File to create.
+        names: Names of the tensors to come.
+        metadata: Options of the selection.
 
     Example:
         >>> import tempfile
@@ -139,12 +168,12 @@ class MaskWriter:
         tensor([ True, False,  True])
     """
 
-    def __init__(self, file: Path, names: list[str], about: Mapping[str, Any]) -> None:
+    def __init__(self, file: Path, names: list[str], metadata: Mapping[str, Any]) -> None:
         self._file = file
-        self._writer = SafetensorsWriter(file, header_room(names, parts=3) + 2 * len(json.dumps(about)))
+        self._writer = SafetensorsWriter(file, header_room(names, parts=3) + 2 * len(json.dumps(metadata)))
         self._writer.note("format", _FORMAT)
         self._writer.note("version", str(_VERSION))
-        self._writer.note("about", json.dumps(about))
+        self._writer.note(_METADATA, json.dumps(metadata))
 
     def __enter__(self) -> MaskWriter:
         return self
@@ -157,7 +186,7 @@ class MaskWriter:
             sync(self._file)
 
     def add(self, name: str, kept: Tensor) -> int:
-        """Append the mask of one tensor, and return how many entries it keeps."""
+        """Append the mask of one tensor, and return the number of entries that it keeps."""
         count = int(kept.sum())
         self._writer.note(f"{name}.shape", json.dumps(list(kept.shape)))
         if count in (0, kept.numel()):
@@ -169,26 +198,26 @@ class MaskWriter:
 
 
 def write_mask(mask: Mask, file: Path) -> None:
-    """Write a mask beside its final name, then rename it."""
-    beside = file.with_name(f".{file.name}.part")
+    """Write a mask under a temporary name, then rename the file."""
+    temporary = file.with_name(f".{file.name}.part")
     try:
-        with MaskWriter(beside, list(mask), mask.about) as writer:
+        with MaskWriter(temporary, list(mask), mask.metadata) as writer:
             for name in mask:
                 writer.add(name, mask[name])
-        beside.replace(file)
+        temporary.replace(file)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_mask(source: str | Path) -> Mask:
-    """Open a mask file; tensors are unpacked when asked for.
+    """Open a mask file; a tensor is unpacked when it is read.
 
     Args:
         source: The file, or a folder with ``mask.safetensors``.
 
     Raises:
-        NotFoundError: There is none.
-        CorruptFileError: It is no whole mask file, or one of a newer version.
+        NotFoundError: The file does not exist.
+        CorruptFileError: The file is truncated, is not a mask, or has a newer version.
     """
     path = Path(source).expanduser()
     file = path / MASK_NAME if path.is_dir() else path
@@ -200,11 +229,11 @@ def read_mask(source: str | Path) -> Mask:
             f"{file} must be a mask of version {_VERSION}, but it says format {notes.get('format')}, version "
             f"{notes.get('version')}; make it with squisher mask select or squisher prune"
         )
-    return Mask(_Packed(file, notes), json.loads(notes.get("about", "{}")), str(file))
+    return Mask(_Packed(file, notes), json.loads(notes.get(_METADATA, "{}")), str(file))
 
 
 class _Packed(Mapping[str, Tensor]):
-    """The tensors of a mask file."""
+    """Mapping of the tensors in a mask file."""
 
     def __init__(self, file: Path, notes: Mapping[str, str]) -> None:
         self._file, self._store = file, SafetensorsStore([file], str(file))
@@ -216,7 +245,9 @@ class _Packed(Mapping[str, Tensor]):
         for name, shape in self.shapes.items():
             packed = self._store.infos.get(name)
             if name not in self._constant and (packed is None or packed.nbytes != -(-torch.Size(shape).numel() // 8)):
-                raise CorruptFileError(f"{file} must hold a bit for each entry of {name}, but does not; make it again")
+                raise CorruptFileError(
+                    f"{file} must hold a bit for each entry of {name}, but has fewer or more; make it again"
+                )
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]

@@ -71,6 +71,16 @@ def check_share(name: str, value: float) -> None:
         raise ConfigError(f"{name} must be in [0, 1), found {value}; give it as a share, not in %")
 
 
+def check_keep(value: float) -> None:
+    """Raise if the share to keep is not in (0, 1].
+
+    Raises:
+        ConfigError: The share is out of range.
+    """
+    if not 0 < value <= 1:
+        raise ConfigError(f"keep must be in (0, 1], found {value}; give it as a share, not in %")
+
+
 @dataclass(frozen=True)
 class Selection:
     """Request to keep the entries with the largest scores.
@@ -111,8 +121,8 @@ class Selection:
     def __post_init__(self) -> None:
         check_choices(score=(self.score, Score), scope=(self.scope, Scope), normalize=(self.normalize, Normalize))
         check_share("min_keep", self.min_keep)
-        if not (isinstance(self.keep, int) and self.keep >= 0) and not 0 < self.keep <= 1:
-            raise ConfigError(f"keep must be in (0, 1], found {self.keep}; give it as a share, not in %")
+        if not (isinstance(self.keep, int) and self.keep >= 0):
+            check_keep(self.keep)
         if self.pattern is not None and not 0 < self.pattern[0] < self.pattern[1] <= 128:
             raise ConfigError(f"a pattern n:m must have 0 < n < m <= 128, found {':'.join(map(str, self.pattern))}")
         both = sorted(self.always & self.never)
@@ -229,7 +239,7 @@ def min_counts(sizes: Mapping[str, int], keep: int, scope: Scope, min_keep: floa
     if sum(counts.values()) > keep:
         raise ConfigError(
             f"keeping at least {min_keep:g} of each tensor takes {sum(counts.values())} entries, but {keep} of "
-            f"{sum(sizes.values())} are to be kept; lower min_keep, or keep more in all"
+            f"{sum(sizes.values())} are to be kept; lower min_keep, or keep more in all (a lower sparsity)"
         )
     return _divided(sizes, keep) if scope == "layer" else counts
 

@@ -38,7 +38,7 @@ def test_an_entry_takes_a_bit(tmp_path):
 def test_how_it_was_made_is_kept(tmp_path):
     """In the header of the file."""
     write_mask(Mask({"w": torch.ones(3).bool()}, {"score": "fisher", "keep": 0.5}), tmp_path / "my.safetensors")
-    assert read_mask(tmp_path / "my.safetensors").about == {"score": "fisher", "keep": 0.5}
+    assert read_mask(tmp_path / "my.safetensors").metadata == {"score": "fisher", "keep": 0.5}
 
 
 def test_what_is_no_mask_is_refused(tmp_path):

@@ -33,7 +33,7 @@ def test_ranks_follow_the_scores_over_blocks(dtype, monkeypatch):
     fisher = torch.rand(7, 11, generator=generator).pow_(40).mul_(1e-30)
     exact = theta.double() ** 2 * fisher.double() / 2
     assert (exact.float() == 0).any()
-    found = scores.ranked(scores.saliency, theta, fisher)
+    found = scores.sort_keys(scores.saliency, theta, fisher)
     assert found.dtype == torch.int32
     assert found.shape == theta.shape
     assert torch.equal(found.flatten().argsort(), exact.flatten().argsort())
@@ -45,17 +45,19 @@ def test_a_unit_divides(monkeypatch):
     small, large = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([100.0, 200.0, 600.0])
     assert scores.mean(scores.magnitude, small) == 3.0
     assert scores.mean(scores.magnitude, torch.empty(0)) == 0.0
-    first, second = (scores.ranked(scores.magnitude, t, unit=scores.mean(scores.magnitude, t)) for t in (small, large))
+    first, second = (
+        scores.sort_keys(scores.magnitude, t, unit=scores.mean(scores.magnitude, t)) for t in (small, large)
+    )
     assert torch.equal(first, second)
-    assert torch.equal(scores.ranked(scores.magnitude, small, unit=0.0), scores.ranked(scores.magnitude, small))
+    assert torch.equal(scores.sort_keys(scores.magnitude, small, unit=0.0), scores.sort_keys(scores.magnitude, small))
 
 
-def test_chance_depends_on_name_and_seed_alone(monkeypatch):
+def test_random_scores_depend_on_name_and_seed_alone(monkeypatch):
     """Not on the size of a block, nor on what torch's own generator has given."""
     weight = torch.zeros(5, 11)
-    first = scores.ranked(scores.chance("w", 3), weight)
+    first = scores.sort_keys(scores.random_score("w", 3), weight)
     monkeypatch.setattr(scores, "_BLOCK", 16)
     torch.manual_seed(5)
-    assert torch.equal(scores.ranked(scores.chance("w", 3), weight), first)
+    assert torch.equal(scores.sort_keys(scores.random_score("w", 3), weight), first)
     for name, seed in (("w", 4), ("v", 3)):
-        assert not torch.equal(scores.ranked(scores.chance(name, seed), weight), first)
+        assert not torch.equal(scores.sort_keys(scores.random_score(name, seed), weight), first)

@@ -1,20 +1,29 @@
 """Which weights of a model are kept."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squisher_mergekit.applications.selection import check_share, choose
+from squisher_mergekit.applications.selection import (
+    ScoreInputs,
+    Selection,
+    check_share,
+    min_counts,
+    plan_selection,
+    select_masks,
+)
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.tensors.topk import keys
+from squisher_mergekit.tensors.topk import keys, largest_of_many
 
 
-def _chosen(scores, keep, scope, least=0.0):
+def _chosen(scores, keep, scope, min_keep=0.0):
     sizes = {name: tensor.numel() for name, tensor in scores.items()}
-    return dict(choose(sizes, lambda name: keys(scores[name]).clone(), keep, scope=scope, least=least))
+    counts = min_counts(sizes, keep, scope, min_keep)
+    return dict(largest_of_many(sizes, lambda name: keys(scores[name]).clone(), keep, counts))
 
 
 def _scores(seed, shapes=((7, 3), (5,), (2, 2, 3))):
@@ -47,13 +56,13 @@ def test_within_each_tensor_the_same_share_is_kept(seed, keep):
             assert tensor[found[name]].min() >= tensor[~found[name]].max()
 
 
-@given(seed=st.integers(0, 99), least=st.sampled_from([0.1, 0.3]), more=st.integers(0, 20))
-def test_of_each_tensor_at_least_a_share_is_kept(seed, least, more):
+@given(seed=st.integers(0, 99), min_keep=st.sampled_from([0.1, 0.3]), more=st.integers(0, 20))
+def test_of_each_tensor_at_least_a_share_is_kept(seed, min_keep, more):
     """Its own largest; what is left to keep are the largest of all others."""
     scores = _scores(seed) | {"tiny": torch.full((11,), 1e-9)}
-    floors = {name: math.ceil(tensor.numel() * least) for name, tensor in scores.items()}
+    floors = {name: math.ceil(tensor.numel() * min_keep) for name, tensor in scores.items()}
     keep = sum(floors.values()) + min(more, 49 - sum(floors.values()))
-    found = _chosen(scores, keep, "global", least)
+    found = _chosen(scores, keep, "global", min_keep)
     assert sum(int(mask.sum()) for mask in found.values()) == keep
     assert int(found["tiny"].sum()) >= floors["tiny"]
     dropped = max(tensor[~found[name]].max().item() for name, tensor in scores.items() if not found[name].all())
@@ -73,3 +82,82 @@ def test_what_is_no_share_is_refused(value):
     """Negative, all, in per cent, no number."""
     with pytest.raises(ConfigError, match=r"sparsity must be in \[0, 1\), found"):
         check_share("sparsity", value)
+
+
+SHAPES = {"head": (2, 3), "w": (7, 5), "words": (11, 4), "buffer": (3,)}
+
+
+def test_a_plan_has_every_count_before_a_weight_is_read():
+    """``always`` counts and is kept, ``never`` does not count, ``outside`` is not touched; the rest is chosen from."""
+    selection = Selection(0.5, "magnitude", always=frozenset({"head"}), never=frozenset({"words"}), min_keep=0.1)
+    plan = plan_selection(selection, SHAPES, {"buffer": "a buffer"})
+    assert (plan.entries, plan.keep, plan.whole) == (41, 20, 6)
+    assert plan.sizes == {"w": 35}
+    assert plan.min_counts == {"w": 4}
+    assert plan.passes == 3
+
+
+def test_what_is_kept_whole_or_not_at_all_is_not_read():
+    """Each tensor to choose from is read as often as the plan says, the others never."""
+    reads = Counter()
+
+    def read(name):
+        reads[name] += 1
+        return torch.arange(35.0).reshape(7, 5) - 17
+
+    for options in ({}, {"normalize": "layer"}, {"pattern": (2, 5)}):
+        selection = Selection(0.5, "magnitude", always=frozenset({"head"}), never=frozenset({"words"}), **options)
+        plan = plan_selection(selection, SHAPES, {"buffer": "a buffer"}, {"w": 1})
+        reads.clear()
+        found = dict(select_masks(plan, ScoreInputs(read)))
+        assert reads == {"w": plan.passes}
+        assert list(found) == ["head", "w", "words"]
+        assert bool(found["head"].all())
+        assert not bool(found["words"].any())
+        assert int(found["w"].sum()) == 14
+
+
+def test_scores_by_hand():
+    """Each score keeps the two entries that its formula ranks first."""
+    theta, base = torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([4.0, -2.0, 2.5, 0.0])
+    fisher, gradient = torch.tensor([1.0, 9.0, 0.1, 4.0]), torch.tensor([5.0, 1.0, 1.0, -9.0])
+    inputs = ScoreInputs(*(lambda _, tensor=tensor: tensor for tensor in (theta, fisher, base, gradient)))
+    wanted = {
+        "fisher": [1, 3],
+        "saliency": [1, 0],  # 0.5, 18, 0.45, 0.5; of equal ones the first
+        "reset": [0, 3],  # 4.5, 0, 0.0125, 0.5
+        "movement": [0, 2],  # 3, 0, 0.5, 0.5
+        "magnitude": [2, 1],
+        "taylor_squared": [0, 3],  # 25, 4, 9, 20.25
+    }
+    for score, places in wanted.items():
+        ((_, mask),) = select_masks(plan_selection(Selection(2, score), {"w": (4,)}), inputs)
+        assert mask.nonzero()[:, 0].tolist() == sorted(places), score
+
+
+def test_zeros_can_rank_below_all_others():
+    """With ``drop_zeros`` a weight that is 0 goes before any other, whatever its Fisher is."""
+    inputs = ScoreInputs(lambda _: torch.tensor([0.0, 1.0, 1.0]), lambda _: torch.tensor([9.0, 0.0, 1.0]))
+    for drop, wanted in ((True, [False, True, True]), (False, [True, False, True])):
+        plan = plan_selection(Selection(2, "fisher", drop_zeros=drop), {"w": (3,)})
+        assert dict(select_masks(plan, inputs))["w"].tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.0}, r"keep must be in \(0, 1\], found 0.0"),
+        ({"keep": -3}, r"keep must be in \(0, 1\], found -3"),
+        ({"min_keep": 1.0}, r"min_keep must be in \[0, 1\), found 1.0"),
+        ({"score": "fischer"}, "score must be one of fisher, saliency"),
+        ({"scope": "tensor"}, "scope must be one of global, layer, found 'tensor'"),
+        ({"normalize": "l2"}, "normalize must be one of none, layer"),
+        ({"pattern": (4, 4)}, "0 < n < m"),
+        ({"always": frozenset("ab"), "never": frozenset("bc")}, "but b is to be both"),
+    ],
+)
+def test_a_selection_refuses_values_out_of_range(options, message):
+    """In one line, when the selection is made."""
+    with pytest.raises(ConfigError, match=message) as error:
+        Selection(**options)
+    assert "\n" not in str(error.value)

@@ -58,18 +58,18 @@ def test_options_reach_the_recipe(run, tmp_path):
     done = run("--score", "magnitude", "--pattern", "2:4", "--ignore", "pooler", "--ignore", r"layer\.0")
     assert done.exit_code == 0, done.output
     mask = read_mask(tmp_path / "out")
-    assert mask.about["pattern"] == [2, 4]
-    assert mask.about["ignore"] == ["pooler", r"layer\.0"]
+    assert mask.metadata["pattern"] == [2, 4]
+    assert mask.metadata["ignore"] == ["pooler", r"layer\.0"]
     assert mask["bert.pooler.dense.weight"].all()
     held = mask["bert.encoder.layer.1.output.dense.weight"].reshape(12, 3, 4).sum(2)
     assert torch.equal(held, torch.full((12, 3), 2))
     options = ("--scope", "layer", "--min-keep", 0.1, "--normalize", "layer", "--seed", 7, "--scaling", "raw")
     done = run("--score", "random", "--sparsity", 0.5, "--no-default-ignore", *options, out="other")
     assert done.exit_code == 0, done.output
-    about = read_mask(tmp_path / "other").about
+    about = read_mask(tmp_path / "other").metadata
     wanted = {
         "scope": "layer",
-        "least": 0.1,
+        "min_keep": 0.1,
         "normalize": "layer",
         "seed": 7,
         "scaling": "raw",
@@ -98,7 +98,7 @@ def test_a_layer_without_weights_is_pointed_out(run):
         (("--sparsity", "0.5"), "score fisher needs a Fisher; give --fisher"),
         (("--sparsity", "0.5", "--score", "random", "--ignore", "nothing"), "nothing matches 'nothing'"),
         (("--sparsity", "0.5", "--score", "random", "--ignore", "."), "all 41 tensors are ignored"),
-        (("--sparsity", "0.95", "--score", "random", "--min-keep", "0.1"), "lower one"),
+        (("--sparsity", "0.95", "--score", "random", "--min-keep", "0.1"), "lower min_keep"),
         (("--pattern", "2:5", "--score", "random"), "has 12; ignore it"),
         (("--sparsity", "0.5", "--fisher", "nowhere"), "nowhere"),
     ],

@@ -70,3 +70,17 @@ def test_largest_over_blocks_keeps_the_first_among_equals(monkeypatch):
     for keep in (0, 1, 29, 50, 77):
         (expected,) = _first_largest([values.flatten().tolist()], keep)
         assert topk.largest(values, keep).flatten().tolist() == expected
+
+
+@given(seed=st.integers(0, 99), pattern=st.sampled_from([(2, 4), (1, 3), (3, 5)]), axis=st.sampled_from([0, 1, 2]))
+def test_of_each_few_the_largest_are_kept(seed, pattern, axis):
+    """Each group of m along the axis, sorted by hand; ties go to the first."""
+    n, m = pattern
+    shape = [3, 2, 7]
+    shape[axis] = 2 * m
+    keys = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(seed))
+    found = topk.pattern_mask(keys, n, m, axis)
+    rows, kept = keys.movedim(axis, -1).reshape(-1, m), found.movedim(axis, -1).reshape(-1, m)
+    for row, mask in zip(rows.tolist(), kept.tolist(), strict=True):
+        best = sorted(range(m), key=lambda place: (-row[place], place))[:n]
+        assert [place for place in range(m) if mask[place]] == sorted(best)

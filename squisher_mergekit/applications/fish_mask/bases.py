@@ -1,4 +1,4 @@
-"""The model that another was trained from, by that one's names."""
+"""Base model under the names of the model that was trained from it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore
 
 
 def renamed(names: Collection[str], base: Collection[str]) -> dict[str, str]:
-    """Return name -> the name that a base has for the same tensor, where it differs.
+    """Return name -> name of the same tensor in a base model, where the two differ.
 
-    A model with a head has its trunk in a module of its own, so that all its names begin with ``bert.`` where those of
-    the model that was trained without a head do not; or the other way round. Of these three, the rule is taken that
-    finds most names.
+    A model with a head has its trunk in a submodule, so that names begin with ``bert.``; a model without a head lacks
+    the prefix. The rule (no change, prefix removed, prefix added) that finds the most names applies.
 
     Args:
-        names: Of the model that was trained.
-        base: Those of the base.
+        names: Names of the trained model.
+        base: Names of the base model.
 
     Example:
         >>> renamed(["bert.embed.weight", "classifier.weight"], ["embed.weight"])
@@ -31,13 +30,19 @@ def renamed(names: Collection[str], base: Collection[str]) -> dict[str, str]:
     rules += [lambda name, head=head: f"{head}.{name}" for head in heads]  # type: ignore[misc]
     known = set(base)
     best = max(rules, key=lambda rule: sum(rule(name) in known for name in names))
-    own = set(names) & known
-    return {name: best(name) for name in names if name not in own and best(name) in known - own}
+    shared = set(names) & known
+    return {name: best(name) for name in names if name not in shared and best(name) in known - shared}
 
 
 @dataclass(frozen=True)
-class _Renamed:
-    """A store whose tensors are asked for by other names."""
+class RenamedStore:
+    """Store whose tensors have other names.
+
+    Attributes:
+        store: The tensors.
+        infos: New name -> header.
+        names: New name -> name in ``store``, where the two differ.
+    """
 
     store: TensorStore
     infos: Mapping[str, TensorInfo]
@@ -45,7 +50,7 @@ class _Renamed:
 
     @property
     def location(self) -> str:
-        """Where it is."""
+        """Location of the tensors, for messages."""
         return self.store.location
 
     def read(self, name: str) -> Tensor:
@@ -54,17 +59,17 @@ class _Renamed:
 
 
 def under_names(base: Weights, names: Mapping[str, str]) -> Weights:
-    """Return weights under other names.
+    """Return weights under new names.
 
     Args:
         base: The weights.
-        names: New name -> name they have.
+        names: New name -> present name.
     """
     back = {old: new for new, old in names.items()}
     infos = {back.get(name, name): info for name, info in base.infos.items()}
-    return base.with_store(_Renamed(base.store, infos, names))
+    return base.with_store(RenamedStore(base.store, infos, names))
 
 
 def base_of(base: Weights, tuned: Weights) -> Weights:
-    """Return a base by the names of the model that was trained from it (see :func:`renamed`)."""
+    """Return a base model under the names of the model that was trained from it (see :func:`renamed`)."""
     return under_names(base, renamed(tuned.infos, base.infos))

@@ -1,9 +1,9 @@
-"""What two models differ in, stored sparsely: put onto the one it makes the other, bit for bit, and back.
+"""Sparse difference of two models: applied to one it gives the other, bit for bit, in both directions.
 
-In ``difference.safetensors`` a tensor that both have alike in shape and dtype has the places where their bits differ,
-``NAME.index`` (flat positions) or, where that is smaller, ``NAME.bits`` (a bit an entry), and the values there,
-``NAME.tuned`` and ``NAME.base``. What only one of the two has, such as a head, or what differs in shape, is stored
-whole under the same endings. Tensors that are the same take nothing.
+``difference.safetensors`` stores a tensor with the same shape and dtype in both models by the positions at which its
+bits differ, ``NAME.index`` (flat positions) or ``NAME.bits`` (one bit per entry), whichever is smaller, and the values
+there, ``NAME.tuned`` and ``NAME.base``. A tensor of one model alone, such as a head, or of another shape is stored
+whole under the same suffixes. Equal tensors take no space.
 """
 
 from __future__ import annotations
@@ -27,29 +27,34 @@ from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 DIFFERENCE_NAME = "difference.safetensors"
 Side = Literal["tuned", "base"]
 _FORMAT, _VERSION = "squisher-difference", "1"
+_METADATA = "about"  # key in the file
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INDEX_BITS = 32
 Bits = npt.NDArray[Any]
-Places = npt.NDArray[Any]  # flat positions, or a bool an entry
+Positions = npt.NDArray[Any]  # flat positions, or a bool per entry
 
 
-class Tensors(Protocol):
-    """A model's tensors by name."""
+class TensorReader(Protocol):
+    """Tensors of a model by name."""
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Name -> header."""
+        """Name -> header of the tensor."""
 
     def read(self, name: str) -> Tensor:
         """Return one tensor; it must not be written to."""
 
 
 @dataclass(frozen=True)
-class About:
-    """What else is known of the two models.
+class DifferenceMetadata:
+    """Metadata of a difference.
 
-    ``tuned``, ``base``: their ``config.json``, as text. ``tuned_fingerprint``, ``base_fingerprint``: of their weights.
-    ``renamed``: name in the tuned model -> name that the base has for the same tensor, where it differs.
+    Attributes:
+        tuned: Text of the trained model's ``config.json``.
+        base: Text of the base model's ``config.json``.
+        tuned_fingerprint: Fingerprint of the trained weights.
+        base_fingerprint: Fingerprint of the base weights.
+        renamed: Name in the trained model -> name of the same tensor in the base, where the two differ.
     """
 
     tuned: str | None = None
@@ -60,31 +65,35 @@ class About:
 
 
 def write_difference(
-    tuned: Tensors, base: Tensors, file: Path, about: About, advance: Callable[[], object] = lambda: None
+    tuned: TensorReader,
+    base: TensorReader,
+    file: Path,
+    metadata: DifferenceMetadata,
+    advance: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write what differs between two models, tensor by tensor.
+    """Write the difference of two models, tensor by tensor.
 
     Args:
-        tuned: The one.
-        base: The other, by the names of the first.
-        file: To be made.
-        about: What else is known.
-        advance: Called for each tensor.
+        tuned: Tensors of the trained model.
+        base: Tensors of the base model, by the names of the trained one.
+        file: File to create.
+        metadata: Metadata of the difference.
+        advance: Function called after each tensor.
     """
     names = sorted({*tuned.infos, *base.infos})
-    notes = json.dumps(asdict(about))
+    notes = json.dumps(asdict(metadata))
     with SafetensorsWriter(file, header_room(names, parts=3) + 2 * len(notes.encode())) as writer:
         writer.note("format", _FORMAT)
         writer.note("version", _VERSION)
-        writer.note("about", notes)
+        writer.note(_METADATA, notes)
         for name in names:
             ours, theirs = tuned.infos.get(name), base.infos.get(name)
             if ours and theirs and (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype):
                 _write_changes(writer, name, tuned.read(name), base.read(name))
             else:
-                for side, one, info in (("tuned", tuned, ours), ("base", base, theirs)):
+                for side, tensors, info in (("tuned", tuned, ours), ("base", base, theirs)):
                     if info is not None:
-                        writer.add(f"{name}.{side}", one.read(name))
+                        writer.add(f"{name}.{side}", tensors.read(name))
             advance()
     sync(file)
 
@@ -105,7 +114,7 @@ def _write_changes(writer: SafetensorsWriter, name: str, tuned: Tensor, base: Te
 
 
 def bits_of(tensor: Tensor) -> Bits:
-    """Return the bits of a tensor's entries as integers, flat: a view where possible.
+    """Return the bits of a tensor's entries as flat integers; a view where possible.
 
     Example:
         >>> bits_of(torch.tensor([1.0, -0.0], dtype=torch.bfloat16)).tolist()
@@ -117,13 +126,13 @@ def bits_of(tensor: Tensor) -> Bits:
 
 
 class Difference:
-    """A difference file, open for reading: what of it belongs to a tensor is read when it is asked for.
+    """Difference file, read tensor by tensor.
 
     Args:
         file: The file.
 
     Raises:
-        CorruptFileError: It is no whole file, or one of a newer version.
+        CorruptFileError: The file is truncated, is not a difference, or has a newer version.
     """
 
     def __init__(self, file: Path) -> None:
@@ -135,7 +144,7 @@ class Difference:
             )
         self.file, self._store = file, SafetensorsStore([file], str(file))
         try:
-            self.about = About(**json.loads(notes["about"]))
+            self.metadata = DifferenceMetadata(**json.loads(notes[_METADATA]))
             ends = ".shape"
             self._shapes = {k[: -len(ends)]: tuple(json.loads(v)) for k, v in notes.items() if k.endswith(ends)}
         except (KeyError, TypeError, ValueError) as error:
@@ -154,20 +163,20 @@ class Difference:
             good = bits.nbytes == -(-size // 8)
         if not good:
             raise CorruptFileError(
-                f"{self.file} must hold places and both values of {name}, but does not; make it again"
+                f"{self.file} must hold positions and both values of {name}, but does not; make it again"
             )
 
     @property
     def changed(self) -> tuple[str, ...]:
-        """The tensors that both models have alike in shape and dtype, and that differ."""
+        """Names of the tensors that differ and have the same shape and dtype in both models."""
         return tuple(self._shapes)
 
     def changes(self, name: str) -> bool:
-        """Return whether some entries of a tensor change that both models have."""
+        """Return True if entries of a tensor change, and both models have the tensor."""
         return name in self._shapes
 
     def whole(self, side: Side) -> dict[str, TensorInfo]:
-        """Return the tensors that are stored whole, of one of the two models."""
+        """Return the headers of the tensors that are stored whole for one of the two models."""
         end = f".{side}"
         return {
             name[: -len(end)]: info
@@ -180,17 +189,17 @@ class Difference:
         return self._store.read(f"{name}.{side}")
 
     def put(self, name: str, tensor: Tensor, side: Side, place: object) -> Tensor:
-        """Return a tensor of the one model as the other has it.
+        """Return a tensor with the values of the other model.
 
         Args:
-            name: Its name in the tuned model.
-            tensor: It, as the model has it that is not ``side``.
-            side: The model that is wanted.
-            place: Of the model, for messages.
+            name: Name of the tensor in the trained model.
+            tensor: The tensor of the model that is not ``side``.
+            side: The model whose values to return.
+            place: Location of the tensor, for messages.
 
         Raises:
-            MismatchError: It is not the tensor that the difference was made from, where they differ.
-            CorruptFileError: A place lies outside of it.
+            MismatchError: The tensor differs from the tensor of that model in a changed entry.
+            CorruptFileError: A position is outside of the tensor.
         """
         other: Side = "base" if side == "tuned" else "tuned"
         old, new = self._store.read(f"{name}.{other}"), self._store.read(f"{name}.{side}")
@@ -199,30 +208,32 @@ class Difference:
                 f"{name} must be as in the {other} model of {self.file}, {list(self._shapes[name])} of {old.dtype}, "
                 f"but {place} has {list(tensor.shape)} of {tensor.dtype}; give that model"
             )
-        places = self._places(name, tensor.numel(), old.numel())
+        positions = self._positions(name, tensor.numel(), old.numel())
         bits = bits_of(tensor).copy()
-        wrong = int(np.count_nonzero(bits[places] != bits_of(old)))
+        wrong = int(np.count_nonzero(bits[positions] != bits_of(old)))
         if wrong:
             raise MismatchError(
                 f"{name} must be as in the {other} model of {self.file}, but in {place} {wrong} of the {old.numel()} "
-                f"values that change are others; give the {other} model that the difference was made from"
+                f"values that change differ; give the {other} model that the difference was made from"
             )
-        bits[places] = bits_of(new)
+        bits[positions] = bits_of(new)
         return torch.from_numpy(bits).view(tensor.dtype).reshape(tensor.shape)
 
-    def _places(self, name: str, size: int, count: int) -> Places:
-        """Return where entries change: positions, or a bool an entry."""
-        places: Places
+    def _positions(self, name: str, size: int, count: int) -> Positions:
+        """Return the changed entries: positions, or a bool per entry."""
+        positions: Positions
         if f"{name}.index" in self._store.infos:
-            places = self._store.read(f"{name}.index").numpy()
-            good = len(places) == 0 or (places.min() >= 0 and places.max() < size)
+            positions = self._store.read(f"{name}.index").numpy()
+            good = len(positions) == 0 or (positions.min() >= 0 and positions.max() < size)
         else:
             packed = self._store.read(f"{name}.bits").numpy()
-            places = np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)
-            good = int(np.count_nonzero(places)) == count
+            positions = np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)
+            good = int(np.count_nonzero(positions)) == count
         if not good:
-            raise CorruptFileError(f"{self.file} must have its places within {name}, but has not; make it again")
-        return places
+            raise CorruptFileError(
+                f"{self.file} must have its positions within {name}, but one is outside; make it again"
+            )
+        return positions
 
 
 def read_difference(source: str | Path) -> Difference:
@@ -232,8 +243,8 @@ def read_difference(source: str | Path) -> Difference:
         source: The file, or a folder with ``difference.safetensors``.
 
     Raises:
-        NotFoundError: There is none.
-        CorruptFileError: It is no whole difference, or one of a newer version.
+        NotFoundError: The file does not exist.
+        CorruptFileError: The file is truncated, is not a difference, or has a newer version.
     """
     path = Path(source).expanduser()
     file = path / DIFFERENCE_NAME if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""Which tensors of a model are its head, which no pre-trained model has, and which are no weights at all."""
+"""Head and buffers of a model: tensors without a pre-trained value, and tensors that are no weights."""
 
 from __future__ import annotations
 
@@ -17,75 +17,80 @@ from squisher_mergekit.models.roles import output_parameters
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
-# Where there is no config to build the model from, names must do.
+# Names of heads, for folders without a config to build the model from.
 _HEAD = re.compile(r"^(classifier|score|qa_outputs|head)\.")
 _MEMORY = Path("memory")
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Names on disk: of the head, and of buffers, such as the running statistics of BatchNorm."""
+class ModelParts:
+    """Names on disk of special tensors.
+
+    Attributes:
+        heads: Tensors of the head.
+        buffers: Buffers, such as the running statistics of BatchNorm.
+    """
 
     heads: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
 
 
-def parts_on_disk(weights: Weights) -> Parts:
-    """Return head and buffers of the weights in a folder.
+def parts_on_disk(weights: Weights) -> ModelParts:
+    """Return the head and the buffers of the weights in a folder.
 
-    The model is built from its ``config.json``, without weights, to tell them. Where that cannot be done, the head is
-    what is called ``classifier``, ``score``, ``qa_outputs`` or ``head``, and buffers are not told from weights.
+    The model that ``config.json`` describes tells them. If that model cannot be built, the head is ``classifier``,
+    ``score``, ``qa_outputs`` or ``head``, and buffers count as weights.
     """
     return parts_by_name(weights.infos) if weights.outline is None else _parts(*weights.outline, weights.infos)
 
 
-def parts_by_name(names: Iterable[str]) -> Parts:
-    """Return what is called as a head is.
+def parts_by_name(names: Iterable[str]) -> ModelParts:
+    """Return the tensors with the name of a head.
 
     Example:
         >>> parts_by_name(["bert.pooler.dense.weight", "classifier.weight"]).heads
         frozenset({'classifier.weight'})
     """
-    return Parts(frozenset(name for name in names if _HEAD.search(name)))
+    return ModelParts(frozenset(name for name in names if _HEAD.search(name)))
 
 
-def in_memory(model: nn.Module) -> tuple[Weights, Parts]:
-    """Return a live model's weights by the names that they have on disk, its head and its buffers.
+def in_memory(model: nn.Module) -> tuple[Weights, ModelParts]:
+    """Return the weights of a model in memory by their names on disk, and its head and buffers.
 
     Raises:
-        UnsupportedStateError: It is none that is saved whole (an adapter, FSDP1).
+        UnsupportedStateError: The model is not saved whole (an adapter, FSDP1).
     """
     inner = unwrap_model(model)
-    bones = describe(model).checkpoint_names
-    if bones is None:
+    checkpoint_names = describe(model).checkpoint_names
+    if checkpoint_names is None:
         raise UnsupportedStateError(
             f"a model must be saved whole to be chosen from, but {type(inner).__name__} is not; merge its adapter, or "
             "gather it first"
         )
     by_name = {name: parameter.detach() for name, parameter in parameters_of(inner).items()}
-    stored = store_moments(str(_MEMORY), by_name, bones, ())
+    stored = store_moments(str(_MEMORY), by_name, checkpoint_names, ())
     tensors = {name: stored.read(name) for name in stored.infos}
     known = {name for name, _ in inner.named_parameters(remove_duplicate=False)}
     tensors |= {name: tensor.detach() for name, tensor in inner.state_dict().items() if name not in known}
-    return of_tensors(tensors), _parts(inner, bones, tensors)
+    return weights_in_memory(tensors), _parts(inner, checkpoint_names, tensors)
 
 
-def of_tensors(tensors: Mapping[str, Tensor]) -> Weights:
-    """Return tensors in memory as weights, without a folder."""
+def weights_in_memory(tensors: Mapping[str, Tensor]) -> Weights:
+    """Return tensors as weights without a folder."""
     return Weights(_MEMORY, store=MemoryStore(tensors))
 
 
-def _parts(model: nn.Module, bones: CheckpointNames, names: Iterable[str]) -> Parts:
+def _parts(model: nn.Module, checkpoint_names: CheckpointNames, names: Iterable[str]) -> ModelParts:
     heads, known = _head_parameters(model), memory_names(model)
     in_head = {known[number] for number in heads}
-    stored = {name: bones.sources.get(bones.aliases.get(name, name), ()) for name in names}
-    return Parts(
+    stored = {name: checkpoint_names.sources.get(checkpoint_names.aliases.get(name, name), ()) for name in names}
+    return ModelParts(
         frozenset(name for name, sources in stored.items() if sources and set(sources) <= in_head),
         frozenset(name for name, sources in stored.items() if not sources),
     )
 
 
 def _head_parameters(model: nn.Module) -> set[int]:
-    """Return the ids of the head's parameters; a language model's output layer was pre-trained and is none."""
+    """Return the ids of the head's parameters; the output layer of a language model is pre-trained, so no head."""
     last = getattr(model, "get_output_embeddings", lambda: None)()
     return set() if isinstance(last, nn.Module) else output_parameters(model)

@@ -1,4 +1,4 @@
-"""A difference put onto the base, or taken off the trained model again: bit for bit the other of the two."""
+"""Patching of models on disk: a difference applied to the base, or removed from the trained model, bit for bit."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ LOG = logging.getLogger("squisher_mergekit")
 def apply_files(
     base: str | Path, difference: str | Path, out: str | Path, *, strict: bool = False, progress: bool = False
 ) -> None:
-    """Make the model that a difference was made from: put it onto the base.
+    """Apply a difference to its base, which gives the trained model.
 
     Args:
         base: A folder with ``model.safetensors`` or its shards, or a Hub id ``org/name[@revision]``.
         difference: ``difference.safetensors``, or a folder with it.
-        out: The folder to make; new or empty. Its config is that of the trained model, its tokenizer the base's.
-        strict: Refuse a base that differs, as far as a sample of its bytes tells, where the difference changes
-            nothing; otherwise a warning says so.
-        progress: Show a bar.
+        out: The folder to make; new or empty. It gets the config of the trained model and the tokenizer of the base.
+        strict: Refuse a base with another fingerprint, instead of a warning: its values may differ where the difference
+            changes nothing.
+        progress: Show a progress bar.
 
     Raises:
-        MismatchError: It is not the base: names, shapes, or a value that the difference changes.
-        ConfigError: ``out`` is taken.
-        RefusedError: Something cannot be read. In all cases nothing is left at ``out``.
+        MismatchError: Names or shapes are not those of the base, or a value to change differs.
+        ConfigError: ``out`` is not empty.
+        RefusedError: A source cannot be read. After any error ``out`` does not exist.
 
     Example:
         >>> apply_files("nowhere/at/all", "difference.safetensors", "out")
@@ -52,14 +52,14 @@ def apply_files(
 def remove_files(
     model: str | Path, difference: str | Path, out: str | Path, *, strict: bool = False, progress: bool = False
 ) -> None:
-    """Make the base again: take a difference off the model that it made.
+    """Remove a difference from its trained model, which gives the base.
 
     Args:
         model: A folder with ``model.safetensors`` or its shards, or a Hub id ``org/name[@revision]``.
         difference: ``difference.safetensors``, or a folder with it.
-        out: The folder to make; new or empty. Its config is that of the base, its tokenizer the model's.
+        out: The folder to make; new or empty. It gets the config of the base and the tokenizer of the model.
         strict: As for :func:`apply_files`.
-        progress: Show a bar.
+        progress: Show a progress bar.
 
     Raises:
         RefusedError: As for :func:`apply_files`.
@@ -73,20 +73,20 @@ def remove_files(
 
 
 def patched(tensors: Mapping[str, Tensor], difference: Difference, side: Side = "tuned") -> dict[str, Tensor]:
-    """Return tensors in memory as the other model has them.
+    """Return the tensors of the other model of a difference.
 
     Args:
-        tensors: All tensors of the one model, by its names.
-        difference: Of the two.
-        side: ``tuned``: the tensors are the base's, and the trained model's are wanted. ``base``: the other way round.
+        tensors: All tensors of one model, by its names.
+        difference: The difference.
+        side: The model to return: ``tuned`` from the base's tensors, or ``base`` from the trained model's.
 
     Raises:
-        MismatchError: They are not those that the difference was made from, where they differ.
+        MismatchError: A name is missing, or a value to change differs.
     """
     ours = _by_tuned(difference, side)
     names = {ours.get(name, name): name for name in tensors}
     _check_names(names, difference, side, "memory")
-    turned = _turned(((name, tensors[own]) for name, own in names.items()), difference, side, "memory")
+    turned = _turned(((name, tensors[key]) for name, key in names.items()), difference, side, "memory")
     theirs = _theirs(difference, side)
     return {theirs.get(name, name): tensor for name, tensor in turned} | {
         theirs.get(name, name): difference.read_whole(name, side) for name in _added(names, difference, side)
@@ -100,7 +100,7 @@ def _turn(
     check_out(target)
     weights = open_weights(source, option)
     if side == "tuned":
-        weights = under_names(weights, opened.about.renamed or {})
+        weights = under_names(weights, opened.metadata.renamed or {})
     _check_names(weights.infos, opened, side, weights.folder)
     _check_fingerprint(weights, opened, side, strict)
     with (
@@ -132,7 +132,7 @@ def _write(weights: Weights, opened: Difference, side: Side, folder: Path, advan
 def _turned(
     tensors: Iterable[tuple[str, Tensor]], opened: Difference, side: Side, place: object
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield what the wanted model has of the tensors of the other; all by the tuned model's names."""
+    """Yield the tensors of the wanted model from those of the other, by the names of the trained model."""
     old, new = opened.whole(_other(side)), opened.whole(side)
     for name, tensor in tensors:
         if name in old:
@@ -150,15 +150,15 @@ def _turned(
 
 
 def _finish(weights: Weights, opened: Difference, side: Side, folder: Path) -> None:
-    """Write the wanted model's config, and an index where there are shards."""
-    config = getattr(opened.about, side)
+    """Write the config of the wanted model, and the index of its shards."""
+    config = getattr(opened.metadata, side)
     if config is not None:
         (folder / "config.json").write_text(config, encoding="utf-8")
     if len(weights.files) > 1:
         infos = {file.name: tensor_infos(folder / file.name) for file in weights.files}
         index = {
-            "metadata": {"total_size": sum(info.nbytes for own in infos.values() for info in own.values())},
-            "weight_map": {name: file for file, own in infos.items() for name in own},
+            "metadata": {"total_size": sum(info.nbytes for header in infos.values() for info in header.values())},
+            "weight_map": {name: file for file, header in infos.items() for name in header},
         }
         (folder / f"{BASENAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -168,13 +168,13 @@ def _other(side: Side) -> Side:
 
 
 def _by_tuned(opened: Difference, side: Side) -> dict[str, str]:
-    """Return name that the source has -> the tuned model's, where it differs."""
-    return {} if side == "base" else {base: tuned for tuned, base in (opened.about.renamed or {}).items()}
+    """Return name in the source -> name in the trained model, where the two differ."""
+    return {} if side == "base" else {base: tuned for tuned, base in (opened.metadata.renamed or {}).items()}
 
 
 def _theirs(opened: Difference, side: Side) -> Mapping[str, str]:
-    """Return the tuned model's name -> the one that the wanted model has, where it differs."""
-    return (opened.about.renamed or {}) if side == "base" else {}
+    """Return name in the trained model -> name in the wanted model, where the two differ."""
+    return (opened.metadata.renamed or {}) if side == "base" else {}
 
 
 def _added(names: Iterable[str], opened: Difference, side: Side) -> list[str]:
@@ -183,7 +183,7 @@ def _added(names: Iterable[str], opened: Difference, side: Side) -> list[str]:
 
 
 def _check_names(names: Iterable[str], opened: Difference, side: Side, place: object) -> None:
-    """Refuse a model by what headers tell."""
+    """Check the names of a model against those of a difference."""
     known, old = set(names), opened.whole(_other(side))
     missing = next((name for name in (*opened.changed, *old) if name not in known), None)
     if missing is not None:
@@ -194,17 +194,17 @@ def _check_names(names: Iterable[str], opened: Difference, side: Side, place: ob
     there = next((name for name in opened.whole(side) if name in known and name not in old), None)
     if there is not None:
         raise MismatchError(
-            f"{there} is what the difference {opened.file} adds, but {place} has it already; give the {_other(side)} "
+            f"{there} is added by the difference {opened.file}, but {place} has it already; give the {_other(side)} "
             "model that the difference was made from"
         )
 
 
 def _check_fingerprint(weights: Weights, opened: Difference, side: Side, strict: bool) -> None:
-    made_at: str | None = getattr(opened.about, f"{_other(side)}_fingerprint")
+    made_at: str | None = getattr(opened.metadata, f"{_other(side)}_fingerprint")
     differs = difference_of(made_at, weights.fingerprint)
     if not differs:
         return
     message = f"{weights.folder} is not the {_other(side)} model that {opened.file} was made from: {differs}"
     if strict or made_at is None or not differs.startswith("same names"):
         raise MismatchError(f"{message}; give that model")
-    LOG.warning(f"{message}; where the difference changes nothing, its values are taken as they are")
+    LOG.warning(f"{message}; its values stay where the difference changes nothing")

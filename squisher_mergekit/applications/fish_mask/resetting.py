@@ -1,4 +1,4 @@
-"""A trained model whose weights off a mask have their pre-trained values back."""
+"""Reset of the weights outside a mask to their pre-trained values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.applications.fish_mask.bases import base_of
-from squisher_mergekit.applications.fish_mask.heads import of_tensors
+from squisher_mergekit.applications.fish_mask.heads import weights_in_memory
 from squisher_mergekit.applications.masks import Mask
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.models.parameters import parameters_of
@@ -18,12 +18,12 @@ from squisher_mergekit.tensors.safetensors import TensorInfo
 
 
 def reset_values(tuned: Tensor, base: Tensor, mask: Tensor) -> Tensor:
-    """Return the trained values on the mask, and the pre-trained ones off it: ``m theta + (1 - m) theta_0``, by choice.
+    """Return the trained values inside a mask and the pre-trained ones outside: ``m theta + (1 - m) theta_0``.
 
     Args:
-        tuned: The weight after training.
-        base: Before it.
-        mask: bool; all shaped alike.
+        tuned: Weight after training.
+        base: Weight before training, of the same shape.
+        mask: bool, of the same shape.
 
     Source: section 3.4 of "Fishers for Free?" (Li et al., ICML 2025).
 
@@ -36,16 +36,16 @@ def reset_values(tuned: Tensor, base: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reset(model: nn.Module, base: nn.Module | Mapping[str, Tensor], mask: Mask | Mapping[str, Tensor]) -> None:
-    """Give a live model's weights off the mask their pre-trained values back, to the bit.
+    """Reset the weights of a model outside a mask to their pre-trained values, bit for bit.
 
     Args:
-        model: That was trained; it is changed.
-        base: The model that it was trained from, or its parameters by name in memory.
-        mask: By the names on disk, or a mapping from the names in memory to bool tensors.
+        model: The trained model, changed in place.
+        base: The model before training, or its parameters by name in memory.
+        mask: A mask, or a mapping from names in memory to bool tensors.
 
     Raises:
-        MismatchError: The mask or the base is of another model; or the base lacks a parameter that is not kept whole.
-            The model is then as before.
+        MismatchError: The mask or the base does not fit the model, or the base lacks a parameter that the mask does not
+            keep whole. The model is then unchanged.
 
     Example:
         >>> model, base = nn.Linear(2, 1, bias=False), {"weight": torch.tensor([[5.0, 6.0]])}
@@ -57,18 +57,29 @@ def reset(model: nn.Module, base: nn.Module | Mapping[str, Tensor], mask: Mask |
     masked = mask.by_parameter(model) if isinstance(mask, Mask) else mask
     parameters = parameters_of(model)
     before = {name: p.detach() for name, p in parameters_of(base).items()} if isinstance(base, nn.Module) else base
-    tuned, below = of_tensors({name: p.detach() for name, p in parameters.items()}), of_tensors(before)
-    view = Reset(tuned, base_of(below, tuned), Mask({name: one.cpu().bool() for name, one in masked.items()}))
+    tuned, base_weights = (
+        weights_in_memory({name: p.detach() for name, p in parameters.items()}),
+        weights_in_memory(before),
+    )
+    view = ResetView(
+        tuned, base_of(base_weights, tuned), Mask({name: one.cpu().bool() for name, one in masked.items()})
+    )
     view.check()
     for name, parameter in parameters.items():
         if name in view.base.infos and not view.kept_whole(name):
-            mask_here, base_here = masked[name].to(parameter.device), view.base.read(name).to(parameter.device)
-            parameter.copy_(reset_values(parameter, base_here, mask_here))
+            kept, original = masked[name].to(parameter.device), view.base.read(name).to(parameter.device)
+            parameter.copy_(reset_values(parameter, original, kept))
 
 
 @dataclass(frozen=True)
-class Reset:
-    """A trained model whose weights off a mask have their pre-trained values, worked out when read."""
+class ResetView:
+    """Trained weights that are reset outside a mask as they are read.
+
+    Attributes:
+        tuned: The trained weights.
+        base: The pre-trained weights, by the same names.
+        mask: The mask.
+    """
 
     tuned: Weights
     base: Weights
@@ -76,14 +87,14 @@ class Reset:
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Name -> header."""
+        """Name -> header of the tensor."""
         return self.tuned.infos
 
     def check(self) -> None:
-        """Refuse a mask or base of another model, by headers and what is kept whole.
+        """Check the names and shapes of mask and base.
 
         Raises:
-            MismatchError: A name or shape differs, or the base has no value for a weight that is to have it.
+            MismatchError: A name or shape differs, or the base has no value for a weight to reset.
         """
         self.mask.check(self.tuned.infos, self.tuned.folder)
         shared = []
@@ -101,11 +112,11 @@ class Reset:
         check_alike(self.tuned, self.base, shared)
 
     def kept_whole(self, name: str) -> bool:
-        """Return whether all of a tensor is kept."""
+        """Return True if the mask keeps all of a tensor."""
         return bool(self.mask[name].all())
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor; what the mask does not name is the trained model's."""
+        """Return one tensor; a tensor that the mask does not name is not reset."""
         tuned, base = self.tuned.read(name), self.base.infos.get(name)
         if name not in self.mask or base is None or base.shape != tuple(tuned.shape):
             return tuned

@@ -1,4 +1,4 @@
-"""What pruning did, layer by layer."""
+"""Report of a pruning, layer by layer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from squisher_mergekit.applications.masks import Mask
-from squisher_mergekit.applications.pruning.recipe import Plan, Recipe
+from squisher_mergekit.applications.pruning.recipe import PruningRecipe
+from squisher_mergekit.applications.selection import SelectionPlan
 
 
 @dataclass(frozen=True)
-class Layer:
-    """How much of one tensor is kept."""
+class PrunedLayer:
+    """Number of kept entries of one tensor.
+
+    Attributes:
+        name: Name on disk.
+        shape: Shape of the tensor.
+        kept: Number of entries that are kept.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -21,50 +28,55 @@ class Layer:
 
     @property
     def entries(self) -> int:
-        """How many entries it has."""
+        """Number of entries."""
         return math.prod(self.shape)
 
     @property
     def sparsity(self) -> float:
-        """The share that is 0."""
+        """Share of the entries that is 0."""
         return 1 - self.kept / self.entries if self.entries else 0.0
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was pruned.
+class PruningReport:
+    """Result of a pruning.
 
-    ``layers``: the tensors chosen from. ``ignored``: name -> why not. ``entries``: of the whole model. ``mask``: by the
-    names in ``model.safetensors``. ``differs``: how the weights differ from those that the Fisher was made at.
+    Attributes:
+        recipe: The options.
+        layers: The candidate tensors.
+        ignored: Name -> reason, for tensors that stay unchanged.
+        entries: Number of entries of the whole model.
+        mask: Masks by name in ``model.safetensors``.
+        differs: Difference from the weights at which the Fisher was made, in words; None if equal or unknown.
     """
 
-    recipe: Recipe
-    layers: tuple[Layer, ...]
+    recipe: PruningRecipe
+    layers: tuple[PrunedLayer, ...]
     ignored: Mapping[str, str]
     entries: int
     mask: Mask
     differs: str | None = None
 
     @property
-    def over_all(self) -> Layer:
-        """All that was chosen from, as if it were one tensor."""
+    def over_all(self) -> PrunedLayer:
+        """Sum of the candidate tensors, as one tensor."""
         shape = (sum(layer.entries for layer in self.layers),)
-        return Layer("chosen from", shape, sum(layer.kept for layer in self.layers))
+        return PrunedLayer("chosen from", shape, sum(layer.kept for layer in self.layers))
 
     @property
     def sparsity(self) -> float:
-        """The share of the entries chosen from that is 0."""
+        """Share of the candidate entries that is 0."""
         return self.over_all.sparsity
 
     @property
     def sparsity_of_model(self) -> float:
-        """The share of the whole model that was pruned."""
+        """Share of the whole model that was pruned."""
         return (self.over_all.entries - self.over_all.kept) / self.entries
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON takes it."""
+        """Return the report for JSON."""
         return {
-            "recipe": self.recipe.about(),
+            "recipe": self.recipe.metadata(),
             "sparsity": self.sparsity,
             "sparsity_of_model": self.sparsity_of_model,
             "entries": self.entries,
@@ -79,14 +91,17 @@ class Report:
         }
 
 
-def make_report(plan: Plan, kept: Mapping[str, int], mask: Mask, differs: str | None = None) -> Report:
-    """Put together what was pruned.
+def make_report(
+    recipe: PruningRecipe, plan: SelectionPlan, kept: Mapping[str, int], mask: Mask, differs: str | None = None
+) -> PruningReport:
+    """Return the report of a pruning.
 
     Args:
-        plan: What was chosen from.
-        kept: Name -> how many entries are kept.
+        recipe: The options.
+        plan: The plan.
+        kept: Name -> number of kept entries.
         mask: The masks.
-        differs: See :class:`Report`.
+        differs: Difference from the weights at which the Fisher was made, see :class:`PruningReport`.
     """
-    layers = tuple(Layer(name, plan.shapes[name], kept[name]) for name in plan.sizes)
-    return Report(plan.recipe, layers, plan.ignored, sum(map(math.prod, plan.shapes.values())), mask, differs)
+    layers = tuple(PrunedLayer(name, plan.shapes[name], kept[name]) for name in plan.sizes)
+    return PruningReport(recipe, layers, plan.outside, sum(map(math.prod, plan.shapes.values())), mask, differs)

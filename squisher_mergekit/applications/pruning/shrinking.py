@@ -1,4 +1,4 @@
-"""Networks without their pruned units, physically smaller."""
+"""Smaller networks, without their pruned units."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from squisher_mergekit.applications.pruning.modules import unmasked
-from squisher_mergekit.applications.pruning.structured import Choice, Slice, unit_masks
+from squisher_mergekit.applications.pruning.structured import UnitChoice, UnitSlice, unit_masks
 from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.models.parameters import unwrap_model
 
-# What transformers' configs call the width of a feed-forward part.
+# Keys of the width of a feed-forward part in the configs of transformers.
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")
 
 
-def shrink(model: nn.Module, choice: Choice) -> nn.Module:
-    """Return a copy of a model without the units that are not kept; its outputs are those with these units at 0.
+def shrink(model: nn.Module, choice: UnitChoice) -> nn.Module:
+    """Return a copy of a model without its pruned units; its outputs are those of the model with these units at 0.
 
-    A chain loses rows of what makes a unit and columns of what reads it; BatchNorm's statistics follow. A model of
-    transformers is built anew from its config with fewer neurons or heads, which must be as many in every layer (choose
-    with ``scope="layer"``), so that it is saved and loaded as any other.
+    A chain loses rows of the weights that make a unit and columns of those that read it; BatchNorm's statistics follow.
+    A model of transformers is built from its config with fewer neurons or heads, the same number in every layer (choose
+    with ``scope="layer"``), so that it can be saved and loaded.
 
     Args:
-        model: The model, masked already or not; left as it is.
-        choice: Which units are kept.
+        model: The model, masked or not; it is not changed.
+        choice: The units to keep.
 
     Returns:
         A new model, on the same device, in the same mode.
 
     Raises:
-        MismatchError: The choice is not of this model.
-        UnsupportedStateError: The architecture has no place for it: a config without a key for the width, layers that
-            would differ, units without a reader. :func:`~.structured.mask_units` makes them 0 instead.
+        MismatchError: The choice was made for another model.
+        UnsupportedStateError: The architecture cannot be made smaller: its config has no key for the width, layers
+            would differ, or units have no reader. :func:`~.structured.mask_units` sets such units to 0.
 
     Example:
         >>> from squisher_mergekit.applications.pruning.units import chain_units
         >>> model = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> choice = Choice(chain_units(model), {"0": torch.tensor([True, False, True])})
+        >>> choice = UnitChoice(chain_units(model), {"0": torch.tensor([True, False, True])})
         >>> shrink(model, choice)
         Sequential(
           (0): Linear(in_features=5, out_features=2, bias=True)
@@ -50,12 +50,12 @@ def shrink(model: nn.Module, choice: Choice) -> nn.Module:
         )
     """
     inner: Any = unwrap_model(model)
-    unit_masks(inner, choice)  # refuses a choice of another model
+    unit_masks(inner, choice)  # raises for a choice of another model
     unread = next((layer.name for layer in choice.units if not layer.read), None)
     if unread is not None:
         raise UnsupportedStateError(
-            f"what reads a unit must be known for a network to be made smaller, but of {unread} it is not; mask_units "
-            "makes the units 0"
+            f"the reader of a unit must be known for a network to be made smaller, but that of {unread} is unknown; "
+            "mask_units sets the units to 0"
         )
     small = _plain_copy(inner)
     if hasattr(inner, "config") and hasattr(inner, "save_pretrained"):
@@ -74,32 +74,34 @@ def shrink(model: nn.Module, choice: Choice) -> nn.Module:
     return small
 
 
-def _slices(choice: Choice) -> list[tuple[Slice, Tensor]]:
+def _slices(choice: UnitChoice) -> list[tuple[UnitSlice, Tensor]]:
+    """Return every slice with the mask of its units."""
     return [
-        (one, choice.kept[layer.name]) for layer in choice.units for one in (*layer.made, *layer.read, *layer.buffers)
+        (part, choice.kept[layer.name]) for layer in choice.units for part in (*layer.made, *layer.read, *layer.buffers)
     ]
 
 
-def _touched(choice: Choice) -> list[str]:
-    return list(dict.fromkeys(one.tensor for one, _ in _slices(choice)))
+def _touched(choice: UnitChoice) -> list[str]:
+    """Return the names of the tensors that lose entries."""
+    return list(dict.fromkeys(part.tensor for part, _ in _slices(choice)))
 
 
-def _cut(tensors: Mapping[str, Tensor], choice: Choice) -> dict[str, Tensor]:
-    """Return the tensors without what belongs to pruned units."""
-    places: dict[tuple[str, int], Tensor] = {}
-    for one, kept in _slices(choice):
-        size = tensors[one.tensor].shape[one.axis]
-        own = one.places(kept, size)
+def _cut(tensors: Mapping[str, Tensor], choice: UnitChoice) -> dict[str, Tensor]:
+    """Return the tensors without the entries of pruned units."""
+    masks: dict[tuple[str, int], Tensor] = {}
+    for part, kept in _slices(choice):
+        size = tensors[part.tensor].shape[part.axis]
         # Several slices of one axis (queries, keys and values in one layer) are cut together.
-        places[one.tensor, one.axis] = places.get((one.tensor, one.axis), torch.ones(size, dtype=torch.bool)) & own
+        earlier = masks.get((part.tensor, part.axis), torch.ones(size, dtype=torch.bool))
+        masks[part.tensor, part.axis] = earlier & part.axis_mask(kept, size)
     cut = dict(tensors)
-    for (name, axis), kept in places.items():
+    for (name, axis), kept in masks.items():
         cut[name] = cut[name].index_select(axis, kept.nonzero()[:, 0].to(cut[name].device))
     return cut
 
 
 def _note_sizes(module: Any) -> None:
-    """Let a layer say the sizes that its weights have."""
+    """Set the size attributes of a layer to those of its weights."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -109,7 +111,7 @@ def _note_sizes(module: Any) -> None:
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in which masks of ``torch.nn.utils.prune`` are made permanent."""
+    """Return a copy in which the masks of ``torch.nn.utils.prune`` are permanent."""
     with unmasked(model):
         copied = copy.deepcopy(model)
     for module in copied.modules():
@@ -122,14 +124,14 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _of_transformers(model: Any, choice: Choice) -> nn.Module:
-    """Build a model from a config with fewer units, and give it the weights that are left."""
+def _of_transformers(model: Any, choice: UnitChoice) -> nn.Module:
+    """Return a model from a config with fewer units, with the remaining weights."""
     widths = set(choice.widths.values())
     counts = {layer.count for layer in choice.units}
     if len(widths) > 1 or len(counts) > 1:
         raise UnsupportedStateError(
             f"the config of {type(model).__name__} has one width for all layers, but between {min(widths)} and "
-            f'{max(widths)} units would be left; choose with scope="layer", or make them 0 by mask_units'
+            f'{max(widths)} units would be left; choose with scope="layer", or set them to 0 by mask_units'
         )
     state = _cut(model.state_dict(), choice)
     config = _config_of(model, {name: tensor.shape for name, tensor in state.items()}, counts.pop(), widths.pop())
@@ -143,10 +145,10 @@ def _of_transformers(model: Any, choice: Choice) -> nn.Module:
 
 
 def _config_of(model: Any, shapes: Mapping[str, torch.Size], count: int, kept: int) -> Any:
-    """Return the config that gives weights of these shapes, found by trying.
+    """Return the config of a model with weights of these shapes, by trial of candidates.
 
     Raises:
-        UnsupportedStateError: There is none, or transformers would not load it.
+        UnsupportedStateError: No candidate fits, or transformers refuses to load it.
     """
     why = "it has no key for the width; heads need an own head_dim"
     for values in _changes(model.config, count, kept):
@@ -154,10 +156,10 @@ def _config_of(model: Any, shapes: Mapping[str, torch.Size], count: int, kept: i
         try:
             for key, value in values.items():
                 setattr(config, key, value)
-            config = type(config).from_dict(config.to_dict())  # what loading does, checks included
+            config = type(config).from_dict(config.to_dict())  # from_pretrained does the same, with its checks
             with torch.device("meta"):
                 sketch = type(model)(config)
-        except Exception as error:  # of whatever kind a config's own checks and a model's constructor raise
+        except Exception as error:  # configs and constructors raise errors of any class
             why = f"{values} is refused: {str(error).splitlines()[-1].strip()}"
             continue
         if {name: tensor.shape for name, tensor in sketch.state_dict().items()} == shapes:
@@ -169,7 +171,7 @@ def _config_of(model: Any, shapes: Mapping[str, torch.Size], count: int, kept: i
 
 
 def _changes(config: Any, count: int, kept: int) -> list[dict[str, int]]:
-    """Return changes of a config that may describe the smaller model."""
+    """Return candidate changes of a config for the smaller model."""
     keys = [key for key in _WIDTHS if hasattr(config, key) and getattr(config, key) in (count, None)]
     found = [{key: kept} for key in keys]
     if len(keys) > 1:

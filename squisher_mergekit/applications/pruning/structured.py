@@ -1,32 +1,40 @@
-"""Pruning of whole units: filters, neurons, attention heads. Their scores, and which are kept."""
+"""Pruning of whole units (filters, neurons, attention heads): scores, selection and masks."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from squisher_mergekit.applications import scores as single
+from squisher_mergekit.applications import scores
 from squisher_mergekit.applications.pruning.modules import apply_masks, unmasked
-from squisher_mergekit.applications.pruning.recipe import Normalize, ScoreName
-from squisher_mergekit.applications.selection import Scope, check_share, choose
+from squisher_mergekit.applications.pruning.recipe import ScoreName
+from squisher_mergekit.applications.selection import Normalize, Scope, check_choices, check_share, min_counts
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from squisher_mergekit.fisher.by_parameter import by_parameter
 from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher, check_values
 from squisher_mergekit.models.parameters import parameters_of, unwrap_model
+from squisher_mergekit.tensors.topk import largest_of_many
 
-# The least of each layer beside what is kept over all. Settled on two seeds of the network of
+# Share of the overall share that each layer keeps. Settled on two seeds of the network of
 # scripts/experiments/pruning.py, filters at 25 and 50 %.
-_LEAST = 2 / 3
+_MIN_KEEP = 2 / 3
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Where units lie in a parameter or buffer: unit u takes ``start + u width`` to ``start + (u + 1) width``."""
+class UnitSlice:
+    """Entries of the units in a parameter or buffer: unit u has ``start + u width`` to ``start + (u + 1) width``.
+
+    Attributes:
+        tensor: Name of the parameter or buffer.
+        axis: Axis of the units.
+        width: Number of entries of a unit along the axis.
+        start: First entry of the first unit.
+    """
 
     tensor: str
     axis: int
@@ -34,12 +42,11 @@ class Slice:
     start: int = 0
 
     def rows(self, tensor: Tensor, count: int) -> Tensor:
-        """Return a tensor's entries as [count, entries of a unit]."""
-        own = tensor.narrow(self.axis, self.start, count * self.width).movedim(self.axis, 0)
-        return own.reshape(count, -1)
+        """Return the entries of a tensor as [count, entries of a unit]."""
+        return tensor.narrow(self.axis, self.start, count * self.width).movedim(self.axis, 0).reshape(count, -1)
 
-    def places(self, kept: Tensor, size: int) -> Tensor:
-        """Return which of ``size`` places along the axis belong to units that are kept, or to none."""
+    def axis_mask(self, kept: Tensor, size: int) -> Tensor:
+        """Return the mask [size] of the indices along the axis that no pruned unit has."""
         found = torch.ones(size, dtype=torch.bool)
         found[self.start : self.start + len(kept) * self.width] = kept.repeat_interleave(self.width)
         return found
@@ -47,27 +54,35 @@ class Slice:
 
 @dataclass(frozen=True)
 class Units:
-    """The units of one layer.
+    """Units of one layer.
 
-    ``made``: the weights that make their outputs, with biases and BatchNorm's scale; their scores are summed, and they
-    become 0. ``read``: the weights that read them, which become superfluous. ``buffers``: what else there is of each,
-    such as running statistics.
+    Attributes:
+        name: Name of the layer.
+        count: Number of units.
+        made: Slices of the weights that make the outputs of the units, with biases and BatchNorm's scale: their scores
+            are summed, and pruning sets them to 0.
+        read: Slices of the weights that read the outputs; they are superfluous for a pruned unit.
+        buffers: Slices of other tensors of the units, such as running statistics.
     """
 
     name: str
     count: int
-    made: tuple[Slice, ...]
-    read: tuple[Slice, ...] = ()
-    buffers: tuple[Slice, ...] = ()
+    made: tuple[UnitSlice, ...]
+    read: tuple[UnitSlice, ...] = ()
+    buffers: tuple[UnitSlice, ...] = ()
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which units are kept: name of a layer -> bool tensor.
+class UnitChoice:
+    """Units that are kept.
+
+    Attributes:
+        units: The units of each layer.
+        kept: Name of a layer -> bool tensor, true where the unit is kept.
 
     Example:
-        >>> layer = Units("conv", 3, (Slice("conv.weight", 0),))
-        >>> print(Choice((layer,), {"conv": torch.tensor([True, False, True])}))
+        >>> layer = Units("conv", 3, (UnitSlice("conv.weight", 0),))
+        >>> print(UnitChoice((layer,), {"conv": torch.tensor([True, False, True])}))
         conv  2 of 3
         over all  2 of 3
     """
@@ -77,7 +92,7 @@ class Choice:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Name of a layer -> how many units are kept."""
+        """Name of a layer -> number of units that are kept."""
         return {name: int(kept.sum()) for name, kept in self.kept.items()}
 
     def __str__(self) -> str:
@@ -95,36 +110,37 @@ def choose_units(
     score: ScoreName = "fisher",
     normalize: Normalize = "none",
     scope: Scope = "global",
-    least: float | None = None,
+    min_keep: float | None = None,
     gradient: Mapping[str, Tensor] | None = None,
     scaling: Scaling = "debiased",
     seed: int = 0,
-) -> Choice:
-    """Choose the units to prune; the model is left as it is.
+    least: float | None = None,
+) -> UnitChoice:
+    """Choose the units to prune, without a change of the model.
 
-    A unit's score is the sum over its weights of ``theta^2 F / 2``, by how much the loss grows without it, to second
-    order and without what goes on between weights.
+    The score of a unit is the sum of theta^2 F / 2 over its weights: the growth of the loss without the unit, to second
+    order and without interactions between weights.
 
     Args:
         model: The model.
-        units: See :mod:`squisher_mergekit.applications.pruning.units`.
-        fisher: A Fisher, or a mapping from parameter names to tensors; None where the score needs none.
-        sparsity: The share of the units that goes, in [0, 1); rounded to the unit.
-        score: ``fisher``. ``taylor_squared``: ``(sum_i theta_i g_i)^2`` with g the mean gradient, what the code behind
-            the paper's table calls its Fisher score: a squared mean, in which weights of a unit cancel, too.
-            ``magnitude``: ``sum_i |theta_i|``. ``random``: the baseline.
-        normalize: ``none``: scores are compared as they are. ``layer``: each is divided by their mean over the layer.
-        scope: ``global``: the lowest of all layers go. ``layer``: of each the same share, rounded to the unit.
-        least: Of each layer at least this share is kept, and one unit. Scores of layers differ by orders of magnitude:
-            above a small floor a global choice takes nearly all of some. By default two thirds of
-            the share that is kept over all.
-        gradient: Of ``taylor_squared``: parameter name -> gradient averaged over examples.
-        scaling: Of a Fisher.
-        seed: Of ``random``.
+        units: Units, see :mod:`squisher_mergekit.applications.pruning.units`.
+        fisher: A Fisher, or a mapping from parameter names to tensors; None for scores that need none.
+        sparsity: Share of the units to prune, in [0, 1); rounded to the unit.
+        score: ``fisher``. ``taylor_squared``: ``(sum_i theta_i g_i)^2`` with the mean gradient g, the score in the code
+            behind the paper's table; the weights of a unit can cancel in it. ``magnitude``: ``sum_i |theta_i|``.
+            ``random``: the baseline.
+        normalize: ``none`` compares the scores as they are; ``layer`` divides them by their mean over the layer.
+        scope: ``global`` prunes the lowest scores of all layers; ``layer`` the same share of each, rounded to the unit.
+        min_keep: Share of each layer that is kept, and at least one unit; by default two thirds of ``1 - sparsity``.
+            Scores of layers differ by orders of magnitude, so that a global selection would almost empty some.
+        gradient: For ``taylor_squared``: parameter name -> gradient averaged over examples.
+        scaling: Scale of a Fisher.
+        seed: Seed of ``random``.
+        least: Old name of ``min_keep``.
 
     Raises:
-        ConfigError: A value is out of range, ``least`` would keep more, or what the score needs is not given.
-        MismatchError: The Fisher is not of this model, or lacks a parameter of a unit.
+        ConfigError: A value is out of range, ``min_keep`` keeps too much, or the Fisher or gradient is missing.
+        MismatchError: The Fisher does not fit the model, or lacks a parameter of a unit.
         ValuesError: F has NaN, infinite or negative entries, or a score is not finite.
 
     Example:
@@ -135,31 +151,29 @@ def choose_units(
         >>> choose_units(model, chain_units(model), fisher, 1 / 3).kept["0"]
         tensor([ True, False,  True])
     """
+    if least is not None:
+        warnings.warn("least is deprecated; use min_keep", DeprecationWarning, stacklevel=2)
+        min_keep = least
     check_share("sparsity", sparsity)
-    least = _LEAST * (1 - sparsity) if least is None else least
-    check_share("least", least)
-    for name, value, kinds in (
-        ("score", score, ScoreName),
-        ("normalize", normalize, Normalize),
-        ("scope", scope, Scope),
-    ):
-        if value not in get_args(kinds):
-            raise ConfigError(f"{name} must be one of {', '.join(get_args(kinds))}, found {value!r}")
+    min_keep = _MIN_KEEP * (1 - sparsity) if min_keep is None else min_keep
+    check_share("min_keep", min_keep)
+    check_choices(score=(score, ScoreName), normalize=(normalize, Normalize), scope=(scope, Scope))
     found = unit_scores(model, units, fisher, score=score, gradient=gradient, scaling=scaling, seed=seed)
     means = {name: values.mean().item() if normalize == "layer" else 1.0 for name, values in found.items()}
     sizes = {layer.name: layer.count for layer in units}
 
-    def ranked(name: str) -> Tensor:
-        return single.ranked(lambda block: block, found[name], unit=means[name])
+    def sort_keys(name: str) -> Tensor:
+        return scores.sort_keys(lambda block: block, found[name], unit=means[name])
 
     # A share this small is one unit when rounded up.
-    floor = max(least, 1 / max(sizes.values()))
+    share = max(min_keep, 1 / max(sizes.values()))
     groups = [sizes] if scope == "global" else [{name: size} for name, size in sizes.items()]
     kept: dict[str, Tensor] = {}
     for group in groups:
         total = sum(group.values())
-        kept |= choose(group, ranked, total - round(total * sparsity), least=floor)
-    return Choice(tuple(units), kept)
+        keep = total - round(total * sparsity)
+        kept |= largest_of_many(group, sort_keys, keep, min_counts(group, keep, "global", share))
+    return UnitChoice(tuple(units), kept)
 
 
 def unit_scores(
@@ -172,7 +186,7 @@ def unit_scores(
     scaling: Scaling = "debiased",
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Return name of a layer -> the score of each unit, float64 on the CPU.
+    """Return name of a layer -> score of each unit, float64 on the CPU.
 
     Args:
         model: As for :func:`choose_units`.
@@ -191,23 +205,23 @@ def unit_scores(
             "there must be units to choose from, found none; see squisher_mergekit.applications.pruning.units"
         )
     if score == "random":
-        return {layer.name: single.chance(layer.name, seed)(torch.empty(layer.count)) for layer in units}
+        return {layer.name: scores.random_score(layer.name, seed)(torch.empty(layer.count)) for layer in units}
     inner = unwrap_model(model)
     with unmasked(inner) as earlier:
         weights = {name: parameter.detach() for name, parameter in parameters_of(inner).items()}
-        beside = _beside(inner, fisher if score == "fisher" else gradient, score, scaling, units)
+        values = _values(inner, fisher if score == "fisher" else gradient, score, scaling, units)
     weights |= {name: weights[name] * mask for name, mask in earlier.items()}
-    found = {layer.name: _score(layer, weights, beside, score) for layer in units}
-    for name, values in found.items():
-        if not bool(values.isfinite().all()):
+    found = {layer.name: _score(layer, weights, values, score) for layer in units}
+    for name, unit_values in found.items():
+        if not bool(unit_values.isfinite().all()):
             raise ValuesError(f"scores must be finite, but those of {name} are not; take sound weights and gradients")
     return found
 
 
-def _beside(
+def _values(
     model: nn.Module, given: Mapping[str, Tensor] | None, score: ScoreName, scaling: Scaling, units: Sequence[Units]
 ) -> Mapping[str, Tensor]:
-    """Return F or the mean gradient of the parameters that units are made of."""
+    """Return F or the mean gradient of the parameters of units."""
     if score == "magnitude":
         return {}
     what = "a Fisher" if score == "fisher" else "gradient=, a mean gradient"
@@ -215,7 +229,7 @@ def _beside(
         raise ConfigError(f"score {score} needs {what}; give one, or take score magnitude or random")
     values = by_parameter(model, given, scaling)
     place = given.location if isinstance(given, Fisher) else "memory"
-    weights = {one.tensor for layer in units for one in layer.made if one.tensor.endswith("weight")}
+    weights = {part.tensor for layer in units for part in layer.made if part.tensor.endswith("weight")}
     for name in sorted(weights):
         if name not in values:
             raise MismatchError(f"{what} must cover every layer that units are chosen from, but {place} lacks {name}")
@@ -224,56 +238,53 @@ def _beside(
     return values
 
 
-def _score(layer: Units, weights: Mapping[str, Tensor], beside: Mapping[str, Tensor], score: ScoreName) -> Tensor:
+def _score(layer: Units, weights: Mapping[str, Tensor], values: Mapping[str, Tensor], score: ScoreName) -> Tensor:
+    """Return the score of each unit of a layer."""
     total = torch.zeros(layer.count, dtype=torch.float64)
-    for one in layer.made:
-        theta = one.rows(weights[one.tensor], layer.count).cpu().double()
+    for part in layer.made:
+        theta = part.rows(weights[part.tensor], layer.count).cpu().double()
         if score == "magnitude":
             total += theta.abs().sum(1)
-            continue
-        if one.tensor not in beside:  # a frozen bias or norm beside a weight that was trained
-            continue
-        other = one.rows(beside[one.tensor], layer.count).cpu().double()
-        total += (theta * other).sum(1) if score == "taylor_squared" else single.saliency(theta, other).sum(1)
+        elif part.tensor in values:  # a frozen bias or norm of a trained weight has no F
+            value = part.rows(values[part.tensor], layer.count).cpu().double()
+            total += (theta * value).sum(1) if score == "taylor_squared" else scores.saliency(theta, value).sum(1)
     return total.square_() if score == "taylor_squared" else total
 
 
-def unit_masks(model: nn.Module, choice: Choice) -> dict[str, Tensor]:
-    """Return parameter name -> bool tensor, false at the weights of pruned units; of the parameters that have some.
+def unit_masks(model: nn.Module, choice: UnitChoice) -> dict[str, Tensor]:
+    """Return parameter name -> bool tensor, false at the weights of pruned units, for the parameters of units.
 
     Args:
         model: The model.
-        choice: Which units are kept.
+        choice: The units to keep.
 
     Raises:
-        MismatchError: The choice is not of this model.
+        MismatchError: The choice was made for another model.
     """
     with unmasked(unwrap_model(model)):
         shapes = {name: parameter.shape for name, parameter in parameters_of(model).items()}
     masks: dict[str, Tensor] = {}
     for layer in choice.units:
-        for one in layer.made:
-            if one.tensor not in shapes or shapes[one.tensor][one.axis] < one.start + layer.count * one.width:
+        for part in layer.made:
+            if part.tensor not in shapes or shapes[part.tensor][part.axis] < part.start + layer.count * part.width:
                 raise MismatchError(
-                    f"a choice must be of this model, but {one.tensor} does not hold {layer.count} units"
+                    f"a choice must be of this model, but {part.tensor} does not have {layer.count} units; choose again"
                 )
-            mask = masks.setdefault(one.tensor, torch.ones(shapes[one.tensor], dtype=torch.bool))
-            places = one.places(choice.kept[layer.name], mask.shape[one.axis])
-            mask &= places.reshape([-1 if axis == one.axis else 1 for axis in range(mask.ndim)])
+            mask = masks.setdefault(part.tensor, torch.ones(shapes[part.tensor], dtype=torch.bool))
+            along = part.axis_mask(choice.kept[layer.name], mask.shape[part.axis])
+            mask &= along.reshape([-1 if axis == part.axis else 1 for axis in range(mask.ndim)])
     return masks
 
 
-def mask_units(model: nn.Module, choice: Choice) -> None:
-    """Make pruned units 0 by masks of ``torch.nn.utils.prune``, whose tools work on them.
-
-    What a unit was pruned by before stays pruned.
+def mask_units(model: nn.Module, choice: UnitChoice) -> None:
+    """Set pruned units to 0 by masks of ``torch.nn.utils.prune``; earlier masks stay in effect.
 
     Args:
         model: The model, changed in place.
-        choice: Which units are kept.
+        choice: The units to keep.
 
     Raises:
-        MismatchError: The choice is not of this model.
+        MismatchError: The choice was made for another model.
     """
     inner = unwrap_model(model)
     masks = unit_masks(inner, choice)

@@ -1,4 +1,4 @@
-"""Where the units of a model are: in chains of layers, in the feed-forward parts and the heads of transformers."""
+"""Units of a model: neurons and filters in chains of layers, feed-forward neurons and heads of transformers."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from torch import nn
 
 from squisher_mergekit.applications.pruning.modules import unmasked
-from squisher_mergekit.applications.pruning.structured import Slice, Units
+from squisher_mergekit.applications.pruning.structured import Units, UnitSlice
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.models.parameters import unwrap_model
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# What is 0 where its input is 0, and treats channels alike.
+# Modules with output 0 for input 0 that treat all channels in the same way.
 _PASSING = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh,
     nn.Hardtanh, nn.Softsign, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d,
     nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Flatten,
 )  # fmt: skip
-# What makes the neurons of a transformer's feed-forward part -> what reads them, below one module.
+# Layers that make the neurons of a feed-forward part, and the layer that reads them, below one module.
 _FFN = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("up_proj",), "down_proj"),
@@ -37,19 +37,19 @@ _OUTPUTS = ("o_proj", "out_proj")
 
 
 def chain_units(model: nn.Module, chain: Sequence[str] | None = None) -> tuple[Units, ...]:
-    """Find filters of convolutions and neurons of linear layers that one other layer reads.
+    """Return the filters of convolutions and neurons of linear layers that exactly one other layer reads.
 
-    Between the two there may be BatchNorm, pools, dropout, flattening, and activations that leave 0 as it is, in any
-    order. The last layer has no reader and is left alone, as is one that is followed by something else (a LayerNorm,
-    a sigmoid), and a grouped convolution.
+    BatchNorm, pools, dropout, flattening and activations with value 0 at 0 may stand between the two, in any order. The
+    last layer has no reader and has no units, nor has a layer before another module (LayerNorm, sigmoid), nor a grouped
+    convolution.
 
     Args:
-        model: An ``nn.Sequential`` (of others), or any model with its ``chain``.
-        chain: Names of modules in the order of the forward pass, each run once and its output read by the next alone.
-            Only what is named is looked at: functions between them, such as a flattening, are taken to be as above.
+        model: An ``nn.Sequential`` (which may contain others), or any model with ``chain``.
+        chain: Names of modules in the order of the forward pass; each runs once, and only the next one reads its
+            output. Functions between them, such as a flattening, must be of the kinds above.
 
     Raises:
-        ConfigError: A name is no module's, the model is no chain, or nothing in it can be pruned.
+        ConfigError: A name is not a module's, the model is not a chain, or no layer has units.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
@@ -84,13 +84,13 @@ def chain_units(model: nn.Module, chain: Sequence[str] | None = None) -> tuple[U
 
 
 def ffn_units(model: nn.Module) -> tuple[Units, ...]:
-    """Find the neurons in the feed-forward parts of a transformer, by the names of their layers.
+    """Return the neurons in the feed-forward parts of a transformer, found by the names of their layers.
 
-    Those of Llama and its relatives (gate and up), BERT, GPT-2, T5, OPT, DistilBERT, GPT-NeoX and others with these
-    names. Packed experts are not among them.
+    Known are the names of Llama and its relatives (gate and up), BERT, GPT-2, T5, OPT, DistilBERT and GPT-NeoX. Packed
+    experts have no units.
 
     Raises:
-        ConfigError: There are none.
+        ConfigError: No layer has a known name.
     """
     inner = unwrap_model(model)
     with unmasked(inner):
@@ -110,13 +110,13 @@ def ffn_units(model: nn.Module) -> tuple[Units, ...]:
 
 
 def head_units(model: nn.Module) -> tuple[Units, ...]:
-    """Find the attention heads of a transformer, by the names of their layers.
+    """Return the attention heads of a transformer, found by the names of their layers.
 
-    Queries that share keys and values (grouped-query attention) are one unit with them. Known are layers called q_proj,
+    Queries that share keys and values (grouped-query attention) form one unit with them. Known are the names q_proj,
     k_proj, v_proj (Llama and its relatives, OPT), query, key, value (BERT), and c_attn (GPT-2).
 
     Raises:
-        ConfigError: There are none, or all queries share one head of keys and values.
+        ConfigError: No layer has a known name, or all queries share one head of keys and values.
     """
     inner = unwrap_model(model)
     with unmasked(inner):
@@ -135,7 +135,7 @@ def head_units(model: nn.Module) -> tuple[Units, ...]:
 
 
 def _steps(model: nn.Module, chain: Sequence[str] | None) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of a chain, sequences taken apart."""
+    """Yield name and module of a chain; an ``nn.Sequential`` yields its children."""
     if chain is None and not isinstance(model, nn.Sequential):
         raise ConfigError(
             f"a model must be an nn.Sequential for its chain to be found, but it is {type(model).__name__}; name its "
@@ -159,30 +159,30 @@ def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _made(name: str, module: Any) -> Units | None:
-    """Return the units that a layer makes, not read by anything yet."""
+    """Return the units of a layer, without a reader; None for a grouped convolution."""
     if getattr(module, "groups", 1) != 1:
         return None
     return Units(name, module.weight.shape[0], _weight_and_bias(name, module, 0))
 
 
-def _weight_and_bias(name: str, module: Any, axis: int, width: int = 1, start: int = 0) -> tuple[Slice, ...]:
-    weight = Slice(f"{name}.weight", axis, width, start)
-    return (weight,) if module.bias is None else (weight, Slice(f"{name}.bias", 0, width, start))
+def _weight_and_bias(name: str, module: Any, axis: int, width: int = 1, start: int = 0) -> tuple[UnitSlice, ...]:
+    weight = UnitSlice(f"{name}.weight", axis, width, start)
+    return (weight,) if module.bias is None else (weight, UnitSlice(f"{name}.bias", 0, width, start))
 
 
 def _with_norm(layer: Units, name: str, norm: Any) -> Units | None:
-    # Without a scale of its own, a channel that is 0 comes out as minus its mean.
+    # A norm without its own scale turns a channel of zeros into minus its mean.
     if not norm.affine or norm.num_features % layer.count:
         return None
     width = norm.num_features // layer.count
-    affine = tuple(Slice(f"{name}.{part}", 0, width) for part in ("weight", "bias"))
+    affine = tuple(UnitSlice(f"{name}.{part}", 0, width) for part in ("weight", "bias"))
     running = ("running_mean", "running_var") if norm.track_running_stats else ()
-    buffers = tuple(Slice(f"{name}.{part}", 0, width) for part in running)
+    buffers = tuple(UnitSlice(f"{name}.{part}", 0, width) for part in running)
     return Units(layer.name, layer.count, layer.made + affine, (), layer.buffers + buffers)
 
 
 def _read(layer: Units, name: str, reader: Any, model: nn.Module, flat: bool) -> list[Units]:
-    """Return the units with what reads them; none if that is not certain."""
+    """Return the units with their reader; an empty list if the reader does not fit."""
     inputs = reader.weight.shape[1]
     width, left = divmod(inputs, layer.count)
     after_convolution = isinstance(model.get_submodule(layer.name), _CONVOLUTIONS)
@@ -192,11 +192,11 @@ def _read(layer: Units, name: str, reader: Any, model: nn.Module, flat: bool) ->
         known = flat
     if left or not width or not known or getattr(reader, "groups", 1) != 1:
         return []
-    return [Units(layer.name, layer.count, layer.made, (Slice(f"{name}.weight", 1, width),), layer.buffers)]
+    return [Units(layer.name, layer.count, layer.made, (UnitSlice(f"{name}.weight", 1, width),), layer.buffers)]
 
 
 def _child(module: nn.Module, path: str) -> Any:
-    """Return a linear layer below a module, None if there is none."""
+    """Return a linear layer below a module; None if the path leads to another module or none."""
     for part in path.split("."):
         module = module._modules.get(part)  # type: ignore[assignment]
         if module is None:
@@ -205,11 +205,11 @@ def _child(module: nn.Module, path: str) -> Any:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # GPT-2's, which keeps [in, out]
+    return type(module).__name__ == "Conv1D"  # GPT-2's, with weights [in, out]
 
 
 def _axes(module: nn.Module) -> tuple[int, int]:
-    """Return the axes of a weight's outputs and inputs."""
+    """Return the axes of the outputs and the inputs of a weight."""
     return (1, 0) if _is_conv1d(module) else (0, 1)
 
 
@@ -219,17 +219,17 @@ def _ffn(path: str, makers: tuple[str, ...], reader: str, layers: list[Any]) -> 
     count = layers[-1].weight.shape[inputs]
     if any(layer.weight.shape[out] != count for layer in layers[:-1]):
         raise UnsupportedStateError(
-            f"what a feed-forward part makes must be what it reads, but {names[0]} has "
+            f"a feed-forward part must read the neurons that it makes, but {names[0]} has "
             f"{layers[0].weight.shape[out]} outputs and {names[-1]} {count} inputs"
         )
     made = (
         part for name, layer in zip(names, layers[:-1], strict=False) for part in _weight_and_bias(name, layer, out)
     )
-    return Units(path or names[0], count, tuple(made), (Slice(f"{names[-1]}.weight", inputs),))
+    return Units(path or names[0], count, tuple(made), (UnitSlice(f"{names[-1]}.weight", inputs),))
 
 
 def _heads(path: str, module: Any) -> Units | None:
-    """Return the heads of an attention module; None if it is none."""
+    """Return the heads of an attention module; None for any other module."""
     for names in (("q_proj", "k_proj", "v_proj"), ("query", "key", "value")):
         layers = [_child(module, name) for name in names]
         if all(layer is not None for layer in layers):
@@ -240,13 +240,15 @@ def _heads(path: str, module: Any) -> Units | None:
     size = fused.weight.shape[1] // 3
     width = size // module.num_heads
     made = (part for third in range(3) for part in _weight_and_bias(f"{path}.c_attn", fused, 1, width, third * size))
-    return Units(path, module.num_heads, tuple(made), (Slice(f"{path}.c_proj.weight", 0, width),))
+    return Units(path, module.num_heads, tuple(made), (UnitSlice(f"{path}.c_proj.weight", 0, width),))
 
 
 def _separate_heads(path: str, module: Any, names: tuple[str, ...], layers: list[Any]) -> Units:
     width = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
     if not isinstance(width, int) or any(layer.weight.shape[0] % width for layer in layers):
-        raise UnsupportedStateError(f"attention must say how wide its heads are (head_dim), but {path} does not")
+        raise UnsupportedStateError(
+            f"attention must give the width of its heads (head_dim), but {path} does not; prune neurons instead"
+        )
     count = layers[1].weight.shape[0] // width
     made = (
         part
@@ -254,5 +256,5 @@ def _separate_heads(path: str, module: Any, names: tuple[str, ...], layers: list
         for part in _weight_and_bias(f"{path}.{name}", layer, 0, layer.weight.shape[0] // count)
     )
     output = next((name for name in _OUTPUTS if _child(module, name) is not None), None)
-    read = () if output is None else (Slice(f"{path}.{output}.weight", 1, layers[0].weight.shape[0] // count),)
+    read = () if output is None else (UnitSlice(f"{path}.{output}.weight", 1, layers[0].weight.shape[0] // count),)
     return Units(path, count, tuple(made), read)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from squisher_mergekit.applications.fish_mask.difference import (
     DIFFERENCE_NAME,
-    About,
     Difference,
+    DifferenceMetadata,
     read_difference,
     write_difference,
 )
@@ -87,8 +87,8 @@ def test_any_tensor(tmp_path_factory, shape, share, dtype, seed):
         assert torch.equal(bits(result), bits(wanted))
 
 
-def _difference(folder, tuned, base, **about):
-    write_difference(MemoryStore(tuned), MemoryStore(base), folder / DIFFERENCE_NAME, About(**about))
+def _difference(folder, tuned, base, **metadata):
+    write_difference(MemoryStore(tuned), MemoryStore(base), folder / DIFFERENCE_NAME, DifferenceMetadata(**metadata))
     return read_difference(folder)
 
 
@@ -133,8 +133,8 @@ def test_other_models_are_refused(tmp_path):
     reset_files(pair.tuned, pair.base, out, fisher=pair.fisher, keep=0.2)
     found = read_difference(out)
     name = next(one for one in found.changed if one.endswith("attention.self.query.weight"))
-    own = found.about.renamed[name]
-    place = int(found._places(name, 144, len(found._store.read(f"{name}.base"))).nonzero()[0][0])
+    own = found.metadata.renamed[name]
+    place = int(found._positions(name, 144, len(found._store.read(f"{name}.base"))).nonzero()[0][0])
 
     def one_value(tensors):
         tensors[own].view(-1)[place] += 1
@@ -153,7 +153,7 @@ def test_other_models_are_refused(tmp_path):
     ):
         with pytest.raises(MismatchError, match=message):
             apply_files(_other(tmp_path / f"other{number}", pair.base, change), out, target)
-    with pytest.raises(MismatchError, match=r"classifier\.\w+ is what the difference .* adds, but .* has it already"):
+    with pytest.raises(MismatchError, match=r"classifier\.\w+ is added by the difference .*, but .* has it already"):
         apply_files(out, out, target)
     with pytest.raises(MismatchError, match=r"bert\.\S+ must be in the tuned model of .* has none"):
         remove_files(pair.base, out, target)
@@ -198,13 +198,13 @@ def test_damaged_files_are_refused(tmp_path):
     file.write_bytes(whole)
     tensors = load_file(file)
     for change, message in (
-        ({"w.index": torch.tensor([1009], dtype=torch.int32)}, "must have its places within w, but has not"),
-        ({"w.index": torch.tensor([-1], dtype=torch.int32)}, "must have its places within w, but has not"),
-        ({"x.bits": torch.zeros_like(tensors["x.bits"])}, "must have its places within x, but has not"),
-        ({"w.index": torch.tensor([7])}, "must hold places and both values of w, but does not"),
-        ({"w.base": torch.zeros(2)}, "must hold places and both values of w, but does not"),
-        ({"x.bits": torch.zeros(3, dtype=torch.uint8)}, "must hold places and both values of x, but does not"),
-        ({"x.bits": None}, "must hold places and both values of x, but does not"),
+        ({"w.index": torch.tensor([1009], dtype=torch.int32)}, "must have its positions within w, but one is"),
+        ({"w.index": torch.tensor([-1], dtype=torch.int32)}, "must have its positions within w, but one is"),
+        ({"x.bits": torch.zeros_like(tensors["x.bits"])}, "must have its positions within x, but one is"),
+        ({"w.index": torch.tensor([7])}, "must hold positions and both values of w, but does not"),
+        ({"w.base": torch.zeros(2)}, "must hold positions and both values of w, but does not"),
+        ({"x.bits": torch.zeros(3, dtype=torch.uint8)}, "must hold positions and both values of x, but does not"),
+        ({"x.bits": None}, "must hold positions and both values of x, but does not"),
     ):
         damaged = {name: one for name, one in (tensors | change).items() if one is not None}
         save_file(damaged, file, notes)

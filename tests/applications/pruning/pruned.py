@@ -30,11 +30,11 @@ def fisher_of(folder, seed=3):
     return Fisher(MemoryStore(tensors), config)
 
 
-def slow_masks(scores, keep, least=0.0):
+def slow_masks(scores, keep, min_keep=0.0):
     """Choose in float64 by sorting everything: the floor of each tensor first, then the largest of all."""
     kept = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in scores.items()}
     for name, score in scores.items():
-        floor = -int(-score.numel() * least // 1)
+        floor = -int(-score.numel() * min_keep // 1)
         kept[name].view(-1)[score.flatten().argsort(descending=True, stable=True)[:floor]] = True
     rest = [
         (-value, row, place)

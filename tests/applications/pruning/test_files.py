@@ -25,7 +25,7 @@ CASES = [
     ("llama", torch.bfloat16, {"score": "random", "seed": 5}),
     ("mixtral", torch.bfloat16, {"pattern": (2, 4)}),
     ("gpt2", torch.float32, {"pattern": (1, 3)}),  # Conv1D keeps [in, out]
-    ("t5", torch.float32, {"normalize": "layer", "least": 0.2}),
+    ("t5", torch.float32, {"normalize": "layer", "min_keep": 0.2}),
 ]
 
 
@@ -76,7 +76,7 @@ def test_the_mask_says_how_it_was_made(tmp_path):
     _, fisher = stored(tmp_path / "model", "llama")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     prune_files(tmp_path / "model", fisher, tmp_path / "out", 0.25, scope="layer")
-    about = read_mask(tmp_path / "out").about
+    about = read_mask(tmp_path / "out").metadata
     assert about["weights_fingerprint"] == fingerprint(tmp_path / "model")
     assert (about["made_by"], about["sparsity"], about["scope"], about["score"]) == ("prune", 0.25, "layer", "fisher")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"

@@ -160,7 +160,7 @@ def test_the_squared_mean_takes_a_gradient():
     inputs = torch.randn(6, 2, 5, 5)
     gradients = torch.autograd.grad(model(inputs).square().mean(), list(model.parameters()))
     gradient = dict(zip(dict(model.named_parameters()), gradients, strict=True))
-    report = choose_weights(model, None, 0.5, score="taylor_squared", normalize="none", least=0, gradient=gradient)
+    report = choose_weights(model, None, 0.5, score="taylor_squared", normalize="none", min_keep=0, gradient=gradient)
     scores = {
         name: (model.get_parameter(name).detach().double() * gradient[name]) ** 2 for name in ("0.weight", "4.weight")
     }

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squisher_mergekit.applications.pruning.recipe import Inputs, Recipe, largest_of, make_plan, masks, schedule
+from squisher_mergekit.applications.pruning.recipe import PruningRecipe, plan_pruning, schedule
+from squisher_mergekit.applications.selection import ScoreInputs, select_masks
 from squisher_mergekit.errors import ConfigError, ValuesError
 from tests.applications.pruning.pruned import slow_masks
 
@@ -23,21 +24,22 @@ def _tensors(seed):
 
 
 def _found(weights, beside, recipe, scale=lambda name: (0.0, 1.0)):
-    plan = make_plan(recipe, SHAPES, {"b.bias": "bias"})
-    return dict(masks(plan, Inputs(weights.__getitem__, beside.__getitem__, scale)))
+    plan = plan_pruning(recipe, SHAPES, {"b.bias": "bias"})
+    read = beside.__getitem__
+    return dict(select_masks(plan, ScoreInputs(weights.__getitem__, fisher=read, gradient=read, scale=scale)))
 
 
-@given(seed=st.integers(0, 99), sparsity=st.floats(0, 0.9), layer=st.booleans(), least=st.sampled_from([0.0, 0.05]))
-def test_the_lowest_scores_of_all_tensors_go(seed, sparsity, layer, least):
+@given(seed=st.integers(0, 99), sparsity=st.floats(0, 0.9), layer=st.booleans(), min_keep=st.sampled_from([0.0, 0.05]))
+def test_the_lowest_scores_of_all_tensors_go(seed, sparsity, layer, min_keep):
     """theta^2 F / 2, by itself or divided by its tensor's mean, sorted in float64; the count is exact."""
     weights, fisher = _tensors(seed)
-    recipe = Recipe(sparsity, normalize="layer" if layer else "none", least=least)
+    recipe = PruningRecipe(sparsity, normalize="layer" if layer else "none", min_keep=min_keep)
     scores = {}
     for name in ("a.weight", "b.weight"):
         score = weights[name].double() ** 2 * fisher[name].double() / 2
         scores[name] = score / score.mean() if layer else score
     keep = 142 - round(142 * sparsity)
-    wanted, found = slow_masks(scores, keep, least), _found(weights, fisher, recipe)
+    wanted, found = slow_masks(scores, keep, min_keep), _found(weights, fisher, recipe)
     assert set(found) == {"a.weight", "b.weight"}
     for name, mask in wanted.items():
         assert torch.equal(found[name], mask)
@@ -51,7 +53,7 @@ def test_magnitude_and_the_squared_mean_are_what_they_say():
     squares = {name: (weights[name].double() * gradient[name].double()) ** 2 for name in names}
     sizes = {name: weights[name].double().abs() for name in names}
     for score, wanted in (("taylor_squared", squares), ("magnitude", sizes)):
-        found = _found(weights, gradient, Recipe(0.6, score, normalize="none", least=0))
+        found = _found(weights, gradient, PruningRecipe(0.6, score, normalize="none", min_keep=0))
         for name, mask in slow_masks(wanted, 57).items():
             assert torch.equal(found[name], mask)
 
@@ -59,10 +61,10 @@ def test_magnitude_and_the_squared_mean_are_what_they_say():
 def test_a_global_ranking_empties_a_layer_and_the_defaults_do_not():
     """The trap of theta^2 F: that of b is a thousand times smaller; a third of what is kept over all is left to it."""
     weights, fisher = _tensors(2)
-    assert not _found(weights, fisher, Recipe(0.9, least=0))["b.weight"].any()
-    assert int(_found(weights, fisher, Recipe(0.9, least=0.05))["b.weight"].sum()) == 4
-    assert int(_found(weights, fisher, Recipe(0.9))["b.weight"].sum()) == 3  # of 65, 0.1 / 3
-    assert int(_found(weights, fisher, Recipe(0.9, normalize="layer", least=0))["b.weight"].sum()) > 4
+    assert not _found(weights, fisher, PruningRecipe(0.9, min_keep=0))["b.weight"].any()
+    assert int(_found(weights, fisher, PruningRecipe(0.9, min_keep=0.05))["b.weight"].sum()) == 4
+    assert int(_found(weights, fisher, PruningRecipe(0.9))["b.weight"].sum()) == 3  # of 65, 0.1 / 3
+    assert int(_found(weights, fisher, PruningRecipe(0.9, normalize="layer", min_keep=0))["b.weight"].sum()) > 4
 
 
 def test_a_layer_without_fisher_keeps_its_least():
@@ -70,12 +72,12 @@ def test_a_layer_without_fisher_keeps_its_least():
     weights, fisher = _tensors(3)
     fisher["b.weight"].zero_()
     for normalize in ("none", "layer"):
-        assert int(_found(weights, fisher, Recipe(0.7, normalize=normalize))["b.weight"].sum()) == 7
+        assert int(_found(weights, fisher, PruningRecipe(0.7, normalize=normalize))["b.weight"].sum()) == 7
 
 
 def test_the_same_share_of_each_layer_goes():
     """With the scope layer, of 77 and 65 entries a third stays, to the entry."""
-    found = _found(*_tensors(4), Recipe(2 / 3, scope="layer", least=0))
+    found = _found(*_tensors(4), PruningRecipe(2 / 3, scope="layer", min_keep=0))
     counts = [int(mask.sum()) for mask in found.values()]
     assert sum(counts) == 142 - round(142 * 2 / 3)
     assert counts in ([25, 22], [26, 21])
@@ -85,7 +87,7 @@ def test_weights_that_are_zero_go_first():
     """They stay pruned whatever draws or F say; the others are drawn from."""
     weights, fisher = _tensors(5)
     weights["a.weight"][:, ::2] = 0
-    found = _found(weights, fisher, Recipe(0.4, "random"))
+    found = _found(weights, fisher, PruningRecipe(0.4, "random"))
     assert not found["a.weight"][:, ::2].any()
     assert sum(int(mask.sum()) for mask in found.values()) == 142 - 57
 
@@ -94,7 +96,7 @@ def test_random_depends_on_seed_and_name_alone():
     """The same seed gives the same mask, another one does not, and F plays no part."""
     weights, fisher = _tensors(6)
     first, same, other = (
-        _found(weights, beside, Recipe(0.5, "random", seed=seed))["a.weight"]
+        _found(weights, beside, PruningRecipe(0.5, "random", seed=seed))["a.weight"]
         for beside, seed in ((fisher, 1), (weights, 1), (fisher, 2))
     )
     assert torch.equal(first, same)
@@ -106,7 +108,7 @@ def test_the_scale_of_a_fisher_counts_where_nothing_is_normalized():
     weights, fisher = _tensors(7)
     scale = {"a.weight": (0.0, 1.0), "b.weight": (0.25, 4000.0)}
     raised = {"a.weight": fisher["a.weight"], "b.weight": fisher["b.weight"] + 0.25}
-    found = _found(weights, raised, Recipe(0.5, normalize="none", least=0), scale.__getitem__)
+    found = _found(weights, raised, PruningRecipe(0.5, normalize="none", min_keep=0), scale.__getitem__)
     scores = {
         name: weights[name].double() ** 2 * (raised[name].double() - scale[name][0]) * scale[name][1] for name in found
     }
@@ -114,27 +116,13 @@ def test_the_scale_of_a_fisher_counts_where_nothing_is_normalized():
         assert torch.equal(found[name], mask)
 
 
-@given(seed=st.integers(0, 99), pattern=st.sampled_from([(2, 4), (1, 3), (3, 5)]), axis=st.sampled_from([0, 1, 2]))
-def test_of_each_few_the_largest_are_kept(seed, pattern, axis):
-    """Each group of m along the axis, sorted by hand; ties go to the first."""
-    n, m = pattern
-    shape = [3, 2, 7]
-    shape[axis] = 2 * m
-    keys = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(seed))
-    found = largest_of(keys, n, m, axis)
-    rows, kept = keys.movedim(axis, -1).reshape(-1, m), found.movedim(axis, -1).reshape(-1, m)
-    for row, mask in zip(rows.tolist(), kept.tolist(), strict=True):
-        best = sorted(range(m), key=lambda place: (-row[place], place))[:n]
-        assert [place for place in range(m) if mask[place]] == sorted(best)
-
-
 def test_a_pattern_takes_the_place_of_a_sparsity():
     """Of four neighbours along the given axis two stay, by their scores."""
     shapes = {"w": (8, 3)}
     generator = torch.Generator().manual_seed(0)
     weight, fisher = (torch.rand(8, 3, generator=generator) for _ in range(2))
-    plan = make_plan(Recipe(pattern=(2, 4)), shapes, {}, {"w": 0})
-    ((_, mask),) = masks(plan, Inputs({"w": weight}.get, {"w": fisher}.get))
+    plan = plan_pruning(PruningRecipe(pattern=(2, 4)), shapes, {}, {"w": 0})
+    ((_, mask),) = select_masks(plan, ScoreInputs({"w": weight}.get, {"w": fisher}.get))
     scores = weight**2 * fisher
     for column in range(3):
         for start in (0, 4):
@@ -168,7 +156,7 @@ def test_harmonic_rounds_remove_the_originals_share_of_the_rest(sparsity, rounds
         ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), found 1.0"),
         ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\), found -0.1"),
         ({"sparsity": float("nan")}, r"sparsity must be in \[0, 1\), found nan"),
-        ({"sparsity": 0.5, "least": 1.5}, r"least must be in \[0, 1\)"),
+        ({"sparsity": 0.5, "min_keep": 1.5}, r"min_keep must be in \[0, 1\)"),
         ({"sparsity": 0.5, "pattern": (2, 4)}, "either a sparsity or a pattern"),
         ({}, "either a sparsity or a pattern"),
         ({"pattern": (4, 4)}, "0 < n < m"),
@@ -177,21 +165,21 @@ def test_harmonic_rounds_remove_the_originals_share_of_the_rest(sparsity, rounds
         ({"sparsity": 0.5, "ignore": ("nothing",)}, "nothing matches 'nothing'"),
         ({"sparsity": 0.5, "ignore": ("(",)}, "a regular expression"),
         ({"sparsity": 0.5, "ignore": ("weight",)}, "something must be left to choose from"),
-        ({"sparsity": 0.95, "least": 0.2}, "takes 29 entries, and a sparsity of 0.95 keeps 7 of 142; lower one"),
+        ({"sparsity": 0.95, "min_keep": 0.2}, "takes 29 entries, but 7 of 142 are to be kept; lower min_keep"),
         ({"pattern": (2, 4)}, r"a.weight, \[7, 11\], has 11"),
     ],
 )
 def test_what_cannot_be_met_is_one_line(options, message):
     """Each is refused while planning, with what was found."""
     with pytest.raises(ConfigError, match=message) as error:
-        make_plan(Recipe(**options), SHAPES, {"b.bias": "bias"}, dict.fromkeys(SHAPES, 1))
+        plan_pruning(PruningRecipe(**options), SHAPES, {"b.bias": "bias"}, dict.fromkeys(SHAPES, 1))
     assert "\n" not in str(error.value)
 
 
 def test_an_unknown_input_axis_is_refused():
     """A tensor whose inputs are not known cannot have a pattern."""
     with pytest.raises(ConfigError, match="which axis of experts"):
-        make_plan(Recipe(pattern=(2, 4)), {"experts": (3, 4, 8)}, {}, {"experts": None})
+        plan_pruning(PruningRecipe(pattern=(2, 4)), {"experts": (3, 4, 8)}, {}, {"experts": None})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
@@ -200,7 +188,7 @@ def test_a_damaged_fisher_is_refused(value):
     weights, fisher = _tensors(8)
     fisher["b.weight"][3, 2] = value
     with pytest.raises(ValuesError, match=r"b\.weight in memory has 1 "):
-        _found(weights, fisher, Recipe(0.5))
+        _found(weights, fisher, PruningRecipe(0.5))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -209,7 +197,7 @@ def test_weights_that_are_not_finite_are_refused(value):
     weights, fisher = _tensors(9)
     weights["a.weight"][0, 0] = value
     with pytest.raises(ValuesError, match=r"weights must be finite, but a\.weight"):
-        _found(weights, fisher, Recipe(0.5, "magnitude"))
+        _found(weights, fisher, PruningRecipe(0.5, "magnitude"))
 
 
 def test_inputs_are_not_written_to():
@@ -217,5 +205,5 @@ def test_inputs_are_not_written_to():
     weights, fisher = ({name: tensor.double() for name, tensor in part.items()} for part in _tensors(10))
     before = {name: tensor.clone() for name, tensor in weights.items()}
     for score in ("fisher", "magnitude", "random", "taylor_squared"):
-        _found(weights, fisher, Recipe(0.5, score))
+        _found(weights, fisher, PruningRecipe(0.5, score))
     assert all(torch.equal(weights[name], before[name]) for name in weights)

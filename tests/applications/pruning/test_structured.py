@@ -5,7 +5,13 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from squisher_mergekit.applications.pruning.structured import Choice, choose_units, mask_units, unit_masks, unit_scores
+from squisher_mergekit.applications.pruning.structured import (
+    UnitChoice,
+    choose_units,
+    mask_units,
+    unit_masks,
+    unit_scores,
+)
 from squisher_mergekit.applications.pruning.units import chain_units, ffn_units, head_units
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from tests.applications.pruning.networks import cnn, fisher, llama_gqa, mlp, transformer
@@ -81,14 +87,14 @@ def test_the_lowest_units_go_and_every_layer_keeps_its_least():
     for name in ("3.weight", "3.bias", "4.weight", "4.bias"):
         F[name] *= 1e-6
     units = chain_units(model)
-    raw = choose_units(model, units, F, 0.5, normalize="none", least=0)
+    raw = choose_units(model, units, F, 0.5, normalize="none", min_keep=0)
     assert raw.widths["3"] == 1
     assert sum(raw.widths.values()) == 23 - 12  # 11.5 to the even one
-    floored = choose_units(model, units, F, 0.5, normalize="none", least=0.35)
+    floored = choose_units(model, units, F, 0.5, normalize="none", min_keep=0.35)
     assert floored.widths == {"0.0": floored.widths["0.0"], "1.0": 7 - floored.widths["0.0"], "3": 4}
     usual = choose_units(model, units, F, 0.5)
     assert usual.widths["3"] == 4  # a third of 11, rounded up
-    measured = choose_units(model, units, F, 0.5, normalize="layer", least=0)
+    measured = choose_units(model, units, F, 0.5, normalize="layer", min_keep=0)
     assert measured.widths["3"] > 4
     scores = unit_scores(model, units, F)
     flat = torch.cat([values / values.mean() for values in scores.values()])
@@ -129,7 +135,7 @@ def test_chance_is_a_baseline_under_the_same_floor():
     ("options", "error", "message"),
     [
         ({"sparsity": 1.0}, ConfigError, r"sparsity must be in \[0, 1\)"),
-        ({"sparsity": 0.5, "least": 0.9}, ConfigError, "takes"),
+        ({"sparsity": 0.5, "min_keep": 0.9}, ConfigError, "takes"),
         ({"sparsity": 0.95}, ConfigError, "takes 3 entries"),
         ({"sparsity": 0.5, "score": "taylor_squared"}, ConfigError, "needs gradient="),
         ({"sparsity": 0.5, "scope": "model"}, ConfigError, "scope must be one of"),
@@ -162,7 +168,7 @@ def test_damaged_values_are_refused():
 def test_a_choice_of_another_model_is_refused():
     """By a name that is not there, or too few rows."""
     model, other = cnn(), mlp()
-    choice = Choice(
+    choice = UnitChoice(
         chain_units(model), {layer.name: torch.ones(layer.count, dtype=torch.bool) for layer in chain_units(model)}
     )
     for wrong in (other, nn.Sequential(*list(cnn())[:1], nn.Sequential(nn.Conv2d(7, 3, 3)), *list(cnn())[2:])):

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from squisher_mergekit.applications.fish_mask.choice import Choice, select
 from squisher_mergekit.applications.fish_mask.files import select_files
 from squisher_mergekit.applications.fish_mask.heads import in_memory, parts_on_disk
+from squisher_mergekit.applications.fish_mask.recipe import FishMaskRecipe, select
 from squisher_mergekit.applications.masks import read_mask
 from squisher_mergekit.errors import ConfigError, MismatchError, NotFoundError, UnsupportedStateError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
@@ -83,8 +83,8 @@ def test_what_is_counted():
     assert (mask["classifier.weight"].all(), mask["words"].any()) == (True, False)
     assert mask.kept == 7 == int(0.3 * (21 + 5))
     assert int(mask["x.weight"].sum()) == 2
-    assert mask.about["kept"] == 7
-    assert mask.about["entries"] == 26
+    assert mask.metadata["kept"] == 7
+    assert mask.metadata["entries"] == 26
     everything = select(tuned, None, 1.0, score="random")
     assert everything.kept == everything.entries == 67
     none = select(tuned, None, 1 / 67, score="random", head=())
@@ -185,8 +185,8 @@ def test_files_and_memory_choose_alike(tmp_path, name, dtype, shard, score):
     found.check(open_weights(pair.tuned).infos, pair.tuned)
     for key, parameter_mask in found.by_parameter(pair.load(pair.tuned)).items():
         assert not parameter_mask.any() or "embed" not in key
-    assert {key: value for key, value in found.about.items() if key != "weights_fingerprint"} == {
-        **live.about,
+    assert {key: value for key, value in found.metadata.items() if key != "weights_fingerprint"} == {
+        **live.metadata,
         "head": None,
         "exclude": ["embed"],
     }
@@ -217,7 +217,7 @@ def test_buffers_on_disk_are_kept(tmp_path):
 def test_a_share_that_is_none_is_refused(keep):
     """Above 0, at most 1."""
     with pytest.raises(ConfigError, match=rf"keep must be in \(0, 1\], found {re.escape(str(keep))}; give it as"):
-        Choice(keep)
+        FishMaskRecipe(keep)
 
 
 CASES = {
