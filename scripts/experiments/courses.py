@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scripts.experiments import convolutions, digits
-from squisher_mergekit.applications.ewc import continual
+from scripts.experiments import continual
 
 EACH, HELD = 800, 200  # training and test digits of a permuted task
 

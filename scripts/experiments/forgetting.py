@@ -50,7 +50,7 @@ from scripts.experiments.courses import COLUMNS, STEPS, Course, Task, course_of
 from scripts.experiments.forgetting_report import ABLATED, BATCH, MAIN, METHODS, RATE, pictures, tables
 from scripts.experiments.runner import Experiment, Result, Settings, main
 from squisher_mergekit import estimate_fisher
-from squisher_mergekit.applications.ewc import EWCPenalty, continual, identity
+from squisher_mergekit.applications.ewc import EWCPenalty, identity
 from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.training import GradientSquares
 from squisher_mergekit.training.ewc import live_squisher

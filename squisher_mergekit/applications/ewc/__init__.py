@@ -1,7 +1,6 @@
-"""Elastic weight consolidation: learn a task without forgetting those before it.
+"""Elastic weight consolidation (EWC): learn a task without forgetting earlier ones.
 
-``penalty`` keeps a model near what earlier tasks taught it; ``continual`` has the contexts, outputs and averages of
-task-, domain- and class-incremental learning.
+``penalty`` has the penalty, ``quadratics`` the sum of its terms, ``runaway`` a monitor of its gradient.
 """
 
 from squisher_mergekit.applications.ewc.penalty import EWCPenalty, identity

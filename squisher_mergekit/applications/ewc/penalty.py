@@ -1,4 +1,4 @@
-"""Elastic weight consolidation (EWC): a quadratic penalty that keeps a model near what earlier tasks taught it."""
+"""Penalty of elastic weight consolidation (EWC): it keeps a model near its weights after earlier tasks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from squisher_mergekit.applications.ewc.quadratics import Quadratic, moved, together
-from squisher_mergekit.applications.ewc.runaway import Watch, squared
+from squisher_mergekit.applications.ewc.quadratics import Quadratic, add_quadratics, like_parameter
+from squisher_mergekit.applications.ewc.runaway import RunawayMonitor, sum_of_squares
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.by_parameter import by_parameter
 from squisher_mergekit.fisher.mapping import Fisher, check_values
@@ -24,7 +24,7 @@ Scale = Literal["batch", "dataset"]
 
 
 def identity(model: nn.Module) -> dict[str, Tensor]:
-    """Return ones for all trainable parameters, by the names in memory: the L2 baseline, in place of a Fisher.
+    """Return ones for all trainable parameters, by name in memory: the Fisher of the L2 baseline.
 
     Example:
         >>> identity(nn.Linear(2, 1, bias=False))
@@ -34,30 +34,30 @@ def identity(model: nn.Module) -> dict[str, Tensor]:
 
 
 class EWCPenalty:
-    """The penalty ``lambda / 2 sum_t sum_i F_ti (theta_i - theta^_ti)^2`` over the tasks t that were learnt.
+    """Penalty ``lambda / 2 sum_t sum_i F_ti (theta_i - theta^_ti)^2`` over the learnt tasks t.
 
-    In any loop, two lines: ``penalty.add_gradient(model)`` after the backward pass of the task's loss, before clipping
-    and the step; and ``penalty.add(model, fisher)`` after a task. ``penalty(model)`` is the same as a scalar, to be
-    added to a loss: slower, and one backward pass covers both, so that an average of the gradient (Adam's own, or
-    :class:`~squisher_mergekit.training.GradientSquares`) takes in the penalty.
+    A training loop needs two lines: ``penalty.add_gradient(model)`` after the backward pass of the task's loss, before
+    clipping and the optimizer step, and ``penalty.add(model, fisher)`` after a task. ``penalty(model)`` returns the
+    penalty as a scalar to add to a loss. The scalar is slower, and an average of the gradient (Adam's, or
+    :class:`~squisher_mergekit.training.GradientSquares`) then includes the gradient of the penalty.
 
-    The terms of all tasks are kept as one quadratic, so that memory and time do not grow with their number: a Fisher
-    and an anchor in float32 (float64 for float64) beside each parameter. Parameters without a Fisher, such as a new
-    head, are free (``unpenalised``); frozen ones are left out while they are frozen.
+    One quadratic stores the terms of all tasks, so that memory and time do not grow with the number of tasks: a Fisher
+    and an anchor per parameter, in float32 (float64 for float64). Parameters without a Fisher, such as a new head, are
+    free (``unpenalised``); frozen parameters are left out while they are frozen.
 
     Args:
-        lam: The paper's lambda, finite and not negative; 0 is no penalty. The same for all tasks.
-        mode: ``separate``: each task has its anchor and its Fisher, summed. ``online``: one Fisher
+        lam: Lambda of the paper, finite and not negative, the same for all tasks; 0 is no penalty.
+        mode: ``separate``: each task has its anchor and its Fisher, and the terms are summed. ``online``: one Fisher
             ``F = F_new + gamma F_old`` about the latest anchor.
-        gamma: Of ``online``, from 0 to 1.
-        scale: What makes a Fisher of its debiased values (see :meth:`~squisher_mergekit.Fisher.scaled`). ``batch``:
-            times the examples of a step, if it is an average of squared gradients of batches (the optimizer's, or that
-            of ``GradientSquares``), as their mean gradient's square is the Fisher divided by that number; a computed
-            one as it is. ``dataset``: times ``num_examples`` in place of that, as in the paper (there on values that
-            are not debiased). A number: times that, whatever was estimated.
+        gamma: Weight of the earlier Fisher in ``online``, from 0 to 1.
+        scale: Factor of the debiased Fisher (see :meth:`~squisher_mergekit.Fisher.scaled`). ``batch`` multiplies an
+            average of squared batch gradients (the optimizer's, or ``GradientSquares``) by the examples per step, as
+            the squared mean gradient is the Fisher divided by that number; a computed Fisher stays. ``dataset``
+            multiplies such an average by ``num_examples`` instead, as in the paper (there without debiasing). A number
+            multiplies any Fisher.
 
     Raises:
-        ConfigError: An argument is out of its range.
+        ConfigError: An argument is out of range.
 
     Source: Eq. 14 of "Fishers for Free?" (Li et al., ICML 2025); Kirkpatrick et al., 2017; ``online``: Schwarz et al.,
     2018.
@@ -90,7 +90,7 @@ class EWCPenalty:
         self.tasks = 0
         self.unpenalised: tuple[str, ...] = ()
         self._terms: dict[str, Quadratic] = {}
-        self._watch = Watch()
+        self._monitor = RunawayMonitor()
 
     @torch.no_grad()
     def add(
@@ -101,20 +101,20 @@ class EWCPenalty:
         *,
         examples_per_step: float | None = None,
     ) -> None:
-        """Keep what the model has learnt: its weights as they are now as anchors, and their Fisher.
+        """Add a learnt task: the present weights as anchors, and their Fisher.
 
         Args:
-            model: With the weights of the task just learnt; wrapped or not. Of a model sharded by FSDP2, each process
-                keeps its part, and all must call this.
-            fisher: A Fisher, or a mapping by the names in memory. A mapping tells no scale: it is multiplied by
-                ``scale`` if that is a number, and taken as it is if not.
-            num_examples: Of the task, for ``scale="dataset"``.
-            examples_per_step: For ``scale="batch"``, where the Fisher does not record it.
+            model: The model with the weights of the task, wrapped or not. If FSDP2 shards the model, each process
+                stores its shards, and all processes must call this method.
+            fisher: A Fisher, or a mapping by names in memory. A mapping has no scale: a number in ``scale`` multiplies
+                it, ``batch`` and ``dataset`` do not.
+            num_examples: Number of examples of the task, for ``scale="dataset"``.
+            examples_per_step: Examples per step for ``scale="batch"``, if the Fisher does not record them.
 
         Raises:
-            MismatchError: Names or shapes are not the model's.
+            MismatchError: Names or shapes do not fit the model.
             ValuesError: An entry is NaN, infinite or negative.
-            ConfigError: A number that the scale needs is not known, or lambda times the Fisher overflows.
+            ConfigError: A number that the scale needs is unknown, or lambda times the Fisher overflows.
         """
         parameters = parameters_of(model)
         factor = self._factor(fisher, num_examples, examples_per_step)
@@ -135,14 +135,14 @@ class EWCPenalty:
         self._check(terms)
         self._terms, self.tasks = terms, self.tasks + 1
         self._list_free(parameters)
-        self._watch.look()
-        self._watch.start()
+        self._monitor.check()
+        self._monitor.start()
 
     def __call__(self, model: nn.Module) -> Tensor:
-        """Return the penalty as a scalar that can be differentiated; 0 before the first task.
+        """Return the penalty as a differentiable scalar; 0 before the first task.
 
         Raises:
-            MismatchError: A penalised parameter is gone, or has another shape.
+            MismatchError: A penalised parameter is missing, or has another shape.
         """
         parameters = parameters_of(model)
         terms = self._of(parameters) if self.lam else {}
@@ -153,15 +153,15 @@ class EWCPenalty:
 
     @torch.no_grad()
     def add_gradient(self, model: nn.Module) -> None:
-        """Add the penalty's gradient ``lambda F (theta - theta^)`` to ``.grad``, without a graph.
+        """Add the gradient ``lambda F (theta - theta^)`` of the penalty to ``.grad``, without a graph.
 
-        Call it once a step in all processes, when the gradient of the task is whole: after the last backward pass of an
-        accumulation (accelerate: ``if accelerator.sync_gradients``), after a GradScaler's ``unscale_``, and before
-        clipping. Every 100 steps, and by :meth:`add`, the :meth:`ratio` is looked at; one line in the log, once a task,
-        says so if it is above a million: the penalty runs away.
+        Call the method once per optimizer step in all processes, when the gradient of the task is complete: after the
+        last backward pass of an accumulation (accelerate: ``if accelerator.sync_gradients``), after ``unscale_`` of a
+        GradScaler, and before clipping. Every 100 steps, and in :meth:`add`, the :meth:`ratio` is checked: above a
+        million the penalty runs away, and the log says so once per task.
 
         Raises:
-            MismatchError: A penalised parameter is gone, or has another shape.
+            MismatchError: A penalised parameter is missing, or has another shape.
         """
         parameters = parameters_of(model)
         norms: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -177,36 +177,42 @@ class EWCPenalty:
                 norms[1].append(torch.linalg.vector_norm(parameter.grad, dtype=gradient.dtype))
                 parameter.grad.add_(gradient)
         if norms[0]:
-            self._watch.note(*map(squared, norms))
+            self._monitor.note(*map(sum_of_squares, norms))
 
     def ratio(self) -> float | None:
-        """Return the penalty's squared gradient by the task's, of the penalised parameters, each summed over steps.
+        """Return the ratio of the penalty's squared gradient to the task's, over the penalised parameters.
 
-        They are those of :meth:`add_gradient` in the present hundred; None before the first.
+        Both are summed over the present hundred steps of :meth:`add_gradient`; None before the first step.
         """
-        return self._watch.ratio()
+        return self._monitor.ratio()
 
     def drop(self, *names: str) -> None:
-        """Forget what is known of some parameters, such as a head that was replaced.
+        """Remove parameters from the penalty, such as a head that was replaced.
+
+        Args:
+            names: Names in memory.
 
         Raises:
-            MismatchError: There is nothing known of one.
+            MismatchError: A parameter is not penalised.
         """
         for name in names:
             if name not in self._terms:
-                raise MismatchError(f"what is dropped must be penalised, but {name!r} is not; give a name in memory")
+                raise MismatchError(f"a parameter to drop must be penalised, but {name!r} is not; give a name in memory")
         self._terms = {name: term for name, term in self._terms.items() if name not in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on: numbers, strings and tensors; sharded tensors as they are."""
+        """Return the state as numbers, strings and tensors; sharded tensors stay sharded."""
         terms = {name: {"fisher": t.fisher, "anchor": t.anchor, "offset": t.offset} for name, t in self._terms.items()}
         return {"mode": self.mode, "gamma": self.gamma, "tasks": self.tasks, "terms": terms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was taken; lambda may be another one.
+        """Load a state of :meth:`state_dict`; lambda may differ.
+
+        Args:
+            state: The state.
 
         Raises:
-            ConfigError: It is of another mode or gamma, or lambda times the Fisher overflows.
+            ConfigError: The state has another mode or gamma, or lambda times the Fisher overflows.
         """
         for key in ("mode", "gamma"):
             if state[key] != getattr(self, key):
@@ -216,7 +222,7 @@ class EWCPenalty:
         terms = {name: Quadratic(**term) for name, term in state["terms"].items()}
         self._check(terms)
         self._terms, self.tasks = terms, state["tasks"]
-        self._watch.start()
+        self._monitor.start()
 
     def _factor(self, fisher: Mapping[str, Tensor], num_examples: float | None, per_step: float | None) -> float:
         if not isinstance(self.scale, str):
@@ -235,7 +241,7 @@ class EWCPenalty:
         return float(number)
 
     def _of(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Quadratic]:
-        """Return the terms, each where its parameter lies now."""
+        """Return the terms, each on the device of its parameter."""
         for name, term in self._terms.items():
             cure = f"give the model that it was made with, or penalty.drop({name!r})"
             if name not in parameters:
@@ -246,15 +252,15 @@ class EWCPenalty:
                     f"EWC needs {name} in the shape {wanted} of its anchor, but it has {found}; give new classes a "
                     f"head of their own, or penalty.drop({name!r})"
                 )
-            self._terms[name] = moved(term, parameters[name])
+            self._terms[name] = like_parameter(term, parameters[name])
         return self._terms
 
     def _joined(
         self, fresh: Mapping[str, Quadratic], old: Mapping[str, Quadratic], parameters: Mapping[str, nn.Parameter]
     ) -> dict[str, Quadratic]:
-        """Return the terms of all tasks; where the new one has no Fisher, it is 0."""
+        """Return the terms of all tasks; a parameter without a new Fisher counts as F = 0."""
         if self.mode == "separate":
-            return {**old, **{n: together(old[n], term) if n in old else term for n, term in fresh.items()}}
+            return {**old, **{n: add_quadratics(old[n], term) if n in old else term for n, term in fresh.items()}}
         joined = dict(fresh)
         for name, term in old.items():
             fisher = term.fisher * self.gamma + (fresh[name].fisher if name in fresh else 0.0)
@@ -271,7 +277,7 @@ class EWCPenalty:
                 )
 
     def _list_free(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """List the trainable parameters that have no Fisher; in the log those that are new in the list."""
+        """Update the list of trainable parameters without a Fisher, and log the new ones."""
         free = tuple(name for name, p in parameters.items() if p.requires_grad and name not in self._terms)
         new = [name for name in free if name not in self.unpenalised]
         if new:
@@ -281,5 +287,6 @@ class EWCPenalty:
 
 
 def _local(tensor: Any) -> Tensor:
+    """Return the local shard of a tensor."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part

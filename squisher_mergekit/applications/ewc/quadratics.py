@@ -1,4 +1,4 @@
-"""A weighted quadratic of a model's weights, and sums of such."""
+"""Weighted quadratics of a model's weights, and their sums."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from squisher_mergekit.tensors.sharded import distributed_like, gathered, is_sha
 
 @dataclass(frozen=True)
 class Quadratic:
-    """``sum_i fisher_i (theta_i - anchor_i)^2 + offset``, of tensors shaped like the parameter."""
+    """Weighted quadratic ``sum_i fisher_i (theta_i - anchor_i)^2 + offset`` of one parameter.
+
+    Attributes:
+        fisher: Weights of the quadratic, of the shape of the parameter.
+        anchor: Position of the minimum, of the same shape.
+        offset: Value at the minimum.
+    """
 
     fisher: Tensor
     anchor: Tensor
@@ -23,7 +29,7 @@ class Quadratic:
         return theta.to(self.anchor.dtype) - self.anchor
 
     def at(self, theta: Tensor) -> Tensor:
-        """Return the sum at some weights.
+        """Return the value at given weights.
 
         Example:
             >>> Quadratic(torch.tensor([3.0]), torch.tensor([1.0]), offset=0.5).at(torch.tensor([3.0]))
@@ -32,7 +38,7 @@ class Quadratic:
         return gathered(self.distance(theta).square().mul(self.fisher).sum()) + self.offset
 
     def half_gradient(self, theta: Tensor) -> Tensor:
-        """Return ``fisher (theta - anchor)``, half of the gradient.
+        """Return ``fisher (theta - anchor)``, half the gradient.
 
         Example:
             >>> Quadratic(torch.tensor([3.0]), torch.tensor([1.0])).half_gradient(torch.tensor([3.0]))
@@ -41,16 +47,16 @@ class Quadratic:
         return self.distance(theta).mul_(self.fisher)
 
 
-def together(a: Quadratic, b: Quadratic) -> Quadratic:
-    """Return the sum of two quadratics, which is one again.
+def add_quadratics(a: Quadratic, b: Quadratic) -> Quadratic:
+    """Return the sum of two quadratics as one quadratic.
 
     ``F (theta - p)^2 + G (theta - q)^2 = (F + G)(theta - m)^2 + FG / (F + G) (p - q)^2`` with
-    ``m = p + G / (F + G) (q - p)``. No term is negative, so nothing cancels, as it would in powers of theta; computed
-    in float64. Where F + G is 0, m is q.
+    ``m = p + G / (F + G) (q - p)``. All terms are non-negative, so that nothing cancels, as it would in powers of theta.
+    The sum is computed in float64. Where F + G is 0, m is q.
 
     Example:
         >>> p, q = torch.tensor([0.0]), torch.tensor([4.0])
-        >>> together(Quadratic(torch.tensor([1.0]), p), Quadratic(torch.tensor([3.0]), q))
+        >>> add_quadratics(Quadratic(torch.tensor([1.0]), p), Quadratic(torch.tensor([3.0]), q))
         Quadratic(fisher=tensor([4.]), anchor=tensor([3.]), offset=12.0)
     """
     total = a.fisher.double() + b.fisher
@@ -61,8 +67,8 @@ def together(a: Quadratic, b: Quadratic) -> Quadratic:
     return Quadratic(total.to(dtype), (a.anchor + share * apart).to(dtype), a.offset + b.offset + offset)
 
 
-def moved(term: Quadratic, parameter: Tensor) -> Quadratic:
-    """Return a term on the device of its parameter, sharded as it is."""
+def like_parameter(term: Quadratic, parameter: Tensor) -> Quadratic:
+    """Return a quadratic on the device and with the sharding of its parameter."""
     if term.anchor.device == parameter.device and is_sharded(term.anchor) == is_sharded(parameter):
         return term
     gather = is_sharded(term.anchor) and not is_sharded(parameter)

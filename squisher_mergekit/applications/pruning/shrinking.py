@@ -55,7 +55,7 @@ def shrink(model: nn.Module, choice: UnitChoice) -> nn.Module:
     if unread is not None:
         raise UnsupportedStateError(
             f"the reader of a unit must be known for a network to be made smaller, but that of {unread} is unknown; "
-            "mask_units sets the units to 0"
+            "mask_units makes the units 0"
         )
     small = _plain_copy(inner)
     if hasattr(inner, "config") and hasattr(inner, "save_pretrained"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from squisher_mergekit.applications.ewc import continual
+from scripts.experiments import continual
 from squisher_mergekit.errors import ConfigError
 
 CONTEXTS = [(3, 0), (4, 1), (2, 5)]
