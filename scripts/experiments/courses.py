@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scripts.experiments import convolutions, digits
-from scripts.experiments import continual
+from scripts.experiments import continual, convolutions, digits
 
 EACH, HELD = 800, 200  # training and test digits of a permuted task
 

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from scripts.experiments import continual
 from scripts.experiments.courses import COLUMNS, STEPS, Course, Task, course_of
 from scripts.experiments.forgetting_report import ABLATED, BATCH, MAIN, METHODS, RATE, pictures, tables
 from scripts.experiments.runner import Experiment, Result, Settings, main

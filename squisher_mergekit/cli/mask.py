@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,8 @@ from squisher_mergekit.cli.tables import name_list, pairs
 
 if TYPE_CHECKING:
     from squisher_mergekit.applications.fish_mask.files import Selected, Written
+    from squisher_mergekit.applications.fish_mask.recipe import ScoreName
+    from squisher_mergekit.applications.selection import Scope
 
 _SHOWN = 8
 _NAME_WIDTH = 8
@@ -100,8 +102,8 @@ def select_command(
     base: str | None,
     out: Path,
     fisher: str | None,
-    score: str,
-    scope: str,
+    score: ScoreName,
+    scope: Scope,
     head: tuple[str, ...],
     no_head: bool,
     exclude: tuple[str, ...],
@@ -138,7 +140,14 @@ def select_command(
     )
     for line in lines(selected):
         click.echo(line)
-    request = {"model": model, "fisher": fisher, "mask": str(out), "keep": keep, "base": base, "score": score}
+    request: dict[str, Any] = {
+        "model": model,
+        "fisher": fisher,
+        "mask": str(out),
+        "keep": keep,
+        "base": base,
+        "score": score,
+    }
     request |= {"scope": scope, "exclude": exclude, "seed": seed, "strict": strict}
     write_report(json_file, request | selected.as_dict())
 
@@ -159,8 +168,8 @@ def reset_command(
     out: Path,
     difference_only: bool,
     fisher: str | None,
-    score: str,
-    scope: str,
+    score: ScoreName,
+    scope: Scope,
     head: tuple[str, ...],
     no_head: bool,
     exclude: tuple[str, ...],
@@ -201,7 +210,14 @@ def reset_command(
         for line in lines(written.selected):
             click.echo(line)
     click.echo(size_line(written))
-    request = {"model": model, "base": base, "out": str(out), "mask": mask, "keep": keep, "fisher": fisher}
+    request: dict[str, Any] = {
+        "model": model,
+        "base": base,
+        "out": str(out),
+        "mask": mask,
+        "keep": keep,
+        "fisher": fisher,
+    }
     request |= {"difference_only": difference_only, "score": score, "scope": scope, "exclude": exclude}
     write_report(json_file, request | {"seed": seed, "strict": strict} | written.as_dict())
 

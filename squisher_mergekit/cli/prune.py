@@ -19,7 +19,10 @@ from squisher_mergekit.cli.options import (
 from squisher_mergekit.cli.tables import shape_text, table
 
 if TYPE_CHECKING:
-    from squisher_mergekit.applications.pruning.report import Report
+    from squisher_mergekit.applications.pruning.recipe import ScoreName
+    from squisher_mergekit.applications.pruning.report import PruningReport
+    from squisher_mergekit.applications.selection import Normalize, Scope
+    from squisher_mergekit.fisher.config import Scaling
 
 
 def _pattern(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -77,15 +80,15 @@ def command(
     out: Path,
     fisher: str | None,
     sparsity: float | None,
-    score: str,
-    normalize: str,
-    scope: str,
+    score: ScoreName,
+    normalize: Normalize,
+    scope: Scope,
     min_keep: float | None,
     least: float | None,
     pattern: tuple[int, int] | None,
     ignore: tuple[str, ...],
     no_default_ignore: bool,
-    scaling: str,
+    scaling: Scaling,
     seed: int,
     strict: bool,
     quiet: bool,
@@ -121,7 +124,7 @@ def command(
         score=score,
         normalize=normalize,
         scope=scope,
-        least=min_keep,
+        min_keep=min_keep,
         pattern=pattern,
         ignore=ignore,
         default_ignore=not no_default_ignore,
@@ -134,7 +137,7 @@ def command(
     write_report(json_file, {"model": model, "fisher": fisher, "out": str(out)} | report.as_dict())
 
 
-def lines(report: Report) -> Iterator[str]:
+def lines(report: PruningReport) -> Iterator[str]:
     """Yield a table of the pruned tensors, the totals, and the numbers of unchanged tensors."""
     from collections import Counter
 

@@ -7,8 +7,8 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from squisher_mergekit.estimators.per_example import kernel_fallback, norm_kernel  # noqa: E402
-from squisher_mergekit.estimators.per_example.norm_kernel import (  # noqa: E402
+from squisher_mergekit.estimators.per_example import kernel_fallback, norm_kernel
+from squisher_mergekit.estimators.per_example.norm_kernel import (
     Normalization,
     norm_gradients,
     normalization_of,
