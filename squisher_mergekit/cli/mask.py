@@ -19,7 +19,7 @@ from squisher_mergekit.cli.options import (
 from squisher_mergekit.cli.tables import name_list, pairs
 
 if TYPE_CHECKING:
-    from squisher_mergekit.applications.fish_mask.files import Selected, Written
+    from squisher_mergekit.applications.fish_mask.files import MaskReport, ResetReport
     from squisher_mergekit.applications.fish_mask.recipe import ScoreName
     from squisher_mergekit.applications.selection import Scope
 
@@ -254,7 +254,7 @@ def remove_command(model: str, difference: str, out: Path, strict: bool, quiet: 
     remove_files(model, difference, out, strict=strict, progress=not quiet)
 
 
-def lines(selected: Selected) -> Iterator[str]:
+def lines(selected: MaskReport) -> Iterator[str]:
     """Yield the number of kept weights, and the tensors with most of them."""
     rows = [
         ("kept", f"{selected.kept:,} of {selected.entries:,} weights ({selected.kept / selected.entries:.4%})"),
@@ -269,12 +269,12 @@ def lines(selected: Selected) -> Iterator[str]:
     yield from (f"  {chosen[name]:>12,}  {name}" for name in most if chosen[name])
 
 
-def _named_groups(selected: Selected) -> tuple[tuple[str, list[str]], tuple[str, list[str]]]:
+def _named_groups(selected: MaskReport) -> tuple[tuple[str, list[str]], tuple[str, list[str]]]:
     """Return the labels and names of the tensors that are kept whole or excluded."""
     return ("head", list(selected.heads)), ("excluded", list(selected.excluded))
 
 
-def size_line(written: Written) -> str:
+def size_line(written: ResetReport) -> str:
     """Return the size of the difference relative to the model."""
     from squisher_mergekit.fisher.summary import human_bytes
 
