@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer writes a Fisher beside each checkpoint."""
+"""Callback of the Hugging Face Trainer that writes a Fisher into each checkpoint."""
 
 import logging
 from pathlib import Path
@@ -28,7 +28,7 @@ from squisher_mergekit.training.writing import (
 
 LOG = logging.getLogger("squisher_mergekit")
 EMA_FOLDER = "fisher_ema"
-# Classes of optimizers without a second moment, known before the first step.
+# Optimizer classes without a usable second moment, known before the first step.
 _WITHOUT = {
     "SGD": "SGD keeps none",
     "ASGD": "ASGD keeps none",
@@ -50,29 +50,29 @@ _WITHOUT = {
 
 
 class SquisherCallback(TrainerCallback):  # type: ignore[misc]
-    """Write the optimizer's second moments as a portable Fisher into each checkpoint, and at the end of training.
+    """Callback that writes the optimizer's second moments as a portable Fisher, at each checkpoint and at the end.
 
-    It records what the files of a checkpoint do not tell: examples and tokens of a step, the norm at which gradients
-    are clipped, and how often they were. A failure while training is one line in the log; training goes on. Under
-    DeepSpeed the Fisher is read from the checkpoint that was just written, and there is none at the end unless a
-    checkpoint was saved at that step.
+    The Fisher records values that no file of a checkpoint has: examples and tokens per step, the norm at which
+    gradients are clipped, and the share of clipped steps. A failure during training is logged, and training continues.
+    Under DeepSpeed the callback reads the Fisher from the saved checkpoint; at the end it writes none unless the last
+    step saved a checkpoint.
 
     Args:
         every_save: Write into each checkpoint.
-        at_end: Write into the output folder when training ends: the best checkpoint's Fisher where
-            ``load_best_model_at_end`` brought that one back.
-        out: The folder for the end, in place of ``output_dir``.
-        dtype: float32 or bfloat16.
-        compress: As for :func:`~squisher_mergekit.extract`.
-        beta: Keep a moving average of the squared gradient as well, with this decay, and write it into ``fisher_ema``
-            in the same folders (see :class:`GradientSquares`). It goes on after a resume, and the optimizer may be one
-            without second moment. Clipping has acted on the gradient already. With ``compress`` or bfloat16 it goes on
-            from the rounded values.
-        loss_reduction: How the loss joins the examples: the models of transformers take the mean.
-        datum: What one example of that is: ``example`` or ``token``, if to be recorded.
+        at_end: Write into the output folder when training ends. With ``load_best_model_at_end`` this is the Fisher of
+            the best checkpoint.
+        out: Folder for the end, in place of ``output_dir``.
+        dtype: Dtype of the file: float32 or bfloat16.
+        compress: Compression of the file, as for :func:`~squisher_mergekit.extract`.
+        beta: Decay of a moving average of the squared gradient (see :class:`GradientSquares`), which is written into
+            ``fisher_ema`` in the same folders; None keeps no average. The optimizer may then be one without second
+            moment. The average uses clipped gradients, and continues after a resume; with ``compress`` or bfloat16
+            from rounded values.
+        loss_reduction: Reduction of the loss over the examples; the models of transformers take the mean.
+        datum: Unit of the loss to record: ``example`` or ``token``.
 
     Raises:
-        ConfigError: ``dtype``, ``compress`` or ``beta`` is out of its range.
+        ConfigError: ``dtype``, ``compress`` or ``beta`` is out of range.
 
     Example:
         >>> callback = SquisherCallback(dtype="bfloat16")
@@ -100,16 +100,16 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         self.datum = datum
         self.squares: GradientSquares | None = None
         self._keeps_moment = True
-        self._clipping = Clipping()
-        self._written: tuple[int, Path] | None = None  # the step and folder of the last Fisher
+        self._clipping = ClippingMonitor()
+        self._written: tuple[int, Path] | None = None  # step and folder of the last Fisher
         self._warned = False
         self._searching = False
         compact.check_name(compress)
         if beta is not None:
-            GradientSquares(nn.Module(), beta)  # a wrong decay is refused now, not when training begins
+            GradientSquares(nn.Module(), beta)  # raises for a wrong decay before training begins
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse what can be known to fail; take up what a resumed checkpoint holds."""
+        """Raise for an optimizer without second moment; load the state of a resumed checkpoint."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         why = _WITHOUT.get(type(unwrap_optimizer(optimizer)).__name__)
         if why is not None and self.beta is None:
@@ -119,22 +119,22 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             )
         self._keeps_moment, self._written, self._warned = why is None, None, False
         self._searching = bool(state.is_hyper_param_search)
-        if self._searching:  # the folders of the trials are not known here
+        if self._searching:  # the folders of the trials are unknown here
             LOG.warning("no Fisher is written in a hyper-parameter search; take squisher extract on a checkpoint")
         seen = None if uses_fsdp1(model) or uses_deepspeed(model, optimizer) else args.max_grad_norm or 0.0
-        self._clipping = Clipping(seen)
+        self._clipping = ClippingMonitor(seen)
         self.squares = GradientSquares(model, self.beta) if self.beta is not None else None
         if state.global_step:
-            attempt("what the resumed checkpoint holds was not taken up", lambda: self._resume(args, state))
+            attempt("the clipping and the average of the resumed checkpoint were not loaded", lambda: self._resume(args, state))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See whether clipping was active, and take the gradient into the moving average."""
+        """Record if clipping was active, and add the gradient to the moving average."""
         norm = self._clipping.watch(kwargs["model"])
         if self.squares is not None:
             self.squares.update(norm)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write into the checkpoint."""
+        """Write the Fisher into the checkpoint."""
         if not self.every_save or self._searching:
             return
         folder = checkpoint_of(args, state)
@@ -142,7 +142,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             self._written = (state.global_step, folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write into the output folder, or copy from the checkpoint that the weights are from."""
+        """Write the Fisher into the output folder, or copy it from the checkpoint of the final weights."""
         if not self.at_end or self._searching:
             return
         out = self.out or Path(args.output_dir)
@@ -156,36 +156,36 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             attempt(f"no Fisher of the weights of {last} could be copied to {out}", lambda: _copy(last, out))
 
     def _write(self, out: Path, weights: Path | None, args: Any, state: Any, live: dict[str, Any]) -> bool:
-        """Write what is kept; return whether it went well."""
-        facts = self._facts(args, state, live["model"])
+        """Write the Fisher and the average; return True if both were written."""
+        info = self._training_info(args, state, live["model"])
         done = True
         if self._keeps_moment:
             done = attempt(
                 f"no Fisher could be written to {out}",
-                lambda: self._write_squisher(out, weights, facts, live["model"], live["optimizer"]),
+                lambda: self._write_squisher(out, weights, info, live["model"], live["optimizer"]),
             )
         squares = self.squares
         if squares is not None and squares.squares:
             ema = out / EMA_FOLDER
             wrote = attempt(
                 f"no moving average could be written to {ema}",
-                lambda: squares.write(ema, weights, facts, self.dtype, self.compress),
+                lambda: squares.write(ema, weights, info, self.dtype, self.compress),
             )
             done = done and wrote
         return done
 
     def _write_squisher(
-        self, out: Path, weights: Path | None, facts: TrainingInfo, model: nn.Module, optimizer: Any
+        self, out: Path, weights: Path | None, info: TrainingInfo, model: nn.Module, optimizer: Any
     ) -> None:
         if not uses_deepspeed(model, optimizer):
-            write_squisher(model, [optimizer], out, weights, facts, self.dtype, self.compress, warn=not self._warned)
+            write_squisher(model, [optimizer], out, weights, info, self.dtype, self.compress, warn=not self._warned)
             self._warned = True
         elif weights is None:
-            raise UnsupportedStateError("DeepSpeed's state is read from a checkpoint, and none was saved at this step")
+            raise UnsupportedStateError("the state of DeepSpeed is read from a checkpoint, but none was saved at this step; save one")
         elif rank() == 0:
-            write_saved(weights, out, facts, self.dtype, self.compress)
+            write_saved(weights, out, info, self.dtype, self.compress)
 
-    def _facts(self, args: Any, state: Any, model: nn.Module) -> TrainingInfo:
+    def _training_info(self, args: Any, state: Any, model: nn.Module) -> TrainingInfo:
         tokens = getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False)
         counted = state.num_input_tokens_seen / state.global_step if tokens and state.global_step else None
         return TrainingInfo(
@@ -198,7 +198,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         )
 
     def _resume(self, args: Any, state: Any) -> None:
-        """Go on from the Fisher in the checkpoint that training goes on from."""
+        """Load clipping and average from the resumed checkpoint."""
         folder = resumed_from(args, state)
         configs = [place / CONFIG_NAME for place in (folder, folder / EMA_FOLDER) if has_fisher(place)]
         if configs:
@@ -207,18 +207,17 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             self.squares.load_fisher(read_fisher(folder / EMA_FOLDER))
 
 
-class Clipping:
-    """How often gradients were clipped, seen from their norm afterwards, which then is the limit.
+class ClippingMonitor:
+    """Counter of clipped steps. A clipped gradient is recognised by its norm, which is then the limit.
 
-    A norm of just the limit's size that was not clipped counts as clipped; how near is the precision of the norm. The
-    counts stay on the device of the gradients until they are asked for.
+    A norm equal to the limit within its precision counts as clipped. The counts stay on the device of the gradients.
 
     Args:
-        limit: What gradients are clipped at; 0: they are not; None: not known, or not to be seen.
+        limit: Norm at which gradients are clipped; 0 if they are not; None if the limit is unknown.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
-        >>> clipping = Clipping(limit=1.0)
+        >>> clipping = ClippingMonitor(limit=1.0)
         >>> for gradient in ([[3.0, 4.0]], [[0.3, 0.4]]):
         ...     layer.weight.grad = torch.tensor(gradient)
         ...     _ = nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
@@ -233,53 +232,53 @@ class Clipping:
         self._seen: Tensor | float = 0.0
 
     def watch(self, model: nn.Module) -> Tensor | None:
-        """Look at the gradients after clipping, and return their norm; None if there is nothing to see."""
+        """Count a step by its gradients after clipping, and return their norm; None without a limit."""
         if not self.limit:
             return None
-        having = [parameter for parameter in unwrap_model(model).parameters() if parameter.grad is not None]
-        norm = gradient_norm(having)
-        precision = max((torch.finfo(p.grad.dtype).eps for p in having if p.grad is not None), default=0.0)
-        # The norm is divided by itself plus 1e-6 when clipped.
+        trained = [parameter for parameter in unwrap_model(model).parameters() if parameter.grad is not None]
+        norm = gradient_norm(trained)
+        precision = max((torch.finfo(p.grad.dtype).eps for p in trained if p.grad is not None), default=0.0)
+        # Clipping divides by the norm plus 1e-6.
         reached = self.limit * (1 - max(precision, 1e-5)) - 1e-6
         self._clipped = self._clipped + (norm >= reached).double()
         self._seen = self._seen + torch.isfinite(norm).double()
         return norm
 
     def resume(self, share: float | None, steps: int) -> None:
-        """Go on from an earlier share."""
+        """Continue from an earlier share of clipped steps."""
         if share is not None and self.limit:
             self._clipped, self._seen = share * steps, float(steps)
 
     @property
     def share(self) -> float | None:
-        """In which share of the steps clipping was active; None if that is not known."""
+        """Share of the steps in which clipping was active; None if unknown."""
         if self.limit == 0:
             return 0.0
         seen = float(self._seen)
         return float(self._clipped) / seen if seen else None
 
 
-def write_saved(checkpoint: Path, out: Path, facts: TrainingInfo, dtype: torch.dtype, compress: str | None) -> None:
-    """Write the Fisher of a saved checkpoint, with what training knows beside.
+def write_saved(checkpoint: Path, out: Path, info: TrainingInfo, dtype: torch.dtype, compress: str | None) -> None:
+    """Write the Fisher of a saved checkpoint, with the metadata of the training run.
 
     Raises:
-        RefusedError: There is none, or it cannot be read.
+        RefusedError: The checkpoint has no optimizer state, or it cannot be read.
     """
     place = find_state(checkpoint)
     if place is None:
         raise UnsupportedStateError(f"{checkpoint} must hold the optimizer's state; train with save_only_model=False")
     fisher = load_fisher(place, model=checkpoint)
-    fisher.config = facts.note(fisher.config)
+    fisher.config = info.note(fisher.config)
     replace_fisher(fisher, out, dtype, compress)
 
 
 def examples_per_step(args: Any, state: Any, model: nn.Module) -> int:
-    """Return how many examples the Trainer takes for one step: batch x accumulation x processes with data of their own.
+    """Return the number of examples per optimizer step: batch x accumulation x data-parallel processes.
 
     Args:
         args: The Trainer's arguments.
-        state: The Trainer's state, which knows a batch size that was found automatically.
-        model: It may be split over processes that share their data.
+        state: The Trainer's state, with a batch size that was found automatically.
+        model: The model, which may be split over processes that share their data.
     """
     batch = int(state.train_batch_size or args.train_batch_size) * int(args.gradient_accumulation_steps)
     if getattr(args.accelerator_config, "split_batches", False):
@@ -294,6 +293,6 @@ def _copy(source: Path, out: Path) -> None:
     places = [(source, out), (source / EMA_FOLDER, out / EMA_FOLDER)]
     found = [pair for pair in places if has_fisher(pair[0])]
     if not found:
-        raise SquisherError("it has none")
+        raise SquisherError("it has no Fisher")
     for place, target in found:
         copy_fisher(place, target)

@@ -198,7 +198,7 @@ class EWCPenalty:
         for name in names:
             if name not in self._terms:
                 raise MismatchError(
-                    f"a parameter to drop must be penalised, but {name!r} is not; give a name in memory"
+                    f"a dropped parameter must be penalised, but {name!r} is not; give a name in memory"
                 )
         self._terms = {name: term for name, term in self._terms.items() if name not in names}
 

@@ -51,8 +51,8 @@ def add_quadratics(a: Quadratic, b: Quadratic) -> Quadratic:
     """Return the sum of two quadratics as one quadratic.
 
     ``F (theta - p)^2 + G (theta - q)^2 = (F + G)(theta - m)^2 + FG / (F + G) (p - q)^2`` with
-    ``m = p + G / (F + G) (q - p)``. All terms are non-negative, so that nothing cancels, as it would in powers of theta.
-    The sum is computed in float64. Where F + G is 0, m is q.
+    ``m = p + G / (F + G) (q - p)``. All terms are non-negative: nothing cancels, as it would in powers of theta. The
+    sum is computed in float64. Where F + G is 0, m is q.
 
     Example:
         >>> p, q = torch.tensor([0.0]), torch.tensor([4.0])

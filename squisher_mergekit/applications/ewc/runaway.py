@@ -15,7 +15,8 @@ from squisher_mergekit.tensors.sharded import gathered
 
 LOG = logging.getLogger("squisher_mergekit")
 # Ratio of the squared penalty gradient to the squared task gradient above which a warning is logged. At a large lambda
-# a separate average stays below 1e4, and a penalty that feeds on itself exceeds 1e8 within five tasks (tests/scripts/experiments/test_runaway.py).
+# a separate average stays below 1e4, and a penalty that feeds on itself exceeds 1e8 within five tasks
+# (tests/scripts/experiments/test_runaway.py).
 RUNAWAY = 1e6
 WINDOW = 100  # steps between two checks of the ratio
 
