@@ -43,7 +43,7 @@ _MODULES = {
 _MOVED = {
     "EWCCallback": "squisher_mergekit.training:EWCCallback",
     "EWCPenalty": "squisher_mergekit.applications.ewc:EWCPenalty",
-    "FisherAverage": "squisher_mergekit.training:FisherAverage",
+    "FisherAverage": "squisher_mergekit.training:FisherAverageCallback",
     "GradientSquares": "squisher_mergekit.training:GradientSquares",
     "MaskCallback": "squisher_mergekit.training:MaskCallback",
     "MaskedTraining": "squisher_mergekit.training:MaskedTraining",

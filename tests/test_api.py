@@ -23,7 +23,7 @@ NAMES = [
 MOVED = {
     "EWCCallback": "squisher_mergekit.training",
     "EWCPenalty": "squisher_mergekit.applications.ewc",
-    "FisherAverage": "squisher_mergekit.training",
+    "FisherAverage": "squisher_mergekit.training:FisherAverageCallback",
     "GradientSquares": "squisher_mergekit.training",
     "MaskCallback": "squisher_mergekit.training",
     "MaskedTraining": "squisher_mergekit.training",
@@ -57,9 +57,11 @@ def test_an_unknown_name_is_an_attribute_error():
 @pytest.mark.parametrize("name", MOVED)
 def test_a_moved_name_works_and_names_its_new_import(name):
     """An old name of the root is the object at its new home; the warning, at the user's line, has the new import."""
-    with pytest.warns(DeprecationWarning, match=f"use: from {MOVED[name]} import {name}") as caught:
+    module, _, new_name = MOVED[name].partition(":")
+    new_name = new_name or name
+    with pytest.warns(DeprecationWarning, match=f"use: from {module} import {new_name}") as caught:
         found = getattr(squisher_mergekit, name)
-    assert found is getattr(importlib.import_module(MOVED[name]), name)
+    assert found is getattr(importlib.import_module(module), new_name)
     assert [warning.filename for warning in caught] == [__file__]
 
 

@@ -1,4 +1,4 @@
-"""Measure the CPU time that ``FisherAverage`` adds to a run of the Trainer.
+"""Measure the CPU time that ``FisherAverageCallback`` adds to a run of the Trainer.
 
 Runs with and without the average take turns in one process on one thread. Ratios compare the fastest rounds.
 """
@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from scripts.benchmarks.report import write_report
-from squisher_mergekit.training import FisherAverage
+from squisher_mergekit.training import FisherAverageCallback
 
 
 def seconds(steps: int, share: float | None) -> float:
@@ -33,7 +33,7 @@ def seconds(steps: int, share: float | None) -> float:
             folder, per_device_train_batch_size=16, max_steps=steps, save_strategy="no", use_cpu=True, report_to=[],
             disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
-        callbacks = [] if share is None else [FisherAverage(share=share)]
+        callbacks = [] if share is None else [FisherAverageCallback(share=share)]
         trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=callbacks)
         began = time.process_time()
         trainer.train()

@@ -256,13 +256,18 @@ def averages(measured: Measured) -> list[Table]:
         )
         for one in measured
     ]
-    columns = ["CPU s without", *(f"added by `FisherAverage(share={share})`" for share in shares)]
+    columns = ["CPU s without", *(f"added by `FisherAverageCallback(share={share})`" for share in shares)]
     note = (
         "A small BERT on batches of 16 x 64 tokens; the minimum of "
         f"{_span([one['rounds'] for one in measured], 0)} rounds. The check of the first batch is included."
     )
     return [
-        Table("**`FisherAverage` while training.** CPU time of the same run with and without it", columns, rows, [note])
+        Table(
+            "**`FisherAverageCallback` while training.** CPU time of the same run with and without it",
+            columns,
+            rows,
+            [note],
+        )
     ]
 
 

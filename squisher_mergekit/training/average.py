@@ -132,7 +132,9 @@ class FisherAverageCallback(TrainerCallback):  # type: ignore[misc]
     def _write(self, folder: Path) -> None:
         if self._accumulator is not None and self.updates:
             accumulator = self._accumulator
-            attempt(f"no average of the Fisher could be written to {folder}", lambda: self._replace(accumulator, folder))
+            attempt(
+                f"no average of the Fisher could be written to {folder}", lambda: self._replace(accumulator, folder)
+            )
 
     def _replace(self, accumulator: FisherAccumulator, folder: Path) -> None:
         _mean_of_processes(accumulator)

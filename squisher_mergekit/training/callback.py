@@ -125,7 +125,10 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         self._clipping = ClippingMonitor(seen)
         self.squares = GradientSquares(model, self.beta) if self.beta is not None else None
         if state.global_step:
-            attempt("the clipping and the average of the resumed checkpoint were not loaded", lambda: self._resume(args, state))
+            attempt(
+                "the clipping and the average of the resumed checkpoint were not loaded",
+                lambda: self._resume(args, state),
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record if clipping was active, and add the gradient to the moving average."""
@@ -181,7 +184,9 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             write_squisher(model, [optimizer], out, weights, info, self.dtype, self.compress, warn=not self._warned)
             self._warned = True
         elif weights is None:
-            raise UnsupportedStateError("the state of DeepSpeed is read from a checkpoint, but none was saved at this step; save one")
+            raise UnsupportedStateError(
+                "the state of DeepSpeed is read from a checkpoint, but none was saved at this step; save one"
+            )
         elif rank() == 0:
             write_saved(weights, out, info, self.dtype, self.compress)
 

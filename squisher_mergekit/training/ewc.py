@@ -1,4 +1,4 @@
-"""Elastic weight consolidation under the Hugging Face Trainer: its penalty enters each step, and each run is a task."""
+"""Elastic weight consolidation with the Hugging Face Trainer: each run is a task."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Source = Literal["separate", "optimizer"]
 
 
 def live_squisher(model: nn.Module, optimizer: Any, examples_per_step: float | None = None) -> Fisher:
-    """Return the second moments of a live optimizer as a Fisher, without a file.
+    """Return the second moments of an optimizer in memory as a Fisher.
 
-    The tensors are the living ones. After a task that was learnt under a penalty they hold the penalty's gradient too:
-    the importance of a weight then grows from task to task with its own penalty. A moving average of the task's
-    gradient (:class:`~squisher_mergekit.training.GradientSquares`) does not.
+    The tensors are not copied: they change with the next step. After a task under a penalty they include the gradient
+    of the penalty, so that the importance of a weight grows from task to task with its own penalty. A moving average of
+    the task's gradient (:class:`~squisher_mergekit.training.GradientSquares`) does not.
 
     Args:
-        model: The model in training; wrapped or not.
-        optimizer: The optimizer that trains it.
-        examples_per_step: Examples behind one step, over all processes and accumulation.
+        model: The model in training, wrapped or not.
+        optimizer: The optimizer that trains the model.
+        examples_per_step: Examples per step, over all processes and accumulation.
 
     Raises:
-        RefusedError: There is no second moment, or it does not fit the model; or the model is sharded.
+        RefusedError: The optimizer has no second moment, or it does not fit the model; or the model is sharded.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -50,7 +50,7 @@ def live_squisher(model: nn.Module, optimizer: Any, examples_per_step: float | N
     """
     if sharded_modules(model) or uses_fsdp1(model):
         raise UnsupportedStateError(
-            "a Fisher in memory must be of whole tensors, but FSDP holds them in parts; take save_squisher, and "
+            "a Fisher in memory must have whole tensors, but FSDP shards them; call save_squisher, and "
             "load_fisher in all processes"
         )
     bare = [unwrap_optimizer(optimizer)]
@@ -59,29 +59,28 @@ def live_squisher(model: nn.Module, optimizer: Any, examples_per_step: float | N
 
 
 class EWCCallback(TrainerCallback):  # type: ignore[misc]
-    """Train a task under the penalty of those before it, and keep what was learnt for those after it.
+    """Callback that trains a task under the penalty of earlier tasks, and adds the task to the penalty at the end.
 
-    One penalty and one callback serve all tasks, with a Trainer for each. The penalty's gradient is added once an
-    optimizer step, when the gradient of the whole step is there (after accumulation, and after the processes have
-    averaged theirs) and before it is clipped; the loss in the log is the task's alone. Each line of the Trainer's
-    ``log_history`` gets ``ewc_penalty`` and ``ewc_ratio`` (see :meth:`~.EWCPenalty.ratio`); what reports to TensorBoard
-    and the like has had its copy by then.
+    One penalty and one callback serve all tasks, with one Trainer per task. The callback adds the gradient of the
+    penalty once per optimizer step: after accumulation and the average over processes, before clipping. The logged loss
+    is that of the task. Each line of the Trainer's ``log_history`` gets ``ewc_penalty`` and ``ewc_ratio`` (see
+    :meth:`~.EWCPenalty.ratio`); reporters such as TensorBoard copy the line earlier and do not get them.
 
-    At the end of training the weights and their Fisher are added to the penalty. A moving average of the squared
-    gradient is kept for it, taken before the penalty's is added and before clipping, and written into ``ewc_squares``
-    in each checkpoint: a resumed run goes on from it. The penalty itself does not change within a task: keep its
-    ``state_dict`` between tasks, and load it before a run is resumed.
+    At the end of training the callback adds the weights and their Fisher to the penalty. The Fisher is a moving average
+    of the squared gradient, without the penalty and before clipping. Each checkpoint has the average in
+    ``ewc_squares``, and a resumed run continues from it. The penalty itself does not change within a task: save its
+    ``state_dict`` between tasks, and load it before a run resumes.
 
     Args:
-        penalty: Of the tasks learnt so far; it is added to.
-        source: ``separate``: that average. ``optimizer``: the optimizer's own second moments, which have taken in the
-            penalty's gradient, clipping, and earlier tasks of the same optimizer.
+        penalty: Penalty of the earlier tasks; training adds the new task.
+        source: ``separate`` uses that average. ``optimizer`` uses the optimizer's second moments, which include the
+            gradient of the penalty, clipping, and earlier tasks of the same optimizer.
         beta: Decay of the average.
-        num_examples: Of a task, for ``scale="dataset"``.
-        at_end: Add to the penalty when training ends. If not, call :meth:`finish_task`.
+        num_examples: Number of examples of a task, for ``scale="dataset"``.
+        at_end: Add the task when training ends; if False, call :meth:`finish_task`.
 
     Raises:
-        ConfigError: An argument is out of its range.
+        ConfigError: An argument is out of range.
 
     Example:
         >>> penalty = EWCPenalty(lam=100.0)
@@ -101,7 +100,7 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if source not in ("separate", "optimizer"):
             raise ConfigError(f"source must be separate or optimizer, found {source!r}")
-        GradientSquares(nn.Module(), beta)  # a wrong decay is refused now, not when training begins
+        GradientSquares(nn.Module(), beta)  # raises for a wrong decay before training begins
         self.penalty, self.source, self.beta = penalty, source, beta
         self.num_examples, self.at_end = num_examples, at_end
         self.squares: GradientSquares | None = None
@@ -112,12 +111,12 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc]
         self._hook: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the model's outputs from now on; take up the average of a resumed checkpoint."""
+        """Register the hook on the model's outputs; load the average of a resumed checkpoint."""
         model, self._optimizer = kwargs["model"], kwargs["optimizer"]
         self._model = unwrap_model(model)
         if uses_fsdp1(model) or uses_deepspeed(model, self._optimizer) or sharded_modules(model):
             raise UnsupportedStateError(
-                "EWCCallback needs the whole gradient of each parameter, but FSDP or DeepSpeed holds it in parts; "
+                "EWCCallback needs the whole gradient of each parameter, but FSDP or DeepSpeed shards it; "
                 "train with DDP, or with FSDP2 in a loop of your own (EWCPenalty.add_gradient)"
             )
         self._batch = examples_per_step(args, state, model)
@@ -125,23 +124,23 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step and self.squares is not None:
             squares = self.squares
             attempt(
-                "the average of the resumed checkpoint was not taken up",
+                "the average of the resumed checkpoint was not loaded",
                 lambda: squares.load_fisher(read_fisher(resumed_from(args, state) / SQUARES_FOLDER)),
             )
         self._remove()
-        # What it asks of autograd cannot be compiled.
-        look: Any = torch.compiler.disable(self._look)  # type: ignore[no-untyped-call]
-        self._hook = self._model.register_forward_hook(look)
+        # Hooks on the engine of autograd cannot be compiled.
+        watch: Any = torch.compiler.disable(self._watch_outputs)  # type: ignore[no-untyped-call]
+        self._hook = self._model.register_forward_hook(watch)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wait for the last backward pass of this step."""
         self._due = True
 
-    def _look(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        """Ask to be called when the backward pass that ends a step reaches the outputs."""
+    def _watch_outputs(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """Register hooks that add the penalty after the last backward pass of a step."""
         if not (self._due and module.training and _ends_a_step()):
             return
-        for tensor in _tensors(outputs):  # it is not known which of them the loss is made of
+        for tensor in _tensors(outputs):  # the loss may use any of them
             if tensor.requires_grad:
                 reached: Any = tensor
                 reached.register_hook(lambda _: _when_gradients_are_whole(self._add))
@@ -159,10 +158,10 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc]
         _multiply(model, scale)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse to step without the penalty.
+        """Raise if the penalty was not added in this step.
 
         Raises:
-            UnsupportedStateError: The model's outputs did not tell when its gradient was whole.
+            UnsupportedStateError: No backward pass reached the outputs of the model.
         """
         if self._due:
             raise UnsupportedStateError(
@@ -171,7 +170,7 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc]
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add the penalty and its ratio to what is logged while training."""
+        """Add the penalty and its ratio to the log."""
         if not logs or "loss" not in logs or not self.penalty.tasks:
             return
         with torch.no_grad():
@@ -190,16 +189,19 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc]
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what was learnt."""
+        """Add the task to the penalty."""
         self._remove()
         if self.at_end:
             self.finish_task(kwargs["model"])
 
     def finish_task(self, model: nn.Module) -> None:
-        """Add the weights as they are now, and their Fisher, to the penalty.
+        """Add the present weights and their Fisher to the penalty.
+
+        Args:
+            model: The trained model.
 
         Raises:
-            RefusedError: There is no Fisher, or it does not fit.
+            RefusedError: There is no Fisher, or it does not fit the model.
         """
         if self.squares is not None:
             fisher: Mapping[str, Tensor] = self.squares.fisher()
@@ -214,14 +216,14 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _ends_a_step() -> bool:
-    """Return whether an optimizer step follows this batch, as the Trainer tells accelerate."""
+    """Return True if an optimizer step follows this batch, from accelerate's gradient state."""
     from accelerate.state import GradientState
 
     return bool(GradientState().sync_gradients)
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    """Return the tensors of a model's outputs."""
+    """Return the tensors in the outputs of a model."""
     if isinstance(outputs, Tensor):
         return [outputs]
     if isinstance(outputs, Mapping):
@@ -230,22 +232,23 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _when_gradients_are_whole(work: Callable[[], None]) -> None:
-    """Do something at the very end of the backward pass that is going on.
+    """Run a function at the end of the present backward pass, when all gradients are complete.
 
-    DDP and FSDP2 finish the gradients in callbacks of the engine; one that is queued by a callback comes after those.
+    DDP and FSDP2 complete the gradients in callbacks of the engine; a callback queued by a callback runs after those.
     """
     engine: Any = Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(work))
 
 
 def _loss_scale(optimizer: Any) -> float:
-    """Return by what the loss is multiplied in float16; a power of two, so that taking it off is exact."""
+    """Return the loss scale of float16 training; a power of two, so that dividing by it is exact."""
     scaler = getattr(optimizer, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
 @torch.no_grad()
 def _multiply(model: nn.Module, factor: float) -> None:
+    """Multiply all gradients in place."""
     if factor != 1.0:
         for parameter in model.parameters():
             if parameter.grad is not None:

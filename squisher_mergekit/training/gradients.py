@@ -1,4 +1,4 @@
-"""A moving average of the squared gradient that is no optimizer's."""
+"""Moving average of the squared gradient, independent of the optimizer."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -27,22 +27,22 @@ from squisher_mergekit.training.writing import replace_fisher
 class GradientSquares:
     """Moving average of the squared gradient: ``a_t = beta a_(t-1) + (1 - beta) g_t^2``, ``a_0 = 0``.
 
-    It is the square of a batch's gradient, averaged over the last ``1 / (1 - beta)`` steps, as Adam's second moment is;
-    but its memory is its own, and it outlives an optimizer. :meth:`update` takes the gradient as it is at that moment,
-    of the parameters that have one: after clipping it is the clipped one, before a scaler's ``unscale_`` the scaled
-    one. Where a penalty is added to the loss (EWC), call it after the backward pass of the task's loss and before that
-    of the penalty; else the penalty enters the average.
+    Like Adam's second moment, it averages the squared batch gradient over about ``1 / (1 - beta)`` steps. It has its
+    own memory, and survives a reset of the optimizer. :meth:`update` reads the present gradients: after clipping the
+    clipped ones, before ``unscale_`` of a GradScaler the scaled ones. With a penalty in the loss (EWC), call
+    :meth:`update` after the backward pass of the task's loss and before that of the penalty, so that the average
+    excludes the penalty.
 
-    The averages lie where the parameters do, in float32 (float64 for float64); of a sharded parameter each process
-    keeps its part.
+    The averages are on the devices of the parameters, in float32 (float64 for float64); each process has the average of
+    its own shards.
 
     Args:
-        model: The model in training, wrapped or not; made before the first step, after wrapping.
+        model: The model in training, wrapped or not. Create the average after wrapping, before the first step.
         beta: Decay, between 0 and 1.
 
     Raises:
-        ConfigError: ``beta`` is out of its range.
-        UnsupportedStateError: The gradients are not within reach (FSDP1, DeepSpeed).
+        ConfigError: ``beta`` is out of range.
+        UnsupportedStateError: The gradients are in flat buffers (FSDP1, DeepSpeed).
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -60,7 +60,7 @@ class GradientSquares:
         if uses_fsdp1(model) or uses_deepspeed(model, None):
             raise UnsupportedStateError(
                 "a moving average of gradients needs those of each parameter, but FSDP1 and DeepSpeed keep them in "
-                "flat buffers; train with DDP or FSDP2, or take the optimizer's own (save_squisher)"
+                "flat buffers; train with DDP or FSDP2, or save the optimizer's second moments (save_squisher)"
             )
         self.model = model
         self.beta = beta
@@ -70,21 +70,21 @@ class GradientSquares:
 
     @torch.no_grad()
     def update(self, norm: Tensor | None = None) -> bool:
-        """Take in the gradients as they are; call it in all processes, before ``optimizer.step()``.
+        """Add the present gradients; call the method in all processes, before ``optimizer.step()``.
 
         Args:
-            norm: The norm of all gradients, if it is known already.
+            norm: L2 norm of all gradients, if it is known already.
 
         Returns:
-            Whether they were taken in: not if there are none, or one is not finite (an overflow of float16).
+            True if the gradients were added; False if there are none, or one is not finite (an overflow of float16).
         """
-        having = {name: p for name, p in self._parameters.items() if p.grad is not None}
-        if not having:
+        trained = {name: p for name, p in self._parameters.items() if p.grad is not None}
+        if not trained:
             return False
-        norm = gradient_norm(having.values()) if norm is None else norm
+        norm = gradient_norm(trained.values()) if norm is None else norm
         if not torch.isfinite(norm).item():
             return False
-        for name, parameter in having.items():
+        for name, parameter in trained.items():
             if name not in self.squares:
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 self.squares[name], self.steps[name] = torch.zeros_like(parameter, dtype=dtype), 0
@@ -98,19 +98,19 @@ class GradientSquares:
             self.steps[name] += 1
         return True
 
-    def fisher(self, weights: str | Path | None = None, facts: TrainingInfo | None = None) -> Fisher:
-        """Return the average as a Fisher under the names on disk; of tensors that are not sharded.
+    def fisher(self, weights: str | Path | None = None, info: TrainingInfo | None = None) -> Fisher:
+        """Return the average as a Fisher by names on disk; the model must not be sharded.
 
-        The tensors are the living ones: they change with the next update.
+        The tensors are not copied: they change with the next update.
 
         Args:
-            weights: Folder of the weights saved at this step, if they were.
-            facts: What else is known.
+            weights: Folder of the weights saved at this step, if any.
+            info: Metadata of the training run.
 
         Raises:
-            MismatchError: Nothing was taken in yet, or it does not fit the weights.
+            MismatchError: No gradient was added yet, or the average does not fit the weights.
         """
-        return self._fisher(self.squares, None if weights is None else Path(weights), facts or TrainingInfo())
+        return self._fisher(self.squares, None if weights is None else Path(weights), info or TrainingInfo())
 
     def save(
         self,
@@ -126,46 +126,52 @@ class GradientSquares:
         dtype: torch.dtype | str = torch.float32,
         compress: str | None = None,
     ) -> Fisher | None:
-        """Write the average as a portable Fisher; the arguments are those of ``save_squisher``.
+        """Write the average as a portable Fisher.
 
-        Call it in all processes; the first one writes.
+        Call the method in all processes; the first one writes. The arguments are those of
+        :func:`~squisher_mergekit.save_squisher`.
 
         Returns:
-            What was written; None in all processes but the first.
+            The written Fisher; None in all processes but the first.
 
         Raises:
-            MismatchError: Nothing was taken in yet, or it does not fit the weights.
+            MismatchError: No gradient was added yet, or the average does not fit the weights.
         """
-        facts = TrainingInfo(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
+        info = TrainingInfo(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
         folder = Path(out).expanduser()
-        beside = folder if weights is None else Path(weights).expanduser()
-        self.write(folder, beside, facts, to_dtype(dtype), compress)
+        weights_folder = folder if weights is None else Path(weights).expanduser()
+        self.write(folder, weights_folder, info, to_dtype(dtype), compress)
         return read_fisher(folder) if rank() == 0 else None
 
     def write(
-        self, out: Path, weights: Path | None, facts: TrainingInfo, dtype: torch.dtype, compress: str | None
+        self, out: Path, weights: Path | None, info: TrainingInfo, dtype: torch.dtype, compress: str | None
     ) -> None:
-        """Do what :meth:`save` does, with all that is known settled."""
-        together = OnRankZero()
-        stored = {name: together.add(t) if is_sharded(t) else t for name, t in self.squares.items()}
-        together.run(lambda: replace_fisher(self._fisher(stored, weights, facts), out, dtype, compress))
+        """Write the average; :meth:`save` with its arguments resolved."""
+        on_rank_zero = OnRankZero()
+        stored = {name: on_rank_zero.add(t) if is_sharded(t) else t for name, t in self.squares.items()}
+        on_rank_zero.run(lambda: replace_fisher(self._fisher(stored, weights, info), out, dtype, compress))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ``beta``, and ``steps`` and ``squares`` by the names in memory; sharded tensors as they are."""
+        """Return ``beta``, and ``steps`` and ``squares`` by names in memory; sharded tensors stay sharded."""
         return {"beta": self.beta, "steps": dict(self.steps), "squares": dict(self.squares)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was taken.
+        """Load a state of :meth:`state_dict`.
+
+        Args:
+            state: The state.
 
         Raises:
-            ConfigError: It is of another decay.
-            MismatchError: A name or a shape is not the model's.
+            ConfigError: The state has another decay.
+            MismatchError: A name or a shape does not fit the model.
         """
         if state["beta"] != self.beta:
-            raise ConfigError(f"the average must be one with beta {self.beta}, found {state['beta']}; give that one")
+            raise ConfigError(f"the saved average must have beta {self.beta}, found {state['beta']}; give that beta")
         for name, tensor in state["squares"].items():
             if name not in self._parameters:
-                raise MismatchError(f"an average must be of the model's parameters, but {name} is none of them")
+                raise MismatchError(
+                    f"an average must fit the model's parameters, but {name} is none of them; give that model"
+                )
             check_shape(name, tuple(tensor.shape), tuple(self._parameters[name].shape), "the state of GradientSquares")
         for name, tensor in state["squares"].items():
             parameter = self._parameters[name]
@@ -174,34 +180,39 @@ class GradientSquares:
         self.steps.update(state["steps"])
 
     def load_fisher(self, fisher: Fisher) -> None:
-        """Go on from an average that was saved; to the bit if it was saved in float32 and not compressed.
+        """Load a saved average; bit for bit if the file is in float32 and not compressed.
+
+        Args:
+            fisher: The saved average.
 
         Raises:
-            ConfigError: It is of another decay.
-            MismatchError: A shape is not the model's.
+            ConfigError: The average has another decay.
+            MismatchError: A shape does not fit the model.
         """
         squares, steps = in_memory(self.model, fisher)
         beta = fisher.config.optimizer.beta2 if fisher.config.optimizer else None
         self.load_state_dict({"beta": beta, "squares": squares, "steps": steps})
 
-    def _fisher(self, stored: Mapping[str, MaybeLazy], weights: Path | None, facts: TrainingInfo) -> Fisher:
+    def _fisher(self, stored: Mapping[str, MaybeLazy], weights: Path | None, info: TrainingInfo) -> Fisher:
         kind = Moment("squares", "ema", self.beta)
         if not stored:
-            raise MismatchError("a moving average must have taken in a gradient; call update() after backward()")
+            raise MismatchError(
+                "a moving average needs at least one gradient, found none; call update() after backward()"
+            )
         slots = {
             name: OptimizerSlot(name, name, kind, tensor, self.steps[name], tuple(tensor.shape))
             for name, tensor in stored.items()
         }
-        beside = None if weights is None else Weights(weights)
-        described = describe(self.model, beside.infos if beside is not None else ())
+        on_disk = None if weights is None else Weights(weights)
+        described = describe(self.model, on_disk.infos if on_disk is not None else ())
         saved = RawState((weights or Path("training")) / "the moving average", (), layout=LAYOUT)
-        fisher = fisher_of(slots, described, saved, beside, facts)
+        fisher = fisher_of(slots, described, saved, on_disk, info)
         fisher.config = fisher.config.model_copy(update={"estimator": "ema_empirical"})
         return fisher
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the L2 norm of all gradients, as one vector; sharded ones are counted whole.
+    """Return the L2 norm of all gradients as one vector, over all shards.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))

@@ -1,4 +1,4 @@
-"""Write a Fisher where one may lie already, from one process or many."""
+"""Writing of a Fisher during training, from one process or many, in place of an older one."""
 
 import logging
 import shutil
@@ -37,30 +37,30 @@ def save_squisher(
     dtype: torch.dtype | str = torch.float32,
     compress: str | None = None,
 ) -> Fisher | None:
-    """Write the second moments of a live optimizer as a portable Fisher, beside the weights.
+    """Write the second moments of an optimizer in memory as a portable Fisher.
 
-    Model and optimizer may be wrapped by accelerate, DDP, FSDP or torch.compile. Call it in all processes; the first
-    one writes. A Fisher that lies in ``out`` is replaced once the new one is whole.
+    Model and optimizer may be wrapped by accelerate, DDP, FSDP or torch.compile. Call the function in all processes;
+    the first one writes. An older Fisher in ``out`` is replaced once the new one is complete.
 
     Args:
         model: The model in training.
         optimizer: The optimizer that trains it, or a sequence of several.
         out: The folder to write into.
-        weights: Folder of the weights saved at this step, for their names and fingerprint; by default ``out``.
+        weights: Folder of the weights saved at this step, for names and fingerprint; by default ``out``.
         examples_per_step: Examples behind one optimizer step, over all processes and accumulation.
         tokens_per_step: The same in tokens.
-        max_grad_norm: What gradients were clipped at.
-        clipped_share: In which share of the steps clipping was active.
-        loss_reduction: How the loss joins the examples, such as ``mean``.
-        datum: What one example of that is: ``example`` or ``token``.
-        dtype: float32 or bfloat16.
-        compress: As for :func:`~squisher_mergekit.extract`.
+        max_grad_norm: Norm at which gradients were clipped.
+        clipped_share: Share of the steps in which clipping was active.
+        loss_reduction: Reduction of the loss over the examples, such as ``mean``.
+        datum: Unit of the loss: ``example`` or ``token``.
+        dtype: Dtype of the file: float32 or bfloat16.
+        compress: Compression of the file, as for :func:`~squisher_mergekit.extract`.
 
     Returns:
-        What was written; None in all processes but the first.
+        The written Fisher; None in all processes but the first.
 
     Raises:
-        RefusedError: There is no second moment, or it does not fit the model or the weights.
+        RefusedError: The optimizer has no second moment, or it does not fit the model or the weights.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -72,11 +72,11 @@ def save_squisher(
         >>> fisher.scaled("weight"), fisher.config.steps
         (tensor([[1., 4.]]), 1)
     """
-    facts = TrainingInfo(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
+    info = TrainingInfo(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
     folder = Path(out).expanduser()
-    beside = folder if weights is None else Path(weights).expanduser()
+    weights_folder = folder if weights is None else Path(weights).expanduser()
     several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    write_squisher(model, several, folder, beside, facts, to_dtype(dtype), compress)
+    write_squisher(model, several, folder, weights_folder, info, to_dtype(dtype), compress)
     return read_fisher(folder) if rank() == 0 else None
 
 
@@ -85,47 +85,47 @@ def write_squisher(
     optimizers: Sequence[Any],
     out: Path,
     weights: Path | None,
-    facts: TrainingInfo,
+    info: TrainingInfo,
     dtype: torch.dtype,
     compress: str | None,
     warn: bool = True,
 ) -> None:
-    """Do what :func:`save_squisher` does, with all that is known settled.
+    """Write the second moments of optimizers; :func:`save_squisher` with its arguments resolved.
 
     Args:
-        model: As there.
-        optimizers: As there, wrapped or not.
+        model: The model in training.
+        optimizers: The optimizers, wrapped or not.
         out: The folder to write into.
-        weights: Folder of the weights saved at this step, None if there are none.
-        facts: What else is known.
-        dtype: As there.
-        compress: As there.
-        warn: Log what makes the Fisher less trustworthy than it looks.
+        weights: Folder of the weights saved at this step; None if there are none.
+        info: Metadata of the training run.
+        dtype: Dtype of the file: float32 or bfloat16.
+        compress: Compression of the file, as for :func:`~squisher_mergekit.extract`.
+        warn: Log defects of the second moments.
 
     Raises:
-        RefusedError: As there.
+        RefusedError: As for :func:`save_squisher`.
     """
-    together = OnRankZero()
+    on_rank_zero = OnRankZero()
     bare = [unwrap_optimizer(optimizer) for optimizer in optimizers]
-    states = states_of(model, bare, together)
+    states = states_of(model, bare, on_rank_zero)
 
     def work() -> None:
-        fisher, slots = squisher_of(model, bare, states, weights, facts)
+        fisher, slots = squisher_of(model, bare, states, weights, info)
         replace_fisher(fisher, out, dtype, compress)
         for warning in warnings_of(slots, out) if warn else ():
             LOG.warning("%s: %s", out, warning)
 
-    together.run(work)
+    on_rank_zero.run(work)
 
 
 def replace_fisher(fisher: Fisher, out: Path, dtype: torch.dtype = torch.float32, compress: str | None = None) -> None:
-    """Write a Fisher into a folder, in the place of one that lies there.
+    """Write a Fisher into a folder, in place of an older one.
 
     Args:
-        fisher: What to write.
-        out: The folder; the old Fisher stays until the new one is whole.
-        dtype: float32 or bfloat16.
-        compress: As for :func:`~squisher_mergekit.extract`.
+        fisher: The Fisher.
+        out: The folder; an older Fisher stays until the new one is complete.
+        dtype: Dtype of the file: float32 or bfloat16.
+        compress: Compression of the file, as for :func:`~squisher_mergekit.extract`.
     """
     if not has_fisher(out):
         write_fisher(fisher, out, dtype, compress=compress)
@@ -136,7 +136,7 @@ def replace_fisher(fisher: Fisher, out: Path, dtype: torch.dtype = torch.float32
 
 
 def copy_fisher(source: Path, out: Path) -> None:
-    """Copy a portable Fisher into another folder, in the place of one that lies there."""
+    """Copy a portable Fisher into another folder, in place of an older one."""
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         with written_beside(Path(scratch) / out.name) as folder:
             for file in _files(source):
@@ -146,7 +146,7 @@ def copy_fisher(source: Path, out: Path) -> None:
 
 
 def _put(new: Path, out: Path) -> None:
-    """Move a whole Fisher in; what makes a folder one, its index or single file, goes first and comes last."""
+    """Replace the files of a Fisher; the index or single file, which marks a Fisher, goes first and comes last."""
     for file in _files(out):
         file.unlink()
     for file in reversed(_files(new)):
@@ -154,39 +154,40 @@ def _put(new: Path, out: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the files of a portable Fisher, those by which it is found first."""
-    ends = (".safetensors", ".safetensors.index.json")
-    marks = [folder / f"{BASENAME}{end}" for end in ends]
+    """Return the files of a portable Fisher, the index or single file first."""
+    suffixes = (".safetensors", ".safetensors.index.json")
+    entry_points = [folder / f"{BASENAME}{suffix}" for suffix in suffixes]
     rest = sorted(folder.glob(f"{BASENAME}-*-of-*.safetensors"))
-    return [file for file in (*marks, folder / CONFIG_NAME, *rest) if file.is_file()]
+    return [file for file in (*entry_points, folder / CONFIG_NAME, *rest) if file.is_file()]
 
 
 def attempt(failure: str, work: Callable[[], object]) -> bool:
-    """Do something that training is not to be lost for; return whether it went well."""
+    """Run a function whose failure must not stop training; return True if it succeeded."""
     try:
         work()
-    except Exception as error:  # hours of training are worth more than any Fisher
+    except Exception as error:  # a failed Fisher must not cost hours of training
         LOG.warning("%s; training goes on: %s", failure, error)
         return False
     return True
 
 
 def checkpoint_of(args: Any, state: Any) -> Path:
-    """Return the folder of the Trainer's checkpoint of this step."""
+    """Return the folder of the Trainer's checkpoint at this step."""
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def resumed_from(args: Any, state: Any) -> Path:
-    """Return the checkpoint that the Trainer goes on from.
+    """Return the checkpoint from which the Trainer resumes.
 
     Raises:
-        SquisherError: It cannot be found.
+        SquisherError: No such folder exists.
     """
     given = args.resume_from_checkpoint
     places = [Path(given)] if isinstance(given, str) and given.lower() != "true" else []
     folder = next((place for place in (*places, checkpoint_of(args, state)) if place.is_dir()), None)
     if folder is None:
         raise SquisherError(
-            f"there is no {checkpoint_of(args, state)}; name it in TrainingArguments.resume_from_checkpoint as well"
+            f"a resumed run needs its checkpoint, but there is no {checkpoint_of(args, state)}; name it in "
+            "TrainingArguments.resume_from_checkpoint as well"
         )
     return folder

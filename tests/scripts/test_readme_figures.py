@@ -32,7 +32,7 @@ ALLOWED = {
         "| `weight` | per model | 1.0 |",
         "| `fisher_scale` | per model | 1.0 |",
         "| `density` | per model | 1.0 |",
-        "`FisherAverage(beta=0.95, share=0.05)`",
+        "`FisherAverageCallback(beta=0.95, share=0.05)`",
         "| `--alpha` | 0.15 |",
         "a ratio above 1e6 over 100 steps is one warning",
     ],

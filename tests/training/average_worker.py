@@ -1,4 +1,4 @@
-"""One process of a run with ``FisherAverage``: ``python -m tests.training.average_worker KIND FOLDER RANK WORLD``."""
+"""One process of a run with ``FisherAverageCallback``: ``python -m tests.training.average_worker KIND FOLDER RANK WORLD``."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from squisher_mergekit.training import FisherAverage
+from squisher_mergekit.training import FisherAverageCallback
 from tests.training.cases import Tokens, make
 from tests.training.worker import wrap
 
@@ -18,7 +18,7 @@ def main(kind, folder, rank, world):
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     model = wrap(kind, make("llama")) if world > 1 else make("llama")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    average = FisherAverage(beta=0.7, share=1.0)
+    average = FisherAverageCallback(beta=0.7, share=1.0)
     args = SimpleNamespace(seed=0, output_dir=str(folder), resume_from_checkpoint=None)
     state = SimpleNamespace(global_step=0)
     average.on_train_begin(args, state, None, model=model)

@@ -11,7 +11,7 @@ import transformers as tf
 
 from squisher_mergekit import estimate_fisher, load_fisher
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.training import FisherAverage
+from squisher_mergekit.training import FisherAverageCallback
 
 
 class _Watch(tf.TrainerCallback):
@@ -55,7 +55,7 @@ def _train(folder, *callbacks, resume=None, **settings):
 
 def test_it_is_the_average_of_the_batches_looked_at(tmp_path):
     """Every second step the Fisher of its batch at its weights, averaged with the decay; debiased by the count."""
-    watch, average = _Watch(), FisherAverage(beta=0.7, share=0.5)
+    watch, average = _Watch(), FisherAverageCallback(beta=0.7, share=0.5)
     _train(tmp_path, watch, average)
     expected = {}
     for model, batch in watch.seen[::2]:
@@ -72,7 +72,7 @@ def test_it_is_the_average_of_the_batches_looked_at(tmp_path):
 
 def test_each_checkpoint_has_its_own(tmp_path):
     """After three steps one or two batches have been seen; the fingerprint is that of the checkpoint's weights."""
-    _train(tmp_path, FisherAverage(beta=0.7, share=0.5))
+    _train(tmp_path, FisherAverageCallback(beta=0.7, share=0.5))
     steps = [load_fisher(tmp_path / f"checkpoint-{n}" / "fisher_average").config for n in (3, 6)]
     assert [config.steps for config in steps] == [2, 3]
     assert steps[0].weights_fingerprint != steps[1].weights_fingerprint
@@ -81,7 +81,7 @@ def test_each_checkpoint_has_its_own(tmp_path):
 
 def test_training_goes_on_as_without_it(tmp_path):
     """The same weights come out, to the bit: neither gradients nor random numbers are touched."""
-    with_it = _train(tmp_path / "a", FisherAverage(share=1.0, labels="sampled"))
+    with_it = _train(tmp_path / "a", FisherAverageCallback(share=1.0, labels="sampled"))
     without = _train(tmp_path / "b")
     for name, tensor in without.state_dict().items():
         assert torch.equal(with_it.state_dict()[name], tensor), name
@@ -91,16 +91,18 @@ def test_training_goes_on_as_without_it(tmp_path):
 def test_arguments_out_of_range_are_refused(wrong):
     """Before training begins."""
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        FisherAverage(**wrong)
+        FisherAverageCallback(**wrong)
 
 
 def test_a_resumed_run_goes_on(tmp_path):
     """Stopped after three steps and resumed, the average is that of the whole run."""
-    _train(tmp_path / "whole", FisherAverage(beta=0.7, share=1.0))
-    _train(tmp_path / "parts", FisherAverage(beta=0.7, share=1.0))
+    _train(tmp_path / "whole", FisherAverageCallback(beta=0.7, share=1.0))
+    _train(tmp_path / "parts", FisherAverageCallback(beta=0.7, share=1.0))
     shutil.rmtree(tmp_path / "parts" / "fisher_average")
     shutil.rmtree(tmp_path / "parts" / "checkpoint-6")
-    _train(tmp_path / "parts", FisherAverage(beta=0.7, share=1.0), resume=str(tmp_path / "parts" / "checkpoint-3"))
+    _train(
+        tmp_path / "parts", FisherAverageCallback(beta=0.7, share=1.0), resume=str(tmp_path / "parts" / "checkpoint-3")
+    )
     whole, parts = (load_fisher(tmp_path / part / "fisher_average") for part in ("whole", "parts"))
     assert parts.config.steps == whole.config.steps == 6
     for name in whole:
@@ -109,8 +111,8 @@ def test_a_resumed_run_goes_on(tmp_path):
 
 def test_an_average_of_another_decay_is_not_taken_up(tmp_path, caplog):
     """A line says so, and the average begins again."""
-    _train(tmp_path, FisherAverage(beta=0.7, share=1.0))
-    _train(tmp_path, FisherAverage(beta=0.6, share=1.0), resume=str(tmp_path / "checkpoint-3"))
+    _train(tmp_path, FisherAverageCallback(beta=0.7, share=1.0))
+    _train(tmp_path, FisherAverageCallback(beta=0.6, share=1.0), resume=str(tmp_path / "checkpoint-3"))
     assert "must be one with beta 0.6, found 0.7" in caplog.text
     assert load_fisher(tmp_path / "fisher_average").config.steps == 3
 

@@ -15,7 +15,7 @@ from squisher_mergekit import SquisherCallback, load_fisher
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.optimizers.live import TrainingInfo
-from squisher_mergekit.training.callback import Clipping, write_saved
+from squisher_mergekit.training.callback import ClippingMonitor, write_saved
 from tests.checkpoints import STATES
 from tests.tiny_models import FROZEN, MODELS
 from tests.training.cases import STEPS, accumulators, make, trainer
@@ -104,7 +104,7 @@ def test_the_clipped_share_is_that_of_the_norms_before_clipping(tmp_path, dtype)
 
 def test_a_step_whose_gradient_overflowed_is_not_counted():
     """A norm that is not finite belongs to a step that is skipped."""
-    layer, clipping = torch.nn.Linear(2, 1, bias=False), Clipping(1.0)
+    layer, clipping = torch.nn.Linear(2, 1, bias=False), ClippingMonitor(1.0)
     for gradient in ([[3.0, 4.0]], [[float("inf"), 0.0]], [[0.1, 0.1]]):
         layer.weight.grad = torch.tensor(gradient)
         torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)

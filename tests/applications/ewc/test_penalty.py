@@ -13,7 +13,7 @@ from torch import nn
 
 from squisher_mergekit import Fisher, FisherConfig, estimate_fisher, load_fisher, save_squisher
 from squisher_mergekit.applications.ewc.penalty import EWCPenalty, identity
-from squisher_mergekit.applications.ewc.quadratics import Quadratic, together
+from squisher_mergekit.applications.ewc.quadratics import Quadratic, add_quadratics
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from squisher_mergekit.tensors.safetensors import MemoryStore
 from squisher_mergekit.training import GradientSquares
@@ -112,7 +112,7 @@ def test_nothing_cancels_where_anchors_lie_close():
     p = torch.full((11,), 1000.0, dtype=torch.float64)
     q, theta = p + 1e-3, p + 2e-3
     first, second = torch.full((11,), 3.0), torch.full((11,), 5.0)
-    found = together(Quadratic(first.double(), p), Quadratic(second.double(), q)).at(theta)
+    found = add_quadratics(Quadratic(first.double(), p), Quadratic(second.double(), q)).at(theta)
     expected = 11 * (3.0 * 2e-3**2 + 5.0 * 1e-3**2)
     assert found.item() == pytest.approx(expected, rel=1e-6)
 

@@ -123,7 +123,7 @@ def test_an_average_adds_a_share():
     runs = [{"steps": 40, "rounds": 3, "plain_s": 10.0, "added": {"0.05": 0.114}}]
     (table,) = benchmarks.averages(runs)
     assert table.rows == [("40 steps", ["10.0", "11.4 %"])]
-    assert table.columns[1] == "added by `FisherAverage(share=0.05)`"
+    assert table.columns[1] == "added by `FisherAverageCallback(share=0.05)`"
 
 
 # ---- what the tables say of themselves
