@@ -108,7 +108,7 @@ def test_a_pth_file_that_is_left_alone_is_silent(tmp_path):
 
 
 def test_python_without_mergekit_is_not_affected(started):
-    """Where mergekit is not installed, importing it fails as it always does."""
+    """Importing mergekit fails in the usual way if it is not installed."""
     done = started.run("-c", "import mergekit.plan")
     assert done.stderr.endswith("ModuleNotFoundError: No module named 'mergekit'\n")
 
@@ -181,7 +181,7 @@ def test_a_plugin_that_cannot_be_imported_is_a_warning(started, fake):
 
 
 def test_an_error_of_mergekit_itself_is_passed_on(started, fake):
-    """What a watched module raises reaches the importer unchanged, and nothing is activated."""
+    """An error in a watched module reaches the importer unchanged, and activates nothing."""
     (fake / "mergekit" / "plan.py").write_text("raise ZeroDivisionError('its own')\n")
     code = f"{RECORDER}\ntry: import mergekit.plan\nexcept ZeroDivisionError as error: seen.append(str(error)){SHOW}"
     assert _answer(started.run("-c", code, path=fake)) == ["its own"]
@@ -332,7 +332,7 @@ def test_a_late_import_activates_the_real_mergekit(answers):
 
 @pytest.mark.parametrize("lacking", LACKING)
 def test_a_mergekit_that_lacks_something_refuses_our_methods_alone(answers, lacking):
-    """Where something that the plug-in needs is gone, ours are refused naming the versions; linear is not affected."""
+    """Without an attribute that the plug-in needs, our methods are refused with the versions; linear still works."""
     found, warned = answers[lacking]
     assert found["linear"] == "linear"
     for method in ("squisher", "ubgm_squisher"):
@@ -343,7 +343,7 @@ def test_a_mergekit_that_lacks_something_refuses_our_methods_alone(answers, lack
 
 
 def test_a_bug_in_the_plugin_leaves_stock_methods_alone(answers):
-    """Where the plug-in cannot be imported, a warning says so, and linear is not affected."""
+    """A plug-in that cannot be imported gives a warning, and linear still works."""
     found, warned = answers["a bug of ours"]
     assert found["linear"] == "linear"
     assert found["squisher"] == "RuntimeError: Unimplemented merge method squisher"

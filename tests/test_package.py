@@ -1,4 +1,4 @@
-"""What is built and installed: contents of wheel and sdist, installs, the cost of the start-up hook, uninstalls."""
+"""Distributions: contents of wheel and sdist, installation, cost of the start-up hook, uninstallation."""
 
 import subprocess
 import sys

@@ -47,7 +47,9 @@ def read_fisher(source: Path) -> Fisher:
     if not files:
         raise NotFoundError(f"no {BASENAME}.safetensors in {folder}; make one with: squisher extract CHECKPOINT -o OUT")
     if not (folder / CONFIG_NAME).is_file():
-        raise NotFoundError(f"{CONFIG_NAME} must lie beside {files[0].name}, but {folder} has none; copy it as well")
+        raise NotFoundError(
+            f"{CONFIG_NAME} must be in the folder of {files[0].name}, but {folder} has none; copy it as well"
+        )
     config = FisherConfig.from_file(folder / CONFIG_NAME)
     codes = set(config.encoding.values()) - {"float32", "float64", "bfloat16"}
     unknown = codes - set(compact.NAMES)

@@ -11,7 +11,7 @@ from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors.safetensors import check_shape
 
 
-def check(fisher: Fisher, weights: Weights) -> None:
+def check_headers(fisher: Fisher, weights: Weights) -> None:
     """Check the names and shapes of a Fisher against the headers of weights.
 
     Args:

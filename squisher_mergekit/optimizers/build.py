@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.files import tied_aliases
-from squisher_mergekit.fisher.fits import check
+from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointNames
 from squisher_mergekit.models.convert import MomentStore, store_moments
@@ -45,9 +45,9 @@ def build_fisher(raw: RawState, model: Weights | None, base: Weights | None, nam
     adapter = folders.adapter is not None
     config = make_config(raw, slots, store, coverage, folders.config.config, folders.beside.fingerprint, adapter)
     fisher = Fisher(store, config, tied_aliases(config))
-    check(fisher, weights)
+    check_headers(fisher, weights)
     if folders.given is not None and folders.given is not weights:
-        check(fisher, folders.given)
+        check_headers(fisher, folders.given)
     for warning in warnings_of(slots, raw.location.parent):
         LOG.warning("%s: %s", raw.location, warning)
     if not state.named and not adapter:

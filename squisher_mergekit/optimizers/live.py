@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.config import FisherConfig, OptimizerInfo, SourceInfo
 from squisher_mergekit.fisher.files import tied_aliases
-from squisher_mergekit.fisher.fits import check
+from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.convert import store_moments
 from squisher_mergekit.models.parameters import ParameterNames, describe, uses_deepspeed, uses_fsdp1
@@ -238,7 +238,7 @@ def fisher_of(
     config = info.note(config.model_copy(update={"source": source}))
     fisher = Fisher(store, config, tied_aliases(config))
     if weights is not None:
-        check(fisher, weights)
+        check_headers(fisher, weights)
     return fisher
 
 

@@ -9,7 +9,7 @@ import torch
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import has_fisher, read_fisher, to_dtype, write_fisher
-from squisher_mergekit.fisher.fits import check
+from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.build import build_fisher
@@ -95,7 +95,7 @@ def load_fisher(
         fisher = read_fisher(path)
         if tuned is not None:
             adapter = fisher.config.parameters == "adapter"
-            check(fisher, Weights(tuned.folder, "adapter_model") if adapter else tuned)
+            check_headers(fisher, Weights(tuned.folder, "adapter_model") if adapter else tuned)
         return fisher
     layout, location = layouts.of(path) if path.is_file() else _state_in(path)
     return build_fisher(layout.read(location, verify), tuned, before, _read_names(names))

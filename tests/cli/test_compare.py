@@ -72,7 +72,7 @@ def test_table_has_a_line_for_each_common_tensor(pair, tmp_path):
 
 
 def test_a_sample_is_stated():
-    """Where the overall order is of a sample, its size and the number of entries stand below the table."""
+    """The size of the sample behind the overall rank correlation is below the table."""
     fisher = Fisher(MemoryStore({"w": torch.rand(1009)}), FisherConfig())
     text = "\n".join(lines(compare(fisher, fisher, sample=101)))
     assert "a sample: 101 of 1,009 entries" in text

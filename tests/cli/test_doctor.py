@@ -89,7 +89,7 @@ def test_the_switch_is_named(tmp_path):
 
 
 def test_a_missing_hook_file_is_named(probe, monkeypatch):
-    """Where no start-up file lies in site-packages, the line says which and how to get it back."""
+    """A missing start-up file is named, with the command that installs it again."""
     probe(started=False, methods=UNKNOWN)
     monkeypatch.setattr(doctor, "hook_files", list)
     result = _run("--quiet")
@@ -100,14 +100,14 @@ def test_a_missing_hook_file_is_named(probe, monkeypatch):
 
 
 def test_a_hook_file_that_cannot_import_the_package_is_named(probe):
-    """Where the start-up file is there but the package was not imported by it, the line names the file."""
+    """A start-up file that did not import the package is named."""
     probe(started=False, methods=UNKNOWN)
     [line] = _problems(_run("--quiet"))
     assert "squisher_mergekit.pth could not import the package" in line
 
 
 def test_what_mergekit_answers_is_passed_on(probe):
-    """Where the hook ran, and mergekit still refuses a method, its own words are in the line."""
+    """A refusal by mergekit after the hook ran is repeated in its own words."""
     probe(methods={"squisher": None, "ubgm_squisher": "the methods need mergekit >=0.1.5,<0.2"})
     assert _problems(_run("--quiet")) == [
         "problem: mergekit-yaml does not know ubgm_squisher: the methods need mergekit >=0.1.5,<0.2"

@@ -42,7 +42,7 @@ def test_table_has_a_line_for_each_tensor(portable):
 
 
 def test_optimizer_state_and_the_fisher_made_of_it_say_the_same(portable, tmp_path):
-    """What is shown of a checkpoint is what is shown of its portable Fisher, tensor by tensor."""
+    """A checkpoint and its portable Fisher have the same table."""
     assert _run("inspect", portable, "--quiet", "--json", tmp_path / "a.json").exit_code == 0
     assert _run("inspect", STATES / "trainer_sharded_index", "--quiet", "--json", tmp_path / "b.json").exit_code == 0
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
@@ -54,7 +54,7 @@ def test_optimizer_state_and_the_fisher_made_of_it_say_the_same(portable, tmp_pa
 
 
 def test_without_steps_the_table_is_raw_and_says_so(portable, tmp_path):
-    """Where the debiased scale is not known, entries are shown as stored."""
+    """Entries are shown raw if the metadata do not allow the debiased scale."""
     file = portable / "fisher_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": None, "mean": None, "norm": None}))
     result = _run("inspect", portable, "--quiet", "--json", tmp_path / "report.json")

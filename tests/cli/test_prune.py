@@ -85,7 +85,7 @@ def mask_all_kept(folder, name):
 
 
 def test_a_layer_without_weights_is_pointed_out(run):
-    """Where the options let a whole layer go, a line says so."""
+    """A line names a layer without any weight left."""
     result = run("--score", "random", "--sparsity", "0.995", "--min-keep", "0")
     assert result.exit_code == 0, result.output
     assert "layers have no weight left" in result.output

@@ -130,7 +130,7 @@ def test_distance_of_files_is_that_of_the_fishers(fishers, tasks, tmp_path):
 
 
 def test_long_names_stand_beside_numbers(fishers):
-    """Where names are long, columns have numbers and rows have both."""
+    """Long names get numbers as titles of columns, and rows show both."""
     output = _done("distance", f"a-rather-long-name={fishers[0]}", f"other={fishers[1]}")
     lines = [line.split() for line in output.splitlines()]
     assert lines[1] == ["1", "2", "nearest"]
@@ -167,7 +167,7 @@ def test_other_estimators_are_noted(fishers, tmp_path):
 
 @pytest.mark.parametrize("count", [2, 17])
 def test_plot_is_a_png(fishers, tmp_path, count):
-    """Of two tasks, and of so many that the cells have no numbers; symmetric and not."""
+    """Heat maps are drawn for two tasks and for many without numbers in the cells, symmetric and not."""
     sources = [f"task{number}={fishers[number % 3]}" for number in range(count)]
     for metric in ("cosine", "asymmetric"):
         _done("distance", *sources, "--metric", metric, "--plot", tmp_path / "made" / f"{metric}.png")

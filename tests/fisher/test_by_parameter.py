@@ -57,7 +57,7 @@ def test_tensors_come_at_the_scale_asked_for():
 @pytest.mark.parametrize("model", [nn.Linear(3, 1), BertForSequenceClassification(BERT)])
 @pytest.mark.parametrize("kind", [dict, _squisher])
 def test_a_name_that_is_none_of_the_models_is_refused(model, kind):
-    """Whether a plain mapping or a Fisher names it, and beside names that fit."""
+    """An unknown name in a plain mapping or in a Fisher is refused, also among known names."""
     name, parameter = list(model.named_parameters())[-1]
     fisher = kind({name: torch.ones_like(parameter.data), "strange.weight": torch.ones(2)})
     with pytest.raises(MismatchError, match=r"but strange.weight in memory is none of"):
@@ -72,7 +72,7 @@ def test_another_shape_is_refused(kind):
 
 
 def test_a_shape_is_refused_where_names_are_converted():
-    """Of a model of transformers as well."""
+    """A shape that differs is refused for a model of transformers as well."""
     model = MixtralForCausalLM(MIXTRAL)
     fisher = _squisher({"lm_head.weight": torch.ones(36, 16)})
     with pytest.raises(MismatchError, match=r"shape \[37, 16\]"):

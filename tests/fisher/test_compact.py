@@ -133,7 +133,7 @@ def test_the_format_is_what_the_text_says(code, count):
 
 @pytest.mark.parametrize("code", BOUNDS)
 def test_order_within_a_block_is_kept(code):
-    """Of two entries of a block the larger one is never decoded smaller."""
+    """Decoding keeps the order of the entries of a block."""
     tensor = _drawn(128, -12, -5).sort().values
     assert bool((_both_ways(tensor, code).diff() >= 0).all())
 
@@ -232,7 +232,7 @@ def test_rank1_neither_overflows_nor_loses_a_row():
 @pytest.mark.parametrize("code", compact.NAMES)
 @pytest.mark.parametrize("shape", [(37, 29), (7, 5, 31), (41, 3, 5)])
 def test_chunks_change_nothing(monkeypatch, code, shape):
-    """What is worked out in small pieces is bit for bit what is worked out at once; strides do not matter."""
+    """A computation in small chunks gives the bits of one in a single chunk; strides do not matter."""
     tensor = _drawn(math.prod(shape), -13, -5).view(shape)
     whole = compact.encode(tensor, code, MUCH)
     decoded = compact.decode(whole, code, shape)

@@ -86,7 +86,7 @@ def test_spearman_equals_the_slow_one(seed, levels):
 
 
 def test_spearman_sees_order_alone():
-    """It is 1 under every increasing map, -1 under a decreasing one, and not changed by a common permutation."""
+    """The rank correlation is 1 under an increasing map, -1 under a decreasing one, and invariant to a permutation."""
     generator = torch.Generator().manual_seed(0)
     values, others = torch.rand(2, 997, generator=generator).double()
     for rising in (values.exp(), values**9, values * 1e-30, values.log()):
@@ -97,7 +97,7 @@ def test_spearman_sees_order_alone():
 
 
 def test_what_does_not_vary_has_no_correlation():
-    """Of fewer than two entries, or where all of one are equal, there is none."""
+    """Fewer than two entries, or a constant tensor, have no correlation."""
     varied = torch.arange(1009.0)
     for constant in (torch.zeros(1009), torch.full((1009,), 0.1), torch.full((1009,), 1e30)):
         assert spearman(constant, varied) is spearman(varied, constant) is None
@@ -156,7 +156,7 @@ def test_common_scaling_is_debiased_where_both_can():
 
 
 def test_a_sample_is_stated_repeatable_and_near():
-    """Of more entries than the sample's size, order is taken over a fixed sample; all else stays exact."""
+    """Beyond the sample's size, rank correlation and factor use a fixed sample; all other numbers stay exact."""
     generator = torch.Generator().manual_seed(0)
     noise, a = torch.rand(2, 211, 199, generator=generator)
     one, other = _fisher({"w": a, "v": a[:3] ** 2}), _fisher({"w": a + noise / 2, "v": noise[:3]})
@@ -176,7 +176,7 @@ def test_a_sample_is_stated_repeatable_and_near():
 
 
 def test_tensors_of_one_side_are_listed_and_left_out():
-    """What one alone has is named, and does not enter the numbers."""
+    """Tensors of only one Fisher are named, and do not enter the numbers."""
     a, b = _tensors(0), _tensors(1)
     result = compare(_fisher(a | {"x": torch.ones(3)}), _fisher({"y": torch.ones(3)} | b))
     assert (result.only_a, result.only_b) == (("x",), ("y",))
@@ -210,7 +210,7 @@ def test_bad_entries_are_refused(bad):
 
 
 def test_scalars_and_empty_tensors_pass():
-    """What is too small for a correlation has none, and breaks nothing."""
+    """Tensors too small for a correlation have none, and break nothing."""
     tensors = {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 3), "w": torch.arange(3.0)}
     result = compare(_fisher(tensors), _fisher(tensors))
     assert [row.spearman for row in result.rows] == [None, None, 1.0]

@@ -117,7 +117,7 @@ def test_a_scale_that_needs_an_unknown_number_is_refused(config, scaling, words)
 
 
 def test_adagrads_start_is_taken_off_every_scale_but_raw():
-    """What the sum began with is no squared gradient."""
+    """The initial value of a sum is subtracted before the scale is applied."""
     config = _squisher(statistic="sum", optimizer={"initial_accumulator_value": 0.5})
     assert [config.offset(scaling) for scaling in ("raw", "debiased", "per_example")] == [0.0, 0.5, 0.5]
     assert _squisher().offset("debiased") == 0.0

@@ -151,7 +151,7 @@ def test_what_stays_whole_has_the_dtype(tmp_path):
 
 
 def test_nothing_compact_is_called_so(tmp_path):
-    """Where no tensor would get smaller the file is a plain one."""
+    """A file is plain if no tensor would get smaller."""
     found = _written(tmp_path / "out", "rank1", {"b.weight": _drawn((211,))})
     assert found.config.encoding == {"default": "float32"}
 

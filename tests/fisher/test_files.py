@@ -166,7 +166,7 @@ def test_no_fisher_and_no_metadata_are_told_apart(tmp_path):
         read_fisher(tmp_path)
     write_fisher(_fisher(), tmp_path / "out")
     (tmp_path / "out" / "fisher_config.json").unlink()
-    with pytest.raises(NotFoundError, match=r"fisher_config\.json must lie beside"):
+    with pytest.raises(NotFoundError, match=r"fisher_config\.json must be in the folder of"):
         read_fisher(tmp_path / "out")
 
 

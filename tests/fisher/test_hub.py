@@ -284,7 +284,7 @@ def test_what_the_hub_does_not_have_is_one_line(server, tmp_path, private):
 
 
 def test_pull_makes_a_plain_folder_of_our_files(server, tmp_path):
-    """What comes is a Fisher of plain files, bit-equal; the rest of the repository stays where it is."""
+    """A pull downloads the Fisher's files alone, bit for bit, as plain files."""
     _, fishers = _models(tmp_path, server)
     fisher = hub.pull("org/m1@fisher", tmp_path / "made" / "out")
     assert sorted(path.name for path in (tmp_path / "made" / "out").iterdir()) == OURS
@@ -310,7 +310,7 @@ def test_pull_leaves_what_is_there(server, tmp_path):
 
 
 def test_pull_of_half_a_fisher_leaves_nothing(server, tmp_path):
-    """What is truncated on the server never appears under the final name."""
+    """A file that is truncated on the server never appears under the final name."""
     _models(tmp_path, server)
     files = hub_server.read(tmp_path / "f0")
     server.add("org/half", {name: data[: len(data) // 2] for name, data in files.items()})

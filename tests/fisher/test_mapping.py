@@ -116,7 +116,7 @@ def test_mean_and_norm_are_those_of_all_entries_in_float64(monkeypatch):
 
 
 def test_recorded_mean_and_norm_spare_the_reading():
-    """What the metadata record at the debiased scale is used there, and nowhere else."""
+    """Mean and norm in the metadata are used at the debiased scale, and at no other."""
     store = _Counting({"w": torch.ones(3)})
     fisher = Fisher(store, _config(mean=0.5, norm=2.0))
     assert fisher.moments() == (0.5, 2.0)

@@ -68,7 +68,7 @@ def test_the_example_is_a_configuration_with_this_fisher():
 
 
 def test_the_fisher_of_an_adapter_has_no_merge_of_full_models():
-    """What a merge of full models would refuse is not offered as an example."""
+    """The card of an adapter's Fisher has no example merge, because full models refuse it."""
     text = section(FisherConfig(parameters="adapter"), "org/name@fisher", "org/model", "3 kB")
     assert "```yaml" not in text
     assert "LoRA" in text
@@ -104,7 +104,7 @@ def test_a_readme_of_somebody_else_keeps_every_byte(old):
 
 
 def test_text_around_the_section_stays():
-    """What stands after the section stays after it."""
+    """Text after the section stays after it."""
     old = f"{HEADER}before\n{BEGIN}\nold\n{END}\nafter\n"
     assert insert(old, f"{BEGIN}\nnew\n{END}") == old.replace("old", "new")
 

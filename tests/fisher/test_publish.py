@@ -109,7 +109,7 @@ def test_private_is_private(server, tmp_path):
 
 
 def test_a_change_in_between_is_refused(server, tmp_path, monkeypatch):
-    """Where somebody commits while we prepare ours, nothing is overwritten."""
+    """A commit by somebody else during the upload is not overwritten."""
     server.add(REPO, {"README.md": README}, "fisher")
     real = publish._text
     later = {"README.md": b"changed"}
@@ -120,7 +120,7 @@ def test_a_change_in_between_is_refused(server, tmp_path, monkeypatch):
 
 
 def test_an_upload_that_breaks_off_names_its_cause(server, tmp_path, monkeypatch):
-    """Where the storage behind the Hub refuses the bytes, its status is said, and the branch stays as it was."""
+    """A refusal by the storage behind the Hub is reported with its status, and the branch stays unchanged."""
     prepared = _prepared(tmp_path)
     monkeypatch.setattr(server, "storage_is_broken", True)
     with pytest.raises(ConfigError, match="answers 403"):
@@ -143,7 +143,7 @@ def test_without_the_right_to_write_nothing_goes_up(server, tmp_path, monkeypatc
 
 
 def test_a_repository_that_cannot_be_made_is_one_line(server, tmp_path, monkeypatch):
-    """Where the Hub lets this token make none, the refusal says so."""
+    """A token that may not create a repository is refused in one line."""
     hub_server.point_at(server, tmp_path / "home", monkeypatch, hub_server.READER)
     with pytest.raises(ConfigError, match="403"):
         publish.publish(_prepared(tmp_path), "org/new", "fisher")

@@ -87,7 +87,7 @@ def test_a_scale_moves_every_number(start):
 
 
 def test_an_unknown_scale_is_raw():
-    """Where steps or decay are not recorded the scale is raw, and debiased is refused."""
+    """Metadata without steps or decay give the raw scale, and debiased is refused."""
     fisher = Fisher(MemoryStore({"w": torch.ones(3)}), FisherConfig(statistic="ema", steps=3))
     assert known_scaling(fisher) == "raw"
     with pytest.raises(ConfigError, match="beta2"):
