@@ -1,4 +1,4 @@
-"""Old names of public objects, which work for one version more, with a warning that names the new import."""
+"""Old names of public objects, which still work for one version, with a warning that names the new import."""
 
 import warnings
 from collections.abc import Callable, Mapping

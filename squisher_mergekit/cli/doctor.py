@@ -238,10 +238,12 @@ def lines(diagnosis: Diagnosis) -> list[str]:
 
 
 def _list(value: object) -> list[object]:
+    """Return a list from the answer of an interpreter; empty if it is none."""
     return value if isinstance(value, list) else []
 
 
 def _version(name: str) -> str | None:
+    """Return the installed version of a package, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

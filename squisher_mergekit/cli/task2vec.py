@@ -309,6 +309,7 @@ def _matrix_lines(names: list[str], matrix: Tensor, directed: bool) -> Iterator[
 
 
 def _number(value: float) -> str:
+    """Return a distance as text."""
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3e}"
 
 

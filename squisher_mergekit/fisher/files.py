@@ -23,7 +23,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 def has_fisher(folder: Path) -> bool:
-    """Return whether a folder holds a portable Fisher."""
+    """Return True if a folder contains a portable Fisher."""
     return any((folder / f"{BASENAME}.safetensors{end}").is_file() for end in ("", ".index.json"))
 
 
