@@ -91,7 +91,7 @@ def _optimizer(file: Path, settings: Mapping[str, Any]) -> OptimizerInfo:
     except ValidationError as error:
         first = error.errors()[0]
         raise CorruptFileError(
-            f"the settings of the optimizer in {file} must be what it writes, but {first['loc'][0]} is "
+            f"the settings of the optimizer in {file} must be valid, but {first['loc'][0]} is "
             f"{first['input']!r:.50}; save it again"
         ) from None
 

@@ -1,4 +1,4 @@
-"""Check for exchanged names: does each parameter change in the direction that its optimizer state predicts?"""
+"""Check for exchanged names: each parameter should change in the direction that its optimizer state predicts."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
