@@ -1,7 +1,7 @@
-# Sourced by scripts/check and scripts/demo: a virtual environment that is made once and brought up to date when needed.
+# Sourced by scripts/check and scripts/demo: makes a virtual environment once, and updates it when its files change.
 
 # ready FOLDER REQUIREMENT... [-- FILE...]
-# Installs the requirements under constraints.txt in one call of pip, unless that was done for the same files already.
+# Installs the requirements under constraints.txt in one call of pip, unless an earlier call did so for the same files.
 ready() {
     local folder=$1 python=${PYTHON:-python3} requirements=() stamp
     shift
@@ -11,7 +11,7 @@ ready() {
     done
     [ $# -eq 0 ] || shift
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "$0: needs Python 3.10 or later, found $("$python" --version 2>&1); name another one by PYTHON=..." >&2
+        echo "$0: requires Python 3.10 or later, found $("$python" --version 2>&1); set PYTHON to another interpreter" >&2
         return 1
     fi
     stamp=$({

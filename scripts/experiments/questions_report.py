@@ -113,7 +113,7 @@ def _notes_on_steps(found: Sequence[Found], betas: Sequence[float], steps: Seque
         f"a second computed Fisher with the first, on as many other texts, is {mean_sd(of(found, 'ceiling'), 3)}, the "
         f"best of a Squisher's {best:.3f}, {'above' if best > ceiling else 'below'} it.",
         f"Seed by seed, β2 = {betas[-1]}: after {steps[0]} steps {gain(early, average)} points over the plain "
-        f"average, after {steps[-1]} steps {gain(last, average)}, and {gain(last, fisher)} relative to the computed Fisher. "
+        f"average, after {steps[-1]} steps {gain(last, average)}, and {gain(last, fisher)} to the computed Fisher. "
         f"After {steps[-1]} steps the decays differ by {mean_sd(spread)} points within a seed. The average with "
         f"β2 = {betas[-1]} is Adam's own second moment {_exactly(max(of(found, 'unlike_adams')))}.",
     ]

@@ -18,7 +18,7 @@ def _examples(count, shape, classes):
 
 @pytest.mark.parametrize("labels", ["true", "exact"])
 def test_the_loop_is_the_fisher(labels):
-    """For a linear layer the loop gives the mean of ((p - y) x)^2, of all labels weighted by p for ``exact``, in float64."""
+    """A linear layer has the mean of ((p - y) x)^2, over all labels weighted by p for ``exact``, in float64."""
     torch.manual_seed(2)
     model = nn.Linear(3, 5, bias=False)
     inputs, targets = _examples(7, (3,), 5)

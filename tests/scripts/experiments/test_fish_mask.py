@@ -42,7 +42,7 @@ def test_tables_tell_means_over_tasks_and_gains():
     assert "At 10.0% it is: both are above it, nearer to each other than to it (5.0 points apart)." in note
     assert dict(trained.rows)["random"] == ["75.0 ± 0.0", "60.0 ± 0.0"]
     assert "Squisher 0.0 ± 1.0 at 0.5% (on 2 of 6), 10.0 ± 0.0 at 10.0% (on 6 of 6)" in trained.notes[0]
-    assert "Beside all of it fine-tuned: -2.0 at 0.5%, -7.0 at 10.0%" in trained.notes[0]
+    assert "Points above the fully fine-tuned model: -2.0 at 0.5%, -7.0 at 10.0%" in trained.notes[0]
     assert "At 0.5% a random mask is **as good or better**" in trained.notes[0]
     assert by_task.columns == ["tweets (2)", "newsgroups (4)"]
     assert dict(by_task.rows)["10.0% trained inside, Squisher"] == ["80.0 ± 0.0", "60.0 ± 0.0"]

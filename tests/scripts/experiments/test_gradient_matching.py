@@ -84,7 +84,7 @@ def test_the_table_says_what_the_cells_say():
     assert "`ubgm_squisher` with Squishers +1.8 ± 0.4 (above 0 in 2 of 2 seeds)" in table.notes[0]
     assert "`ubgm_squisher` with Squishers 0.5/0, 0.5/0.1" in table.notes[0]
     assert "`task_arithmetic` 0.25/0, 0.25/0" in table.notes[0]
-    assert "2 of 6 lie where the grid ends: alpha 0.25 or 1, prior 1" in table.notes[0]
+    assert "2 of 6 are at an end of the grid: alpha 0.25 or 1, prior 1" in table.notes[0]
     assert "an alpha of 1/2." in table.notes[1]
 
 

@@ -63,7 +63,7 @@ def small_run(monkeypatch):
 
 @pytest.mark.parametrize("score", pruning.SCORES)
 def test_the_share_asked_for_goes(small_run, score):
-    """The sparsity refers to all weights of the convolutions or to all filters; the original network does not change."""
+    """The sparsity refers to all weights of the convolutions or all filters; the original network does not change."""
     before = {name: tensor.clone() for name, tensor in small_run.model.state_dict().items()}
     weights = [9 * a * b for a, b in ((1, 12), (12, 12), (12, 24), (24, 24))]
     assert sum(small_run.weights(score, 0.75).kept) == sum(weights) - round(0.75 * sum(weights))

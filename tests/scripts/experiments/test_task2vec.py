@@ -23,7 +23,7 @@ def test_tasks_share_no_text_and_count_alike():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_task_of_the_same_domain_is_nearest(tmp_path, seed):
-    """The partner is the nearest of three other tasks, by the margin stated beforehand; the size of the data misses it."""
+    """The partner is the nearest of three other tasks, by the margin stated before; the size of the data misses it."""
     names = list(task2vec.FOUR)
     files = task2vec.run(names, seed, tmp_path)["squisher"]
     transfer, sizes = task2vec.write_tables(names, task2vec.FOUR, tmp_path)

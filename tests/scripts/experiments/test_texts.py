@@ -85,7 +85,7 @@ def test_a_table_is_markdown():
 
 def test_blocks_of_the_readme_are_replaced():
     """Each by its own; a block without a place is an error."""
-    text = "x\n<!-- results: a -->\nold\n<!-- end of results: a -->\ny"
-    assert report.written(text, {"a": r"new \1"}) == ("x\n<!-- results: a -->\nnew \\1\n<!-- end of results: a -->\ny")
+    text = "x\n<!-- BEGIN a -->\nold\n<!-- END a -->\ny"
+    assert report.written(text, {"a": r"new \1"}) == ("x\n<!-- BEGIN a -->\nnew \\1\n<!-- END a -->\ny")
     with pytest.raises(ValueError, match="has no place for b"):
         report.written(text, {"b": "new"})
