@@ -1,4 +1,4 @@
-"""Execution of the equations over whole tensors: in chunks on a CPU pool, in one fused pass on an accelerator.
+"""Execution of the equations over whole tensors: in chunks on a CPU pool, in one fused kernel on an accelerator.
 
 On the CPU the intermediate results of a chunk stay in the cache, so that a merge costs little more than touching its
 inputs once. torch's own threads would spin at the end of every small operation; the pool's workers run with one
@@ -7,8 +7,7 @@ thread each, and there are as many of them as torch has threads, so that mergeki
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.fisher.mapping import check_values, count_invalid, refuse_invalid
-from squisher_mergekit.merging import equations
+from squisher_mergekit.merging import equations, fused
 from squisher_mergekit.merging.density import Trim
 from squisher_mergekit.merging.equations import Extremes, Merged
+from squisher_mergekit.merging.pool import map_parts
 
 CHUNK = 1 << 18
 COMPILE_FROM = 1 << 20
@@ -88,6 +88,9 @@ def merge_squisher(inputs: Sequence[Input], out_dtype: torch.dtype) -> Outcome:
     scales = [item.scale for item in inputs]
     operands = _Operands.of(inputs)
     if operands.on_accelerator:
+        merged = fused.attempt(lambda: fused.squisher(_models(inputs), operands.work, out_dtype), operands.thetas)
+        if merged is not None:
+            return operands.outcome(merged)
         used = tuple(i for i, weight in enumerate(weights) if weight > 0)
         factors = [equations.relative([part[i] for i in used]) for part in (weights, list(map(mul, weights, scales)))]
         return _run_fused(_squisher_pass, operands, used, operands.tensor(factors), len(inputs), out_dtype)
@@ -119,6 +122,16 @@ def merge_ubgm(base: Input, inputs: Sequence[Input], prior: float, out_dtype: to
     scales = [item.scale for item in inputs]
     known = base.fisher is not None
     operands = _Operands.of([*inputs, base])
+    if operands.on_accelerator:
+        own = None if base.fisher is None else _flat(base.fisher)
+        merged = fused.attempt(
+            lambda: fused.ubgm_squisher(
+                _flat(base.theta), own, _models(inputs), operands.work, out_dtype, base.scale, prior
+            ),
+            operands.thetas,
+        )
+        if merged is not None:
+            return operands.outcome(merged)
     absolute = _absolute_prior(base, inputs, prior)
     if operands.on_accelerator:
         used = tuple(i for i, weight in enumerate(weights) if weight > 0)
@@ -203,6 +216,25 @@ class _Operands:
     def tensor(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, dtype=self.work, device=self.thetas[0].device)
 
+    def outcome(self, merged: fused.FusedMerge) -> Outcome:
+        pending = [(counts, self.size, label) for counts, label in zip(merged.invalid, self.labels, strict=True)]
+        return Outcome(merged.values.reshape(self.thetas[0].shape), list(merged.shares), merged.fell_back, pending)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).contiguous()
+
+
+def _models(inputs: Sequence[Input]) -> list[fused.Model]:
+    """Return the inputs as the fused kernel takes them; their Fishers are there, and nothing waits for a choice."""
+    models = []
+    for item in inputs:
+        assert item.fisher is not None
+        kept = _kept(item.trim if item.weight > 0 else None)
+        flat = None if kept is None else (_flat(kept[0]), _flat(kept[1]))
+        models.append(fused.Model(_flat(item.theta), _flat(item.fisher), item.weight, item.scale, flat))
+    return models
+
 
 def _kept(trim: Trim | None) -> tuple[Tensor, Tensor] | None:
     """Return, flat, the mask of the kept entries, and the values that replace the others."""
@@ -217,7 +249,7 @@ def _run_chunks(step: Step, operands: _Operands, count: int, out_dtype: torch.dt
     fishers = [fisher.reshape(-1) for fisher in operands.fishers]
     size, work = operands.size, operands.work
     out = torch.empty(size, dtype=out_dtype)
-    choices = _map(_kept, operands.trims, size) if any(operands.trims) else [None] * len(thetas)
+    choices = map_parts(_kept, operands.trims, size) if any(operands.trims) else [None] * len(thetas)
 
     def piece(i: int, part: slice) -> Tensor:
         theta, choice = thetas[i][part].to(work), choices[i]
@@ -234,7 +266,7 @@ def _run_chunks(step: Step, operands: _Operands, count: int, out_dtype: torch.dt
         out[part] = merged.values
         return [float(share) for share in merged.shares], int(merged.fell_back)
 
-    results = _map(chunk, range(0, size, CHUNK), size)
+    results = map_parts(chunk, range(0, size, CHUNK), size)
     shares = [sum(shares[i] for shares, _ in results) / max(size, 1) for i in range(count)]
     fell_back = sum(fell_back for _, fell_back in results)
     return Outcome(out.reshape(operands.thetas[0].shape), list(shares), fell_back)
@@ -256,7 +288,7 @@ def _run_fused(
         for i, trim in enumerate(operands.trims):
             if (choice := _kept(trim)) is not None:
                 thetas[i] = torch.where(choice[0], thetas[i], choice[1])
-        run = fused(function, operands.size)
+        run = compiled(function, operands.size)
         values, sums, fell_back, bad = run(thetas, fishers, used, factors, operands.work, out_dtype)
     shares: list[float | Tensor] = [0.0] * count
     for i, total in zip(used, sums, strict=True):
@@ -309,69 +341,23 @@ _COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}
 _COMPILER_MISSING = threading.Event()
 
 
-def fused(function: Callable[..., Any], size: int) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], size: int) -> Callable[..., Any]:
     """Return ``function`` compiled into one pass where that pays; eager where small or where no compiler is found."""
     if size < COMPILE_FROM or _COMPILER_MISSING.is_set():
         return function
     if function not in _COMPILED:
         _COMPILED[function] = torch.compile(function, dynamic=True)
-    compiled = _COMPILED[function]
+    fast = _COMPILED[function]
 
     def attempt(*arguments: Any) -> Any:
         try:
-            return compiled(*arguments)
+            return fast(*arguments)
         except (RuntimeError, ImportError, OSError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             _COMPILER_MISSING.set()
-            LOG.warning("torch.compile is not usable here (%s); merging in eager mode", type(error).__name__)
+            if not fused.gave_up():
+                LOG.warning("torch.compile is not usable here (%s); merging in eager mode", type(error).__name__)
             return function(*arguments)
 
     return attempt
-
-
-class _Pool:
-    """Workers of one torch thread each, made again when torch's thread count changes."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-        self._size = 0
-
-    def get(self, size: int) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._executor is None or self._size != size:
-                if self._executor is not None:
-                    self._executor.shutdown(wait=False)
-                started = threading.Barrier(size + 1)
-                self._executor = ThreadPoolExecutor(size, thread_name_prefix="squisher")
-
-                def single() -> None:
-                    # A thread takes torch's default at its first look at the count, over what was set before that.
-                    torch.get_num_threads()
-                    torch.set_num_threads(1)
-                    started.wait()
-
-                for _ in range(size):
-                    self._executor.submit(single)
-                started.wait()
-                # The number set in a worker becomes torch's default for threads to come.
-                torch.set_num_threads(size)
-                self._size = size
-            return self._executor
-
-
-_POOL = _Pool()
-
-
-def _map(function: Callable[[Any], Any], parts: Iterable[Any], size: int) -> list[Any]:
-    """Run a function on parts of the work on a tensor of ``size`` entries, over the pool where that pays."""
-
-    def without_grad(part: Any) -> Any:
-        with torch.no_grad():
-            return function(part)
-
-    threads = torch.get_num_threads()
-    if threads == 1 or size < 1 << 15:
-        return [without_grad(part) for part in parts]
-    return list(_POOL.get(threads).map(without_grad, parts))

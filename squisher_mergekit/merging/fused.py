@@ -7,8 +7,10 @@ The kernels are in :mod:`.fused_kernels`, which is imported at the first use bec
 
 import contextlib
 import itertools
+import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +22,8 @@ from squisher_mergekit.merging.equations import relative
 MOST_MODELS = 32
 THREADS = 128
 BLOCK = 8192
+
+LOG = logging.getLogger("squisher_mergekit")
 
 Kept = tuple[Tensor, Tensor]
 
@@ -33,7 +37,7 @@ class FusedMerge(NamedTuple):
     """
 
     values: Tensor
-    shares: list[float | Tensor]
+    shares: Sequence[float | Tensor]
     fell_back: Tensor
     invalid: list[Tensor]
 
@@ -153,6 +157,42 @@ def weighted_sum(fishers: Sequence[Tensor], factors: Sequence[float], power: flo
     return partial.sum()
 
 
+def attempt(merge: Callable[[], FusedMerge], tensors: Sequence[Tensor]) -> FusedMerge | None:
+    """Run a merge of this module where it can run.
+
+    Args:
+        merge: The merge.
+        tensors: The weights that it merges.
+
+    Returns:
+        Its result; None for a device that Triton does not know, for more than 32 weights, and from the first failure
+        on (no Triton, no C compiler, a Triton too old), which is logged in one line.
+    """
+    if gave_up() or len(tensors) > MOST_MODELS or not runs_on(tensors[0].device):
+        return None
+    try:
+        with torch.no_grad():
+            return merge()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever Triton, a C compiler or an assembler have to say
+        _GAVE_UP.set()
+        LOG.warning(
+            "the fused kernel is not usable here (%s: %s); merging by torch.compile or in eager mode, which is slower",
+            type(error).__name__,
+            (str(error).splitlines() or [""])[0],
+        )
+        return None
+
+
+def gave_up() -> bool:
+    """Return whether the kernels have failed in this process."""
+    return _GAVE_UP.is_set()
+
+
+_GAVE_UP = threading.Event()
+
+
 def runs_on(device: torch.device) -> bool:
     """Return whether Triton's kernels can run on a device: a GPU, or the CPU under ``TRITON_INTERPRET=1``."""
     return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
@@ -224,11 +264,12 @@ def _slots(models: Sequence[Model]) -> tuple[int, ...]:
 def _read_off(models: Sequence[Model], values: Tensor, sums: Tensor, invalid: Tensor) -> FusedMerge:
     """Add up the programs' sums, and put the models back in order: the kernel takes those of weight 0 last."""
     totals = sums.sum(1)
-    means = totals / max(values.numel(), 1)
+    means = (totals / max(values.numel(), 1)).unbind()
+    rows = invalid.unbind()
     order = sorted(range(len(models)), key=lambda i: models[i].weight <= 0)
-    row = {i: place for place, i in enumerate(order)}
-    shares: list[float | Tensor] = [means[row[i]] if model.weight > 0 else 0.0 for i, model in enumerate(models)]
-    counts = [invalid[row[i]] for i in range(len(models))] + list(invalid[len(models) :])
+    place = {i: row for row, i in enumerate(order)}
+    shares = [means[place[i]] if model.weight > 0 else 0.0 for i, model in enumerate(models)]
+    counts = [rows[place[i]] for i in range(len(models))] + list(rows[len(models) :])
     return FusedMerge(values, shares, totals[-1], counts)
 
 

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from squisher_mergekit.merging.fused_options import agreeing, raised, root, undecided
+
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -161,16 +163,16 @@ def _averaged(
     blank = bits == 0
     if ELECTED:
         origin = _load(base + start, lanes, inside, WORK)
-        loaded = _undecided(loaded, values, origin)
+        loaded = undecided(loaded, values, origin)
         unit = _unit(_largest(loaded), WORK)
     else:
         unit = _unit(bits, WORK)
     parts = ()
     for i in tl.static_range(len(loaded)):
-        part = _raised(loaded[i], unit, power, POWERED) * _number(coefficients, i, WORK)
+        part = raised(loaded[i], unit, power, POWERED) * _number(coefficients, i, WORK)
         parts = parts + (tl.where(blank, _number(weights, i, WORK), part),)
     if ELECTED:
-        parts = _agreeing(parts, values, origin)
+        parts = agreeing(parts, values, origin)
     total = parts[0]
     for i in tl.static_range(1, len(parts)):
         total += parts[i]
@@ -211,17 +213,17 @@ def _matched(
     common = tl.zeros_like(origin)
     if prior is not None:
         # The Fisher that the prior amounts to; in units of it where it is larger than every F of the entry.
-        extra = _root(tl.load(prior), power, POWERED).to(WORK) + tl.zeros_like(origin)
+        extra = root(tl.load(prior), power, POWERED).to(WORK) + tl.zeros_like(origin)
         unit = _unit(tl.maximum(bits, _bits(extra)), WORK)
-        common += _raised(extra, unit, power, POWERED)
+        common += raised(extra, unit, power, POWERED)
     else:
         unit = _unit(bits, WORK)
     if base_fisher is not None:
-        common += _raised(own, unit, power, POWERED) * _number(scales, len(loaded), WORK)
+        common += raised(own, unit, power, POWERED) * _number(scales, len(loaded), WORK)
     total = common
     parts = ()
     for i in tl.static_range(len(loaded)):
-        part = _raised(loaded[i], unit, power, POWERED) * _number(scales, i, WORK)
+        part = raised(loaded[i], unit, power, POWERED) * _number(scales, i, WORK)
         total += part * _number(weights, i, WORK)
         parts = parts + (part,)
     inverse = tl.where(inside & (bits != 0), 1.0 / tl.maximum(total, 1e-37), 0.0)
@@ -259,7 +261,7 @@ def weighted_sum(
         inside = start + lanes < size
         loaded = _loaded(fishers, start, lanes, inside, tl.float64)
         for i in tl.static_range(len(fishers)):
-            total += _raised(loaded[i], tl.full((TILE,), 1.0, tl.float64), power, POWERED) * _number(
+            total += raised(loaded[i], tl.full((TILE,), 1.0, tl.float64), power, POWERED) * _number(
                 factors, i, tl.float64
             )
     tl.store(partial + program, tl.sum(total, 0))
@@ -365,49 +367,3 @@ def _count(fisher, counts, first, size, TILE: tl.constexpr, LOOPS: tl.constexpr,
     total = tl.sum(found, 0)
     for kind in tl.static_range(3):
         tl.atomic_add(counts + kind, (total >> (20 * kind)) & 0xFFFFF)
-
-
-# ---- options: power and the election of signs
-
-
-@triton.jit
-def _raised(fisher, unit, power, POWERED: tl.constexpr):
-    """Return ``(fisher * unit)^power``, through logarithms where the product is too small for float32; 0^0 is 1."""
-    ratio = fisher * unit
-    if POWERED:
-        some = fisher > 0
-        near = ratio > 1e-30
-        small = tl.log2(tl.where(some, fisher, 1.0)) + tl.log2(unit)
-        logarithm = tl.where(near, tl.log2(tl.where(near, ratio, 1.0)), small)
-        ratio = tl.where(some, tl.exp2(power * logarithm), tl.where(power == 0, 1.0, 0.0))
-    return ratio
-
-
-@triton.jit
-def _root(prior, power, POWERED: tl.constexpr):
-    """Return ``prior^(1 / power)`` in float64."""
-    if POWERED:
-        prior = tl.exp2(tl.log2(prior) / power)
-    return prior
-
-
-@triton.jit
-def _undecided(fishers, values, origin):
-    """Return the Fishers, 0 where a model's weight is the base's: it can neither elect nor vote."""
-    tiles = ()
-    for i in tl.static_range(len(fishers)):
-        tiles = tiles + (tl.where(values[i] == origin, 0.0, fishers[i]),)
-    return tiles
-
-
-@triton.jit
-def _agreeing(parts, values, origin):
-    """Return the parts, 0 where a model does not move the way that ``sign(sum_i part_i (theta_i - theta_0))`` says."""
-    elected = tl.zeros_like(origin)
-    for i in tl.static_range(len(parts)):
-        elected += parts[i] * (values[i] - origin)
-    tiles = ()
-    for i in tl.static_range(len(parts)):
-        agrees = ((elected > 0) & (values[i] > origin)) | ((elected < 0) & (values[i] < origin))
-        tiles = tiles + (tl.where(agrees, parts[i], 0.0),)
-    return tiles

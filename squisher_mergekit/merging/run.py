@@ -25,13 +25,13 @@ class _Totals:
 
     entries: int = 0
     fell_back: list[int | Tensor] = field(default_factory=list)
-    shares: dict[str, list[float | Tensor]] = field(default_factory=dict)
+    shares: dict[str, list[tuple[float | Tensor, int]]] = field(default_factory=dict)
 
     def add(self, size: int, labels: Sequence[str], outcome: Outcome) -> None:
         self.entries += size
         self.fell_back.append(outcome.fell_back)
         for label, share in zip(labels, outcome.shares, strict=True):
-            self.shares.setdefault(label, []).append(share * size)
+            self.shares.setdefault(label, []).append((share, size))
 
     def report(self) -> dict[str, Any]:
         size = max(self.entries, 1)
@@ -39,7 +39,8 @@ class _Totals:
             "entries": self.entries,
             "fell_back": sum(int(count) for count in self.fell_back) / size,
             "effective_weight": {
-                label: sum(float(share) for share in shares) / size for label, shares in self.shares.items()
+                label: sum(float(share) * entries for share, entries in shares) / size
+                for label, shares in self.shares.items()
             },
         }
 

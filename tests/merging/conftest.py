@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from squisher_mergekit.merging import execution, fused
 from tests.merging.reference import give_fisher, llama
 
 
@@ -18,3 +20,31 @@ def pair(tmp_path: Path) -> dict[str, Any]:
         "models": [{"model": str(tmp_path / f"m{i}"), "parameters": {"weight": 1.0}} for i in range(2)],
         "parameters": {},
     }
+
+
+@pytest.fixture
+def small_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the kernel's blocks small in Triton's interpreter, which takes long for each operation on a tile."""
+    if device.type == "cpu":
+        monkeypatch.setattr(fused, "BLOCK", 2048)
+
+
+@pytest.fixture
+def by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path of an accelerator without the fused kernel, also on the CPU."""
+    monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
+    monkeypatch.setattr(fused, "runs_on", lambda device: False)
+
+
+@pytest.fixture
+def by_kernel(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path of an accelerator, also on the CPU, and fail where the fused kernel is not used."""
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
+    monkeypatch.setattr(execution, "compiled", lambda *_: pytest.fail("the fused kernel was not used"))
+
+
+@pytest.fixture(params=["by_kernel", "by_formula"])
+def as_accelerator(request: pytest.FixtureRequest) -> None:
+    """Take the path of an accelerator, also on the CPU: once by the kernel and once by the formula."""
+    request.getfixturevalue(request.param)

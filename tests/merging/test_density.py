@@ -107,25 +107,33 @@ def test_the_choice_is_of_the_whole_tensor(threads: int) -> None:
     assert_within(matched.values, reference, 7 * size)
 
 
+@pytest.mark.usefixtures("as_accelerator")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("ubgm", [False, True])
-def test_the_path_of_an_accelerator_agrees(monkeypatch: pytest.MonkeyPatch, ubgm: bool) -> None:
+def test_the_path_of_an_accelerator_agrees(device: torch.device, ubgm: bool) -> None:
     """The fused pass merges trimmed weights as the chunks do, also where the base is of another dtype."""
     base, inputs, trimmed = _drawn_inputs(1009, torch.bfloat16, levels=1 << 20)
-    monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
+    there = [_moved(item, base.to(device), device) for item in inputs]
     fishers, weights = [item.fisher for item in inputs], [item.weight for item in inputs]
     size = largest([base, *(item.theta for item in inputs)])
     if ubgm:
-        outcome = merge_ubgm(Input(base, None), inputs, 0.1, torch.float32)
+        outcome = merge_ubgm(Input(base.to(device), None), there, 0.1, torch.float32)
         reference = ubgm_reference(base, torch.zeros(1009), trimmed, fishers, weights, 0.1)
-        assert_within(outcome.values, reference, 7 * size)
+        assert_within(outcome.values.cpu(), reference, 7 * size)
         return
     wide = base.float() + 1e-4
-    moved = [
-        Input(item.theta, item.fisher, item.weight, 1.0, ("w", "f"), item.trim and Trim(wide, item.fisher, share))
-        for item, share in zip(inputs, SHARES, strict=True)
-    ]
+    there = [_moved(item, wide.to(device), device) for item in inputs]
     trimmed = [keep_largest(i.theta, wide, i.fisher, share) for i, share in zip(inputs, SHARES, strict=True)]
-    assert_within(merge_squisher(moved, torch.float32).values, squisher_reference(trimmed, fishers, weights), size)
+    merged = merge_squisher(there, torch.float32).values.cpu()
+    assert_within(merged, squisher_reference(trimmed, fishers, weights), size)
+
+
+def _moved(item: Input, origin: Tensor, device: torch.device) -> Input:
+    """Return an input on a device, trimmed from another base."""
+    assert item.fisher is not None
+    fisher = item.fisher.to(device)
+    trim = None if item.trim is None else Trim(origin, fisher, item.trim.density)
+    return Input(item.theta.to(device), fisher, item.weight, 1.0, item.label, trim)
 
 
 def test_a_base_in_double_precision_is_kept_so() -> None:

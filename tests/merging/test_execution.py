@@ -1,13 +1,15 @@
 """How the equations are run: chunks, the pool, the fused pass."""
 
+import sys
 import weakref
 
 import pytest
 import torch
 
 from squisher_mergekit.errors import ValuesError
-from squisher_mergekit.merging import execution
+from squisher_mergekit.merging import execution, fused
 from squisher_mergekit.merging.execution import Input, merge_squisher, merge_ubgm
+from squisher_mergekit.merging.pool import Pool
 from squisher_mergekit.merging.run import Run
 from tests.merging.reference import assert_within, draw_fisher, largest, squisher_reference, ubgm_reference
 
@@ -15,12 +17,16 @@ SIZE = 2 * execution.CHUNK + 7919
 WEIGHTS = (1.0, 0.3, 2.0)
 
 
-def _inputs(size: int, dtype: torch.dtype, seed: int = 0) -> list[Input]:
+# The interpreter computes with numpy, which warns of what IEEE arithmetic is meant to do here.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def _inputs(size: int, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu") -> list[Input]:
     generator = torch.Generator().manual_seed(seed)
     return [
         Input(
-            torch.randn(size, generator=generator).to(dtype),
-            draw_fisher([size], generator),
+            torch.randn(size, generator=generator).to(device, dtype),
+            draw_fisher([size], generator).to(device),
             weight,
             1.0,
             (f"w{i}", "f"),
@@ -80,7 +86,7 @@ def test_a_worker_has_one_torch_thread() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        pool = execution._Pool().get(3)
+        pool = Pool().get(3)
         counts = [pool.submit(lambda: (torch.ones(3) + 1, torch.get_num_threads())[1]).result() for _ in range(6)]
         pool.shutdown()
     finally:
@@ -125,36 +131,55 @@ def test_without_fishers_the_weighted_mean() -> None:
     torch.testing.assert_close(with_base.values.double(), mean, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def as_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the path of an accelerator, with the tensors on the CPU."""
-    monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
-
-
 @pytest.mark.usefixtures("as_accelerator")
 @pytest.mark.parametrize("prior", [None, 0.0, 0.5])
-def test_the_fused_pass_agrees_with_float64(prior: float | None) -> None:
+def test_the_fused_pass_agrees_with_float64(device: torch.device, prior: float | None) -> None:
     """The pass for accelerators gives the same merges, shares and counts as the chunks on the CPU."""
-    inputs = _inputs(1009, torch.bfloat16)
-    thetas, fishers = [i.theta for i in inputs], [i.fisher for i in inputs]
+    inputs = _inputs(1009, torch.bfloat16, device=device)
+    thetas, fishers = [i.theta.cpu() for i in inputs], [i.fisher.cpu() for i in inputs]
     if prior is None:
         outcome = merge_squisher(inputs, torch.float32)
-        assert_within(outcome.values, squisher_reference(thetas, fishers, WEIGHTS), largest(thetas))
+        assert_within(outcome.values.cpu(), squisher_reference(thetas, fishers, WEIGHTS), largest(thetas))
         assert float(sum(outcome.shares)) == pytest.approx(1.0, rel=1e-5)
         return
     base, *others = inputs
     outcome = merge_ubgm(base, others, prior, torch.float32)
-    reference = ubgm_reference(base.theta, base.fisher, thetas[1:], fishers[1:], WEIGHTS[1:], prior)
-    size = base.theta.double().abs() + sum(
-        w * (t.double() - base.theta.double()).abs() for w, t in zip(WEIGHTS[1:], thetas[1:], strict=True)
+    reference = ubgm_reference(thetas[0], fishers[0], thetas[1:], fishers[1:], WEIGHTS[1:], prior)
+    size = thetas[0].double().abs() + sum(
+        w * (t.double() - thetas[0].double()).abs() for w, t in zip(WEIGHTS[1:], thetas[1:], strict=True)
     )
-    assert_within(outcome.values, reference, size)
+    assert_within(outcome.values.cpu(), reference, size)
 
 
 @pytest.mark.usefixtures("as_accelerator")
-def test_the_fused_pass_flags_invalid_entries_later() -> None:
+def test_the_fused_pass_takes_strided_inputs(device: torch.device) -> None:
+    """Transposed, sliced and repeated tensors merge like their contiguous copies on an accelerator as well."""
+    generator = torch.Generator().manual_seed(3)
+    theta, fisher = torch.randn(62, 34, generator=generator).to(device), draw_fisher([62, 34], generator).to(device)
+    views = [
+        lambda t: t[:31, :17],
+        lambda t: t[::2, ::2],
+        lambda t: t[:17, :31].t(),
+        lambda t: t[:1, :17].expand(31, 17),
+    ]
+    inputs = [Input(view(theta), view(fisher)) for view in views]
+    copies = [Input(item.theta.contiguous(), item.fisher.contiguous()) for item in inputs if item.fisher is not None]
+    assert torch.equal(merge_squisher(inputs, torch.float32).values, merge_squisher(copies, torch.float32).values)
+    lines = [
+        Input(theta.flatten()[::3], fisher.flatten()[::3]),
+        Input(theta.flatten()[::3] + 1, fisher.flatten()[1::3]),
+    ]
+    copies = [Input(item.theta.clone(), item.fisher.clone()) for item in lines if item.fisher is not None]
+    assert torch.equal(
+        merge_ubgm(lines[0], lines[1:], 0.1, torch.float32).values,
+        merge_ubgm(copies[0], copies[1:], 0.1, torch.float32).values,
+    )
+
+
+@pytest.mark.usefixtures("as_accelerator")
+def test_the_fused_pass_flags_invalid_entries_later(device: torch.device) -> None:
     """On an accelerator nothing waits: the flag is looked at when the outcome is checked."""
-    inputs = _inputs(1009, torch.float32)
+    inputs = _inputs(1009, torch.float32, device=device)
     assert inputs[2].fisher is not None
     inputs[2].fisher[5] = float("nan")
     outcome = merge_squisher(inputs, torch.float32)
@@ -163,10 +188,10 @@ def test_the_fused_pass_flags_invalid_entries_later() -> None:
 
 
 @pytest.mark.usefixtures("as_accelerator")
-def test_what_is_looked_at_later_holds_no_fisher_and_no_result() -> None:
+def test_what_is_looked_at_later_holds_no_fisher_and_no_result(device: torch.device) -> None:
     """A run on an accelerator keeps counts only: not every Fisher of the model until the end."""
     run = Run("squisher")
-    inputs = _inputs(1009, torch.float32)
+    inputs = _inputs(1009, torch.float32, device=device)
     outcome = merge_squisher(inputs, torch.float32)
     held = [weakref.ref(tensor) for item in inputs for tensor in (item.theta, item.fisher)] + [
         weakref.ref(outcome.values)
@@ -178,7 +203,7 @@ def test_what_is_looked_at_later_holds_no_fisher_and_no_result() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("as_accelerator")
+@pytest.mark.usefixtures("by_formula")
 @pytest.mark.filterwarnings("ignore")
 def test_the_fused_pass_compiles_once_for_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled pass serves other sizes and weights without compiling again, and agrees with float64."""
@@ -215,6 +240,52 @@ def test_without_a_compiler_the_pass_runs_eagerly(
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(execution, "_COMPILED", {})
     monkeypatch.setattr(execution, "_COMPILER_MISSING", type(execution._COMPILER_MISSING)())
-    assert execution.fused(lambda x: x + 1, execution.COMPILE_FROM)(1) == 2
-    assert execution.fused(lambda x: x + 2, execution.COMPILE_FROM)(1) == 3
+    assert execution.compiled(lambda x: x + 1, execution.COMPILE_FROM)(1) == 2
+    assert execution.compiled(lambda x: x + 2, execution.COMPILE_FROM)(1) == 3
     assert len([record for record in caplog.records if "eager" in record.message]) == 1
+
+
+@pytest.mark.usefixtures("by_formula")
+def test_without_triton_the_formula_runs_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the kernel fails, and then the compiler as well, the plain formula runs and one line in all is logged."""
+
+    def broken(function: object, **_: object) -> object:
+        return lambda *_: (_ for _ in ()).throw(RuntimeError("no compiler"))
+
+    monkeypatch.setattr(fused, "runs_on", lambda device: True)
+    monkeypatch.setattr(fused, "_GAVE_UP", type(fused._GAVE_UP)())
+    monkeypatch.setattr(execution, "_COMPILED", {})
+    monkeypatch.setattr(execution, "_COMPILER_MISSING", type(execution._COMPILER_MISSING)())
+    monkeypatch.setattr(execution, "COMPILE_FROM", 1)
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setitem(sys.modules, "squisher_mergekit.merging.fused_kernels", None)
+    monkeypatch.delattr("squisher_mergekit.merging.fused_kernels", raising=False)
+    inputs = _inputs(1009, torch.float32)
+    thetas, fishers = [i.theta for i in inputs], [i.fisher for i in inputs]
+    for _ in range(2):
+        outcome = merge_squisher(inputs, torch.float32)
+        assert_within(outcome.values, squisher_reference(thetas, fishers, WEIGHTS), largest(thetas))
+    assert [record.message.split(" (")[0] for record in caplog.records] == ["the fused kernel is not usable here"]
+
+
+@pytest.mark.usefixtures("by_formula")
+def test_out_of_memory_is_no_reason_to_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without memory left for a result stops the merge; the kernel stays in use."""
+
+    def full() -> fused.FusedMerge:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(fused, "runs_on", lambda device: True)
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.attempt(full, [torch.ones(3)])
+    assert not fused.gave_up()
+
+
+@pytest.mark.usefixtures("by_formula")
+def test_more_models_than_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 33 models on the formula takes over."""
+    monkeypatch.setattr(fused, "runs_on", lambda device: True)
+    inputs = [Input(torch.full((7,), float(i)), torch.ones(7)) for i in range(33)]
+    assert merge_squisher(inputs, torch.float32).values.tolist() == pytest.approx([16.0] * 7)

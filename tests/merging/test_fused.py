@@ -20,19 +20,12 @@ from tests.merging.reference import (
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 # The interpreter computes with numpy, which warns of what IEEE arithmetic is meant to do here.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("small_blocks")]
 
 WEIGHTS = (1.0, 0.3, 2.0, 0.7, 1.3, 0.11, 3.0, 0.5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZE = 2503  # a prime; on the CPU one block and a part of another
 COMBINATIONS = [*((count, torch.float32) for count in (1, 2, 5, 8)), *((3, dtype) for dtype in DTYPES)]
-
-
-@pytest.fixture(autouse=True)
-def block(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make blocks small in the interpreter, which takes milliseconds for each operation on a tile."""
-    if device.type == "cpu":
-        monkeypatch.setattr(fused, "BLOCK", 2048)
 
 
 class Case(NamedTuple):
