@@ -13,9 +13,14 @@ LOG = logging.getLogger("squisher_mergekit")
 _failed: set[tuple[str, str]] = set()  # kernel, device
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Return True if a tensor is on a GPU."""
+    return tensor.is_cuda
+
+
 def can_launch(kernel: str, tensor: Tensor) -> bool:
     """Return True if a tensor is on a GPU, Triton is installed, and the kernel has not failed on this GPU."""
-    return tensor.is_cuda and (kernel, str(tensor.device)) not in _failed and _has_triton()
+    return on_gpu(tensor) and (kernel, str(tensor.device)) not in _failed and _has_triton()
 
 
 @functools.cache

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.estimators.per_example import kernel_fallback
 from squisher_mergekit.estimators.per_example.tape import Call
 
+NARROW = (torch.bfloat16, torch.float16)
 Rule = Literal["matrix", "rows", "convolution", "bias", "scale", "generic"]
 
 
@@ -90,3 +93,20 @@ def gradient_at(call: Call, size: int) -> Tensor:
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32, or float64 unchanged: narrower squares would underflow."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def exact(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast, which would make products of float32 narrow."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def factor_pair(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return B and A in the dtype of their product: narrow on a GPU, whose tensor cores sum in float32; else wide.
+
+    Under autocast a layer may get a float32 input, which it multiplies in the narrow dtype of its output.
+    """
+    if kernel_fallback.on_gpu(b) and b.dtype in NARROW and a.is_floating_point() and a.dtype != torch.float64:
+        return b, a.to(b.dtype)
+    return wide(b), wide(a)

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.estimators.per_example.layer_kinds import by_example, gradient_at, is_conv1d, rule_of, wide
+from squisher_mergekit.estimators.per_example import kernel_fallback
+from squisher_mergekit.estimators.per_example.layer_kinds import (
+    NARROW,
+    by_example,
+    factor_pair,
+    gradient_at,
+    is_conv1d,
+    rule_of,
+    wide,
+)
+from squisher_mergekit.estimators.per_example.square_kernel import try_product_squares
 from squisher_mergekit.estimators.per_example.tape import Call, Use
 
 # Entries of per-example gradients that are formed at once: as many as the caches of a CPU and of a GPU can store. Above
@@ -36,15 +46,15 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 def factors(call: Call, size: int) -> tuple[Tensor, Tensor]:
     """Return B and A of a linear layer as ``(N, T, out)`` and ``(N, T, in)``, exchanged for GPT-2's ``Conv1D``.
 
-    Example n's gradient is ``B_n^T A_n``.
+    Example n's gradient is ``B_n^T A_n``. Both have the dtype that :func:`products` takes.
     """
-    a, b = _tokens(call.args[0], size, call), _tokens(gradient_at(call, size), size, call)
+    b, a = factor_pair(_tokens(gradient_at(call, size), size, call), _tokens(call.args[0], size, call))
     return (a, b) if is_conv1d(call.module) else (b, a)
 
 
 def _tokens(tensor: Tensor, size: int, call: Call) -> Tensor:
     """Return a tensor as ``(N, T, features)``."""
-    return wide(by_example(tensor, size, call).detach().reshape(size, -1, tensor.shape[-1]))
+    return by_example(tensor, size, call).detach().reshape(size, -1, tensor.shape[-1])
 
 
 def add_matrix(total: Tensor, uses: Sequence[Use], size: int) -> None:
@@ -68,17 +78,33 @@ def matrix_squares(total: Tensor, b: Tensor, a: Tensor) -> None:
         tensor([[9., 4.]])
     """
     if b.shape[1] == 1:
-        total.addmm_(b[:, 0].square().T, a[:, 0].square())
+        total.addmm_(wide(b[:, 0]).square().T, wide(a[:, 0]).square())
         return
-    if total.numel() >= _LARGE.get(total.device.type, _LARGE["cuda"]):
+    if try_product_squares(total, b, a):
+        return
+    if b.dtype not in NARROW and total.numel() >= _LARGE.get(total.device.type, _LARGE["cuda"]):
         one = torch.empty_like(total)
         for n in range(len(b)):
             torch.mm(b[n].T, a[n], out=one)
             total.addcmul_(one, one)
         return
     for start in range(0, len(b), chunk := chunk_of(total)):
-        part = torch.bmm(b[start : start + chunk].transpose(1, 2), a[start : start + chunk])
-        total += part.square_().sum(0)
+        total += products(b[start : start + chunk], a[start : start + chunk]).square_().sum(0)
+
+
+def products(b: Tensor, a: Tensor) -> Tensor:
+    """Return ``B_n^T A_n`` for each example, shape ``(N, out, in)``, in float32 (float64 for float64).
+
+    Args:
+        b: Shape ``(N, T, out)``.
+        a: Shape ``(N, T, in)``, of the same dtype.
+    """
+    if b.dtype in NARROW and kernel_fallback.on_gpu(b):
+        try:
+            return torch.bmm(b.transpose(1, 2), a, out_dtype=torch.float32)
+        except (TypeError, NotImplementedError):  # an older torch, or one without a GPU
+            pass
+    return torch.bmm(wide(b).transpose(1, 2), wide(a))
 
 
 def outer_square(uses: Sequence[Use], size: int) -> Tensor | None:
@@ -95,7 +121,7 @@ def outer_square(uses: Sequence[Use], size: int) -> Tensor | None:
 def add_outer(total: Tensor, b_squared: Tensor, uses: Sequence[Use], size: int) -> None:
     """Add ``sum_n b_n^2 (a_n^2)^T`` to a linear layer's total."""
     ((_, call),) = uses
-    total.addmm_(b_squared.T, _tokens(call.args[0], size, call)[:, 0].square())
+    total.addmm_(b_squared.T, wide(_tokens(call.args[0], size, call)[:, 0]).square())
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -179,5 +205,5 @@ def add_tied(total: Tensor, uses: Sequence[Use], size: int) -> None:
     matrix_squares(total, b, a)
     tokens, e = token_sums(*(joined([pair[k] for pair in tables]) for k in (0, 1)))
     at_tokens = b.gather(2, tokens.unsqueeze(1).expand(-1, b.shape[1], -1))
-    h = torch.bmm(at_tokens.transpose(1, 2), a)
+    h = products(at_tokens, a)
     total.index_add_(0, tokens.flatten(), (e * (e + 2 * h)).flatten(0, 1).to(total.dtype))

@@ -7,6 +7,7 @@ without a rule are differentiated once for each example (the generic rule).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.estimators.per_example import convolution
+from squisher_mergekit.estimators.per_example import convolution, kernel_fallback
 from squisher_mergekit.estimators.per_example.layer_kinds import (
+    Rule,
     by_example,
+    exact,
+    factor_pair,
     gradient_at,
     has_channels,
     is_conv,
@@ -32,8 +36,11 @@ from squisher_mergekit.estimators.per_example.linear_embedding import (
     chunk_of,
     factors,
     lookups,
+    matrix_squares,
+    products,
     token_sums,
 )
+from squisher_mergekit.estimators.per_example.norm_kernel import try_norm_gradients
 from squisher_mergekit.estimators.per_example.tape import Call, Use, first_tensor
 from squisher_mergekit.tensors.sharded import gathered
 
@@ -57,12 +64,21 @@ def add_squares(total: Tensor, uses: Sequence[Use], size: int) -> None:
     kinds = {rule_of(name, call.module) for name, call in uses}
     if not kinds:
         return
+    # The generic rule runs a module again, as the model ran it.
+    with nullcontext() if "generic" in kinds else exact(total.device):
+        _add_by_rule(total, uses, size, kinds)
+
+
+def _add_by_rule(total: Tensor, uses: Sequence[Use], size: int, kinds: set[Rule]) -> None:
+    """Add the squares by the rule of the layers, or of their combination."""
     if kinds == {"matrix"}:
         add_matrix(total, uses, size)
     elif kinds == {"rows"}:
         add_rows(total, uses, size)
     elif kinds == {"matrix", "rows"} and not any(is_conv1d(call.module) for _, call in uses):
         add_tied(total, uses, size)
+    elif len(uses) == 1 and _has_patches(*uses[0]):
+        _add_patches(total, uses[0][1], size)
     else:
         most = convolution.MAX_EXAMPLES if all(is_conv(call.module) for _, call in uses) else size
         values = [_values(name, call) for name, call in uses]
@@ -72,6 +88,22 @@ def add_squares(total: Tensor, uses: Sequence[Use], size: int) -> None:
                 _gradients(use, size, examples, total.shape, known) for use, known in zip(uses, values, strict=True)
             ]
             total += sum(parts[1:], parts[0]).to(total.dtype).square_().sum(0).reshape(total.shape)
+
+
+def _has_patches(name: str, call: Call) -> bool:
+    """Return True for a convolution on a GPU, where products of patches are faster than a grouped convolution."""
+    assert call.gradient is not None
+    dense = name == "weight" and is_conv(call.module) and call.module.groups == 1
+    return dense and kernel_fallback.on_gpu(call.gradient)
+
+
+def _add_patches(total: Tensor, call: Call, size: int) -> None:
+    """Add the squares of a convolution's weight, as those of a linear layer over the patches of its input."""
+    x, b = by_example(call.args[0], size, call).detach(), gradient_at(call, size)
+    for start in range(0, size, chunk := convolution.MAX_EXAMPLES):
+        pair = factor_pair(b[start : start + chunk], x[start : start + chunk])
+        b_patches, a_patches = convolution.patch_factors(call.module, pair[1], pair[0])
+        matrix_squares(total.view(len(total), -1), b_patches, a_patches)
 
 
 def _values(name: str, call: Call) -> Values:
@@ -89,25 +121,29 @@ def _gradients(use: Use, size: int, examples: slice, shape: torch.Size, values: 
         return _generic(name, call, size, examples, values)
     if rule == "matrix":
         b, a = factors(call, size)
-        return torch.bmm(b[examples].transpose(1, 2), a[examples])
+        return products(b[examples], a[examples])
     if rule == "rows":
         ids, at_rows = lookups(call, size)
         tokens, sums = token_sums(ids[examples], at_rows[examples])
         index = tokens.unsqueeze(-1).expand_as(sums)
         return sums.new_zeros(len(sums), *shape).scatter_add_(1, index, sums)
-    b = wide(gradient_at(call, size)[examples])
+    b = gradient_at(call, size)[examples]
+    if rule == "bias":
+        return _reduced(b, module, shape)
+    x = call.args[0].detach()
     if rule == "convolution":
-        return convolution.gradients(name, module, wide(by_example(call.args[0], size, call)[examples].detach()), b)
-    return _reduced(
-        b if rule == "bias" else by_example(_slope(name, call), size, call)[examples].mul_(b), module, shape
-    )
+        return convolution.gradients(name, module, wide(by_example(x, size, call)[examples]), wide(b))
+    if len(x) == size and (fused := try_norm_gradients(module, name, x[examples], b)) is not None:
+        return fused
+    return _reduced(by_example(_slope(name, call), size, call)[examples].mul_(wide(b)), module, shape)
 
 
 def _reduced(product: Tensor, module: nn.Module, shape: torch.Size) -> Tensor:
     """Sum over all axes but the examples' and the parameter's: the last axes, or the channels of an image."""
+    dtype = torch.float64 if product.dtype == torch.float64 else torch.float32
     if has_channels(module):
-        return product.reshape(len(product), product.shape[1], -1).sum(-1)
-    return product.reshape(len(product), -1, *shape).sum(1)
+        return product.reshape(len(product), product.shape[1], -1).sum(-1, dtype=dtype)
+    return product.reshape(len(product), -1, *shape).sum(1, dtype=dtype)
 
 
 def _slope(name: str, call: Call) -> Tensor:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.estimators.per_example.kernel_fallback import can_launch, give_up
+from squisher_mergekit.estimators.per_example.layer_kinds import NARROW
 
 KERNEL = "square"
 Precision = Literal["ieee", "tf32x3"]
 
-_NARROW = (torch.bfloat16, torch.float16)
 # Tokens of work that cost as much as writing a tile once, and as squaring it once; for an H100.
 _STORE, _SQUARE = 640, 32
 
@@ -65,7 +65,7 @@ SMALL = Tiling(64, 64, 32, 4, 2, speed=0.4)
 
 def is_offered(total: Tensor, b: Tensor, a: Tensor) -> bool:
     """Return whether the kernel takes these tensors: bfloat16 or float16 on a GPU that Triton compiles for."""
-    narrow = b.dtype == a.dtype and b.dtype in _NARROW and total.dtype == torch.float32
+    narrow = b.dtype == a.dtype and b.dtype in NARROW and total.dtype == torch.float32
     return narrow and can_launch(KERNEL, b)
 
 
@@ -162,7 +162,8 @@ def _launch(out: Tensor, b: Tensor, a: Tensor, tiling: Tiling, precision: Precis
         left, right, out, examples, tokens, rows, columns, *b.stride(), *a.stride(), out.stride(0), out.stride(1),
         splits, ROWS=tiling.rows, COLUMNS=tiling.columns, TOKENS=tiling.tokens, PRECISION=precision, FLAT=tiling.flat,
         TMA=tma, ADD=add, WIDEN=not b.is_cuda, EVEN_TOKENS=tokens % tiling.tokens == 0,
-        EVEN_ROWS=rows % tiling.rows == 0, EVEN_COLUMNS=columns % tiling.columns == 0, num_warps=tiling.warps, num_stages=tiling.stages,
+        EVEN_ROWS=rows % tiling.rows == 0, EVEN_COLUMNS=columns % tiling.columns == 0, num_warps=tiling.warps,
+        num_stages=tiling.stages,
     )  # fmt: skip
 
 
