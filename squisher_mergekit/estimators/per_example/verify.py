@@ -11,7 +11,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ _OUTPUT_TOLERANCE = 1e-2  # of the largest output; equal outputs differ by round
 # As a share of a tensor's largest entry: above the rounding of each dtype, far below the error of a wrong rule.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
+Key = TypeVar("Key")
 Mismatches = dict[nn.Parameter, Exception | None]
 
 
@@ -116,7 +117,7 @@ def verify(
     owner_of = dict(known.owner_of) if known else {}
     # Autocast rounds as coarsely as some wrong rules err.
     with torch.autocast(next(iter(names)).device.type, enabled=False):
-        broadcast_modules = known.broadcast_modules if known else _find_broadcast_modules(taped_model, batch)
+        broadcast_modules = known.broadcast_modules if known else _find_broadcast_modules(taped_model, first)
         while True:
             used, mismatches = _compare_with_loop(
                 taped_model, first, scratch or zero_accumulators(names), owner_of, broadcast_modules
@@ -175,23 +176,41 @@ def mixing_parameters(
     Returns:
         Parameter -> error, or None if its gradient is not zero for a masked example.
     """
-    size, values = tape.size, outputs.values
-    output_gradient = _random_output_gradient(values)
-    masked_examples = torch.arange(size, device=values.device) % 2 == 1
-    output_gradient[masked_examples] = 0
+    output_gradient = _random_output_gradient(outputs.values)
+    output_gradient[1::2] = 0
     mismatches: Mismatches = {}
+    leaks: dict[int, Tensor] = {}  # id of a call -> True if a masked example has a gradient
+    calls_of: dict[nn.Parameter, list[int]] = {}
 
     def look(parameter: nn.Parameter, uses: Uses) -> None:
         for _, call in uses:
+            if call.gradient is None:
+                continue
             try:
-                if call.gradient is not None and bool(gradient_at(call, size)[masked_examples].any()):
-                    mismatches[parameter] = None
+                if id(call) not in leaks:
+                    leaks[id(call)] = gradient_at(call, tape.size)[1::2].any()
+                calls_of.setdefault(parameter, []).append(id(call))
             except UnsupportedStateError as error:
                 mismatches[parameter] = error
 
-    tape.backward(values, output_gradient, retain_graph, look, uncalled=tape.without_call(parameters))
+    tape.backward(outputs.values, output_gradient, retain_graph, look, uncalled=tape.without_call(parameters))
     tape.drop_gradients()
+    found = _to_host(leaks)
+    for parameter, calls in calls_of.items():
+        if any(found[call] for call in calls):
+            mismatches.setdefault(parameter, None)
     return mismatches
+
+
+def _to_host(scalars: Mapping[Key, Tensor]) -> dict[Key, float]:
+    """Return the values of scalars on any devices; the host waits once for each device, not for each scalar."""
+    keys_on: dict[torch.device, list[Key]] = {}
+    for key, scalar in scalars.items():
+        keys_on.setdefault(scalar.device, []).append(key)
+    values: dict[Key, float] = {}
+    for keys in keys_on.values():
+        values |= zip(keys, torch.stack([scalars[key] for key in keys]).tolist(), strict=True)
+    return {key: values[key] for key in scalars}
 
 
 def _warn_if_slow(model: nn.Module, names: Mapping[nn.Parameter, str], owner_of: Owners) -> None:
@@ -253,9 +272,9 @@ def _compare_with_loop(
             ):
                 if gradient is not None:
                     used.add(parameter)
-                    expected[parameter].addcmul_(*[gradient.to(expected[parameter].dtype)] * 2)
+                    _add_square(expected[parameter], gradient)
             del gradient
-        largest = {parameter: _largest_entry(expected[parameter]) for parameter in used}
+        largest = _largest_entries({parameter: expected[parameter] for parameter in parameters if parameter in used})
         tolerances = _tolerances(largest, tape)
         # Accumulating onto the negative sums saves a second set of accumulators.
         for total in expected.values():
@@ -263,12 +282,19 @@ def _compare_with_loop(
         failures = Failures()
         accumulate_batch(expected, tape, outputs, [output_gradient], tape.without_call(parameters), failures)
     mismatches: Mismatches = {}
+    errors = _largest_entries(expected)
     for parameter in parameters:
-        off = _largest_entry(expected[parameter]) / _process_count(expected[parameter])
-        if parameter in failures or (parameter in used and off > tolerances[parameter]):
+        error = errors[parameter] / _process_count(expected[parameter])
+        if parameter in failures or (parameter in used and error > tolerances[parameter]):
             mismatches[parameter] = failures.get(parameter)
         expected[parameter].zero_()
     return used, mismatches
+
+
+def _add_square(total: Any, gradient: Any) -> None:
+    """Add the square of a gradient, which torch widens as it reads it unless it is sharded."""
+    wide = gradient.to(total.dtype) if is_sharded(total) or total.is_cpu else gradient
+    total.addcmul_(wide, wide)
 
 
 def _random_output_gradient(values: Tensor) -> Tensor:
@@ -310,13 +336,23 @@ def _process_count(total: Any) -> int:
     return int(total.device_mesh.size()) if is_sharded(total) else 1
 
 
-def _largest_entry(tensor: Any) -> float:
-    """Return the largest absolute entry, over all processes for a sharded tensor."""
-    local = tensor.to_local() if is_sharded(tensor) else tensor
-    found = local.abs().max() if local.numel() else local.new_zeros(())
-    if is_sharded(tensor):
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return float(found)
+def _largest_entries(tensors: Mapping[nn.Parameter, Any]) -> dict[nn.Parameter, float]:
+    """Return the largest absolute entry of each tensor, over all processes for sharded ones."""
+    found = {}
+    for parameter, tensor in tensors.items():
+        local = tensor.to_local() if is_sharded(tensor) else tensor
+        found[parameter] = torch.maximum(*_ends(local))
+        if is_sharded(tensor):
+            dist.all_reduce(found[parameter], op=dist.ReduceOp.MAX)
+    return _to_host(found)
+
+
+def _ends(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the negative smallest and the largest entry, in one pass; zeros for a tensor without entries."""
+    if not tensor.numel():
+        return tensor.new_zeros(()), tensor.new_zeros(())
+    smallest, largest = torch.aminmax(tensor)
+    return -smallest, largest
 
 
 def first_examples(batch: Batch, count: int) -> Any:
