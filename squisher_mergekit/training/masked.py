@@ -124,6 +124,7 @@ class HeldParameter:
 
     @classmethod
     def now(cls, parameter: nn.Parameter, off: Tensor) -> HeldParameter:
+        """Return the present values outside the mask."""
         value = parameter.detach().masked_fill(~off, 0)
         # Compare bits: a negative zero must be kept.
         nonzero = bool(value.reshape(-1).view(torch.uint8).any())

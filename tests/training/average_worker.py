@@ -1,4 +1,7 @@
-"""One process of a run with ``FisherAverageCallback``: ``python -m tests.training.average_worker KIND FOLDER RANK WORLD``."""
+"""One process of a run with ``FisherAverageCallback``.
+
+    python -m tests.training.average_worker KIND FOLDER RANK WORLD
+"""
 
 import sys
 from pathlib import Path
