@@ -66,8 +66,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"size of the Llama (default: {default})")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--fisher-dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--fisher-dtype", default="float32", choices=["float32", "bfloat16", "log8"])
     parser.add_argument("--shards", type=int, default=4, help="number of weight files of a model")
+    parser.add_argument("--made-on", default="cpu", help="device that draws the random models (default: cpu)")
     parser.add_argument("--repeat", type=int, default=3, help="number of rounds; each runs every command once")
     parser.add_argument("--threads", type=int, help="mergekit's -j (default: not given)")
     parser.add_argument("--options", default="", help="further options of mergekit-yaml, in one string")
@@ -93,7 +94,8 @@ def prepare_model(folder: Path, seed: int, options: argparse.Namespace) -> None:
         return
     print(f"making {folder} ...", file=sys.stderr, flush=True)
     maker = [sys.executable, "-m", "scripts.benchmarks.models"]
-    subprocess.run([*maker, str(folder.resolve()), str(seed), json.dumps(recipe(options))], check=True, cwd=ROOT)
+    arguments = [str(folder.resolve()), str(seed), json.dumps(recipe(options)), options.made_on]
+    subprocess.run([*maker, *arguments], check=True, cwd=ROOT)
 
 
 def parameters(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch import Tensor
 from squisher_mergekit.merging.equations import relative
 
 MOST_MODELS = 32
-THREADS = 128
 BLOCK = 8192
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -116,7 +115,7 @@ def ubgm_squisher(
     scales = [(model.scale / unit) ** power for model in used]
     own = (base_scale / unit) ** power
     absolute = None
-    if prior > 0:
+    if prior > 0 and base.numel():
         summed = [(model.fisher, weight * scale) for model, weight, scale in zip(used, weights, scales, strict=True)]
         summed += [] if base_fisher is None else [(base_fisher, own)]
         absolute = weighted_sum([fisher for fisher, _ in summed], [factor for _, factor in summed], power)
@@ -139,8 +138,8 @@ def weighted_sum(fishers: Sequence[Tensor], factors: Sequence[float], power: flo
     """
     from squisher_mergekit.merging import fused_kernels
 
-    size = fishers[0].numel()
-    tile, loops, programs = _grid(size, len(fishers), torch.float64)
+    size, shape = fishers[0].numel(), grid(len(fishers), torch.float64)
+    programs = shape.programs(size)
     partial = torch.empty(programs, dtype=torch.float64, device=fishers[0].device)
     with _on(fishers[0].device):
         fused_kernels.weighted_sum[(programs,)](
@@ -150,9 +149,7 @@ def weighted_sum(fishers: Sequence[Tensor], factors: Sequence[float], power: flo
             float(power),
             size,
             POWERED=power != 1,
-            TILE=tile,
-            LOOPS=loops,
-            **_OPTIONS,
+            **shape.options(),
         )
     return partial.sum()
 
@@ -198,9 +195,6 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
-_OPTIONS: dict[str, Any] = {"num_warps": THREADS // 32, "num_stages": 1}
-
-
 def _launch(
     models: Sequence[Model],
     weights: Sequence[float],
@@ -220,7 +214,8 @@ def _launch(
     choices = [model.kept for model in used if model.kept is not None]
     known = base_fisher is not None
     size, device = used[0].theta.numel(), used[0].theta.device
-    tile, loops, programs = _grid(size, len(used) + known, work)
+    shape = grid(len(used) + known, work)
+    programs = shape.programs(size)
     values = torch.empty(size, dtype=out_dtype, device=device)
     sums = torch.empty(len(used) + 1, programs, dtype=torch.float64, device=device)
     invalid = torch.zeros(len(models) + known, 3, dtype=torch.int64, device=device)
@@ -247,10 +242,8 @@ def _launch(
                 ELECTED=base is not None and not matched,
                 POWERED=power != 1,
                 WORK=fused_kernels.DTYPES[work],
-                TILE=tile,
-                LOOPS=loops,
-                ROWS=THREADS,
-                **_OPTIONS,
+                ROWS=shape.threads,
+                **shape.options(),
             )
     return _read_off(models, values, sums, invalid)
 
@@ -273,11 +266,27 @@ def _read_off(models: Sequence[Model], values: Tensor, sums: Tensor, invalid: Te
     return FusedMerge(values, shares, totals[-1], counts)
 
 
-def _grid(size: int, fishers: int, work: torch.dtype) -> tuple[int, int, int]:
-    """Return entries of a tile (fewer where many Fishers fill the registers), tiles of a program, and programs."""
+class Grid(NamedTuple):
+    """Division of a tensor: entries of a tile, tiles of a program, threads of a program."""
+
+    tile: int
+    loops: int
+    threads: int = 128
+
+    def programs(self, size: int) -> int:
+        """Return how many programs a tensor of ``size`` entries takes."""
+        return -(-size // (self.tile * self.loops))
+
+    def options(self) -> dict[str, int]:
+        """Return the arguments of a launch that follow from it."""
+        return {"TILE": self.tile, "LOOPS": self.loops, "num_warps": self.threads // 32, "num_stages": 1}
+
+
+def grid(fishers: int, work: torch.dtype) -> Grid:
+    """Return the division for a number of Fishers; where many fill the registers, tiles are smaller."""
     registers = fishers * (2 if work == torch.float64 else 1)
     tile = 1024 if registers <= 9 else 512 if registers <= 17 else 256
-    return tile, BLOCK // tile, -(-size // BLOCK)
+    return Grid(tile, BLOCK // tile)
 
 
 def _numbers(values: Sequence[float], work: torch.dtype) -> tuple[float, ...]:

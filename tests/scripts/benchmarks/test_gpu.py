@@ -1,0 +1,77 @@
+"""``scripts.check_gpu`` and the benchmark of the kernel, at tiny sizes in Triton's interpreter."""
+
+import json
+import sys
+
+import pytest
+
+from scripts.benchmarks import gpu_check, gpu_kernel
+from squisher_mergekit.merging import execution, fused
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Run the fused kernel on CPU tensors."""
+    pytest.importorskip("triton", reason="the kernel is written in Triton")
+    monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
+    monkeypatch.setattr(fused, "BLOCK", 2048)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.usefixtures("interpreted")
+def test_each_method_is_timed_beside_a_copy(tmp_path, capsys):
+    """Every method and number of models has a time, and the ratio to a copy of the bytes that it has to move."""
+    report = tmp_path / "report.json"
+    arguments = ["--device", "cpu", "--shape", "7", "13", "--counts", "1", "3", "--rounds", "2", "--json", str(report)]
+    assert gpu_kernel.main(arguments) == 0
+    measured = json.loads(report.read_text())["measured"]
+    assert [(one["method"], one["count"]) for one in measured] == [(m, n) for m in gpu_kernel.METHODS for n in (1, 3)]
+    assert all(one["kernel"] and one["ratio"]["call"] > 0 for one in measured)
+    assert [round(one["gigabytes"] * 1e9) for one in measured] == [91 * (6 * n + 2) for n in (1, 3, 2, 4, 2, 4)]
+    assert len(capsys.readouterr().out.splitlines()) == 7
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.usefixtures("interpreted")
+def test_other_divisions_are_tried_and_put_back():
+    """A sweep times each division of the work, and leaves the package's own in force."""
+    chosen = fused.grid
+    found = list(gpu_kernel.sweep([gpu_kernel.Setting("squisher", 2, (3, 5), "cpu")], rounds=1))
+    assert [one["grid"] for one in found] == [grid._asdict() for grid in gpu_kernel.GRIDS]
+    assert fused.grid is chosen
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.usefixtures("interpreted")
+def test_first_calls_are_printed_by_method_and_number(capsys):
+    """``--first`` prints the seconds of each first call as JSON, and nothing else."""
+    arguments = ["--device", "cpu", "--shape", "7", "--counts", "2", "--methods", "ubgm prior", "--first"]
+    assert gpu_kernel.main(arguments) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["ubgm prior 2"]
+
+
+def test_the_packages_to_bring_along_are_pinned(capsys):
+    """``--wheels`` prints one pinned requirement a line, mergekit first."""
+    assert gpu_check.main(["--wheels"]) == 0
+    lines = capsys.readouterr().out.split()
+    assert lines[0].startswith("mergekit==0.1.")
+    assert [line.split("==")[0] for line in lines] == list(gpu_check.PACKAGES)
+
+
+def test_a_step_that_hangs_or_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    """The report holds exit code and output of every step; one that outlasts its limit has no code."""
+    commands = {"fails": "print('told'); raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "works": "1"}
+    fakes = [gpu_check.Step(name, 2, [sys.executable, "-S", "-c", code]) for name, code in commands.items()]
+    monkeypatch.setattr(gpu_check, "steps", lambda work, small: fakes)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "check_gpu.json").read_text())
+    assert {name: step["code"] for name, step in found["steps"].items()} == {"fails": 3, "hangs": None, "works": 0}
+    assert found["steps"]["fails"]["output"] == "told\n"
+    assert found["machine"]["torch"]
+
+
+def test_all_steps_fit_the_limit(tmp_path):
+    """The steps name models of 1.1e9 parameters and a GPU; those that matter most come first."""
+    steps = gpu_check.steps(tmp_path)
+    assert [step.name for step in steps][:2] == ["tests", "kernel"]
+    assert all("cuda" in " ".join(step.command) for step in steps)
