@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from squisher_mergekit import load_fisher, save_squisher
 from squisher_mergekit.errors import NamingError, UnsupportedStateError
 from squisher_mergekit.models.parameters import describe, memory_names
-from tests.tiny_models import LENGTH
+from tests.small_models import LENGTH
 from tests.training.cases import make
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from squisher_mergekit import load_fisher
 from tests.checkpoints import assert_read, named_on_disk
-from tests.tiny_models import FROZEN, MODELS, Tokens
+from tests.small_models import FROZEN, MODELS, Tokens
 
 STEPS = 3
 

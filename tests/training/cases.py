@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from tests.tiny_models import MODELS, Tokens
+from tests.small_models import MODELS, Tokens
 
 STEPS = 3
 

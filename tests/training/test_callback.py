@@ -17,7 +17,7 @@ from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.optimizers.live import TrainingInfo
 from squisher_mergekit.training.callback import ClippingMonitor, write_saved
 from tests.checkpoints import STATES
-from tests.tiny_models import FROZEN, MODELS
+from tests.small_models import FROZEN, MODELS
 from tests.training.cases import STEPS, accumulators, make, trainer
 
 OTHERS = sorted(MODELS.keys() - {"bert", "mixtral"})

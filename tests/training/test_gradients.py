@@ -8,7 +8,7 @@ from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.training import GradientSquares
 from squisher_mergekit.training.gradients import gradient_norm
-from tests.tiny_models import LENGTH
+from tests.small_models import LENGTH
 from tests.training.cases import make
 
 
