@@ -1,4 +1,4 @@
-"""The examples in docstrings are true."""
+"""Examples in docstrings."""
 
 import doctest
 import importlib
@@ -15,10 +15,22 @@ MODULES = [
 ]
 
 
+def _module(name):
+    """Import a module, or return None for kernels in Triton, which comes with torch for a GPU alone."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        return None
+
+
 @pytest.mark.parametrize("name", ["squisher_mergekit", *MODULES])
 def test_examples_of_a_module(name):
-    """Every example in the docstrings of a module prints what it says."""
-    module = importlib.import_module(name)
+    """Every example in the docstrings of a module prints its expected output."""
+    module = _module(name)
+    if module is None:
+        pytest.skip("needs triton")
     flags = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
     assert doctest.testmod(module, optionflags=flags).failed == 0
 
@@ -26,5 +38,6 @@ def test_examples_of_a_module(name):
 def test_there_are_examples():
     """The finder sees examples: an empty run would prove nothing."""
     finder = doctest.DocTestFinder(exclude_empty=True)
-    found = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
+    modules = [module for name in MODULES if (module := _module(name)) is not None]
+    found = [test for module in modules for test in finder.find(module) if test.examples]
     assert len(found) > 10
