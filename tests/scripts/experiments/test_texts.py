@@ -87,5 +87,5 @@ def test_blocks_of_the_readme_are_replaced():
     """Each by its own; a block without a place is an error."""
     text = "x\n<!-- BEGIN a -->\nold\n<!-- END a -->\ny"
     assert report.written(text, {"a": r"new \1"}) == ("x\n<!-- BEGIN a -->\nnew \\1\n<!-- END a -->\ny")
-    with pytest.raises(ValueError, match="has no place for b"):
+    with pytest.raises(ValueError, match="must have a place for the block b"):
         report.written(text, {"b": "new"})
