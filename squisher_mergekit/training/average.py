@@ -153,7 +153,7 @@ class FisherAverageCallback(TrainerCallback):  # type: ignore[misc]
         fisher = read_fisher(resumed_from(args, state) / AVERAGE_FOLDER)
         beta = fisher.config.optimizer.beta2 if fisher.config.optimizer else None
         if beta != self.beta:
-            raise ConfigError(f"the saved average must have beta {self.beta}, found {beta}; give that beta")
+            raise ConfigError(f"the saved average must be one with beta {self.beta}, found {beta}; give that beta")
         assert self._accumulator is not None
         tensors, steps = in_memory(self._accumulator.model, fisher)
         self._accumulator.restore(tensors.__getitem__)

@@ -50,7 +50,7 @@ def live_squisher(model: nn.Module, optimizer: Any, examples_per_step: float | N
     """
     if sharded_modules(model) or uses_fsdp1(model):
         raise UnsupportedStateError(
-            "a Fisher in memory must have whole tensors, but FSDP shards them; call save_squisher, and "
+            "a Fisher in memory must have whole tensors, but FSDP shards them; take save_squisher, and "
             "load_fisher in all processes"
         )
     bare = [unwrap_optimizer(optimizer)]

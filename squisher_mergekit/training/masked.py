@@ -124,7 +124,7 @@ class HeldParameter:
 
     @classmethod
     def now(cls, parameter: nn.Parameter, off: Tensor) -> HeldParameter:
-        """Return the present values outside the mask."""
+        """Return a parameter with the present values of its entries outside the mask."""
         value = parameter.detach().masked_fill(~off, 0)
         # Compare bits: a negative zero must be kept.
         nonzero = bool(value.reshape(-1).view(torch.uint8).any())
@@ -185,9 +185,9 @@ class MaskCallback(TrainerCallback):  # type: ignore[misc]
 def _refuse_parts(model: nn.Module, optimizers: Sequence[Any]) -> None:
     kind = None
     if uses_fsdp1(model) or any(is_sharded(parameter) for parameter in model.parameters()):
-        kind = "FSDP or tensor parallelism shards them"
+        kind = "FSDP or tensor parallelism holds them in parts"
     elif any(uses_deepspeed(model, optimizer) for optimizer in optimizers):
-        kind = "DeepSpeed stores them in flat buffers"
+        kind = "DeepSpeed holds them in flat buffers"
     elif any(type(unwrap_optimizer(each)).__name__ == "ZeroRedundancyOptimizer" for each in optimizers):
         kind = "ZeroRedundancyOptimizer spreads their state over the processes"
     if kind is not None:

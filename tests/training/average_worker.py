@@ -1,7 +1,4 @@
-"""One process of a run with ``FisherAverageCallback``.
-
-    python -m tests.training.average_worker KIND FOLDER RANK WORLD
-"""
+"""One process of a run with the callback: ``python -m tests.training.average_worker KIND FOLDER RANK WORLD``."""
 
 import sys
 from pathlib import Path
