@@ -44,13 +44,13 @@ from scripts.experiments import encoder, runner, task2vec, texts
 from scripts.experiments.runner import Experiment, Result, Settings
 from scripts.experiments.transfer_report import DEFAULT, KINDS, NO_SOURCE, pictures, tables
 from squisher_mergekit import estimate_fisher, load_fisher, save_squisher
-from squisher_mergekit.applications.task2vec.distances import Metric, Normalize, distance_matrix
+from squisher_mergekit.applications.task2vec.distances import Metric, TaskNormalize, distance_matrix
 from squisher_mergekit.applications.task2vec.embedding import Embedding, embed, read_embedding, write_embedding
 from squisher_mergekit.applications.task2vec.ranking import orders_of
 
 BATCH, LENGTH, CLIP = task2vec.BATCH, task2vec.LENGTH, task2vec.CLIP
 # Name -> metric and normalization. The tables report the first one, DEFAULT.
-METRICS: dict[str, tuple[Metric, Normalize]] = {
+METRICS: dict[str, tuple[Metric, TaskNormalize]] = {
     DEFAULT: ("cosine", "mean"),
     "cosine, not normalised": ("cosine", "none"),
     "asymmetric": ("asymmetric", "mean"),

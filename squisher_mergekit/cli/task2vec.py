@@ -23,7 +23,7 @@ from squisher_mergekit.cli.tables import name_list, table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from squisher_mergekit.applications.task2vec.distances import Metric, Normalize
+    from squisher_mergekit.applications.task2vec.distances import Metric, TaskNormalize
     from squisher_mergekit.applications.task2vec.embedding import Embedding, Per
     from squisher_mergekit.applications.task2vec.ranking import Quality
     from squisher_mergekit.fisher.config import Scaling
@@ -49,13 +49,25 @@ def command() -> None:
     """
 
 
+class _Divisor(click.Choice):  # type: ignore[type-arg,unused-ignore]
+    """Choice of the divisor; ``norm`` is the old word for ``l2``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the chosen word."""
+        if value == "norm":
+            click.echo("--normalize norm is deprecated; use --normalize l2", err=True)
+            value = "l2"
+        return super().convert(value, param, ctx)
+
+
 _distance_options = combined(
     choice_option("--metric", _METRICS, "Distance between two tasks.", default="cosine"),
-    choice_option(
+    click.option(
         "--normalize",
-        ["none", "mean", "norm"],
-        "Divisor of each task's F: none, its mean, or its L2 norm. A factor on one task alone changes the distance.",
+        type=_Divisor(["none", "mean", "l2"]),
         default="mean",
+        show_default=True,
+        help="Divisor of each task's F: none, its mean, or its L2 norm. A factor on one task alone changes the distance.",
     ),
     click.option(
         "--alpha", type=float, help="Weight of a source's complexity in --metric asymmetric; 0.15 by default."
@@ -133,7 +145,7 @@ def distance_command(
     tasks: tuple[str, ...],
     plot: Path | None,
     metric: Metric,
-    normalize: Normalize,
+    normalize: TaskNormalize,
     alpha: float | None,
     model: tuple[Path, ...],
     quiet: bool,
@@ -193,7 +205,7 @@ def rank_command(
     transfer: Path | None,
     sizes: Path | None,
     metric: Metric,
-    normalize: Normalize,
+    normalize: TaskNormalize,
     alpha: float | None,
     model: tuple[Path, ...],
     quiet: bool,
@@ -259,7 +271,7 @@ def _embedded(sources: Sequence[str], models: Sequence[Path], quiet: bool) -> di
 def _title(metric: str, normalize: str, alpha: float) -> str:
     """Return the title of tables and pictures."""
     form = f"asymmetric, alpha {alpha:g}" if metric == "asymmetric" else metric.replace("_", " ")
-    divided = {"none": "F as it is", "mean": "F divided by its mean", "norm": "F divided by its L2 norm"}
+    divided = {"none": "F as it is", "mean": "F divided by its mean", "l2": "F divided by its L2 norm"}
     return f"Task2Vec distance ({form}; {divided[normalize]})"
 
 

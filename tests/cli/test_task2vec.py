@@ -147,7 +147,8 @@ def test_metrics_and_normalisation(fishers, tasks, tmp_path):
             ("--metric", "normalized_cosine", "--normalize", "none"),
             {"metric": "normalized_cosine", "normalize": "none"},
         ),
-        (("--normalize", "norm"), {"normalize": "norm"}),
+        (("--normalize", "l2"), {"normalize": "l2"}),
+        (("--normalize", "norm"), {"normalize": "l2"}),  # the old word
         (("--metric", "asymmetric", "--alpha", 0.5), {"metric": "asymmetric", "alpha": 0.5}),
     ):
         _done("distance", *tasks[:2], *options, "--json", tmp_path / "d.json")

@@ -1,7 +1,8 @@
-"""Distances between tasks, from their embeddings."""
+"""Distances between the embeddings of tasks."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, TypeAlias, get_args
 
@@ -13,13 +14,13 @@ from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from squisher_mergekit.fisher.mapping import check_values
 
 Metric = Literal["cosine", "asymmetric", "plain_cosine", "normalized_cosine", "log_euclidean", "kl", "jensen_shannon"]
-Normalize = Literal["none", "mean", "norm"]
+TaskNormalize = Literal["none", "mean", "l2"]
 
 ALPHA = 0.15
-FLOOR = 1e-6
+SMALLEST = 1e-6  # smallest value, relative to the mean of a task, before a logarithm or a division
 
 Task: TypeAlias = Embedding | Mapping[str, Tensor] | Tensor
-"""What has a distance: an embedding, a mapping name -> values, or a vector, which counts as one tensor."""
+"""Embedding, mapping from name to values, or a vector, which counts as one tensor."""
 
 
 def unit_distance(a: Tensor, b: Tensor) -> float:
@@ -31,8 +32,8 @@ def unit_distance(a: Tensor, b: Tensor) -> float:
 def cosine(a: Tensor, b: Tensor) -> float:
     """Return the paper's symmetric distance, ``1 - cos(F_a / (F_a + F_b), F_b / (F_a + F_b))``, from 0 to 1.
 
-    An entry counts by how the two tasks share it, whatever its size; where both are 0 it is left out. One common
-    factor changes nothing; a factor on one of the two does.
+    An entry counts by its shares in the two tasks, not by its size; entries that are 0 in both are omitted. A common
+    factor does not change the distance, a factor on one task does.
 
     Source:
         Li et al. (2025), section 3.5; Achille et al. (2019), section 3.
@@ -48,9 +49,9 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def asymmetric(a: Tensor, b: Tensor, trivial_a: Tensor, alpha: float = ALPHA) -> float:
-    """Return the distance from a source a to a target b, ``d(a, b) - alpha d(a, trivial)``; it may be negative.
+    """Return the distance from a source a to a target b, ``d(a, b) - alpha d(a, trivial)``, which may be negative.
 
-    A source that is itself far from trivial, a complex task, comes nearer. See :func:`trivial`.
+    A complex source, far from its :func:`trivial` embedding, comes nearer.
 
     Source:
         Achille et al. (2019), section 3, with their alpha.
@@ -59,11 +60,11 @@ def asymmetric(a: Tensor, b: Tensor, trivial_a: Tensor, alpha: float = ALPHA) ->
 
 
 def trivial(task: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the embedding of a task that tells nothing: every filter of a tensor is at the mean of the tensor.
+    """Return the trivial embedding of a task: every filter of a tensor has the mean of the tensor.
 
-    The original takes the prior: one variance a layer, with nothing learnt about its filters. A Fisher has no prior;
-    its means keep the scale of each layer, which is the network's, and drop what the task adds. So the distance to it
-    does not change with the scale of F.
+    The original uses the prior, with one variance per layer. A Fisher has no prior; the means keep the scale of each
+    layer, which belongs to the network, and drop the differences between filters, which belong to the task. The
+    distance to the trivial embedding does not depend on the scale of F.
 
     Example:
         >>> trivial({"w": torch.tensor([1.0, 3.0])})
@@ -73,21 +74,21 @@ def trivial(task: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plain_cosine(a: Tensor, b: Tensor) -> float:
-    """Return ``1 - cos(F_a, F_b)``: few large entries decide it; no factor changes it."""
+    """Return ``1 - cos(F_a, F_b)``: a few large entries dominate it; factors do not change it."""
     return unit_distance(a, b)
 
 
 def normalized_cosine(a: Tensor, b: Tensor, trivial_a: Tensor, trivial_b: Tensor) -> float:
     """Return the cosine distance of the variances ``1 / F``, each in units of its layer's trivial one.
 
-    The least informed filters decide it. Entries are floored, see :func:`distance`.
+    The least informed filters dominate it. Small entries are raised, see :func:`distance`.
     """
-    pairs = ((_floored(a), _floored(trivial_a)), (_floored(b), _floored(trivial_b)))
+    pairs = ((_clamped(a), _clamped(trivial_a)), (_clamped(b), _clamped(trivial_b)))
     return unit_distance(*(prior / value for value, prior in pairs))
 
 
 def log_euclidean(a: Tensor, b: Tensor) -> float:
-    """Return the root mean square of ``ln F_a - ln F_b``, in nats. Entries are floored, see :func:`distance`."""
+    """Return the root mean square of ``ln F_a - ln F_b``, in nats. Small entries are raised, see :func:`distance`."""
     a, b = _positive(a, b)
     return (a.log() - b.log()).square().mean().sqrt().item()
 
@@ -103,7 +104,8 @@ def kl(a: Tensor, b: Tensor) -> float:
 def jensen_shannon(a: Tensor, b: Tensor) -> float:
     """Return the mean divergence of both normals from the one with the mean of their variances ``1 / F``.
 
-    That is ``ln(arithmetic / geometric mean of the variances) / 2``; the original takes this normal for the mixture.
+    The divergence is ``ln(arithmetic / geometric mean of the variances) / 2``; the original uses this normal in place of
+    the mixture.
     """
     a, b = _positive(a, b)
     between = (a.reciprocal() + b.reciprocal()).div(2).log()
@@ -111,13 +113,14 @@ def jensen_shannon(a: Tensor, b: Tensor) -> float:
 
 
 def _positive(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the entries that are positive in one of the two, floored."""
+    """Return the entries that are positive in a or b, small ones raised."""
     held = (a > 0) | (b > 0)
-    return _floored(a)[held], _floored(b)[held]
+    return _clamped(a)[held], _clamped(b)[held]
 
 
-def _floored(values: Tensor) -> Tensor:
-    return values.clamp_min(FLOOR * values.mean().item())
+def _clamped(values: Tensor) -> Tensor:
+    """Return the values, small ones raised to :data:`SMALLEST` of their mean."""
+    return values.clamp_min(SMALLEST * values.mean().item())
 
 
 _SYMMETRIC: dict[str, Callable[[Tensor, Tensor], float]] = {
@@ -129,27 +132,29 @@ _SYMMETRIC: dict[str, Callable[[Tensor, Tensor], float]] = {
 }
 
 
-def distance(a: Task, b: Task, metric: Metric = "cosine", normalize: Normalize = "mean", alpha: float = ALPHA) -> float:
-    """Return the distance of two tasks; of an asymmetric metric from a, the source, to b, the target.
+def distance(
+    a: Task, b: Task, metric: Metric = "cosine", normalize: TaskNormalize = "mean", alpha: float = ALPHA
+) -> float:
+    """Return the distance of two tasks; an asymmetric metric measures from a, the source, to b, the target.
 
     Args:
         a: A task.
-        b: Another, with the same tensors.
+        b: Another task, with the same tensors.
         metric: ``cosine``, the paper's (:func:`cosine`); :func:`asymmetric`; or one of the alternatives
             :func:`plain_cosine`, :func:`normalized_cosine`, :func:`log_euclidean`, :func:`kl`, :func:`jensen_shannon`.
-            Those that need a logarithm or a variance raise every value to at least 1e-6 of its task's mean.
-        normalize: What each task is divided by first: nothing, its ``mean`` over all values, or its L2 ``norm``. F
-            grows and falls with batch size, clipping and loss reduction, and a factor on one task alone changes the
-            distance. The mean takes such factors out; so does the norm, but few large values decide it.
-        alpha: Of ``asymmetric``.
+            Metrics with a logarithm or a variance raise every value to at least 1e-6 of the task's mean.
+        normalize: Divisor of each task: 1 (``none``), its ``mean`` over all values, or its L2 norm (``l2``). Batch
+            size, clipping and loss reduction scale F, and a factor on one task changes the distance. Mean and norm
+            remove such factors; a few large values dominate the norm.
+        alpha: Weight of the trivial distance in ``asymmetric``.
 
     Returns:
         The distance, computed in float64.
 
     Raises:
-        MismatchError: The tasks differ in tensors, in their lengths, or in how they were made.
+        MismatchError: The tasks differ in tensors, lengths, granularity or scaling.
         ValuesError: A value is NaN, infinite or negative, or all are 0.
-        ConfigError: An argument is out of its range.
+        ConfigError: An argument is out of range.
 
     Example:
         >>> a, b = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 3.0])
@@ -162,7 +167,7 @@ def distance(a: Task, b: Task, metric: Metric = "cosine", normalize: Normalize =
 def distance_matrix(
     tasks: Mapping[str, Task],
     metric: Metric = "cosine",
-    normalize: Normalize = "mean",
+    normalize: TaskNormalize = "mean",
     alpha: float = ALPHA,
     progress: Iterable[str] | None = None,
 ) -> Tensor:
@@ -176,11 +181,14 @@ def distance_matrix(
         progress: The names, wrapped in a progress bar.
 
     Returns:
-        Float64, ``[n, n]``: from the task of a row to that of a column.
+        float64, ``[n, n]``: the distance from the task of the row to that of the column.
 
     Raises:
-        RefusedError: As for :func:`distance`; or there are fewer than two tasks.
+        RefusedError: As for :func:`distance`, or for fewer than two tasks.
     """
+    if normalize == "norm":
+        warnings.warn("normalize='norm' is deprecated; use 'l2'", DeprecationWarning, stacklevel=2)
+        normalize = "l2"
     _check_arguments(metric, normalize, alpha, len(tasks))
     _check_fit(tasks)
     reference = _as_mapping(next(iter(tasks.values())))
@@ -209,16 +217,16 @@ def distance_matrix(
 
 
 def clustered(matrix: Tensor) -> tuple[list[int], Tensor]:
-    """Return an order of tasks in which near ones stand together, and the tree that it comes from.
+    """Return an order of tasks with near tasks together, and the tree of the order.
 
-    Average linkage, of asymmetric distances over the mean of both directions, with the leaves turned so that neighbours
-    are near. Where a distance is negative, all are shifted to be at least 0.
+    The tree is that of average linkage, with leaves ordered so that neighbours are near. Asymmetric distances are
+    averaged over both directions. Negative distances are shifted to be at least 0.
 
     Args:
         matrix: Distances, ``[n, n]``, n at least 2.
 
     Returns:
-        The order, and scipy's linkage matrix, float64, ``[n - 1, 4]``: what is joined, at which height, how many.
+        The order, and scipy's linkage matrix, float64, ``[n - 1, 4]``: two clusters, their height, and their size.
 
     Example:
         >>> clustered(torch.tensor([[0.0, 5.0, 1.0], [5.0, 0.0, 6.0], [1.0, 6.0, 0.0]]))[0]
@@ -234,7 +242,7 @@ def clustered(matrix: Tensor) -> tuple[list[int], Tensor]:
 
 
 def _check_arguments(metric: str, normalize: str, alpha: float, count: int) -> None:
-    for what, value, known in (("metric", metric, get_args(Metric)), ("normalize", normalize, get_args(Normalize))):
+    for what, value, known in (("metric", metric, get_args(Metric)), ("normalize", normalize, get_args(TaskNormalize))):
         if value not in known:
             raise ConfigError(f"{what} must be one of {', '.join(known)}, found {value!r}")
     if not 0 <= alpha < float("inf"):
@@ -250,7 +258,7 @@ def _as_mapping(task: Task) -> Mapping[str, Tensor]:
 
 
 def _check_fit(tasks: Mapping[str, Task]) -> None:
-    """Refuse tasks that differ from the first one in tensors, lengths, granularity or scaling."""
+    """Raise if a task differs from the first one in tensors, lengths, granularity or scaling."""
     (first, one), *others = tasks.items()
     reference = _as_mapping(one)
     for name, task in others:
@@ -277,8 +285,8 @@ def _check_fit(tasks: Mapping[str, Task]) -> None:
                 )
 
 
-def _flat(task: Mapping[str, Tensor], names: list[str], normalize: Normalize, label: str) -> Tensor:
-    """Return all values of a task as one float64 vector, normalised."""
+def _flat(task: Mapping[str, Tensor], names: list[str], normalize: TaskNormalize, label: str) -> Tensor:
+    """Return all values of a task as one normalised float64 vector."""
     for name in names:
         check_values(task[name], name, label)
     flat = torch.cat([task[name].reshape(-1).double().cpu() for name in names]) if names else torch.empty(0)
@@ -290,6 +298,6 @@ def _flat(task: Mapping[str, Tensor], names: list[str], normalize: Normalize, la
 
 
 def _flat_trivial(flat: Tensor, sizes: list[int]) -> Tensor:
-    """Return :func:`trivial` of a vector that is cut into tensors of these sizes."""
+    """Return :func:`trivial` of a vector that concatenates tensors of these sizes."""
     parts = {str(number): part for number, part in enumerate(torch.split(flat, sizes))}
     return torch.cat(list(trivial(parts).values()))

@@ -1,4 +1,4 @@
-"""Task2Vec: a task as the Fisher of a network trained on it, averaged over each filter; and the file it is kept in."""
+"""Task2Vec embeddings: the Fisher of a network trained on a task, averaged over each filter; and their files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Per = Literal["row", "tensor", "entry"]
 
 FORMAT_VERSION = 1
 _KEY = "squisher_task2vec"
-# Heads of tasks, by the names that Hugging Face, timm and torchvision give them. A pooler belongs to the trunk.
+# Names of heads in Hugging Face, timm and torchvision. A pooler belongs to the trunk.
 HEAD = re.compile(
     r"(^|\.)(classifier|pre_classifier|classification_head|score|lm_head|embed_out|qa_outputs|cls)(\.|$)"
     r"|^(fc|heads?)\."
@@ -32,10 +32,13 @@ HEAD = re.compile(
 
 
 class EmbeddingInfo(BaseModel):
-    """What is known of an embedding beside its values.
+    """Metadata of an embedding; fields without a line here are those of ``fisher_config.json``.
 
-    ``name``: of the task. ``source``: name of the folder or file of its Fisher. ``excluded``: tensors that were left
-    out, and why. The rest is as in ``fisher_config.json``.
+    Attributes:
+        name: Name of the task.
+        per: Granularity: ``row``, ``tensor`` or ``entry``.
+        excluded: Name -> reason, for tensors that the embedding omits.
+        source: Name of the folder or file of the Fisher.
     """
 
     format_version: int = FORMAT_VERSION
@@ -56,7 +59,12 @@ class EmbeddingInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Embedding:
-    """A task as a vector: parameter name -> mean F of each of its filters, float32, on the CPU."""
+    """Task as a vector.
+
+    Attributes:
+        tensors: Parameter name -> mean F of each filter, float32, on the CPU.
+        info: Metadata.
+    """
 
     tensors: Mapping[str, Tensor]
     info: EmbeddingInfo
@@ -68,7 +76,7 @@ class Embedding:
 
     @property
     def mean(self) -> float:
-        """Mean over all values."""
+        """Mean of all values."""
         return sum(tensor.sum(dtype=torch.float64).item() for tensor in self.tensors.values()) / self.size
 
 
@@ -84,26 +92,26 @@ def embed(
 ) -> Embedding:
     """Return the embedding of a task: the mean of F over each filter of the trunk.
 
-    For a tensor of shape ``[n, ...]``, value i is the mean of ``F[i]`` over all other axes: one value for a filter of
-    a convolution, a row of a matrix, a word of an embedding. (GPT-2 keeps its matrices as ``[in, out]``: a row is an
-    input there.) The head is left out, because tasks differ in its shape and meaning; so are tensors with one axis, as
-    in the original. One tensor of the Fisher is in memory at a time.
+    For a tensor of shape ``[n, ...]``, value i is the mean of ``F[i]`` over all other axes: one value per filter of a
+    convolution, row of a matrix or word of an embedding table. (GPT-2 has matrices ``[in, out]``: a row is an input.)
+    The embedding omits the head, as tasks differ in its shape and meaning, and, as the original, tensors with one axis.
+    One tensor of the Fisher is in memory at a time.
 
     Args:
-        fisher: Of the network after it was trained on the task.
-        per: ``row``; ``tensor``: one value a tensor, its mean; ``entry``: every entry, no mean.
-        scaling: As for :meth:`Fisher.scaled`.
-        with_vectors: Take biases and other tensors with one axis as well, entry by entry.
-        exclude: Regular expressions; a tensor in whose name one is found is left out, as the head is.
-        name: Of the task; by default that of the Fisher's folder.
+        fisher: Fisher of the network after training on the task.
+        per: Granularity. ``row``: one value per row. ``tensor``: one value per tensor, its mean. ``entry``: every entry.
+        scaling: Scale of F, as for :meth:`Fisher.scaled`.
+        with_vectors: Include biases and other tensors with one axis, entry by entry.
+        exclude: Regular expressions; tensors whose names match one are omitted, as the head.
+        name: Name of the task; by default the name of the Fisher's folder.
         progress: The names of ``fisher``, wrapped in a progress bar.
 
     Returns:
         The embedding.
 
     Raises:
-        ConfigError: An expression is wrong or matches no tensor, nothing is left, or a number that the scaling needs is
-            not recorded.
+        ConfigError: An expression is invalid or matches no tensor, no tensor is left, or a number that the scaling
+            needs is not recorded.
         ValuesError: An entry is NaN, infinite or negative, or all values are 0.
 
     Source:
@@ -146,7 +154,7 @@ def embed(
 
 
 def default_name(location: str) -> str:
-    """Return the name of the folder that a Fisher lies in, of a Hub id its last part.
+    """Return the name of a Fisher's folder, or the last part of a Hub id.
 
     Example:
         >>> default_name("runs/movies/fisher.safetensors"), default_name("org/movies@main")
@@ -158,19 +166,19 @@ def default_name(location: str) -> str:
 
 
 def open_tasks(sources: Sequence[str], models: Sequence[str | Path] = ()) -> dict[str, Embedding | Fisher]:
-    """Open embeddings and Fishers, each under the name of its task.
+    """Open embeddings and Fishers by the names of their tasks.
 
     Args:
-        sources: Each an embedding's file, or whatever ``load_fisher`` opens; ``NAME=`` in front names the task. Else an
-            embedding has its own name, and a Fisher that of its folder.
-        models: Weights for ``load_fisher``: none, one for all, or one for each source.
+        sources: Files of embeddings, or sources that ``load_fisher`` opens. ``NAME=SOURCE`` names the task; otherwise
+            an embedding has its own name, and a Fisher the name of its folder.
+        models: Weights for ``load_fisher``: none, one for all, or one per source.
 
     Returns:
         Name -> embedding or Fisher, in the order given.
 
     Raises:
-        ConfigError: A name is no file name, or two are equal; or there is another number of models.
-        RefusedError: One cannot be opened.
+        ConfigError: A name is not a file name, two names are equal, or the number of models is wrong.
+        RefusedError: A source cannot be opened.
     """
     if len(models) not in (0, 1, len(sources)):
         raise ConfigError(f"models must be one for all or one for each of {len(sources)} Fishers, found {len(models)}")
@@ -189,7 +197,7 @@ def open_tasks(sources: Sequence[str], models: Sequence[str | Path] = ()) -> dic
 
 
 def split_name(source: str) -> tuple[str | None, str]:
-    """Return name and path of ``NAME=PATH``; there is no name where the whole is a path, or has no ``=``.
+    """Return name and path of ``NAME=PATH``; the name is None if the whole text is a path or has no ``=``.
 
     Example:
         >>> split_name("movies=runs/7/checkpoint-50"), split_name("runs/7")
@@ -200,7 +208,7 @@ def split_name(source: str) -> tuple[str | None, str]:
 
 
 def _excluded(fisher: Fisher, with_vectors: bool, exclude: Sequence[str]) -> dict[str, str]:
-    """Return the names that are left out, and why."""
+    """Return name -> reason, for the tensors to omit."""
     reasons = {}
     patterns = [_compiled(pattern) for pattern in exclude]
     for pattern in patterns:
@@ -234,14 +242,14 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _values(fisher: Fisher, name: str, scaling: Scaling, per: Per) -> Tensor:
-    """Return the means of F over the rows of a tensor, over all of it, or its entries; flat, float32."""
+    """Return the means of F over the rows of a tensor or over the tensor, or its entries; flat, float32."""
     raw = fisher[name]
     check_values(raw, name, fisher.location)
     if per == "entry":
         return fisher.scaled(name, scaling).reshape(-1).float().cpu()
     rows = raw.flatten(1) if raw.dim() > 1 else raw.reshape(-1, 1)
     offset, step = fisher.offset(name, scaling), max(1, Moments.BLOCK // max(rows.shape[1], 1))
-    # A block at a time: the float64 copy of a whole embedding table would be the largest thing in memory.
+    # In blocks: the float64 copy of a whole embedding table would be the largest tensor in memory.
     means = torch.empty(len(rows), dtype=torch.float64, device=raw.device)
     for at in range(0, len(rows), step):
         means[at : at + step] = rows[at : at + step].to(torch.float64, copy=True).sub_(offset).mean(1)
@@ -250,12 +258,14 @@ def _values(fisher: Fisher, name: str, scaling: Scaling, per: Per) -> Tensor:
 
 
 def write_embedding(embedding: Embedding, path: str | Path) -> None:
-    """Write an embedding as one safetensors file: a tensor a name, the metadata as JSON under ``squisher_task2vec``.
+    """Write an embedding as one safetensors file, with its metadata as JSON under ``squisher_task2vec``.
 
-    It is written beside, synced and renamed.
+    Args:
+        embedding: The embedding.
+        path: The file to create; it appears when it is complete.
 
     Raises:
-        ConfigError: There is something of this name already.
+        ConfigError: The file exists.
     """
     from safetensors.torch import save
 
@@ -263,20 +273,20 @@ def write_embedding(embedding: Embedding, path: str | Path) -> None:
     _check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in embedding.tensors.items()}
-    beside = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
-        beside.write_bytes(save(tensors, {"format": "pt", _KEY: embedding.info.model_dump_json()}))
-        sync(beside)
-        beside.replace(path)
+        temporary.write_bytes(save(tensors, {"format": "pt", _KEY: embedding.info.model_dump_json()}))
+        sync(temporary)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def places_of(names: Sequence[str], out: Path) -> dict[str, Path]:
     """Return the file of each task: ``out`` itself if it ends in ``.safetensors``, else ``NAME.safetensors`` in it.
 
     Raises:
-        ConfigError: There are several tasks for one file, or a file is there already.
+        ConfigError: ``out`` is one file for several tasks, or a file exists.
     """
     single = out.suffix == ".safetensors"
     if single and len(names) > 1:
@@ -288,10 +298,10 @@ def places_of(names: Sequence[str], out: Path) -> dict[str, Path]:
 
 
 def write_embeddings(embeddings: Mapping[str, Embedding], out: Path) -> dict[str, Path]:
-    """Write embeddings to where :func:`places_of` says: all of them, or none.
+    """Write embeddings to the files of :func:`places_of`: all or none.
 
     Raises:
-        ConfigError: As there.
+        ConfigError: As for :func:`places_of`.
     """
     places = places_of(list(embeddings), out)
     if out.suffix == ".safetensors":
@@ -309,17 +319,20 @@ def _check_new(path: Path) -> None:
 
 
 def is_embedding(path: Path) -> bool:
-    """Return whether a file says that it is an embedding."""
+    """Return True if a file has the metadata of an embedding."""
     return path.is_file() and path.suffix == ".safetensors" and _KEY in safetensors_notes(path)
 
 
 def read_embedding(path: str | Path) -> Embedding:
-    """Read what :func:`write_embedding` has written.
+    """Read an embedding.
+
+    Args:
+        path: File of :func:`write_embedding`.
 
     Raises:
-        NotFoundError: There is no such file, or it is no embedding.
-        CorruptFileError: It is damaged, or its metadata are.
-        ConfigError: It was written by a later version.
+        NotFoundError: The file does not exist, or is not an embedding.
+        CorruptFileError: The file or its metadata are damaged.
+        ConfigError: A later version wrote the file.
         ValuesError: A value is NaN, infinite or negative.
     """
     from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""Which source task to take for a target: an order by distance, and how good it was when all transfers are known."""
+"""Ranking of source tasks for a target by distance, and the quality of a ranking where all transfers are known."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ from typing import Any
 
 from torch import Tensor
 
-from squisher_mergekit.applications.task2vec.distances import ALPHA, Metric, Normalize, Task, distance_matrix
+from squisher_mergekit.applications.task2vec.distances import ALPHA, Metric, Task, TaskNormalize, distance_matrix
 from squisher_mergekit.applications.task2vec.embedding import Embedding
 from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError
 
 Scores = Mapping[str, float]
-"""Source -> how well a network does on the target when it was trained on the source first; higher is better."""
+"""Source -> score on the target of a network that was trained on the source first; higher is better."""
 Keys = Mapping[str, float]
-"""Source -> number by which sources are ordered, the smallest first, such as a distance."""
+"""Source -> sort key, such as a distance; the smallest comes first."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How good an order of sources is: see :func:`reciprocal_rank`, :func:`ndcg` and :func:`best_rank`."""
+    """Quality of an order of sources.
+
+    Attributes:
+        reciprocal_rank: See :func:`reciprocal_rank`.
+        ndcg: See :func:`ndcg`.
+        best_rank: See :func:`best_rank`.
+    """
 
     reciprocal_rank: float
     ndcg: float
@@ -35,23 +41,23 @@ def rank(
     target: Task,
     sources: Mapping[str, Task],
     metric: Metric = "cosine",
-    normalize: Normalize = "mean",
+    normalize: TaskNormalize = "mean",
     alpha: float = ALPHA,
 ) -> list[tuple[str, float]]:
     """Return the sources with their distance to the target, the nearest first.
 
     Args:
-        target: The task that is to be learnt.
-        sources: Name -> task that a network was trained on already.
-        metric: As for :func:`~squisher_mergekit.applications.task2vec.distances.distance`, from source to target.
-        normalize: As there.
-        alpha: As there.
+        target: Task to learn.
+        sources: Name -> task on which a network was trained.
+        metric: As for :func:`~squisher_mergekit.applications.task2vec.distance`, from source to target.
+        normalize: As for ``distance``.
+        alpha: As for ``distance``.
 
     Returns:
-        Name and distance of each source; equal ones in the order given.
+        Name and distance of each source; sources at equal distance keep their order.
 
     Raises:
-        RefusedError: As there.
+        RefusedError: As for ``distance``.
 
     Example:
         >>> from torch import tensor
@@ -66,33 +72,33 @@ def rank(
 
 
 def reciprocal_rank(keys: Keys, scores: Scores) -> float:
-    """Return 1 over the place of the best source, from 1; of equal keys the expectation over all orders of them.
+    """Return 1 over the rank of the best source; the expectation over all orders of equal keys.
 
     Args:
-        keys: Source -> key.
-        scores: The score of each of them; where several are best, the first one counts.
+        keys: Source -> sort key.
+        scores: Source -> score; if several are best, the first in rank counts.
 
     Example:
         >>> reciprocal_rank({"a": 0.3, "b": 0.1, "c": 0.2}, {"a": 0.9, "b": 0.8, "c": 0.95})
         0.5
     """
-    return sum(chance / place for place, chance in _places_of_best(keys, scores))
+    return sum(probability / place for place, probability in _ranks_of_best(keys, scores))
 
 
 def best_rank(keys: Keys, scores: Scores) -> float:
-    """Return the place of the best source, from 1; of equal keys the expectation over all orders of them."""
-    return sum(chance * place for place, chance in _places_of_best(keys, scores))
+    """Return the rank of the best source, from 1; the expectation over all orders of equal keys."""
+    return sum(probability * place for place, probability in _ranks_of_best(keys, scores))
 
 
 def ndcg(keys: Keys, scores: Scores) -> float:
     """Return the normalised discounted cumulative gain of an order.
 
-    ``DCG = sum_r gain_r / log2(1 + r)`` over the places r = 1, 2, ..., divided by that of the best order. The gain of a
-    source is its score less the lowest one, so that the worst source counts 0 whatever the scale of the scores; where
-    all scores are equal every order is as good, and it is 1. Equal keys share the mean of their places' discounts.
+    ``DCG = sum_r gain_r / log2(1 + r)`` over the ranks r = 1, 2, ..., divided by that of the best order. The gain of a
+    source is its score minus the lowest score, so that the worst source counts 0 on any scale. If all scores are equal,
+    the result is 1. Equal keys share the mean of their discounts.
 
     Source:
-        Järvelin and Kekäläinen (2002), with gains shifted as said.
+        Järvelin and Kekäläinen (2002), with shifted gains.
 
     Example:
         >>> round(ndcg({"a": 1, "b": 2, "c": 3}, {"a": 0.5, "b": 0.9, "c": 0.7}), 4)
@@ -111,12 +117,16 @@ def ndcg(keys: Keys, scores: Scores) -> float:
 
 
 def quality(keys: Keys, scores: Scores) -> Quality:
-    """Return all measures of one order; of the random order if all keys are equal."""
+    """Return all measures of one order; equal keys stand for a random order."""
     return Quality(reciprocal_rank(keys, scores), ndcg(keys, scores), best_rank(keys, scores))
 
 
 def mrr(keys: Mapping[str, Keys], scores: Mapping[str, Scores]) -> float:
-    """Return the mean over targets of :func:`reciprocal_rank`; both arguments are target -> source -> number.
+    """Return the mean of :func:`reciprocal_rank` over targets.
+
+    Args:
+        keys: Target -> source -> sort key.
+        scores: Target -> source -> score.
 
     Example:
         >>> mrr({"t": {"a": 1, "b": 2}, "u": {"a": 1, "b": 2}}, {"t": {"a": 5, "b": 3}, "u": {"a": 3, "b": 5}})
@@ -128,15 +138,15 @@ def mrr(keys: Mapping[str, Keys], scores: Mapping[str, Scores]) -> float:
 def assess(
     distances: Mapping[str, Keys], transfer: Mapping[str, Scores], sizes: Mapping[str, float] | None = None
 ) -> dict[str, dict[str, Quality]]:
-    """Return how good orders of sources are: by distance, by size of the data (the largest first), and at random.
+    """Return the quality of three orders of sources: by distance, by size of the data (the largest first), at random.
 
     Args:
         distances: Target -> source -> distance.
-        transfer: Target -> source -> score, for all of them.
-        sizes: Task -> number of examples; None leaves the order by size out.
+        transfer: Target -> source -> score, for every pair.
+        sizes: Task -> number of examples; None omits the order by size.
 
     Returns:
-        Order (``distance``, ``size``, ``random``) -> target -> its quality; the mean over targets under ``mean``.
+        Order (``distance``, ``size``, ``random``) -> target -> quality; the target ``mean`` has the mean over targets.
     """
     orders = {"distance": distances}
     if sizes is not None:
@@ -151,7 +161,7 @@ def assess(
 
 
 def orders_of(matrix: Tensor, names: list[str], targets: list[str]) -> dict[str, dict[str, float]]:
-    """Return target -> source -> distance, from a matrix of distances between all names."""
+    """Return target -> source -> distance from a matrix of distances between all names."""
     columns = {name: matrix[:, place].tolist() for place, name in enumerate(names)}
     return {
         target: {source: columns[target][place] for place, source in enumerate(names) if source != target}
@@ -160,14 +170,14 @@ def orders_of(matrix: Tensor, names: list[str], targets: list[str]) -> dict[str,
 
 
 def known_sizes(tasks: Mapping[str, Embedding]) -> dict[str, float] | None:
-    """Return the number of examples behind each task's Fisher; None where one does not record it."""
+    """Return task -> number of examples of its Fisher; None if a Fisher does not record it."""
     found = {name: task.info.num_examples for name, task in tasks.items()}
     sizes = {name: float(size) for name, size in found.items() if size is not None}
     return sizes if len(sizes) == len(found) else None
 
 
 def _groups(keys: Keys) -> Iterator[tuple[int, list[str]]]:
-    """Yield the sources of each key in order, and the first place that they hold together."""
+    """Yield the first rank and the sources of each key, in order of the keys."""
     place = 1
     for key in sorted(set(keys.values())):
         group = [source for source in keys if keys[source] == key]
@@ -175,8 +185,8 @@ def _groups(keys: Keys) -> Iterator[tuple[int, list[str]]]:
         place += len(group)
 
 
-def _places_of_best(keys: Keys, scores: Scores) -> Iterator[tuple[int, float]]:
-    """Yield each place that the first of the best sources can have, and its probability."""
+def _ranks_of_best(keys: Keys, scores: Scores) -> Iterator[tuple[int, float]]:
+    """Yield each possible rank of the first best source, and its probability."""
     best = max(scores[source] for source in keys)
     first, group = next((first, group) for first, group in _groups(keys) if any(scores[s] == best for s in group))
     size, hits = len(group), sum(scores[source] == best for source in group)
@@ -191,15 +201,15 @@ def read_transfer(path: Path, names: list[str], targets: list[str]) -> dict[str,
         path: JSON, ``{target: {source: score}}`` or a list of ``{"target": ..., "source": ..., "score": ...}``; or CSV
             with the columns ``target``, ``source`` and ``score``.
         names: All tasks.
-        targets: Those that need a score from each other task.
+        targets: Tasks that need a score from every other task.
 
     Returns:
-        Target -> source -> score, of the targets. A task's score from itself is left out.
+        Target -> source -> score, without the scores of a task from itself.
 
     Raises:
-        NotFoundError: There is no such file.
-        CorruptFileError: It is no such table.
-        MismatchError: It names a task that is not given, twice the same pair, or lacks a pair.
+        NotFoundError: The file does not exist.
+        CorruptFileError: The file is not such a table.
+        MismatchError: The table names an unknown task, has a pair twice, or lacks a pair.
     """
     found: dict[str, dict[str, float]] = {}
     for target, source, score in _rows(path):
@@ -223,18 +233,20 @@ def read_sizes(path: Path, names: list[str]) -> dict[str, float]:
     """Read the number of examples of each task: JSON, ``{task: size}``, or CSV with the columns ``task`` and ``size``.
 
     Raises:
-        NotFoundError: There is no such file.
-        CorruptFileError: It is no such table.
-        MismatchError: It lacks a task, or names one that is not given.
+        NotFoundError: The file does not exist.
+        CorruptFileError: The file is not such a table.
+        MismatchError: The table lacks a task, or names an unknown one.
     """
     data = _read(path)
     if isinstance(data, dict):
         data = [{"task": task, "size": size} for task, size in data.items()]
     found = {_text(row, "task", path): _number(row, "size", path) for row in data}
-    odd = next((name for name in (*names, *found) if name not in found or name not in names), None)
-    if odd is not None:
-        what = "lacks" if odd in names else "names, beside those,"
-        raise MismatchError(f"{path} must have the size of the tasks given ({', '.join(names)}), but it {what} {odd}")
+    wrong = next((name for name in (*names, *found) if name not in found or name not in names), None)
+    if wrong is not None:
+        fault = "lacks" if wrong in names else "names, beside those,"
+        raise MismatchError(
+            f"{path} must have the size of the tasks given ({', '.join(names)}), but it {fault} {wrong}; correct the table"
+        )
     return found
 
 
@@ -249,7 +261,7 @@ def _rows(path: Path) -> Iterator[tuple[str, str, float]]:
 
 
 def _read(path: Path) -> Any:
-    """Return the rows of a CSV file or the content of a JSON file, an object or a list."""
+    """Return the rows of a CSV file, or the object or list in a JSON file."""
     if not path.is_file():
         raise NotFoundError(f"a table must be a JSON or CSV file, but there is no {path}")
     try:

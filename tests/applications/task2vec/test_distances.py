@@ -99,13 +99,13 @@ def test_hand_computed():
 def test_a_common_factor_changes_nothing_and_unequal_ones_do(seed, power):
     """Without normalisation the symmetric cosine keeps under a common factor alone; by mean or norm under any."""
     a, b = _task(seed), _task(seed + 1)
-    common = {normalize: distance(a, b, normalize=normalize) for normalize in ("none", "mean", "norm")}
+    common = {normalize: distance(a, b, normalize=normalize) for normalize in ("none", "mean", "l2")}
     scaled = {name: 10.0**power * part for name, part in a.items()}, {n: 10.0**power * p for n, p in b.items()}
     for normalize, wanted in common.items():
         assert distance(*scaled, normalize=normalize) == pytest.approx(wanted, rel=1e-9)
     unequal = {name: 7 * part for name, part in b.items()}
     assert abs(distance(a, unequal, normalize="none") - common["none"]) > 1e-7
-    for normalize in ("mean", "norm"):
+    for normalize in ("mean", "l2"):
         assert distance(a, unequal, normalize=normalize) == pytest.approx(common[normalize], rel=1e-9)
 
 
@@ -130,7 +130,7 @@ def test_a_factor_on_one_task_can_decide_an_order():
     assert distance(target, far, normalize="none") == pytest.approx(0.4, abs=1e-12)
     assert distance(target, 7 * far, normalize="none") == pytest.approx(wanted, abs=1e-12)
     assert wanted < 0.3 < distance(target, near, normalize="none") < 0.4
-    for normalize in ("mean", "norm"):
+    for normalize in ("mean", "l2"):
         assert distance(target, near, normalize=normalize) < distance(target, 7 * far, normalize=normalize)
 
 
@@ -244,3 +244,10 @@ def test_clusters_of_negative_distances():
     order, tree = clustered(matrix - 2)
     assert order == clustered(matrix)[0]
     assert (tree[:, 2] >= 0).all()
+
+
+def test_the_old_word_for_the_l2_norm_works_for_one_version():
+    """``norm`` gives the distance of ``l2``, and a warning."""
+    a, b = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 3.0])
+    with pytest.warns(DeprecationWarning, match="use 'l2'"):
+        assert distance(a, 7 * b, normalize="norm") == distance(a, 7 * b, normalize="l2")

@@ -1,0 +1,16 @@
+"""The sum of two quadratics is exact."""
+
+import pytest
+import torch
+
+from squisher_mergekit.applications.ewc.quadratics import Quadratic, add_quadratics
+
+
+def test_nothing_cancels_where_anchors_lie_close():
+    """Weights of size 1000 and steps of 1e-3: the sum of two quadratics keeps float32's precision of the steps."""
+    p = torch.full((11,), 1000.0, dtype=torch.float64)
+    q, theta = p + 1e-3, p + 2e-3
+    first, second = torch.full((11,), 3.0), torch.full((11,), 5.0)
+    found = add_quadratics(Quadratic(first.double(), p), Quadratic(second.double(), q)).at(theta)
+    expected = 11 * (3.0 * 2e-3**2 + 5.0 * 1e-3**2)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
