@@ -61,13 +61,14 @@ def _files(folder):
 
 
 def test_the_wheel_holds_the_package_and_the_start_up_files(wheel):
-    """The wheel has every module, py.typed, the licence, the three start-up files at its root, and nothing else."""
+    """The wheel has modules, manuals, py.typed, the licence, the start-up files at its root, and nothing else."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = {name for name in names if name.startswith("squisher_mergekit-0.1.0.dist-info/")}
     package = ROOT / "squisher_mergekit"
-    modules = {file.relative_to(ROOT).as_posix() for file in package.rglob("*.py") if "_startup" not in file.parts}
-    assert names - info == modules | STARTUP | {"squisher_mergekit/py.typed"}
+    files = (*package.rglob("*.py"), *package.rglob("README.md"))
+    content = {file.relative_to(ROOT).as_posix() for file in files if "_startup" not in file.parts}
+    assert names - info == content | STARTUP | {"squisher_mergekit/py.typed"}
     assert "squisher_mergekit-0.1.0.dist-info/licenses/LICENSE" in info
 
 
@@ -161,7 +162,7 @@ def test_uninstalling_the_wheel_leaves_nothing(wheel, tmp_path):
 
 @pytest.mark.parametrize("value", [None, "0"])
 def test_a_start_imports_one_small_module(wheel, tmp_path, value):
-    """An interpreter with the hook has one module more, our own small one (its cost: scripts.benchmarks.startup)."""
+    """An interpreter with the hook has one module more, our own small one (python -m scripts.benchmarks.startup measures its cost)."""
     environment = environments.make(tmp_path / "venv")
     environment.pip("install", "--no-deps", "--no-index", str(wheel))
     variables = {} if value is None else {SWITCH: value}
