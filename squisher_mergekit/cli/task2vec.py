@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -67,7 +67,7 @@ _distance_options = combined(
         type=_Divisor(["none", "mean", "l2"]),
         default="mean",
         show_default=True,
-        help="Divisor of each task's F: none, its mean, or its L2 norm. A factor on one task alone changes the distance.",
+        help="Divisor of each task's F: none, its mean, or its L2 norm. A factor on one task changes the distance.",
     ),
     click.option(
         "--alpha", type=float, help="Weight of a source's complexity in --metric asymmetric; 0.15 by default."

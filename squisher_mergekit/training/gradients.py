@@ -166,7 +166,7 @@ class GradientSquares:
             MismatchError: A name or a shape does not fit the model.
         """
         if state["beta"] != self.beta:
-            raise ConfigError(f"the saved average must be one with beta {self.beta}, found {state['beta']}; give that beta")
+            raise ConfigError(f"the average must be one with beta {self.beta}, found {state['beta']}; give that beta")
         for name, tensor in state["squares"].items():
             if name not in self._parameters:
                 raise MismatchError(

@@ -68,6 +68,7 @@ def prune(
         UnsupportedStateError: A parameter cannot be masked. After any error the model is unchanged.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         >>> prune(model, {"0.weight": torch.tensor([[9.0, 1.0], [1.0, 0.1]])}, 0.5).sparsity

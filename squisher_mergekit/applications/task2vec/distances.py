@@ -104,8 +104,8 @@ def kl(a: Tensor, b: Tensor) -> float:
 def jensen_shannon(a: Tensor, b: Tensor) -> float:
     """Return the mean divergence of both normals from the one with the mean of their variances ``1 / F``.
 
-    The divergence is ``ln(arithmetic / geometric mean of the variances) / 2``; the original uses this normal in place of
-    the mixture.
+    The divergence is ``ln(arithmetic / geometric mean of the variances) / 2``; the original uses this normal
+    in place of the mixture.
     """
     a, b = _positive(a, b)
     between = (a.reciprocal() + b.reciprocal()).div(2).log()
@@ -186,7 +186,7 @@ def distance_matrix(
     Raises:
         RefusedError: As for :func:`distance`, or for fewer than two tasks.
     """
-    if normalize == "norm":
+    if normalize == "norm":  # type: ignore[comparison-overlap]
         warnings.warn("normalize='norm' is deprecated; use 'l2'", DeprecationWarning, stacklevel=2)
         normalize = "l2"
     _check_arguments(metric, normalize, alpha, len(tasks))

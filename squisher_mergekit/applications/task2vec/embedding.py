@@ -99,7 +99,7 @@ def embed(
 
     Args:
         fisher: Fisher of the network after training on the task.
-        per: Granularity. ``row``: one value per row. ``tensor``: one value per tensor, its mean. ``entry``: every entry.
+        per: Granularity: one value per ``row``, one per ``tensor``, or every ``entry``.
         scaling: Scale of F, as for :meth:`Fisher.scaled`.
         with_vectors: Include biases and other tensors with one axis, entry by entry.
         exclude: Regular expressions; tensors whose names match one are omitted, as the head.

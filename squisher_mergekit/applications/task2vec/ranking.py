@@ -245,7 +245,7 @@ def read_sizes(path: Path, names: list[str]) -> dict[str, float]:
     if wrong is not None:
         fault = "lacks" if wrong in names else "names, beside those,"
         raise MismatchError(
-            f"{path} must have the size of the tasks given ({', '.join(names)}), but it {fault} {wrong}; correct the table"
+            f"{path} must have the size of the tasks given ({', '.join(names)}), but it {fault} {wrong}"
         )
     return found
 

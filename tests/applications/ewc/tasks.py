@@ -12,6 +12,7 @@ NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 
 
 def small_model(seed=0, dtype=torch.float32):
+    """Return a network of two layers."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5)).to(dtype)
 
@@ -49,18 +50,21 @@ def eq14(model, tasks, lam):
 
 
 def gradients_of(model, penalty):
+    """Return name -> gradient of the penalty alone."""
     model.zero_grad()
     penalty.add_gradient(model)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_close(found, expected, rtol=1e-5):
+    """Compare gradients by name, relative to the largest entry of a tensor."""
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name].double(), tensor, rtol=rtol, atol=1e-6 * float(tensor.abs().max()))
 
 
 def as_fisher(tensors, **config):
+    """Return a Fisher in memory with some metadata."""
     return Fisher(MemoryStore(dict(tensors)), FisherConfig(**config))
 
 

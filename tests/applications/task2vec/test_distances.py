@@ -203,7 +203,7 @@ def _embedding(tensors=None, **info):
         ({"x": torch.ones(3), "y": torch.zeros(3)}, {}, ValuesError, "y has 3 values and none is"),
         ({"x": {}, "y": {}}, {}, ValuesError, "x has 0 values"),
         ({"x": torch.ones(3), "y": torch.ones(3)}, {"metric": "cosin"}, ConfigError, "found 'cosin'"),
-        ({"x": torch.ones(3), "y": torch.ones(3)}, {"normalize": "l2"}, ConfigError, "none, mean, norm, found 'l2'"),
+        ({"x": torch.ones(3), "y": torch.ones(3)}, {"normalize": "max"}, ConfigError, "none, mean, l2, found 'max'"),
         ({"x": torch.ones(3), "y": torch.ones(3)}, {"alpha": -0.1}, ConfigError, "found -0.1"),
         ({"x": torch.ones(3), "y": torch.ones(3)}, {"alpha": float("nan")}, ConfigError, "found nan"),
         ({"x": torch.ones(1), "y": torch.ones(1)}, {"metric": "asymmetric"}, ConfigError, "embed per row"),
