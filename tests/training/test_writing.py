@@ -236,7 +236,7 @@ def test_an_optimizer_without_second_moments_is_refused(tmp_path, kind):
 def test_a_dtype_that_loses_entries_is_refused(tmp_path):
     """float16 is refused before anything is read."""
     model = _net()
-    with pytest.raises(ConfigError, match="float32 or bfloat16.*, found 'float16'"):
+    with pytest.raises(ConfigError, match=r"float32 or bfloat16.*, found 'float16'"):
         save_squisher(model, torch.optim.AdamW(model.parameters()), tmp_path, dtype="float16")
 
 
