@@ -121,9 +121,11 @@ class World:
             self._copy(self._run(name, numbers) / f"checkpoint-{STEPS}", folder / name)
         for name, base in {"base": "llama-base", "bert-base": "bert-base"}.items():
             self._copy(self.root / base, folder / name)
-        for name in re.findall(r"\b([\w-]+)\.jsonl\b", text):
-            texts = [{"text": "one plus two is three", "label": 0}, {"text": "def two return good", "label": 2}]
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+        for name in {"math", "code", *re.findall(r"\b([\w-]+)\.jsonl\b", text)}:
+            texts: list[dict[str, object]] = [{"text": "one plus two is three"}, {"text": "def two return good"}]
+            labels = [{"label": number} if name in CLASSIFIERS else {} for number in (0, 2)]
+            lines = [json.dumps(row | label) + "\n" for row, label in zip(texts, labels, strict=True)]
+            (folder / f"{name}.jsonl").write_text("".join(lines))
 
     def _run(self, name: str, numbers: dict[str, int]) -> Path:
         """Return the run for a name; names of a kind take the three runs in turns."""

@@ -44,7 +44,10 @@ MOST_NOT_RUN = 4
 NAMES = {"configs/README.md": {"base": "theta_0"}}
 BLOCKS = {named(file): list(blocks(file.read_text(encoding="utf-8"), named(file))) for file in READMES}
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning"),
+]
 
 
 @pytest.fixture(scope="session")

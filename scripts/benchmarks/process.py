@@ -60,6 +60,15 @@ def run_measured(command: Sequence[str]) -> Usage:
     return Usage(wall, cpu, peaks["VmHWM"] / 1e6, peaks["RssAnon"] / 1e6, printed)
 
 
+def run_timed(command: Sequence[str]) -> tuple[int, float]:
+    """Run a command with its output on this terminal; return its exit code and CPU seconds, children included."""
+    before = os.times()
+    code = subprocess.run(command, check=False).returncode
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return code, used
+
+
 def _text(file: tempfile._TemporaryFileWrapper[bytes]) -> str:
     file.seek(0)
     return file.read().decode(errors="replace")

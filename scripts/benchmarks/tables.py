@@ -271,12 +271,34 @@ def averages(measured: Measured) -> list[Table]:
     ]
 
 
+# ---- bench_setup
+
+SETUP = {"check": "fast half of the tests, lint and types", "demo": "four fine-tunings, three merges and their scores"}
+
+
+def setup(measured: Measured) -> list[Table]:
+    """Return CPU time and disk of both set-up commands."""
+    rows = [
+        (
+            f"`./scripts/{one['command']}`",
+            [SETUP[one["command"]], f"{one['cpu_s'] / 60:.0f}", f"{one['bytes'] / 1e9:.1f}"],
+        )
+        for one in measured
+    ]
+    note = (
+        "CPU time of all processes; two idle cores take about half of it. The disk is that of the CPU build of torch, "
+        "in `.venv` and `.demo`. The first run downloads all packages as well."
+    )
+    return [Table("", ["runs", "CPU-minutes", "GB on disk"], rows, [note])]
+
+
 TABLES: Mapping[str, Callable[[Measured], list[Table]]] = {
     "bench_fisher": fisher_time,
     "bench_fisher_memory": fisher_memory,
     "bench_applications": applications,
     "bench_merge": merges,
     "bench_average": averages,
+    "bench_setup": setup,
 }
 
 

@@ -4,7 +4,8 @@
     python -m scripts.experiments.report --check    # compare the blocks with the JSON files; exit with 1 if one differs
 
 A block stands between ``<!-- BEGIN NAME -->`` and ``<!-- END NAME -->``. Tables of experiments are in the README.md of
-this folder, tables of benchmarks in that of scripts/, and the block ``gain`` in the top README.md, if it has the marks.
+this folder, tables of benchmarks in that of scripts/, and the blocks ``gain`` and ``setup`` in the top README.md, if it
+has the marks.
 """
 
 import argparse
@@ -38,7 +39,7 @@ EXPERIMENTS = (
     "questions",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
-GAIN = "gain"
+GAIN, SETUP = "gain", "setup"
 BLOCK = re.compile(r"<!-- BEGIN (\w+) -->.*?<!-- END \1 -->", re.DOTALL)
 
 
@@ -68,8 +69,14 @@ def blocks() -> dict[Path, dict[str, str]]:
         EVIDENCE: {name: block(name, reports[name]) for name in EXPERIMENTS if name in reports},
         COMMANDS: {name: block(name, reports[name]) for name in BENCHMARKS if name in reports},
     }
-    if GAIN in BLOCK.findall(README.read_text(encoding="utf-8")):
-        placed[README] = {GAIN: gain.block(reports["merging"])}
+    placed[README] = {}
+    marks = BLOCK.findall(README.read_text(encoding="utf-8"))
+    if GAIN in marks:
+        placed[README][GAIN] = gain.block(reports["merging"])
+    if SETUP in marks and "bench_setup" in reports:
+        placed[README][SETUP] = "\n".join(
+            table.markdown() for table in benchmarks.setup(reports["bench_setup"]["measured"])
+        )
     return placed
 
 
