@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
+from squisher_mergekit.estimators.cuda_graph import graphs_for
 from squisher_mergekit.estimators.output_gradients import Labels, batch_seed
-from squisher_mergekit.estimators.per_example.accumulate import accumulate_batch, accumulate_joint, zero_accumulators
+from squisher_mergekit.estimators.per_example.accumulate import (
+    Accumulators,
+    accumulate_batch,
+    accumulate_joint,
+    zero_accumulators,
+)
+from squisher_mergekit.estimators.per_example.host_sums import HostSums
 from squisher_mergekit.estimators.per_example.tape import Tape
 from squisher_mergekit.estimators.per_example.verify import TapedModel, Verification, mixing_parameters, verify
+from squisher_mergekit.estimators.requirements import ESTIMATORS, Grouping, check_labels, check_model
 from squisher_mergekit.estimators.tasks import (
     Batch,
     Datum,
@@ -23,26 +30,17 @@ from squisher_mergekit.estimators.tasks import (
     Outputs,
     Task,
     count_examples,
+    eval_mode,
     infer_task,
     run_model,
 )
-from squisher_mergekit.fisher.config import Coverage, Estimator, FisherConfig, OptimizerInfo, Statistic
+from squisher_mergekit.fisher.config import Coverage, FisherConfig, OptimizerInfo, Statistic
 from squisher_mergekit.fisher.files import TIED
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.convert import store_moments
-from squisher_mergekit.models.parameters import describe, memory_names, unwrap_model, uses_fsdp1
+from squisher_mergekit.models.parameters import describe, memory_names, unwrap_model
 from squisher_mergekit.tensors.safetensors import MemoryStore, TensorStore
-from squisher_mergekit.tensors.sharded import OnRankZero, distributed_like, gathered, is_sharded, sharded_modules
-
-Grouping = Literal["example", "batch"]
-_ESTIMATORS: dict[tuple[Labels, Grouping], Estimator] = {
-    ("true", "example"): "empirical",
-    ("sampled", "example"): "sampled",
-    ("exact", "example"): "exact",
-    ("predicted", "example"): "predicted",
-    ("true", "batch"): "joint_empirical",
-    ("sampled", "batch"): "joint_sampled",
-}
+from squisher_mergekit.tensors.sharded import OnRankZero, distributed_like, gathered, is_sharded
 
 
 class FisherAccumulator:
@@ -59,6 +57,8 @@ class FisherAccumulator:
         seed: See there.
         verify: See there.
         datum: See there.
+        offload: See there.
+        cuda_graph: See there.
 
     Attributes:
         model: The model without wrappers.
@@ -89,15 +89,20 @@ class FisherAccumulator:
         seed: int = 0,
         verify: bool = True,
         datum: Datum = "example",
+        *,
+        offload: bool = False,
+        cuda_graph: bool = True,
     ) -> None:
         check_labels(labels, grouping)
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ConfigError(f"num_samples must be a whole number of at least 1, found {num_samples!r}")
-        check_model(model, grouping)
+        check_model(model, grouping, offload)
         self.model = unwrap_model(model)
-        self.accumulators = zero_accumulators(
-            parameter for parameter in self.model.parameters() if parameter.requires_grad
-        )
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._host = torch.device("cpu") if offload else None
+        self.accumulators = zero_accumulators(parameters, self._host)
+        self._host_sums = HostSums(parameters[0].device) if offload else None
+        self._graphs = graphs_for(parameters) if cuda_graph and grouping == "example" and not offload else None
         names = memory_names(self.model)
         self.names = {parameter: names[id(parameter)] for parameter in self.accumulators}
         self.batches = 0
@@ -130,40 +135,117 @@ class FisherAccumulator:
             ConfigError: The batch lacks labels, or its outputs do not fit ``datum``.
             UnsupportedStateError: The model mixes its examples.
         """
-        with _eval_mode(self.model):
+        with eval_mode(self.model):
             self._task = infer_task(self._task, self.model, batch)
             number = self.batches if number is None else number
             if self._grouping == "batch":
                 outputs = run_model(self.model, batch, self._task, self._forward)
-                accumulate_joint(self.accumulators, outputs, self._output_gradients(outputs, number, counts))
+                output_gradients = self._output_gradients(outputs, batch_seed(self._seed, number), counts)
+                accumulate_joint(self.accumulators, outputs, output_gradients, self._host_sums)
+                added = self._size_of(outputs)
             else:
-                outputs = self._add_per_example(batch, number, counts)
+                added = self._add_per_example(batch, number, counts)
+        if self._host_sums is not None:
+            self._host_sums.wait()
         self.batches += 1
         if counts:
-            self._count = self._count + (outputs.size if self._datum == "example" else outputs.tokens)
+            self._count = self._count + added
 
-    def _add_per_example(self, batch: Batch, number: int, counts: bool) -> Outputs:
-        """Add the squares of per-example gradients, and verify the parameters that this batch uses first."""
+    def _size_of(self, outputs: Outputs) -> Tensor | int:
+        """Return the number of data in a batch."""
+        return outputs.size if self._datum == "example" else outputs.tokens
+
+    def _add_per_example(self, batch: Batch, number: int, counts: bool) -> Tensor | int:
+        """Add the squares of per-example gradients, by a CUDA graph where that is faster; return the number of data."""
         taped_model = TapedModel(self.model, self._task, self._forward)
         if self._verification is None:
             self._verification = self._verify_first_batch(taped_model, batch)
-        accumulators = {p: total for p, total in self.accumulators.items() if p in self._verification.verified}
+        seed = batch_seed(self._seed, number)
+        if self._graphs is None or not counts or self._is_checked():
+            return self._add_eagerly(taped_model, batch, seed, counts)
+        return self._graphs.add(
+            batch,
+            seed,
+            self._graph_state(),
+            lambda mark: self._add_eagerly(taped_model, batch, seed, counts, mark),
+            lambda batch, generator: self._add_captured(taped_model, batch, generator),
+        )
+
+    def _graph_state(self) -> Any:
+        """Return everything besides the batch that a captured pass depends on."""
+        known, device = self._verification, next(iter(self.accumulators)).device.type
+        assert known is not None
+        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        memory = tuple(parameter.data_ptr() for parameter in self.model.parameters())
+        return len(known.verified), len(known.owner_of), narrow, memory
+
+    def _add_captured(self, taped_model: TapedModel, batch: Batch, generator: torch.Generator) -> Tensor | int:
+        """Add a batch without waiting for the device; return the number of data.
+
+        Raises:
+            UnsupportedStateError: The batch uses parameters that no earlier batch used.
+        """
+        assert self._verification is not None
+        outputs, new = self._accumulate(taped_model, batch, self._verified_accumulators(), generator)
+        if new:
+            raise UnsupportedStateError("a batch must use the parameters of the batches before, but has further ones")
+        return self._size_of(outputs)
+
+    def _verified_accumulators(self) -> Accumulators:
+        """Return the accumulators of the parameters whose squares are verified."""
+        assert self._verification is not None
+        return {p: total for p, total in self.accumulators.items() if p in self._verification.verified}
+
+    def _accumulate(
+        self,
+        taped_model: TapedModel,
+        batch: Batch,
+        accumulators: Accumulators,
+        draw: int | torch.Generator,
+        counts: bool = True,
+        mark: Callable[[], None] | None = None,
+    ) -> tuple[Outputs, set[nn.Parameter]]:
+        """Add a batch to some accumulators; return its outputs, and the parameters that have yet to be verified.
+
+        ``mark`` is called between forward and backward pass.
+        """
+        known = self._verification
+        assert known is not None
+        with taped_model.run(batch, known.owner_of, known.broadcast_modules) as (tape, outputs):
+            if mark is not None:
+                mark()
+            if self._is_checked():
+                self._check_mixing(tape, outputs)
+            others = [p for p in tape.without_call(self.accumulators) if not is_sharded(p)]
+            reached: set[nn.Parameter] = set()
+            output_gradients = self._output_gradients(outputs, draw, counts)
+            used_directly = accumulate_batch(
+                accumulators, tape, outputs, output_gradients, others, reached=reached, host_sums=self._host_sums
+            )
+        return outputs, (reached - known.verified) | set(used_directly)
+
+    def _add_eagerly(
+        self,
+        taped_model: TapedModel,
+        batch: Batch,
+        seed: int,
+        counts: bool,
+        mark: Callable[[], None] | None = None,
+    ) -> Tensor | int:
+        """Add a batch, and verify the parameters that it uses first; return the number of data."""
+        accumulators = self._verified_accumulators()
         while True:
             known = self._verification
-            with taped_model.run(batch, known.owner_of, known.broadcast_modules) as (tape, outputs):
-                self._check_mixing(tape, outputs)
-                others = [p for p in tape.without_call(self.accumulators) if not is_sharded(p)]
-                reached: set[nn.Parameter] = set()
-                output_gradients = self._output_gradients(outputs, number, counts)
-                used_directly = accumulate_batch(accumulators, tape, outputs, output_gradients, others, reached=reached)
+            assert known is not None
+            outputs, new = self._accumulate(taped_model, batch, accumulators, seed, counts, mark)
             # No earlier example used these parameters (a rarely chosen expert, say): verify them now.
-            new = (reached - known.verified) | set(used_directly)
             if not new:
-                return outputs
+                return self._size_of(outputs)
             if not self._verify or new <= known.verified:
                 self._refuse_unverified(new.pop())
             accumulators = {p: self.accumulators[p] for p in new}
-            found = verify(taped_model, batch, known, count_examples(batch))
+            scratch = zero_accumulators(self.accumulators, self._host)
+            found = verify(taped_model, batch, known, count_examples(batch), scratch)
             self._verification = replace(found, verified=known.verified | found.verified | new)
 
     def _verify_first_batch(self, taped_model: TapedModel, batch: Batch) -> Verification:
@@ -171,30 +253,40 @@ class FisherAccumulator:
         if not self._verify:
             return Verification({}, None, set(self.accumulators))
         if self._restored:
-            return verify(taped_model, batch)
+            return verify(taped_model, batch, scratch=zero_accumulators(self.accumulators, self._host))
         try:
             return verify(taped_model, batch, scratch=self.accumulators)
         finally:
             for total in self.accumulators.values():
                 total.zero_()
 
-    def _check_mixing(self, tape: Tape, outputs: Outputs) -> None:
-        """Check at the second batch, the fourth, the eighth and so on that no layer mixes its examples."""
-        if self._verify and self.batches and not self.batches & (self.batches + 1):
-            for parameter, error in mixing_parameters(tape, outputs, self.accumulators, retain_graph=True).items():
-                raise UnsupportedStateError(
-                    f"{self.names[parameter]} must have a gradient for each example, but in batch {self.batches + 1} "
-                    "its module gets other parts of the examples than before; freeze it, or take grouping batch"
-                ) from error
+    def _is_checked(self) -> bool:
+        """Return True at the second batch, the fourth, the eighth and so on."""
+        return self._verify and self.batches > 0 and not self.batches & (self.batches + 1)
 
-    def _output_gradients(self, outputs: Outputs, number: int, counts: bool) -> Iterator[Tensor]:
-        """Yield the gradients at the outputs of a batch; zeros for a batch that does not count."""
+    def _check_mixing(self, tape: Tape, outputs: Outputs) -> None:
+        """Check that no layer mixes its examples.
+
+        Raises:
+            UnsupportedStateError: A layer does.
+        """
+        for parameter, error in mixing_parameters(tape, outputs, self.accumulators, retain_graph=True).items():
+            raise UnsupportedStateError(
+                f"{self.names[parameter]} must have a gradient for each example, but in batch {self.batches + 1} "
+                "its module gets other parts of the examples than before; freeze it, or take grouping batch"
+            ) from error
+
+    def _output_gradients(self, outputs: Outputs, draw: int | torch.Generator, counts: bool) -> Iterator[Tensor]:
+        """Yield the gradients at the outputs of a batch; zeros for a batch that does not count.
+
+        ``draw`` is the seed of drawn labels, or the generator that draws them.
+        """
         if self._datum == "token" and outputs.values.ndim < 3:
             raise ConfigError(
                 f"datum token needs a model with outputs for each token, found shape {list(outputs.values.shape)}; "
                 "take datum example"
             )
-        generator = torch.Generator(outputs.values.device).manual_seed(batch_seed(self._seed, number))
+        generator = torch.Generator(outputs.values.device).manual_seed(draw) if isinstance(draw, int) else draw
         for output_gradient in outputs.output_gradients(
             self._labels, self._num_samples, self._noise, generator, self._datum
         ):
@@ -211,9 +303,9 @@ class FisherAccumulator:
         """Sum the accumulators over all processes, which must all call this; each then has the total."""
         if not dist.is_initialized():
             return
-        for total in self.accumulators.values():
+        for parameter, total in self.accumulators.items():
             if not is_sharded(total):  # sharded ones already are sums over all processes
-                dist.all_reduce(total)
+                _sum_over_processes(total, parameter.device)
         device = next(iter(self.accumulators)).device
         count = torch.as_tensor(self._count, dtype=torch.int64, device=device).clone()
         dist.all_reduce(count)
@@ -275,7 +367,7 @@ class FisherAccumulator:
                 tensors[name] = on_rank_zero.add(total) if on_rank_zero else gathered(total).cpu()
         store, aliases, adapter = _disk_store(self.model, tensors)
         config = FisherConfig(
-            estimator=_ESTIMATORS[self._labels, self._grouping],
+            estimator=ESTIMATORS[self._labels, self._grouping],
             parameters="adapter" if adapter else "model",
             coverage=Coverage(
                 **{"with": len(store.infos)}, without={other: f"{TIED}{name}" for other, name in aliases.items()}
@@ -289,49 +381,12 @@ class FisherAccumulator:
         return Fisher(store, config, aliases)
 
 
-def check_labels(labels: Labels, grouping: Grouping) -> None:
-    """Raise if no Fisher has these labels and this grouping.
-
-    Raises:
-        ConfigError: ``batch`` with labels other than ``true`` and ``sampled``.
-    """
-    if (labels, grouping) not in _ESTIMATORS:
-        raise ConfigError(
-            f"grouping batch needs labels true or sampled, found {labels}; take one of these, or grouping example"
-        )
-
-
-def check_model(model: nn.Module, grouping: Grouping) -> None:
-    """Raise if the model's parameters cannot be differentiated in their own shapes.
-
-    Args:
-        model: The model, with its wrappers.
-        grouping: ``batch`` excludes sharded models.
-
-    Raises:
-        ConfigError: All parameters are frozen.
-        UnsupportedStateError: The parameters are flattened, or sharded in another way than by FSDP2.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ConfigError("a Fisher needs trainable parameters, but all are frozen; set requires_grad")
-    if uses_fsdp1(model) or any(hasattr(parameter, "ds_id") for parameter in parameters):
-        raise UnsupportedStateError(
-            "a Fisher needs parameters of their own shapes, but FSDP1 and DeepSpeed flatten them; take FSDP2 "
-            "(fully_shard), or a model in each process"
-        )
-    if not any(is_sharded(parameter) for parameter in parameters):
-        return
-    if not sharded_modules(model):
-        raise UnsupportedStateError(
-            "a sharded model must use FSDP2, but its tensors are split in another way, such as tensor parallelism; "
-            "take fully_shard, or a model in each process"
-        )
-    if grouping == "batch":
-        raise UnsupportedStateError(
-            "grouping batch squares the gradient of one process's batch, but FSDP2 sums gradients over all processes; "
-            "take grouping example, or a model in each process"
-        )
+def _sum_over_processes(total: Tensor, device: torch.device) -> None:
+    """Sum a tensor over all processes, on the device that they communicate by."""
+    part = total.to(device)
+    dist.all_reduce(part)
+    if part is not total:
+        total.copy_(part)
 
 
 def _disk_store(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorStore, Mapping[str, str], bool]:
@@ -344,17 +399,3 @@ def _disk_store(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorSto
     stored = {conversion.key: name for name, conversion in store.conversions.items()}
     aliases = {other: stored[name] for other, name in (names.aliases if names else {}).items() if name in stored}
     return store, aliases, False
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run a model in eval mode and uncompiled, then restore the mode of every module."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    with ExitStack() as stack:
-        for module, mode in modes:
-            stack.callback(setattr, module, "training", mode)
-        stack.enter_context(torch.enable_grad())
-        # A graph compiled without the hooks would not call them.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield

@@ -8,8 +8,9 @@ from typing import Literal
 from torch import nn
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.accumulator import FisherAccumulator, Grouping
+from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.output_gradients import Labels
+from squisher_mergekit.estimators.requirements import Grouping
 from squisher_mergekit.estimators.tasks import Batch, Datum, Forward, Task
 from squisher_mergekit.fisher.mapping import Fisher
 
@@ -29,6 +30,8 @@ def estimate_fisher(
     verify: bool = True,
     datum: Datum = "example",
     distributed: bool = False,
+    offload: bool = False,
+    cuda_graph: bool = True,
 ) -> Fisher:
     """Estimate the diagonal Fisher of a model's trainable parameters.
 
@@ -67,6 +70,10 @@ def estimate_fisher(
         datum: Count and square each ``example`` or each ``token``.
         distributed: ``batches`` are this process's share; add up the sums of all processes of torch.distributed. For a
             model sharded by FSDP2 this always happens, and all processes must have the same number of batches.
+        offload: Keep the accumulators of a model on a GPU in host memory. This saves four bytes of GPU memory for each
+            parameter, and copies as many to the host for each batch.
+        cuda_graph: Replay batches of a shape seen before as a CUDA graph, where launches take longer than their
+            kernels; False: run every batch eagerly.
 
     Returns:
         The Fisher in float32 (float64 for a float64 model), under the parameter names of the saved model.
@@ -86,7 +93,20 @@ def estimate_fisher(
         >>> estimate_fisher(model, [(x, y)], task="regression")["weight"]
         tensor([[ 9., 36.]])
     """
-    accumulator = FisherAccumulator(model, labels, grouping, num_samples, task, forward, noise, seed, verify, datum)
+    accumulator = FisherAccumulator(
+        model,
+        labels,
+        grouping,
+        num_samples,
+        task,
+        forward,
+        noise,
+        seed,
+        verify,
+        datum,
+        offload=offload,
+        cuda_graph=cuda_graph,
+    )
     for batch in batches:
         accumulator.add(batch)
     if distributed or accumulator.sharded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -175,3 +176,17 @@ def count_examples(batch: Batch) -> int:
     raise ConfigError(
         "a batch must have a tensor with the examples along its first axis, found none; give inputs as tensors"
     )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode and uncompiled, then restore the mode of every module."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with ExitStack() as stack:
+        for module, mode in modes:
+            stack.callback(setattr, module, "training", mode)
+        stack.enter_context(torch.enable_grad())
+        # A graph compiled without the hooks would not call them.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield

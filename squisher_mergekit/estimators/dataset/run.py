@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.estimators.accumulator import FisherAccumulator, Grouping, check_labels
+from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.dataset.batches import BatchMaker
 from squisher_mergekit.estimators.dataset.load_model import load_model, shard
 from squisher_mergekit.estimators.dataset.resume import EstimateCheckpoint
 from squisher_mergekit.estimators.dataset.rows import columns_of, read_rows
 from squisher_mergekit.estimators.output_gradients import Labels
+from squisher_mergekit.estimators.requirements import Grouping, check_labels
 from squisher_mergekit.estimators.tasks import DataTask, Datum
 from squisher_mergekit.fisher.config import SourceInfo
 from squisher_mergekit.fisher.files import check_free, read_fisher, write_fisher

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from squisher_mergekit.estimators.per_example.host_sums import HostSums
 from squisher_mergekit.estimators.per_example.layer_kinds import rule_of
 from squisher_mergekit.estimators.per_example.linear_embedding import add_outer, outer_square
 from squisher_mergekit.estimators.per_example.rules import add_squares
@@ -20,10 +21,17 @@ Accumulators = dict[nn.Parameter, Tensor]
 Failures = dict[nn.Parameter, Exception]
 
 
-def zero_accumulators(parameters: Iterable[nn.Parameter]) -> Accumulators:
-    """Return zero accumulators on each parameter's device and sharding, in float32 (float64 for float64)."""
+def zero_accumulators(parameters: Iterable[nn.Parameter], device: torch.device | None = None) -> Accumulators:
+    """Return zero accumulators with each parameter's sharding, in float32 (float64 for float64).
+
+    Args:
+        parameters: The parameters.
+        device: Device of the accumulators; None: that of each parameter.
+    """
     contiguous = torch.contiguous_format
-    return {p: torch.zeros_like(p, dtype=_accumulator_dtype(p), memory_format=contiguous) for p in parameters}
+    return {
+        p: torch.zeros_like(p, dtype=_accumulator_dtype(p), device=device, memory_format=contiguous) for p in parameters
+    }
 
 
 def _accumulator_dtype(parameter: Tensor) -> torch.dtype:
@@ -39,6 +47,7 @@ def accumulate_batch(
     uncalled: Sequence[nn.Parameter] = (),
     failures: Failures | None = None,
     reached: set[nn.Parameter] | None = None,
+    host_sums: HostSums | None = None,
 ) -> list[nn.Parameter]:
     """Add the squares of a batch's per-example gradients, for each output gradient.
 
@@ -53,6 +62,7 @@ def accumulate_batch(
         uncalled: Parameters without a recorded call.
         failures: Collects the error of each parameter whose rule fails; without it the error is raised.
         reached: Collects the parameters that received a gradient, also those without an accumulator.
+        host_sums: Adds to accumulators in host memory; without it the host waits for each addition.
 
     Returns:
         The parameters of ``uncalled`` that the outputs depend on.
@@ -64,7 +74,8 @@ def accumulate_batch(
             reached.add(parameter)
         if parameter not in accumulators:
             return
-        with _recording_failure(parameter, failures), _local_accumulator(accumulators[parameter]) as local:
+        total = accumulators[parameter]
+        with _recording_failure(parameter, failures), _local_accumulator(total, parameter, host_sums) as local:
             b = None if is_sharded(accumulators[parameter]) else outer_square(uses, tape.size)
             if b is None:
                 add_squares(local, uses, tape.size)
@@ -82,8 +93,9 @@ def accumulate_batch(
             take(parameter, tape.calls.get(parameter, []))
         tape.drop_gradients()
     for parameter, b in outer_squares.items():
-        with _recording_failure(parameter, failures):
-            add_outer(accumulators[parameter], b, tape.calls[parameter], tape.size)
+        total = accumulators[parameter]
+        with _recording_failure(parameter, failures), _local_accumulator(total, parameter, host_sums) as local:
+            add_outer(local, b, tape.calls[parameter], tape.size)
     return found
 
 
@@ -106,14 +118,22 @@ def _recording_failure(parameter: nn.Parameter, failures: Failures | None) -> It
 
 
 @contextmanager
-def _local_accumulator(total: Any) -> Iterator[Tensor]:
-    """Yield the tensor that this process adds its squares to.
+def _local_accumulator(total: Any, parameter: nn.Parameter, host_sums: HostSums | None) -> Iterator[Tensor]:
+    """Yield the tensor that this process adds its squares to, on the parameter's device.
 
     For a sharded accumulator it has the whole shape. Afterwards it is summed over the processes, and each rank adds its
-    shard: only one layer is whole at a time.
+    shard: only one layer is whole at a time. For an accumulator in host memory it is added there afterwards.
     """
-    if not is_sharded(total):
+    if not is_sharded(total) and total.device == parameter.device:
         yield total
+        return
+    if not is_sharded(total):
+        local = torch.zeros_like(total, device=parameter.device)
+        yield local
+        if host_sums is None:
+            total += local.to(total.device)
+        else:
+            host_sums.add(total, local)
         return
     from torch.distributed.tensor import DTensor, Partial
 
@@ -123,7 +143,12 @@ def _local_accumulator(total: Any) -> Iterator[Tensor]:
     total += summed.redistribute(placements=total.placements)
 
 
-def accumulate_joint(accumulators: Accumulators, outputs: Outputs, output_gradients: Iterable[Tensor]) -> None:
+def accumulate_joint(
+    accumulators: Accumulators,
+    outputs: Outputs,
+    output_gradients: Iterable[Tensor],
+    host_sums: HostSums | None = None,
+) -> None:
     """Add the square of a batch's summed gradient, for each output gradient."""
     parameters = list(accumulators)
     for output_gradient, last in _with_last(output_gradients):
@@ -131,7 +156,8 @@ def accumulate_joint(accumulators: Accumulators, outputs: Outputs, output_gradie
             parameters, gradients(outputs.values, parameters, output_gradient, retain_graph=not last), strict=True
         ):
             if gradient is not None:
-                accumulators[parameter] += gradient.to(accumulators[parameter].dtype).square_()
+                with _local_accumulator(accumulators[parameter], parameter, host_sums) as local:
+                    local += gradient.to(local.dtype).square_()
 
 
 def _with_last(output_gradients: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:

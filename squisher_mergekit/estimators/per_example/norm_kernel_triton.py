@@ -1,6 +1,6 @@
 """Device code of :mod:`~squisher_mergekit.estimators.per_example.norm_kernel`; importing it needs Triton."""
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # Triton reads annotations; all but those of constants are left out.
 
 import triton

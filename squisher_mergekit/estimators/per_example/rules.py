@@ -93,7 +93,8 @@ def _add_by_rule(total: Tensor, uses: Sequence[Use], size: int, kinds: set[Rule]
 def _has_patches(name: str, call: Call) -> bool:
     """Return True for a convolution on a GPU, where products of patches are faster than a grouped convolution."""
     assert call.gradient is not None
-    dense = name == "weight" and is_conv(call.module) and call.module.groups == 1
+    module: Any = call.module
+    dense: bool = name == "weight" and is_conv(module) and module.groups == 1
     return dense and kernel_fallback.on_gpu(call.gradient)
 
 

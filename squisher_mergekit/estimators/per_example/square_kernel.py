@@ -125,11 +125,8 @@ def plan(
         >>> plan(5632, 2048, 8, 512, 132)[1], plan(256, 2048, 8, 512, 132)[1]
         (1, 4)
     """
-    parts = sorted(
-        {min(examples, -(-processors * k // 8)) for k in range(1, 17)} | {1, 2, 4, 8} & {*range(examples + 1)}
-    )
-    choices = [(tiling, splits) for tiling in tilings for splits in parts]
-    return min(choices, key=lambda choice: _expected(*choice, rows, columns, examples, tokens, processors))
+    choices = [(tiling, splits) for tiling in tilings for splits in range(1, min(examples, 64) + 1)]
+    return min(choices, key=lambda choice: _expected(choice[0], choice[1], rows, columns, examples, tokens, processors))
 
 
 def _expected(

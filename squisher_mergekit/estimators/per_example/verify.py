@@ -292,8 +292,8 @@ def _compare_with_loop(
 
 
 def _add_square(total: Any, gradient: Any) -> None:
-    """Add the square of a gradient, which torch widens as it reads it unless it is sharded."""
-    wide = gradient.to(total.dtype) if is_sharded(total) or total.is_cpu else gradient
+    """Add the square of a gradient; on a GPU torch widens narrow entries as it reads them."""
+    wide = gradient.to(total.device, total.dtype) if is_sharded(total) or total.is_cpu else gradient
     total.addcmul_(wide, wide)
 
 
