@@ -162,7 +162,7 @@ def test_uninstalling_the_wheel_leaves_nothing(wheel, tmp_path):
 
 @pytest.mark.parametrize("value", [None, "0"])
 def test_a_start_imports_one_small_module(wheel, tmp_path, value):
-    """An interpreter with the hook has one module more, our own small one (python -m scripts.benchmarks.startup measures its cost)."""
+    """An interpreter with the hook has one module more, our own small one."""
     environment = environments.make(tmp_path / "venv")
     environment.pip("install", "--no-deps", "--no-index", str(wheel))
     variables = {} if value is None else {SWITCH: value}
