@@ -129,17 +129,17 @@ def install(wheels: Path, folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     program = folder / "bin" / "python"
     site = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})["purelib"]
-    # The last place on the path, so that the wheels win.
-    Path(site, "zz_outer.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
     files = sorted(map(str, wheels.glob("*.whl")))
     pip = [sys.executable, "-m", "pip", "--python", str(program), "install", "-q", "--no-index", "--no-deps"]
     subprocess.run([*pip, "--no-compile", "--no-cache-dir", *files], check=True)
+    # After the wheels on the path, and after pip, which would leave out what it sees here.
+    Path(site, "zz_outer.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
     return program
 
 
 def releases() -> list[str]:
     """Return the requirements that a machine with torch lacks, pinned as in constraints.txt."""
-    pins = dict(line.split(";")[0].strip().split("==") for line in _pins())
+    pins = dict(line.split(";")[0].split("#")[0].strip().split("==") for line in _pins())
     known = {name.lower().replace("_", "-"): release for name, release in pins.items()}
     return [f"{name}=={known[name]}" for name in PACKAGES]
 
