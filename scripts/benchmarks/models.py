@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.tensors.safetensors import TensorInfo
 

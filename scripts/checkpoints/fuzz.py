@@ -91,7 +91,7 @@ def judge(case: Case, folder: Path) -> str:
 
     from squisher_mergekit import load_fisher
     from squisher_mergekit.errors import SquisherError
-    from squisher_mergekit.fisher.mapping import check_values
+    from squisher_mergekit.fisher.values import check_values
 
     try:
         fisher = load_fisher(folder, base=folder / case.base if case.base else None)

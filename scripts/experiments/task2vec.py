@@ -23,7 +23,7 @@ from scripts.experiments import encoder, texts
 from scripts.experiments.runner import WORK
 from squisher_mergekit import estimate_fisher, save_squisher
 from squisher_mergekit.cli.task2vec import command
-from squisher_mergekit.fisher.files import write_fisher
+from squisher_mergekit.fisher.write import write_fisher
 
 STEPS, BATCH, LENGTH, LAYERS = 40, 16, 32, 2
 TRUNK_LR, HEAD_LR, CLIP = 5e-5, 5e-3, 1.0

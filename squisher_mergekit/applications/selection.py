@@ -24,7 +24,8 @@ from torch import Tensor
 
 from squisher_mergekit.applications import scores
 from squisher_mergekit.errors import ConfigError, ValuesError
-from squisher_mergekit.fisher.mapping import check_values, rescaled
+from squisher_mergekit.fisher.mapping import rescaled
+from squisher_mergekit.fisher.values import check_values
 from squisher_mergekit.tensors.topk import largest_of_many, pattern_mask
 
 Score = Literal["fisher", "saliency", "reset", "movement", "magnitude", "taylor_squared", "random"]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.config import Scaling
-from squisher_mergekit.fisher.mapping import Fisher, Moments, check_values
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.summary import FIRST_DECADE, LAST_DECADE, known_scaling
+from squisher_mergekit.fisher.values import Moments, check_values
 
 SAMPLE = 10_000_000
 SEED = 0

@@ -10,7 +10,7 @@ import torch
 
 from squisher_mergekit.errors import CorruptFileError
 from squisher_mergekit.fisher import compact
-from squisher_mergekit.fisher.mapping import Fisher, check_values
+from squisher_mergekit.fisher.values import DiagonalFisher, check_values
 from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore
 
 _CURE = "copy the file again, or extract the Fisher anew"
@@ -130,7 +130,7 @@ def shape_note(shape: Sequence[int]) -> str:
     return json.dumps(list(shape))
 
 
-def parts_of(fisher: Fisher, name: str, code: str, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+def parts_of(fisher: DiagonalFisher, name: str, code: str, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
     """Return the compact parts of a tensor by suffix.
 
     Returns:
@@ -145,16 +145,3 @@ def parts_of(fisher: Fisher, name: str, code: str, dtype: torch.dtype) -> dict[s
     tensor = fisher[name].to(torch.float32)
     check_values(tensor, name, fisher.location)
     return compact.encode(tensor, code, tensor.numel() * dtype.itemsize)
-
-
-class WithoutInitialValue:
-    """Store of a sum less its initial value (Adagrad's), which would make a relative error larger than F."""
-
-    def __init__(self, fisher: Fisher) -> None:
-        self._fisher = fisher
-        self.location = fisher.location
-        self.infos = {name: fisher.info(name) for name in fisher}
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, in float32."""
-        return self._fisher[name].to(torch.float32) - self._fisher.offset(name)

@@ -1,30 +1,16 @@
-"""Portable files of a Fisher: safetensors, sharded as Hugging Face shards weights, and ``fisher_config.json``."""
+"""Reader of portable Fishers: safetensors, sharded as Hugging Face shards weights, and ``fisher_config.json``."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-
-from squisher_mergekit.errors import ConfigError, NotFoundError, ValuesError
+from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.fisher import compact
-from squisher_mergekit.fisher.config import CONFIG_NAME, Coverage, FisherConfig
-from squisher_mergekit.fisher.encoded import EncodedStore, WithoutInitialValue, parts_of, shape_note
-from squisher_mergekit.fisher.mapping import Fisher, Moments
-from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
+from squisher_mergekit.fisher.encoded import EncodedStore
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import BASENAME
 from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorStore, safetensors_files, safetensors_notes
-from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
-
-BASENAME = "fisher"
-SHARD_BYTES = 5_000_000_000
-
-
-def has_fisher(folder: Path) -> bool:
-    """Return True if a folder contains a portable Fisher."""
-    return any((folder / f"{BASENAME}.safetensors{end}").is_file() for end in ("", ".index.json"))
 
 
 def read_fisher(source: Path) -> Fisher:
@@ -69,161 +55,3 @@ def tied_aliases(config: FisherConfig) -> dict[str, str]:
     """Return the tied tensors in the coverage: other name -> stored name."""
     reasons = config.coverage.without
     return {name: why.removeprefix(TIED) for name, why in reasons.items() if why.startswith(TIED)}
-
-
-def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a dtype for files of a Fisher.
-
-    Raises:
-        ConfigError: The dtype is neither float32 nor bfloat16.
-
-    Example:
-        >>> to_dtype("bfloat16")
-        torch.bfloat16
-    """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    found = known.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ConfigError(
-            f"dtype must be float32 or bfloat16 in the files of a Fisher, found {dtype!r}; float16 would lose small "
-            "entries"
-        )
-    return found
-
-
-def check_free(out: Path) -> None:
-    """Raise if ``out`` cannot become the folder of a new Fisher.
-
-    Raises:
-        ConfigError: ``out`` is a file or already holds a Fisher.
-    """
-    if out.exists() and (not out.is_dir() or has_fisher(out)):
-        raise ConfigError(f"{out} must not hold a Fisher yet; remove it or choose another folder")
-
-
-def write_fisher(
-    fisher: Fisher,
-    out: Path,
-    dtype: torch.dtype = torch.float32,
-    progress: Iterable[str] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    compress: str | None = None,
-) -> FisherConfig:
-    """Write a portable Fisher, whole or not at all.
-
-    Args:
-        fisher: The Fisher.
-        out: The folder to make. An existing folder must not hold a Fisher.
-        dtype: float32 or bfloat16. float16 is refused: it flushes entries below 6e-8 to zero. With ``compress``, the
-            dtype of the tensors that stay whole.
-        progress: The names of ``fisher``, wrapped in a progress bar.
-        shard_bytes: Largest size of one file.
-        compress: None, or a compact form (see :mod:`squisher_mergekit.fisher.compact`). ``log8`` and ``log4`` keep
-            every entry to 4 % and 40 %, and zeros exactly; ``rank1`` keeps the row and column means of matrices.
-            Tensors that would not get smaller stay whole; ``encoding`` names them. Adagrad's initial value is
-            subtracted first, because the error relative to it could exceed F; ``initial_accumulator_value`` is then
-            null.
-
-    Returns:
-        The metadata in the file. Mean and norm are those of the entries that a reader decodes.
-
-    Raises:
-        ConfigError: ``dtype`` is neither float32 nor bfloat16, ``compress`` is unknown, or ``out`` already holds a
-            Fisher.
-        ValuesError: An entry is NaN, infinite or negative.
-    """
-    compact.check_name(compress)
-    to_dtype(dtype)
-    check_free(out)
-    if compress and fisher.config.offset("debiased"):
-        fisher = _without_initial_value(fisher)
-    moments = Moments()
-    with written_beside(out) as folder:
-        names = progress or list(fisher)
-        shards, whole = _write_shards(fisher, folder, dtype, names, shard_bytes, moments, compress)
-        if moments.count and not moments.total and fisher.config.from_optimizer:
-            raise ValuesError(
-                f"an accumulator must hold squared gradients, but all {moments.count} entries of {fisher.location} are "
-                "0; take a checkpoint from after training began"
-            )
-        config = fisher.config.model_copy(
-            update={
-                "mean": moments.mean,
-                "norm": moments.norm,
-                "encoding": _encoding(str(dtype).removeprefix("torch."), compress, whole, len(fisher)),
-                "coverage": Coverage(**{"with": len(fisher)}, without=fisher.config.coverage.without),
-            }
-        )
-        _name_shards(folder, shards)
-        (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
-    return config
-
-
-def _encoding(plain: str, compress: str | None, whole: list[str], count: int) -> dict[str, str]:
-    """Return the encoding of each tensor for the metadata."""
-    if compress is None or len(whole) == count:
-        return {"default": plain}
-    return {"default": compress} | dict.fromkeys(whole, plain)
-
-
-def _without_initial_value(fisher: Fisher) -> Fisher:
-    """Return a Fisher less the optimizer's initial accumulator value."""
-    assert fisher.config.optimizer is not None
-    optimizer = fisher.config.optimizer.model_copy(update={"initial_accumulator_value": None})
-    return Fisher(
-        WithoutInitialValue(fisher), fisher.config.model_copy(update={"optimizer": optimizer}), fisher.aliases
-    )
-
-
-def _write_shards(
-    fisher: Fisher,
-    folder: Path,
-    dtype: torch.dtype,
-    names: Iterable[str],
-    shard_bytes: int,
-    moments: Moments,
-    compress: str | None,
-) -> tuple[list[dict[str, int]], list[str]]:
-    """Write the shards, one tensor at a time.
-
-    Returns:
-        The sizes of the tensors in each shard, and the names of the tensors that stay whole.
-    """
-    room = header_room(list(fisher), parts=1 if compress is None else 3 if compress in compact.CODES else 2)
-    writer = SafetensorsWriter(folder / "0.safetensors", room)
-    shards, whole = [writer.sizes], []
-    with ExitStack() as stack:
-        stack.enter_context(writer)
-        for name in names:
-            parts = None if compress is None else parts_of(fisher, name, compress, dtype)
-            tensors = parts or {"": fisher[name]}
-            nbytes = sum(tensor.numel() * (tensor.dtype if parts else dtype).itemsize for tensor in tensors.values())
-            if writer.nbytes and writer.nbytes + nbytes > shard_bytes:
-                stack.close()
-                writer = stack.enter_context(SafetensorsWriter(folder / f"{len(shards)}.safetensors", room))
-                shards.append(writer.sizes)
-            if parts and compress:
-                shape = fisher.info(name).shape
-                moments.add(fisher, name, tensor=compact.decode(parts, compress, shape))
-                if compress in compact.CODES:
-                    writer.note(f"{name}.shape", shape_note(shape))
-            else:
-                moments.add(fisher, name, tensor=tensors[""])
-                whole.append(name)
-            for suffix, tensor in tensors.items():
-                writer.add(name + suffix, tensor, None if parts else dtype)
-    return shards, whole
-
-
-def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    """Give the shards Hugging Face's names, and write the index of several shards."""
-    if len(shards) == 1:
-        (folder / "0.safetensors").rename(folder / f"{BASENAME}.safetensors")
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards):
-        name = f"{BASENAME}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / name)
-        weight_map.update(dict.fromkeys(shard, name))
-    index = {"metadata": {"total_size": sum(sum(shard.values()) for shard in shards)}, "weight_map": weight_map}
-    (folder / f"{BASENAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from squisher_mergekit.errors import NotFoundError
 from squisher_mergekit.fisher.config import CONFIG_NAME
-from squisher_mergekit.fisher.files import BASENAME, check_free, has_fisher, read_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import BASENAME, check_free, has_fisher
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.hub import download, parse_id
 

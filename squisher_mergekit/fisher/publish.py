@@ -14,10 +14,11 @@ from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher import model_card
 from squisher_mergekit.fisher.compare import Agreement, common_scaling, compare
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
-from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, write_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.hub import is_ours
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.summary import human_bytes
+from squisher_mergekit.fisher.write import BASENAME, has_fisher, write_fisher
 from squisher_mergekit.tensors.hub import explained, refuse_offline
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.config import Scaling
-from squisher_mergekit.fisher.mapping import Fisher, Moments, check_values
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.values import Moments, check_values
 
 # The bins of the histograms cover the range of float32.
 BINS_PER_DECADE = 100

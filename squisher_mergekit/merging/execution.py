@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squisher_mergekit.fisher.mapping import check_values, count_invalid, refuse_invalid
+from squisher_mergekit.fisher.values import check_values, count_invalid, refuse_invalid
 from squisher_mergekit.merging import equations, fused
 from squisher_mergekit.merging.density import Trim
 from squisher_mergekit.merging.equations import Extremes, Merged

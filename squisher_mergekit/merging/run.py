@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.fisher.mapping import refuse_invalid
 from squisher_mergekit.fisher.summary import kind_of
+from squisher_mergekit.fisher.values import refuse_invalid
 from squisher_mergekit.merging.execution import Outcome
 from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles

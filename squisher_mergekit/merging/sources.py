@@ -8,8 +8,9 @@ from typing import Any
 
 from squisher_mergekit.errors import MismatchError, NotFoundError
 from squisher_mergekit.fisher import hub
-from squisher_mergekit.fisher.files import has_fisher, read_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import has_fisher
 from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.load import find_state, load_fisher

@@ -8,9 +8,10 @@ import torch
 
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.fisher import hub
-from squisher_mergekit.fisher.files import has_fisher, read_fisher, to_dtype, write_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import has_fisher, to_dtype, write_fisher
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save

@@ -17,8 +17,9 @@ from squisher_mergekit.estimators.tasks import count_examples
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.by_parameter import in_memory
 from squisher_mergekit.fisher.config import OptimizerInfo
-from squisher_mergekit.fisher.files import read_fisher, to_dtype
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import to_dtype
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.parameters import unwrap_model
 from squisher_mergekit.tensors.sharded import OnRankZero, is_sharded

@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 from squisher_mergekit.errors import SquisherError, UnsupportedStateError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
-from squisher_mergekit.fisher.files import has_fisher, read_fisher, to_dtype
+from squisher_mergekit.fisher.files import read_fisher
+from squisher_mergekit.fisher.write import has_fisher, to_dtype
 from squisher_mergekit.models.parameters import unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.live import TrainingInfo, unwrap_optimizer
 from squisher_mergekit.optimizers.load import find_state, load_fisher

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.by_parameter import in_memory
-from squisher_mergekit.fisher.files import read_fisher, to_dtype
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import to_dtype
 from squisher_mergekit.models.parameters import describe, parameters_of, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState

@@ -12,8 +12,9 @@ from torch import nn
 
 from squisher_mergekit.errors import SquisherError
 from squisher_mergekit.fisher.config import CONFIG_NAME
-from squisher_mergekit.fisher.files import BASENAME, has_fisher, read_fisher, to_dtype, write_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import BASENAME, has_fisher, to_dtype, write_fisher
 from squisher_mergekit.optimizers.live import TrainingInfo, squisher_of, states_of, unwrap_optimizer
 from squisher_mergekit.optimizers.metadata import warnings_of
 from squisher_mergekit.tensors.atomic import written_beside

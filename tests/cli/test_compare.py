@@ -11,8 +11,8 @@ from squisher_mergekit.cli.compare import lines
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.fisher.compare import compare
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from squisher_mergekit.applications.masks import read_mask
 from squisher_mergekit.cli.main import main
-from squisher_mergekit.fisher.files import write_fisher
+from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.models.weights import open_weights
 from tests.applications.pruning.pruned import stored
 

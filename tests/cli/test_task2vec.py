@@ -13,8 +13,8 @@ from squisher_mergekit.applications.task2vec.distances import distance, distance
 from squisher_mergekit.applications.task2vec.embedding import read_embedding
 from squisher_mergekit.cli.task2vec import command
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"

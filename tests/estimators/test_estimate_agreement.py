@@ -9,7 +9,7 @@ from torch import nn
 
 from squisher_mergekit import estimate_fisher, save_squisher
 from squisher_mergekit.cli.main import main
-from squisher_mergekit.fisher.files import write_fisher
+from squisher_mergekit.fisher.write import write_fisher
 
 
 @pytest.mark.parametrize("labels", ["true", "sampled", "exact"])

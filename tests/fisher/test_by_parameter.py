@@ -9,8 +9,9 @@ from squisher_mergekit import estimate_fisher
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.by_parameter import by_parameter
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import read_fisher, write_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
 MIXTRAL = MixtralConfig(

@@ -16,8 +16,9 @@ from squisher_mergekit.fisher.compare import (
     spearman,
 )
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.mapping import Fisher, Moments
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.summary import FIRST_DECADE
+from squisher_mergekit.fisher.values import Moments
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
 SHAPES = {"a.weight": (13, 11), "b.weight": (7, 3, 5), "c.bias": (17,)}

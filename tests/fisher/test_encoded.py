@@ -16,9 +16,10 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError, RefusedError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.encoded import EncodedStore
-from squisher_mergekit.fisher.files import read_fisher, write_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.summary import summarize
+from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.tensors.safetensors import MemoryStore, safetensors_notes, tensor_infos
 from tests.merging.reference import llama, merged, store_fisher
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import has_fisher, read_fisher, write_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import has_fisher, write_fisher
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
 CONFIG = {

@@ -16,8 +16,9 @@ from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import has_fisher, read_fisher, write_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import has_fisher, write_fisher
 from squisher_mergekit.optimizers import load
 from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests import hub_server

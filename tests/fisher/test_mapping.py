@@ -7,7 +7,8 @@ import torch
 
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.mapping import Fisher, Moments, check_values
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.values import Moments, check_values
 from squisher_mergekit.tensors.safetensors import MemoryStore, check_shape
 
 

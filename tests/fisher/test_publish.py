@@ -6,8 +6,9 @@ import torch
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.fisher import hub, model_card, publish
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import read_fisher, write_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests import hub_server
 

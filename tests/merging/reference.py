@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from squisher_mergekit.cli.plan import command as plan_command
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.merging.mergekit.commands import read_config
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.tensors.safetensors import MemoryStore

@@ -14,7 +14,8 @@ from squisher_mergekit.applications.ewc.quadratics import Quadratic, add_quadrat
 from squisher_mergekit.applications.ewc.runaway import RunawayMonitor, sum_of_squares
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.by_parameter import by_parameter
-from squisher_mergekit.fisher.mapping import Fisher, check_values
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.values import check_values
 from squisher_mergekit.models.parameters import parameters_of
 from squisher_mergekit.tensors.sharded import distributed_like, gathered, is_sharded
 

@@ -16,7 +16,8 @@ from squisher_mergekit.applications.selection import Normalize, Scope, check_cho
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from squisher_mergekit.fisher.by_parameter import by_parameter
 from squisher_mergekit.fisher.config import Scaling
-from squisher_mergekit.fisher.mapping import Fisher, check_values
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.values import check_values
 from squisher_mergekit.models.parameters import parameters_of, unwrap_model
 from squisher_mergekit.tensors.topk import largest_of_many
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from squisher_mergekit.applications.task2vec.embedding import Embedding
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
-from squisher_mergekit.fisher.mapping import check_values
+from squisher_mergekit.fisher.values import check_values
 
 Metric = Literal["cosine", "asymmetric", "plain_cosine", "normalized_cosine", "log_euclidean", "kl", "jensen_shannon"]
 TaskNormalize = Literal["none", "mean", "l2"]

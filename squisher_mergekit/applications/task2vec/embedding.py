@@ -15,7 +15,8 @@ from torch import Tensor
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
 from squisher_mergekit.fisher.config import Estimator, Scaling
-from squisher_mergekit.fisher.mapping import Fisher, Moments, check_values
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.values import Moments, check_values
 from squisher_mergekit.optimizers.load import load_fisher
 from squisher_mergekit.tensors.atomic import sync, written_beside
 from squisher_mergekit.tensors.safetensors import safetensors_notes

@@ -22,8 +22,9 @@ from squisher_mergekit.estimators.output_gradients import Labels
 from squisher_mergekit.estimators.requirements import Grouping, check_labels
 from squisher_mergekit.estimators.tasks import DataTask, Datum
 from squisher_mergekit.fisher.config import SourceInfo
-from squisher_mergekit.fisher.files import check_free, read_fisher, write_fisher
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import check_free, write_fisher
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.tensors.sharded import OnRankZero
 

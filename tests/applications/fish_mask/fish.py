@@ -4,8 +4,8 @@ import torch
 import transformers
 
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.weights import open_weights
 from squisher_mergekit.tensors.safetensors import MemoryStore

@@ -11,8 +11,8 @@ from squisher_mergekit.applications.masks import read_mask
 from squisher_mergekit.applications.pruning.files import prune_files
 from squisher_mergekit.applications.pruning.modules import choose_weights
 from squisher_mergekit.errors import ConfigError, MismatchError, NotFoundError, UnsupportedStateError, ValuesError
-from squisher_mergekit.fisher.files import write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.weights import open_weights
 from squisher_mergekit.tensors.safetensors import MemoryStore

@@ -18,8 +18,8 @@ from squisher_mergekit.applications.task2vec.embedding import (
 )
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.files import write_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
 
