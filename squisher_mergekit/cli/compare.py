@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from squisher_mergekit.cli.options import models_option, plot_option, report_options, scaling_option
+from squisher_mergekit.cli.options import HELP_OPTIONS, models_option, plot_option, report_options, scaling_option
 from squisher_mergekit.cli.tables import name_lines, shape_text, table
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _SHOWN = 20
 _HEAD = ("tensor", "shape", "rank corr", "log corr", "mean A/B", "zeros A", "zeros B")
 
 
-@click.command("compare")
+@click.command("compare", context_settings=HELP_OPTIONS)
 @click.argument("a")
 @click.argument("b")
 @models_option

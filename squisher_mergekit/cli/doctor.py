@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from squisher_mergekit.cli.options import report_options
+from squisher_mergekit.cli.options import HELP_OPTIONS, report_options
 from squisher_mergekit.cli.tables import pairs
 
 PACKAGES = ("squisher-mergekit", "mergekit", "torch", "transformers", "safetensors")
@@ -83,7 +83,7 @@ class Diagnosis:
     problems: list[str]
 
 
-@click.command("doctor")
+@click.command("doctor", context_settings=HELP_OPTIONS)
 @report_options
 @click.pass_context
 def command(ctx: click.Context, quiet: bool, json_file: Path | None) -> None:

@@ -9,6 +9,7 @@ import click
 
 from squisher_mergekit.cli.options import (
     COUNT,
+    HELP_OPTIONS,
     choice_option,
     dtype_option,
     out_option,
@@ -28,7 +29,7 @@ class _Task(click.Choice):  # type: ignore[type-arg]
         return super().convert(value, param, ctx)
 
 
-@click.command("estimate")
+@click.command("estimate", context_settings=HELP_OPTIONS)
 @click.argument("model")
 @out_option()
 @click.option(

@@ -6,12 +6,19 @@ from pathlib import Path
 
 import click
 
-from squisher_mergekit.cli.options import choice_option, dtype_option, naming_options, out_option, report_options
+from squisher_mergekit.cli.options import (
+    HELP_OPTIONS,
+    choice_option,
+    dtype_option,
+    naming_options,
+    out_option,
+    report_options,
+)
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-@click.command("extract")
+@click.command("extract", context_settings=HELP_OPTIONS)
 @click.argument("checkpoint")
 @out_option()
 @naming_options

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from squisher_mergekit.cli.options import naming_options, plot_option, report_options
+from squisher_mergekit.cli.options import HELP_OPTIONS, naming_options, plot_option, report_options
 from squisher_mergekit.cli.tables import shape_text, table
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HEAD = ("tensor", "shape", "min", "median", "max", "zeros")
 
 
-@click.command("inspect")
+@click.command("inspect", context_settings=HELP_OPTIONS)
 @click.argument("fisher")
 @naming_options
 @plot_option("Write a histogram of log10 F for each kind of layer, as PNG.")

@@ -8,6 +8,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from squisher_mergekit import __version__
+from squisher_mergekit.cli.options import HELP_OPTIONS
 
 # Name of a command -> (module in this folder that defines it as `command`, line in the help of the group).
 VERBS = {
@@ -74,7 +75,7 @@ class LazyGroup(click.Group):
         return [*commands, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
-@click.command("squisher", cls=LazyGroup, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("squisher", cls=LazyGroup, help=HELP, context_settings=HELP_OPTIONS)
 @click.version_option(__version__, prog_name="squisher")
 def main() -> None:
     """Run one command."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from squisher_mergekit.cli.options import (
+    HELP_OPTIONS,
     choice_option,
     combined,
     out_option,
@@ -27,7 +28,7 @@ _SHOWN = 8
 _NAME_WIDTH = 8
 
 
-@click.group("mask")
+@click.group("mask", context_settings=HELP_OPTIONS)
 def command() -> None:
     """Keep the few weights that matter most to a task (FISH mask), and reset all others to the base model.
 

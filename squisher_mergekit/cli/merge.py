@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from squisher_mergekit.cli.options import json_option, strict_option
+from squisher_mergekit.cli.options import HELP_OPTIONS, json_option, strict_option
 from squisher_mergekit.cli.output import write_report
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.merging.mergekit.commands import help_class, merge_options, read_config, run_config
@@ -13,7 +13,7 @@ from squisher_mergekit.merging.report import report_text
 from squisher_mergekit.tensors.atomic import written_beside
 
 
-@click.command("merge", cls=help_class())
+@click.command("merge", cls=help_class(), context_settings=HELP_OPTIONS)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @strict_option

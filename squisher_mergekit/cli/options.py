@@ -10,6 +10,8 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+# Every command has these, not only the group: click keeps the help option of a command's first context.
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from squisher_mergekit.cli.options import json_option, strict_option
+from squisher_mergekit.cli.options import HELP_OPTIONS, json_option, strict_option
 
 
-@click.command("plan")
+@click.command("plan", context_settings=HELP_OPTIONS)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @strict_option
 @json_option

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from squisher_mergekit.cli.options import (
+    HELP_OPTIONS,
     choice_option,
     out_option,
     report_options,
@@ -35,7 +36,7 @@ def _pattern(context: click.Context, option: click.Parameter, value: str | None)
     return int(n), int(m)
 
 
-@click.command("prune")
+@click.command("prune", context_settings=HELP_OPTIONS)
 @click.argument("model")
 @out_option("Folder to create; new or empty.")
 @click.option("--fisher", help="Fisher of MODEL, or a source that `squisher extract` reads; for --score fisher.")

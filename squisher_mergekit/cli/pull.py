@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from squisher_mergekit.cli.options import out_option, report_options
+from squisher_mergekit.cli.options import HELP_OPTIONS, out_option, report_options
 
 
-@click.command("pull")
+@click.command("pull", context_settings=HELP_OPTIONS)
 @click.argument("source", metavar="ORG/NAME[@REVISION]")
 @out_option()
 @report_options

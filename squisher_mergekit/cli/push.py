@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from squisher_mergekit.cli.options import choice_option, model_option, report_options
+from squisher_mergekit.cli.options import HELP_OPTIONS, choice_option, model_option, report_options
 from squisher_mergekit.cli.tables import pairs
 
 if TYPE_CHECKING:
     from squisher_mergekit.fisher.publish import Prepared
 
 
-@click.command("push")
+@click.command("push", context_settings=HELP_OPTIONS)
 @click.argument("fisher")
 @click.argument("repo")
 @click.option("--revision", default="fisher", show_default=True, help="Branch; created if it is missing.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from squisher_mergekit.cli.options import (
+    HELP_OPTIONS,
     PATH,
     choice_option,
     combined,
@@ -33,7 +34,7 @@ _LONGEST = 10
 _SHOWN = 8
 
 
-@click.group("task2vec")
+@click.group("task2vec", context_settings=HELP_OPTIONS)
 def command() -> None:
     """Embed tasks by their Fishers, and compare the embeddings.
 
