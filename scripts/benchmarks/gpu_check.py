@@ -69,6 +69,8 @@ def steps(work: Path, small: bool = False) -> list[Step]:
         cache = (("TRITON_CACHE_DIR", str(work / f"triton {method}")),)
         first = _module(f"first call {method}", 40, "scripts.benchmarks.gpu_kernel", *kernel, "--first", "--methods")
         found.append(first._replace(command=[*first.command, method], environment=cache))
+    feed = ["--device", device, *(["--megabytes", "1", "--rounds", "1"] if small else [])]
+    found.append(_reporting(work, "feed", 60, "gpu_feed", *feed, "--work", str(work)))
     sizes = LLAMA if not small else {"hidden": 36, "layers": 2, "intermediate": 47, "vocab": 61, "shards": 2}
     merge = [f"--{name}={size}" for name, size in sizes.items()] + ["--repeat", "1" if small else "2"]
     merge += ["--work", str(work / "models"), "--made-on", device, *([] if small else ["--options=--cuda"])]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from scripts.benchmarks import gpu_check, gpu_kernel
+from scripts.benchmarks import gpu_check, gpu_feed, gpu_kernel
 from squisher_mergekit.merging import execution, fused
 
 
@@ -48,6 +48,15 @@ def test_first_calls_are_printed_by_method_and_number(capsys):
     arguments = ["--device", "cpu", "--shape", "7", "--counts", "2", "--methods", "ubgm prior", "--first"]
     assert gpu_kernel.main(arguments) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["ubgm prior 2"]
+
+
+def test_all_ways_from_a_file_bring_the_same_bytes(tmp_path):
+    """Tensors moved one by one, and by threads through buffers from memory or file, are the file's."""
+    report = tmp_path / "report.json"
+    assert gpu_feed.main(["--device", "cpu", "--megabytes", "9", "--rounds", "1", "--json", str(report)]) == 0
+    found = json.loads(report.read_text())["measured"]
+    assert [(one["way"], one["threads"]) for one in found][:3] == [("to", 1), ("mapped", 1), ("mapped", 4)]
+    assert all(one["same"] and one["gb_per_s"] > 0 for one in found)
 
 
 def test_the_packages_to_bring_along_are_pinned(capsys):
