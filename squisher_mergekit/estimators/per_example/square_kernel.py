@@ -122,8 +122,8 @@ def plan(
     Example:
         A large matrix fills an H100 by its tiles, a small one by its examples.
 
-        >>> plan(5632, 2048, 8, 512, 132)[1], plan(256, 2048, 8, 512, 132)[1]
-        (1, 4)
+        >>> plan(5632, 2048, 8, 512, 132)[1], plan(768, 768, 32, 128, 132)[1]
+        (1, 3)
     """
     choices = [(tiling, splits) for tiling in tilings for splits in range(1, min(examples, 64) + 1)]
     return min(choices, key=lambda choice: _expected(choice[0], choice[1], rows, columns, examples, tokens, processors))
