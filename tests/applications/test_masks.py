@@ -102,3 +102,12 @@ def test_a_mask_that_lacks_a_parameter_is_refused():
     mask = Mask({"weight": torch.ones(1, 3).bool()})
     with pytest.raises(MismatchError, match=r"but of bias, \[1\], memory has missing"):
         mask.by_parameter(nn.Linear(3, 1))
+
+
+def test_the_old_name_of_the_metadata_works_for_one_version():
+    """``about`` is ``metadata``, with a warning at the user's line."""
+    with pytest.warns(DeprecationWarning, match="use metadata"):
+        mask = Mask({"w": torch.ones(2).bool()}, about={"score": "fisher"})
+    with pytest.warns(DeprecationWarning, match=r"use Mask\.metadata") as caught:
+        assert mask.about == mask.metadata == {"score": "fisher"}
+    assert caught[0].filename == __file__

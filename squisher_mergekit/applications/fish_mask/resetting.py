@@ -62,7 +62,7 @@ def reset(model: nn.Module, base: nn.Module | Mapping[str, Tensor], mask: Mask |
         weights_in_memory(before),
     )
     view = ResetView(
-        tuned, base_of(base_weights, tuned), Mask({name: one.cpu().bool() for name, one in masked.items()})
+        tuned, base_of(base_weights, tuned), Mask({name: kept.cpu().bool() for name, kept in masked.items()})
     )
     view.check()
     for name, parameter in parameters.items():

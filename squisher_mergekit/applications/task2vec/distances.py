@@ -44,8 +44,8 @@ def cosine(a: Tensor, b: Tensor) -> float:
         (0.4, 0.0)
     """
     both = a + b
-    held = both > 0
-    return unit_distance(a[held] / both[held], b[held] / both[held])
+    positive = both > 0
+    return unit_distance(a[positive] / both[positive], b[positive] / both[positive])
 
 
 def asymmetric(a: Tensor, b: Tensor, trivial_a: Tensor, alpha: float = ALPHA) -> float:
@@ -114,8 +114,8 @@ def jensen_shannon(a: Tensor, b: Tensor) -> float:
 
 def _positive(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the entries that are positive in a or b, small ones raised."""
-    held = (a > 0) | (b > 0)
-    return _clamped(a)[held], _clamped(b)[held]
+    positive = (a > 0) | (b > 0)
+    return _clamped(a)[positive], _clamped(b)[positive]
 
 
 def _clamped(values: Tensor) -> Tensor:
@@ -202,14 +202,14 @@ def distance_matrix(
     priors = {name: _flat_trivial(values, sizes) for name, values in flat.items()} if needed else {}
     result = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     names = list(tasks)
-    for i, one in enumerate(progress or names):
-        for j, other in enumerate(names):
+    for i, source in enumerate(progress or names):
+        for j, target in enumerate(names):
             if metric == "asymmetric":
-                result[i, j] = asymmetric(flat[one], flat[other], priors[one], alpha)
+                result[i, j] = asymmetric(flat[source], flat[target], priors[source], alpha)
             elif j > i:
-                a, b = flat[one], flat[other]
+                a, b = flat[source], flat[target]
                 if metric == "normalized_cosine":
-                    result[i, j] = normalized_cosine(a, b, priors[one], priors[other])
+                    result[i, j] = normalized_cosine(a, b, priors[source], priors[target])
                 else:
                     result[i, j] = _SYMMETRIC[metric](a, b)
                 result[j, i] = result[i, j]
@@ -259,12 +259,12 @@ def _as_mapping(task: Task) -> Mapping[str, Tensor]:
 
 def _check_fit(tasks: Mapping[str, Task]) -> None:
     """Raise if a task differs from the first one in tensors, lengths, granularity or scaling."""
-    (first, one), *others = tasks.items()
-    reference = _as_mapping(one)
+    (first, first_task), *others = tasks.items()
+    reference = _as_mapping(first_task)
     for name, task in others:
-        if isinstance(one, Embedding) and isinstance(task, Embedding):
+        if isinstance(first_task, Embedding) and isinstance(task, Embedding):
             for key in ("per", "scaling"):
-                a, b = getattr(one.info, key), getattr(task.info, key)
+                a, b = getattr(first_task.info, key), getattr(task.info, key)
                 if a != b:
                     raise MismatchError(
                         f"embeddings must be made with the same {key}, but {first} has {a} and {name} {b}; embed both "

@@ -240,3 +240,12 @@ def _train(model, optimizer, steps):
         optimizer.zero_grad()
         model(torch.randn(8, 2, 5, 5)).square().mean().backward()
         optimizer.step()
+
+
+def test_the_old_name_of_the_smallest_share_works_for_one_version():
+    """``least`` is ``min_keep``, with one warning at the user's line."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    with pytest.warns(DeprecationWarning, match="least is deprecated; use min_keep") as caught:
+        report = prune(model, sparsity=0.5, score="random", least=0.125)
+    assert report.recipe.min_keep == 0.125
+    assert [warning.filename for warning in caught] == [__file__]
