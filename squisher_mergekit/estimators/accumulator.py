@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -37,9 +37,8 @@ from squisher_mergekit.estimators.tasks import (
 from squisher_mergekit.fisher.config import Coverage, FisherConfig, OptimizerInfo, Statistic
 from squisher_mergekit.fisher.files import TIED
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.models.convert import store_moments
-from squisher_mergekit.models.parameters import describe, memory_names, unwrap_model
-from squisher_mergekit.tensors.safetensors import MemoryStore, TensorStore
+from squisher_mergekit.models.convert import disk_store
+from squisher_mergekit.models.parameters import memory_names, unwrap_model
 from squisher_mergekit.tensors.sharded import OnRankZero, distributed_like, gathered, is_sharded
 
 
@@ -365,7 +364,7 @@ class FisherAccumulator:
                 tensors[name] = total
             else:
                 tensors[name] = on_rank_zero.add(total) if on_rank_zero else gathered(total).cpu()
-        store, aliases, adapter = _disk_store(self.model, tensors)
+        store, aliases, adapter = disk_store(self.model, tensors)
         config = FisherConfig(
             estimator=ESTIMATORS[self._labels, self._grouping],
             parameters="adapter" if adapter else "model",
@@ -387,15 +386,3 @@ def _sum_over_processes(total: Tensor, device: torch.device) -> None:
     dist.all_reduce(part)
     if part is not total:
         total.copy_(part)
-
-
-def _disk_store(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorStore, Mapping[str, str], bool]:
-    """Return a store of the tensors under their names on disk, aliases of tied ones, and True for an adapter."""
-    described = describe(model)
-    if described.adapter is not None:
-        return MemoryStore({described.adapter[name]: tensor for name, tensor in tensors.items()}), {}, True
-    names = described.checkpoint_names
-    store = store_moments("memory", tensors, names, ())
-    stored = {conversion.key: name for name, conversion in store.conversions.items()}
-    aliases = {other: stored[name] for other, name in (names.aliases if names else {}).items() if name in stored}
-    return store, aliases, False

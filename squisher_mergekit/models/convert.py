@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from squisher_mergekit.models.checkpoint_names import CheckpointNames
+from squisher_mergekit.models.parameters import describe
 from squisher_mergekit.tensors.lazy import MaybeLazy, parts, read, unverified
-from squisher_mergekit.tensors.safetensors import TensorInfo
+from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore
 
 
 @dataclass(frozen=True)
@@ -104,3 +106,23 @@ def store_moments(
             size *= length
         infos[name] = TensorInfo(shape, dtype, size)
     return MomentStore(location, moments, conversions, infos, checkpoint_names, verify)
+
+
+def disk_store(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorStore, Mapping[str, str], bool]:
+    """Arrange tensors of a model in memory by their names on disk.
+
+    Args:
+        model: The model, wrapped or not.
+        tensors: Name in memory -> tensor.
+
+    Returns:
+        The store, alias -> name in the store of tied tensors, and True for an adapter.
+    """
+    described = describe(model)
+    if described.adapter is not None:
+        return MemoryStore({described.adapter[name]: tensor for name, tensor in tensors.items()}), {}, True
+    names = described.checkpoint_names
+    store = store_moments("memory", tensors, names, ())
+    stored = {conversion.key: name for name, conversion in store.conversions.items()}
+    aliases = {other: stored[name] for other, name in (names.aliases if names else {}).items() if name in stored}
+    return store, aliases, False

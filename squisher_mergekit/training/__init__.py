@@ -4,6 +4,8 @@
 averages of squared gradients; ``masked`` trains inside a mask; ``ewc`` trains under a penalty of earlier tasks.
 """
 
+from typing import TYPE_CHECKING
+
 from squisher_mergekit._deprecated import deprecated_names
 from squisher_mergekit.training.average import FisherAverageCallback
 from squisher_mergekit.training.callback import SquisherCallback
@@ -23,4 +25,5 @@ __all__ = [
     "save_squisher",
 ]
 
-__getattr__ = deprecated_names(__name__, {"FisherAverage": f"{__name__}:FisherAverageCallback"})
+if not TYPE_CHECKING:
+    __getattr__ = deprecated_names(__name__, {"FisherAverage": f"{__name__}:FisherAverageCallback"})

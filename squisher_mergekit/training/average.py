@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -179,4 +179,5 @@ def _mean_of_processes(accumulator: FisherAccumulator) -> None:
                 average /= dist.get_world_size()
 
 
-__getattr__ = deprecated_names(__name__, {"FisherAverage": f"{__name__}:FisherAverageCallback"})
+if not TYPE_CHECKING:
+    __getattr__ = deprecated_names(__name__, {"FisherAverage": f"{__name__}:FisherAverageCallback"})

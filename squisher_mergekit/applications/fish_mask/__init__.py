@@ -5,6 +5,8 @@ change and ``patching`` applies or removes it; ``files`` works on models on disk
 :class:`~squisher_mergekit.training.MaskedTraining`.
 """
 
+from typing import TYPE_CHECKING
+
 from squisher_mergekit._deprecated import deprecated_names
 from squisher_mergekit.applications.fish_mask.difference import Difference, read_difference
 from squisher_mergekit.applications.fish_mask.files import MaskReport, ResetReport, reset_files, select_files
@@ -32,4 +34,5 @@ __all__ = [
     "write_mask",
 ]
 
-__getattr__ = deprecated_names(__name__, {"Choice": f"{__name__}:FishMaskRecipe"})
+if not TYPE_CHECKING:
+    __getattr__ = deprecated_names(__name__, {"Choice": f"{__name__}:FishMaskRecipe"})

@@ -5,6 +5,8 @@ disk, ``report`` has the result. Whole units: ``units`` finds filters, neurons a
 masks them, ``shrinking`` makes the network smaller.
 """
 
+from typing import TYPE_CHECKING
+
 from squisher_mergekit._deprecated import deprecated_names
 from squisher_mergekit.applications.masks import Mask, read_mask
 from squisher_mergekit.applications.pruning.files import prune_files
@@ -36,4 +38,7 @@ __all__ = [
     "shrink",
 ]
 
-__getattr__ = deprecated_names(__name__, {"Recipe": f"{__name__}:PruningRecipe", "Report": f"{__name__}:PruningReport"})
+if not TYPE_CHECKING:
+    __getattr__ = deprecated_names(
+        __name__, {"Recipe": f"{__name__}:PruningRecipe", "Report": f"{__name__}:PruningReport"}
+    )
