@@ -174,6 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
     report: dict[str, Any] = {"machine": machine(), "steps": {}}
     with tempfile.TemporaryDirectory(prefix="check-gpu-", dir=options.work) as work:
         for step in steps(Path(work), options.small):
+            if options.only and step.name not in options.only:
+                continue
             found = run(step, ended - time.perf_counter())
             report["steps"][step.name] = found
             (options.out / "check_gpu.json").write_text(json.dumps(report, indent=1))
@@ -191,6 +193,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for 16 GB of models (default: the system's temporary folder)")
     parser.add_argument("--wheels", action="store_true", help="print the packages to bring along, and stop")
     parser.add_argument("--install", type=Path, metavar="FOLDER", help="install these wheels into a new environment")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="run these steps only, such as kernel or feed")
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to try the script")
     return parser.parse_args(arguments)
 

@@ -123,11 +123,9 @@ def merge_ubgm(base: Input, inputs: Sequence[Input], prior: float, out_dtype: to
     known = base.fisher is not None
     operands = _Operands.of([*inputs, base])
     if operands.on_accelerator:
-        own = None if base.fisher is None else _flat(base.fisher)
+        theta, fisher = base.theta, base.fisher
         merged = fused.attempt(
-            lambda: fused.ubgm_squisher(
-                _flat(base.theta), own, _models(inputs), operands.work, out_dtype, base.scale, prior
-            ),
+            lambda: fused.ubgm_squisher(theta, fisher, _models(inputs), operands.work, out_dtype, base.scale, prior),
             operands.thetas,
         )
         if merged is not None:
@@ -221,19 +219,14 @@ class _Operands:
         return Outcome(merged.values.reshape(self.thetas[0].shape), list(merged.shares), merged.fell_back, pending)
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).contiguous()
-
-
 def _models(inputs: Sequence[Input]) -> list[fused.Model]:
-    """Return the inputs as the fused kernel takes them; their Fishers are there, and nothing waits for a choice."""
-    models = []
-    for item in inputs:
-        assert item.fisher is not None
-        kept = _kept(item.trim if item.weight > 0 else None)
-        flat = None if kept is None else (_flat(kept[0]), _flat(kept[1]))
-        models.append(fused.Model(_flat(item.theta), _flat(item.fisher), item.weight, item.scale, flat))
-    return models
+    """Return the inputs as the fused kernel takes them; nothing waits for the choice of the kept entries."""
+    trims = [item.trim if item.weight > 0 else None for item in inputs]
+    return [
+        fused.Model(item.theta, item.fisher, item.weight, item.scale, _kept(trim))
+        for item, trim in zip(inputs, trims, strict=True)
+        if item.fisher is not None
+    ]
 
 
 def _kept(trim: Trim | None) -> tuple[Tensor, Tensor] | None:

@@ -38,12 +38,12 @@ class FusedMerge(NamedTuple):
     values: Tensor
     shares: Sequence[float | Tensor]
     fell_back: Tensor
-    invalid: list[Tensor]
+    invalid: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model's part, flat and contiguous.
+    """One model's part.
 
     ``theta``: its weight. ``fisher``: its Fisher up to the factor ``scale``. ``weight``: w_i; a model of weight 0 does
     not enter, only its invalid entries are counted. ``kept``: a mask (bool) of the entries to keep, and the tensor
@@ -97,7 +97,7 @@ def ubgm_squisher(
     A prior costs a second read of the Fishers, for their mean.
 
     Args:
-        base: theta_0, flat and contiguous.
+        base: theta_0.
         base_fisher: F_0 up to ``base_scale``; None for 0. Its invalid entries are counted last.
         models: The other models; at least one weight is positive.
         work: dtype of the arithmetic, float32 or float64.
@@ -129,7 +129,7 @@ def weighted_sum(fishers: Sequence[Tensor], factors: Sequence[float], power: flo
     """Return ``sum_i factor_i * sum over the entries of fishers_i^power`` in float64 (0-dim), in one read of each.
 
     Args:
-        fishers: Flat contiguous tensors of one size, not empty.
+        fishers: Tensors of one size, not empty.
         factors: One number each.
         power: Exponent of every entry.
 
@@ -143,7 +143,7 @@ def weighted_sum(fishers: Sequence[Tensor], factors: Sequence[float], power: flo
     partial = torch.empty(programs, dtype=torch.float64, device=fishers[0].device)
     with _on(fishers[0].device):
         fused_kernels.weighted_sum[(programs,)](
-            tuple(fishers),
+            tuple(fisher.contiguous() for fisher in fishers),
             partial,
             _numbers(factors, torch.float64),
             float(power),
@@ -222,13 +222,13 @@ def _launch(
     if size:
         with _on(device):
             fused_kernels.merge[(programs,)](
-                tuple(model.theta for model in used),
-                tuple(model.fisher for model in used),
-                tuple(model.fisher for model in watched),
-                tuple(mask.view(torch.uint8) for mask, _ in choices),
-                tuple(origin for _, origin in choices),
-                base,
-                base_fisher,
+                tuple(model.theta.contiguous() for model in used),
+                tuple(model.fisher.contiguous() for model in used),
+                tuple(model.fisher.contiguous() for model in watched),
+                tuple(mask.contiguous().view(torch.uint8) for mask, _ in choices),
+                tuple(origin.contiguous() for _, origin in choices),
+                None if base is None else base.contiguous(),
+                None if base_fisher is None else base_fisher.contiguous(),
                 prior,
                 values,
                 sums,
@@ -256,14 +256,14 @@ def _slots(models: Sequence[Model]) -> tuple[int, ...]:
 
 def _read_off(models: Sequence[Model], values: Tensor, sums: Tensor, invalid: Tensor) -> FusedMerge:
     """Add up the programs' sums, and put the models back in order: the kernel takes those of weight 0 last."""
-    totals = sums.sum(1)
-    means = (totals / max(values.numel(), 1)).unbind()
+    *means, fell_back = sums.sum(1).unbind()
     rows = invalid.unbind()
+    if len(means) == len(models):
+        return FusedMerge(values, means, fell_back, rows)
     order = sorted(range(len(models)), key=lambda i: models[i].weight <= 0)
     place = {i: row for row, i in enumerate(order)}
     shares = [means[place[i]] if model.weight > 0 else 0.0 for i, model in enumerate(models)]
-    counts = [rows[place[i]] for i in range(len(models))] + list(rows[len(models) :])
-    return FusedMerge(values, shares, totals[-1], counts)
+    return FusedMerge(values, shares, fell_back, [rows[place.get(i, i)] for i in range(len(rows))])
 
 
 class Grid(NamedTuple):
@@ -299,4 +299,6 @@ def _numbers(values: Sequence[float], work: torch.dtype) -> tuple[float, ...]:
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make a GPU the current one: a kernel runs there and nowhere else."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

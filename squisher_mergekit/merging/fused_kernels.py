@@ -49,8 +49,8 @@ def merge(
 ):
     """Merge one tensor: ``squisher``, or ``ubgm_squisher`` if ``MATCHED``.
 
-    Writes ``out``, one column of ``sums`` (the sum of each model's coefficient, then the number of entries without
-    information), and adds to ``invalid`` (NaN, infinite and negative entries of each Fisher).
+    Writes ``out`` and one column of ``sums``: each model's coefficients, summed and divided by ``size``, then the
+    number of entries without information. Adds to ``invalid`` the NaN, infinite and negative entries of each Fisher.
 
     Args:
         thetas: Pointers to the models' weights.
@@ -140,7 +140,7 @@ def merge(
         shares = added
     column = sums + program
     for i in tl.static_range(len(thetas)):
-        tl.store(column, tl.sum(shares[i], 0).to(tl.float64))
+        tl.store(column, tl.sum(shares[i], 0).to(tl.float64) / size)
         column += tl.num_programs(0)
     tl.store(column, tl.sum(blanks, 0).to(tl.float64))
     if tl.max(worst, 0) >= _infinity(WORK):

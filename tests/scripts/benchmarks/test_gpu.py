@@ -77,6 +77,8 @@ def test_a_step_that_hangs_or_fails_does_not_stop_the_others(tmp_path, monkeypat
     assert {name: step["code"] for name, step in found["steps"].items()} == {"fails": 3, "hangs": None, "works": 0}
     assert found["steps"]["fails"]["output"] == "told\n"
     assert found["machine"]["torch"]
+    assert gpu_check.main(["--out", str(tmp_path), "--only", "works"]) == 0
+    assert list(json.loads((tmp_path / "check_gpu.json").read_text())["steps"]) == ["works"]
 
 
 def test_all_steps_fit_the_limit(tmp_path):
