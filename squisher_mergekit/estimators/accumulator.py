@@ -160,7 +160,8 @@ class FisherAccumulator:
         if self._verification is None:
             self._verification = self._verify_first_batch(taped_model, batch)
         seed = batch_seed(self._seed, number)
-        if self._graphs is None or not counts or self._is_checked():
+        # The first batch compiles kernels, which says nothing of the time of its launches.
+        if self._graphs is None or not counts or not self.batches or self._is_checked():
             return self._add_eagerly(taped_model, batch, seed, counts)
         return self._graphs.add(
             batch,

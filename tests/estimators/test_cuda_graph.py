@@ -1,0 +1,233 @@
+"""Batches as CUDA graphs: which shapes are captured, what a replay reads, and what happens where none can be."""
+
+import pytest
+import torch
+from torch import nn
+
+from squisher_mergekit.estimators import accumulator as accumulator_module
+from squisher_mergekit.estimators.accumulator import FisherAccumulator
+from squisher_mergekit.estimators.cuda_graph import BatchGraphs, Timing, graphs_for, shape_of, tensors_of, with_tensors
+from squisher_mergekit.estimators.estimate import estimate_fisher
+from tests.estimators.models import assert_close, batch_of, make
+
+
+class _Recorder:
+    """Device that replays captured work by running it again on the captured tensors, as a graph does."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, host=1.0, memory=0.0, error=None):
+        self.timing = Timing(host, lambda: 1.0, memory)
+        self.error, self.captures, self.replays = error, 0, 0
+
+    def capture(self, work, generator):
+        self.captures += 1
+        if self.error is not None:
+            raise self.error
+        totals = [total.clone() for total in self.totals()]
+        count = work()
+        for total, before in zip(self.totals(), totals, strict=True):
+            total.copy_(before)  # capturing runs nothing
+
+        def replay():
+            self.replays += 1
+            work()
+
+        return count, replay
+
+    def timed(self, work):
+        return work(lambda: None), self.timing
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Let accumulators of this test capture by a recorder."""
+    recorder = _Recorder()
+    monkeypatch.setattr(accumulator_module, "graphs_for", lambda _: BatchGraphs(recorder))
+    return recorder
+
+
+def _accumulator(recorder, model, *args, **options):
+    accumulator = FisherAccumulator(model, *args, **options)
+    recorder.totals = lambda: list(accumulator.accumulators.values())
+    return accumulator
+
+
+def _classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def _batches(count, size=4):
+    generator = torch.Generator().manual_seed(size)
+    return [(torch.randn(size, 5, generator=generator), torch.arange(size) % 3) for _ in range(count)]
+
+
+@pytest.mark.parametrize("labels", ["true", "sampled"])
+def test_replays_add_what_eager_batches_add(recorder, labels):
+    """Each replay reads its own batch, and draws that batch's labels."""
+    model, batches = _classifier(), _batches(9)
+    accumulator = _accumulator(recorder, model, labels, task="classification")
+    for batch in batches:
+        accumulator.add(batch)
+    expected = estimate_fisher(model, batches, labels, statistic="sum", task="classification", cuda_graph=False)
+    assert recorder.replays == 4  # batches 4, 5, 6 and 8: batch 2 is timed, the others are checked
+    assert accumulator.examples == 36
+    for parameter, name in accumulator.names.items():
+        torch.testing.assert_close(accumulator.accumulators[parameter], expected[name])
+
+
+def test_a_language_model_is_captured_too(recorder):
+    """Dicts with a mask, padding and several tokens count their tokens at each replay."""
+    torch.manual_seed(0)
+    model, batches = make("llama"), [batch_of("causal-lm", seed=n) for n in range(6)]
+    accumulator = _accumulator(recorder, model, datum="token")
+    for batch in batches:
+        accumulator.add(batch)
+    expected = estimate_fisher(model, batches, statistic="sum", datum="token", cuda_graph=False)
+    assert recorder.replays == 2
+    assert accumulator.examples == expected.config.num_examples
+    assert_close(accumulator.fisher(statistic="sum", num_examples=accumulator.examples), expected, model=model)
+
+
+def test_each_shape_has_its_graph(recorder):
+    """A shape is captured when it comes again; one that comes once never is."""
+    accumulator = _accumulator(recorder, _classifier(), task="classification", verify=False)
+    for size in (4, 4, 3, 4, 3, 2, 4):
+        accumulator.add(_batches(1, size)[0])
+    assert (recorder.captures, recorder.replays) == (2, 3)
+
+
+def test_other_weights_need_another_graph(recorder):
+    """A graph reads the memory that its parameters had."""
+    model = _classifier()
+    accumulator = _accumulator(recorder, model, task="classification", verify=False)
+    for batch in _batches(4):
+        accumulator.add(batch)
+    model[0].weight.data = model[0].weight.data.clone()
+    accumulator.add(_batches(1)[0])
+    assert (recorder.captures, recorder.replays) == (1, 2)
+
+
+@pytest.mark.parametrize(("host", "memory"), [(0.5, 0.0), (1.0, 0.5)], ids=["kernels take longer", "much memory"])
+def test_other_models_stay_eager(monkeypatch, host, memory):
+    """Nothing is captured where launches are hidden, or where a graph would keep much memory."""
+    recorder = _Recorder(host, memory)
+    monkeypatch.setattr(accumulator_module, "graphs_for", lambda _: BatchGraphs(recorder))
+    accumulator = _accumulator(recorder, _classifier(), task="classification", verify=False)
+    for batch in _batches(4):
+        accumulator.add(batch)
+    assert recorder.captures == 0
+
+
+def test_what_cannot_be_captured_runs_eagerly(recorder, caplog):
+    """One line says why, and the sums are complete."""
+    recorder.error = RuntimeError("called a synchronizing CUDA operation")
+    model, batches = _classifier(), [*_batches(5), *_batches(4, 3)]
+    accumulator = _accumulator(recorder, model, task="classification", verify=False)
+    for batch in batches:
+        accumulator.add(batch)
+    expected = estimate_fisher(model, batches, statistic="sum", task="classification", cuda_graph=False)
+    for parameter, name in accumulator.names.items():
+        torch.testing.assert_close(accumulator.accumulators[parameter], expected[name])
+    assert recorder.captures == 2  # one for each shape
+    assert [record.message for record in caplog.records] == [
+        "no CUDA graph of this model (called a synchronizing CUDA operation); its batches run eagerly"
+    ]
+
+
+def test_parameters_that_come_late_break_a_capture_off(recorder, caplog):
+    """They have to be verified first, for which the host must look at values."""
+
+    class _Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seldom, self.out, self.late = nn.Linear(5, 5), nn.Linear(5, 3), False
+
+        def forward(self, x):
+            return self.out(self.seldom(x) if self.late else x)
+
+    torch.manual_seed(0)
+    model, batches = _Late(), _batches(5)
+    accumulator = _accumulator(recorder, model, task="classification")
+    for number, batch in enumerate(batches):
+        model.late = number == 4
+        accumulator.add(batch)
+    expected = estimate_fisher(model, batches[4:], statistic="sum", task="classification", cuda_graph=False)
+    torch.testing.assert_close(accumulator.accumulators[model.seldom.weight], expected["seldom.weight"])
+    assert "must use the parameters of the batches before" in caplog.text
+
+
+def test_a_user_can_opt_out(recorder):
+    """cuda_graph=False never captures."""
+    accumulator = _accumulator(recorder, _classifier(), task="classification", verify=False, cuda_graph=False)
+    for batch in _batches(4):
+        accumulator.add(batch)
+    assert recorder.captures == 0
+
+
+def test_a_cpu_has_no_graphs():
+    """Models on a CPU run eagerly."""
+    assert graphs_for(list(_classifier().parameters())) is None
+
+
+def test_tensors_are_found_and_replaced_by_place():
+    """Pairs, dicts and lists keep their structure and their other values."""
+    batch = ({"x": torch.zeros(2), "scale": 2.0}, [torch.ones(3)])
+    places = dict(tensors_of(batch))
+    assert set(places) == {(0, "x"), (1, 0)}
+    doubled = with_tensors(batch, {place: tensor + 1 for place, tensor in places.items()})
+    assert doubled[0]["scale"] == 2.0
+    assert doubled[0]["x"].tolist() == [1, 1]
+    assert doubled[1][0].tolist() == [2, 2, 2]
+
+
+def test_a_shape_is_everything_but_the_entries():
+    """Another value, dtype or stride is another shape."""
+    x = torch.zeros(2, 3)
+    assert shape_of((x, 1)) == shape_of((x + 1, 1))
+    others = [(x.double(), 1), (x[:1], 1), (x, 2), (torch.zeros(3, 2).T, 1), {"x": x}]
+    assert len({shape_of((x, 1)), *map(shape_of, others)}) == 6
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("labels", ["true", "sampled"])
+def test_a_gpu_replays_what_it_runs_eagerly(device, name, labels):
+    """Graphs and eager batches agree within rounding, also with drawn labels."""
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    torch.manual_seed(0)
+    kind = {"bert": "classification", "llama": "causal-lm"}[name]
+    model = make(name).to(device).eval()
+    batches = [{k: v.to(device) for k, v in batch_of(kind, seed=n).items()} for n in range(7)]
+    sums = []
+    for graph in (False, True):
+        accumulator = FisherAccumulator(model, labels, cuda_graph=graph)
+        for batch in batches:
+            accumulator.add(batch)
+        sums.append(accumulator)
+    assert sums[1]._graphs._graphs
+    for parameter, total in sums[0].accumulators.items():
+        torch.testing.assert_close(sums[1].accumulators[parameter], total, rtol=1e-3, atol=1e-6 * float(total.max()))
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_on_after_a_capture_that_broke_off(device, caplog):
+    """A model that asks for a value runs eagerly, and random numbers are drawn as before."""
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+
+    class _Asking(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1.0 if float(x.sum()) > -1e9 else 0.0)
+
+    torch.manual_seed(0)
+    accumulator = FisherAccumulator(_Asking(5, 3).to(device), "sampled", task="classification")
+    for x, y in _batches(7):
+        accumulator.add((x.to(device), y.to(device)))
+    assert "its batches run eagerly" in caplog.text
+    assert bool(torch.randn(5, device=device).isfinite().all())
