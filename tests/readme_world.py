@@ -1,8 +1,8 @@
 """Folders and Python names that the examples of README.md files use, as small as they can be.
 
 ``World.prepare`` makes the folders that a text names: ``runs/NAME`` (a model), ``runs/NAME/checkpoint-N`` (a real
-checkpoint of the Trainer with its optimizer state), ``models/NAME`` (weights alone) and ``fishers/NAME`` (unless a
-command of the text makes it). ``base``, ``math``, ``code`` and ``bert-base`` are there as well, and data files
+checkpoint of the Trainer with its optimizer state), ``models/NAME`` (weights alone) and ``fishers/NAME`` (unless the
+text makes it). ``base``, ``math``, ``code`` and ``bert-base`` are there as well, and data files
 ``NAME.jsonl``. A NAME in ``CLASSIFIERS`` is a BERT with three classes, any other name a Llama.
 """
 
@@ -115,7 +115,11 @@ class World:
                 )
         for name in re.findall(r"\bmodels/([\w-]+)", text):
             self._copy(self._run(name, numbers), folder / "models" / name, weights_only=True)
-        for name in set(re.findall(r"\bfishers/([\w-]+)", text)) - set(re.findall(r"-o fishers/([\w-]+)", text)):
+        made = re.findall(r"(?:-o |extract\([^)\n]*, |\.save\()[\"']?fishers/([\w-]+)", text)
+        named = re.findall(r"\bfishers/([\w-]+)", text) + (
+            ["movies", "products", "news"] if "fishers/{" in text else []
+        )
+        for name in set(named) - set(made):
             self._fisher(self._run(name, numbers), folder / "fishers" / name)
         for name in ("math", "code"):
             self._copy(self._run(name, numbers) / f"checkpoint-{STEPS}", folder / name)
