@@ -278,6 +278,12 @@ def measure(device: torch.device | str, quick: bool = False, seconds: float = SE
     return found
 
 
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters alone: rotary frequencies stay in float32, as ``from_pretrained`` leaves them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def measure_both(
     device: torch.device, quick: bool, budget: Budget, part: Callable[..., Any]
 ) -> dict[str, dict[str, Any] | None]:
@@ -289,7 +295,7 @@ def measure_both(
     found = {}
     for dtype, least in ((torch.bfloat16, 0), (torch.float32, 25)):
         title = str(dtype).removeprefix("torch.")
-        model = model.to(dtype)
+        _cast_parameters(model, dtype)
         found[title] = part(
             f"large {title}",
             lambda model=model: measure_large(model, batch, expected, device, budget, quick),
