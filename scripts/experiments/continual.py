@@ -156,7 +156,7 @@ def average_so_far(matrix: Tensor) -> Tensor:
 
 
 def backward_transfer(matrix: Tensor) -> float:
-    """Return what the first contexts gained after they were learnt: ``mean_(j < T) R_Tj - R_jj``; negative: forgotten.
+    """Return the mean gain of earlier contexts after they were learnt: ``mean_(j < T) R_Tj - R_jj``.
 
     Args:
         matrix: See :func:`average_so_far`; at least two contexts.
@@ -176,7 +176,7 @@ def backward_transfer(matrix: Tensor) -> float:
 
 
 def forgetting(matrix: Tensor) -> float:
-    """Return what was lost since the best time: ``mean_(j < T) max_(j <= i < T) R_ij - R_Tj``.
+    """Return the mean loss since each context's best accuracy: ``mean_(j < T) max_(j <= i < T) R_ij - R_Tj``.
 
     Args:
         matrix: See :func:`average_so_far`; at least two contexts.

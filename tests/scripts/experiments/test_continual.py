@@ -38,7 +38,7 @@ def test_permutations_differ_and_lose_nothing():
     [("task", 6, [1, 4]), ("domain", 2, [0, 1]), ("class", 6, [0, 1, 3, 4])],
 )
 def test_the_outputs_that_compete(scenario, outputs, expected):
-    """Of the second of three contexts: its own classes, the shared outputs, or all classes seen so far."""
+    """The second of three contexts has its own classes, the shared outputs, or all classes seen so far."""
     mask = continual.active(outputs, CONTEXTS, 1, scenario)
     assert mask.nonzero().squeeze(1).tolist() == expected
 
