@@ -1,4 +1,4 @@
-"""Helpers of tests about checkpoints: copies of the fixtures to damage, files to rewrite, names on disk."""
+"""Helpers of tests of checkpoints: copies of the fixtures to damage, rewritten files, and names on disk."""
 
 import shutil
 from pathlib import Path
@@ -13,12 +13,12 @@ STATES = Path(__file__).parent / "fixtures" / "optimizer_states"
 
 
 def copy(name, to):
-    """Copy a fixture, to be spoiled."""
+    """Copy a fixture, so that a test may damage it."""
     return Path(shutil.copytree(STATES / name, to / name))
 
 
 def truth(name):
-    """Return the accumulators that the run had in memory."""
+    """Return the accumulators that the training run had in memory."""
     return load_file(STATES / name / "expected.safetensors")
 
 
@@ -32,7 +32,7 @@ def rewrite(file, change):
 
 
 def assert_read(folder, expected, **options):
-    """Read a checkpoint, and hold it bit for bit against what it should be."""
+    """Read a checkpoint and compare it bit for bit with the expected tensors."""
     fisher = load_fisher(folder, **options)
     assert set(fisher) == set(expected)
     for name, tensor in expected.items():
@@ -48,7 +48,7 @@ def flip(file, offset, mask=0x10):
 
 
 def _copied(value):
-    """Return containers of their own, tensors unmapped."""
+    """Return copies of the containers, with tensors that are not mapped."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, dict):
@@ -57,7 +57,7 @@ def _copied(value):
 
 
 def without_stand_ins(value):
-    """Leave out stand-ins of a library's objects, which cannot be saved."""
+    """Remove stand-ins of library objects, which cannot be saved."""
     if isinstance(value, dict):
         return {
             key: without_stand_ins(item) for key, item in value.items() if not isinstance(item, safe_pickle.StandIn)
@@ -68,7 +68,7 @@ def without_stand_ins(value):
 
 
 def named_on_disk(accumulators):
-    """Name the accumulators as the checkpoint does: Mixtral's packed experts one by one, all others as they are."""
+    """Rename accumulators to the names on disk: Mixtral's packed experts one by one, all others unchanged."""
     named = {}
     for name, tensor in accumulators.items():
         if name.endswith(".experts.gate_up_proj"):

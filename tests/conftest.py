@@ -1,4 +1,4 @@
-"""The device of the tests: ``--device cuda`` runs on a GPU all tests that can, marked ``gpu``."""
+"""Device of the tests: ``--device cuda`` runs all tests that can use a GPU there, marked ``gpu``."""
 
 import importlib.util
 import os
@@ -13,14 +13,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let Triton's kernels run on the CPU; Triton reads the variable when it is imported."""
+    """Enable Triton's interpreter for the CPU; Triton reads the variable when it is imported."""
     if config.getoption("--device") == "cpu" and importlib.util.find_spec("triton"):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that take the device as ``gpu``, if it is one."""
+    """Mark the tests that use the device as ``gpu`` if it is one."""
     if config.getoption("--device") != "cpu":
         for item in items:
             if "device" in getattr(item, "fixturenames", ()):
@@ -29,5 +29,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Return the device that ``--device`` names; inputs are drawn on the CPU, so that they are the same on each."""
+    """Return the device of ``--device``; inputs are drawn on the CPU, so they are equal on all devices."""
     return torch.device(request.config.getoption("--device"))

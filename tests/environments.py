@@ -1,4 +1,4 @@
-"""Scratch environments: an interpreter of its own, with or without what this one has installed."""
+"""Scratch environments: separate interpreters, with or without the packages of this one."""
 
 import os
 import site
@@ -14,31 +14,31 @@ SWITCH = "SQUISHER_MERGEKIT_AUTOLOAD"
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment without pip."""
+    """Virtual environment without pip."""
 
     root: Path
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
+        """Path of its interpreter."""
         return self.root / "bin" / "python"
 
     @property
     def packages(self) -> Path:
-        """Its site-packages folder."""
+        """Path of its site-packages folder."""
         return self.root / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
 
     def run(self, *arguments, path=None, **variables):
-        """Run its interpreter, away from the checkout, with none of our variables but those given."""
+        """Run its interpreter outside of the checkout, with only the given variables."""
         return run(self.python, *arguments, cwd=self.root, path=path, **variables)
 
     def pip(self, *arguments):
-        """Run this interpreter's pip for it, without a network."""
+        """Run this interpreter's pip for the environment, without a network."""
         command = [sys.executable, "-m", "pip", "--python", str(self.python), "--disable-pip-version-check", *arguments]
         subprocess.run(command, check=True, capture_output=True, text=True)
 
     def see_dependencies(self, hide=()):
-        """Let it import all that is installed here but for this package, start-up files, and what is to be hidden."""
+        """Make this environment's packages importable there, except this package, start-up files and hidden ones."""
         seen = self.root / "dependencies"
         seen.mkdir()
         for folder in (*site.getsitepackages(), site.getusersitepackages()):
@@ -51,13 +51,13 @@ class Environment:
 
 
 def make(root: Path) -> Environment:
-    """Make an empty environment."""
+    """Create an empty environment."""
     venv.create(root, with_pip=False, symlinks=True)
     return Environment(root)
 
 
 def run(python, *arguments, cwd, path=None, **variables):
-    """Run an interpreter with a clean environment and return what it printed."""
+    """Run an interpreter with a clean environment and return its output."""
     environment = {
         key: value for key, value in os.environ.items() if key not in (SWITCH, "PYTHONPATH", "PYTHONWARNINGS")
     }

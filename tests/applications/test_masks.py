@@ -16,7 +16,7 @@ from tests.estimators.models import make
 
 @given(shape=st.lists(st.sampled_from([0, 1, 3, 7, 11]), max_size=3), share=st.floats(0, 1), seed=st.integers(0, 9))
 def test_a_mask_comes_back_from_disk(tmp_path_factory, shape, share, seed):
-    """Of any shape, scalars and empty tensors among them, whatever share is kept."""
+    """A mask of any shape, scalars and empty tensors included, comes back from disk for any share of kept entries."""
     folder = tmp_path_factory.mktemp("mask")
     generator = torch.Generator().manual_seed(seed)
     mask = Mask({"w": torch.rand(shape, generator=generator) < share, "b": torch.rand(13, generator=generator) < 0.5})
@@ -29,20 +29,20 @@ def test_a_mask_comes_back_from_disk(tmp_path_factory, shape, share, seed):
 
 
 def test_an_entry_takes_a_bit(tmp_path):
-    """And a tensor that is kept or dropped as a whole takes none."""
+    """An entry takes one bit; a tensor that is kept or dropped whole takes none."""
     mask = Mask({"w": torch.rand(1000, 801) < 0.5, "all": torch.ones(1000, 800).bool(), "no": torch.zeros(99).bool()})
     write_mask(mask, tmp_path / MASK_NAME)
     assert (tmp_path / MASK_NAME).stat().st_size < 1000 * 801 / 8 + 4000
 
 
-def test_how_it_was_made_is_kept(tmp_path):
-    """In the header of the file."""
+def test_the_metadata_is_kept(tmp_path):
+    """The header of the file has the metadata of the mask."""
     write_mask(Mask({"w": torch.ones(3).bool()}, {"score": "fisher", "keep": 0.5}), tmp_path / "my.safetensors")
     assert read_mask(tmp_path / "my.safetensors").metadata == {"score": "fisher", "keep": 0.5}
 
 
-def test_what_is_no_mask_is_refused(tmp_path):
-    """Nothing there, another safetensors file, a cut one, one whose bits do not suffice."""
+def test_an_invalid_mask_file_is_refused(tmp_path):
+    """A missing file, a foreign safetensors file, a truncated file and a file with too few bits are refused."""
     with pytest.raises(NotFoundError, match=r"must be a file or a folder with mask\.safetensors"):
         read_mask(tmp_path)
     nn_file = tmp_path / "model.safetensors"
@@ -62,7 +62,7 @@ def test_what_is_no_mask_is_refused(tmp_path):
 
 
 def test_a_mask_of_other_weights_is_refused(tmp_path):
-    """It names one that is not there, leaves one out, or has another shape."""
+    """A mask with an unknown name, a missing name or another shape is refused."""
     make("bert").save_pretrained(tmp_path)
     infos = open_weights(tmp_path).infos
     own = {name: torch.ones(info.shape).bool() for name, info in infos.items()}
@@ -75,12 +75,12 @@ def test_a_mask_of_other_weights_is_refused(tmp_path):
 
 
 def test_a_mask_finds_its_parameters(tmp_path):
-    """A mask by the names in a file is one by the names in memory: a tied table, experts that are packed in memory."""
+    """A mask with names on disk becomes one with names in memory, with tied tables and packed experts."""
     for name in ("llama-tied", "mixtral-grouped", "bert"):
         model = make(name)
         model.save_pretrained(tmp_path / name)
         weights = open_weights(tmp_path / name)
-        # Kept is what is positive, so that the weights themselves tell where each bit belongs.
+        # Positive weights are kept, so the weights themselves tell where each bit belongs.
         mask = Mask({key: weights.read(key) > 0 for key in weights.infos})
         found = mask.by_parameter(model)
         assert found.keys() == dict(model.named_parameters()).keys()
@@ -89,7 +89,7 @@ def test_a_mask_finds_its_parameters(tmp_path):
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 def test_a_mask_finds_the_parameters_of_a_wrapped_model(wrap):
-    """What is wrapped around a model, for several processes or to compile it, is no part of its names."""
+    """Wrappers for several processes or for compilation do not change the names."""
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     mask = Mask({name: p > 0 for name, p in model.named_parameters()})
     found = mask.by_parameter(wrap(model))
@@ -98,14 +98,14 @@ def test_a_mask_finds_the_parameters_of_a_wrapped_model(wrap):
 
 
 def test_a_mask_that_lacks_a_parameter_is_refused():
-    """A parameter without a mask would be neither kept nor dropped."""
+    """A mask that lacks a parameter is refused, because the parameter would be neither kept nor dropped."""
     mask = Mask({"weight": torch.ones(1, 3).bool()})
     with pytest.raises(MismatchError, match=r"but of bias, \[1\], memory has missing"):
         mask.by_parameter(nn.Linear(3, 1))
 
 
 def test_the_old_name_of_the_metadata_works_for_one_version():
-    """``about`` is ``metadata``, with a warning at the user's line."""
+    """``about`` still works as ``metadata``, with a warning at the line of the caller."""
     with pytest.warns(DeprecationWarning, match="use metadata"):
         mask = Mask({"w": torch.ones(2).bool()}, about={"score": "fisher"})
     with pytest.warns(DeprecationWarning, match=r"use Mask\.metadata") as caught:

@@ -1,4 +1,4 @@
-"""The scores."""
+"""Scores of weights."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from squisher_mergekit.applications import scores
 
 
 def test_scores_of_hand_computed_values():
-    """theta^2 F / 2, (theta - theta_0)^2 F / 2, |theta - theta_0| and |theta|."""
+    """The scores are theta^2 F / 2, (theta - theta_0)^2 F / 2, |theta - theta_0| and |theta|."""
     theta, base, fisher = (torch.tensor(values) for values in ([3.0, -2.0], [1.0, -2.5], [4.0, 0.5]))
     assert scores.saliency(theta, fisher).tolist() == [18.0, 1.0]
     assert scores.reset_loss(theta, base, fisher).tolist() == [8.0, 0.0625]
@@ -16,7 +16,7 @@ def test_scores_of_hand_computed_values():
 
 
 def test_scores_change_no_input():
-    """The weights may be a view of a mapped file."""
+    """A score leaves the weights unchanged, because they may be a view of a mapped file."""
     theta, base, fisher = torch.ones(3, dtype=torch.float64), torch.zeros(3), torch.ones(3)
     for score in (scores.saliency(theta, fisher), scores.magnitude(theta), scores.movement(theta, base)):
         assert score.dtype == torch.float64
@@ -26,7 +26,7 @@ def test_scores_change_no_input():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_ranks_follow_the_scores_over_blocks(dtype, monkeypatch):
-    """Of a tensor of several blocks, for values whose score float32 could not hold."""
+    """Ranks of a tensor of several blocks follow the scores, also where float32 could not hold the score."""
     monkeypatch.setattr(scores, "_BLOCK", 13)
     generator = torch.Generator().manual_seed(0)
     theta = torch.randn(7, 11, generator=generator).mul_(1e-4).to(dtype)
@@ -40,7 +40,7 @@ def test_ranks_follow_the_scores_over_blocks(dtype, monkeypatch):
 
 
 def test_a_unit_divides(monkeypatch):
-    """Two layers of unequal means rank alike once each is measured by its own; a mean of 0 changes nothing."""
+    """Two layers of unequal means rank alike after division by their means. A mean of 0 divides nothing."""
     monkeypatch.setattr(scores, "_BLOCK", 2)
     small, large = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([100.0, 200.0, 600.0])
     assert scores.mean(scores.magnitude, small) == 3.0
@@ -53,7 +53,7 @@ def test_a_unit_divides(monkeypatch):
 
 
 def test_random_scores_depend_on_name_and_seed_alone(monkeypatch):
-    """Not on the size of a block, nor on what torch's own generator has given."""
+    """Random scores depend on name and seed, not on the block size or the generator of torch."""
     weight = torch.zeros(5, 11)
     first = scores.sort_keys(scores.random_score("w", 3), weight)
     monkeypatch.setattr(scores, "_BLOCK", 16)

@@ -1,4 +1,4 @@
-"""Which weights of a model are kept."""
+"""Choice of the kept weights of a model."""
 
 import math
 from collections import Counter
@@ -28,13 +28,13 @@ def _chosen(scores, keep, scope, min_keep=0.0):
 
 def _scores(seed, shapes=((7, 3), (5,), (2, 2, 3))):
     generator = torch.Generator().manual_seed(seed)
-    # Whole numbers, so that many are equal.
+    # Whole numbers give many ties.
     return {f"t{i}": torch.randint(0, 5, shape, generator=generator).float() for i, shape in enumerate(shapes)}
 
 
 @given(seed=st.integers(0, 99), keep=st.integers(0, 38))
 def test_over_all_tensors_the_largest_are_kept(seed, keep):
-    """As many as asked for, none smaller than one that is dropped, ties by their place."""
+    """The largest entries of all tensors are kept in the exact number; ties go to the first position."""
     scores = _scores(seed)
     flat = torch.cat([tensor.flatten() for tensor in scores.values()])
     wanted = torch.zeros(38, dtype=torch.bool)
@@ -45,7 +45,7 @@ def test_over_all_tensors_the_largest_are_kept(seed, keep):
 
 @given(seed=st.integers(0, 99), keep=st.integers(0, 38))
 def test_within_each_tensor_the_same_share_is_kept(seed, keep):
-    """To the entry, and in all as many as asked for."""
+    """The same share of each tensor is kept, to the entry, with the exact total."""
     scores = _scores(seed)
     found = _chosen(scores, keep, "layer")
     assert sum(int(mask.sum()) for mask in found.values()) == keep
@@ -57,8 +57,8 @@ def test_within_each_tensor_the_same_share_is_kept(seed, keep):
 
 
 @given(seed=st.integers(0, 99), min_keep=st.sampled_from([0.1, 0.3]), more=st.integers(0, 20))
-def test_of_each_tensor_at_least_a_share_is_kept(seed, min_keep, more):
-    """Its own largest; what is left to keep are the largest of all others."""
+def test_each_tensor_keeps_at_least_a_share(seed, min_keep, more):
+    """Each tensor keeps its floor of largest entries. The remaining ones are the largest over all tensors."""
     scores = _scores(seed) | {"tiny": torch.full((11,), 1e-9)}
     floors = {name: math.ceil(tensor.numel() * min_keep) for name, tensor in scores.items()}
     keep = sum(floors.values()) + min(more, 49 - sum(floors.values()))
@@ -71,15 +71,15 @@ def test_of_each_tensor_at_least_a_share_is_kept(seed, min_keep, more):
     assert all(value >= dropped for value in torch.cat(beyond).tolist())
 
 
-def test_a_least_share_that_asks_for_too_much_is_refused():
-    """The message says how many it takes and how many there may be."""
+def test_a_floor_above_the_total_is_refused():
+    """A floor above the total is refused with both counts."""
     with pytest.raises(ConfigError, match="takes 20 entries, but 5 of 38 are to be kept"):
         _chosen(_scores(0), 5, "global", 0.5)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, 75, float("nan"), float("inf")])
-def test_what_is_no_share_is_refused(value):
-    """Negative, all, in per cent, no number."""
+def test_an_invalid_share_is_refused(value):
+    """A share that is negative, 1, a percentage or no number is refused."""
     with pytest.raises(ConfigError, match=r"sparsity must be in \[0, 1\), found"):
         check_share("sparsity", value)
 
@@ -88,7 +88,10 @@ SHAPES = {"head": (2, 3), "w": (7, 5), "words": (11, 4), "buffer": (3,)}
 
 
 def test_a_plan_has_every_count_before_a_weight_is_read():
-    """``always`` counts and is kept, ``never`` does not count, ``outside`` is not touched; the rest is chosen from."""
+    """``always`` is counted and kept, ``never`` is not counted, and ``outside`` is not touched.
+
+    The plan has all counts before a weight is read.
+    """
     selection = Selection(0.5, "magnitude", always=frozenset({"head"}), never=frozenset({"words"}), min_keep=0.1)
     plan = plan_selection(selection, SHAPES, {"buffer": "a buffer"})
     assert (plan.entries, plan.keep, plan.whole) == (41, 20, 6)
@@ -97,8 +100,8 @@ def test_a_plan_has_every_count_before_a_weight_is_read():
     assert plan.passes == 3
 
 
-def test_what_is_kept_whole_or_not_at_all_is_not_read():
-    """Each tensor to choose from is read as often as the plan says, the others never."""
+def test_tensors_that_are_kept_or_dropped_whole_are_not_read():
+    """A tensor to choose from is read as often as the plan says. Other tensors are never read."""
     reads = Counter()
 
     def read(name):
@@ -124,11 +127,11 @@ def test_scores_by_hand():
     inputs = ScoreInputs(*(lambda _, tensor=tensor: tensor for tensor in (theta, fisher, base, gradient)))
     wanted = {
         "fisher": [1, 3],
-        "saliency": [1, 0],  # 0.5, 18, 0.45, 0.5; of equal ones the first
-        "reset": [0, 3],  # 4.5, 0, 0.0125, 0.5
-        "movement": [0, 2],  # 3, 0, 0.5, 0.5
+        "saliency": [1, 0],  # scores 0.5, 18, 0.45, 0.5; the first of equal ones
+        "reset": [0, 3],  # scores 4.5, 0, 0.0125, 0.5
+        "movement": [0, 2],  # scores 3, 0, 0.5, 0.5
         "magnitude": [2, 1],
-        "taylor_squared": [0, 3],  # 25, 4, 9, 20.25
+        "taylor_squared": [0, 3],  # scores 25, 4, 9, 20.25
     }
     for score, places in wanted.items():
         ((_, mask),) = select_masks(plan_selection(Selection(2, score), {"w": (4,)}), inputs)
@@ -136,7 +139,7 @@ def test_scores_by_hand():
 
 
 def test_zeros_can_rank_below_all_others():
-    """With ``drop_zeros`` a weight that is 0 goes before any other, whatever its Fisher is."""
+    """With ``drop_zeros``, a weight of 0 is dropped before any other, whatever its Fisher."""
     inputs = ScoreInputs(lambda _: torch.tensor([0.0, 1.0, 1.0]), lambda _: torch.tensor([9.0, 0.0, 1.0]))
     for drop, wanted in ((True, [False, True, True]), (False, [True, False, True])):
         plan = plan_selection(Selection(2, "fisher", drop_zeros=drop), {"w": (3,)})
@@ -157,7 +160,7 @@ def test_zeros_can_rank_below_all_others():
     ],
 )
 def test_a_selection_refuses_values_out_of_range(options, message):
-    """In one line, when the selection is made."""
+    """An argument out of range is refused in one line when the selection is made."""
     with pytest.raises(ConfigError, match=message) as error:
         Selection(**options)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""``squisher compare`` through the real program: table, report, picture."""
+"""``squisher compare`` as a command: table, report, picture."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def _write(folder, tensors, **config):
 
 @pytest.fixture
 def pair(tmp_path):
-    """Two Fishers of one architecture, each with a tensor of its own."""
+    """Return two Fishers of one architecture, each with one extra tensor."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(31, 17, generator=generator) ** 4 for _ in range(2))
     b[:3] = 0
@@ -41,7 +41,7 @@ def pair(tmp_path):
 
 
 def test_a_checkpoint_agrees_with_the_fisher_made_of_it(tmp_path):
-    """Optimizer state and its portable Fisher are the same order and scale, tensor by tensor."""
+    """Optimizer state and its portable Fisher have the same order and scale in every tensor."""
     made = CliRunner().invoke(main, ["extract", str(CHECKPOINT), "-o", str(tmp_path / "f"), "--quiet"])
     assert made.exit_code == 0, made.output
     result = _run(CHECKPOINT, tmp_path / "f", "--quiet", "--json", tmp_path / "report.json")
@@ -56,7 +56,7 @@ def test_a_checkpoint_agrees_with_the_fisher_made_of_it(tmp_path):
 
 
 def test_table_has_a_line_for_each_common_tensor(pair, tmp_path):
-    """A line a tensor, one over all, and the names that one side alone has; the report says the same."""
+    """The table has a line for each tensor, a total, and the names of one side only. The report agrees."""
     result = _run(*pair, "--quiet", "--json", tmp_path / "made" / "report.json")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "made" / "report.json").read_text())
@@ -72,7 +72,7 @@ def test_table_has_a_line_for_each_common_tensor(pair, tmp_path):
 
 
 def test_a_sample_is_stated():
-    """The size of the sample behind the overall rank correlation is below the table."""
+    """The table states the sample size of the overall rank correlation."""
     fisher = Fisher(MemoryStore({"w": torch.rand(1009)}), FisherConfig())
     text = "\n".join(lines(compare(fisher, fisher, sample=101)))
     assert "a sample: 101 of 1,009 entries" in text
@@ -80,7 +80,7 @@ def test_a_sample_is_stated():
 
 
 def test_scaling_is_a_choice(tmp_path):
-    """Raw takes entries as stored; per_example is refused where examples per step are not known."""
+    """Raw compares stored entries. per_example is refused without the number of examples per step."""
     made = CliRunner().invoke(main, ["extract", str(CHECKPOINT), "-o", str(tmp_path / "f"), "--quiet"])
     assert made.exit_code == 0, made.output
     assert "at the raw scale" in _run(CHECKPOINT, tmp_path / "f", "--scaling", "raw").output
@@ -91,7 +91,7 @@ def test_scaling_is_a_choice(tmp_path):
 
 
 def test_plot_is_a_png(pair, tmp_path):
-    """--plot writes a picture, and also where no entry is positive in both."""
+    """--plot writes a PNG, also if no entry is positive in both Fishers."""
     result = _run(*pair, "--quiet", "--plot", tmp_path / "made" / "f.png")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "made" / "f.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -102,7 +102,7 @@ def test_plot_is_a_png(pair, tmp_path):
 
 
 def test_models_are_given_once_or_for_each(tmp_path):
-    """--model serves both sides, or A and B in turn; a third one is a usage error."""
+    """--model serves both sides, or A and B in turn. A third --model is a usage error."""
     state = STATES / "plain_adam" / "optimizer.pt"
     model = ("--model", STATES / "plain_adam")
     for models in (model, model * 2):
@@ -114,8 +114,8 @@ def test_models_are_given_once_or_for_each(tmp_path):
     assert "nowhere" in result.output
 
 
-def test_what_does_not_fit_is_one_line(pair, tmp_path):
-    """Other shapes and other names exit with 1 and one line, and leave no report."""
+def test_a_mismatch_is_one_line(pair, tmp_path):
+    """Different shapes and different names exit with 1 and one line, without a report."""
     other = _write(tmp_path / "c", {"layers.0.w": torch.ones(17, 31)})
     result = _run(pair[0], other, "--json", tmp_path / "no.json")
     assert result.exit_code == 1

@@ -1,4 +1,4 @@
-"""``squisher doctor``: what it says of a sound environment, and the line it prints for each thing that is wrong."""
+"""``squisher doctor``: the report of a working environment, and one line for each problem."""
 
 import json
 import os
@@ -25,7 +25,7 @@ UNKNOWN = {
 
 @pytest.fixture
 def probe(monkeypatch):
-    """Let a test say what the fresh interpreter answers."""
+    """Return a function that sets the answer of the fresh interpreter."""
 
     def answer(**changes):
         monkeypatch.delenv(doctor.SWITCH, raising=False)
@@ -44,7 +44,7 @@ def _problems(result):
 
 
 def test_a_sound_environment_is_reported_in_full(tmp_path):
-    """The real command, with a fresh interpreter, exits with 0 here and reports versions, hook, methods and disk."""
+    """In a working environment the command exits with 0 and reports versions, hook, methods and disk."""
     report = tmp_path / "report.json"
     environment = {key: value for key, value in os.environ.items() if key != doctor.SWITCH}
     code = "from squisher_mergekit.cli.main import main; main()"
@@ -70,7 +70,7 @@ def test_a_sound_environment_is_reported_in_full(tmp_path):
 
 
 def test_the_switch_is_named(tmp_path):
-    """With the hook switched off the real command exits with 1, and names the variable and both cures."""
+    """With the hook switched off, the command exits with 1 and names the variable and both cures."""
     environment = os.environ | {doctor.SWITCH: "0"}
     code = "from squisher_mergekit.cli.main import main; main()"
     done = subprocess.run(
@@ -89,7 +89,7 @@ def test_the_switch_is_named(tmp_path):
 
 
 def test_a_missing_hook_file_is_named(probe, monkeypatch):
-    """A missing start-up file is named, with the command that installs it again."""
+    """A missing start-up file is reported with the command that installs it again."""
     probe(started=False, methods=UNKNOWN)
     monkeypatch.setattr(doctor, "hook_files", list)
     result = _run("--quiet")
@@ -100,22 +100,22 @@ def test_a_missing_hook_file_is_named(probe, monkeypatch):
 
 
 def test_a_hook_file_that_cannot_import_the_package_is_named(probe):
-    """A start-up file that did not import the package is named."""
+    """A start-up file that failed to import the package is reported."""
     probe(started=False, methods=UNKNOWN)
     [line] = _problems(_run("--quiet"))
     assert "squisher_mergekit.pth could not import the package" in line
 
 
-def test_what_mergekit_answers_is_passed_on(probe):
-    """A refusal by mergekit after the hook ran is repeated in its own words."""
+def test_the_answer_of_mergekit_is_reported(probe):
+    """A refusal by mergekit after the hook ran is reported in mergekit's words."""
     probe(methods={"squisher": None, "ubgm_squisher": "the methods need mergekit >=0.1.5,<0.2"})
     assert _problems(_run("--quiet")) == [
         "problem: mergekit-yaml does not know ubgm_squisher: the methods need mergekit >=0.1.5,<0.2"
     ]
 
 
-def test_an_error_is_said_once(probe):
-    """The same failure in several of mergekit's modules is one line."""
+def test_an_error_is_reported_once(probe):
+    """One failure in several modules of mergekit gives one line."""
     probe(errors=["boom", "boom"])
     assert len(_problems(_run("--quiet"))) == 1
 
@@ -128,7 +128,7 @@ def test_an_error_is_said_once(probe):
     ],
 )
 def test_a_wrong_mergekit_is_named(found, words):
-    """A mergekit that is missing or out of range is one line with the command that cures it."""
+    """A missing mergekit, or one out of range, gives one line with the command that cures it."""
     versions = {"squisher-mergekit": "0.1.0", "mergekit": found}
     [problem] = doctor.version_problems(versions, "<0.2,>=0.1.5")
     assert words in problem
@@ -136,7 +136,7 @@ def test_a_wrong_mergekit_is_named(found, words):
 
 
 def test_the_supported_range_is_the_one_installed_for():
-    """The range comes from the installed metadata, and is the one that the plug-in checks."""
+    """The supported range comes from the installed metadata, and the plug-in checks the same range."""
     from packaging.specifiers import SpecifierSet
 
     from squisher_mergekit.merging.mergekit.hooks import SUPPORTED
@@ -145,7 +145,7 @@ def test_the_supported_range_is_the_one_installed_for():
 
 
 def test_little_disk_is_a_problem(probe, monkeypatch):
-    """A folder with less than 100 MB free is named with what is left."""
+    """A folder with less than 100 MB free is reported with its free space."""
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5_000_000}))
     result = _run("--quiet")
     assert result.exit_code == 1
@@ -153,7 +153,7 @@ def test_little_disk_is_a_problem(probe, monkeypatch):
 
 
 def test_a_probe_that_dies_is_a_problem_and_no_traceback(monkeypatch):
-    """An interpreter that gives no answer is reported in one line."""
+    """An interpreter without an answer gives one line and no traceback."""
     monkeypatch.setattr(doctor, "PROBE", "raise SystemExit(3)")
     result = _run("--quiet")
     assert result.exit_code == 1
@@ -162,7 +162,7 @@ def test_a_probe_that_dies_is_a_problem_and_no_traceback(monkeypatch):
 
 
 def test_a_report_that_cannot_be_written_is_one_line(probe, tmp_path):
-    """``--json`` below a file, where no folder can be, exits with 1, says so in one line, and leaves nothing."""
+    """``--json`` below a file exits with 1 and one line, without leftovers."""
     (tmp_path / "file").write_text("unchanged")
     result = _run("--quiet", "--json", str(tmp_path / "file" / "report.json"))
     assert result.exit_code == 1
@@ -172,7 +172,7 @@ def test_a_report_that_cannot_be_written_is_one_line(probe, tmp_path):
 
 
 def test_a_report_makes_its_folder(probe, tmp_path):
-    """``--json`` into a new folder creates the folder, as for every command, and leaves no temporary file."""
+    """``--json`` creates a missing folder and leaves no temporary file."""
     assert _run("--quiet", "--json", str(tmp_path / "new" / "report.json")).exit_code == 0
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.json"]
     assert json.loads((tmp_path / "new" / "report.json").read_text())["problems"] == []

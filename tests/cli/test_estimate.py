@@ -68,7 +68,7 @@ def _run(*arguments):
 
 
 def _by_hand(task, model):
-    """Return ``estimate_fisher`` of the same rows, tokenized one by one without padding."""
+    """Return ``estimate_fisher`` of the same rows, tokenized one at a time without padding."""
     tokenizer, made = word_tokenizer(), []
     for text, target, label in ROWS:
         batch = dict(tokenizer([text], return_tensors="pt"))
@@ -92,14 +92,14 @@ def test_a_file_of_rows_gives_the_fisher_of_these_rows(saved, kind, tmp_path):
     fisher = load_fisher(out, model=folder)
     assert (fisher.config.estimator, fisher.config.num_examples, fisher.config.statistic) == ("empirical", 5, "mean")
     assert fisher.config.weights_fingerprint.startswith("fp1:")
-    if task == "masked-lm":  # masks are drawn batch by batch
+    if task == "masked-lm":  # masks are drawn per batch
         assert set(fisher) <= set(load_file(folder / "model.safetensors"))
         return
     expected = _by_hand(task, model)
     assert set(fisher) == set(expected)
     largest = max(float(tensor.max()) for tensor in expected.values())
     for name, tensor in expected.items():
-        # Gradients that vanish by symmetry, of keys' biases, are rounding alone.
+        # The gradients of key biases vanish by symmetry, so they consist of rounding.
         atol = max(1e-5 * float(tensor.max()), 1e-12 * largest)
         torch.testing.assert_close(fisher[name], tensor, rtol=1e-3, atol=atol)
 
@@ -113,7 +113,7 @@ def test_a_file_of_rows_gives_the_fisher_of_these_rows(saved, kind, tmp_path):
         ({"--labels": "predicted", "--joint": None}, "grouping batch needs labels true or sampled"),
     ],
 )
-def test_what_is_missing_is_refused_in_one_line(change, words, tmp_path, monkeypatch):
+def test_missing_inputs_are_refused_in_one_line(change, words, tmp_path, monkeypatch):
     """A missing file, column or model and wrong labels exit with 1, one line and no output folder."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     MODELS["classification"]().save_pretrained(tmp_path / "model")
@@ -139,7 +139,7 @@ def test_exact_labels_of_tokens_are_refused(tmp_path):
 
 
 def test_a_bar_tells_the_rate_and_the_time_left(saved, tmp_path):
-    """The progress bar shows examples done and in all, the times, and the rate."""
+    """The progress bar shows the examples done and in total, the times and the rate."""
     task, _, folder = saved
     data = _write(tmp_path / "rows.jsonl")
     arguments = ["estimate", folder, "--task", task, "--data", data, "--batch-size", "2", "-o", tmp_path / "out"]
@@ -155,7 +155,7 @@ def test_tasks_are_those_of_python():
 
 
 def test_the_old_name_of_classification_still_works(tmp_path):
-    """The old name gives the same Fisher, and a line with the new name."""
+    """The old name gives the same Fisher and one line with the new name."""
     MODELS["classification"]().save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     data = _write(tmp_path / "rows.jsonl")

@@ -1,4 +1,4 @@
-"""``squisher extract`` through the real program: what it writes, what it says, what it refuses."""
+"""``squisher extract`` as a command: output, report and refusals."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def _run(*arguments):
 
 
 def test_a_checkpoint_becomes_a_fisher(tmp_path):
-    """Tensors equal the accumulators bit for bit, and the report says source, optimizer, steps and coverage."""
+    """Tensors equal the accumulators bit for bit. The report has source, optimizer, steps and coverage."""
     result = _run(STATES / "trainer_llama_decay", "-o", tmp_path / "out", "--quiet", "--json", tmp_path / "report.json")
     assert result.exit_code == 0, result.output
     expected = load_file(STATES / "trainer_llama_decay" / "expected.safetensors")
@@ -35,7 +35,7 @@ def test_a_checkpoint_becomes_a_fisher(tmp_path):
 
 
 def test_numbers_of_the_run_are_recorded(tmp_path):
-    """Examples and tokens per step land in the metadata, as does the wanted dtype."""
+    """The metadata has examples per step, tokens per step and the dtype."""
     options = ["--examples-per-step", 64, "--tokens-per-step", 32768, "--dtype", "bfloat16", "--quiet"]
     result = _run(STATES / "plain_adam", "-o", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
@@ -46,7 +46,7 @@ def test_numbers_of_the_run_are_recorded(tmp_path):
 
 
 def test_a_partial_fisher_is_no_failure(tmp_path):
-    """With --base the frozen layers of GPT-2 are told apart; they are listed, and the exit code is 0."""
+    """With --base, frozen layers of GPT-2 are listed, and the exit code is 0."""
     checkpoint = STATES / "trainer_gpt2_tied_frozen"
     result = _run(checkpoint, "--base", checkpoint / "base", "-o", tmp_path / "out", "--quiet")
     assert result.exit_code == 0, result.output
@@ -56,7 +56,7 @@ def test_a_partial_fisher_is_no_failure(tmp_path):
 
 
 def test_model_and_names_options_reach_the_reader(tmp_path):
-    """A state alone is refused; with --model (only config.json) or with --names it is read."""
+    """A state alone is refused. With --model (a config.json suffices) or --names it is read."""
     shutil.copy(STATES / "plain_adam" / "optimizer.pt", tmp_path / "optimizer.pt")
     refused = _run(tmp_path / "optimizer.pt", "-o", tmp_path / "a", "--quiet")
     assert refused.exit_code == 1
@@ -77,7 +77,7 @@ def test_model_and_names_options_reach_the_reader(tmp_path):
 
 @pytest.mark.parametrize("name", ["bad_nan", "bad_truncated", "bad_malicious_pickle", "plain_sgd_refuse"])
 def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path, name, monkeypatch):
-    """Exit code 1, one line on stderr, no output folder, and nothing of a pickle was run."""
+    """A refusal exits with 1 and one line on stderr, without an output folder. No code of a pickle runs."""
     monkeypatch.chdir(tmp_path)
     result = _run(STATES / name, "-o", tmp_path / "out", "--quiet")
     assert result.exit_code == 1
@@ -104,8 +104,8 @@ def test_misuse_is_exit_code_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_bar_can_be_silenced(tmp_path):
-    """A progress bar goes to stderr, and --quiet turns it off."""
+def test_quiet_disables_the_progress_bar(tmp_path):
+    """A progress bar goes to stderr, and --quiet disables it."""
     loud = _run(STATES / "plain_adam", "-o", tmp_path / "a")
     assert "Extracting" in loud.stderr
     quiet = _run(STATES / "plain_adagrad", "-o", tmp_path / "b", "--quiet")

@@ -1,4 +1,4 @@
-"""``squisher inspect`` through the real program: table, report, picture."""
+"""``squisher inspect`` as a command: table, report, picture."""
 
 import builtins
 import json
@@ -20,13 +20,13 @@ def _run(verb, *arguments):
 
 @pytest.fixture
 def portable(tmp_path):
-    """A portable Fisher of a tied, sharded Llama."""
+    """Return a portable Fisher of a tied Llama in shards."""
     assert _run("extract", STATES / "trainer_sharded_index", "-o", tmp_path / "fisher", "--quiet").exit_code == 0
     return tmp_path / "fisher"
 
 
 def test_table_has_a_line_for_each_tensor(portable):
-    """Every tensor has its shape, extremes, median and zeros at the debiased scale; a last line is over all."""
+    """The table has shape, extremes, median and zeros of each tensor at the debiased scale, and a total."""
     result = _run("inspect", portable, "--quiet")
     assert result.exit_code == 0, result.output
     lines = {line.split()[0]: line.split() for line in result.output.splitlines() if line.strip()}
@@ -41,8 +41,8 @@ def test_table_has_a_line_for_each_tensor(portable):
     assert "tied to model.embed_tokens.weight" in result.output
 
 
-def test_optimizer_state_and_the_fisher_made_of_it_say_the_same(portable, tmp_path):
-    """A checkpoint and its portable Fisher have the same table."""
+def test_optimizer_state_and_its_fisher_give_the_same_table(portable, tmp_path):
+    """A checkpoint and its portable Fisher give the same table."""
     assert _run("inspect", portable, "--quiet", "--json", tmp_path / "a.json").exit_code == 0
     assert _run("inspect", STATES / "trainer_sharded_index", "--quiet", "--json", tmp_path / "b.json").exit_code == 0
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
@@ -54,7 +54,7 @@ def test_optimizer_state_and_the_fisher_made_of_it_say_the_same(portable, tmp_pa
 
 
 def test_without_steps_the_table_is_raw_and_says_so(portable, tmp_path):
-    """Entries are shown raw if the metadata do not allow the debiased scale."""
+    """Without steps in the metadata, the table is raw and says so."""
     file = portable / "fisher_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": None, "mean": None, "norm": None}))
     result = _run("inspect", portable, "--quiet", "--json", tmp_path / "report.json")
@@ -67,14 +67,14 @@ def test_without_steps_the_table_is_raw_and_says_so(portable, tmp_path):
 
 
 def test_plot_is_a_png(portable, tmp_path):
-    """--plot writes a picture, even where every entry of a kind is 0."""
+    """--plot writes a PNG, also if all entries of a kind are 0."""
     result = _run("inspect", portable, "--quiet", "--plot", tmp_path / "made" / "f.png")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "made" / "f.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_plot_without_matplotlib_says_what_to_install(portable, tmp_path, monkeypatch):
-    """Without the extra the refusal names it, before any tensor is read."""
+    """Without matplotlib, --plot is refused with the extra to install, before any tensor is read."""
     real = builtins.__import__
 
     def without(name, *arguments, **keywords):
@@ -91,14 +91,14 @@ def test_plot_without_matplotlib_says_what_to_install(portable, tmp_path, monkey
 
 
 def test_bad_entries_are_refused():
-    """NaN, infinite and negative entries are no Fisher."""
+    """NaN, infinite and negative entries are refused."""
     result = _run("inspect", STATES / "bad_nan", "--quiet")
     assert result.exit_code == 1
     assert "1 NaN" in result.output
 
 
-def test_nothing_there_is_one_line(tmp_path):
-    """A folder without a Fisher or optimizer state is named, with what was looked for."""
+def test_an_empty_folder_is_one_line(tmp_path):
+    """A folder without a Fisher or optimizer state is refused in one line with the expected files."""
     result = _run("inspect", tmp_path, "--quiet")
     assert result.exit_code == 1
     assert str(tmp_path) in result.output

@@ -1,4 +1,4 @@
-"""The group ``squisher``: help without imports, exit codes, and the verbs that it promises."""
+"""Command group ``squisher``: help without imports, exit codes, and the list of commands."""
 
 import os
 import resource
@@ -27,12 +27,12 @@ def _cpu_seconds(command):
 
 
 def test_help_answers_within_0_3_seconds():
-    """``squisher --help`` takes less than 0.3 s of CPU, the best of three runs."""
+    """``squisher --help`` takes less than 0.3 s of CPU time, the best of three runs."""
     assert min(_cpu_seconds([PROGRAM, "--help"]) for _ in range(3)) < HELP_SECONDS
 
 
 def test_help_imports_no_verb_and_nothing_heavy():
-    """Neither torch nor mergekit nor any verb is imported to print the help."""
+    """The help imports neither torch nor mergekit nor any command."""
     code = (
         "import sys; from squisher_mergekit.cli.main import VERBS, main\n"
         "try: main(['--help'])\n"
@@ -45,7 +45,7 @@ def test_help_imports_no_verb_and_nothing_heavy():
 
 
 def test_help_lists_every_verb_with_its_line():
-    """Each verb of the table stands in the help, with what it does."""
+    """The help lists every command with its description."""
     result = CliRunner().invoke(main, ["--help"], terminal_width=200)
     assert result.exit_code == 0
     words = [line.split(maxsplit=1) for line in result.output.splitlines() if line.strip()]
@@ -54,7 +54,7 @@ def test_help_lists_every_verb_with_its_line():
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_exists_and_answers_help(verb):
-    """Each verb of the table can be imported, is called so, and prints its own help."""
+    """Every command can be imported, has its listed name, and prints help."""
     module, _ = VERBS[verb]
     assert find_spec(f"squisher_mergekit.cli.{module}") is not None
     result = CliRunner().invoke(main, [verb, "--help"])
@@ -75,7 +75,7 @@ def _commands(command=main, path=()):
 
 @pytest.mark.parametrize("path", list(_commands()), ids=" ".join)
 def test_every_command_shows_an_example_and_answers_the_short_option(path):
-    """``-h`` prints the same help as ``--help``, with an example that names the command."""
+    """``-h`` prints the help of ``--help``, with an example that names the command."""
     short, long = (CliRunner().invoke(main, [*path, option]) for option in ("-h", "--help"))
     assert short.exit_code == 0, short.output
     assert short.output == long.output
@@ -84,13 +84,13 @@ def test_every_command_shows_an_example_and_answers_the_short_option(path):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_are_printed(shell):
-    """The line of the help that switches completion on prints a script for each shell."""
+    """The completion command of the help prints a script for each shell."""
     script = _completed({"_SQUISHER_COMPLETE": f"{shell}_source"})
     assert "_SQUISHER_COMPLETE" in script
 
 
 def test_completion_knows_commands_and_options_without_importing_commands():
-    """Names of commands come from their table; options come from the command itself."""
+    """Names of commands come from their table, and options from the command itself."""
     assert _complete("squisher pu") == ["plain,push", "plain,pull"]
     assert "plain,--compress" in _complete("squisher extract --c")
     code = (
@@ -118,14 +118,14 @@ def test_version():
 
 
 def test_unknown_verb_is_a_usage_error():
-    """An unknown verb exits with 2 and is named."""
+    """An unknown command exits with 2 and its name."""
     done = subprocess.run([PROGRAM, "extrat"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "extrat" in done.stderr
 
 
 def test_module_form_needs_no_console_script():
-    """The group runs from Python as well, as the console script does."""
+    """The command ``python -m`` runs the group like the console script."""
     code = "from squisher_mergekit.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
     assert __version__ in done.stdout

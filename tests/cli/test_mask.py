@@ -1,4 +1,4 @@
-"""``squisher mask`` through its command: what it prints, writes and refuses."""
+"""``squisher mask`` as a command: output, files and refusals."""
 
 import json
 import subprocess
@@ -19,12 +19,12 @@ def _run(*arguments):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A classifier, its base without a head, and a Fisher."""
+    """Return a classifier, its base without a head, and a Fisher."""
     return Pair(tmp_path_factory.mktemp("pair"), "bert")
 
 
 def test_from_a_fisher_to_a_patch_and_back(tmp_path, pair):
-    """select, reset, apply, remove: the base and the reset model come back to the bit."""
+    """The commands select, reset, apply and remove restore base and reset model to the bit."""
     mask, out = tmp_path / "mask.safetensors", tmp_path / "out"
     chosen = ["--fisher", pair.fisher, "--score", "reset", "--base", pair.base, "--keep", "0.2", "--quiet"]
     steps = (
@@ -42,8 +42,8 @@ def test_from_a_fisher_to_a_patch_and_back(tmp_path, pair):
     assert same(tmp_path / "at_once", out)
 
 
-def test_the_report_says_what_is_kept(tmp_path, pair):
-    """Counts, head, what is excluded, and where most lies; as JSON with every tensor."""
+def test_the_report_counts_the_kept_weights(tmp_path, pair):
+    """The report has counts, head, exclusions and the distribution of kept weights. The JSON has every tensor."""
     out, report = tmp_path / "mask.safetensors", tmp_path / "report.json"
     result = _run(
         "select", pair.tuned, "--fisher", pair.fisher, "--keep", "0.2", "--exclude", "embeddings", "-o", out,
@@ -62,7 +62,7 @@ def test_the_report_says_what_is_kept(tmp_path, pair):
 
 
 def test_the_options_are_those_of_python(tmp_path, pair):
-    """The same mask and difference as by the calls."""
+    """The command writes the mask and the difference of the Python calls."""
     options = ("--keep", "0.3", "--score", "random", "--scope", "layer", "--seed", "7", "--head", "pooler")
     assert _run("select", pair.tuned, *options, "-o", tmp_path / "a").exit_code == 0
     select_files(pair.tuned, None, tmp_path / "b", 0.3, score="random", scope="layer", seed=7, head=("pooler",))
@@ -83,8 +83,8 @@ def test_the_options_are_those_of_python(tmp_path, pair):
     assert f"difference {size / 1000:.3g} kB, {size / report['model_bytes']:.2%} of the model's" in line.output
 
 
-def test_what_is_refused_is_one_line(tmp_path, pair):
-    """Exit code 1, a line, nothing left behind."""
+def test_a_refusal_is_one_line(tmp_path, pair):
+    """A refusal exits with 1 and one line, without leftovers."""
     other = Pair(tmp_path / "other", "llama")
     mask, out = tmp_path / "mask.safetensors", tmp_path / "out"
     assert _run("select", pair.tuned, "--score", "random", "--keep", "0.2", "-o", mask).exit_code == 0
@@ -119,7 +119,7 @@ def test_what_is_refused_is_one_line(tmp_path, pair):
 
 
 def test_wrong_usage():
-    """Exit code 2."""
+    """Wrong usage exits with 2."""
     for line in (
         ("select", "model", "-o", "x"),
         ("select", "m", "--keep", "0.1", "--head", "a", "--no-head", "-o", "x"),
@@ -128,7 +128,7 @@ def test_wrong_usage():
 
 
 def test_help_teaches_without_importing():
-    """Each verb shows an example; torch is not imported."""
+    """Each subcommand shows an example, and the help does not import torch."""
     for verb in ((), ("select",), ("reset",), ("apply",), ("remove",)):
         result = _run(*verb, "--help")
         assert result.exit_code == 0

@@ -1,4 +1,4 @@
-"""Reports and pictures in files: whole, in new folders, and refused in one line."""
+"""Files of reports and pictures: complete, in new folders, and refused in one line."""
 
 import json
 
@@ -10,7 +10,7 @@ from squisher_mergekit.fisher.config import FisherConfig
 
 
 def test_a_report_makes_its_folders(tmp_path):
-    """A report in a new folder is JSON, alone in the folder; without a file nothing is written."""
+    """A report creates its folder and is the only file there. Without a path, nothing is written."""
     write_report(tmp_path / "new" / "folder" / "report.json", {"a": [1, 2]})
     write_report(None, {"a": 1})
     assert json.loads((tmp_path / "new" / "folder" / "report.json").read_text()) == {"a": [1, 2]}
@@ -19,7 +19,7 @@ def test_a_report_makes_its_folders(tmp_path):
 
 @pytest.mark.parametrize("write", [lambda file: write_report(file, {}), lambda file: write_picture(file, b"png")])
 def test_a_file_that_cannot_be_written_is_refused(tmp_path, write):
-    """A folder in the place of the file is one line that names it, and no temporary file stays."""
+    """A folder at the path of the file is refused in one line, without a temporary file."""
     (tmp_path / "taken" / "inner").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"cannot be written to .*taken: .*; choose another file"):
         write(tmp_path / "taken")
@@ -27,7 +27,7 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path, write):
 
 
 def test_names_and_values_are_aligned():
-    """The values of the metadata begin in one column, and long lists of names are cut."""
+    """The values of the metadata share a column, and long lists of names are cut."""
     without = {f"layer.{number}": "frozen" for number in range(25)}
     config = FisherConfig(
         estimator="squisher", statistic="ema", steps=5, examples_per_step=64, coverage={"with": 3, "without": without}

@@ -1,4 +1,4 @@
-"""``squisher prune`` through its command: model, table, report, and what is refused."""
+"""``squisher prune`` as a command: model, table, report and refusals."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.applications.pruning.pruned import stored
 
 @pytest.fixture
 def run(tmp_path):
-    """A model and its Fisher on disk, and a function that prunes it into ``out``."""
+    """Return a model with its Fisher on disk, and a function that prunes it into ``out``."""
     _, fisher = stored(tmp_path / "model", "bert")
     write_fisher(fisher, tmp_path / "fisher")
 
@@ -29,7 +29,7 @@ def run(tmp_path):
 
 
 def test_a_pruned_model_loads_and_the_table_adds_up(run, tmp_path):
-    """from_pretrained takes it; table and report say of each layer what the files hold."""
+    """from_pretrained loads the pruned model. Table and report agree with the files for each layer."""
     result = run("--fisher", tmp_path / "fisher", "--sparsity", "0.75", "--json", tmp_path / "made" / "report.json")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "made" / "report.json").read_text())
@@ -54,7 +54,7 @@ def test_a_pruned_model_loads_and_the_table_adds_up(run, tmp_path):
 
 
 def test_options_reach_the_recipe(run, tmp_path):
-    """Pattern, ignored names and score stand in the notes of the mask."""
+    """The notes of the mask have pattern, ignored names and score."""
     done = run("--score", "magnitude", "--pattern", "2:4", "--ignore", "pooler", "--ignore", r"layer\.0")
     assert done.exit_code == 0, done.output
     mask = read_mask(tmp_path / "out")
@@ -80,12 +80,12 @@ def test_options_reach_the_recipe(run, tmp_path):
 
 
 def mask_all_kept(folder, name):
-    """Return whether a tensor is kept whole."""
+    """Return True if a tensor is kept whole."""
     return bool(read_mask(folder)[name].all())
 
 
 def test_a_layer_without_weights_is_pointed_out(run):
-    """A line names a layer without any weight left."""
+    """A line names a layer without any kept weight."""
     result = run("--score", "random", "--sparsity", "0.995", "--min-keep", "0")
     assert result.exit_code == 0, result.output
     assert "layers have no weight left" in result.output
@@ -103,8 +103,8 @@ def test_a_layer_without_weights_is_pointed_out(run):
         (("--sparsity", "0.5", "--fisher", "nowhere"), "nowhere"),
     ],
 )
-def test_what_is_refused_is_one_line(run, tmp_path, arguments, message):
-    """Exit 1, and nothing is left at the place of the model or of the report."""
+def test_a_refusal_is_one_line(run, tmp_path, arguments, message):
+    """A refusal exits with 1 and leaves neither model nor report."""
     result = run(*arguments, "--json", tmp_path / "no.json")
     assert result.exit_code == 1
     assert message in result.output
@@ -113,7 +113,7 @@ def test_what_is_refused_is_one_line(run, tmp_path, arguments, message):
 
 
 def test_the_old_name_of_min_keep_still_works(run, tmp_path):
-    """``--least`` prunes as ``--min-keep`` does, and names the new option."""
+    """``--least`` prunes like ``--min-keep`` and names the new option."""
     options = ("--sparsity", "0.5", "--score", "random", "--json")
     assert run(*options, tmp_path / "new.json", "--min-keep", "0.3").exit_code == 0
     shutil.rmtree(tmp_path / "out")
@@ -125,12 +125,12 @@ def test_the_old_name_of_min_keep_still_works(run, tmp_path):
 
 @pytest.mark.parametrize("arguments", [(), ("--sparsity", "0.5", "--pattern", "2:4"), ("--pattern", "half")])
 def test_wrong_use_exits_with_two(run, arguments):
-    """Neither or both of sparsity and pattern, and no pattern at all."""
+    """Neither sparsity nor pattern, both of them, and an invalid pattern exit with 2."""
     assert run(*arguments).exit_code == 2
 
 
 def test_strict_refuses_a_fisher_of_other_weights(run, tmp_path):
-    """The fingerprint tells; without --strict the model is pruned."""
+    """--strict refuses a Fisher with another fingerprint. Without --strict the model is pruned."""
     file = open_weights(tmp_path / "model").files[0]
     data = bytearray(file.read_bytes())
     data[-2] ^= 1

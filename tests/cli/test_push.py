@@ -1,4 +1,4 @@
-"""``squisher push`` and ``pull`` through the real program, against a stand-in for the Hub."""
+"""``squisher push`` and ``pull`` as commands, against a stand-in for the Hub."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from squisher_mergekit.cli.main import main
 from squisher_mergekit.fisher.files import read_fisher
 from tests import hub_server
 
-# huggingface_hub's own upload over LFS.
+# huggingface_hub's own LFS upload warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
@@ -22,7 +22,7 @@ REPO = "org/name"
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A stand-in for the Hub, empty, which this process takes for the Hub, with a token that may write."""
+    """Return an empty stand-in for the Hub that this process uses, with a token that may write."""
     with hub_server.serve() as served:
         hub_server.point_at(served, tmp_path / "home", monkeypatch)
         yield served
@@ -33,7 +33,10 @@ def _run(verb, *arguments):
 
 
 def test_a_checkpoint_goes_up_small_and_comes_back(server, tmp_path):
-    """Optimizer state is published at rank 1 by default; size and measured cost are printed before anything goes up."""
+    """Optimizer state is published at rank 1 by default.
+
+    The size and the measured cost are printed before the upload.
+    """
     result = _run("push", CHECKPOINT, REPO, "--quiet", "--json", tmp_path / "push.json")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "push.json").read_text())
@@ -59,7 +62,7 @@ def test_a_checkpoint_goes_up_small_and_comes_back(server, tmp_path):
 
 
 def test_none_publishes_every_bit(server, tmp_path):
-    """--compress none keeps the values, and says that they cost nothing."""
+    """--compress none keeps the values and reports no loss."""
     result = _run("push", CHECKPOINT, REPO, "--compress", "none", "--revision", "main", "--message", "mine", "--quiet")
     assert result.exit_code == 0, result.output
     assert "none: every entry is published as it is" in result.output
@@ -69,8 +72,8 @@ def test_none_publishes_every_bit(server, tmp_path):
     assert all(torch.equal(pulled[name], tensor) for name, tensor in load_fisher(CHECKPOINT).items())
 
 
-def test_what_was_extracted_is_not_written_again(server, tmp_path):
-    """A portable Fisher goes up with the bytes of its files."""
+def test_an_extracted_fisher_is_not_written_again(server, tmp_path):
+    """A portable Fisher is uploaded with the bytes of its files."""
     assert _run("extract", CHECKPOINT, "-o", tmp_path / "f", "--quiet").exit_code == 0
     result = _run("push", tmp_path / "f", REPO, "--compress", "none", "--quiet")
     assert result.exit_code == 0, result.output
@@ -80,7 +83,7 @@ def test_what_was_extracted_is_not_written_again(server, tmp_path):
 
 
 def test_refusals_are_one_line_and_exit_1(server, tmp_path, monkeypatch):
-    """No right to write, no such repository, no network, and offline: exit code 1, one line, nothing left."""
+    """Missing rights, a missing repository, no network and offline mode exit with 1 and one line, without leftovers."""
     server.add(REPO, {})
     hub_server.point_at(server, tmp_path / "home", monkeypatch, hub_server.READER)
     results = [_run("push", CHECKPOINT, REPO, "--compress", "none", "--quiet", "--json", tmp_path / "no.json")]
@@ -103,7 +106,7 @@ def test_refusals_are_one_line_and_exit_1(server, tmp_path, monkeypatch):
 
 
 def test_pull_takes_the_branch_fisher_and_the_cache(server, tmp_path, monkeypatch):
-    """Without a revision the branch fisher is found; offline it comes from the cache, and nothing is asked."""
+    """Without a revision, pull finds the branch fisher. Offline it uses the cache and sends no request."""
     assert _run("push", CHECKPOINT, REPO, "--compress", "none", "--quiet").exit_code == 0
     assert _run("pull", REPO, "-o", tmp_path / "a", "--quiet").exit_code == 0
     server.requests.clear()

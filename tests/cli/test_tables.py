@@ -4,7 +4,7 @@ from squisher_mergekit.cli.tables import name_lines, name_list, pairs, shape_tex
 
 
 def test_a_table_is_aligned_and_ends_in_no_space():
-    """Left columns start in one column, right columns end in one, whatever their widths; heads count too."""
+    """Left columns share their start and right columns their end, for any width. Titles count too."""
     lines = list(table(("name", "a long head", "n"), [("x", "1", "1000"), ("a longer name", "22", "")], left=1))
     assert lines == [
         "name           a long head     n",
@@ -14,19 +14,19 @@ def test_a_table_is_aligned_and_ends_in_no_space():
 
 
 def test_a_table_without_rows_is_its_head():
-    """No rows are no error."""
+    """A table without rows is its header."""
     assert list(table(("tensor", "zeros"), [])) == ["tensor  zeros"]
 
 
 def test_pairs_align_their_values():
-    """The longest name sets the column; short names share a least width."""
+    """The longest name sets the column. Short names have a minimum width."""
     assert list(pairs([("a", 1), ("a long name of it", 2)])) == ["a                  1", "a long name of it  2"]
     assert list(pairs([("a", 1)])) == ["a          1"]
     assert list(pairs([])) == []
 
 
 def test_long_lists_of_names_are_cut():
-    """A list is whole up to the limit, and counts the rest beyond it."""
+    """A list is complete up to the limit, and then counts the rest."""
     assert name_list(["a", "b"], 2) == "a, b"
     assert name_list(["a", "b", "c", "d"], 2) == "a, b and 2 more"
     assert list(name_lines(["a", "b"], 2, "  ", "elsewhere")) == ["  a", "  b"]
@@ -34,5 +34,5 @@ def test_long_lists_of_names_are_cut():
 
 
 def test_shapes_are_text():
-    """The shape of a tensor with no axis has a word."""
+    """The shape of a scalar is a word."""
     assert (shape_text((3, 5)), shape_text(())) == ("3x5", "scalar")

@@ -1,4 +1,4 @@
-"""``squisher task2vec`` through the real group: files, tables, report, picture, refusals."""
+"""``squisher task2vec`` as a command: files, tables, report, picture, refusals."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def _done(*arguments):
 
 
 def _refused(*arguments):
-    """Run what is refused, and return its one line."""
+    """Run a command that must fail, and return its only line."""
     result = _run(*arguments)
     assert result.exit_code == 1, result.output
     assert len(result.output.strip().splitlines()) == 1
@@ -56,19 +56,22 @@ def _squisher(folder):
 
 @pytest.fixture
 def fishers(tmp_path):
-    """Three Fishers of one architecture."""
+    """Return three Fishers of one architecture."""
     return [_write(tmp_path / name, seed) for seed, name in enumerate(NAMES)]
 
 
 @pytest.fixture
 def tasks(fishers, tmp_path):
-    """Their embeddings."""
+    """Return the embeddings of the Fishers."""
     _done("embed", *fishers, "-o", tmp_path / "tasks")
     return [tmp_path / "tasks" / f"{name}.safetensors" for name in NAMES]
 
 
 def test_embed_writes_a_file_a_task(fishers, tmp_path):
-    """Each under its folder's name; the report says what was left out and why, and has no absolute path."""
+    """Each embedding has the name of its folder.
+
+    The report lists excluded tensors with reasons and has no absolute path.
+    """
     output = _done("embed", *fishers, "-o", tmp_path / "tasks", "--json", tmp_path / "report.json")
     assert sorted(path.name for path in (tmp_path / "tasks").iterdir()) == sorted(f"{n}.safetensors" for n in NAMES)
     lines = output.splitlines()
@@ -85,7 +88,7 @@ def test_embed_writes_a_file_a_task(fishers, tmp_path):
 
 
 def test_embed_options(fishers, tmp_path):
-    """One Fisher goes into one file; granularity, vectors, scaling and expressions are passed on."""
+    """One Fisher goes into one file. Granularity, vectors, scaling and expressions are passed on."""
     options = ("--per", "entry", "--with-vectors", "--scaling", "raw", "--exclude", "^b")
     _done("embed", f"mine={fishers[0]}", "-o", tmp_path / "one.safetensors", *options)
     found = read_embedding(tmp_path / "one.safetensors")
@@ -95,7 +98,7 @@ def test_embed_options(fishers, tmp_path):
 
 
 def test_a_checkpoint_is_embedded_like_the_fisher_made_of_it(tmp_path):
-    """Optimizer state, with the model named where it is elsewhere; one --model serves all, or each has its own."""
+    """Optimizer state is embedded like its Fisher. One --model serves all states, or each has its own."""
     state, model = STATES / "plain_adam" / "optimizer.pt", STATES / "plain_adam"
     for count in (1, 2):
         out = tmp_path / str(count)
@@ -110,7 +113,7 @@ def test_a_checkpoint_is_embedded_like_the_fisher_made_of_it(tmp_path):
 
 
 def test_distance_of_files_is_that_of_the_fishers(fishers, tasks, tmp_path):
-    """Table, JSON and Python say the same, from embeddings and from Fishers embedded on the fly."""
+    """Table, JSON and Python agree, for embeddings and for Fishers embedded on the fly."""
     wanted = distance_matrix({name: read_embedding(file) for name, file in zip(NAMES, tasks, strict=True)})
     outputs = []
     for number, sources in enumerate((tasks, fishers)):
@@ -130,7 +133,7 @@ def test_distance_of_files_is_that_of_the_fishers(fishers, tasks, tmp_path):
 
 
 def test_long_names_stand_beside_numbers(fishers):
-    """Long names get numbers as titles of columns, and rows show both."""
+    """Long names are numbered in the column titles, and rows show number and name."""
     output = _done("distance", f"a-rather-long-name={fishers[0]}", f"other={fishers[1]}")
     lines = [line.split() for line in output.splitlines()]
     assert lines[1] == ["1", "2", "nearest"]
@@ -139,7 +142,7 @@ def test_long_names_stand_beside_numbers(fishers):
 
 
 def test_metrics_and_normalisation(fishers, tasks, tmp_path):
-    """All choices reach the equation; alpha belongs to the asymmetric one."""
+    """All options reach the equation. alpha belongs to the asymmetric metric."""
     a, b = (read_embedding(file) for file in tasks[:2])
     for options, arguments in (
         (("--metric", "kl"), {"metric": "kl"}),
@@ -148,7 +151,7 @@ def test_metrics_and_normalisation(fishers, tasks, tmp_path):
             {"metric": "normalized_cosine", "normalize": "none"},
         ),
         (("--normalize", "l2"), {"normalize": "l2"}),
-        (("--normalize", "norm"), {"normalize": "l2"}),  # the old word
+        (("--normalize", "norm"), {"normalize": "l2"}),  # the old name
         (("--metric", "asymmetric", "--alpha", 0.5), {"metric": "asymmetric", "alpha": 0.5}),
     ):
         _done("distance", *tasks[:2], *options, "--json", tmp_path / "d.json")
@@ -160,7 +163,7 @@ def test_metrics_and_normalisation(fishers, tasks, tmp_path):
 
 
 def test_other_estimators_are_noted(fishers, tmp_path):
-    """A Squisher beside computed Fishers is compared, with a note."""
+    """A comparison of a Squisher with computed Fishers has a note."""
     output = _done("distance", _squisher(tmp_path), *fishers)
     assert "note: F is estimated in different ways (empirical, squisher)" in output
     assert "note" not in _done("distance", *fishers)
@@ -168,7 +171,7 @@ def test_other_estimators_are_noted(fishers, tmp_path):
 
 @pytest.mark.parametrize("count", [2, 17])
 def test_plot_is_a_png(fishers, tmp_path, count):
-    """Heat maps are drawn for two tasks and for many without numbers in the cells, symmetric and not."""
+    """Heat maps are drawn for two tasks and for many without numbers in the cells, symmetric or not."""
     sources = [f"task{number}={fishers[number % 3]}" for number in range(count)]
     for metric in ("cosine", "asymmetric"):
         _done("distance", *sources, "--metric", metric, "--plot", tmp_path / "made" / f"{metric}.png")
@@ -176,7 +179,7 @@ def test_plot_is_a_png(fishers, tmp_path, count):
 
 
 def test_rank_orders_by_distance(tasks):
-    """The nearest source first; the first task given is the target."""
+    """The nearest source comes first, and the first task is the target."""
     embeddings = {name: read_embedding(file) for name, file in zip(NAMES, tasks, strict=True)}
     values = {name: distance(embeddings[name], embeddings["movies"]) for name in NAMES[1:]}
     lines = _done("rank", *tasks).splitlines()
@@ -188,7 +191,7 @@ def test_rank_orders_by_distance(tasks):
 
 
 def test_rank_is_judged_by_known_transfers(tasks, tmp_path):
-    """Each task in turn: reciprocal rank, NDCG and place beside the order by size and the random one."""
+    """The report has reciprocal rank, NDCG and position for each target, next to the orders by size and at random."""
     table = tmp_path / "transfer.csv"
     rows = [(a, b) for a in NAMES for b in NAMES if a != b]
     table.write_text("target,source,score\n" + "".join(f"{a},{b},{len(b)}\n" for a, b in rows))
@@ -200,7 +203,7 @@ def test_rank_is_judged_by_known_transfers(tasks, tmp_path):
     found = {target: row["best_rank"] for target, row in report["quality"]["distance"].items()}
     assert found.pop("mean") == pytest.approx(sum(places.values()) / 3)
     assert found == places
-    assert report["quality"]["size"]["movies"]["reciprocal_rank"] == 0.5  # news is larger, products is best
+    assert report["quality"]["size"]["movies"]["reciprocal_rank"] == 0.5  # news is larger, products transfers best
     assert report["quality"]["random"]["mean"]["reciprocal_rank"] == 0.75
     assert "score 8" in output
     assert [line.split()[-3:] for line in output.splitlines() if line.startswith(("recip", "NDCG", "place"))] == [
@@ -209,7 +212,7 @@ def test_rank_is_judged_by_known_transfers(tasks, tmp_path):
 
 
 def test_sizes_may_be_unknown_or_given(tmp_path):
-    """Without them the order by size is left out, and the report says how to give them."""
+    """Without sizes the order by size is absent, and the report says how to give them."""
     places = [_write(tmp_path / name, seed, num_examples=None) for seed, name in enumerate(NAMES)]
     (tmp_path / "t.json").write_text(json.dumps({"movies": {"products": 0.5, "news": 0.7}}))
     (tmp_path / "s.csv").write_text("task,size\nmovies,9\nproducts,9\nnews,10\n")
@@ -233,8 +236,8 @@ def test_sizes_may_be_unknown_or_given(tmp_path):
         ({"a.weight": torch.zeros(17, 5), "b.weight": torch.zeros(13, 3, 2)}, "all means over 2 tensors"),
     ],
 )
-def test_what_does_not_fit_is_one_line(fishers, tmp_path, change, words):
-    """Other networks, and nothing but zeros: exit code 1, one line, no file."""
+def test_a_mismatch_is_one_line(fishers, tmp_path, change, words):
+    """Other networks and all-zero Fishers exit with 1 and one line, without a file."""
     other = _write(tmp_path / "other", 9, change)
     files = ("--json", tmp_path / "no.json")
     for arguments in (("distance", *fishers, other, *files, "--plot", tmp_path / "no.png"), ("rank", *fishers, other)):
@@ -243,7 +246,7 @@ def test_what_does_not_fit_is_one_line(fishers, tmp_path, change, words):
 
 
 def test_refusals_leave_nothing(fishers, tasks, tmp_path):
-    """Fewer than two, doubles, damaged files, unknown names in a table, places that are taken."""
+    """Fewer than two tasks, duplicates, damaged files, unknown names and taken paths are refused without leftovers."""
     out, per_example = tmp_path / "new", ("--scaling", "per_example")
     assert "at least two tasks, found 1" in _refused("distance", tasks[0])
     assert "two are 'movies'" in _refused("distance", tasks[0], fishers[0])
@@ -272,7 +275,7 @@ def test_refusals_leave_nothing(fishers, tasks, tmp_path):
 
 
 def test_an_embedding_is_no_fisher(tasks, tmp_path):
-    """To embed an embedding is a usage error."""
+    """An embedding as input of embed is a usage error."""
     assert _run("embed", tasks[0], "-o", tmp_path / "new").exit_code == 2
 
 

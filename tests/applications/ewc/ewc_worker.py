@@ -1,4 +1,4 @@
-"""One process of a run with ``EWCPenalty``: ``python -m tests.applications.ewc.ewc_worker KIND FOLDER RANK WORLD``."""
+"""Process of a run with ``EWCPenalty``: ``python -m tests.applications.ewc.ewc_worker KIND FOLDER RANK WORLD``."""
 
 import os
 import sys
@@ -19,10 +19,10 @@ CLIP = 0.5
 
 
 def main(kind, folder, rank, world):
-    """Learn two tasks of three steps, each step of two parts, and write what the first process sees."""
+    """Learn two tasks of three steps, each step of two parts, and write the results of the first process."""
     if world > 1:
         places = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-        os.environ |= places | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for, though the group is there
+        os.environ |= places | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # accelerate needs them
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2) if kind == "ddp" else None
     model = make("llama")
@@ -62,7 +62,7 @@ def main(kind, folder, rank, world):
         weights = {name: tensor.clone() for name, tensor in weights.items()}
         torch.save({"value": value.item(), "ratio": ratio, "weights": weights}, folder / "found.pt")
     if world > 1:
-        dist.barrier()  # none leaves while another one still talks to it
+        dist.barrier()  # no process leaves while another one still communicates
         dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Tiny networks, random Fishers of them, and Eq. 14 written out in float64: for the tests of EWC."""
+"""Tiny networks, random Fishers of them, and a float64 reference of Eq. 14, for the tests of EWC."""
 
 import copy
 
@@ -18,7 +18,7 @@ def small_model(seed=0, dtype=torch.float32):
 
 
 def moved(model, seed):
-    """Return a copy with other weights."""
+    """Return a copy of a model with other weights."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -27,7 +27,7 @@ def moved(model, seed):
 
 
 def random_fisher(model, seed):
-    """Return a positive Fisher over eight decades, with zeros."""
+    """Return a positive Fisher with zeros, spread over eight decades."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, parameter in model.named_parameters():
@@ -50,14 +50,14 @@ def eq14(model, tasks, lam):
 
 
 def gradients_of(model, penalty):
-    """Return name -> gradient of the penalty alone."""
+    """Return a mapping from names to gradients of the penalty alone."""
     model.zero_grad()
     penalty.add_gradient(model)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_close(found, expected, rtol=1e-5):
-    """Compare gradients by name, relative to the largest entry of a tensor."""
+    """Compare gradients by name, relative to the largest entry of each tensor."""
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name].double(), tensor, rtol=rtol, atol=1e-6 * float(tensor.abs().max()))
@@ -68,4 +68,4 @@ def as_fisher(tensors, **config):
     return Fisher(MemoryStore(dict(tensors)), FisherConfig(**config))
 
 
-EMA = {"statistic": "ema", "steps": 2, "optimizer": {"beta2": 0.5}}  # debiased: / 0.75
+EMA = {"statistic": "ema", "steps": 2, "optimizer": {"beta2": 0.5}}  # debiased: divided by 0.75

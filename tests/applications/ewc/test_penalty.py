@@ -1,4 +1,4 @@
-"""The penalty of EWC equals Eq. 14 written out in float64, and serves a training loop."""
+"""Comparison of the EWC penalty with Eq. 14 in float64, and its use in a training loop."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ from tests.applications.ewc.tasks import (
 
 
 def test_by_hand():
-    """Lambda 6, F = (2, 0, 5), theta from (1, 1, 1) to (4, 9, 0): 3 (2 x 9 + 5 x 1) = 69, gradient (36, 0, -30)."""
+    """Lambda 6, F (2, 0, 5) and a move from (1, 1, 1) to (4, 9, 0) give the value 69 and the gradient (36, 0, -30)."""
     model = nn.Linear(3, 1, bias=False)
     penalty = EWCPenalty(6.0)
     nn.init.ones_(model.weight)
@@ -36,14 +36,14 @@ def test_by_hand():
     value.backward()
     assert value.item() == 69.0
     assert model.weight.grad.tolist() == [[36.0, 0.0, -30.0]]
-    penalty.add_gradient(model)  # to what is there already
+    penalty.add_gradient(model)  # adds to the existing gradient
     assert model.weight.grad.tolist() == [[72.0, 0.0, -60.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_separate_penalties_are_summed(dtype, count):
-    """Value and both gradients are those of one penalty a task, in float64, though one quadratic alone is kept."""
+    """Value and gradients equal the sum of one float64 penalty per task, although only one quadratic is kept."""
     model = small_model(dtype=dtype)
     penalty, tasks = EWCPenalty(0.7), []
     for seed in range(count):
@@ -60,7 +60,7 @@ def test_separate_penalties_are_summed(dtype, count):
 
 
 def test_the_online_form_is_the_recursion():
-    """F <- F_new + gamma F_old about the last anchor; what has no new Fisher decays."""
+    """The online form computes F <- F_new + gamma F_old about the last anchor. A tensor without a new Fisher decays."""
     model, penalty = small_model(), EWCPenalty(3.0, mode="online", gamma=0.6)
     anchors = [moved(model, seed) for seed in range(3)]
     fishers = [random_fisher(model, 20 + seed) for seed in range(3)]
@@ -92,7 +92,10 @@ def test_the_online_form_is_the_recursion():
     ],
 )
 def test_the_scale_of_a_fisher(scale, given, config, factor):
-    """B v of what squares batches, N v, a number; debiased always; a computed mean and a mapping as they are."""
+    """The scale multiplies a batch statistic by B, by N or by a number, after debiasing.
+
+    Means and mappings stay as they are.
+    """
     model, far = small_model(), moved(small_model(), 3)
     tensors = random_fisher(model, 1)
     penalty = EWCPenalty(2.0, scale=scale)
@@ -102,7 +105,7 @@ def test_the_scale_of_a_fisher(scale, given, config, factor):
 
 
 def test_batch_scale_makes_squisher_and_fisher_alike():
-    """Of independent examples, B times the mean squared batch gradient is the mean squared example's gradient."""
+    """For independent examples, B times the mean squared batch gradient equals the mean squared example gradient."""
     torch.manual_seed(2)
     model = nn.Linear(13, 3)
     x = torch.randn(20_000, 13)
@@ -121,7 +124,7 @@ def test_batch_scale_makes_squisher_and_fisher_alike():
 
 
 def test_l2_and_none():
-    """The identity gives lambda / 2 of the squared distance; lambda 0, and no task yet, give 0 and no gradient."""
+    """The identity gives lambda / 2 of the squared distance. Lambda 0 or no task gives 0 and no gradient."""
     model, far = small_model(), moved(small_model(), 3)
     penalty = EWCPenalty(5.0)
     assert penalty(model).item() == 0.0
@@ -136,7 +139,7 @@ def test_l2_and_none():
 
 
 def test_in_a_loop_the_two_ways_give_the_same_weights():
-    """With the scalar in the loss, or the gradient after the backward pass, ten Adam steps agree to 1e-6."""
+    """Ten Adam steps agree to 1e-6 if the penalty is in the loss or its gradient is added after the backward pass."""
     weights = []
     for analytic in (False, True):
         model, penalty = small_model(), EWCPenalty(2.0)
@@ -154,7 +157,7 @@ def test_in_a_loop_the_two_ways_give_the_same_weights():
 
 
 def test_the_anchor_and_the_fisher_are_copies():
-    """What training does to the weights, or to a living average, after a task was added does not reach the penalty."""
+    """The penalty does not change when weights or Fisher tensors change after a task was added."""
     model, tensors = small_model(), random_fisher(small_model(), 1)
     penalty, start, before = EWCPenalty(1.0), copy.deepcopy(model), copy.deepcopy(tensors)
     penalty.add(model, tensors)
@@ -165,7 +168,7 @@ def test_the_anchor_and_the_fisher_are_copies():
 
 
 def test_a_squisher_from_a_file_and_from_the_separate_average(tmp_path):
-    """The optimizer's own, saved and loaded, and an average with its decay give the same penalty before any other."""
+    """The saved optimizer state and a separate average of equal decay give the same penalty."""
     model = small_model()
     optimizer, squares = torch.optim.Adam(model.parameters()), GradientSquares(model, 0.999)
     for seed in range(5):
@@ -182,7 +185,7 @@ def test_a_squisher_from_a_file_and_from_the_separate_average(tmp_path):
 
 @pytest.mark.parametrize("mode", ["separate", "online"])
 def test_it_goes_on_from_its_state(mode):
-    """Through a file that torch loads without running code: the same value to the bit, and so after another task."""
+    """A penalty restored with weights_only=True has the same value to the bit, also after another task."""
     model = small_model()
     first = EWCPenalty(2.0, mode=mode, gamma=0.5)
     for seed in range(2):

@@ -1,4 +1,4 @@
-"""The penalty of EWC on new heads, frozen, half-precision, wrapped, sharded and adapted models."""
+"""EWC penalty on new heads and on frozen, half-precision, wrapped, sharded and adapted models."""
 
 import subprocess
 import sys
@@ -16,8 +16,8 @@ from tests.training.cases import make
 LORA = peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True)
 
 
-def test_what_has_no_fisher_is_free_and_listed_once(caplog):
-    """A new head trains without a penalty; the log names it once, the attribute as long as it is so."""
+def test_parameters_without_a_fisher_are_free_and_listed_once(caplog):
+    """A new head trains without a penalty. The log names it once, and the attribute lists it while it has no Fisher."""
     model, penalty = small_model(), EWCPenalty(1.0)
     trunk = {name: tensor for name, tensor in random_fisher(model, 1).items() if name.startswith("0.")}
     for _ in range(2):
@@ -32,7 +32,7 @@ def test_what_has_no_fisher_is_free_and_listed_once(caplog):
 
 
 def test_frozen_parameters_are_left_out_while_they_are_frozen():
-    """They get no gradient and add nothing to the value; thawed, they are held again."""
+    """Frozen parameters get no gradient and add nothing to the value. Unfrozen parameters are penalised again."""
     model, penalty = small_model(), EWCPenalty(1.0)
     fisher = random_fisher(model, 1)
     penalty.add(model, fisher)
@@ -59,16 +59,16 @@ def test_the_weights_of_half_precision_are_anchored_in_float32():
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 def test_a_wrapped_model_is_the_same(wrap):
-    """Names are those without wrappers, so that one penalty serves the model wrapped and bare."""
+    """A penalty uses names without wrappers, so it serves the wrapped and the bare model."""
     model, penalty = small_model(), EWCPenalty(1.0)
     penalty.add(wrap(model), random_fisher(model, 1))
     far = moved(model, 2)
     assert penalty(wrap(far)).item() == penalty(far).item() > 0
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft uses it
 def test_models_of_transformers_and_adapters():
-    """A Fisher by the names on disk finds packed experts and the weights of a LoRA; tied weights count once."""
+    """A Fisher with names on disk matches packed experts and LoRA weights. Tied weights count once."""
     for model in (make("mixtral"), peft.get_peft_model(make("gpt2"), LORA)):
         ids = torch.arange(3, 14).unsqueeze(0)
         model(input_ids=ids, labels=ids).loss.backward()
@@ -88,8 +88,8 @@ def test_models_of_transformers_and_adapters():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_give_what_one_gives(tmp_path, kind):
-    """Under accelerate and DDP, or sharded by FSDP2: penalty, ratio and weights are those of one process."""
+def test_two_processes_agree_with_one(tmp_path, kind):
+    """Penalty, ratio and weights under accelerate with DDP, or under FSDP2, equal those of one process."""
     found = {}
     for world in (1, 2):
         folder = tmp_path / str(world)

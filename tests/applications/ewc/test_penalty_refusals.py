@@ -1,4 +1,4 @@
-"""Arguments, numbers and Fishers that the penalty of EWC refuses."""
+"""Arguments, numbers and Fishers that the EWC penalty refuses."""
 
 import copy
 
@@ -19,7 +19,7 @@ from tests.applications.ewc.tasks import (
 
 @pytest.mark.parametrize(("scale", "needed"), [("batch", "examples_per_step"), ("dataset", "num_examples")])
 def test_a_number_that_is_not_known_is_asked_for(scale, needed):
-    """The error names it and says how to give it; nothing is added."""
+    """The error names the unknown number and the way to give it. Nothing is added."""
     model, penalty = small_model(), EWCPenalty(1.0, scale=scale)
     fisher = as_fisher(random_fisher(model, 1), estimator="squisher", **EMA)
     with pytest.raises(ConfigError, match=rf"scale {scale} needs {needed}.*add\(..., {needed}=N\)"):
@@ -30,7 +30,10 @@ def test_a_number_that_is_not_known_is_asked_for(scale, needed):
 
 
 def test_a_parameter_that_is_gone_or_has_grown_is_refused_until_dropped():
-    """By name, with the cure; after it the rest is penalised as before."""
+    """A missing or larger parameter is refused by name, with the cure.
+
+    After the cure the other parameters are penalised as before.
+    """
     model, penalty = small_model(), EWCPenalty(1.0)
     fisher = random_fisher(model, 1)
     penalty.add(model, fisher)
@@ -64,14 +67,17 @@ def test_a_parameter_that_is_gone_or_has_grown_is_refused_until_dropped():
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
-    """In one line, as a ValueError."""
+    """An argument out of range raises a ValueError with one line."""
     with pytest.raises(ValueError, match=message) as caught:
         EWCPenalty(**arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_an_overflow_is_refused_and_nothing_changes():
-    """1e30 times 1e9 leaves float32, at once or by the second task; the penalty stays that of the first."""
+    """A product of 1e30 and 1e9 exceeds float32 and is refused, also with a second task.
+
+    The penalty keeps its value.
+    """
     model, penalty = small_model(), EWCPenalty(1e30)
     small, large = ({"0.bias": torch.full((7,), value)} for value in (2e8, 1e9))
     with pytest.raises(ConfigError, match=r"lambda is 1e\+30 and the largest entry of 0.bias 1e\+09; give a smaller"):
@@ -87,7 +93,7 @@ def test_an_overflow_is_refused_and_nothing_changes():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e-9])
 def test_a_bad_fisher_is_refused(value):
-    """NaN, infinite and negative entries, and nothing is added."""
+    """A Fisher with NaN, infinite or negative entries is refused, and nothing is added."""
     model, penalty = small_model(), EWCPenalty(1.0)
     fisher = random_fisher(model, 1)
     fisher["2.bias"][3] = value
@@ -105,6 +111,6 @@ def test_a_bad_fisher_is_refused(value):
     ],
 )
 def test_a_fisher_of_another_model_is_refused(fisher, message):
-    """By the first name or shape that does not fit."""
+    """A Fisher of another model is refused with the first name or shape that does not fit."""
     with pytest.raises(MismatchError, match=message):
         EWCPenalty(1.0).add(small_model(), fisher)

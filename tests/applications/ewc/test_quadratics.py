@@ -1,4 +1,4 @@
-"""The sum of two quadratics is exact."""
+"""Exact sum of two quadratics."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from squisher_mergekit.applications.ewc.quadratics import Quadratic, add_quadrat
 
 
 def test_nothing_cancels_where_anchors_lie_close():
-    """Weights of size 1000 and steps of 1e-3: the sum of two quadratics keeps float32's precision of the steps."""
+    """The sum of two quadratics with weights near 1000 and steps of 1e-3 keeps the float32 precision of the steps."""
     p = torch.full((11,), 1000.0, dtype=torch.float64)
     q, theta = p + 1e-3, p + 2e-3
     first, second = torch.full((11,), 3.0), torch.full((11,), 5.0)

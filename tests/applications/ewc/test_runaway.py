@@ -1,4 +1,4 @@
-"""The monitor of a penalty that runs away."""
+"""Monitor of a penalty that diverges."""
 
 import logging
 
@@ -10,7 +10,7 @@ from squisher_mergekit.applications.ewc.penalty import EWCPenalty, identity
 
 
 def test_the_ratio_is_that_of_squared_norms(caplog):
-    """Two steps, summed, over the penalised parameters: (p_1^2 + p_2^2) / (t_1^2 + t_2^2)."""
+    """The ratio is (p_1^2 + p_2^2) / (t_1^2 + t_2^2), summed over two steps and the penalised parameters."""
     model, penalty = nn.Linear(2, 1), EWCPenalty(1.0)
     nn.init.zeros_(model.weight)
     penalty.add(model, {"weight": torch.tensor([[1.0, 2.0]])})
@@ -20,14 +20,14 @@ def test_the_ratio_is_that_of_squared_norms(caplog):
         model.weight.grad, model.bias.grad = torch.tensor(task), torch.tensor([100.0])
         penalty.add_gradient(model)
     assert penalty.ratio() == pytest.approx((5 + 5) / (25 + 1))
-    model.weight.grad = torch.tensor([[float("inf"), 0.0]])  # a step that overflowed
+    model.weight.grad = torch.tensor([[float("inf"), 0.0]])  # an overflowed step
     penalty.add_gradient(model)
     assert penalty.ratio() == pytest.approx(10 / 26)
     assert "runs away" not in caplog.text
 
 
 def test_a_penalty_that_runs_away_is_warned_of_once_a_task(caplog):
-    """A ratio of 1e8 over 100 steps is one line; the next hundred say nothing, the next task does; 5e5 never."""
+    """A ratio of 1e8 over 100 steps gives one warning per task. A ratio of 5e5 gives none."""
     model = nn.Linear(1, 1, bias=False)
 
     def steps(penalty, count):

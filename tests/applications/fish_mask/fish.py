@@ -1,4 +1,4 @@
-"""A model on disk, the base that it was trained from, and a Fisher of it: for tests of FISH masks."""
+"""Model on disk with its base and a Fisher, for tests of FISH masks."""
 
 import torch
 import transformers
@@ -13,20 +13,20 @@ from tests.estimators.models import make
 
 
 class Pair:
-    """``base`` and ``tuned``: folders; ``fisher``: a folder, of the tuned model."""
+    """Folders of a base, of a tuned model, and of a Fisher of the tuned model."""
 
     def __init__(self, folder, name, dtype=torch.float32, shard="2GB"):
         self.base, self.tuned, self.fisher = folder / "base", folder / "tuned", folder / "fisher"
         model = make(name).to(dtype)
         self.kind = type(model)
-        # As a model is pre-trained: without a head, so that its names lack the trunk's prefix.
+        # A pre-trained model has no head, so its names lack the prefix of the trunk.
         trunk = model.base_model if model.get_output_embeddings() is None else model
         trunk.save_pretrained(self.base, max_shard_size=shard)
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                # A weight in four did not move.
+                # A quarter of the weights do not move.
                 parameter += (noise * (torch.rand(parameter.shape, generator=generator) < 0.75)).to(dtype)
         model.save_pretrained(self.tuned, max_shard_size=shard)
         write_fisher(fisher_of(self.tuned), self.fisher)
@@ -37,7 +37,7 @@ class Pair:
         return (kind or self.kind).from_pretrained(folder, dtype="auto")
 
     def load_base(self):
-        """Return the base as it was saved: of a model with a head the trunk alone."""
+        """Return the base as it was saved: for a model with a head, the trunk alone."""
         return (
             transformers.AutoModel.from_pretrained(self.base, dtype="auto")
             if self.trunk_alone
@@ -46,12 +46,12 @@ class Pair:
 
     @property
     def trunk_alone(self):
-        """Whether the base has no head."""
+        """Return True if the base has no head."""
         return "ForSequence" in self.kind.__name__ or "ForImage" in self.kind.__name__
 
 
 def fisher_of(folder, seed=3):
-    """Return a Fisher of the parameters in a folder that spreads over many orders of magnitude, some entries 0."""
+    """Return a Fisher of the parameters in a folder, spread over many orders of magnitude, with some zeros."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, info in open_weights(folder).infos.items():
@@ -63,12 +63,12 @@ def fisher_of(folder, seed=3):
 
 
 def bits(tensor):
-    """Return the bits of a tensor, to compare."""
+    """Return the bits of a tensor for a comparison."""
     return tensor.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def same(first, second):
-    """Return whether two folders hold the same weights, bit for bit."""
+    """Return True if two folders hold the same weights, bit for bit."""
     a, b = open_weights(first), open_weights(second)
     return a.infos == b.infos and all(
         torch.equal(bits(a.read(n)), bits(b.read(n)))

@@ -1,4 +1,4 @@
-"""What two models differ in: put on and taken off again, bit for bit, on any other model refused."""
+"""Difference of two models, applied and removed bit for bit, and refused for any other model."""
 
 import json
 import struct
@@ -34,8 +34,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "dtype", "shard"), CASES)
-def test_put_on_and_taken_off(tmp_path, name, dtype, shard):
-    """The base becomes the reset model and that the base: tensors, names, config; both load and compute."""
+def test_a_difference_is_applied_and_removed(tmp_path, name, dtype, shard):
+    """A difference turns the base into the reset model and back: tensors, names and config.
+
+    Both models load and compute.
+    """
     pair, out = Pair(tmp_path, name, dtype, shard), tmp_path / "out"
     reset_files(pair.tuned, pair.base, out, fisher=pair.fisher, keep=0.2)
     apply_files(pair.base, out, tmp_path / "again", strict=True)
@@ -52,7 +55,7 @@ def test_put_on_and_taken_off(tmp_path, name, dtype, shard):
 
 @pytest.mark.parametrize(("name", "dtype", "shard"), CASES)
 def test_in_memory_as_on_disk(tmp_path, name, dtype, shard):
-    """Mappings of all tensors go the same way."""
+    """A difference applied to tensors in memory gives the tensors that it gives on disk."""
     pair, out = Pair(tmp_path, name, dtype, shard), tmp_path / "out"
     reset_files(pair.tuned, pair.base, out, score="random", keep=0.2, difference_only=True)
     base = {key: open_weights(pair.base).read(key) for key in open_weights(pair.base).infos}
@@ -73,7 +76,7 @@ def test_in_memory_as_on_disk(tmp_path, name, dtype, shard):
     seed=st.integers(0, 9),
 )
 def test_any_tensor(tmp_path_factory, shape, share, dtype, seed):
-    """Of any shape and density; a NaN and the sign of a zero are differences like others."""
+    """A difference works for tensors of any shape and density. NaN and the sign of a zero count as differences."""
     generator = torch.Generator().manual_seed(seed)
     base = (torch.randn(shape, generator=generator) * 9).to(dtype)
     changed = torch.rand(shape, generator=generator) < share
@@ -92,8 +95,8 @@ def _difference(folder, tuned, base, **metadata):
     return read_difference(folder)
 
 
-def test_what_one_alone_has(tmp_path):
-    """A head, a dropped layer, a resized table, an integer buffer: whole, and gone or back as it should be."""
+def test_tensors_of_one_model_are_stored_whole(tmp_path):
+    """Tensors of only one model and tensors of another shape are stored whole, then added or removed."""
     tuned = {"head": torch.ones(3), "table": torch.ones(7, 2), "same": torch.ones(5), "ids": torch.arange(5)}
     base = {"mlm": torch.zeros(2), "table": torch.zeros(6, 2), "same": torch.ones(5), "ids": torch.arange(5).flip(0)}
     found = _difference(tmp_path, tuned, base)
@@ -104,7 +107,10 @@ def test_what_one_alone_has(tmp_path):
 
 
 def test_a_change_takes_its_place_and_two_values(tmp_path):
-    """12 bytes in float32, 8 in bfloat16; dense changes a bit an entry for all places."""
+    """A changed entry takes 12 bytes in float32 and 8 in bfloat16.
+
+    Dense changes store the positions as one bit per entry.
+    """
     base, places = torch.zeros(100_003), torch.arange(0, 100_003, 200)
     for dtype, changed, size in (
         (torch.float32, places, 12 * len(places)),
@@ -128,7 +134,7 @@ def _other(folder, source, change):
 
 
 def test_other_models_are_refused(tmp_path):
-    """Not the base: other names, shapes, dtypes, or values where something changes; nothing is written."""
+    """A model with other names, shapes, dtypes or values at changed positions is refused. Nothing is written."""
     pair, out, target = Pair(tmp_path, "bert"), tmp_path / "out", tmp_path / "target"
     reset_files(pair.tuned, pair.base, out, fisher=pair.fisher, keep=0.2)
     found = read_difference(out)
@@ -167,7 +173,7 @@ def test_other_models_are_refused(tmp_path):
 
 
 def test_a_base_that_differs_elsewhere(tmp_path, caplog):
-    """Where nothing changes, the fingerprint tells: a warning, or refused when strict."""
+    """A model that differs at unchanged positions gives a warning, or an error with strict."""
     pair, out = Pair(tmp_path, "bert"), tmp_path / "out"
     reset_files(pair.tuned, pair.base, out, score="random", keep=0.2, exclude=("word_embeddings",))
     name = "embeddings.word_embeddings.weight"
@@ -181,7 +187,7 @@ def test_a_base_that_differs_elsewhere(tmp_path, caplog):
 
 
 def test_damaged_files_are_refused(tmp_path):
-    """Nothing there, another file, a cut one, one with places outside, with too few, without values."""
+    """A missing, foreign or truncated file is refused, as are wrong positions and missing values."""
     with pytest.raises(NotFoundError, match=r"a folder with difference\.safetensors, but there is no"):
         read_difference(tmp_path)
     file = tmp_path / DIFFERENCE_NAME
@@ -221,7 +227,7 @@ def _notes(file):
 
 
 def test_places_are_not_repeated_in_memory():
-    """The bits that are compared are a view of the tensor's memory."""
+    """The comparison of bits uses a view of the memory of the tensor."""
     from squisher_mergekit.applications.fish_mask.difference import bits_of
 
     tensor = torch.zeros(13)

@@ -1,4 +1,4 @@
-"""The k largest of four scores, as they are counted; on disk as in memory."""
+"""Choice of the k largest of four scores, on disk and in memory."""
 
 import dataclasses
 import re
@@ -30,13 +30,13 @@ FISHER = {"a": torch.tensor([[9.0, 4.0, 2.0]]), "b": torch.tensor([8.0, 0.1])}
 @pytest.mark.parametrize(
     ("score", "order"),
     [
-        ("fisher", ["a0", "b0", "a1", "a2", "b1"]),  # 9, 8, 4, 2, 0.1
-        ("reset", ["b0", "a2", "a1", "b1", "a0"]),  # 1x8, 1.5^2 x 2, 1x4, 25 x 0.1, 0
-        ("movement", ["b1", "a2", "a1", "b0", "a0"]),  # 5, 1.5, 1, 1, 0; of equal ones the first
+        ("fisher", ["a0", "b0", "a1", "a2", "b1"]),  # scores 9, 8, 4, 2, 0.1
+        ("reset", ["b0", "a2", "a1", "b1", "a0"]),  # scores 1x8, 1.5^2 x 2, 1x4, 25 x 0.1, 0
+        ("movement", ["b1", "a2", "a1", "b0", "a0"]),  # scores 5, 1.5, 1, 1, 0; the first of equal ones
     ],
 )
 def test_scores_by_hand(score, order):
-    """Each k keeps the first k of an order worked out by hand."""
+    """For each k, the mask has the first k entries of an order computed by hand."""
     for count in range(1, 6):
         mask = select(TUNED, FISHER, count / 5, base=BASE, score=score)
         kept = {f"{name}{i}" for name in mask for i, one in enumerate(mask[name].flatten().tolist()) if one}
@@ -44,7 +44,7 @@ def test_scores_by_hand(score, order):
 
 
 def _slow(score, tuned, base, fisher, keep):
-    """Sort everything in float64; of equal ones the first in the order of names."""
+    """Sort all entries in float64; equal ones keep the order of names."""
     entries = []
     for name in sorted(tuned):
         t, b, f = (one[name].double().flatten().tolist() for one in (tuned, base, fisher))
@@ -61,7 +61,7 @@ def _slow(score, tuned, base, fisher, keep):
     few=st.booleans(),
 )
 def test_the_largest_are_kept(seed, keep, score, few):
-    """Exactly k, and those of a full sort, with many equal scores or none."""
+    """The mask has exactly the k largest entries of a full sort, also with many equal scores."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"z": (7, 3), "a": (11,), "m": (5, 1)}
 
@@ -76,8 +76,8 @@ def test_the_largest_are_kept(seed, keep, score, few):
     assert kept == _slow(score, tuned, base, fisher, keep)
 
 
-def test_what_is_counted():
-    """floor(keep n), the head within it and first, what is excluded not at all."""
+def test_the_share_counts_the_head_and_no_excluded_tensor():
+    """The mask keeps floor(keep n) entries, the head among them. Excluded tensors do not count."""
     tuned = {"x.weight": torch.rand(7, 3), "classifier.weight": torch.rand(5), "words": torch.rand(41)}
     mask = select(tuned, {name: torch.rand(one.shape) for name, one in tuned.items()}, 0.3, exclude=("words",))
     assert (mask["classifier.weight"].all(), mask["words"].any()) == (True, False)
@@ -92,14 +92,17 @@ def test_what_is_counted():
 
 
 def test_within_each_tensor():
-    """scope=layer keeps the largest share of each, to the entry."""
+    """With scope=layer, each tensor keeps the largest share of its own entries, to the entry."""
     mask = select(TUNED, FISHER, 0.4, scope="layer")
     assert mask["a"].tolist() == [[True, False, False]]
     assert mask["b"].tolist() == [True, False]
 
 
 def test_random_draws_from_the_same_entries():
-    """As many as any score, of no excluded tensor; evenly; another seed draws others."""
+    """The random score keeps as many entries as any other score, and none of an excluded tensor.
+
+    Another seed draws others.
+    """
     tuned = {"a": torch.zeros(101, 97), "b": torch.zeros(1009), "words": torch.zeros(5000)}
     masks = [select(tuned, None, 0.1, score="random", exclude=("^words$",), seed=seed) for seed in (0, 0, 1)]
     assert [mask.kept for mask in masks] == [int(0.1 * (101 * 97 + 1009))] * 3
@@ -110,13 +113,13 @@ def test_random_draws_from_the_same_entries():
 
 
 def test_tensors_of_other_steps_are_on_one_scale():
-    """An accumulator of few steps is small by its decay alone: v / (1 - beta2^t) is compared."""
+    """Accumulators with different step counts are compared as v / (1 - beta2^t)."""
     config = FisherConfig(
         estimator="squisher", statistic="ema", optimizer={"beta2": 0.9}, steps={"default": 100, "b": 1}
     )
     fisher = Fisher(MemoryStore({"a": torch.tensor([2.0, 0.5]), "b": torch.tensor([0.15, 0.3])}), config)
     tuned = {"a": torch.zeros(2), "b": torch.zeros(2)}
-    mask = select(tuned, fisher, 0.5)  # 2, 0.5; 1.5, 3
+    mask = select(tuned, fisher, 0.5)  # scores 2, 0.5 and 1.5, 3
     assert (mask["a"].tolist(), mask["b"].tolist()) == ([True, False], [False, True])
     unknown = Fisher(MemoryStore(fisher._store._tensors), FisherConfig(estimator="squisher", statistic="ema"))
     assert select(tuned, unknown, 0.5)["a"].tolist() == [True, True]
@@ -137,7 +140,7 @@ HEADS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_the_head_of_a_model(tmp_path, name):
-    """What classifies; the output of a language model was pre-trained. On disk as in memory."""
+    """The classifier counts as the head, but the output layer of a language model does not. Disk and memory agree."""
     model = make(name)
     model.save_pretrained(tmp_path)
     _, live = in_memory(model)
@@ -148,7 +151,7 @@ def test_the_head_of_a_model(tmp_path, name):
 
 
 def test_the_head_of_a_plain_network_is_its_last_layer():
-    """And BatchNorm's statistics are kept without being counted."""
+    """The last layer of a plain network is its head. Statistics of BatchNorm are kept without being counted."""
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 5))
     mask = select(model, None, 0.5, score="random")
     assert mask["3.weight"].all()
@@ -172,7 +175,7 @@ def test_the_head_of_a_plain_network_is_its_last_layer():
     ],
 )
 def test_files_and_memory_choose_alike(tmp_path, name, dtype, shard, score):
-    """Bit for bit, whatever the shards, packed experts, ties and names of the base are."""
+    """Masks on disk and in memory are equal bit for bit, with shards, packed experts, ties and other base names."""
     pair = Pair(tmp_path, name, dtype, shard)
     options = {"score": score, "keep": 0.21, "exclude": ("embed",), "scope": "global", "seed": 5}
     report = select_files(pair.tuned, pair.fisher, tmp_path / "mask.safetensors", base=pair.base, **options)
@@ -193,7 +196,7 @@ def test_files_and_memory_choose_alike(tmp_path, name, dtype, shard, score):
 
 
 def test_buffers_on_disk_are_kept(tmp_path):
-    """The running statistics of a network of transformers: known from its config, kept, not counted."""
+    """The running statistics of a transformers network are kept and not counted; its config tells them."""
     import transformers
 
     config = transformers.ResNetConfig(
@@ -215,7 +218,7 @@ def test_buffers_on_disk_are_kept(tmp_path):
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.5, float("nan"), float("inf"), 50])
 def test_a_share_that_is_none_is_refused(keep):
-    """Above 0, at most 1."""
+    """A share must be above 0 and at most 1."""
     with pytest.raises(ConfigError, match=rf"keep must be in \(0, 1\], found {re.escape(str(keep))}; give it as"):
         FishMaskRecipe(keep)
 
@@ -258,8 +261,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_does_not_fit_is_refused(case):
-    """One line that says what was found."""
+def test_a_model_that_does_not_fit_is_refused(case):
+    """A model or Fisher that does not fit is refused with one line that states the mismatch."""
     fisher, options, message = CASES[case]
     with pytest.raises((ConfigError, MismatchError, ValuesError), match=message) as caught:
         select(TUNED, fisher, **{"keep": 0.4} | options)
@@ -267,7 +270,10 @@ def test_what_does_not_fit_is_refused(case):
 
 
 def test_files_are_refused_and_nothing_is_written(tmp_path):
-    """A folder as target, no such model, a Fisher of another model, one of other weights when strict."""
+    """A taken target, a missing model, a foreign Fisher and, with strict, other weights are refused.
+
+    Nothing is written.
+    """
     pair = Pair(tmp_path, "bert")
     out = tmp_path / "out" / "mask.safetensors"
     with pytest.raises(NotFoundError):
@@ -295,7 +301,7 @@ def test_files_are_refused_and_nothing_is_written(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_an_adapter_is_refused():
-    """Its weights are not a model's."""
+    """An adapter is refused, because its weights are not those of a model."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(UnsupportedStateError, match="a model must be saved whole to be chosen from"):
@@ -303,7 +309,7 @@ def test_an_adapter_is_refused():
 
 
 def test_the_report_is_plain(tmp_path):
-    """What is printed and written as JSON."""
+    """The report is plain data: it prints, and it converts to JSON."""
     pair = Pair(tmp_path, "bert")
     report = select_files(pair.tuned, pair.fisher, tmp_path / "m.safetensors", 0.2, exclude=("embeddings",))
     assert report.as_dict() == dataclasses.asdict(report)

@@ -1,4 +1,4 @@
-"""Weights off the mask have their pre-trained value, on disk as in memory."""
+"""Reset of the weights outside the mask to their pre-trained values, on disk and in memory."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.estimators.models import make
 
 
 def _base_name(pair, name):
-    """Return what the base calls a tensor; None if it has none."""
+    """Return the name of a tensor in the base, or None."""
     known = open_weights(pair.base).infos
     return next((one for one in (name, name.partition(".")[2]) if one in known), None)
 
@@ -30,7 +30,10 @@ def _base_name(pair, name):
     ],
 )
 def test_off_the_mask_the_base(tmp_path, name, dtype, shard):
-    """Bit for bit: on the mask and in the head the trained values; and as the model in memory is reset."""
+    """The reset model has trained bits on the mask and in the head, and the bits of the base elsewhere.
+
+    Disk and memory agree.
+    """
     pair, out = Pair(tmp_path, name, dtype, shard), tmp_path / "out"
     select_files(pair.tuned, pair.fisher, tmp_path / MASK_NAME, 0.2, score="reset", base=pair.base)
     reset_files(pair.tuned, pair.base, out, mask=tmp_path / MASK_NAME)
@@ -54,7 +57,10 @@ def test_off_the_mask_the_base(tmp_path, name, dtype, shard):
 
 
 def test_select_and_reset_in_one(tmp_path):
-    """The same as one after the other; the mask lies beside; without a model on request."""
+    """One call that selects and resets gives the files of two calls.
+
+    The mask is next to the model. On request no model is written.
+    """
     pair, mask = Pair(tmp_path, "bert"), tmp_path / "mine.safetensors"
     options = {"score": "reset", "scope": "layer", "exclude": ("word_embeddings",), "seed": 3}
     selected = select_files(pair.tuned, pair.fisher, mask, 0.2, base=pair.base, **options)
@@ -69,7 +75,7 @@ def test_select_and_reset_in_one(tmp_path):
 
 
 def test_a_mask_by_names_in_memory():
-    """Of a plain network; a parameter that is kept whole needs no base."""
+    """A mask by names in memory resets a plain network. A parameter that is kept whole needs no base."""
     torch.manual_seed(0)
     model, base = (nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)) for _ in range(2))
     mask = {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()}
@@ -82,7 +88,10 @@ def test_a_mask_by_names_in_memory():
 
 
 def test_a_live_model_is_as_before_when_refused():
-    """A base that lacks a weight, has it in another shape, or a mask of another model."""
+    """A refused reset leaves the live model unchanged.
+
+    A weight missing in the base, another shape and a foreign mask are refused.
+    """
     model = make("bert")
     before = [p.detach().clone() for p in model.parameters()]
     mask = {name: torch.zeros(p.shape).bool() for name, p in model.named_parameters()}
@@ -99,7 +108,7 @@ def test_a_live_model_is_as_before_when_refused():
 
 
 def test_files_are_refused_and_nothing_is_written(tmp_path):
-    """A mask of another model, a base of other shapes, a head that is not kept, a taken folder, no choice at all."""
+    """A foreign mask, other shapes, a head that is not kept, a taken folder and a missing choice are refused."""
     pair, other = Pair(tmp_path / "one", "bert"), Pair(tmp_path / "two", "llama")
     mask, out = tmp_path / MASK_NAME, tmp_path / "out"
     select_files(pair.tuned, None, mask, 0.2, score="random")

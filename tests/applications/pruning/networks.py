@@ -8,14 +8,14 @@ from tests.training.cases import make
 
 
 def cnn(seed=0):
-    """Convolutions with BatchNorm before and after the activation, pools, a flattening to 2 x 2, linear layers."""
+    """Return a CNN with BatchNorm before and after the activation, pools, a flattening to 2 x 2, and linear layers."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Sequential(nn.Conv2d(2, 7, 3, padding=1), nn.BatchNorm2d(7), nn.ReLU(), nn.MaxPool2d(2)),
         nn.Sequential(nn.Conv2d(7, 5, 3, bias=False), nn.ReLU(), nn.BatchNorm2d(5), nn.AvgPool2d(2)),
         nn.Flatten(), nn.Linear(20, 11), nn.BatchNorm1d(11), nn.GELU(), nn.Dropout(0.3), nn.Linear(11, 3),
     )  # fmt: skip
-    for _ in range(3):  # statistics that are not those of the start
+    for _ in range(3):  # moves the running statistics from their start
         model(torch.randn(16, 2, 12, 12) + 0.3)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -25,13 +25,13 @@ def cnn(seed=0):
 
 
 def mlp(seed=0):
-    """Two hidden layers."""
+    """Return a network with two hidden layers."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(5, 13), nn.Tanh(), nn.Linear(13, 7), nn.SiLU(), nn.Linear(7, 2)).eval()
 
 
 def llama_gqa():
-    """Six heads of keys and values, two queries each; wider than the hidden size would make them."""
+    """Return a Llama with six key-value heads, two queries each, that are wider than the hidden size requires."""
     transformers.set_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=53, hidden_size=12, num_hidden_layers=2, num_attention_heads=12, num_key_value_heads=6, head_dim=4,
@@ -41,12 +41,12 @@ def llama_gqa():
 
 
 def transformer(name):
-    """A small transformer."""
+    """Return a small transformer."""
     return redrawn(make(name))
 
 
 def redrawn(model):
-    """Draw weights that matter, and biases, which start at 0."""
+    """Draw larger weights, and biases other than 0."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 or name.endswith("bias"):
             nn.init.normal_(parameter, std=0.3)
@@ -54,13 +54,13 @@ def redrawn(model):
 
 
 def fisher(model, seed=0):
-    """A Fisher by the names in memory."""
+    """Return a random Fisher with names in memory."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.rand(p.shape, generator=generator) ** 4 for name, p in model.named_parameters()}
 
 
 def outputs(model):
-    """Run a transformer."""
+    """Return the outputs of a transformer."""
     ids = torch.arange(3, 14).expand(2, -1)
     if model.config.is_encoder_decoder:
         return model(input_ids=ids, decoder_input_ids=ids).logits

@@ -1,4 +1,4 @@
-"""Models on disk, Fishers of them, and a slow choice to hold pruning against."""
+"""Models on disk with Fishers, and a slow reference for pruning."""
 
 import torch
 
@@ -11,14 +11,14 @@ from tests.training.cases import make
 
 
 def stored(folder, name, dtype=torch.float32, shard="8KB"):
-    """Save a small model of a name in shards, and return it as it is loaded again, with a random Fisher."""
+    """Save a small model in shards, load it again, and return it with a random Fisher."""
     model = make(name, dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     return type(model).from_pretrained(folder, dtype=dtype), fisher_of(folder)
 
 
 def fisher_of(folder, seed=3):
-    """Return a Fisher of the weights in a folder that spreads over many orders of magnitude, some entries 0."""
+    """Return a Fisher of the weights in a folder, spread over many orders of magnitude, with some zeros."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, info in open_weights(folder).infos.items():
@@ -31,7 +31,7 @@ def fisher_of(folder, seed=3):
 
 
 def slow_masks(scores, keep, min_keep=0.0):
-    """Choose in float64 by sorting everything: the floor of each tensor first, then the largest of all."""
+    """Choose masks in float64 by a full sort: the floor of each tensor first, then the largest of all."""
     kept = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in scores.items()}
     for name, score in scores.items():
         floor = -int(-score.numel() * min_keep // 1)

@@ -1,4 +1,4 @@
-"""Pruning of models on disk: against the same in memory, and what is written."""
+"""Pruning of models on disk: comparison with pruning in memory, and the written files."""
 
 import logging
 
@@ -31,7 +31,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "dtype", "options"), CASES)
 def test_files_and_memory_choose_alike(tmp_path, name, dtype, options):
-    """Masks are equal bit for bit, and the weights are those of the model, off the mask 0, in shards as before."""
+    """Masks on disk and in memory are equal bit for bit. The written shards have the pruned weights of the model."""
     model, fisher = stored(tmp_path / "model", name, dtype)
     options = {} | options if "pattern" in options else {"sparsity": 0.7} | options
     report = prune_files(tmp_path / "model", fisher, tmp_path / "out", **options)
@@ -51,7 +51,7 @@ def test_files_and_memory_choose_alike(tmp_path, name, dtype, options):
 
 
 def test_the_count_is_exact_and_the_report_says_where(tmp_path):
-    """Kept entries add up, the sum is the sparsity to the entry, and the whole model is counted as well."""
+    """Kept entries add up to the sparsity, to the entry. The report counts the whole model as well."""
     _, fisher = stored(tmp_path / "model", "bert")
     report = prune_files(tmp_path / "model", fisher, tmp_path / "out", 0.9)
     entries = sum(layer.entries for layer in report.layers)
@@ -71,8 +71,8 @@ def load_all(folder):
     return {name: tensor for file in open_weights(folder).files for name, tensor in load_file(file).items()}
 
 
-def test_the_mask_says_how_it_was_made(tmp_path):
-    """Its notes hold the recipe and the fingerprint of the dense weights; a copy of the tokenizer lies beside."""
+def test_the_mask_records_its_recipe(tmp_path):
+    """The notes of the mask hold the recipe and the fingerprint of the dense weights. The tokenizer is copied."""
     _, fisher = stored(tmp_path / "model", "llama")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     prune_files(tmp_path / "model", fisher, tmp_path / "out", 0.25, scope="layer")
@@ -83,7 +83,7 @@ def test_the_mask_says_how_it_was_made(tmp_path):
 
 
 def test_a_model_without_a_class_is_pruned_by_names(tmp_path):
-    """Where no config tells the roles, names do; a Fisher on disk is taken by its path."""
+    """Without a config, the names give the roles. A Fisher on disk is taken by its path."""
     folder = tmp_path / "model"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def test_a_model_without_a_class_is_pruned_by_names(tmp_path):
 
 
 def test_other_weights_are_a_warning_or_with_strict_an_error(tmp_path, caplog):
-    """A Fisher that was made at other values is used with one line, or refused."""
+    """A Fisher of other weights gives one warning, or an error with strict."""
     _, fisher = stored(tmp_path / "model", "bert")
     other = Fisher(
         MemoryStore({name: fisher[name] for name in fisher}),
@@ -121,8 +121,11 @@ def _changed(fisher, name, tensor):
     return Fisher(MemoryStore({key: value for key, value in tensors.items() if value is not None}), fisher.config)
 
 
-def test_what_does_not_fit_leaves_nothing(tmp_path):
-    """A Fisher that lacks a layer, is of another model or is damaged; a place that is taken; no Fisher at all."""
+def test_a_refused_pruning_leaves_no_files(tmp_path):
+    """A refused pruning leaves no files.
+
+    An incomplete, foreign, damaged or missing Fisher is refused, and so is a taken folder.
+    """
     _, fisher = stored(tmp_path / "model", "bert")
     name = "bert.encoder.layer.1.output.dense.weight"
     damaged = fisher[name].clone()
@@ -157,7 +160,7 @@ def test_what_does_not_fit_leaves_nothing(tmp_path):
 
 
 def test_quantized_weights_are_refused(tmp_path):
-    """Entries of 8 bits depend on scales beside them."""
+    """8-bit weights are refused, because they depend on separate scales."""
     (tmp_path / "model").mkdir()
     save_file({"w": torch.ones(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "model" / "model.safetensors")
     with pytest.raises(UnsupportedStateError, match="before it is quantized"):
@@ -166,7 +169,7 @@ def test_quantized_weights_are_refused(tmp_path):
 
 
 def test_a_layer_can_be_left_out_of_a_fisher_if_it_is_ignored(tmp_path):
-    """What is not chosen from needs no F."""
+    """An ignored layer needs no Fisher."""
     _, fisher = stored(tmp_path / "model", "bert")
     partial = _changed(fisher, "bert.encoder.layer.1.output.dense.weight", None)
     report = prune_files(tmp_path / "model", partial, tmp_path / "out", 0.5, ignore=(r"layer\.1\.output",))

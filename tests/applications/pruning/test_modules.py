@@ -1,4 +1,4 @@
-"""Pruning of live models: torch's own masks, several rounds, shared parameters, and refusals."""
+"""Pruning of live models: masks of torch, several rounds, shared parameters, and refusals."""
 
 import copy
 
@@ -34,7 +34,10 @@ def _effective(model):
 
 
 def test_torchs_own_tools_work_on_the_masks():
-    """is_pruned sees them, remove makes them permanent, and the optimizer's parameters are the same objects."""
+    """The functions of torch recognise the masks and make them permanent.
+
+    The parameters of the optimizer stay the same objects.
+    """
     model = _network()
     parameters, before = list(model.parameters()), copy.deepcopy(model)
     report = prune(model, _fisher(model), 0.75)
@@ -59,7 +62,7 @@ def test_torchs_own_tools_work_on_the_masks():
 
 
 def test_the_forward_pass_is_that_of_zeroed_weights():
-    """And gradients reach kept weights alone."""
+    """The forward pass is that of zeroed weights, and only kept weights have gradients."""
     model = _network().eval()
     report = prune(model, _fisher(model), 0.5)
     zeroed = _network().eval()
@@ -72,7 +75,10 @@ def test_the_forward_pass_is_that_of_zeroed_weights():
 
 
 def test_rounds_go_on_from_what_is_pruned():
-    """Pruned weights stay pruned and count, also by chance; each round is exact, and training goes on between."""
+    """Pruned weights stay pruned and count in every round, also with random scores.
+
+    Each round is exact after further training.
+    """
     for score in ("fisher", "random"):
         model = _network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=0.1)
@@ -96,7 +102,7 @@ def test_rounds_go_on_from_what_is_pruned():
 
 
 def test_a_refused_round_leaves_the_masks():
-    """Parameters, masks and hooks are those of before, in their order."""
+    """A refused round changes neither parameters nor masks nor the order of hooks."""
     model = _network()
     prune(model, _fisher(model), 0.5)
     names, state = [name for name, _ in model.named_parameters()], copy.deepcopy(model.state_dict())
@@ -126,7 +132,7 @@ def test_a_shared_parameter_is_masked_in_every_module():
 
 
 def test_packed_experts_are_masked_in_place(tmp_path):
-    """Mixtral's experts, one parameter in memory and many on disk, run with the masks of the many."""
+    """The packed experts of Mixtral, one parameter in memory and many on disk, run with the masks of the many."""
     model, fisher = stored(tmp_path, "mixtral")
     dense = copy.deepcopy(model)
     report = prune(model, fisher, 0.5, ignore=("self_attn", "gate.weight"))
@@ -142,7 +148,7 @@ def test_packed_experts_are_masked_in_place(tmp_path):
 
 
 def test_a_mapping_is_as_good_as_a_fisher():
-    """By names in memory, chosen as a slow sort chooses."""
+    """A mapping by names in memory gives the masks of a slow sort."""
     model = _network(1)
     fisher = _fisher(model, 1)
     report = choose_weights(model, fisher, 0.7)
@@ -155,7 +161,7 @@ def test_a_mapping_is_as_good_as_a_fisher():
 
 
 def test_the_squared_mean_takes_a_gradient():
-    """(theta g)^2 with the gradient of a batch; without one it is refused."""
+    """The score (theta g)^2 uses the gradient of a batch, and is refused without one."""
     model = _network()
     inputs = torch.randn(6, 2, 5, 5)
     gradients = torch.autograd.grad(model(inputs).square().mean(), list(model.parameters()))
@@ -171,7 +177,7 @@ def test_the_squared_mean_takes_a_gradient():
 
 
 def test_wrapped_models_are_looked_through():
-    """DataParallel and torch.compile change no name."""
+    """DataParallel and torch.compile do not change the names."""
     model, plain = _network(), _network()
     report = prune(nn.DataParallel(torch.compile(model, backend="eager")), _fisher(plain), 0.5)
     assert [layer.name for layer in report.layers] == ["0.weight", "4.weight"]
@@ -179,7 +185,10 @@ def test_wrapped_models_are_looked_through():
 
 
 def test_weights_that_are_read_without_their_module_are_refused():
-    """Attention reads its output projection itself, so that a mask would not be renewed; it can be ignored."""
+    """Attention reads its output projection itself, so a mask on it would have no effect.
+
+    It is refused unless ignored.
+    """
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2), "a": nn.Linear(6, 6), "end": nn.Linear(6, 2)})
     fisher = {name: torch.rand_like(p) for name, p in model.named_parameters()}
     with pytest.raises(UnsupportedStateError, match=r"attention\.out_proj\.weight is read without that"):
@@ -198,8 +207,8 @@ def test_weights_that_are_read_without_their_module_are_refused():
         ({"0.weight": torch.ones(5, 2, 3, 3)}, "lacks 4.weight"),
     ],
 )
-def test_a_fisher_of_something_else_is_refused(fisher, message):
-    """In one line, with the model as before."""
+def test_a_foreign_fisher_is_refused(fisher, message):
+    """A foreign Fisher is refused in one line, and the model stays unchanged."""
     model = _network()
     with pytest.raises((MismatchError, ConfigError), match=message) as error:
         prune(model, fisher, 0.5)
@@ -217,7 +226,7 @@ def test_a_fisher_of_something_else_is_refused(fisher, message):
 )
 @pytest.mark.parametrize("by_torch", [True, False])
 def test_pruned_weights_stay_zero_in_training(make, by_torch):
-    """Bit for bit, with decay and old momenta: under masks of torch, and where MaskedTraining holds the weights."""
+    """Pruned weights stay 0 bit for bit under decay and old momenta, with masks of torch and with MaskedTraining."""
     model = _network()
     optimizer = make(model.parameters())
     _train(model, optimizer, 3)
@@ -243,7 +252,7 @@ def _train(model, optimizer, steps):
 
 
 def test_the_old_name_of_the_smallest_share_works_for_one_version():
-    """``least`` is ``min_keep``, with one warning at the user's line."""
+    """``least`` still works as ``min_keep``, with one warning at the line of the caller."""
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     with pytest.warns(DeprecationWarning, match="least is deprecated; use min_keep") as caught:
         report = prune(model, sparsity=0.5, score="random", least=0.125)

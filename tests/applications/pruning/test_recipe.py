@@ -1,4 +1,4 @@
-"""Pruning of single weights: the plan, the choice against a slow one, rounds, and refusals."""
+"""Pruning of single weights: the plan, a slow reference, rounds, and refusals."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def _found(weights, beside, recipe, scale=lambda name: (0.0, 1.0)):
 
 @given(seed=st.integers(0, 99), sparsity=st.floats(0, 0.9), layer=st.booleans(), min_keep=st.sampled_from([0.0, 0.05]))
 def test_the_lowest_scores_of_all_tensors_go(seed, sparsity, layer, min_keep):
-    """theta^2 F / 2, by itself or divided by its tensor's mean, sorted in float64; the count is exact."""
+    """The lowest scores theta^2 F / 2, raw or divided by the mean of their tensor, are pruned. The count is exact."""
     weights, fisher = _tensors(seed)
     recipe = PruningRecipe(sparsity, normalize="layer" if layer else "none", min_keep=min_keep)
     scores = {}
@@ -45,8 +45,8 @@ def test_the_lowest_scores_of_all_tensors_go(seed, sparsity, layer, min_keep):
         assert torch.equal(found[name], mask)
 
 
-def test_magnitude_and_the_squared_mean_are_what_they_say():
-    """|theta|, and (theta g)^2, which opposite signs of g do not tell apart; neither looks at F."""
+def test_magnitude_and_the_squared_mean_follow_their_formulas():
+    """Magnitude is |theta|, and the squared mean is (theta g)^2, which ignores the sign of g. Neither reads F."""
     weights, gradient = _tensors(1)
     gradient["a.weight"][::2] *= -1
     names = ("a.weight", "b.weight")
@@ -59,16 +59,19 @@ def test_magnitude_and_the_squared_mean_are_what_they_say():
 
 
 def test_a_global_ranking_empties_a_layer_and_the_defaults_do_not():
-    """The trap of theta^2 F: that of b is a thousand times smaller; a third of what is kept over all is left to it."""
+    """A global ranking by theta^2 F empties a layer with small F.
+
+    The defaults keep a third of the global share there.
+    """
     weights, fisher = _tensors(2)
     assert not _found(weights, fisher, PruningRecipe(0.9, min_keep=0))["b.weight"].any()
     assert int(_found(weights, fisher, PruningRecipe(0.9, min_keep=0.05))["b.weight"].sum()) == 4
-    assert int(_found(weights, fisher, PruningRecipe(0.9))["b.weight"].sum()) == 3  # of 65, 0.1 / 3
+    assert int(_found(weights, fisher, PruningRecipe(0.9))["b.weight"].sum()) == 3  # of 65 entries: 0.1 / 3
     assert int(_found(weights, fisher, PruningRecipe(0.9, normalize="layer", min_keep=0))["b.weight"].sum()) > 4
 
 
-def test_a_layer_without_fisher_keeps_its_least():
-    """Where F is 0 throughout, whatever scores are measured by."""
+def test_a_layer_without_fisher_keeps_its_floor():
+    """A layer with F = 0 keeps its floor under every way of scaling."""
     weights, fisher = _tensors(3)
     fisher["b.weight"].zero_()
     for normalize in ("none", "layer"):
@@ -76,7 +79,7 @@ def test_a_layer_without_fisher_keeps_its_least():
 
 
 def test_the_same_share_of_each_layer_goes():
-    """With the scope layer, of 77 and 65 entries a third stays, to the entry."""
+    """With the scope layer, a third of the 77 and of the 65 entries stays, to the entry."""
     found = _found(*_tensors(4), PruningRecipe(2 / 3, scope="layer", min_keep=0))
     counts = [int(mask.sum()) for mask in found.values()]
     assert sum(counts) == 142 - round(142 * 2 / 3)
@@ -84,7 +87,7 @@ def test_the_same_share_of_each_layer_goes():
 
 
 def test_weights_that_are_zero_go_first():
-    """They stay pruned whatever draws or F say; the others are drawn from."""
+    """Weights that are 0 stay pruned, whatever the draw or F; all others are drawn from."""
     weights, fisher = _tensors(5)
     weights["a.weight"][:, ::2] = 0
     found = _found(weights, fisher, PruningRecipe(0.4, "random"))
@@ -93,7 +96,7 @@ def test_weights_that_are_zero_go_first():
 
 
 def test_random_depends_on_seed_and_name_alone():
-    """The same seed gives the same mask, another one does not, and F plays no part."""
+    """The random mask depends on the seed and not on F."""
     weights, fisher = _tensors(6)
     first, same, other = (
         _found(weights, beside, PruningRecipe(0.5, "random", seed=seed))["a.weight"]
@@ -104,7 +107,7 @@ def test_random_depends_on_seed_and_name_alone():
 
 
 def test_the_scale_of_a_fisher_counts_where_nothing_is_normalized():
-    """Offset and factor of a tensor are applied before tensors are compared."""
+    """Without normalisation, offset and factor of each tensor apply before tensors are compared."""
     weights, fisher = _tensors(7)
     scale = {"a.weight": (0.0, 1.0), "b.weight": (0.25, 4000.0)}
     raised = {"a.weight": fisher["a.weight"], "b.weight": fisher["b.weight"] + 0.25}
@@ -117,7 +120,7 @@ def test_the_scale_of_a_fisher_counts_where_nothing_is_normalized():
 
 
 def test_a_pattern_takes_the_place_of_a_sparsity():
-    """Of four neighbours along the given axis two stay, by their scores."""
+    """A pattern keeps the two highest scores of four neighbours along the given axis."""
     shapes = {"w": (8, 3)}
     generator = torch.Generator().manual_seed(0)
     weight, fisher = (torch.rand(8, 3, generator=generator) for _ in range(2))
@@ -135,7 +138,7 @@ def test_a_pattern_takes_the_place_of_a_sparsity():
     [("harmonic", [1 / 2, 2 / 3, 3 / 4]), ("geometric", [0.3700395, 0.6031497, 0.75]), ("linear", [0.25, 0.5, 0.75])],
 )
 def test_rounds_reach_the_sparsity(kind, wanted):
-    """Three rounds to 75 %, by hand; the last is the sparsity itself, bit for bit."""
+    """Three rounds reach 75 % by hand-computed steps. The last round equals a single pruning, bit for bit."""
     found = schedule(0.75, 3, kind)
     assert found == pytest.approx(wanted, abs=1e-7)
     assert found[-1] == 0.75
@@ -143,7 +146,7 @@ def test_rounds_reach_the_sparsity(kind, wanted):
 
 @given(sparsity=st.floats(0, 0.99), rounds=st.integers(1, 9))
 def test_harmonic_rounds_remove_the_originals_share_of_the_rest(sparsity, rounds):
-    """Round i removes p / (i p + n (1 - p)) of what is left."""
+    """Round i of the harmonic schedule removes p / (i p + n (1 - p)) of the rest."""
     left = 1.0
     for i, total in enumerate(schedule(sparsity, rounds), 1):
         left *= 1 - sparsity / (i * sparsity + rounds * (1 - sparsity))
@@ -169,22 +172,22 @@ def test_harmonic_rounds_remove_the_originals_share_of_the_rest(sparsity, rounds
         ({"pattern": (2, 4)}, r"a.weight, \[7, 11\], has 11"),
     ],
 )
-def test_what_cannot_be_met_is_one_line(options, message):
-    """Each is refused while planning, with what was found."""
+def test_an_impossible_recipe_is_refused_in_one_line(options, message):
+    """An impossible recipe is refused while planning, in one line with the wrong value."""
     with pytest.raises(ConfigError, match=message) as error:
         plan_pruning(PruningRecipe(**options), SHAPES, {"b.bias": "bias"}, dict.fromkeys(SHAPES, 1))
     assert "\n" not in str(error.value)
 
 
 def test_an_unknown_input_axis_is_refused():
-    """A tensor whose inputs are not known cannot have a pattern."""
+    """A tensor with an unknown input axis cannot have a pattern."""
     with pytest.raises(ConfigError, match="which axis of experts"):
         plan_pruning(PruningRecipe(pattern=(2, 4)), {"experts": (3, 4, 8)}, {}, {"experts": None})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_a_damaged_fisher_is_refused(value):
-    """NaN, infinite and negative entries are counted, by name."""
+    """NaN, infinite and negative entries of a Fisher are counted by name."""
     weights, fisher = _tensors(8)
     fisher["b.weight"][3, 2] = value
     with pytest.raises(ValuesError, match=r"b\.weight in memory has 1 "):
@@ -193,7 +196,7 @@ def test_a_damaged_fisher_is_refused(value):
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(value):
-    """By magnitude as well, where no F is looked at."""
+    """Weights that are not finite are refused, also with the magnitude score, which reads no F."""
     weights, fisher = _tensors(9)
     weights["a.weight"][0, 0] = value
     with pytest.raises(ValuesError, match=r"weights must be finite, but a\.weight"):
@@ -201,7 +204,7 @@ def test_weights_that_are_not_finite_are_refused(value):
 
 
 def test_inputs_are_not_written_to():
-    """float64 weights, of which a careless score makes no copy, stay as they are."""
+    """The inputs stay unchanged, also float64 weights, which a score could use without a copy."""
     weights, fisher = ({name: tensor.double() for name, tensor in part.items()} for part in _tensors(10))
     before = {name: tensor.clone() for name, tensor in weights.items()}
     for score in ("fisher", "magnitude", "random", "taylor_squared"):

@@ -1,4 +1,4 @@
-"""Smaller networks put out what the network with zeroed units puts out."""
+"""Smaller networks with the outputs of the network with zeroed units."""
 
 import copy
 
@@ -23,7 +23,10 @@ def _zeroed(model, choice):
 @pytest.mark.parametrize(("make", "shape"), [(cnn, (4, 2, 12, 12)), (mlp, (4, 5))])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6])
 def test_a_chain_gets_smaller_and_puts_out_the_same(make, shape, sparsity):
-    """Filters with BatchNorm, pools and a flattening, and neurons; layers say their new sizes."""
+    """A smaller chain of filters, BatchNorm, pools, a flattening and neurons has the same outputs.
+
+    Its layers report the new sizes.
+    """
     model = make()
     choice = choose_units(model, chain_units(model), fisher(model), sparsity)
     small = shrink(model, choice)
@@ -38,7 +41,10 @@ def test_a_chain_gets_smaller_and_puts_out_the_same(make, shape, sparsity):
 
 
 def test_a_small_network_trains_and_keeps_what_is_frozen():
-    """Sizes fit in train mode as well, gradients arrive, and the statistics move."""
+    """A small network runs in train mode: gradients arrive, and running statistics move.
+
+    Frozen parameters stay frozen.
+    """
     model = cnn()
     model[0][0].weight.requires_grad_(False)
     small = shrink(model, choose_units(model, chain_units(model), fisher(model), 0.5)).train()
@@ -50,7 +56,7 @@ def test_a_small_network_trains_and_keeps_what_is_frozen():
 
 
 def test_a_masked_network_shrinks_without_its_masks():
-    """After mask_units and a training step the copy has plain parameters, and the model keeps its masks."""
+    """After mask_units and a training step, the smaller copy has plain parameters. The model keeps its masks."""
     model = cnn()
     choice = choose_units(model, chain_units(model), fisher(model), 0.5)
     mask_units(model, choice)
@@ -66,14 +72,17 @@ def test_a_masked_network_shrinks_without_its_masks():
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "gqa"])
 def test_feed_forward_neurons_leave_a_transformer(tmp_path, name):
-    """The config gets the width, outputs are those with the neurons at 0, and the model is saved and loaded."""
+    """Removed feed-forward neurons shrink the width in the config.
+
+    The outputs equal those with zeroed neurons, also after saving and loading.
+    """
     model = llama_gqa() if name == "gqa" else transformer(name)
     choice = choose_units(model, ffn_units(model), fisher(model), 0.4, scope="layer")
     _same(model, shrink(model, choice), choice, tmp_path)
 
 
-def test_heads_leave_a_transformer_with_what_they_share(tmp_path):
-    """Two queries go with the keys and values that they share; the width of a head stays."""
+def test_heads_leave_a_transformer_with_their_queries(tmp_path):
+    """A removed key-value head takes its two queries with it. The width of a head stays."""
     model = llama_gqa()
     choice = choose_units(model, head_units(model), fisher(model), 0.5, scope="layer")
     small = shrink(model, choice)
@@ -103,7 +112,7 @@ def test_dtype_device_and_mode_are_kept():
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_heads_without_a_place_in_the_config_are_refused_and_can_be_masked(name):
-    """BERT's config says their number alone; made 0, they put out nothing."""
+    """BERT's config has only the number of heads, so removal is refused. Masked heads put out 0."""
     model = transformer(name)
     choice = choose_units(model, head_units(model), fisher(model), 0.3, scope="layer")
     with pytest.raises(UnsupportedStateError, match="mask_units makes the units 0") as error:
@@ -116,7 +125,7 @@ def test_heads_without_a_place_in_the_config_are_refused_and_can_be_masked(name)
 
 
 def test_a_number_of_heads_that_would_not_load_is_refused():
-    """Llama's config wants a hidden size, here 12, that the number of heads divides: 8 is none."""
+    """A head count that does not divide the hidden size is refused, because Llama could not load it."""
     model = llama_gqa()
     choice = choose_units(model, head_units(model), fisher(model), 0.3, scope="layer")
     with pytest.raises(
@@ -127,7 +136,7 @@ def test_a_number_of_heads_that_would_not_load_is_refused():
 
 
 def test_layers_of_different_widths_are_refused():
-    """A config has one width for all."""
+    """Layers of different widths are refused, because a config has one width."""
     model = transformer("llama")
     choice = choose_units(model, ffn_units(model), fisher(model), 0.5, scope="global")
     assert len(set(choice.widths.values())) > 1
@@ -136,7 +145,7 @@ def test_layers_of_different_widths_are_refused():
 
 
 def test_a_declared_chain_shrinks():
-    """A network with functions in its forward pass."""
+    """A declared chain shrinks although its forward pass uses functions."""
 
     class Network(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Scores of filters, neurons and heads against sums by hand, the choice of them, and masks of whole units."""
+"""Scores of filters, neurons and heads against sums by hand, their choice, and masks of whole units."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.applications.pruning.networks import cnn, fisher, llama_gqa, mlp, tra
 
 
 def test_a_filter_is_scored_with_its_bias_and_scale():
-    """theta^2 F / 2 summed over the filter, its bias, and BatchNorm's scale and shift of the same channel."""
+    """The score of a filter sums theta^2 F / 2 over its weights, its bias, and BatchNorm's scale and shift."""
     model = cnn()
     F = fisher(model)
     found = unit_scores(model, chain_units(model), F)
@@ -38,7 +38,7 @@ def test_a_filter_is_scored_with_its_bias_and_scale():
 
 
 def test_the_squared_mean_adds_up_before_it_squares():
-    """(sum theta g)^2, in which weights of a unit cancel; magnitude adds |theta|."""
+    """The squared mean of a unit is (sum theta g)^2, where weights can cancel. Magnitude adds |theta|."""
     model = mlp()
     gradient = fisher(model, 1)
     gradient["0.weight"][:, ::2] *= -1
@@ -53,7 +53,7 @@ def test_the_squared_mean_adds_up_before_it_squares():
 
 
 def test_a_head_is_scored_over_queries_keys_and_values():
-    """Two queries of four rows each, with the keys and values that they share."""
+    """The score of a head sums two queries of four rows each, and the keys and values that they share."""
     model = llama_gqa()
     F = fisher(model)
     units = head_units(model)
@@ -70,7 +70,7 @@ def test_a_head_is_scored_over_queries_keys_and_values():
 
 
 def test_units_of_one_layer_share_its_name_and_count():
-    """Feed-forward neurons of four architectures, two of which have gates."""
+    """Feed-forward neurons of four architectures, two of them gated, share the name and the count of their layer."""
     widths = {"bert": 12, "gpt2": 48, "llama": 19, "t5": 19}
     for name, width in widths.items():
         model = transformer(name)
@@ -80,8 +80,8 @@ def test_units_of_one_layer_share_its_name_and_count():
         assert len(units[0].made) == {"bert": 2, "gpt2": 2, "llama": 2, "t5": 1}[name]
 
 
-def test_the_lowest_units_go_and_every_layer_keeps_its_least():
-    """Raw, by their mean, or in each layer; counts are exact."""
+def test_the_lowest_units_go_and_every_layer_keeps_its_floor():
+    """The lowest units are pruned with exact counts, and every layer keeps its floor."""
     model = cnn()
     F = fisher(model)
     for name in ("3.weight", "3.bias", "4.weight", "4.bias"):
@@ -89,7 +89,7 @@ def test_the_lowest_units_go_and_every_layer_keeps_its_least():
     units = chain_units(model)
     raw = choose_units(model, units, F, 0.5, normalize="none", min_keep=0)
     assert raw.widths["3"] == 1
-    assert sum(raw.widths.values()) == 23 - 12  # 11.5 to the even one
+    assert sum(raw.widths.values()) == 23 - 12  # 11.5, rounded to the even number
     floored = choose_units(model, units, F, 0.5, normalize="none", min_keep=0.35)
     assert floored.widths == {"0.0": floored.widths["0.0"], "1.0": 7 - floored.widths["0.0"], "3": 4}
     usual = choose_units(model, units, F, 0.5)
@@ -106,7 +106,10 @@ def test_the_lowest_units_go_and_every_layer_keeps_its_least():
 
 
 def test_a_masked_unit_puts_out_zero():
-    """Whatever the input, also after BatchNorm; torch sees the masks, and a second choice adds to the first."""
+    """A masked unit puts out 0 for any input, also after BatchNorm.
+
+    The functions of torch recognise the masks. A second choice adds to the first.
+    """
     model = cnn()
     choice = choose_units(model, chain_units(model), fisher(model), 0.5)
     mask_units(model, choice)
@@ -121,8 +124,8 @@ def test_a_masked_unit_puts_out_zero():
     assert not model[0](inputs)[:, ~again.kept["0.0"]].any()
 
 
-def test_chance_is_a_baseline_under_the_same_floor():
-    """Drawn by layer and seed alone."""
+def test_the_random_choice_has_the_same_floor():
+    """The random choice depends on layer and seed, and has the same floor."""
     model = cnn()
     units = chain_units(model)
     first, same, other = (choose_units(model, units, None, 0.5, score="random", seed=seed) for seed in (1, 1, 2))
@@ -144,8 +147,8 @@ def test_chance_is_a_baseline_under_the_same_floor():
         ({"sparsity": 0.5, "fisher": None}, ConfigError, "score fisher needs a Fisher"),
     ],
 )
-def test_what_cannot_be_met_is_one_line(options, error, message):
-    """Each is refused with what was found."""
+def test_an_impossible_choice_is_refused_in_one_line(options, error, message):
+    """An impossible choice is refused in one line with the wrong value."""
     model = cnn()
     given = options.pop("fisher") if "fisher" in options else fisher(model)
     with pytest.raises(error, match=message) as caught:
@@ -154,7 +157,7 @@ def test_what_cannot_be_met_is_one_line(options, error, message):
 
 
 def test_damaged_values_are_refused():
-    """NaN in F by name; in a weight by its layer."""
+    """NaN in F is refused with the name of the tensor, and NaN in a weight with its layer."""
     model = cnn()
     F = fisher(model)
     F["1.0.weight"][0, 0, 0, 0] = float("nan")
@@ -166,7 +169,7 @@ def test_damaged_values_are_refused():
 
 
 def test_a_choice_of_another_model_is_refused():
-    """By a name that is not there, or too few rows."""
+    """A choice of another model is refused for an unknown name or for missing rows."""
     model, other = cnn(), mlp()
     choice = UnitChoice(
         chain_units(model), {layer.name: torch.ones(layer.count, dtype=torch.bool) for layer in chain_units(model)}

@@ -1,4 +1,4 @@
-"""Where units are found, and where they are not."""
+"""Detection of prunable units."""
 
 import pytest
 from torch import nn
@@ -9,7 +9,7 @@ from tests.applications.pruning.networks import cnn, transformer
 
 
 class _Functional(nn.Module):
-    """A network whose activations and flattening are functions."""
+    """Network that applies activations and the flattening as functions."""
 
     def __init__(self):
         super().__init__()
@@ -21,7 +21,10 @@ class _Functional(nn.Module):
 
 
 def test_a_chain_is_declared_where_the_forward_pass_is_a_function():
-    """Sequences in it are taken apart, and the flattening is told by sizes."""
+    """A chain is declared if the forward pass is a function.
+
+    Nested sequences are expanded, and sizes describe the flattening.
+    """
     found = chain_units(_Functional(), ["features", "fc1", "fc2"])
     assert [(layer.name, layer.count, layer.read[0].tensor, layer.read[0].width) for layer in found] == [
         ("features.0", 5, "fc1.weight", 9),
@@ -36,7 +39,7 @@ def test_a_chain_is_declared_where_the_forward_pass_is_a_function():
 
 
 def test_batchnorm_goes_with_the_channels_before_it():
-    """Affine terms are part of a unit, statistics follow it."""
+    """The scale and shift of BatchNorm belong to the unit before it, and its running statistics follow."""
     found = {layer.name: layer for layer in chain_units(cnn())}
     assert [one.tensor for one in found["1.0"].made] == ["1.0.weight", "1.2.weight", "1.2.bias"]
     assert [one.tensor for one in found["1.0"].buffers] == ["1.2.running_mean", "1.2.running_var"]
@@ -45,15 +48,15 @@ def test_batchnorm_goes_with_the_channels_before_it():
 @pytest.mark.parametrize(
     "between",
     [
-        (nn.Sigmoid(),),  # 0.5 at 0
+        (nn.Sigmoid(),),  # puts out 0.5 at 0
         (nn.LayerNorm(6),),  # mixes channels
-        (nn.BatchNorm1d(6, affine=False),),  # 0 does not stay 0
-        (nn.Linear(6, 12), nn.GLU()),  # halves
+        (nn.BatchNorm1d(6, affine=False),),  # shifts 0
+        (nn.Linear(6, 12), nn.GLU()),  # halves the channels
         (nn.Softmax(1),),
     ],
 )
-def test_what_does_not_leave_zero_alone_ends_a_unit(between):
-    """The layer before it is left whole; those after it are found."""
+def test_a_layer_that_moves_zero_ends_the_chain(between):
+    """A layer that does not map 0 to 0 ends the chain. The layer before it stays whole; later units are found."""
     first = nn.Linear(3, 6)
     model = nn.Sequential(first, *between, nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     names = [layer.name for layer in chain_units(model)]
@@ -68,17 +71,17 @@ def test_what_does_not_leave_zero_alone_ends_a_unit(between):
         nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.Conv2d(4, 2, 3)),
         nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4)),
         nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Linear(6, 2)),  # reads the last axis of an image
-        nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(20, 2)),  # places come before channels
+        nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(20, 2)),  # positions come before channels
     ],
 )
 def test_no_unit_is_guessed(model):
-    """One layer alone, groups, and readers that do not read channels."""
+    """No unit is found in a single layer, in grouped convolutions, or before a reader of other axes."""
     with pytest.raises(ConfigError, match="none that is known; name one by chain="):
         chain_units(model)
 
 
 def test_transformers_without_known_layers_are_refused():
-    """In one line; heads that share all keys have nothing to choose from."""
+    """Transformers without known layers are refused in one line. Heads that share all keys cannot be chosen from."""
     for find, message in ((ffn_units, "feed-forward parts"), (head_units, "attention must be of layers")):
         with pytest.raises(ConfigError, match=message) as error:
             find(nn.Linear(2, 2))
@@ -90,7 +93,7 @@ def test_transformers_without_known_layers_are_refused():
 
 
 def test_fused_attention_is_cut_in_three():
-    """GPT-2 keeps queries, keys and values of a head in one matrix, 12 columns apart."""
+    """GPT-2 has queries, keys and values of a head in one matrix, 12 columns apart; a head has all three parts."""
     layer = head_units(transformer("gpt2"))[0]
     assert layer.count == 3
     starts = [(one.tensor.rpartition(".")[2], one.axis, one.width, one.start) for one in layer.made]

@@ -1,4 +1,4 @@
-"""Distances between tasks, against slow references in float64."""
+"""Distances between tasks, against slow float64 references."""
 
 import math
 
@@ -22,8 +22,8 @@ def _task(seed, scale=1.0, zeros=True):
     generator = torch.Generator().manual_seed(seed)
     task = {name: scale * torch.rand(size, generator=generator).double() ** 4 for name, size in SIZES.items()}
     if zeros:
-        task["conv.weight"][2] = 0  # in every task
-        task["fc.weight"][seed % 13] = 0  # in this one
+        task["conv.weight"][2] = 0  # zero in every task
+        task["fc.weight"][seed % 13] = 0  # zero in this task only
     return task
 
 
@@ -33,13 +33,13 @@ def _cosine_distance(x, y):
 
 
 def _symmetric(x, y):
-    """The paper's distance of two lists."""
+    """Return the symmetric distance of the paper for two lists."""
     held = [(p, q) for p, q in zip(x, y, strict=True) if p + q > 0]
     return _cosine_distance([p / (p + q) for p, q in held], [q / (p + q) for p, q in held])
 
 
 def _reference(metric, a, b):
-    """All metrics over lists, tensor by tensor where that matters; each task divided by its mean before."""
+    """Return all metrics over lists, per tensor where that matters, with each task divided by its mean first."""
     a, b = _normalised(a), _normalised(b)
     flat_a, flat_b = ([value for part in task for value in part] for task in (a, b))
     priors = [[sum(part) / len(part) for part in task for _ in part] for task in (a, b)]
@@ -58,7 +58,7 @@ def _reference(metric, a, b):
         return math.sqrt(sum(math.log(p / q) ** 2 for p, q in held) / len(held))
 
     def divergence(v, w):
-        """Of N(0, v) from N(0, w)."""
+        """Return the divergence of N(0, v) from N(0, w)."""
         return 0.5 * (v / w - 1 + math.log(w / v))
 
     if metric == "kl":
@@ -80,14 +80,14 @@ def _normalised(task):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1.0, 1e-14])
 def test_formulas(metric, scale):
-    """Each metric is its formula, over entries loop by loop; also where F is 1e-14 and some are 0."""
+    """Each metric equals its formula computed by loops, also for F near 1e-14 and with zeros."""
     for seed in range(3):
         a, b = _task(seed, scale), _task(seed + 50, 3 * scale)
         assert distance(a, b, metric) == pytest.approx(_reference(metric, a, b), rel=1e-9, abs=1e-12)
 
 
 def test_hand_computed():
-    """Shares of 3:1 and 1:3 are 3/4 and 1/4, so their cosine is 6/10."""
+    """Shares of 3:1 and 1:3 are 3/4 and 1/4, so the cosine is 6/10."""
     a, b = torch.tensor([3.0, 1.0, 0.0]), torch.tensor([1.0, 3.0, 0.0])
     assert distance(a, b, normalize="none") == pytest.approx(0.4, abs=1e-12)
     assert distance(a, b, "plain_cosine") == pytest.approx(0.4, abs=1e-12)
@@ -97,7 +97,10 @@ def test_hand_computed():
 
 @given(seed=st.integers(0, 999), power=st.integers(-12, 12))
 def test_a_common_factor_changes_nothing_and_unequal_ones_do(seed, power):
-    """Without normalisation the symmetric cosine keeps under a common factor alone; by mean or norm under any."""
+    """Without normalisation the symmetric cosine is invariant to a common factor only.
+
+    With mean or norm it is invariant to any.
+    """
     a, b = _task(seed), _task(seed + 1)
     common = {normalize: distance(a, b, normalize=normalize) for normalize in ("none", "mean", "l2")}
     scaled = {name: 10.0**power * part for name, part in a.items()}, {n: 10.0**power * p for n, p in b.items()}
@@ -110,8 +113,8 @@ def test_a_common_factor_changes_nothing_and_unequal_ones_do(seed, power):
 
 
 @given(seed=st.integers(0, 999), metric=st.sampled_from(METRICS))
-def test_what_every_distance_has(seed, metric):
-    """A task is at 0 from itself (less alpha times its own complexity); symmetric ones are so, and not negative."""
+def test_common_properties_of_all_distances(seed, metric):
+    """The distance of a task to itself is 0, less alpha times its complexity. Symmetric distances are not negative."""
     a, b = _task(seed), _task(seed + 1)
     if metric == "asymmetric":
         assert distance(a, a, metric) == pytest.approx(-0.15 * distance(a, trivial(a), normalize="none"), rel=1e-9)
@@ -123,9 +126,9 @@ def test_what_every_distance_has(seed, metric):
 
 
 def test_a_factor_on_one_task_can_decide_an_order():
-    """The less alike of two tasks looks nearer when it is multiplied by 7, unless all are normalised."""
+    """A factor of 7 on one task makes the less similar task look nearer, unless all are normalised."""
     target, near, far = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.5]), torch.tensor([1.0, 3.0])
-    # Shares of the target are 3/4 and 1/4, then 3/(3 + 7) and 1/(1 + 21).
+    # The shares of the target are 3/4 and 1/4, then 3/(3 + 7) and 1/(1 + 21).
     wanted = _cosine_distance([3 / 10, 1 / 22], [7 / 10, 21 / 22])
     assert distance(target, far, normalize="none") == pytest.approx(0.4, abs=1e-12)
     assert distance(target, 7 * far, normalize="none") == pytest.approx(wanted, abs=1e-12)
@@ -135,7 +138,7 @@ def test_a_factor_on_one_task_can_decide_an_order():
 
 
 def test_an_absolute_epsilon_would_make_it_the_plain_cosine():
-    """At F around 1e-14 the distance is that at F around 1; with 1e-8 added below it would be that of F itself."""
+    """Distances at F around 1e-14 equal those at F around 1. An added 1e-8 would give the distance of F itself."""
     a, b = _task(0), _task(1)
     small = [{name: 1e-14 * part for name, part in task.items()} for task in (a, b)]
     wanted = distance(a, b, normalize="none")
@@ -147,7 +150,7 @@ def test_an_absolute_epsilon_would_make_it_the_plain_cosine():
 
 
 def test_the_trivial_task_is_flat_in_each_tensor():
-    """Each tensor keeps its own mean, so a task that is flat in each tensor has no complexity of its own."""
+    """The trivial task has the mean of each tensor, so a task that is flat within each tensor has complexity 0."""
     task = {"a": torch.tensor([1.0, 3.0, 5.0]), "b": torch.tensor([10.0, 30.0])}
     flat = trivial(task)
     assert {name: part.tolist() for name, part in flat.items()} == {"a": [3.0, 3.0, 3.0], "b": [20.0, 20.0]}
@@ -156,7 +159,7 @@ def test_the_trivial_task_is_flat_in_each_tensor():
 
 
 def test_matrix():
-    """Rows are sources and columns targets; each entry is the distance of the pair; order of names is kept."""
+    """Rows are sources, columns are targets, and the order of names is kept. Each entry is the distance of the pair."""
     tasks = {name: _task(seed) for seed, name in enumerate("abc")}
     for metric in METRICS:
         matrix = distance_matrix(tasks, metric)
@@ -212,7 +215,7 @@ def _embedding(tensors=None, **info):
     ],
 )
 def test_refusals(tasks, options, error, words):
-    """What does not fit is named: the first tensor that differs, the task, the value."""
+    """A mismatch is refused with the first tensor that differs, the task and the value."""
     with pytest.raises(error) as caught:
         distance_matrix(tasks, **options)
     assert words in str(caught.value)
@@ -221,7 +224,7 @@ def test_refusals(tasks, options, error, words):
 
 @pytest.mark.parametrize("count", [2, 3, 7, 11])
 def test_clusters_are_average_linkage(count):
-    """The tree is average linkage, and the order keeps each of its clusters together."""
+    """The tree is average linkage, and the order keeps every cluster together."""
     generator = torch.Generator().manual_seed(count)
     matrix = torch.rand(count, count, generator=generator, dtype=torch.float64)
     order, tree = clustered(matrix)
@@ -238,7 +241,7 @@ def test_clusters_are_average_linkage(count):
 
 
 def test_clusters_of_negative_distances():
-    """A shift of all distances changes no order, so negative ones have one as well."""
+    """A shift of all distances does not change the order, so negative distances are ordered too."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.rand(7, 7, generator=generator, dtype=torch.float64)
     order, tree = clustered(matrix - 2)
@@ -246,8 +249,8 @@ def test_clusters_of_negative_distances():
     assert (tree[:, 2] >= 0).all()
 
 
-def test_the_old_word_for_the_l2_norm_works_for_one_version():
-    """``norm`` gives the distance of ``l2``, and a warning."""
+def test_the_old_name_of_the_l2_norm_works_for_one_version():
+    """``norm`` gives the distance of ``l2``, with a warning."""
     a, b = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 3.0])
     with pytest.warns(DeprecationWarning, match="use 'l2'"):
         assert distance(a, 7 * b, normalize="norm") == distance(a, 7 * b, normalize="l2")

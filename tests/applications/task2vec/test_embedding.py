@@ -1,4 +1,4 @@
-"""Embeddings of tasks: what is averaged, what is left out, and the file."""
+"""Embeddings of tasks: averages, excluded tensors, and the file."""
 
 import json
 
@@ -28,7 +28,7 @@ def _fisher(tensors, **config):
 
 
 def _network(seed=0):
-    """Tensors of a small network, some tiny: convolution, matrix, vectors, head."""
+    """Return the tensors of a small network with a convolution, a matrix, vectors and a head, some with tiny values."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "conv.weight": (5, 3, 7, 2),
@@ -43,7 +43,7 @@ def _network(seed=0):
 
 
 def test_a_value_is_the_mean_over_a_filter():
-    """Of each filter and row the mean over all axes but the first, against loops in float64."""
+    """A value is the mean of a filter or row over all axes but the first, as computed by float64 loops."""
     tensors = _network()
     found = embed(_fisher(tensors)).tensors
     assert list(found) == ["conv.weight", "fc1.weight"]
@@ -54,7 +54,7 @@ def test_a_value_is_the_mean_over_a_filter():
 
 
 def test_granularity():
-    """A value a tensor is its mean; a value an entry is the entry; the vectors come entry by entry, if asked for."""
+    """The granularity gives one value per tensor, per filter or per entry. Vectors are added per entry on request."""
     tensors = _network()
     whole = embed(_fisher(tensors), per="tensor")
     assert {name: values.shape for name, values in whole.tensors.items()} == {"conv.weight": (1,), "fc1.weight": (1,)}
@@ -69,7 +69,7 @@ def test_granularity():
 
 
 def test_scaling():
-    """The mean is of the debiased F by default, tensor by tensor, and of what is stored where raw is asked for."""
+    """The mean is over the debiased F, per tensor, or over the stored values with raw."""
     steps = {"default": 10, "fc1.weight": 3}
     fisher = _fisher(
         _network(), estimator="squisher", statistic="ema", steps=steps, optimizer={"beta2": 0.9}, examples_per_step=4
@@ -84,7 +84,7 @@ def test_scaling():
 
 
 def test_a_large_tensor_is_averaged_in_blocks():
-    """Rows beyond the first block are the mean of the scaled entries too, less the start of Adagrad's sums."""
+    """Rows beyond the first block have the mean of the scaled entries too, less the start of Adagrad's sums."""
     generator = torch.Generator().manual_seed(0)
     tensors = {"w": 0.7 + torch.rand(10007, 53, generator=generator), "zero": torch.full((3, 5), 0.7)}
     optimizer = {"initial_accumulator_value": 0.7}
@@ -119,12 +119,12 @@ def test_a_large_tensor_is_averaged_in_blocks():
     ],
 )
 def test_heads_are_known_by_name(name, head):
-    """By whole parts of the name: a pooler is none, nor is a layer whose name only begins alike."""
+    """Heads are matched by whole parts of the name. A pooler or a layer with a similar prefix is no head."""
     assert bool(HEAD.search(name)) is head
 
 
-def test_what_is_left_out_is_listed():
-    """With the reason: head, an expression, or one axis."""
+def test_excluded_tensors_are_listed():
+    """Each excluded tensor is listed with its reason: head, expression, or one axis."""
     found = embed(_fisher(_network()), exclude=["^conv", "classi"])
     assert list(found.tensors) == ["fc1.weight"]
     assert found.info.excluded == {
@@ -138,7 +138,7 @@ def test_what_is_left_out_is_listed():
 
 
 def test_one_tensor_is_read_at_a_time():
-    """No tensor of the Fisher is alive when the next one is read, and none that is left out is read."""
+    """Only one tensor of the Fisher is in memory at a time, and excluded tensors are not read."""
     import weakref
 
     class Store(MemoryStore):
@@ -168,15 +168,15 @@ def test_one_tensor_is_read_at_a_time():
     ],
 )
 def test_refusals(changes, options, error, words):
-    """Broken values, nothing left, and expressions that are wrong or match nothing."""
+    """Invalid values, an empty selection, and expressions that are wrong or match nothing are refused."""
     with pytest.raises(error) as caught:
         embed(_fisher(_network() | changes), **options)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_tensor_that_is_left_out_is_none_of_our_business():
-    """NaN in the head changes nothing, as the head is not read."""
+def test_an_invalid_excluded_tensor_is_ignored():
+    """NaN in an excluded head changes nothing, because the head is not read."""
     found = embed(_fisher(_network() | {"classifier.weight": torch.full((2, 2), float("nan"))})).tensors
     sound = embed(_fisher(_network())).tensors
     assert found.keys() == sound.keys()
@@ -184,7 +184,7 @@ def test_a_broken_tensor_that_is_left_out_is_none_of_our_business():
 
 
 def test_file_round_trip(tmp_path):
-    """Values to the bit and all that is known come back; any reader of safetensors gets the vectors."""
+    """Values and metadata come back to the bit. Any reader of safetensors gets the vectors."""
     config = {"estimator": "empirical", "statistic": "mean", "num_examples": 96, "weights_fingerprint": "fp1:00"}
     made = embed(_fisher(_network(), **config), name="digits")
     write_embedding(made, tmp_path / "new" / "digits.safetensors")
@@ -202,7 +202,7 @@ def test_file_round_trip(tmp_path):
 
 
 def test_all_embeddings_are_written_or_none(tmp_path):
-    """One that is there already stops all; several do not go into one file."""
+    """An existing file refuses the whole write. Several embeddings do not fit into one file."""
     made = {name: embed(_fisher(_network(seed)), name=name) for seed, name in enumerate("ab")}
     (tmp_path / "b.safetensors").write_text("mine")
     with pytest.raises(ConfigError, match=r"b\.safetensors already"):
@@ -213,7 +213,7 @@ def test_all_embeddings_are_written_or_none(tmp_path):
 
 
 def test_damaged_files_are_refused(tmp_path):
-    """Another file, a truncated one, metadata that do not fit, a later version, and broken values."""
+    """Foreign and truncated files, inconsistent metadata, a later version and invalid values are refused."""
     made = embed(_fisher(_network()))
     good = made.info.model_dump()
 
@@ -240,7 +240,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 
 def test_names_of_tasks(tmp_path, monkeypatch):
-    """NAME= in front, else the name in the embedding, else the folder's; a path with = in it stays a path."""
+    """The name is the NAME= prefix, or the name in the embedding, or that of the folder. A path with = stays a path."""
     monkeypatch.chdir(tmp_path)
     config = FisherConfig(estimator="empirical", statistic="mean")
     for folder in ("a", "runs=2"):

@@ -1,4 +1,4 @@
-"""Orders of sources and how good they are, against all permutations."""
+"""Orders of sources and their quality, against all permutations."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchErro
 
 
 def _plain(order, scores):
-    """Reciprocal rank, NDCG and place of the best of an order without ties."""
+    """Return reciprocal rank, NDCG and position of the best source, for an order without ties."""
     best = max(scores.values())
     place = next(place for place, source in enumerate(order, 1) if scores[source] == best)
     low = min(scores.values())
@@ -24,7 +24,7 @@ def _plain(order, scores):
 
 
 def _expected(keys, scores):
-    """The mean of these over all orders in which keys do not fall."""
+    """Return the mean of these measures over all orders with descending keys."""
     orders = [o for o in permutations(keys) if all(keys[a] <= keys[b] for a, b in pairwise(o))]
     rows = [_plain(order, scores) for order in orders]
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
@@ -44,7 +44,7 @@ def _expected(keys, scores):
     ],
 )
 def test_measures_are_expectations_over_ties(keys, scores):
-    """Without ties the measures are of the order, with ties the mean over all orders of the tied."""
+    """The measures are those of the order without ties, and means over all orders of tied sources."""
     keys, scores = (dict(zip("abcde", values, strict=True)) for values in (keys, scores))
     found = ranking.quality(keys, scores)
     wanted = _expected(keys, scores)
@@ -52,7 +52,7 @@ def test_measures_are_expectations_over_ties(keys, scores):
 
 
 def test_ndcg_by_hand():
-    """Gains 0, 0.4, 0.2 at places 1, 2, 3; a shift or a factor of the scores changes nothing."""
+    """Gains 0, 0.4, 0.2 at positions 1, 2, 3 give the NDCG by hand. A shift or factor of the scores changes nothing."""
     keys = {"a": 1, "b": 2, "c": 3}
     wanted = (0.4 / math.log2(3) + 0.2 / 2) / (0.4 + 0.2 / math.log2(3))
     for scores in ((0.5, 0.9, 0.7), (50, 90, 70), (-0.5, -0.1, -0.3)):
@@ -60,14 +60,17 @@ def test_ndcg_by_hand():
 
 
 def test_mrr_is_the_mean_over_targets():
-    """Places 1 and 4 give 0.625."""
+    """The positions 1 and 4 give an MRR of 0.625."""
     keys = {"t": {"a": 1, "b": 2, "c": 3, "d": 4}, "u": {"a": 1, "b": 2, "c": 3, "d": 4}}
     scores = {"t": {"a": 9, "b": 1, "c": 1, "d": 1}, "u": {"a": 1, "b": 1, "c": 1, "d": 9}}
     assert ranking.mrr(keys, scores) == 0.625
 
 
 def test_assess():
-    """The order by size takes the largest first; the random one is the harmonic mean; the mean is over targets."""
+    """The results are means over the targets.
+
+    The order by size starts with the largest; the random order has the harmonic mean.
+    """
     distances = {"t": {"a": 0.1, "b": 0.2, "c": 0.3}, "u": {"a": 0.3, "b": 0.2, "c": 0.1}}
     transfer = {"t": {"a": 1.0, "b": 0.0, "c": 0.0}, "u": {"a": 0.0, "b": 1.0, "c": 0.0}}
     found = ranking.assess(distances, transfer, {"a": 5, "b": 50, "c": 500, "t": 1, "u": 1})
@@ -81,7 +84,7 @@ def test_assess():
 
 
 def test_rank_orders_sources():
-    """The nearest first, from source to target."""
+    """Sources are ordered by their distance to the target, the nearest first."""
     generator = torch.Generator().manual_seed(0)
     target, *others = ({"w": torch.rand(17, generator=generator)} for _ in range(6))
     sources = dict(zip("abcde", others, strict=True))
@@ -109,7 +112,7 @@ def _csv(rows, head="target,source,score"):
 
 
 def test_three_forms_of_the_table_are_one(tmp_path):
-    """CSV, rows in JSON and a mapping in JSON; a task's score from itself is left out."""
+    """CSV, JSON rows and a JSON mapping give the same table. A task has no score from itself."""
     nested = {t: {s: score for u, s, score in TABLE if u == t} for t in "abc"}
     rows = [{"target": t, "source": s, "score": score} for t, s, score in TABLE]
     for name, text in (("x.csv", _csv(TABLE)), ("x.json", json.dumps(nested)), ("y.json", json.dumps(rows))):
@@ -136,7 +139,7 @@ def test_three_forms_of_the_table_are_one(tmp_path):
     ],
 )
 def test_bad_tables_are_refused(tmp_path, name, text, error, words):
-    """Unknown tasks, doubles, gaps, and what is no table."""
+    """A table with unknown tasks, duplicates or gaps is refused, and so is a file that is no table."""
     (tmp_path / name).write_text(text)
     with pytest.raises(error) as caught:
         ranking.read_transfer(tmp_path / name, list("abc"), list("abc"))
@@ -145,7 +148,7 @@ def test_bad_tables_are_refused(tmp_path, name, text, error, words):
 
 
 def test_sizes(tmp_path):
-    """CSV or JSON, of all tasks and no others."""
+    """Sizes come from CSV or JSON and must cover exactly the tasks."""
     for name, text in (("x.csv", _csv([("a", 5), ("b", 7)], "task,size")), ("x.json", '{"b": 7, "a": 5}')):
         (tmp_path / name).write_text(text)
         assert ranking.read_sizes(tmp_path / name, ["a", "b"]) == {"a": 5, "b": 7}
