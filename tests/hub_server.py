@@ -1,6 +1,6 @@
-"""A stand-in for the Hugging Face Hub on loopback: the part of its API that huggingface_hub asks, kept in memory.
+"""Stand-in for the Hugging Face Hub on loopback, with the part of its API that huggingface_hub calls, in memory.
 
-It speaks to the HTTP and LFS paths of huggingface_hub, not to Xet storage (set HF_HUB_DISABLE_XET=1).
+It serves the HTTP and LFS paths of huggingface_hub, not Xet storage (set HF_HUB_DISABLE_XET=1).
 """
 
 import base64
@@ -20,7 +20,7 @@ LARGE = (".safetensors", ".pt", ".bin")
 
 @dataclass
 class Repository:
-    """Files at each commit, and where the branches are."""
+    """Files at each commit, and the branches."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Repository:
 
 
 class Hub:
-    """The server's content, and every request it had, as ``(method, path)``."""
+    """Content of the server, and every request as ``(method, path)``."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -60,7 +60,7 @@ class Hub:
         return repository
 
     def files(self, repo: str, revision: str) -> dict[str, bytes]:
-        """Return what is at a revision."""
+        """Return the files at a revision."""
         repository = self.repositories[repo]
         return repository.commits[repository.branches[revision]]
 
@@ -75,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _answer(self) -> None:
         self.path = unquote(urlsplit(self.path).path)
@@ -184,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {})
 
     def _resolve(self, repo: str, rest: list[str]) -> None:
-        """A file; a large one is elsewhere, as on the Hub."""
+        """Serve a file; a large one redirects to another host, as on the Hub."""
         repository = self._repository(repo)
         commit, name = self._commit_of(repository, rest[0]), "/".join(rest[1:])
         data = repository.commits[commit].get(name)
@@ -196,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         digest = hashlib.sha256(data).hexdigest()
         headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
-        # Under another host name, as a client follows redirects within the Hub by itself.
+        # The other host name makes the redirect visible, because a client follows redirects within the Hub by itself.
         elsewhere = self.hub.endpoint.replace("127.0.0.1", "localhost")
         self._send(302, {}, headers | {"Location": f"{elsewhere}/cdn/{repo}/{commit}/{name}"})
 
@@ -248,7 +248,7 @@ def _entry(name: str, data: bytes) -> dict[str, object]:
 
 
 def read(folder: Path) -> dict[str, bytes]:
-    """Return the files of a folder, as :meth:`Hub.add` takes them."""
+    """Return the files of a folder, for :meth:`Hub.add`."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
@@ -270,7 +270,7 @@ def serve() -> Iterator[Hub]:
 
 
 def point_at(hub: Hub, home: Path, monkeypatch: object, token: str | None = WRITER) -> None:
-    """Make this process take a server for the Hub, with a cache and a token of its own."""
+    """Make this process use a server as the Hub, with a separate cache and token."""
     for name, value in variables(hub, home, token).items():
         monkeypatch.setenv(name, value)  # type: ignore[attr-defined]
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
@@ -282,13 +282,13 @@ def point_at(hub: Hub, home: Path, monkeypatch: object, token: str | None = WRIT
         "HF_HUB_OFFLINE": False,
         "HF_TOKEN_PATH": str(home / "token"),
     }
-    # What the module's own functions use, made when it was imported.
+    # The functions of the module use this object, made at its import.
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.endpoint)  # type: ignore[attr-defined]
     for name, value in changes.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)  # type: ignore[attr-defined]
 
 
 def variables(hub: Hub, home: Path, token: str | None = WRITER) -> dict[str, str]:
-    """Return the environment in which a process takes a server for the Hub."""
+    """Return the environment in which a process uses a server as the Hub."""
     known = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     return known | {"HF_TOKEN": token or "", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost"}

@@ -1,4 +1,4 @@
-"""Fixtures of the estimators' tests."""
+"""Fixtures of the estimator tests."""
 
 import pytest
 
@@ -7,7 +7,7 @@ import pytest
 def interpreter(monkeypatch):
     """Let loops of Triton's interpreter run up to a number that comes with the launch.
 
-    Triton 3.6 takes ``int`` of an array with one entry there, which NumPy 2.4 refuses.
+    Triton 3.6 takes ``int`` of an array with one entry there, and NumPy 2.4 refuses that.
     """
     from triton.runtime import interpreter
 

@@ -1,4 +1,4 @@
-"""Small models of every architecture, batches for them, and comparison with the oracle."""
+"""Small models of every architecture, their batches, and the comparison with the oracle."""
 
 import copy
 import tempfile
@@ -39,7 +39,7 @@ BART |= {f"{part}_attention_heads": 3 for part in ("encoder", "decoder")}
 BART |= {f"{part}_ffn_dim": 19 for part in ("encoder", "decoder")}
 QWEN_MOE = LLAMA | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "decoder_sparse_step": 1}
 EAGER = {"experts_implementation": "eager"}
-# The fast implementation of experts wants rows of whole 16 bytes.
+# The fast implementation of experts requires rows of a multiple of 16 bytes.
 FAST = {"hidden_size": 24, "intermediate_size": 20, "experts_implementation": "grouped_mm"}
 VIT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 19, "num_labels": 3}
 MAMBA = {"vocab_size": 29, "hidden_size": 12, "num_hidden_layers": 2, "state_size": 4}
@@ -71,7 +71,7 @@ MODELS = {
 
 
 class TextTower(nn.Module):
-    """CLIP's text model with a classifier on top, and transformers' classifier output."""
+    """CLIP's text model with a classifier and transformers' classifier output."""
 
     def __init__(self, config):
         super().__init__()
@@ -121,7 +121,7 @@ def loss_of(task, kind):
 
 
 def assert_close(fisher, expected, rtol=1e-5, model=None):
-    """Assert that each tensor is within a share of its largest entry, or 1e-12 of the model's largest."""
+    """Assert that each error is small relative to the largest entry of the tensor, or to 1e-12 of that of the model."""
     if model is not None and hasattr(model, "save_pretrained"):
         expected = _as_saved(model, expected)
     assert set(fisher) == set(expected)
@@ -132,7 +132,7 @@ def assert_close(fisher, expected, rtol=1e-5, model=None):
 
 
 def _as_saved(model, tensors):
-    """Return tensors under the names and shapes that save_pretrained gives the weights."""
+    """Return tensors with the names and shapes that save_pretrained writes."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in other.named_parameters():

@@ -1,4 +1,4 @@
-"""Oracle: the Fisher in float64, with one backward pass for each example and label."""
+"""Oracle: the Fisher in float64, with one backward pass per example and label."""
 
 import copy
 
@@ -6,13 +6,13 @@ import torch
 
 
 def fisher(model, batches, loss, kinds):
-    """Return name -> sum over examples and labels of weight times squared gradient.
+    """Return a mapping from names to sums over examples and labels of weight times squared gradient.
 
-    ``loss``: model, example -> list of (weight, loss), one for each label. ``kinds``: ``example`` or ``batch``.
+    ``loss`` maps model and example to a list of (weight, loss), one per label. ``kinds`` is ``example`` or ``batch``.
     """
     model = copy.deepcopy(model).double().eval()
     if getattr(getattr(model, "config", None), "_experts_implementation", "eager") != "eager":
-        model.set_experts_implementation("eager")  # the others know no float64
+        model.set_experts_implementation("eager")  # the other models do not support float64
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in named.items()}
     for batch in batches:
@@ -44,7 +44,7 @@ def _wide(tensor):
 
 
 def classes(kind):
-    """Return a loss function of a classifier: with the true label, the likeliest, or all weighted by probability."""
+    """Return a loss function of a classifier: the true label, the most likely one, or all weighted by probability."""
 
     def loss(model, example):
         if isinstance(example, dict):

@@ -55,7 +55,7 @@ def test_another_seed_draws_others():
 
 @pytest.mark.parametrize("name", ["llama", "bert-mlm", "t5"])
 def test_tokens_as_data(name):
-    """With datum token the squared gradient of each token's loss is summed, and tokens are counted."""
+    """With datum token, the squared gradients of the token losses are summed, and tokens are counted."""
     torch.manual_seed(0)
     model, kind, batch = make(name), MODELS[name][0], batch_of(MODELS[name][0])
     fisher = estimate_fisher(model, [batch], datum="token", statistic="sum", task=task_of(name))
@@ -74,8 +74,8 @@ def test_tokens_as_data(name):
     assert fisher.config.datum == "token"
 
 
-def test_a_parameter_that_comes_late_is_no_hole():
-    """A weight that no layer's call uses, and that only the second batch reaches, gets its gradient."""
+def test_a_parameter_of_a_later_batch_gets_its_gradient():
+    """A weight that no layer call uses, and that only the second batch reaches, gets its gradient."""
 
     class _Late(nn.Module):
         def __init__(self):
@@ -99,8 +99,8 @@ def test_a_parameter_that_comes_late_is_no_hole():
     torch.testing.assert_close(fisher["seldom.weight"].double(), expected, rtol=1e-5, atol=1e-9)
 
 
-def test_tokens_are_those_of_a_language_model():
-    """A classifier has no outputs for each token."""
+def test_datum_token_needs_a_language_model():
+    """Datum token is refused for a classifier, which has no outputs per token."""
     with pytest.raises(ConfigError, match="datum token needs a model with outputs for each token"):
         estimate_fisher(make("bert"), [batch_of("classification")], datum="token")
 
@@ -108,22 +108,22 @@ def test_tokens_are_those_of_a_language_model():
 @pytest.mark.parametrize("name", ["bert", "bert-mlm", "gpt2", "llama-tied", "t5", "qwen3"])
 @pytest.mark.parametrize("labels", ["true", "sampled"])
 def test_no_step_waits_for_the_device(name, labels, monkeypatch):
-    """Tensors without values suffice for a whole step: it depends on shapes alone."""
-    choose = labels_module._choose_labels  # no draw without values knows a generator
+    """A whole step runs on tensors without values, so it depends on shapes alone."""
+    choose = labels_module._choose_labels  # a draw without values does not take a generator
     monkeypatch.setattr(labels_module, "_choose_labels", lambda p, targets, kind, _: choose(p, targets, kind, None))
     with FakeTensorMode():
         model, batch = make(name), batch_of(MODELS[name][0])
         model.eval()
         accumulator = FisherAccumulator(model, labels, task=task_of(name), verify=False)
-        # As after the first batch, of which what is used once for all examples is known.
+        # The state after the first batch, which found the outputs that all examples share.
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         accumulator._verification = Verification({}, tables, set(accumulator.accumulators))
         accumulator.add(batch)
         assert all(total.shape == p.shape for p, total in accumulator.accumulators.items())
 
 
-def test_nothing_of_a_batch_stays():
-    """Activations are freed with their batch: no hook keeps the graph alive."""
+def test_activations_are_freed_with_their_batch():
+    """Activations are freed with their batch, because no hook keeps the graph alive."""
     torch.manual_seed(0)
     model, seen = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 3)), []
     model[1].register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
@@ -154,7 +154,7 @@ def test_a_compiled_model_runs_as_it_is(how):
     assert {name: found[name].tolist() for name in found} == {name: plain[name].tolist() for name in plain}
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # where nothing asks for one
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # without such inputs
 def test_reentrant_checkpoints_are_refused():
     """Reentrant checkpoints raise an error that names the cure."""
 
@@ -184,7 +184,7 @@ def test_autocast_needs_no_setting():
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral-grouped", "t5", "vit"])
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .FSDPT5Block. returned a view:UserWarning")  # so it does alone
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .FSDPT5Block. returned a view:UserWarning")  # it warns alone
 def test_a_sharded_model_has_the_same_fisher(name):
     """Accumulators are sharded like FSDP2's parameters, and .grad stays None."""
     torch.manual_seed(1)
@@ -200,9 +200,9 @@ def test_a_sharded_model_has_the_same_fisher(name):
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")  # there is one process
-def test_what_cannot_be_told_apart_in_shards_is_refused():
-    """FSDP1's flat parameters, the joint form of a sharded model and other shardings raise an error."""
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")  # the group has one process
+def test_unsupported_shardings_are_refused():
+    """Flat parameters of FSDP1, the joint form of a sharded model and other shardings raise an error."""
     flat = FullyShardedDataParallel(nn.Linear(7, 3), use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(UnsupportedStateError, match="take FSDP2"):
         FisherAccumulator(flat, task="classification")
@@ -219,8 +219,8 @@ def test_what_cannot_be_told_apart_in_shards_is_refused():
 
 
 @pytest.mark.usefixtures("group")
-def test_a_batch_for_company_adds_nothing():
-    """A batch that does not count runs, and changes neither accumulators nor the number of examples."""
+def test_a_batch_that_does_not_count_adds_nothing():
+    """A batch that does not count changes neither the accumulators nor the number of examples."""
     torch.manual_seed(1)
     model, batch = make("llama"), batch_of("causal-lm")
     accumulator = FisherAccumulator(shard(model, torch.device("cpu")))

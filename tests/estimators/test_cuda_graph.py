@@ -1,4 +1,4 @@
-"""Batches as CUDA graphs: which shapes are captured, what a replay reads, and what happens where none can be."""
+"""Batches as CUDA graphs: captured shapes, inputs of a replay, and the eager fallback."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.estimators.models import assert_close, batch_of, make
 
 
 class _Recorder:
-    """Device that replays captured work by running it again on the captured tensors, as a graph does."""
+    """Device that replays captured work by running it again on the captured tensors, like a graph."""
 
     device = torch.device("cpu")
 
@@ -27,7 +27,7 @@ class _Recorder:
         totals = [total.clone() for total in self.totals()]
         count = work()
         for total, before in zip(self.totals(), totals, strict=True):
-            total.copy_(before)  # capturing runs nothing
+            total.copy_(before)  # a capture runs nothing
 
         def replay():
             self.replays += 1
@@ -41,7 +41,7 @@ class _Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """Let accumulators of this test capture by a recorder."""
+    """Let the accumulators of this test capture with a recorder."""
     recorder = _Recorder()
     monkeypatch.setattr(accumulator_module, "graphs_for", lambda _: BatchGraphs(recorder))
     return recorder
@@ -65,13 +65,13 @@ def _batches(count, size=4):
 
 @pytest.mark.parametrize("labels", ["true", "sampled"])
 def test_replays_add_what_eager_batches_add(recorder, labels):
-    """Each replay reads its own batch, and draws that batch's labels."""
+    """Each replay reads its own batch and draws labels for it."""
     model, batches = _classifier(), _batches(9)
     accumulator = _accumulator(recorder, model, labels, task="classification")
     for batch in batches:
         accumulator.add(batch)
     expected = estimate_fisher(model, batches, labels, statistic="sum", task="classification", cuda_graph=False)
-    assert recorder.replays == 4  # batches 4, 5, 6 and 8: batch 2 is timed, the others are checked
+    assert recorder.replays == 4  # batches 4, 5, 6 and 8; batch 2 is timed, and the others are checked
     assert accumulator.examples == 36
     for parameter, name in accumulator.names.items():
         torch.testing.assert_close(accumulator.accumulators[parameter], expected[name])
@@ -91,7 +91,7 @@ def test_a_language_model_is_captured_too(recorder):
 
 
 def test_each_shape_has_its_graph(recorder):
-    """A shape is captured when it comes again; one that comes once never is."""
+    """A shape is captured at its second batch. A shape that occurs once is not captured."""
     accumulator = _accumulator(recorder, _classifier(), task="classification", verify=False)
     for size in (4, 4, 3, 4, 3, 2, 4):
         accumulator.add(_batches(1, size)[0])
@@ -99,7 +99,7 @@ def test_each_shape_has_its_graph(recorder):
 
 
 def test_other_weights_need_another_graph(recorder):
-    """A graph reads the memory that its parameters had."""
+    """Changed parameters need a new capture, because a graph reads the old memory."""
     model = _classifier()
     accumulator = _accumulator(recorder, model, task="classification", verify=False)
     for batch in _batches(4):
@@ -111,7 +111,7 @@ def test_other_weights_need_another_graph(recorder):
 
 @pytest.mark.parametrize(("host", "memory"), [(0.5, 0.0), (1.0, 0.5)], ids=["kernels take longer", "much memory"])
 def test_other_models_stay_eager(monkeypatch, host, memory):
-    """Nothing is captured where launches are hidden, or where a graph would keep much memory."""
+    """A device with hidden launches, or a graph that would keep much memory, captures nothing."""
     recorder = _Recorder(host, memory)
     monkeypatch.setattr(accumulator_module, "graphs_for", lambda _: BatchGraphs(recorder))
     accumulator = _accumulator(recorder, _classifier(), task="classification", verify=False)
@@ -120,8 +120,8 @@ def test_other_models_stay_eager(monkeypatch, host, memory):
     assert recorder.captures == 0
 
 
-def test_what_cannot_be_captured_runs_eagerly(recorder, caplog):
-    """One line says why, and the sums are complete."""
+def test_a_failed_capture_runs_eagerly(recorder, caplog):
+    """One line gives the reason, and the sums are complete."""
     recorder.error = RuntimeError("called a synchronizing CUDA operation")
     model, batches = _classifier(), [*_batches(5), *_batches(4, 3)]
     accumulator = _accumulator(recorder, model, task="classification", verify=False)
@@ -136,8 +136,8 @@ def test_what_cannot_be_captured_runs_eagerly(recorder, caplog):
     ]
 
 
-def test_parameters_that_come_late_break_a_capture_off(recorder, caplog):
-    """They have to be verified first, for which the host must look at values."""
+def test_parameters_of_a_later_batch_end_a_capture(recorder, caplog):
+    """Parameters of a later batch have to be verified first, and the host reads values for that."""
 
     class _Late(nn.Module):
         def __init__(self):
@@ -183,7 +183,7 @@ def test_tensors_are_found_and_replaced_by_place():
 
 
 def test_a_shape_is_everything_but_the_entries():
-    """Another value, dtype or stride is another shape."""
+    """Another value that is no tensor, another dtype or another stride is another shape."""
     x = torch.zeros(2, 3)
     assert shape_of((x, 1)) == shape_of((x + 1, 1))
     others = [(x.double(), 1), (x[:1], 1), (x, 2), (torch.zeros(3, 2).T, 1), {"x": x}]
@@ -196,7 +196,7 @@ def test_a_shape_is_everything_but_the_entries():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.parametrize("labels", ["true", "sampled"])
-def test_a_gpu_replays_what_it_runs_eagerly(device, name, labels):
+def test_gpu_replays_agree_with_eager_batches(device, name, labels):
     """Graphs and eager batches agree within rounding, also with drawn labels."""
     if device.type != "cuda":
         pytest.skip("needs --device cuda")
@@ -216,8 +216,8 @@ def test_a_gpu_replays_what_it_runs_eagerly(device, name, labels):
 
 
 @pytest.mark.gpu
-def test_a_gpu_draws_on_after_a_capture_that_broke_off(device, caplog):
-    """A model that asks for a value runs eagerly, and random numbers are drawn as before."""
+def test_a_gpu_draws_random_numbers_after_a_failed_capture(device, caplog):
+    """A model that reads a value runs eagerly, and random numbers are drawn as before."""
     if device.type != "cuda":
         pytest.skip("needs --device cuda")
 

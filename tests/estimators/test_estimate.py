@@ -51,7 +51,7 @@ NETS = {
 @pytest.mark.parametrize("labels", ["true", "exact", "predicted"])
 @pytest.mark.parametrize("name", NETS)
 def test_nets_of_every_layer_match_the_oracle(name, labels):
-    """Convolutions, norms, shared layers and parameters of a container are within 1e-5 of the largest entry."""
+    """Convolutions, norms, shared layers and container parameters are within 1e-5 of the largest entry."""
     torch.manual_seed(2)
     make, shape, classes = NETS[name]
     model = make().double()
@@ -66,7 +66,7 @@ def test_nets_of_every_layer_match_the_oracle(name, labels):
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "twice"])
 def test_a_joint_fisher_squares_the_sum_of_each_batch(name):
-    """The joint form is the square of each batch's summed gradient, summed over batches."""
+    """The joint form sums over batches the square of the summed gradient of a batch."""
     torch.manual_seed(3)
     make, shape, classes = NETS[name]
     model = make().double()
@@ -104,7 +104,7 @@ def test_a_regression_has_the_fisher_of_a_gaussian(labels):
 
 
 def test_neither_mode_nor_gradients_are_touched():
-    """Training mode, dropout, .grad and running statistics are unchanged afterwards."""
+    """An estimate does not change training mode, dropout, .grad or running statistics."""
     model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Linear(5, 3))
     model.train()
     model[1].eval()
@@ -119,7 +119,7 @@ def test_neither_mode_nor_gradients_are_touched():
 
 
 class _Mixing(nn.Module):
-    """Network that subtracts the mean over the batch, so that no example has its own gradient."""
+    """Network that subtracts the mean over the batch, so no example has its own gradient."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +142,7 @@ class _Elsewhere(nn.Module):
 
 
 def test_examples_that_mix_are_refused():
-    """A model whose outputs for one example depend on others raises an error at the first two examples."""
+    """A model that mixes examples raises an error at the first two examples."""
     torch.manual_seed(6)
     batch = (torch.randn(5, 7), torch.randint(3, (5,)))
     with pytest.raises(UnsupportedStateError, match=r"a\.(weight|bias) must have .* mixes its examples"):
@@ -158,8 +158,8 @@ def test_a_weight_used_without_its_layer_is_found():
     assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"))
 
 
-def test_unverified_a_hole_is_an_error_that_names_it():
-    """Without verification such a weight raises an error; it is not left at 0."""
+def test_an_unverified_weight_without_its_layer_is_an_error():
+    """Without verification such a weight raises an error with its name, instead of a value of 0."""
     with pytest.raises(
         UnsupportedStateError, match=r"a\.weight must be used by a call of the module that registers it"
     ):
@@ -167,7 +167,7 @@ def test_unverified_a_hole_is_an_error_that_names_it():
 
 
 def test_frozen_parameters_are_left_out():
-    """Only trainable parameters have a Fisher, equal to the one without freezing."""
+    """Only trainable parameters have a Fisher. It equals the one without frozen parameters."""
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     batch = (torch.randn(5, 7).double(), torch.randint(3, (5,)))
@@ -178,9 +178,9 @@ def test_frozen_parameters_are_left_out():
     assert all(torch.equal(part[name], whole[name]) for name in part)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks transformers so
-def test_of_a_lora_the_adapter_alone_has_a_fisher():
-    """Names are those of adapter_model.safetensors, and values of A and B are the oracle's."""
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft calls transformers this way
+def test_only_the_adapter_of_a_lora_has_a_fisher():
+    """A LoRA's names are those of adapter_model.safetensors, and the values of A and B are those of the oracle."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(10)
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -193,7 +193,7 @@ def test_of_a_lora_the_adapter_alone_has_a_fisher():
 
 
 def test_under_autocast_squares_are_still_float32():
-    """Entries in bfloat16 are within its precision of the float32 ones, and no square underflows."""
+    """Entries in bfloat16 are within its precision of the float32 entries, and no square underflows."""
     torch.manual_seed(11)
     model, batch = make("bert"), batch_of("classification")
     exact = estimate_fisher(model, [batch])

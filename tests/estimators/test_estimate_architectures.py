@@ -1,4 +1,4 @@
-"""Every architecture in float32, with padding, within 1e-5 of the float64 oracle's largest entry."""
+"""Every architecture in float32, with padding, within 1e-5 of the largest entry of the float64 oracle."""
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ def _check(name, labels, grouping):
 
 @pytest.mark.parametrize("labels", ["true", "predicted"])
 @pytest.mark.parametrize("name", MODELS)
-def test_given_labels_example_by_example(name, labels):
-    """The Fisher of true and of likeliest labels is the oracle's, with ties, relative biases and experts too."""
+def test_given_labels_per_example(name, labels):
+    """The Fisher of true and of most likely labels equals the oracle's, also with ties, relative biases and experts."""
     _check(name, labels, "example")
 
 
@@ -38,21 +38,21 @@ def test_the_expectation_over_classes(name):
 
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_the_expectation_over_tokens_is_refused(name):
-    """Exact labels of tokens raise an error: they would need a pass for each token of the vocabulary."""
+    """Exact labels of tokens raise an error, because they would need one pass per token of the vocabulary."""
     with pytest.raises(ConfigError, match="take labels sampled"):
         estimate_fisher(make(name), [batch_of(MODELS[name][0])], "exact", task=task_of(name))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_joint_form_of_given_labels(name):
-    """The joint form is the square of each batch's summed gradient, summed over two batches."""
+    """The joint form sums over two batches the square of the summed gradient of a batch."""
     _check(name, "true", "batch")
 
 
 @pytest.mark.parametrize("grouping", ["example", "batch"])
 @pytest.mark.parametrize("name", MODELS)
 def test_drawn_labels_are_used_as_true_ones_are(name, grouping, monkeypatch):
-    """With the drawn labels as true ones the oracle gives the same; ignored targets draw none."""
+    """The oracle gives the same Fisher with the drawn labels as true ones. Ignored targets draw no label."""
     torch.manual_seed(1)
     model, task, batch = make(name), task_of(name), batch_of(MODELS[name][0])
     seen = []
@@ -68,9 +68,9 @@ def test_drawn_labels_are_used_as_true_ones_are(name, grouping, monkeypatch):
     [(outputs, [column])] = seen
     drawn = (outputs.values.detach().softmax(-1) - column).argmax(-1).masked_fill(outputs.targets < 0, -100)
     assert (drawn != outputs.targets).any()
-    if task == "causal-lm":  # what is predicted at a token is the next one
+    if task == "causal-lm":  # a token predicts the next one
         drawn = torch.cat([torch.full_like(drawn[:, :1], -100), drawn], 1)
     given = batch if task == "seq2seq" else batch | {"labels": drawn}
-    if task == "seq2seq":  # what the decoder is given stays what it was
+    if task == "seq2seq":  # the inputs of the decoder stay the same
         given = batch | {"decoder_input_ids": oracle.shifted(model, batch["labels"]), "labels": drawn}
     assert_close(fisher, oracle.fisher(model, [given], loss_of(MODELS[name][0], "true"), grouping), model=model)

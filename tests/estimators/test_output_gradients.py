@@ -19,7 +19,7 @@ def _p(*shape, spread=3.0, seed=0):
 @pytest.mark.parametrize("classes", [2, 3, 11])
 @pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
 def test_the_factor_is_that_of_the_covariance_of_a_draw(classes, spread):
-    """L L^T = diag(p) - p p^T to rounding, also for classes with probability 0."""
+    """The factor satisfies L L^T = diag(p) - p p^T to rounding, also for classes with probability 0."""
     p = _p(7, classes, spread=spread)
     columns = torch.stack(list(factor_columns(p)), -1)
     assert columns.shape == (7, classes, classes - 1)
@@ -43,7 +43,7 @@ def test_one_label_gives_the_derivative_of_its_cross_entropy(kind):
 
 
 def test_draws_follow_the_models_distribution():
-    """Over 20000 draws the frequency of each class is within five standard errors of its probability."""
+    """The frequency of each class over 20000 draws is within five standard errors of its probability."""
     logits = torch.tensor([[0.0, 1.0, -2.0, 3.0]], dtype=torch.float64)
     p = logits.softmax(-1)
     draws = 20_000
@@ -64,7 +64,7 @@ def test_the_same_seed_draws_the_same_labels():
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_what_cannot_be_is_refused():
+def test_impossible_labels_are_refused():
     """Missing true labels, exact labels of tokens and predicted labels of a regression raise an error."""
     with pytest.raises(ConfigError, match="needs the labels"):
         next(class_output_gradients(torch.zeros(2, 3), None, "true", 1, None))

@@ -1,4 +1,4 @@
-"""A Fisher under the names in memory."""
+"""Fisher with the names in memory."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def _squisher(tensors, **config):
 
 
 def test_packed_experts_come_back_to_their_places(tmp_path):
-    """A Fisher that was saved under the names of single experts is that of the packed parameter again, to the bit."""
+    """A Fisher saved with the names of single experts becomes that of the packed parameter, to the bit."""
     torch.manual_seed(0)
     model = MixtralForCausalLM(MIXTRAL)
     ids = torch.randint(0, 37, (3, 5))
@@ -48,7 +48,7 @@ def test_packed_experts_come_back_to_their_places(tmp_path):
 
 
 def test_tensors_come_at_the_scale_asked_for():
-    """``debiased`` undoes the start at 0 of a moving average; raw does not."""
+    """The ``debiased`` scale undoes the start at 0 of a moving average; ``raw`` does not."""
     model = nn.Linear(3, 1)
     fisher = _squisher({"weight": torch.tensor([[1.0, 2.0, 4.0]])})
     assert by_parameter(model, fisher)["weight"].tolist() == [[4.0, 8.0, 16.0]]
@@ -57,8 +57,8 @@ def test_tensors_come_at_the_scale_asked_for():
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 1), BertForSequenceClassification(BERT)])
 @pytest.mark.parametrize("kind", [dict, _squisher])
-def test_a_name_that_is_none_of_the_models_is_refused(model, kind):
-    """An unknown name in a plain mapping or in a Fisher is refused, also among known names."""
+def test_an_unknown_name_is_refused(model, kind):
+    """An unknown name in a mapping or in a Fisher is refused, also among known names."""
     name, parameter = list(model.named_parameters())[-1]
     fisher = kind({name: torch.ones_like(parameter.data), "strange.weight": torch.ones(2)})
     with pytest.raises(MismatchError, match=r"but strange.weight in memory is none of"):
@@ -67,13 +67,13 @@ def test_a_name_that_is_none_of_the_models_is_refused(model, kind):
 
 @pytest.mark.parametrize("kind", [dict, _squisher])
 def test_another_shape_is_refused(kind):
-    """The message names both shapes."""
+    """The error names both shapes."""
     with pytest.raises(MismatchError, match=r"shape \[1, 3\], but memory has \[3, 1\]"):
         by_parameter(nn.Linear(3, 1), kind({"weight": torch.ones(3, 1)}))
 
 
 def test_a_shape_is_refused_where_names_are_converted():
-    """A shape that differs is refused for a model of transformers as well."""
+    """Another shape is refused for a model of transformers as well."""
     model = MixtralForCausalLM(MIXTRAL)
     fisher = _squisher({"lm_head.weight": torch.ones(36, 16)})
     with pytest.raises(MismatchError, match=r"shape \[37, 16\]"):

@@ -1,4 +1,4 @@
-"""Compact forms of a tensor against slow float64 references: bounds that hold for any entries, sizes, edges."""
+"""Compact forms of a tensor against slow float64 references: bounds for any entries, sizes, and edge cases."""
 
 import math
 import struct
@@ -19,7 +19,7 @@ def _both_ways(tensor, code):
 
 
 def _errors(tensor, decoded):
-    """Assert that zeros and nothing else became 0; return the relative errors of the others, float64."""
+    """Assert that only zeros became 0, and return the relative errors of the others in float64."""
     assert decoded.shape == tensor.shape
     assert decoded.dtype == torch.float32
     assert torch.equal(decoded == 0, tensor == 0)
@@ -42,7 +42,7 @@ def _float(bits):
 
 
 def _read_slowly(stream, scale, code, count):
-    """Decode as the module's text says it, an entry at a time, in Python's floats."""
+    """Decode by the description in the module, one entry at a time, in Python's floats."""
     stream, bits_of, out = stream.tolist(), [], [0.0] * count
     for low, high in scale.tolist():
         half_steps = {bits: 2 ** ((high - low) / 128 / (2**bits - 2) / 2) - 1 for bits in (4, 8)}
@@ -73,7 +73,7 @@ def _read_slowly(stream, scale, code, count):
     st.sampled_from(["log8", "log4"]),
 )
 def test_the_bound_holds_for_any_float32(bits, code):
-    """Zeros, denormal numbers and everything up to the largest float32, in any mixture, keep the promised bound."""
+    """Zeros, denormal numbers and entries up to the largest float32, in any mixture, keep the bound."""
     tensor = torch.tensor([_float(each) for each in bits])
     errors = _errors(tensor, _both_ways(tensor, code))
     assert not len(errors) or errors.max() < BOUNDS[code]
@@ -82,14 +82,14 @@ def test_the_bound_holds_for_any_float32(bits, code):
 @settings(max_examples=100, deadline=None)
 @given(st.floats(-44, 37), st.floats(0, 25), st.sampled_from(["log8", "log4"]), st.integers(0, 10**6))
 def test_the_bound_holds_at_any_span(low, span, code, seed):
-    """Blocks of any number of decades anywhere in the range keep the bound."""
+    """Blocks with a span of any number of decades keep the bound."""
     tensor = _drawn(397, low, min(low + span, 38.5), seed=seed)
     assert _errors(tensor, _both_ways(tensor, code)).max() < BOUNDS[code]
 
 
 @pytest.mark.parametrize("code", BOUNDS)
 def test_the_widest_block_of_a_width_comes_close_to_the_bound(code):
-    """At the largest span of each width the worst error is within the bound and near it; one unit more is wider."""
+    """The worst error at the largest span of each width is just within the bound. One unit more is wider."""
     for bits, span in compact.CODES[code].spans():
         for more in (0, 1):
             low = -7000 if span < 20000 else -126 * 128
@@ -111,7 +111,7 @@ def test_the_widest_block_of_a_width_comes_close_to_the_bound(code):
 
 @pytest.mark.parametrize("code", BOUNDS)
 def test_the_smallest_numbers_keep_the_bound(code):
-    """Each of the first 3000 denormal numbers comes back within the bound, the smallest beside the largest too."""
+    """Each of the first 3000 denormal numbers comes back within the bound, also next to the largest number."""
     least = 2.0**-149
     tensor = (torch.arange(1, 3001, dtype=torch.float64) * least).float()
     assert _errors(tensor, _both_ways(tensor, code)).max() < BOUNDS[code]
@@ -121,8 +121,8 @@ def test_the_smallest_numbers_keep_the_bound(code):
 
 @pytest.mark.parametrize("code", BOUNDS)
 @pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 127, 128, 129, 130, 255, 256, 257, 641])
-def test_the_format_is_what_the_text_says(code, count):
-    """A reader written from the module's text alone, an entry at a time, finds the same numbers at any length."""
+def test_the_format_is_the_one_in_the_description(code, count):
+    """A reader written from the module's description, one entry at a time, finds the same numbers at any length."""
     kinds = [_drawn(128, -9, -6, seed=1), _drawn(128, -30, 30, seed=2), torch.zeros(128), _drawn(128, -14, -7, seed=3)]
     tensor = torch.cat([*kinds, _drawn(129, -44.5, -39, seed=4)])[-count:] if count else torch.zeros(0)
     parts = compact.encode(tensor, code, MUCH)
@@ -140,7 +140,7 @@ def test_order_within_a_block_is_kept(code):
 
 @pytest.mark.parametrize("code", BOUNDS)
 def test_equal_entries_stay_equal_and_near(code):
-    """A constant tensor is decoded as one constant within 0.3 %; powers of two exactly."""
+    """A constant tensor is decoded to one constant within 0.3 %, and powers of two exactly."""
     for value in (1e-12, 0.7, 3.3e38, 2.0**-20, 1.0):
         decoded = _both_ways(torch.full((3, 43), value), code)
         assert len(decoded.unique()) == 1
@@ -149,7 +149,7 @@ def test_equal_entries_stay_equal_and_near(code):
 
 
 def test_sizes():
-    """26 % and 13 % of float32 where blocks span what the codes cover; 4 bytes for 128 zeros; twice that where wide."""
+    """Codes take 26 % and 13 % of float32, twice that for wide spans, and 4 bytes for 128 zeros."""
 
     def share(tensor, code):
         parts = compact.encode(tensor, code, MUCH)
@@ -166,7 +166,7 @@ def test_sizes():
 
 @pytest.mark.parametrize("code", compact.NAMES)
 def test_parts_that_are_not_smaller_are_not_made(code):
-    """One entry and no entry, and as many bytes as allowed, give None; a byte more gives parts."""
+    """An encoding that needs the allowed bytes or more gives None. With a limit one byte higher it gives parts."""
     assert compact.encode(torch.tensor(3.0), code, 4) is None
     assert compact.encode(torch.ones(0, 3), code, 0) is None
     tensor = _drawn(143, -9, -6, zeros=0).view(13, 11)
@@ -176,8 +176,8 @@ def test_parts_that_are_not_smaller_are_not_made(code):
 
 
 @pytest.mark.parametrize("shape", [(29,), (2, 2), (1, 31), (31, 1), ()])
-def test_rank1_leaves_what_it_cannot_make_smaller(shape):
-    """Vectors, scalars and matrices with as many means as entries are not taken."""
+def test_rank1_skips_tensors_that_would_not_shrink(shape):
+    """Vectors, scalars and matrices with as many means as entries have no rank-1 form."""
     tensor = torch.ones(shape)
     assert compact.encode(tensor, "rank1", 4 * tensor.numel()) is None
 
@@ -185,7 +185,10 @@ def test_rank1_leaves_what_it_cannot_make_smaller(shape):
 @pytest.mark.parametrize("shape", [(13, 7), (3, 11, 5), (2, 3, 5, 7), (5, 1, 3), (1, 2, 3)])
 @pytest.mark.parametrize("decades", [(-38, -30), (-9, -5), (-38, 30), (20, 30)])
 def test_rank1_is_row_mean_times_column_mean_over_mean(shape, decades):
-    """Against float64, with leading axes as a batch and entries from 1e-38 to 1e30."""
+    """The rank-1 form equals row mean times column mean over mean.
+
+    Batches and entries from 1e-38 to 1e30 agree with float64.
+    """
     tensor = _drawn(math.prod(shape), *decades).view(shape)
     parts = compact.encode(tensor, "rank1", MUCH)
     exact = tensor.double()
@@ -202,13 +205,13 @@ def test_rank1_is_row_mean_times_column_mean_over_mean(shape, decades):
 
 
 @pytest.mark.parametrize("shape", [(5, 0, 3), (5, 3, 0), (0, 3, 5), (0, 7)])
-def test_rank1_of_nothing_is_nothing(shape):
-    """Row and column means of a tensor without entries decode to one of its shape."""
+def test_rank1_of_an_empty_tensor_is_empty(shape):
+    """A tensor without entries decodes to one of its shape."""
     assert _both_ways(torch.ones(shape), "rank1").shape == shape
 
 
 def test_rank1_is_exact_where_the_tensor_is_of_rank_one():
-    """An outer product comes back; rows and columns of zeros are 0, a matrix of zeros too."""
+    """An outer product comes back exactly. Rows and columns of zeros stay 0, and so does a zero matrix."""
     row, col = _drawn(17, -9, -6, zeros=0.3).double(), _drawn(11, -3, 3, zeros=0.3, seed=1).double()
     tensor = torch.stack([row[:, None] * col, torch.zeros(17, 11)]).float()
     decoded = _both_ways(tensor, "rank1")
@@ -217,7 +220,10 @@ def test_rank1_is_exact_where_the_tensor_is_of_rank_one():
 
 
 def test_rank1_neither_overflows_nor_loses_a_row():
-    """A single large entry among small ones stays finite; a row with the smallest number alone keeps something."""
+    """A single large entry among small ones stays finite.
+
+    A row with only the smallest number keeps a positive entry.
+    """
     tensor = torch.full((5, 7), 1e-38)
     tensor[2, 3] = torch.finfo(torch.float32).max
     decoded = _both_ways(tensor, "rank1")
@@ -232,7 +238,7 @@ def test_rank1_neither_overflows_nor_loses_a_row():
 @pytest.mark.parametrize("code", compact.NAMES)
 @pytest.mark.parametrize("shape", [(37, 29), (7, 5, 31), (41, 3, 5)])
 def test_chunks_change_nothing(monkeypatch, code, shape):
-    """A computation in small chunks gives the bits of one in a single chunk; strides do not matter."""
+    """Small chunks give the bits of a single chunk, and strides do not matter."""
     tensor = _drawn(math.prod(shape), -13, -5).view(shape)
     whole = compact.encode(tensor, code, MUCH)
     decoded = compact.decode(whole, code, shape)
@@ -256,7 +262,7 @@ def test_chunks_change_nothing(monkeypatch, code, shape):
     ],
 )
 def test_parts_that_cannot_belong_together_are_refused(change, said):
-    """Codes cut or doubled, scales missing or impossible: a ValueError that says which, and no wrong tensor."""
+    """Truncated or repeated codes and missing or impossible scales raise a ValueError that names the part."""
     parts = compact.encode(torch.cat([_drawn(128, -9, -6), _drawn(13, -30, 30)]), "log4", MUCH)
     parts = {suffix: change.get(suffix, lambda part: part)(part) for suffix, part in parts.items()}
     with pytest.raises(ValueError, match=said):

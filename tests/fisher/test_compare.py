@@ -1,4 +1,4 @@
-"""Two Fishers compared, against slow float64 references."""
+"""Comparison of two Fishers, against slow float64 references."""
 
 import math
 
@@ -53,7 +53,7 @@ def _fisher(tensors, aliases=None, **config):
 
 
 def _check(agreement, a, b, factor=1.0):
-    """Compare an agreement with what loops in float64 give over flat tensors A and B; ``factor`` is of A's scale."""
+    """Compare an agreement with float64 loops over flat tensors A and B; ``factor`` is the scale of A."""
     a, b = [value * factor for value in a.double().tolist()], b.double().tolist()
     both = [(x, y) for x, y in zip(a, b, strict=True) if x > 0 and y > 0]
     logs = [[math.log10(pair[i]) for pair in both] for i in (0, 1)]
@@ -69,7 +69,7 @@ def _check(agreement, a, b, factor=1.0):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("levels", [1, 2, 5, 1000])
 def test_ranks_are_those_of_counting(seed, levels):
-    """The rank of an entry is one more than those below it, ties at the mean of theirs."""
+    """The rank of an entry is one plus the number of smaller entries. Ties share their mean rank."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(levels, (7, 13), generator=generator).float()
     assert average_ranks(values).tolist() == _slow_ranks(values.flatten().tolist())
@@ -78,7 +78,7 @@ def test_ranks_are_those_of_counting(seed, levels):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("levels", [2, 5, 1000])
 def test_spearman_equals_the_slow_one(seed, levels):
-    """With and without ties the rank correlation is that of loops in float64, and symmetric."""
+    """The rank correlation with and without ties equals that of float64 loops, and is symmetric."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randint(levels, (101,), generator=generator).float() for _ in range(2))
     slow = _slow_pearson(_slow_ranks(a.tolist()), _slow_ranks(b.tolist()))
@@ -97,8 +97,8 @@ def test_spearman_sees_order_alone():
     assert spearman(values[order], others[order]) == pytest.approx(spearman(values, others), abs=1e-13)
 
 
-def test_what_does_not_vary_has_no_correlation():
-    """Fewer than two entries, or a constant tensor, have no correlation."""
+def test_a_constant_tensor_has_no_correlation():
+    """A constant tensor, or one with fewer than two entries, has no correlation."""
     varied = torch.arange(1009.0)
     for constant in (torch.zeros(1009), torch.full((1009,), 0.1), torch.full((1009,), 1e30)):
         assert spearman(constant, varied) is spearman(varied, constant) is None
@@ -109,7 +109,7 @@ def test_what_does_not_vary_has_no_correlation():
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("block", [7, 1 << 22])
 def test_every_number_equals_its_reference(ties, block, monkeypatch):
-    """Each tensor's numbers and the overall ones are those of loops in float64, in whatever blocks they are summed."""
+    """The numbers of each tensor and the overall ones equal those of float64 loops, for any block size."""
     monkeypatch.setattr(Moments, "BLOCK", block)
     a, b = _tensors(0, ties), _tensors(1, ties)
     result = compare(_fisher(a), _fisher(b))
@@ -124,8 +124,8 @@ def test_every_number_equals_its_reference(ties, block, monkeypatch):
     assert result.zeros == (alone_a, alone_b, ((flat_a == 0) & (flat_b == 0)).sum())
 
 
-def test_histogram_counts_what_is_positive_in_both():
-    """Each entry is in the square of its two logarithms."""
+def test_histogram_counts_entries_that_are_positive_in_both():
+    """The histogram has each entry in the cell of its two logarithms."""
     a, b = _tensors(0), _tensors(1)
     expected = torch.zeros_like(compare(_fisher(a), _fisher(b)).histogram)
     for name in SHAPES:
@@ -137,7 +137,7 @@ def test_histogram_counts_what_is_positive_in_both():
 
 
 def test_scaling_moves_the_ratio_and_not_the_order():
-    """At the debiased scale each side has its own factor; ranks stay."""
+    """Each side has its own factor at the debiased scale, and ranks stay the same."""
     a, b = _tensors(0), _tensors(1)
     debiased = compare(_fisher(a, **EMA), _fisher(b, statistic="mean"), scaling="debiased")
     for row in debiased.rows:
@@ -150,14 +150,14 @@ def test_scaling_moves_the_ratio_and_not_the_order():
 
 
 def test_common_scaling_is_debiased_where_both_can():
-    """One side that lacks its steps makes both raw."""
+    """Both sides are raw if one side lacks its steps."""
     a = _tensors(0)
     assert common_scaling(_fisher(a, **EMA), _fisher(a, statistic="mean")) == "debiased"
     assert common_scaling(_fisher(a, **EMA), _fisher(a, statistic="ema")) == "raw"
 
 
 def test_a_sample_is_stated_repeatable_and_near():
-    """Beyond the sample's size, rank correlation and factor use a fixed sample; all other numbers stay exact."""
+    """Rank correlation and factor use a fixed sample of large Fishers. All other numbers stay exact."""
     generator = torch.Generator().manual_seed(0)
     noise, a = torch.rand(2, 211, 199, generator=generator)
     one, other = _fisher({"w": a, "v": a[:3] ** 2}), _fisher({"w": a + noise / 2, "v": noise[:3]})
@@ -177,7 +177,7 @@ def test_a_sample_is_stated_repeatable_and_near():
 
 
 def test_tensors_of_one_side_are_listed_and_left_out():
-    """Tensors of only one Fisher are named, and do not enter the numbers."""
+    """Tensors of only one Fisher are named and do not enter the numbers."""
     a, b = _tensors(0), _tensors(1)
     result = compare(_fisher(a | {"x": torch.ones(3)}), _fisher({"y": torch.ones(3)} | b))
     assert (result.only_a, result.only_b) == (("x",), ("y",))
@@ -185,7 +185,7 @@ def test_tensors_of_one_side_are_listed_and_left_out():
 
 
 def test_tied_names_are_one_tensor():
-    """A tensor that the other side keeps under a tied name is compared with it."""
+    """A tensor is compared with its counterpart under a tied name."""
     a = _fisher({"head": torch.arange(5.0)})
     b = _fisher({"embed": torch.arange(5.0)}, {"head": "embed"})
     result = compare(a, b)
@@ -194,7 +194,7 @@ def test_tied_names_are_one_tensor():
 
 
 def test_shapes_and_names_must_fit():
-    """Another shape, or no name in common, is refused before anything is read, and named."""
+    """Another shape, or no common name, is refused by name before anything is read."""
     with pytest.raises(MismatchError, match=r"w is \[3, 5\] in memory and \[5, 3\]"):
         common(_fisher({"w": torch.ones(3, 5)}), _fisher({"w": torch.ones(5, 3)}))
     with pytest.raises(MismatchError, match="share none"):
@@ -203,7 +203,7 @@ def test_shapes_and_names_must_fit():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
 def test_bad_entries_are_refused(bad):
-    """NaN, infinite and negative entries are no Fisher, on either side."""
+    """NaN, infinite and negative entries are refused on either side."""
     good, poor = _fisher({"w": torch.ones(3)}), _fisher({"w": torch.tensor([1.0, bad, 2.0])})
     for pair in ((good, poor), (poor, good)):
         with pytest.raises(ValuesError):
@@ -211,7 +211,7 @@ def test_bad_entries_are_refused(bad):
 
 
 def test_scalars_and_empty_tensors_pass():
-    """Tensors too small for a correlation have none, and break nothing."""
+    """Scalars and empty tensors have no correlation and raise no error."""
     tensors = {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 3), "w": torch.arange(3.0)}
     result = compare(_fisher(tensors), _fisher(tensors))
     assert [row.spearman for row in result.rows] == [None, None, 1.0]

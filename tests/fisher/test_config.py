@@ -1,4 +1,4 @@
-"""The metadata of a Fisher: every scaling by hand, every key on disk, nothing guessed."""
+"""Metadata of a Fisher: scalings by hand, and the keys on disk."""
 
 import json
 
@@ -21,7 +21,7 @@ def _squisher(**changes):
 
 
 def test_every_key_is_written_and_unknown_is_null(tmp_path):
-    """The file has all keys of the format; what nobody knows is null."""
+    """The file has all keys of the format, and unknown values are null."""
     data = json.loads(FisherConfig().to_json())
     assert set(data) == KEYS
     known = {"format_version": 1, "parameters": "model", "encoding": {"default": "float32"}}
@@ -30,7 +30,7 @@ def test_every_key_is_written_and_unknown_is_null(tmp_path):
 
 
 def test_a_config_comes_back_as_it_was(tmp_path):
-    """Written and read again, a full config is equal; aliases like class and with are kept."""
+    """A full config is equal after writing and reading. Aliases such as class and with are kept."""
     config = FisherConfig.model_validate(
         {
             "estimator": "squisher",
@@ -56,12 +56,12 @@ def test_a_config_comes_back_as_it_was(tmp_path):
 
 
 def test_adagrads_start_is_written_only_where_there_is_one():
-    """initial_accumulator_value is no key of other optimizers."""
+    """Only Adagrad has the key initial_accumulator_value."""
     assert "initial_accumulator_value" not in json.loads(_squisher().to_json())["optimizer"]
 
 
 def test_a_config_cannot_be_changed():
-    """Frozen: a scale that others rely on is not edited under them."""
+    """A config is frozen, so the scale of a Fisher cannot change."""
     with pytest.raises(ValueError, match="frozen"):
         _squisher().steps = 4
 
@@ -82,14 +82,17 @@ def test_a_config_cannot_be_changed():
     ],
 )
 def test_the_debiased_scale_by_hand(changes, debiased):
-    """1 / (1 - beta2^t) of a moving average, 1 / t of an optimizer's sum, 1 / n of a computed sum, else 1."""
+    """The factor is 1 / (1 - beta2^t) for a moving average, 1 / t or 1 / n for a sum, and else 1."""
     config = _squisher(**changes)
     assert config.factor("w", "debiased") == pytest.approx(debiased, rel=1e-14)
     assert config.factor("w", "raw") == 1.0
 
 
 def test_the_scale_per_example_by_hand():
-    """Per example is the debiased scale times the batch for an optimizer, and the debiased scale itself else."""
+    """The per-example scale of an optimizer state is the debiased scale times the batch size.
+
+    Otherwise it is the debiased scale.
+    """
     assert _squisher(examples_per_step=32).factor("w", "per_example") == pytest.approx(32 / 0.271, rel=1e-14)
     assert _squisher(statistic="sum", steps=4, examples_per_step=2.5).factor("w", "per_example") == 2.5 / 4
     computed = FisherConfig(estimator="sampled", statistic="sum", num_examples=8, examples_per_step=32)
@@ -110,13 +113,13 @@ def test_the_scale_per_example_by_hand():
     ],
 )
 def test_a_scale_that_needs_an_unknown_number_is_refused(config, scaling, words):
-    """No number is guessed: the message says which is missing; raw always works."""
+    """The error says which number is missing. The raw scale always works."""
     with pytest.raises(ConfigError, match=words):
         config.factor("w", scaling)
     assert config.factor("w", "raw") == 1.0
 
 
-def test_adagrads_start_is_taken_off_every_scale_but_raw():
+def test_adagrads_start_is_subtracted_from_every_scale_but_raw():
     """The initial value of a sum is subtracted before the scale is applied."""
     config = _squisher(statistic="sum", optimizer={"initial_accumulator_value": 0.5})
     assert [config.offset(scaling) for scaling in ("raw", "debiased", "per_example")] == [0.0, 0.5, 0.5]
@@ -136,7 +139,7 @@ def test_adagrads_start_is_taken_off_every_scale_but_raw():
     ],
 )
 def test_a_bad_file_is_refused(tmp_path, text, error, words):
-    """Damage, a later version, a misspelt key and a wrong value are named with the file."""
+    """Damage, a later version, a misspelt key and a wrong value are refused with the file name."""
     file = tmp_path / "fisher_config.json"
     file.write_text(text)
     with pytest.raises(error, match=words) as caught:
@@ -145,14 +148,14 @@ def test_a_bad_file_is_refused(tmp_path, text, error, words):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    """No file is no empty config."""
+    """A missing file raises an error instead of giving an empty config."""
     with pytest.raises(CorruptFileError):
         FisherConfig.from_file(tmp_path / "fisher_config.json")
 
 
 @pytest.mark.parametrize("values", [{}, {"a": 1}, {"a": 1, "b": 1}, {"a": 1, "b": 2, "c": 2}, {"a": 1, "b": 2}])
-def test_the_short_form_of_values_says_the_same(values):
-    """One value a parameter, shortened, still gives each parameter its own."""
+def test_the_short_form_of_values_is_equal(values):
+    """The short form of per-parameter values gives each parameter its own value."""
     short = per_parameter(values)
     assert {name: of_parameter(short, name) for name in values} == values
     assert of_parameter(per_parameter({"a": 4, "b": 4}), "anything") == 4

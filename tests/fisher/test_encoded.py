@@ -1,4 +1,4 @@
-"""Compact Fishers on disk: what is written, read tensor by tensor, refused, extracted and merged."""
+"""Compact Fishers on disk: writing, reading per tensor, refusals, extraction and merging."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def _expected(tensor, code):
 
 
 def _change(out, change, metadata=None):
-    """Write the one file of a Fisher anew with other tensors, or other metadata in its header."""
+    """Rewrite the file of a Fisher with other tensors or other header metadata."""
     file = out / "fisher.safetensors"
     with safe_open(file, "pt") as opened:
         noted = opened.metadata()
@@ -73,7 +73,7 @@ def _change(out, change, metadata=None):
 
 
 class _Counting:
-    """A store that notes what is read."""
+    """Store that records its reads."""
 
     def __init__(self, tensors):
         self._inside = MemoryStore(tensors)
@@ -85,8 +85,8 @@ class _Counting:
 
 
 @pytest.mark.parametrize("code", compact.NAMES)
-def test_what_is_written_is_what_is_decoded(tmp_path, code):
-    """Names, shapes and metadata come back; tensors are those that the codes stand for; the exceptions are named."""
+def test_written_fishers_come_back_decoded(tmp_path, code):
+    """Names, shapes and metadata come back, with the decoded tensors. The exceptions are named."""
     found = _written(tmp_path / "out", code)
     assert list(found) == list(SHAPES)
     assert found.config.encoding == {"default": code} | dict.fromkeys(WHOLE[code], "float32")
@@ -99,7 +99,7 @@ def test_what_is_written_is_what_is_decoded(tmp_path, code):
 
 @pytest.mark.parametrize("code", compact.NAMES)
 def test_headers_alone_tell_shape_and_bytes(tmp_path, code):
-    """The original shape, a float dtype and the bytes on disk are known although the codes are zeroed or gone."""
+    """The headers give the original shape, a float dtype and the bytes on disk, even with damaged or missing codes."""
     _written(tmp_path / "out", code)
     sizes = {name: info.nbytes for name, info in tensor_infos(tmp_path / "out" / "fisher.safetensors").items()}
     file = tmp_path / "out" / "fisher.safetensors"
@@ -115,7 +115,7 @@ def test_headers_alone_tell_shape_and_bytes(tmp_path, code):
 
 @pytest.mark.parametrize("code", compact.NAMES)
 def test_reading_one_tensor_reads_no_other(tmp_path, code):
-    """Opening reads no tensor; a tensor's own two parts are read when it is asked for, and nothing else."""
+    """Opening reads no tensor. A look-up reads the two parts of that tensor alone."""
     _written(tmp_path / "out", code)
     parts = _Counting(load_file(tmp_path / "out" / "fisher.safetensors"))
     notes = safetensors_notes(tmp_path / "out" / "fisher.safetensors")
@@ -128,7 +128,7 @@ def test_reading_one_tensor_reads_no_other(tmp_path, code):
 
 
 @pytest.mark.parametrize("code", compact.NAMES)
-def test_mean_and_norm_are_those_of_what_a_reader_gets(tmp_path, code):
+def test_mean_and_norm_are_those_of_the_decoded_entries(tmp_path, code):
     """The recorded mean and norm are over the decoded entries at the debiased scale, in float64."""
     found = _written(tmp_path / "out", code)
     values = torch.cat([
@@ -139,8 +139,8 @@ def test_mean_and_norm_are_those_of_what_a_reader_gets(tmp_path, code):
     assert summarize(found, scaling="debiased").mean == pytest.approx(found.config.mean, rel=1e-12)
 
 
-def test_what_stays_whole_has_the_dtype(tmp_path):
-    """With bfloat16, tensors that are not compact are bfloat16, and a code no smaller than that is not used."""
+def test_tensors_that_are_not_compact_have_the_dtype(tmp_path):
+    """Tensors that are not compact are stored in bfloat16. A code that is not smaller is not used."""
     tensors = _tensors() | {"wide.weight": 10 ** torch.linspace(-38, 30, 1013)}
     tensors["wide.weight"] = tensors["wide.weight"][torch.randperm(1013, generator=torch.Generator().manual_seed(0))]
     write_fisher(_fisher(tensors), tmp_path / "out", torch.bfloat16, compress="log8")
@@ -151,7 +151,7 @@ def test_what_stays_whole_has_the_dtype(tmp_path):
     assert torch.equal(found["d.weight"], tensors["d.weight"].bfloat16())
 
 
-def test_nothing_compact_is_called_so(tmp_path):
+def test_a_file_without_compact_tensors_is_plain(tmp_path):
     """A file is plain if no tensor would get smaller."""
     found = _written(tmp_path / "out", "rank1", {"b.weight": _drawn((211,))})
     assert found.config.encoding == {"default": "float32"}
@@ -159,7 +159,7 @@ def test_nothing_compact_is_called_so(tmp_path):
 
 @pytest.mark.parametrize("code", compact.NAMES)
 def test_parameters_may_be_called_like_parts(tmp_path, code):
-    """`norm.scale` and `x.row` beside `norm` and `x` are parameters of their own, whatever is compact."""
+    """The names `norm.scale` and `x.row` next to `norm` and `x` are separate parameters, whether compact or not."""
     names = ["norm", "norm.scale", "norm.scale.code", "x", "x.row", "x.row.col", "y.code", "z.weight", "default.weight"]
     tensors = {name: _drawn((17, 23), seed) for seed, name in enumerate(names)}
     tensors |= {"small.scale": torch.ones(()), "small.col": torch.ones(()), "small": _drawn((31, 37))}
@@ -173,7 +173,7 @@ def test_parameters_may_be_called_like_parts(tmp_path, code):
 
 @pytest.mark.parametrize("code", compact.NAMES)
 def test_shards_keep_the_parts_of_a_tensor_together(tmp_path, code):
-    """In many files nothing changes, and both parts of a tensor lie in one."""
+    """Shards give the same tensors, and both parts of a tensor are in one file."""
     one = _written(tmp_path / "one", code)
     many = _written(tmp_path / "many", code, shard_bytes=300)
     assert all(torch.equal(one[name], many[name]) for name in SHAPES)
@@ -186,8 +186,8 @@ def test_shards_keep_the_parts_of_a_tensor_together(tmp_path, code):
 
 
 @pytest.mark.parametrize("code", compact.NAMES)
-def test_adagrads_start_is_taken_off_before_rounding(tmp_path, code):
-    """Sums that barely left their start keep their error bound, and no entry falls below 0."""
+def test_adagrads_start_is_subtracted_before_rounding(tmp_path, code):
+    """Sums close to their start keep the error bound, and no entry falls below 0."""
     start = torch.tensor(0.1).item()
     grown = _drawn((31, 29)) * 1e3
     optimizer = {"class": "torch.optim.Adagrad", "initial_accumulator_value": 0.1}
@@ -206,7 +206,7 @@ def test_adagrads_start_is_taken_off_before_rounding(tmp_path, code):
 @pytest.mark.parametrize("code", compact.NAMES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
 def test_bad_entries_leave_nothing_behind(tmp_path, code, bad):
-    """NaN, infinite and negative entries are refused as in a plain file, and nothing stays."""
+    """NaN, infinite and negative entries are refused as in a plain file, without leftovers."""
     tensors = _tensors()
     tensors["c.weight"][1, 2, 3] = bad
     with pytest.raises(ValuesError, match=r"c\.weight"):
@@ -215,7 +215,7 @@ def test_bad_entries_leave_nothing_behind(tmp_path, code, bad):
 
 
 def test_an_unknown_form_is_refused(tmp_path):
-    """A form that is none is named with those that are."""
+    """An unknown form is refused with the list of known forms."""
     with pytest.raises(ConfigError, match="log8, log4, rank1, found 'log2'"):
         write_fisher(_fisher(), tmp_path / "out", compress="log2")
     assert list(tmp_path.iterdir()) == []
@@ -251,7 +251,7 @@ def _put(name, change):
     ],
 )
 def test_damaged_parts_name_their_tensor(tmp_path, code, change):
-    """A part that is missing, cut, or of another dtype or shape is refused with the tensor's name."""
+    """A part that is missing, truncated, or of another dtype or shape is refused with the name of the tensor."""
     _written(tmp_path / "out", code)
     _change(tmp_path / "out", change)
     with pytest.raises(CorruptFileError, match=r"a\.weight must be kept as"):
@@ -262,7 +262,7 @@ def test_damaged_parts_name_their_tensor(tmp_path, code, change):
     "noted", [None, "", "37", "[37, 31]", "[37, 290]", "[-37, -29]", '["37", 29]', "[true, 1073]", "[" * 9999]
 )
 def test_a_shape_that_does_not_fit_is_refused(tmp_path, noted):
-    """No shape, no list of sizes, or another number of entries than there are codes for is refused."""
+    """A missing shape, an invalid shape and a shape with another number of entries than codes are refused."""
     _written(tmp_path / "out", "log4")
     others = {} if noted is None else {"a.weight.shape": noted}
     without = "a.weight.shape"
@@ -277,7 +277,7 @@ def test_a_shape_that_does_not_fit_is_refused(tmp_path, noted):
 
 @pytest.mark.parametrize("code", compact.NAMES)
 def test_flipped_bytes_give_a_tensor_or_our_error(tmp_path, code):
-    """Whatever byte of parts or metadata is flipped, a tensor of the right shape comes out, or one line of ours."""
+    """A flipped byte of parts or metadata gives a tensor of the right shape or an error of one line."""
     _written(tmp_path / "out", code, {"a.weight": _drawn((37, 29))})
     file = tmp_path / "out" / "fisher.safetensors"
     whole = file.read_bytes()
@@ -295,7 +295,7 @@ def test_flipped_bytes_give_a_tensor_or_our_error(tmp_path, code):
 
 @pytest.mark.parametrize("code", compact.NAMES)
 def test_a_real_checkpoint_is_extracted_and_inspected(tmp_path, code):
-    """`squisher extract --compress` keeps the accumulators within the bound, and both commands say the encoding."""
+    """`squisher extract --compress` keeps the accumulators within the bound, and both commands print the encoding."""
     checkpoint = STATES / "trainer_llama_decay"
     arguments = ["extract", str(checkpoint), "-o", str(tmp_path / "out"), "--compress", code, "--quiet"]
     result = CliRunner().invoke(main, [*arguments, "--json", str(tmp_path / "report.json")])
@@ -319,7 +319,10 @@ def test_a_real_checkpoint_is_extracted_and_inspected(tmp_path, code):
 
 
 def test_python_extracts_compact_fishers_too(tmp_path):
-    """`extract(compress=...)` returns the Fisher as it can be read, and with a dtype it is that of what stays whole."""
+    """`extract(compress=...)` returns the decoded Fisher.
+
+    With a dtype, tensors that are not compact have that dtype.
+    """
     found = extract(STATES / "plain_adam", tmp_path / "out", dtype="bfloat16", compress="rank1")
     assert set(found.config.encoding.values()) == {"rank1", "bfloat16"}
     expected = load_file(STATES / "plain_adam" / "expected.safetensors")
@@ -329,7 +332,7 @@ def test_python_extracts_compact_fishers_too(tmp_path):
 
 @pytest.mark.parametrize("code", compact.NAMES)
 def test_a_stock_merge_takes_compact_fishers(tmp_path, code):
-    """`mergekit-yaml` on compact Fishers equals, bit for bit, the merge by what they decode to; the plan reads them."""
+    """`mergekit-yaml` on compact Fishers gives the merge of the decoded tensors, bit for bit. The plan reads them."""
     models = [llama(tmp_path / f"m{seed}", seed) for seed in range(2)]
     entries = {"compact": [], "decoded": []}
     for seed, weights in enumerate(models):

@@ -1,4 +1,4 @@
-"""The portable file: what is written is what is read, whole or not at all, in one file or in many."""
+"""Portable Fisher in one file or in shards, written completely or not at all."""
 
 import json
 
@@ -46,7 +46,7 @@ def _assert_same(found, tensors):
 
 
 def test_one_file_comes_back_bit_for_bit(tmp_path):
-    """Tensors, metadata and ties are those that were written; mean and norm are recorded."""
+    """Tensors, metadata and ties come back bit for bit, and mean and norm are recorded."""
     config = write_fisher(_fisher(), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fisher.safetensors", "fisher_config.json"]
     found = read_fisher(tmp_path / "out")
@@ -65,7 +65,7 @@ def test_one_file_comes_back_bit_for_bit(tmp_path):
 
 
 def test_safetensors_itself_reads_the_file(tmp_path):
-    """The file is a plain safetensors file with the metadata that Hugging Face's loaders ask for."""
+    """The file is a plain safetensors file with the metadata that Hugging Face's loaders require."""
     write_fisher(_fisher(), tmp_path / "out")
     file = tmp_path / "out" / "fisher.safetensors"
     _assert_same(load_file(file), _tensors())
@@ -74,7 +74,7 @@ def test_safetensors_itself_reads_the_file(tmp_path):
 
 
 def test_the_folder_the_file_and_the_index_all_open(tmp_path):
-    """A Fisher is opened by its folder or by any of its files that stands for all."""
+    """A Fisher opens by its folder, its file or its index."""
     write_fisher(_fisher(), tmp_path / "one")
     write_fisher(_fisher(), tmp_path / "many", shard_bytes=200)
     for source in ("one", "one/fisher.safetensors", "many", "many/fisher.safetensors.index.json"):
@@ -82,7 +82,7 @@ def test_the_folder_the_file_and_the_index_all_open(tmp_path):
 
 
 def test_shards_are_named_and_indexed_as_hugging_face_does(tmp_path):
-    """No shard is larger than asked for but one with a single tensor; the index maps every name and sums the bytes."""
+    """No shard exceeds the limit, except one with a single tensor. The index maps every name and sums the bytes."""
     tensors = {f"w{i}.weight": _random(i + 3, 11, seed=i) for i in range(9)} | {"wide.weight": _random(101, 3)}
     limit = 1000
     write_fisher(_fisher(tensors), tmp_path / "out", shard_bytes=limit)
@@ -102,7 +102,7 @@ def test_shards_are_named_and_indexed_as_hugging_face_does(tmp_path):
 
 
 def test_bfloat16_is_the_nearest_and_half_the_size(tmp_path):
-    """bfloat16 rounds to nearest even, as torch does, and says so."""
+    """bfloat16 rounds to the nearest even number like torch, and the metadata say so."""
     config = write_fisher(_fisher(), tmp_path / "out", torch.bfloat16)
     assert config.encoding == {"default": "bfloat16"}
     _assert_same(read_fisher(tmp_path / "out"), {name: tensor.bfloat16() for name, tensor in _tensors().items()})
@@ -110,7 +110,7 @@ def test_bfloat16_is_the_nearest_and_half_the_size(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
 def test_float16_is_never_written(tmp_path, dtype):
-    """float16 loses small entries, others have no use: refused, and nothing is made."""
+    """float16, which loses small entries, and other dtypes are refused without output."""
     with pytest.raises(ConfigError, match="float32 or bfloat16"):
         write_fisher(_fisher(), tmp_path / "out", dtype)
     assert list(tmp_path.iterdir()) == []
@@ -118,7 +118,7 @@ def test_float16_is_never_written(tmp_path, dtype):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
 def test_bad_entries_leave_nothing_behind(tmp_path, bad):
-    """A bad entry in the last tensor is refused after shards were written, and they vanish."""
+    """A bad entry in the last tensor is refused, and the shards already written are removed."""
     tensors = _tensors() | {"z.weight": torch.tensor([1.0, bad])}
     with pytest.raises(ValuesError, match=r"z\.weight"):
         write_fisher(_fisher(tensors), tmp_path / "out", shard_bytes=50)
@@ -126,7 +126,7 @@ def test_bad_entries_leave_nothing_behind(tmp_path, bad):
 
 
 def test_an_interruption_leaves_nothing_behind(tmp_path):
-    """Ctrl-C in the middle leaves neither the folder nor anything beside it."""
+    """Ctrl-C during the write leaves no folder and no temporary file."""
 
     def names():
         yield "a.weight"
@@ -138,7 +138,7 @@ def test_an_interruption_leaves_nothing_behind(tmp_path):
 
 
 def test_an_existing_fisher_is_not_overwritten(tmp_path):
-    """A folder that holds a Fisher, or a file in the folder's place, is left as it is."""
+    """A folder with a Fisher, or a file at the path of the folder, is not overwritten."""
     write_fisher(_fisher(), tmp_path / "out")
     (tmp_path / "file").write_text("mine")
     before = (tmp_path / "out" / "fisher.safetensors").read_bytes()
@@ -150,7 +150,7 @@ def test_an_existing_fisher_is_not_overwritten(tmp_path):
 
 
 def test_a_fisher_may_go_beside_the_weights(tmp_path):
-    """A model's folder takes the Fisher in, and keeps its own files."""
+    """A Fisher written into the folder of a model keeps the files of the model."""
     save_file(_tensors(), tmp_path / "model.safetensors")
     write_fisher(_fisher(), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -161,8 +161,8 @@ def test_a_fisher_may_go_beside_the_weights(tmp_path):
     _assert_same(read_fisher(tmp_path), _tensors())
 
 
-def test_no_fisher_and_no_metadata_are_told_apart(tmp_path):
-    """An empty folder has no Fisher; tensors without fisher_config.json are incomplete."""
+def test_no_fisher_and_no_metadata_are_different_errors(tmp_path):
+    """An empty folder has no Fisher. Tensors without fisher_config.json are incomplete."""
     with pytest.raises(NotFoundError, match="squisher extract"):
         read_fisher(tmp_path)
     write_fisher(_fisher(), tmp_path / "out")
@@ -172,7 +172,7 @@ def test_no_fisher_and_no_metadata_are_told_apart(tmp_path):
 
 
 def test_an_encoding_of_a_later_version_is_refused(tmp_path):
-    """Codes that this version cannot decode are named, not read as numbers."""
+    """Codes of an unknown encoding are refused by name and not read as numbers."""
     write_fisher(_fisher(), tmp_path / "out")
     file = tmp_path / "out" / "fisher_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"encoding": {"default": "float32", "b": "log2"}}))
@@ -181,7 +181,7 @@ def test_an_encoding_of_a_later_version_is_refused(tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    """An index that names a file which is not there is refused with both names."""
+    """A missing shard is refused with the names of shard and index."""
     write_fisher(_fisher(), tmp_path / "out", shard_bytes=200)
     gone = sorted((tmp_path / "out").glob("*.safetensors"))[0]
     gone.unlink()
@@ -190,7 +190,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_save_and_load_fisher_are_inverse(tmp_path):
-    """A Fisher computed in Python, with its fingerprint, comes back from ``save`` through ``load_fisher``."""
+    """A computed Fisher with its fingerprint comes back from ``save`` through ``load_fisher``."""
     fisher = Fisher(_tensors(), FisherConfig.model_validate(CONFIG | {"weights_fingerprint": "fp1:0123456789abcdef"}))
     config = fisher.save(tmp_path / "new" / "out")
     found = load_fisher(tmp_path / "new" / "out")
@@ -203,14 +203,14 @@ def test_save_and_load_fisher_are_inverse(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
 def test_save_takes_a_dtype_by_name_or_object(tmp_path, dtype):
-    """bfloat16 rounds to nearest; the metadata record it."""
+    """``save`` rounds to the nearest bfloat16, and the metadata record the dtype."""
     assert _fisher().save(str(tmp_path / "out"), dtype=dtype).encoding == {"default": "bfloat16"}
     _assert_same(read_fisher(tmp_path / "out"), {name: tensor.bfloat16() for name, tensor in _tensors().items()})
 
 
 @pytest.mark.parametrize(("code", "error"), [("log8", 0.04), ("log4", 0.4)])
 def test_save_compresses(tmp_path, code, error):
-    """A logarithmic code keeps each entry to its relative error, and the file is smaller."""
+    """A logarithmic code keeps the relative error of each entry within its bound, and the file is smaller."""
     tensors = {"w": _random(67, 41)}
     fisher = Fisher(tensors, FisherConfig(estimator="empirical", statistic="mean"))
     assert fisher.save(tmp_path / "out", compress=code).encoding == {"default": code}
@@ -220,7 +220,7 @@ def test_save_compresses(tmp_path, code, error):
 
 
 def test_save_refuses_a_folder_with_a_fisher(tmp_path):
-    """An existing Fisher is never overwritten; an empty folder is used."""
+    """An existing Fisher is not overwritten, and an empty folder is used."""
     (tmp_path / "out").mkdir()
     _fisher().save(tmp_path / "out")
     before = (tmp_path / "out" / "fisher.safetensors").read_bytes()
@@ -233,7 +233,7 @@ def test_save_refuses_a_folder_with_a_fisher(tmp_path):
     ("options", "words"), [({"dtype": "float16"}, "float32 or bfloat16"), ({"compress": "zip"}, "compress must be")]
 )
 def test_save_refuses_unknown_options(tmp_path, options, words):
-    """A dtype or compact form that does not exist is refused, and nothing is made."""
+    """An unknown dtype or compact form is refused, and no file is made."""
     with pytest.raises(ConfigError, match=words):
         _fisher().save(tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []

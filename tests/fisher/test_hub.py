@@ -1,4 +1,4 @@
-"""Fishers on the Hub: from a cache made here, and from a stand-in for the Hub on loopback."""
+"""Fishers on the Hub: from a local cache, and from a stand-in for the Hub on loopback."""
 
 import os
 import subprocess
@@ -29,14 +29,14 @@ STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache, and no way to the Hub."""
+    """Return an empty cache without access to the Hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     return tmp_path
 
 
 def _snapshot(cache, repo, revision):
-    """Return the folder of one revision in the cache, as huggingface_hub lays it out."""
+    """Return the folder of one revision in the cache, in the layout of huggingface_hub."""
     root = cache / f"models--{repo.replace('/', '--')}"
     commit = f"{len(list(root.glob('snapshots/*'))):040x}"
     (root / "refs").mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def _value(folder):
 
 
 def test_a_fisher_is_found_by_its_id_and_revision(cache):
-    """Without a revision main is taken, with one that one."""
+    """The revision main is the default, and a given revision is used."""
     _write(_snapshot(cache, "org/name", "main"), 1)
     _write(_snapshot(cache, "org/name", "v2"), 2)
     assert _value(hub.download_fisher("org/name")) == 1
@@ -64,8 +64,8 @@ def test_a_fisher_is_found_by_its_id_and_revision(cache):
     assert load_fisher("org/name@v2")["w"].tolist() == [2.0] * 3
 
 
-def test_a_cache_of_ones_own_is_used(tmp_path_factory):
-    """cache_dir says where to look."""
+def test_a_given_cache_folder_is_used(tmp_path_factory):
+    """The Fisher comes from the cache folder cache_dir."""
     other = tmp_path_factory.mktemp("other")
     _write(_snapshot(other, "org/name", "main"), 3)
     assert _value(hub.download_fisher("org/name", str(other))) == 3
@@ -74,7 +74,7 @@ def test_a_cache_of_ones_own_is_used(tmp_path_factory):
 
 
 def test_optimizer_state_is_found_where_it_is_asked_for_by_name(cache):
-    """A repository with optimizer state alone opens as a checkpoint does."""
+    """A repository with optimizer state alone opens like a checkpoint."""
     folder = _snapshot(cache, "org/run", "main")
     for name in ("optimizer.pt", "config.json"):
         (folder / name).write_bytes((STATES / "plain_adam" / name).read_bytes())
@@ -83,8 +83,8 @@ def test_optimizer_state_is_found_where_it_is_asked_for_by_name(cache):
     assert fisher.config.source.layout == "torch"
 
 
-def test_what_is_in_no_cache_and_out_of_reach_is_refused(cache):
-    """Nothing there is one line that names the id."""
+def test_an_uncached_repository_is_refused_offline(cache):
+    """A repository outside of the cache is refused offline in one line with its id."""
     with pytest.raises(NotFoundError, match="org/nothing") as caught:
         hub.download_fisher("org/nothing")
     assert "\n" not in str(caught.value)
@@ -95,14 +95,14 @@ def test_what_is_in_no_cache_and_out_of_reach_is_refused(cache):
 
 
 @pytest.mark.parametrize("source", ["name", "a/b/c", "/abs/path", "./here/there", "../up", "~/home", "", "@rev"])
-def test_what_is_no_id_is_taken_for_a_missing_path(source):
-    """Only org/name[@revision] goes to the Hub; all else is a path that is not there."""
+def test_an_invalid_id_is_a_missing_path(source):
+    """Only org/name[@revision] is looked up on the Hub. Any other text is a missing path."""
     with pytest.raises(NotFoundError, match="there is no"):
         hub.download_fisher(source)
 
 
 def test_beside_a_model_its_own_revision_comes_before_the_branch_fisher(cache):
-    """Our files at the model's revision, then at revision fisher, else None."""
+    """A Fisher at the revision of the model comes first, then one at revision fisher, else None."""
     assert "not in the cache, and HF_HUB_OFFLINE is set" in hub.find_fisher("org/model", None)
     (_snapshot(cache, "org/model", "main") / "config.json").write_text("{}")
     assert "at revision main, no fisher.safetensors there" in hub.find_fisher("org/model", None)
@@ -114,7 +114,7 @@ def test_beside_a_model_its_own_revision_comes_before_the_branch_fisher(cache):
 
 
 def test_without_a_revision_the_branch_fisher_comes_next(cache):
-    """org/name is looked for at main, then at fisher; a given revision is the only one."""
+    """The id org/name is looked up at main, then at fisher. A given revision is the only one."""
     (_snapshot(cache, "org/model", "main") / "config.json").write_text("{}")
     _write(_snapshot(cache, "org/model", "fisher"), 5)
     assert _value(hub.download_fisher("org/model")) == 5
@@ -122,8 +122,8 @@ def test_without_a_revision_the_branch_fisher_comes_next(cache):
         hub.download_fisher("org/model@main")
 
 
-def test_the_helper_makes_what_the_library_reads(cache):
-    """The cache made here is one that huggingface_hub reads: a check of this file's own ground."""
+def test_huggingface_hub_reads_the_cache_of_the_tests(cache):
+    """huggingface_hub reads the cache that this file makes."""
     from huggingface_hub import snapshot_download
 
     folder = _snapshot(cache, "org/name", "main")
@@ -134,14 +134,14 @@ def test_the_helper_makes_what_the_library_reads(cache):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A stand-in for the Hub, empty, which this process takes for the Hub."""
+    """Return an empty stand-in for the Hub that this process uses."""
     with hub_server.serve() as served:
         hub_server.point_at(served, tmp_path / "home", monkeypatch, token=None)
         yield served
 
 
 def _models(root, served):
-    """Write two models here, put their Fishers on the server beside what must not be fetched; return all tensors."""
+    """Write two models, put their Fishers on the server next to other files, and return all tensors."""
     weights, fishers = [], []
     for i in range(2):
         weights.append(llama(root / f"m{i}", i))
@@ -172,7 +172,7 @@ OURS = ["fisher.safetensors", "fisher_config.json"]
 
 
 def test_a_merge_fetches_our_files_alone_and_once(server, tmp_path):
-    """Stock mergekit takes fisher: org/name@fisher: only our files come, and a second merge fetches none."""
+    """Stock mergekit accepts fisher: org/name@fisher. A merge fetches the Fisher's files once and no other files."""
     weights, fishers = _models(tmp_path, server)
     _assert_squisher(merged(_config(tmp_path), tmp_path / "out"), weights, fishers)
     assert server.fetched() == OURS
@@ -184,7 +184,7 @@ def test_a_merge_fetches_our_files_alone_and_once(server, tmp_path):
 
 
 def test_a_merge_keeps_fishers_where_mergekit_keeps_models(server, tmp_path, monkeypatch):
-    """--transformers-cache DIR holds the Fishers; offline they are taken from there, and nothing is asked."""
+    """The Fishers are in the folder of --transformers-cache. An offline merge reads them there and sends no request."""
     weights, fishers = _models(tmp_path, server)
     flags = ("--transformers-cache", str(tmp_path / "cache"))
     _assert_squisher(merged(_config(tmp_path), tmp_path / "out", *flags), weights, fishers)
@@ -201,7 +201,7 @@ def test_a_merge_keeps_fishers_where_mergekit_keeps_models(server, tmp_path, mon
 
 
 def _program(root, served, config, out, **variables):
-    """Run the command mergekit-yaml in a process of its own, which takes the server for the Hub."""
+    """Run the command mergekit-yaml in its own process, with the server as the Hub."""
     (root / "merge.yml").write_text(yaml.safe_dump(config))
     environment = os.environ | hub_server.variables(served, root / "home", token=None) | variables
     program = Path(sysconfig.get_path("scripts")) / "mergekit-yaml"
@@ -211,7 +211,7 @@ def _program(root, served, config, out, **variables):
 
 @pytest.mark.slow
 def test_stock_mergekit_as_a_program_of_its_own(server, tmp_path):
-    """mergekit-yaml takes fisher: org/name, whose Fisher is at revision fisher; then the same offline, unasked."""
+    """mergekit-yaml accepts fisher: org/name with a Fisher at revision fisher, also offline without requests."""
     weights, fishers = _models(tmp_path, server)
     for out, offline in (("out", "0"), ("offline", "1")):
         server.requests.clear()
@@ -224,7 +224,10 @@ def test_stock_mergekit_as_a_program_of_its_own(server, tmp_path):
 
 @pytest.mark.slow
 def test_a_model_on_the_hub_has_its_fisher_beside_it(server, tmp_path):
-    """fisher: auto of a Hub model is our files at its revision, else at fisher; its optimizer.pt is never fetched."""
+    """A Hub model with fisher: auto gets the Fisher at its revision, else at fisher.
+
+    Its optimizer.pt is never fetched.
+    """
     weights, fishers = _models(tmp_path, server)
     for i in range(2):
         files = hub_server.read(tmp_path / f"m{i}") | {"optimizer.pt": b"not ours", "training_args.bin": b"not ours"}
@@ -243,7 +246,7 @@ def test_a_model_on_the_hub_has_its_fisher_beside_it(server, tmp_path):
 
 
 def test_a_merge_names_the_repository_and_its_commit(server, tmp_path):
-    """Plan and model card say org/name@commit of a Fisher from the Hub, not a folder of the cache."""
+    """Plan and model card name org/name@commit for a Fisher from the Hub, not a cache folder."""
     _models(tmp_path, server)
     (tmp_path / "merge.yml").write_text(yaml.safe_dump(_config(tmp_path)))
     commit = server.repositories["org/m0"].branches["fisher"]
@@ -259,7 +262,10 @@ def test_a_merge_names_the_repository_and_its_commit(server, tmp_path):
 
 
 def test_a_merge_never_fetches_optimizer_state(server, tmp_path):
-    """A repository with optimizer state alone is refused in a merge, which says how to ask; what extract does, asks."""
+    """A merge refuses a repository with optimizer state alone and names the command to run.
+
+    Extract fetches the state.
+    """
     files = {name: (STATES / "plain_adam" / name).read_bytes() for name in ("optimizer.pt", "config.json")}
     server.add("org/m0", files | {"training_args.bin": b"code"})
     llama(tmp_path / "m0", 0)
@@ -274,8 +280,8 @@ def test_a_merge_never_fetches_optimizer_state(server, tmp_path):
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_what_the_hub_does_not_have_is_one_line(server, tmp_path, private):
-    """A repository that is missing or private to others, and a missing revision, are said so."""
+def test_a_missing_repository_is_one_line(server, tmp_path, private):
+    """A missing or private repository and a missing revision are refused in one line."""
     server.add("org/other", {}).private = private
     with pytest.raises(NotFoundError, match="no such repository" if private else "no such revision"):
         hub.download_fisher("org/other@v9")
@@ -296,8 +302,8 @@ def test_pull_makes_a_plain_folder_of_our_files(server, tmp_path):
     assert server.fetched() == OURS
 
 
-def test_pull_leaves_what_is_there(server, tmp_path):
-    """A folder with a Fisher, or a file, is refused before anything is asked; other files in a folder stay."""
+def test_pull_keeps_existing_files(server, tmp_path):
+    """A folder with a Fisher, or a file, is refused before any request. Other files in a folder stay."""
     _models(tmp_path, server)
     (tmp_path / "file").write_text("mine")
     for taken in ("f0", "file"):
@@ -322,7 +328,7 @@ def test_pull_of_half_a_fisher_leaves_nothing(server, tmp_path):
 
 
 def test_shards_are_fetched_whole(server, tmp_path):
-    """A Fisher in several files comes with its index and all of them."""
+    """A sharded Fisher is fetched with its index and all shards."""
     store = MemoryStore({f"w{i}": torch.full((13,), float(i)) for i in range(3)})
     write_fisher(Fisher(store, FisherConfig(statistic="mean")), tmp_path / "f", shard_bytes=52)
     server.add("org/shards", hub_server.read(tmp_path / "f"))

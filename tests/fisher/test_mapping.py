@@ -1,4 +1,4 @@
-"""A Fisher as a mapping: lazy, with ties, scaled against float64, and its mean, norm and checks."""
+"""Fisher as a mapping: lazy reads, ties, scaling against float64, mean, norm and checks."""
 
 import math
 
@@ -24,7 +24,7 @@ def _config(**changes):
 
 
 class _Counting(MemoryStore):
-    """Counts what is read."""
+    """Store that counts its reads."""
 
     def __init__(self, tensors):
         super().__init__(tensors)
@@ -36,7 +36,7 @@ class _Counting(MemoryStore):
 
 
 def test_tensors_are_read_when_asked_for():
-    """Opening, iterating, counting and asking for shapes read nothing; one look-up reads one tensor."""
+    """Opening, iterating, counting and asking for shapes read nothing. A look-up reads one tensor."""
     store = _Counting({"a": _random(3, 5), "b": _random(7, seed=1)})
     fisher = Fisher(store, _config(), {"c": "a"})
     assert (list(fisher), len(fisher), "b" in fisher, "x" in fisher, 3 in fisher) == (["a", "b"], 2, True, False, False)
@@ -47,7 +47,7 @@ def test_tensors_are_read_when_asked_for():
 
 
 def test_other_names_of_a_tensor_are_found_but_not_counted():
-    """An alias finds the tensor, its shape and its scale, and is no entry of its own."""
+    """An alias finds the tensor, its shape and its scale, but is no separate entry."""
     config = _config(steps={"default": 3, "a": 1}, optimizer={"beta2": 0.75})
     fisher = Fisher(MemoryStore({"a": _random(5)}), config, {"tied": "a", "dangling": "nothing"})
     assert torch.equal(fisher["tied"], fisher["a"])
@@ -74,8 +74,8 @@ def test_scaled_is_float64_rounded_once(dtype, scaling):
     assert torch.equal(fisher["w"], before)
 
 
-def test_adagrads_start_is_taken_off_before_the_mean():
-    """A sum that began at 0.5: (sum - 0.5) / steps, by hand."""
+def test_adagrads_start_is_subtracted_before_the_mean():
+    """A sum that began at 0.5 becomes (sum - 0.5) / steps."""
     config = _config(statistic="sum", steps=4, optimizer={"initial_accumulator_value": 0.5})
     fisher = Fisher(MemoryStore({"w": torch.tensor([0.5, 1.5, 4.5])}), config)
     assert fisher.scaled("w").tolist() == [0.0, 0.25, 1.0]
@@ -86,8 +86,8 @@ def test_adagrads_start_is_taken_off_before_the_mean():
 
 @pytest.mark.parametrize("start", [0.1, 0.3, 0.7, 1e-3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adagrads_start_is_taken_off_as_it_was_stored(start, dtype):
-    """An entry without any gradient is exactly 0, and none is negative, though 0.7 is no number of float32."""
+def test_adagrads_start_is_subtracted_as_stored(start, dtype):
+    """An entry without any gradient is exactly 0, and none is negative, although float32 rounds 0.7."""
     config = _config(statistic="sum", steps=4, optimizer={"initial_accumulator_value": start})
     parameter = torch.nn.Parameter(torch.ones(17))
     optimizer = torch.optim.Adagrad([parameter], initial_accumulator_value=start)
@@ -103,7 +103,7 @@ def test_adagrads_start_is_taken_off_as_it_was_stored(start, dtype):
 
 
 def test_mean_and_norm_are_those_of_all_entries_in_float64(monkeypatch):
-    """Over tensors of several shapes and scales, also where a tensor takes several blocks."""
+    """Mean and norm are over tensors of several shapes, scales and blocks."""
     tensors = {f"w{i}": _random(23, i + 2, seed=i) for i in range(5)} | {"wide": torch.full((11,), 1e30)}
     config = _config(steps={"default": 3, "w1": 2})
     everything = torch.cat([
@@ -126,13 +126,13 @@ def test_recorded_mean_and_norm_spare_the_reading():
 
 
 def test_an_empty_fisher_has_mean_and_norm_zero():
-    """No entries, or none in a tensor, are no division by zero."""
+    """Mean and norm of an empty Fisher or tensor are 0."""
     assert Fisher(MemoryStore({}), _config()).moments() == (0.0, 0.0)
     assert Fisher(MemoryStore({"w": torch.zeros(0, 3)}), _config()).moments() == (0.0, 0.0)
 
 
 def test_a_scale_that_is_not_recorded_is_refused():
-    """Without steps only raw can be had."""
+    """Without steps, only the raw scale is available."""
     fisher = Fisher(MemoryStore({"w": torch.ones(3)}), _config(steps=None))
     with pytest.raises(ConfigError, match="steps"):
         fisher.scaled("w")
@@ -151,7 +151,7 @@ def test_a_scale_that_is_not_recorded_is_refused():
     ],
 )
 def test_bad_entries_are_counted_by_kind(dtype, bad, words):
-    """NaN, infinite and negative entries, one among many, are refused with tensor, place and numbers."""
+    """NaN, infinite and negative entries, even one among many, are refused with tensor, position and counts."""
     tensor = torch.cat([_random(29, dtype=dtype), torch.tensor(bad, dtype=dtype)])
     with pytest.raises(ValuesError, match=f"layer.w in here has {words} {29 + len(bad)} entries"):
         check_values(tensor, "layer.w", "here")
@@ -160,19 +160,19 @@ def test_bad_entries_are_counted_by_kind(dtype, bad, words):
 
 
 def test_good_entries_pass():
-    """Zeros, negative zero, the smallest and the largest number, and no entries at all."""
+    """Zeros, negative zero, the smallest and largest number, and an empty tensor are valid."""
     check_values(torch.tensor([0.0, -0.0, 1e-45, torch.finfo(torch.float32).max]), "w", "here")
     check_values(torch.zeros(0), "w", "here")
 
 
 def test_a_tiny_negative_of_float64_is_seen():
-    """An entry that float32 would flush to zero is negative all the same."""
+    """A negative entry that float32 would round to zero is refused."""
     with pytest.raises(ValuesError, match="1 negative of 2"):
         check_values(torch.tensor([1.0, -1e-60], dtype=torch.float64), "w", "here")
 
 
 def test_shapes_must_be_equal():
-    """Transposed or flattened is refused, with both shapes; equal passes whatever the sequence type."""
+    """A transposed or flattened shape is refused with both shapes. An equal shape passes as any sequence type."""
     check_shape("w", (3, 5), torch.Size([3, 5]), "here")
     for found in ((5, 3), (15,), ()):
         with pytest.raises(MismatchError, match=r"Fisher of w .*\[3, 5\], but here has"):

@@ -1,4 +1,4 @@
-"""The section of a model card, and where it goes in a README."""
+"""Section of a model card about a Fisher, and its place in a README."""
 
 import pytest
 import yaml
@@ -26,8 +26,8 @@ def _table(text):
     return dict(row for row in cells if len(row) == 2)
 
 
-def test_what_is_known_stands_in_the_table():
-    """Estimator, optimizer, decay, steps, coverage, layout, encoding, size and fingerprint, each in its row."""
+def test_known_values_are_in_the_table():
+    """The table has estimator, optimizer, decay, steps, coverage, layout, encoding, size and fingerprint."""
     table = _table(section(FisherConfig.model_validate(KNOWN), "org/name@fisher", "org/name", "3 kB"))
     assert table == {
         "estimator": "squisher ema",
@@ -43,8 +43,8 @@ def test_what_is_known_stands_in_the_table():
     }
 
 
-def test_what_is_unknown_is_shown_as_unknown():
-    """Nothing is guessed: a Fisher of which nothing is recorded says so in every row."""
+def test_unknown_values_are_shown_as_unknown():
+    """A Fisher without metadata has unknown in every row."""
     table = _table(section(FisherConfig(), "org/name@fisher", "org/name", "3 kB"))
     unknown = {key for key, value in table.items() if value == "unknown"}
     assert unknown == set(table) - {"encoding", "size"}
@@ -59,7 +59,7 @@ def test_a_computed_fisher_has_its_examples_and_no_optimizer():
 
 
 def test_the_example_is_a_configuration_with_this_fisher():
-    """The YAML block parses, and gives the model this Fisher."""
+    """The YAML block parses and gives the model this Fisher."""
     text = section(FisherConfig(), "org/name@fisher", "org/model", "3 kB")
     config = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
     assert config["merge_method"] == "squisher"
@@ -81,7 +81,7 @@ def test_no_cell_breaks_the_table():
 
 
 def test_a_new_readme_has_a_header_of_its_own():
-    """Without a README one is made, whose YAML names the library and three tags."""
+    """A new README has a YAML header with the library and three tags."""
     readme = insert(None, f"{BEGIN}\n{END}")
     _, header, body = readme.split("---\n", 2)
     assert yaml.safe_load(header) == {
@@ -95,7 +95,7 @@ def test_a_new_readme_has_a_header_of_its_own():
     "old", [f"{HEADER}# Mine\n\ntext\n", f"{HEADER}# Mine\n\nno line end", "", "# Mine\r\n\r\nwindows\r\n"]
 )
 def test_a_readme_of_somebody_else_keeps_every_byte(old):
-    """The section goes to the end; header and text stay; a second push replaces the section and adds none."""
+    """The section goes to the end, and header and text stay. A second push replaces the section."""
     first = insert(old, f"{BEGIN}\nfirst\n{END}")
     assert first.startswith(old)
     assert first.rstrip().endswith(END)
@@ -104,13 +104,13 @@ def test_a_readme_of_somebody_else_keeps_every_byte(old):
 
 
 def test_text_around_the_section_stays():
-    """Text after the section stays after it."""
+    """Text after the section stays there."""
     old = f"{HEADER}before\n{BEGIN}\nold\n{END}\nafter\n"
     assert insert(old, f"{BEGIN}\nnew\n{END}") == old.replace("old", "new")
 
 
 @pytest.mark.parametrize("broken", [BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}\n{END}\n{BEGIN}\n{END}"])
 def test_half_a_section_is_refused(broken):
-    """One marker without the other, two sections, or the wrong order: nobody knows what may be replaced."""
+    """One marker without the other, two sections, and markers in the wrong order are refused."""
     with pytest.raises(ConfigError, match="two marker lines"):
         insert(f"text\n{broken}\n", f"{BEGIN}\nnew\n{END}")

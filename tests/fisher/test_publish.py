@@ -1,4 +1,4 @@
-"""Publishing on a stand-in for the Hub: what goes up, what stays, and what it costs."""
+"""Publishing to a stand-in for the Hub: uploaded files, kept files, and measured cost."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from squisher_mergekit.fisher.write import write_fisher
 from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests import hub_server
 
-# huggingface_hub's own upload over LFS.
+# huggingface_hub's own LFS upload warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
 REPO = "org/name"
@@ -22,7 +22,7 @@ README = b"---\nlicense: mit\n---\n# Mine\n\ntext \xe2\x80\x94 more\r\n"
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A stand-in for the Hub, empty, which this process takes for the Hub, with a token that may write."""
+    """Return an empty stand-in for the Hub that this process uses, with a token that may write."""
     with hub_server.serve() as served:
         hub_server.point_at(served, tmp_path / "home", monkeypatch)
         yield served
@@ -41,8 +41,8 @@ def _prepared(tmp_path, seed=0, **arguments):
     return publish.prepare(read_fisher(tmp_path / f"f{seed}"), tmp_path / "unused", "none")
 
 
-def test_what_is_pushed_is_what_is_pulled(server, tmp_path):
-    """A new repository gets a branch with our files and a card; what comes back has the same bits."""
+def test_a_push_comes_back_by_pull(server, tmp_path):
+    """A new repository gets a branch with the Fisher's files and a card. A pull returns the same bits."""
     done = publish.publish(_prepared(tmp_path), REPO, "fisher")
     there = server.files(REPO, "fisher")
     assert done.files == (*OURS, "README.md")
@@ -58,14 +58,14 @@ def test_what_is_pushed_is_what_is_pulled(server, tmp_path):
 
 
 def test_a_push_is_one_commit(server, tmp_path):
-    """Files, card and removals are one commit, with the message given."""
+    """Files, card and removals are one commit with the given message."""
     publish.publish(_prepared(tmp_path), REPO, "fisher", "mine")
     assert server.repositories[REPO].messages == ["", "mine"]
     assert [path for _, path in server.requests if "/commit/" in path] == [f"/api/models/{REPO}/commit/fisher"]
 
 
 def test_a_readme_of_somebody_else_keeps_its_text(server, tmp_path):
-    """The model's own card stays to the byte, header included; a second push replaces our section alone."""
+    """The card of the model keeps every byte, header included. A second push replaces only our section."""
     server.add(REPO, {"README.md": README, "model.safetensors": b"weights"})
     for seed in range(2):
         publish.publish(_prepared(tmp_path, seed), REPO, "fisher")
@@ -81,14 +81,14 @@ def test_a_readme_of_somebody_else_keeps_its_text(server, tmp_path):
 
 
 def test_main_and_its_source(server, tmp_path):
-    """At revision main no branch is made, and the example names the repository alone."""
+    """A push to main makes no branch, and the example names the repository alone."""
     publish.publish(_prepared(tmp_path), REPO, "main")
     assert set(server.repositories[REPO].branches) == {"main"}
     assert f"fisher: {REPO}\n" in server.files(REPO, "main")["README.md"].decode()
 
 
 def test_files_of_an_earlier_fisher_go(server, tmp_path):
-    """A smaller Fisher leaves no shard or index of a larger one behind, which would be read in its place."""
+    """A smaller Fisher removes shards and index of a larger one, which would be read otherwise."""
     publish.publish(_prepared(tmp_path, shard_bytes=10_000), REPO, "fisher")
     assert "fisher.safetensors.index.json" in server.files(REPO, "fisher")
     assert len(server.files(REPO, "fisher")) == 7
@@ -99,7 +99,7 @@ def test_files_of_an_earlier_fisher_go(server, tmp_path):
 
 
 def test_private_is_private(server, tmp_path):
-    """A new repository is made private; one that is public already is refused, and nothing goes up."""
+    """A new repository is private. A public one is refused, and nothing is uploaded."""
     publish.publish(_prepared(tmp_path), REPO, "fisher", private=True)
     assert server.repositories[REPO].private
     publish.publish(_prepared(tmp_path, 1), REPO, "fisher", private=True)
@@ -110,7 +110,7 @@ def test_private_is_private(server, tmp_path):
 
 
 def test_a_change_in_between_is_refused(server, tmp_path, monkeypatch):
-    """A commit by somebody else during the upload is not overwritten."""
+    """A commit by another user during the upload is not overwritten."""
     server.add(REPO, {"README.md": README}, "fisher")
     real = publish._text
     later = {"README.md": b"changed"}
@@ -121,7 +121,7 @@ def test_a_change_in_between_is_refused(server, tmp_path, monkeypatch):
 
 
 def test_an_upload_that_breaks_off_names_its_cause(server, tmp_path, monkeypatch):
-    """A refusal by the storage behind the Hub is reported with its status, and the branch stays unchanged."""
+    """A refusal by the storage of the Hub is reported with its status, and the branch stays unchanged."""
     prepared = _prepared(tmp_path)
     monkeypatch.setattr(server, "storage_is_broken", True)
     with pytest.raises(ConfigError, match="answers 403"):
@@ -133,7 +133,7 @@ def test_an_upload_that_breaks_off_names_its_cause(server, tmp_path, monkeypatch
     ("token", "status"), [(hub_server.READER, "answers 403"), ("hf_unknown", "answers 401"), (None, "found none")]
 )
 def test_without_the_right_to_write_nothing_goes_up(server, tmp_path, monkeypatch, token, status):
-    """No token, one unknown to the Hub, and one without the right are one line each, which names the cure."""
+    """A missing token, an unknown one and one without write access are refused in one line with the cure."""
     server.add(REPO, {})
     hub_server.point_at(server, tmp_path / "home", monkeypatch, token)
     with pytest.raises(ConfigError, match=status) as caught:
@@ -152,14 +152,14 @@ def test_a_repository_that_cannot_be_made_is_one_line(server, tmp_path, monkeypa
 
 
 def test_a_revision_that_cannot_be_a_branch_is_not_found(server, tmp_path):
-    """A pull request that does not exist is a 404, in one line."""
+    """A pull request that does not exist is refused in one line with the status 404."""
     server.add(REPO, {})
     with pytest.raises(NotFoundError, match="answers 404: no such revision"):
         publish.publish(_prepared(tmp_path), REPO, "refs/pr/9")
 
 
 def test_a_broken_hub_and_none_at_all(server, tmp_path, monkeypatch):
-    """A 500 and a refused connection are one line each."""
+    """A status 500 and a refused connection give one line each."""
     prepared = _prepared(tmp_path)
     server.broken = 500
     with pytest.raises(ConfigError, match="answers 500") as caught:
@@ -172,7 +172,7 @@ def test_a_broken_hub_and_none_at_all(server, tmp_path, monkeypatch):
 
 
 def test_offline_and_bad_ids_are_refused_at_once(server, monkeypatch):
-    """HF_HUB_OFFLINE and what is no org/name ask nothing of the Hub."""
+    """HF_HUB_OFFLINE or an invalid id sends no request to the Hub."""
     for repo in ("name", "a/b/c", "org/name@fisher", "org/--", ""):
         with pytest.raises(ConfigError, match="Hub id org/name"):
             publish.check_repository(repo)
@@ -192,8 +192,8 @@ def test_no_path_of_this_machine_goes_up(server, tmp_path):
         assert b"127.0.0.1" not in there[name]
 
 
-def test_what_is_published_as_it_is_costs_nothing(tmp_path):
-    """With none, a portable Fisher is its own folder; what is not portable yet is written as float32."""
+def test_publishing_without_compression_costs_nothing(tmp_path):
+    """A portable Fisher with none is published from its folder. Other state is written as float32."""
     prepared = _prepared(tmp_path)
     assert prepared.folder == tmp_path / "f0"
     assert not (tmp_path / "unused").exists()
@@ -205,8 +205,8 @@ def test_what_is_published_as_it_is_costs_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("compress", [None, "rank1", "log8", "log4"])
-def test_what_compression_costs_is_measured(tmp_path, compress):
-    """Rank 1 is the default; the size falls, and the cost is that of what will be decoded, against float64."""
+def test_the_cost_of_compression_is_measured(tmp_path, compress):
+    """Rank 1 is the default. The size falls, and the cost is that of the decoded tensors, against float64."""
     fisher = _fisher()
     prepared = publish.prepare(fisher, tmp_path / "out", compress)
     assert publish.is_compressed(prepared.config)
@@ -222,7 +222,7 @@ def test_what_compression_costs_is_measured(tmp_path, compress):
 
 
 def test_the_cost_of_a_sum_is_without_its_start(tmp_path):
-    """Adagrad's start is no part of F: log8 of such a sum stays within its 4 % of F, and the cost says so."""
+    """Adagrad's start is no part of F. The log8 code of such a sum stays within its 4 % of F, and the cost agrees."""
     known = {"statistic": "sum", "steps": 3, "optimizer": {"initial_accumulator_value": 0.1}}
     tensors = {name: tensor + 0.1 for name, tensor in _fisher(statistic="mean").items()}
     fisher = Fisher(MemoryStore(tensors), FisherConfig.model_validate({"estimator": "squisher"} | known))
@@ -231,8 +231,8 @@ def test_the_cost_of_a_sum_is_without_its_start(tmp_path):
     assert prepared.agreement.ratio == pytest.approx(1, abs=0.04)
 
 
-def test_what_is_compact_already_stays_as_it_is(tmp_path):
-    """Without a wish a compact Fisher is not coded a second time; with one it is."""
+def test_a_compact_fisher_is_not_encoded_again(tmp_path):
+    """A compact Fisher is encoded again only on request."""
     write_fisher(_fisher(), tmp_path / "f", compress="log8")
     compact = read_fisher(tmp_path / "f")
     assert publish.prepare(compact, tmp_path / "unused").folder == tmp_path / "f"

@@ -1,4 +1,4 @@
-"""Statistics of a Fisher, against a slow computation of the same numbers."""
+"""Statistics of a Fisher, against slow references."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def _random(*shape, zeros=0.0, seed=0):
 
 
 def test_rows_are_the_extremes_median_and_zeros_of_each_tensor():
-    """A row holds minimum, lower median, maximum and the share of zeros, in the order of the Fisher."""
+    """A row has minimum, lower median, maximum and share of zeros, in the order of the Fisher."""
     tensors = {"b.weight": _random(7, 13, zeros=0.3), "a.bias": _random(11, seed=1).bfloat16()}
     summary = summarize(_fisher(**tensors))
     assert [row.name for row in summary.rows] == ["b.weight", "a.bias"]
@@ -35,7 +35,7 @@ def test_rows_are_the_extremes_median_and_zeros_of_each_tensor():
 
 @pytest.mark.parametrize("zeros", [0.0, 0.4, 0.9])
 def test_over_all_entries(zeros):
-    """Over all entries: exact count, extremes, mean and zeros, and the median within half a bin."""
+    """The total has exact count, extremes, mean and zeros, and the median within half a bin."""
     tensors = {f"model.layers.{i}.mlp.weight": _random(17, 29, zeros=zeros, seed=i) for i in range(3)}
     summary = summarize(_fisher(**tensors))
     everything = torch.cat([tensor.flatten().double() for tensor in tensors.values()])
@@ -47,7 +47,7 @@ def test_over_all_entries(zeros):
 
 
 def test_histograms_count_every_positive_entry_once_by_kind_of_layer():
-    """Layers of one kind share a histogram; it counts their positive entries, the smallest of float32 included."""
+    """Layers of one kind share a histogram, which counts all positive entries, including the smallest float32."""
     tensors = {
         "model.layers.0.mlp.weight": torch.tensor([1e-45, 3e38, 0.0]),
         "model.layers.1.mlp.weight": torch.tensor([1.0, 2.0]),
@@ -60,7 +60,7 @@ def test_histograms_count_every_positive_entry_once_by_kind_of_layer():
 
 @pytest.mark.parametrize("start", [None, 0.25])
 def test_a_scale_moves_every_number(start):
-    """At the debiased scale rows, mean, zeros and histograms are those of the scaled tensors."""
+    """Rows, mean, zeros and histograms at the debiased scale are those of the scaled tensors."""
     statistic = {"statistic": "ema"} if start is None else {"statistic": "sum"}
     config = FisherConfig.model_validate(
         {"estimator": "squisher", "steps": {"default": 3, "b.weight": 1}}
@@ -87,7 +87,7 @@ def test_a_scale_moves_every_number(start):
 
 
 def test_an_unknown_scale_is_raw():
-    """Metadata without steps or decay give the raw scale, and debiased is refused."""
+    """Without steps or decay in the metadata the scale is raw, and debiased is refused."""
     fisher = Fisher(MemoryStore({"w": torch.ones(3)}), FisherConfig(statistic="ema", steps=3))
     assert known_scaling(fisher) == "raw"
     with pytest.raises(ConfigError, match="beta2"):
@@ -95,14 +95,14 @@ def test_an_unknown_scale_is_raw():
 
 
 def test_an_empty_tensor_is_described():
-    """A tensor without entries has a row of zeros and counts for nothing."""
+    """A tensor without entries has a row of zeros and does not count."""
     summary = summarize(_fisher(**{"a.weight": torch.zeros(0, 5)}))
     assert (summary.entries, summary.median, summary.zeros, summary.rows[0].shape) == (0, 0.0, 0.0, (0, 5))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e-12])
 def test_bad_entries_are_refused(bad):
-    """NaN, infinite and negative entries have no place in a summary."""
+    """NaN, infinite and negative entries are refused."""
     with pytest.raises(ValuesError, match=r"w .* has 1 (NaN|infinite|negative) of 2 entries"):
         summarize(_fisher(w=torch.tensor([1.0, bad])))
 
@@ -131,7 +131,7 @@ def test_human_bytes(size, text):
     ],
 )
 def test_kinds(name, kind):
-    """The kind of a layer is its name without layer and expert numbers, weight and bias; it is never empty."""
+    """The kind of a layer is its name without layer and expert numbers, weight and bias. It is never empty."""
     assert kind_of(name) == kind
 
 

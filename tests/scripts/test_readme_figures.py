@@ -49,7 +49,7 @@ ALLOWED = {
     "tolerance of scripts.checkpoints.check": ["(Adafactor to 1e-6)"],
     "tests/fisher/test_compact.py::test_the_bound_holds_for_any_float32": ["a relative error below 4 % and 40 %"],
     "tests/fisher/test_compact.py::test_sizes": ["A dense Fisher takes 26 % and 13 % of float32"],
-    "tests/estimators/test_estimate_architectures.py::test_given_labels_example_by_example": [
+    "tests/estimators/test_estimate_architectures.py::test_given_labels_per_example": [
         "to 1e-5 of each tensor's largest entry"
     ],
 }

@@ -1,4 +1,4 @@
-"""Small tokenizers and batch makers for every task."""
+"""Small tokenizers and batch makers for all tasks."""
 
 import torch
 import transformers
@@ -11,7 +11,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on"
 #         0        1    2    3    4    5    6    7    8    9     10     11      12    13     14      15
 PIECES = ["<eos>", "Ġ", "Ċ", "<", ">", "a", "c", "s", "t", "ca", "cat", "Ġcat", "sa", "sat", "Ġsat", "catsat"]
 MERGES = [("c", "a"), ("ca", "t"), ("Ġ", "cat"), ("s", "a"), ("sa", "t"), ("Ġ", "sat"), ("cat", "sat")]
-# One character for each role; the assistant's content is marked, with a space before and a line break after it.
+# One character per role. The assistant's content is marked, with a space before it and a line break after it.
 MARKED = (
     "{% for message in messages %}{% if message.role == 'assistant' %}"
     "<{% generation %}{{ ' ' + message.content + '\n' }}{% endgeneration %}"

@@ -1,4 +1,4 @@
-"""Batches of every task, and of sequence to sequence models."""
+"""Batches of all tasks and of sequence-to-sequence models."""
 
 import copy
 
@@ -21,8 +21,8 @@ from tests.estimators.dataset.makers import (
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_targets_are_labels_filled_on_their_own(side):
-    """Targets are padded on the right to the longest target, and truncated like texts."""
+def test_targets_are_padded_and_truncated_labels(side):
+    """Targets are padded on the right to the longest target and truncated like texts."""
     rows = [{"text": "a cat", "target": "mat"}, {"text": "dog", "target": "the dog ran far"}]
     assert_batch(
         batch_maker("seq2seq", bert_tokenizer(padding_side=side), max_length=5)(rows, 0),
@@ -43,12 +43,12 @@ def test_targets_are_tokenized_as_targets():
 
 
 def test_a_tokenizer_in_python_serves_as_well():
-    """ByT5's tokenizer, which is no fast one, serves seq2seq."""
+    """ByT5's tokenizer, which is written in Python, serves sequence-to-sequence models."""
     batch = batch_maker("seq2seq", transformers.ByT5Tokenizer())([{"text": "ab", "target": "c"}], 0)
     assert_batch(batch, input_ids=[[100, 101, 1]], attention_mask=[[1, 1, 1]], labels=[[102, 1]])
 
 
-# Every task
+# All tasks
 
 
 FULL = [
@@ -72,7 +72,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_padding_changes_nothing(name):
-    """A batch equals its rows one by one, padded with 0 in the mask and -100 in the labels."""
+    """A batch equals its single rows, padded with 0 in the mask and -100 in the labels."""
     make = MAKERS[name]()
     batch = make(FULL, 0)
     assert same_batches(make(copy.deepcopy(FULL), 0), batch)
@@ -112,7 +112,7 @@ def test_padding_changes_nothing(name):
     ],
 )
 def test_a_value_that_is_no_text_is_refused(task, columns, column, value, words):
-    """The message names the row, counted over all batches, and the column."""
+    """The error names the column and the row, counted over all batches."""
     row = {"text": "cat", "prompt": "cat", "completion": "sat", "target": "cat", "label": 0}
     with pytest.raises(ConfigError, match=f"^row 11 {words.format(column)}"):
         batch_maker(task, columns=columns, label_ids={})([row, row | {column: value}], 2)
@@ -170,7 +170,7 @@ def test_tokenizers_that_do_not_fit_the_task_are_refused(task, columns, tokenize
 
 
 def test_rows_of_different_lengths_need_a_mask():
-    """Without attention_mask, rows of different lengths raise an error: padding would count as text."""
+    """Rows of different lengths without attention_mask raise an error, because padding would count as text."""
     make = batch_maker("masked-lm", bert_tokenizer(model_input_names=["input_ids"]))
     assert set(make([{"text": "cat"}, {"text": "dog"}], 0)) == {"input_ids", "labels"}
     with pytest.raises(ConfigError, match=r"the tokenizer makes no attention_mask; take --batch-size 1"):

@@ -17,7 +17,7 @@ from tests.estimators.dataset.makers import (
 
 
 def test_every_token_of_a_text_has_a_label_and_padding_has_none():
-    """An end of text in the text keeps its label, although the same token pads the shorter row."""
+    """An end-of-text token inside a text keeps its label, although the same token pads the shorter row."""
     tokenizer = byte_tokenizer()
     batch = batch_maker("causal-lm", tokenizer)([{"text": "cat sat<eos>"}, {"text": "a<eos> cat cat<eos>"}], 0)
     assert_batch(
@@ -26,11 +26,11 @@ def test_every_token_of_a_text_has_a_label_and_padding_has_none():
         attention_mask=[[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
         labels=[[10, 14, 0, -100, -100], [5, 0, 11, 11, 0]],
     )
-    assert tokenizer.pad_token is None  # the caller's is not changed
+    assert tokenizer.pad_token is None  # the mapping of the caller is unchanged
 
 
-def test_rows_of_decoders_are_filled_on_the_right():
-    """Rows are padded on the right whatever the tokenizer's setting: positions count from the first column on."""
+def test_rows_of_decoders_are_padded_on_the_right():
+    """Rows are padded on the right for any tokenizer setting, because positions count from the first column."""
     batch = batch_maker("causal-lm", bert_tokenizer(padding_side="left"))([{"text": "cat"}, {"text": "a cat sat"}], 0)
     assert_batch(
         batch,
@@ -42,7 +42,7 @@ def test_rows_of_decoders_are_filled_on_the_right():
 
 @pytest.mark.parametrize(("side", "kept"), [("right", [2, 5, 6, 3]), ("left", [2, 10, 9, 3])])
 def test_long_texts_are_cut_between_the_special_tokens(side, kept):
-    """Long texts are truncated on the tokenizer's side, between the special tokens."""
+    """A long text is truncated on the tokenizer's side, between the special tokens."""
     batch = batch_maker("causal-lm", bert_tokenizer(truncation_side=side), max_length=4)(
         [{"text": "the cat on mat a"}], 0
     )
@@ -55,14 +55,14 @@ def test_long_texts_are_cut_between_the_special_tokens(side, kept):
     [
         ("cat sat", " cat", [10, 14, 11], [-100, -100, 11]),
         ("cat ", "sat a", [10, 14, 1, 5], [-100, 14, 1, 5]),  # " sat" is one token
-        ("cat", "sat", [15], None),  # all of it is one token, at the first place, which nothing predicts
+        ("cat", "sat", [15], None),  # the whole text is one token, at the first position, which nothing predicts
         ("cat", "\n", None, None),  # blank
         ("cat\n", "\n<eos>", [10, 2, 2, 0], [-100, -100, 2, 0]),
         ("cat<eos>", "<eos>", [10, 0, 0], [-100, -100, 0]),
     ],
 )
 def test_the_loss_of_a_completion_begins_behind_the_prompt(prompt, completion, ids, labels, trim):
-    """Both are tokenized as one text; a token across the border belongs to the completion."""
+    """Prompt and completion are tokenized as one text. A token across the border belongs to the completion."""
     make = completion_maker(byte_tokenizer(trim_offsets=trim))
     rows = [{"prompt": prompt, "completion": completion}]
     if labels is None:
@@ -84,7 +84,7 @@ def test_special_tokens_behind_a_completion_have_labels():
 
 
 def test_a_completion_is_cut_at_its_end_and_must_not_vanish():
-    """The end of a completion is truncated, even if the tokenizer truncates on the left; the end token stays."""
+    """A completion is truncated at its end, even if the tokenizer truncates on the left. The end token stays."""
     make = completion_maker(bert_tokenizer(truncation_side="left"), max_length=5)
     rows = [{"prompt": "the cat ", "completion": "sat on a mat"}, {"prompt": "the cat sat ", "completion": "on a mat"}]
     assert_batch(make(rows[:1], 0), input_ids=[[2, 5, 6, 7, 3]], attention_mask=[[1] * 5], labels=[[-100] * 3 + [7, 3]])
@@ -94,7 +94,7 @@ def test_a_completion_is_cut_at_its_end_and_must_not_vanish():
 
 @pytest.mark.parametrize("trim", [False, True])
 def test_all_turns_of_the_assistant_have_labels(trim):
-    """Marked tokens have labels, from the space on that some tokenizers leave out of a token's offsets."""
+    """Marked tokens have labels, including a leading space that some tokenizers exclude from the offsets of a token."""
     batch = chat_maker(byte_tokenizer(trim_offsets=trim))([{"messages": CHAT}, {"messages": CHAT[:2]}], 0)
     assert_batch(
         batch,
@@ -108,7 +108,7 @@ def test_all_turns_of_the_assistant_have_labels(trim):
 
 
 def test_a_token_that_a_mark_cuts_has_a_label():
-    """A token that the mark begins inside of has a label."""
+    """A token has a label if the mark begins inside it."""
     template = MARKED.replace("{% generation %}{{ ' ' + ", " {% generation %}{{ ")
     assert_batch(
         chat_maker(byte_tokenizer(), template)([{"messages": CHAT[:2]}], 0),
@@ -117,13 +117,13 @@ def test_a_token_that_a_mark_cuts_has_a_label():
 
 
 def test_without_marks_every_token_of_a_conversation_has_a_label():
-    """Without marks in the template every token has a label."""
+    """Every token has a label if the template has no marks."""
     batch = chat_maker(byte_tokenizer(), UNMARKED)([{"messages": CHAT[:2]}], 0)
     assert_batch(batch, input_ids=[[4, 10, 3, 14, 2]], attention_mask=[[1] * 5], labels=[[4, 10, 3, 14, 2]])
 
 
 def test_a_template_sees_special_tokens_and_no_keys_that_a_row_lacks():
-    """A template sees the special tokens, and no keys that a message lacks."""
+    """A template sees the special tokens, but no keys that a message lacks."""
     template = (
         "{% for message in messages %}{{ 'a' if message.tool_calls is defined else message.content }}{% endfor %}"
         "{{ eos_token }}"
@@ -136,7 +136,7 @@ def test_a_template_sees_special_tokens_and_no_keys_that_a_row_lacks():
 
 
 def test_a_conversation_adds_no_special_tokens_beside_its_template():
-    """Special tokens come from the template alone."""
+    """Special tokens of a conversation come from the template alone."""
     batch = chat_maker(bert_tokenizer(), "{{ '[CLS] ' + messages[0].content }}")([{"messages": CHAT}], 0)
     assert_batch(batch, input_ids=[[2, 6]], attention_mask=[[1, 1]], labels=[[2, 6]])
 
@@ -153,7 +153,7 @@ def test_a_conversation_adds_no_special_tokens_beside_its_template():
         (["cat"], r"found \['cat'\]; fill it in"),
     ],
 )
-def test_conversations_that_say_nothing_are_refused(messages, words):
+def test_conversations_without_assistant_text_are_refused(messages, words):
     """Missing or truncated assistant turns, template errors and values of other types raise an error."""
     with pytest.raises(ConfigError, match=f"^row 1 .*{words}"):
         chat_maker(byte_tokenizer(), max_length=7)([{"messages": CHAT}, {"messages": messages}], 0)

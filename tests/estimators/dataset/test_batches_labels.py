@@ -9,7 +9,7 @@ from tests.estimators.dataset.makers import LABELS, assert_batch, batch_maker, b
 
 @pytest.mark.parametrize("label", [2, "yes", 2.0])
 def test_a_class_is_a_number_or_a_name(label):
-    """A name is looked up in label2id; a whole float is a class."""
+    """A class name is looked up in label2id, and a float with a whole value is a class."""
     rows = [{"text": "cat", "label": label}, {"text": "the cat sat", "label": True}]
     batch = batch_maker("classification")(rows, 0)
     assert_batch(
@@ -28,7 +28,7 @@ def test_a_number_needs_no_names():
 
 @pytest.mark.parametrize("length", [7, 19])
 def test_pairs_are_cut_and_joined_as_the_tokenizer_does(length):
-    """The tokenizer truncates the longer text first; token types are passed on."""
+    """The tokenizer truncates the longer text of a pair first. Token types are passed on."""
     tokenizer = bert_tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     columns = {"text": "text", "pair": "pair", "label": "label"}
     rows = [{"text": "the cat sat on", "pair": "a mat", "label": 0}]
@@ -63,7 +63,7 @@ MANY = {f"class{i}": i for i in range(11)}
     ],
 )
 def test_labels_that_are_not_the_models_are_refused(label, label_ids, words):
-    """The message has the row's number over all batches, its label, and the model's classes."""
+    """The error has the row number over all batches, the label, and the classes of the model."""
     rows = [{"text": "cat", "label": 0}] * 3 + [{"text": "cat", "label": label}]
     with pytest.raises(ConfigError, match=words) as caught:
         batch_maker("classification", label_ids=label_ids)(rows, 4)
@@ -71,7 +71,7 @@ def test_labels_that_are_not_the_models_are_refused(label, label_ids, words):
 
 
 def test_a_regression_has_numbers():
-    """A label is a number, or a list with as many numbers as the model has outputs."""
+    """A regression label is a number, or a list with one number per output of the model."""
     rows = [{"text": "cat", "label": 3}, {"text": "mat", "label": -0.25}]
     labels = batch_maker("regression", label_ids={"LABEL_0": 0})(rows, 0)["labels"]
     torch.testing.assert_close(labels, torch.tensor([3.0, -0.25]), rtol=0, atol=0)
@@ -92,14 +92,14 @@ def test_a_regression_has_numbers():
         ([1.0, 2.0], "row 0 has 2 numbers as its label, but the model has 1"),
     ],
 )
-def test_what_is_no_number_is_refused(label, words):
+def test_an_invalid_number_is_refused(label, words):
     """Text, missing values and infinite numbers raise an error."""
     with pytest.raises(ConfigError, match=words):
         batch_maker("regression", label_ids={"LABEL_0": 0})([{"text": "cat", "label": label}], 0)
 
 
-def test_a_words_label_lies_at_its_first_token():
-    """Other tokens of a word, special tokens and padding have label -100; names are looked up."""
+def test_a_words_label_is_at_its_first_token():
+    """The first token of a word has its label, and all other tokens have -100. Names are looked up."""
     rows = [
         {"tokens": ["cat", "a"], "tags": [1, "yes"]},
         {"tokens": ["a", "cat", "cat", "sa"], "tags": [0, -100, 2, 1]},
@@ -112,7 +112,7 @@ def test_a_words_label_lies_at_its_first_token():
     )
 
 
-def test_encoders_keep_the_side_that_they_are_filled_on():
+def test_labels_are_padded_on_the_side_of_the_tokens():
     """Labels are padded on the side of the tokens."""
     tokenizer = piece_tokenizer()
     tokenizer.padding_side = "left"

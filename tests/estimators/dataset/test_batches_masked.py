@@ -15,7 +15,7 @@ def _make_elsewhere(maker, number, results):
 
 
 def test_masks_depend_on_seed_and_number_alone():
-    """Masks depend neither on earlier batches nor on torch's generator, which stays unchanged."""
+    """Masks do not depend on earlier batches or on torch's generator, which stays unchanged."""
     maker = batch_maker("masked-lm")
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -43,7 +43,7 @@ def test_masks_are_the_same_in_another_process():
 
 
 def test_masks_are_those_of_training():
-    """15 % of the ordinary tokens have labels; 80 % of these are hidden, 10 % are random."""
+    """15 % of the ordinary tokens have labels. 80 % of these are hidden, and 10 % are random."""
     whole = batch_maker("causal-lm")(TEXTS * 40, 0)
     batch = batch_maker("masked-lm", batch_size=120)(TEXTS * 40, 0)
     ordinary = whole["input_ids"] > 4
@@ -57,6 +57,6 @@ def test_masks_are_those_of_training():
     assert abs(count / draws - 0.15) < 5 * (0.15 * 0.85 / draws) ** 0.5
     hidden = (batch["input_ids"] == 4)[chosen].float().mean()
     kept = (batch["input_ids"] == whole["input_ids"])[chosen].float().mean()
-    # A token drawn at random is [MASK], or the one that was there, once in 14.
+    # A random token is [MASK] or the original token once in 14 draws.
     for found, share in ((hidden, 0.8 + 0.1 / 14), (kept, 0.1 + 0.1 / 14)):
         assert abs(float(found) - share) < 5 * (share * (1 - share) / count) ** 0.5

@@ -1,4 +1,4 @@
-"""Rows of files and datasets, and the columns found in them."""
+"""Rows of files and datasets, and their columns."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ FORMS = {
 @pytest.mark.parametrize("ending", ["", ".gz"])
 @pytest.mark.parametrize("form", FORMS)
 def test_files_give_their_rows_compressed_or_not(form, ending, tmp_path):
-    """Each format gives the same rows in order, with whole numbers as integers."""
+    """Every format gives the same rows in order, with whole numbers as integers."""
     path = tmp_path / f"rows.{form}{ending}"
     data = FORMS[form].encode()
     path.write_bytes(gzip.compress(data) if ending else data)
@@ -38,7 +38,7 @@ def test_no_more_rows_than_the_limit_are_given(limit, count, tmp_path):
 
 
 def test_parquet_keeps_lists(tmp_path):
-    """Words, their classes and conversations are lists."""
+    """Words, their classes and conversations are lists in parquet files."""
     rows = [{"tokens": ["a", "cat"], "tags": [0, 3], "messages": [{"role": "user", "content": "a"}]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert list(read_rows(str(tmp_path / "rows.parquet"))) == rows
@@ -50,7 +50,7 @@ def test_a_line_of_a_text_file_is_a_row(tmp_path):
     assert list(read_rows(str(tmp_path / "rows.txt"))) == [{"text": "a cat"}, {"text": "the dog"}]
 
 
-def test_a_value_that_a_file_lacks_is_none(tmp_path):
+def test_a_missing_value_is_none(tmp_path):
     """An empty cell and a missing key of jsonl are None."""
     (tmp_path / "rows.csv").write_text("text,label\na cat,1\n,2\n")
     (tmp_path / "rows.jsonl").write_text('{"text": "a cat", "label": 1}\n{"label": 2}\n')
@@ -61,7 +61,7 @@ def test_a_value_that_a_file_lacks_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("data", "name", "configuration"), [("org/set", "org/set", None), ("org/set:sst2", "org/set", "sst2")]
 )
-def test_what_is_no_file_is_a_dataset_on_the_hub(data, name, configuration, monkeypatch):
+def test_a_name_without_a_file_is_a_dataset_on_the_hub(data, name, configuration, monkeypatch):
     """Name, configuration and split reach datasets, which streams the rows."""
 
     def load(*arguments, **options):
@@ -82,8 +82,8 @@ def test_what_is_no_file_is_a_dataset_on_the_hub(data, name, configuration, monk
         ("rows.jsonl.gz", NotFoundError, "cannot be read"),
     ],
 )
-def test_files_that_are_not_what_their_names_say_are_refused(name, error, words, tmp_path):
-    """An unknown ending and invalid content raise an error of one line with the file's name."""
+def test_files_with_invalid_content_are_refused(name, error, words, tmp_path):
+    """An unknown suffix or invalid content raises an error of one line with the file name."""
     (tmp_path / name).write_text("<rows/>\n")
     with pytest.raises(error, match=words) as caught:
         list(read_rows(str(tmp_path / name)))
@@ -92,7 +92,7 @@ def test_files_that_are_not_what_their_names_say_are_refused(name, error, words,
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path, monkeypatch):
-    """A missing file is looked up on the Hub; offline that raises an error."""
+    """A missing file is looked up on the Hub, which raises an error offline."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(NotFoundError, match=r"nowhere\.jsonl cannot be read"):
         list(read_rows(str(tmp_path / "nowhere.jsonl")))
@@ -128,12 +128,12 @@ def test_a_file_that_is_not_there_is_refused(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_columns_are_found_by_their_usual_names_or_taken_as_given(task, row, given, found):
-    """The user's columns come first, then the usual names of the task; other columns are ignored."""
+    """The columns of the user come first, then the usual names of the task. Other columns are ignored."""
     assert columns_of(dict.fromkeys(row.split(), "a"), task, given) == found
 
 
 def test_a_column_of_lists_that_is_named_as_the_text_is_a_conversation():
-    """A column of lists named as the text is a conversation."""
+    """A column of lists with the name of the text column is a conversation."""
     row = {"conversation": [{"role": "user", "content": "a"}]}
     assert columns_of(row, "causal-lm", {"text": "conversation"}) == {"messages": "conversation"}
 
@@ -152,6 +152,6 @@ def test_a_column_of_lists_that_is_named_as_the_text_is_a_conversation():
     ],
 )
 def test_columns_that_are_missing_are_refused(task, row, given, words):
-    """The message names the missing column, the columns of the row and the option."""
+    """The error names the missing column, the columns of the row and the option."""
     with pytest.raises(ConfigError, match=words):
         columns_of(dict.fromkeys(row.split(), "a"), task, given)

@@ -45,7 +45,7 @@ def _request(saved, **changes):
 
 
 def _stop_after(monkeypatch, batches):
-    """Interrupt the estimate after so many batches."""
+    """Interrupt the estimate after a number of batches."""
     add, seen = FisherAccumulator.add, []
 
     def counted(self, *args, **kwargs):
@@ -65,20 +65,20 @@ def _interrupted(saved, out, batches, monkeypatch):
 
 
 def _close(found, expected):
-    """Return True if entries agree within rounding of each tensor's largest entry."""
+    """Return True if entries agree within the rounding of the largest entry of each tensor."""
     assert set(found) == set(expected)
     return max(float((found[name] - expected[name]).abs().max() / expected[name].max()) for name in expected) < 1e-6
 
 
-def test_what_was_interrupted_goes_on_to_the_bit(saved, tmp_path, monkeypatch):
-    """A repeated call resumes after six batches, writes the file of one call, and removes the checkpoint."""
+def test_an_interrupted_estimate_resumes_to_the_bit(saved, tmp_path, monkeypatch):
+    """A repeated call resumes after six batches, writes the file of a single call, and removes the checkpoint."""
     whole = estimate_from(_request(saved), tmp_path / "whole")
     _interrupted(saved, tmp_path / "out", 7, monkeypatch)
     partial = tmp_path / "out.partial.safetensors"
     assert partial.is_file()
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
-        _stop_after(patch, 2)  # six of eight are there
+        _stop_after(patch, 2)  # six of eight batches are done
         again = estimate_from(_request(saved), tmp_path / "out", save_every=9)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     assert again.config == whole.config
@@ -88,7 +88,7 @@ def test_what_was_interrupted_goes_on_to_the_bit(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"), [({"seed": 1}, "with seed 0, not 1"), ({"batch_size": 4}, "batch_size 3")]
 )
-def test_only_the_same_call_goes_on(saved, tmp_path, monkeypatch, change, words):
+def test_only_the_same_call_resumes(saved, tmp_path, monkeypatch, change, words):
     """A checkpoint of another request raises an error and stays unchanged."""
     _interrupted(saved, tmp_path / "out", 4, monkeypatch)
     before = (tmp_path / "out.partial.safetensors").read_bytes()
@@ -111,17 +111,17 @@ def test_sharding_needs_processes(saved, tmp_path):
         estimate_from(_request(saved), tmp_path / "out", sharded=True)
 
 
-def test_bfloat16_is_near(saved, tmp_path):
-    """Passes in bfloat16 give entries within its precision."""
+def test_bfloat16_passes_agree_within_its_precision(saved, tmp_path):
+    """Passes in bfloat16 give entries within the precision of bfloat16."""
     exact = estimate_from(_request(saved, labels="true"), tmp_path / "exact")
     narrow = estimate_from(_request(saved, labels="true", precision="bf16"), tmp_path / "narrow")
     off = [float((narrow[name] - exact[name]).norm() / exact[name].norm()) for name in exact]
     assert 0 < max(off) < 0.1
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks transformers so
-def test_of_an_adapters_folder_the_adapter_has_a_fisher(saved, tmp_path):
-    """The adapter's config names the base model; names are those of adapter_model.safetensors."""
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft calls transformers this way
+def test_a_folder_of_an_adapter_gives_the_fisher_of_the_adapter(saved, tmp_path):
+    """The adapter config names the base model. The Fisher has the names of adapter_model.safetensors."""
     peft = pytest.importorskip("peft")
     model = transformers.AutoModelForCausalLM.from_pretrained(saved / "model")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -160,8 +160,8 @@ LAUNCHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("options", [(), ("--shard",)])
-def test_two_processes_find_what_one_does(saved, tmp_path, launcher, options):
-    """Eight batches on two processes, replicated or sharded, give one process's Fisher within rounding."""
+def test_two_processes_agree_with_one(saved, tmp_path, launcher, options):
+    """Two processes, replicated or sharded, compute the Fisher of one process within rounding."""
     one = estimate_from(_request(saved), tmp_path / "one")
     done = _launch(saved, tmp_path / "two", *options, launcher=LAUNCHERS[launcher])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -173,8 +173,8 @@ def test_two_processes_find_what_one_does(saved, tmp_path, launcher, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--shard",)])
-def test_others_finish_what_was_kept(saved, tmp_path, monkeypatch, options):
-    """Two processes, replicated or sharded, resume the checkpoint of one."""
+def test_two_processes_resume_the_checkpoint_of_one(saved, tmp_path, monkeypatch, options):
+    """Two processes, replicated or sharded, resume the checkpoint of one process."""
     one = estimate_from(_request(saved), tmp_path / "one")
     _interrupted(saved, tmp_path / "two", 7, monkeypatch)
     done = _launch(saved, tmp_path / "two", "--save-every", "3", *options)
@@ -184,8 +184,8 @@ def test_others_finish_what_was_kept(saved, tmp_path, monkeypatch, options):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(saved, tmp_path):
-    """After SIGKILL no file is half written, and the same call finishes to the bit."""
+def test_a_killed_run_resumes(saved, tmp_path):
+    """SIGKILL leaves no incomplete file, and the same call then finishes to the bit."""
     rows = [json.loads(line) for line in (saved / "rows.jsonl").read_text().splitlines()] * 40
     many = tmp_path / "many.jsonl"
     many.write_text("".join(json.dumps(row) + "\n" for row in rows))

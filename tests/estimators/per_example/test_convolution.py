@@ -25,9 +25,9 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings(
     "ignore:Using padding='same' with even kernel lengths:UserWarning"
-)  # that is the case meant
+)  # the test covers this case
 def test_gradients_are_those_of_each_example(kind, name):
-    """Strides, paddings, dilations and groups over one to three axes give each example's gradient."""
+    """Per-example gradients are right for strides, paddings, dilations and groups over one to three axes."""
     torch.manual_seed(0)
     module = KINDS[kind]().double()
     x = torch.randn(3, module.in_channels, *(7, 5, 6)[: len(module.kernel_size)]).double()

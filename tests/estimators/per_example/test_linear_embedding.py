@@ -1,4 +1,4 @@
-"""Linear layers, tables and tied weights against loops over examples in float64."""
+"""Linear layers, embedding tables and tied weights against float64 loops over examples."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from squisher_mergekit.estimators.per_example.tape import Call
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("large", [1 << 30, 1])
 def test_a_matrix_is_the_sum_of_squared_products(tokens, large, monkeypatch):
-    """One matrix at a time or several, sum_n (B_n^T A_n)^2 is added to the accumulator."""
+    """The accumulator adds sum_n (B_n^T A_n)^2, for one matrix or several at a time."""
     monkeypatch.setattr(linear_embedding, "_LARGE", {"cpu": large, "cuda": 0})
     monkeypatch.setattr(linear_embedding, "CHUNK", {"cpu": 3 * 7 * 11, "cuda": 0})
     torch.manual_seed(0)
@@ -24,7 +24,7 @@ def test_a_matrix_is_the_sum_of_squared_products(tokens, large, monkeypatch):
 
 
 def test_equal_tokens_are_added_before_they_are_squared():
-    """Three lookups of one row by an example are summed to one gradient before squaring."""
+    """Three lookups of one row by an example add up to one gradient, which is then squared."""
     torch.manual_seed(0)
     ids, b = torch.tensor([[2, 2, 0, 2, 4], [4, 0, 0, 1, 2]]), torch.randn(2, 5, 3).double()
     total, expected = torch.zeros(5, 3).double(), torch.zeros(5, 3).double()
@@ -36,7 +36,10 @@ def test_equal_tokens_are_added_before_they_are_squared():
 
 @pytest.mark.parametrize("padding", [None, 2])
 def test_a_tied_table_adds_both_uses_before_squaring(padding):
-    """(e + h)^2, with e in the rows of the example's own tokens but padding, and h in every row."""
+    """The squared gradient of a tied table is (e + h)^2.
+
+    The part e has the rows of the example's tokens, and h all rows.
+    """
     torch.manual_seed(0)
     table, head = nn.Embedding(5, 3, padding_idx=padding), nn.Linear(3, 5, bias=False)
     ids = torch.tensor([[2, 2, 0], [4, 1, 1]])
@@ -55,7 +58,7 @@ def test_a_tied_table_adds_both_uses_before_squaring(padding):
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
-def test_tables_that_look_at_the_whole_batch_are_refused(options):
+def test_tables_that_depend_on_the_whole_batch_are_refused(options):
     """Tables with max_norm or scale_grad_by_freq depend on other examples and raise an error."""
     call = Call(nn.Embedding(5, 3, **options), (torch.zeros(2, 3, dtype=torch.int64),), {}, torch.float32)
     with pytest.raises(UnsupportedStateError, match="set neither"):

@@ -1,4 +1,4 @@
-"""The fused kernel of norms against autograd in float64; on a CPU in Triton's interpreter."""
+"""Fused kernel of norms against autograd in float64, in Triton's interpreter on a CPU."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def _expected(x, b, norm):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
 def test_the_kernel_sums_normalized_inputs_times_gradients(device, dtype, centered):
-    """The kernel returns sum_t normalize(x_nt) * b_nt for each example, for sizes that no block divides."""
+    """The kernel returns sum_t normalize(x_nt) * b_nt for each example, also for sizes that no block divides."""
     x, b = _pair(device, dtype)
     norm = Normalization(1e-5, centered)
     found = norm_gradients(x, b, norm)
@@ -43,8 +43,8 @@ def test_the_kernel_sums_normalized_inputs_times_gradients(device, dtype, center
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 41])
-def test_rows_are_dealt_out_to_chunks(device, rows, monkeypatch):
-    """Each row is in one chunk, however many programs share an example."""
+def test_each_row_is_in_one_chunk(device, rows, monkeypatch):
+    """Each row is in one chunk, for any number of programs per example."""
     monkeypatch.setattr(norm_kernel, "_processors", lambda _: 9)
     x, b = _pair(device, torch.float32, (2, rows, 5))
     norm = Normalization(1e-5, False)
@@ -52,7 +52,7 @@ def test_rows_are_dealt_out_to_chunks(device, rows, monkeypatch):
 
 
 def test_inputs_may_have_any_strides(device):
-    """A transposed input and an expanded gradient are read in place or copied."""
+    """A transposed input and an expanded gradient give the gradient of contiguous ones."""
     x, b = _pair(device, torch.float32, (3, 13, 13))
     x, b = x.transpose(1, 2), b[:1].expand(3, -1, -1)
     norm = Normalization(1e-5, True)
@@ -60,7 +60,7 @@ def test_inputs_may_have_any_strides(device):
 
 
 def test_a_large_mean_is_subtracted_before_squares(device):
-    """A row around 1000 with a spread of 1 is normalized to 1e-3."""
+    """A row around 1000 with a spread of 1 is normalized to within 1e-3."""
     x, b = _pair(device, torch.float32)
     norm = Normalization(1e-5, True)
     expected = _expected(x + 1000, b, norm)
@@ -87,12 +87,12 @@ def _llama_norm():
     ids=lambda value: type(value).__name__,
 )
 def test_usual_norms_have_a_formula(module, expected):
-    """Torch's norms by their class, those of language models by their values."""
+    """The norms of torch are recognised by their class, those of language models by their values."""
     assert normalization_of(module) == expected
 
 
 def test_another_formula_is_recognized_by_its_values():
-    """A norm that calls itself RMSNorm, but adds its epsilon to the root, has no formula here."""
+    """A norm named RMSNorm that adds its epsilon to the root has no formula."""
 
     class _RootRMSNorm(nn.Module):
         def __init__(self):
@@ -109,11 +109,11 @@ def test_another_formula_is_recognized_by_its_values():
     "module", [nn.GroupNorm(1, 11), nn.LayerNorm((3, 11)), nn.RMSNorm((3, 11)), nn.BatchNorm1d(11)]
 )
 def test_norms_over_other_axes_have_none(module):
-    """The kernel normalizes over one axis, the last."""
+    """A norm over other axes than the last has no formula."""
     assert normalization_of(module) is None
 
 
-# ---- where it is taken
+# ---- where the kernel runs
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def offered(monkeypatch):
 
 
 def test_all_axes_between_example_and_feature_are_summed(offered, device):
-    """The norm of an attention's heads has an axis more."""
+    """The norm of attention heads has one more axis, which is summed as well."""
     x, b = _pair(device, torch.float32, (2, 3, 5, 11))
     found = try_norm_gradients(_llama_norm(), "weight", x, b)
     expected = _expected(x.flatten(1, 2), b.flatten(1, 2), Normalization(1e-6, False))
@@ -133,20 +133,20 @@ def test_all_axes_between_example_and_feature_are_summed(offered, device):
 
 
 @pytest.mark.parametrize("case", ["bias", "float64", "shape"])
-def test_other_cases_go_their_own_way(offered, case):
-    """A bias needs no input, float64 keeps its precision, and outputs of another shape have another formula."""
+def test_other_cases_do_not_use_the_kernel(offered, case):
+    """The kernel declines biases, float64 tensors and outputs of another shape."""
     x, b = _pair("cpu", torch.float64 if case == "float64" else torch.float32, (2, 3, 11))
     name = "bias" if case == "bias" else "weight"
     assert try_norm_gradients(nn.LayerNorm(11), name, x, b[:, :1] if case == "shape" else b) is None
 
 
 def test_a_cpu_is_not_offered_the_kernel():
-    """There the interpreter would run it."""
+    """A CPU computes without the kernel, because the interpreter would run it."""
     assert try_norm_gradients(nn.LayerNorm(37), "weight", *_pair("cpu", torch.float32)) is None
 
 
-def test_a_failing_kernel_is_told_once(offered, monkeypatch, caplog):
-    """Afterwards torch computes the gradients."""
+def test_a_failing_kernel_is_logged_once(offered, monkeypatch, caplog):
+    """A failing kernel is logged once, and torch computes the gradients."""
 
     def fail(*_):
         raise RuntimeError("no compiler")

@@ -1,4 +1,4 @@
-"""The fused kernel against products in float64; on a CPU in Triton's interpreter."""
+"""Fused kernel of squared products against float64, in Triton's interpreter on a CPU."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ def _expected(b, a):
 
 
 def _assert_close(total, expected):
-    """Products of narrow floats are exact in float32; only their sums round."""
+    """Compare with rounding of sums only; products of narrow floats are exact in float32."""
     assert float((total.double() - expected).abs().max()) <= 2e-6 * float(expected.max())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("tiling", [TINY, NESTED], ids=["flat", "nested"])
 def test_the_kernel_adds_squared_products(device, dtype, tiling):
-    """The kernel adds sum_n (B_n^T A_n)^2 to the accumulator, for sizes that no tile divides."""
+    """The kernel adds sum_n (B_n^T A_n)^2 to the accumulator, also for sizes that no tile divides."""
     b, a = _factors(device, dtype)
     total = torch.full((23, 37), 2.0, device=device)
     add_product_squares(total, b, a, tiling=tiling)
@@ -65,7 +65,7 @@ def test_tiles_may_be_full_or_cut(device, shape):
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 def test_split_examples_add_up(device, splits):
-    """Parts of the examples are summed by several programs, each example once."""
+    """Several programs sum parts of the examples, and each example counts once."""
     b, a = _factors(device, torch.bfloat16, examples=7, tokens=5)
     total = torch.ones(23, 37, device=device)
     add_product_squares(total, b, a, tiling=TINY, splits=splits)
@@ -73,7 +73,7 @@ def test_split_examples_add_up(device, splits):
 
 
 def test_split_sums_are_the_same_each_time(device):
-    """Partial sums are added in a fixed order, so that two runs agree to the last bit."""
+    """Partial sums are added in a fixed order, so two runs agree to the last bit."""
     b, a = _factors(device, torch.bfloat16, examples=7)
     totals = [torch.zeros(23, 37, device=device) for _ in range(2)]
     for total in totals:
@@ -82,7 +82,7 @@ def test_split_sums_are_the_same_each_time(device):
 
 
 def test_any_strides_are_read(device):
-    """Factors may be transposed, expanded over the examples, or every other column of a wider tensor."""
+    """Factors may be transposed, expanded over the examples, or strided columns of a wider tensor."""
     b, a = _factors(device, torch.bfloat16, rows=46)
     b, a = b[:, :, ::2], a.transpose(1, 2).contiguous().transpose(1, 2)
     total = torch.zeros(37, 23, device=device).T
@@ -91,15 +91,15 @@ def test_any_strides_are_read(device):
 
 
 def test_the_copy_engine_loads_the_same_tiles(device):
-    """Descriptors give the same sums as pointers, also at the ends of tokens, rows and columns."""
+    """Descriptors give the sums of pointers, also at the ends of tokens, rows and columns."""
     b, a = _factors(device, torch.bfloat16, rows=24, columns=40)
     total = torch.zeros(24, 40, device=device)
     add_product_squares(total, b, a, tiling=COPIED)
     _assert_close(total, _expected(b, a))
 
 
-def test_what_the_copy_engine_refuses_is_loaded_by_pointers(device):
-    """Rows that are no whole number of 16 bytes have no descriptor."""
+def test_unaligned_rows_are_loaded_by_pointers(device):
+    """Rows whose bytes are not a multiple of 16 have no descriptor and are loaded by pointers."""
     b, a = _factors(device, torch.bfloat16)
     assert not square_kernel._can_copy(b)
     total = torch.zeros(23, 37, device=device)
@@ -109,7 +109,7 @@ def test_what_the_copy_engine_refuses_is_loaded_by_pointers(device):
 
 @pytest.mark.parametrize("scale", [1e-18, 1e17])
 def test_squares_are_of_float32(device, scale):
-    """Gradients of 1e-18 and of 1e17 have squares beyond float16, and none is lost."""
+    """Gradients of 1e-18 and 1e17 have squares outside the range of float16, and none is lost."""
     b, a = _factors(device, torch.bfloat16)
     b = b * scale
     total = torch.zeros(23, 37, device=device)
@@ -118,7 +118,7 @@ def test_squares_are_of_float32(device, scale):
 
 
 def test_gradients_of_zero_leave_the_accumulator_alone(device):
-    """No entry changes by a bit."""
+    """Gradients of 0 change no bit of the accumulator."""
     b, a = _factors(device, torch.float16)
     total = torch.rand(23, 37, device=device)
     before = total.clone()
@@ -127,8 +127,8 @@ def test_gradients_of_zero_leave_the_accumulator_alone(device):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 4), (2, 5, 3, 0)])
-def test_nothing_adds_nothing(device, shape):
-    """No examples, no tokens, no rows or no columns: there is no launch."""
+def test_empty_factors_add_nothing(device, shape):
+    """The kernel does not launch without examples, tokens, rows or columns."""
     b, a = _factors(device, torch.bfloat16, *shape)
     total = torch.ones(shape[2:], device=device)
     add_product_squares(total, b, a)
@@ -136,7 +136,7 @@ def test_nothing_adds_nothing(device, shape):
 
 
 def test_the_planned_tiling_is_right_too(device):
-    """Without a tiling the planned one is taken, larger than the whole parameter."""
+    """The planned tiling, which is larger than the parameter, gives the right sums."""
     b, a = _factors(device, torch.bfloat16, examples=2)
     total = torch.zeros(23, 37, device=device)
     add_product_squares(total, b, a)
@@ -149,7 +149,7 @@ def test_the_planned_tiling_is_right_too(device):
 @pytest.mark.parametrize("rows", [64, 256, 768, 2048, 5632, 32000])
 @pytest.mark.parametrize("tokens", [64, 512])
 def test_a_plan_fills_the_processors(rows, tokens):
-    """At least half of the multiprocessors have a tile, and no part is without an example."""
+    """At least half of the multiprocessors have a tile, and every part has an example."""
     tiling, splits = plan(rows, 768, 16, tokens, 132)
     tiles = -(-rows // tiling.rows) * -(-768 // tiling.columns)
     assert splits <= 16
@@ -157,11 +157,11 @@ def test_a_plan_fills_the_processors(rows, tokens):
 
 
 def test_one_example_is_never_split():
-    """Its tokens have to be summed before they are squared."""
+    """One example is never split, because its tokens are summed before they are squared."""
     assert plan(64, 64, 1, 512, 132)[1] == 1
 
 
-# ---- where it is taken
+# ---- where the kernel runs
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def offered(monkeypatch):
 
 
 def test_a_cpu_is_not_offered_the_kernel():
-    """There the interpreter would run it."""
+    """A CPU computes without the kernel, because the interpreter would run it."""
     b, a = _factors("cpu", torch.bfloat16)
     total = torch.zeros(23, 37)
     assert not square_kernel.try_product_squares(total, b, a)
@@ -181,7 +181,7 @@ def test_a_cpu_is_not_offered_the_kernel():
 
 
 def test_a_card_with_little_memory_takes_the_small_tiling(offered, monkeypatch):
-    """A tiling that does not fit is followed by the small one."""
+    """The small tiling follows a tiling that does not fit."""
     taken = []
 
     def launch(out, b, a, tiling, precision, add):
@@ -195,8 +195,8 @@ def test_a_card_with_little_memory_takes_the_small_tiling(offered, monkeypatch):
     assert taken == [SMALL]
 
 
-def test_a_failing_kernel_is_told_once(offered, monkeypatch, caplog):
-    """Afterwards the device is not offered the kernel any more."""
+def test_a_failing_kernel_is_logged_once(offered, monkeypatch, caplog):
+    """A failing kernel is logged once, and the device is not offered it again."""
     calls = []
 
     def launch(*args, **_):

@@ -1,4 +1,4 @@
-"""Verification before an estimate and during it."""
+"""Verification before and during an estimate."""
 
 import logging
 
@@ -49,7 +49,7 @@ def test_experts_that_are_given_parts_of_the_examples_are_run_whole():
     assert_close(fisher, oracle.fisher(model, batches, oracle.classes("true"), "example"))
 
 
-def test_what_the_first_batches_did_not_use_is_proven_when_it_comes():
+def test_parameters_of_later_batches_are_verified_then():
     """An expert that only tokens of the third batch choose has the right gradient."""
     torch.manual_seed(0)
     model = _Experts(4)
@@ -74,8 +74,8 @@ def test_other_parts_in_later_batches_are_noticed():
         accumulator.add(shifted)
 
 
-def test_rows_that_belong_to_nobody_are_seen():
-    """A layer along the wrong axis has a gradient that is not 0 for a masked example."""
+def test_a_layer_along_the_wrong_axis_is_found():
+    """A layer along the wrong axis is found, because its gradient is not 0 for a masked example."""
 
     class _Turned(nn.Module):
         def __init__(self):
@@ -92,8 +92,8 @@ def test_rows_that_belong_to_nobody_are_seen():
         assert {names[p] for p in mixing_parameters(tape, outputs, names, retain_graph=False)} == {"a.weight", "a.bias"}
 
 
-def test_only_what_is_the_same_for_all_examples_is_repeated():
-    """BERT broadcasts its table of positions; a model that rejects an expanded output broadcasts nothing."""
+def test_only_values_shared_by_all_examples_are_broadcast():
+    """BERT broadcasts its position table. A model that rejects an expanded output broadcasts nothing."""
     found = verify(TapedModel(make("bert").eval(), "classification", None), batch_of("classification"))
     assert [module.num_embeddings for module in found.broadcast_modules] == [17]
     assert not found.owner_of
@@ -112,8 +112,8 @@ def test_only_what_is_the_same_for_all_examples_is_repeated():
     assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"))
 
 
-def test_a_slow_way_is_told(caplog):
-    """A warning names the parameters for which the whole model runs for each example."""
+def test_a_slow_fallback_is_logged(caplog):
+    """A warning names the parameters that need one run of the whole model per example."""
 
     class _Across(nn.Module):
         def __init__(self):
@@ -130,8 +130,8 @@ def test_a_slow_way_is_told(caplog):
     assert_close(fisher, oracle.fisher(model, [batch], oracle.classes("true"), "example"))
 
 
-def test_memory_that_runs_out_is_no_verdict(monkeypatch):
-    """Running out of memory raises its own error, and no parameter changes its owner."""
+def test_running_out_of_memory_raises_its_own_error(monkeypatch):
+    """Running out of memory raises its own error, and every parameter keeps its owner."""
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
