@@ -1,9 +1,9 @@
-"""Folders and Python names that the examples of README.md files use, as small as they can be.
+"""Folders and Python names of the examples in README.md files, as small as possible.
 
 ``World.prepare`` makes the folders that a text names: ``runs/NAME`` (a model), ``runs/NAME/checkpoint-N`` (a real
 checkpoint of the Trainer with its optimizer state), ``models/NAME`` (weights alone) and ``fishers/NAME`` (unless the
-text makes it). ``base``, ``math``, ``code`` and ``bert-base`` are there as well, and data files
-``NAME.jsonl``. A NAME in ``CLASSIFIERS`` is a BERT with three classes, any other name a Llama.
+text makes it). It also makes ``base``, ``math``, ``code`` and ``bert-base``, and data files ``NAME.jsonl``. A NAME in
+``CLASSIFIERS`` is a BERT with three classes, any other name a Llama.
 """
 
 import json
@@ -47,7 +47,7 @@ def tokenizer() -> Any:
 
 
 def rows(kind: str, seed: int) -> list[dict[str, Any]]:
-    """Return examples as the Trainer takes them: token ids, and the labels of a task."""
+    """Return examples in the format of the Trainer: token ids and the labels of a task."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, len(WORDS), (BATCH * STEPS, LENGTH), generator=generator)
     labels = ids if kind == "llama" else ids.sum(1) % 3
@@ -82,7 +82,7 @@ def arguments(folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class World:
-    """Trained runs, each in ``root/KIND-NUMBER``, from which the folders of an example are copied."""
+    """Trained runs in ``root/KIND-NUMBER``; the folders of an example are copies of them."""
 
     root: Path
 
@@ -105,7 +105,7 @@ class World:
         return cls(root)
 
     def prepare(self, folder: Path, text: str) -> None:
-        """Make the folders that a text names, and data."""
+        """Make the folders that a text names, and its data."""
         numbers: dict[str, int] = {}
         for name, step in re.findall(r"\bruns/([\w-]+)(?:/checkpoint-(\d+))?", text):
             self._copy(self._run(name, numbers), folder / "runs" / name, weights_only=True)
@@ -132,7 +132,7 @@ class World:
             (folder / f"{name}.jsonl").write_text("".join(lines))
 
     def _run(self, name: str, numbers: dict[str, int]) -> Path:
-        """Return the run for a name; names of a kind take the three runs in turns."""
+        """Return the run for a name; the names of a kind use the three runs in turn."""
         kind = "bert" if name in CLASSIFIERS else "llama"
         number = numbers.setdefault(name, sum((other in CLASSIFIERS) == (kind == "bert") for other in numbers))
         return self.root / f"{kind}-{number % 3}"

@@ -1,4 +1,4 @@
-"""README.md files of the repository, and the parts that they consist of."""
+"""README.md files of the repository, and their parts."""
 
 import re
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class Block:
 
 
 def named(file: Path) -> str:
-    """Return the path of a README.md as a test shows it."""
+    """Return the path of a README.md for the messages of tests."""
     return str(file.relative_to(ROOT))
 
 
@@ -49,13 +49,13 @@ def blocks(text: str, name: str) -> Iterator[Block]:
 
 
 def without_code(text: str) -> str:
-    """Return a Markdown text without fenced blocks and without lines that four spaces indent."""
+    """Return a Markdown text without fenced blocks and without lines indented by four spaces."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return "\n".join(line for line in text.splitlines() if not line.startswith("    "))
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors of the headings, as GitHub makes them."""
+    """Return the anchors of the headings by the rules of GitHub."""
     found: set[str] = set()
     for heading in re.findall(r"^#{1,6} (.+)$", without_code(text), flags=re.MULTILINE):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()

@@ -12,7 +12,7 @@ from tests.merging.reference import give_fisher, llama
 
 @pytest.fixture
 def pair(tmp_path: Path) -> dict[str, Any]:
-    """Two models with Fishers, and the configuration that merges them."""
+    """Return the configuration of a merge of two models with Fishers."""
     for i in range(2):
         give_fisher(tmp_path / f"m{i}", llama(tmp_path / f"m{i}", i), i)
     return {
@@ -24,21 +24,21 @@ def pair(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def small_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the kernel's blocks small in Triton's interpreter, which takes long for each operation on a tile."""
+    """Use small blocks, because each operation on a tile is slow in Triton's interpreter."""
     if device.type == "cpu":
         monkeypatch.setattr(fused, "BLOCK", 2048)
 
 
 @pytest.fixture
 def by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the path of an accelerator without the fused kernel, also on the CPU."""
+    """Run the accelerator path without the fused kernel, also on the CPU."""
     monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
     monkeypatch.setattr(fused, "runs_on", lambda device: False)
 
 
 @pytest.fixture
 def by_kernel(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the path of an accelerator, also on the CPU, and fail where the fused kernel is not used."""
+    """Run the accelerator path, also on the CPU, and fail if the fused kernel is not used."""
     pytest.importorskip("triton", reason="the kernels are written in Triton")
     monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
     monkeypatch.setattr(execution, "compiled", lambda *_: pytest.fail("the fused kernel was not used"))
@@ -46,5 +46,5 @@ def by_kernel(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["by_kernel", "by_formula"])
 def as_accelerator(request: pytest.FixtureRequest) -> None:
-    """Take the path of an accelerator, also on the CPU: once by the kernel and once by the formula."""
+    """Run the accelerator path, also on the CPU, once with the kernel and once with the formula."""
     request.getfixturevalue(request.param)

@@ -1,4 +1,4 @@
-"""Models and configurations that the merge tests run on."""
+"""Models and configurations of the merge tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ def entry(root: Path, i: int, **parameters: Any) -> dict[str, Any]:
 
 
 def base_and_models(root: Path, count: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensors], list[Tensors]]:
-    """Write a base `m0`, which has no Fisher, and models that have one."""
+    """Write a base `m0` without a Fisher, and models with Fishers."""
     weights = [llama(root / f"m{i}", i, dtype) for i in range(count)]
     return weights, [{}, *(give_fisher(root / f"m{i}", weights[i], i) for i in range(1, count))]
 
@@ -78,7 +78,7 @@ def mixtral(folder: Path, seed: int) -> Tensors:
 
 
 def packed_experts(tensors: Tensors) -> Tensors:
-    """Put the experts of each layer together, as transformers 5 names and shapes them in memory."""
+    """Pack the experts of each layer with the names and shapes of transformers 5 in memory."""
     packed = {n.replace("block_sparse_moe", "mlp"): t for n, t in tensors.items() if ".experts." not in n}
     for layer in range(2):
         old = f"model.layers.{layer}.block_sparse_moe.experts"
@@ -89,7 +89,7 @@ def packed_experts(tensors: Tensors) -> Tensors:
 
 
 def nets(tmp_path: Path, count: int) -> tuple[list[Tensors], list[Tensors]]:
-    """Write single files with an integer buffer, and a Fisher for each."""
+    """Write single files with an integer buffer and a Fisher each."""
     generator = torch.Generator().manual_seed(2)
     shapes = {"stem.weight": (11, 3, 3, 3), "stem.bias": (11,), "steps": ()}
     weights, fishers = [], []

@@ -1,4 +1,4 @@
-"""Slow float64 references, and the files that the merge tests run on."""
+"""Slow float64 references, and the files of the merge tests."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ WEIGHTS = (1.0, 0.3, 2.0, 0.7, 1.3)
 
 
 def squisher_reference(thetas: Sequence[Tensor], fishers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Eq. 13 in ten lines of float64; the weighted mean where no model has information."""
+    """Return Eq. 13 in float64, with the weighted mean where no model has information."""
     thetas = [theta.double() for theta in thetas]
     numerator = sum(w * f.double() * t for w, f, t in zip(weights, fishers, thetas, strict=True))
     denominator = sum(w * f.double() for w, f in zip(weights, fishers, strict=True))
@@ -40,7 +40,7 @@ def ubgm_reference(
     weights: Sequence[float],
     prior: float = 0.0,
 ) -> Tensor:
-    """UBGM in float64; the base value where no model has information."""
+    """Return UBGM in float64, with the base value where no model has information."""
     base, base_fisher = base.double(), base_fisher.double()
     known = base_fisher + sum(w * f.double() for w, f in zip(weights, fishers, strict=True))
     d = prior * known.mean()
@@ -54,7 +54,7 @@ def ubgm_reference(
 def elected_reference(
     base: Tensor, thetas: Sequence[Tensor], fishers: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Fisher merging of the models that agree with the elected sign, and where rounding cannot change that sign."""
+    """Return Fisher merging of the models with the elected sign, and a mask of entries whose sign rounding keeps."""
     steps = torch.stack([theta.double() - base.double() for theta in thetas])
     parts = torch.stack([w * f.double() for w, f in zip(weights, fishers, strict=True)])
     plain = torch.tensor(weights, dtype=torch.float64)[:, None].expand_as(parts)
@@ -66,7 +66,7 @@ def elected_reference(
 
 
 def keep_largest(theta: Tensor, origin: Tensor, fisher: Tensor, density: float) -> Tensor:
-    """Put back to the base all but the ``density`` share of entries with the largest F, the first among equals."""
+    """Reset all but the ``density`` share of entries with the largest F to the base; ties go to the first."""
     values = fisher.flatten().tolist()
     count = max(1, round(density * len(values)))
     kept = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
@@ -76,7 +76,7 @@ def keep_largest(theta: Tensor, origin: Tensor, fisher: Tensor, density: float) 
 
 
 def assert_within(result: Tensor, reference: Tensor, size: Tensor, units: float = 0.5) -> None:
-    """Assert ``|result - reference| <= 2e-6 size + units (half) of the last place``; NaN anywhere fails."""
+    """Assert ``|result - reference| <= 2e-6 size + units (half) of the last place``; any NaN fails."""
     assert result.shape == reference.shape
     info = torch.finfo(result.dtype)
     unit = units * info.eps * (reference.abs() + info.smallest_normal)
@@ -88,12 +88,12 @@ def assert_within(result: Tensor, reference: Tensor, size: Tensor, units: float 
 
 
 def largest(thetas: Sequence[Tensor]) -> Tensor:
-    """S of the tolerance of ``squisher``."""
+    """Return S of the tolerance of ``squisher``."""
     return torch.stack([theta.double().abs() for theta in thetas]).amax(0)
 
 
 def draw_fisher(shape: Sequence[int], generator: torch.Generator, zeros: float = 0.2) -> Tensor:
-    """Draw F log-uniformly from 1e-38 to 1e+30, a share of it exactly 0."""
+    """Draw F log-uniformly from 1e-38 to 1e+30, with a share of exact zeros."""
     exponent = torch.rand(*shape, generator=generator, dtype=torch.float64) * 68 - 38
     fisher = (10**exponent).float()
     fisher[torch.rand(*shape, generator=generator) < zeros] = 0
@@ -101,7 +101,7 @@ def draw_fisher(shape: Sequence[int], generator: torch.Generator, zeros: float =
 
 
 def llama(folder: Path, seed: int, dtype: torch.dtype = torch.float32, **changes: object) -> Tensors:
-    """Write a random Llama with odd shapes; return its tensors as they are on disk."""
+    """Write a random Llama with odd shapes; return its tensors on disk."""
     settings: dict[str, object] = {
         "vocab_size": 29,
         "hidden_size": 33,
@@ -122,7 +122,7 @@ def llama(folder: Path, seed: int, dtype: torch.dtype = torch.float32, **changes
 def give_fisher(
     folder: Path, weights: Mapping[str, Tensor], seed: int, out: Path | None = None, **config: object
 ) -> Tensors:
-    """Write a Fisher for some weights, by default beside them; return its tensors."""
+    """Write a Fisher of the given weights, by default into their folder; return its tensors."""
     generator = torch.Generator().manual_seed(1000 + seed)
     tensors = {name: draw_fisher(tensor.shape, generator) for name, tensor in weights.items()}
     store_fisher(out or folder, tensors, fingerprint(folder), **config)
@@ -130,7 +130,7 @@ def give_fisher(
 
 
 def store_fisher(out: Path, tensors: Mapping[str, Tensor], print_: str | None = None, **config: object) -> None:
-    """Write tensors as a portable Fisher with given metadata, without a look at their values."""
+    """Write tensors as a portable Fisher with the given metadata, without a check of their values."""
     defaults: dict[str, object] = {"estimator": "squisher", "statistic": "mean", "weights_fingerprint": print_}
     settings = FisherConfig.model_validate(defaults | config)
     out.mkdir(parents=True, exist_ok=True)
@@ -139,12 +139,12 @@ def store_fisher(out: Path, tensors: Mapping[str, Tensor], print_: str | None = 
 
 
 def write_checked(out: Path, tensors: Mapping[str, Tensor], **config: object) -> None:
-    """Write a portable Fisher as the package does."""
+    """Write a portable Fisher with the package's own writer."""
     write_fisher(Fisher(MemoryStore(tensors), FisherConfig.model_validate(config)), out)
 
 
 def merge(config: Mapping[str, object], out: Path, *flags: str) -> Result:
-    """Run stock ``mergekit-yaml`` on a configuration, in this process."""
+    """Run stock ``mergekit-yaml`` on a configuration in this process."""
     from mergekit.scripts.run_yaml import main
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def merge(config: Mapping[str, object], out: Path, *flags: str) -> Result:
 
 
 def merged(config: Mapping[str, object], out: Path, *flags: str) -> Tensors:
-    """Run stock ``mergekit-yaml`` and return what it wrote."""
+    """Run stock ``mergekit-yaml`` and return the written tensors."""
     result = merge(config, out, *flags)
     assert result.exit_code == 0, result.output + repr(result.exception)
     return load_file(out / "model.safetensors")
@@ -163,7 +163,7 @@ def merged(config: Mapping[str, object], out: Path, *flags: str) -> Tensors:
 def assert_squisher(
     result: Tensors, weights: list[Tensors], fishers: list[Tensors], factors: tuple[float, ...] = WEIGHTS
 ) -> None:
-    """Assert that a merged model is Fisher merging of some models, in float64 on the same files."""
+    """Assert that a merged model is the Fisher merging of models, in float64 on the same files."""
     assert set(result) == set(weights[0])
     for name, tensor in result.items():
         thetas = [model[name] for model in weights]
@@ -174,7 +174,7 @@ def assert_squisher(
 def assert_ubgm(
     result: Tensors, weights: list[Tensors], fishers: list[Tensors], factors: tuple[float, ...], prior: float = 0.0
 ) -> None:
-    """Assert that a merged model is gradient matching of a base and some models."""
+    """Assert that a merged model is the gradient matching of a base and models."""
     for name, tensor in result.items():
         base, *thetas = [model[name] for model in weights]
         base_fisher, *others = [model[name] for model in fishers]
@@ -187,21 +187,21 @@ def assert_ubgm(
 def reference_at(
     weights: list[Tensors], fishers: list[Tensors], scales: list[float], name: str
 ) -> tuple[Tensor, Tensor]:
-    """Return Fisher merging of one tensor with scaled Fishers, and the size for its tolerance."""
+    """Return the Fisher merging of one tensor with scaled Fishers, and the size for its tolerance."""
     thetas = [model[name] for model in weights]
     scaled = [fisher[name].double() * scale for fisher, scale in zip(fishers, scales, strict=True)]
     return squisher_reference(thetas, scaled, [1.0] * len(weights)), largest(thetas)
 
 
 def assert_trimmed(result: Tensor, base: Tensor, thetas: list[Tensor], fishers: list[Tensor], kept: Any) -> None:
-    """Assert that a tensor is Fisher merging of models trimmed to a share of their task vectors."""
+    """Assert that a tensor is the Fisher merging of models that keep a share of their task vectors."""
     trimmed = [keep_largest(t, base, f, d) for t, f, d in zip(thetas, fishers, kept, strict=True)]
     reference = squisher_reference(trimmed, fishers, [1.0] * len(thetas))
     assert_within(result, reference, largest([*thetas, base]))
 
 
 def assert_row(result: Tensor, method: str, base: Tensor, thetas: list[Tensor], fishers: list[Tensor]) -> None:
-    """Assert that a row of a vocabulary is a merge of rows, by either method."""
+    """Assert that a row of a vocabulary is a merge of rows by either method."""
     if method == "squisher":
         reference = squisher_reference(thetas, fishers, [1.0, 1.0])
     else:
@@ -222,7 +222,7 @@ def preview_of(root: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def planned(config: Mapping[str, object], out: Path) -> list[Any]:
-    """Return the graph of a merge as mergekit plans it: a task per output tensor, then the end."""
+    """Return the graph of a merge planned by mergekit: one task per output tensor, then the end."""
     from mergekit.architecture import get_architecture_info
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import _model_out_config
@@ -238,7 +238,7 @@ def planned(config: Mapping[str, object], out: Path) -> list[Any]:
 
 
 def merge_raw(tmp_path: Path, config: dict[str, Any], *flags: str) -> Any:
-    """Run stock ``mergekit-pytorch`` on a configuration, in this process."""
+    """Run stock ``mergekit-pytorch`` on a configuration in this process."""
     from mergekit.scripts.merge_raw_pytorch import main
 
     file = tmp_path / "raw.yml"
@@ -259,5 +259,5 @@ def assert_refused(result: Result, out: Path, *words: str) -> None:
 
 
 def assert_config_refused(root: Path, config: Mapping[str, object], *words: str) -> None:
-    """Assert that stock ``mergekit-yaml`` refuses a configuration in one line with these words."""
+    """Assert that stock ``mergekit-yaml`` refuses a configuration in one line with the given words."""
     assert_refused(merge(config, root / "out"), root / "out", *words)

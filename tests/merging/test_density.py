@@ -25,7 +25,10 @@ from tests.merging.reference import (
 
 
 def test_the_rows_of_a_vocabulary() -> None:
-    """Chosen is among the shared rows, by their own number; the base's lacks stay, the model's lacks are put back."""
+    """The choice is among the shared rows.
+
+    Rows that the base lacks are kept, and rows that the model lacks are dropped.
+    """
     rows = shared_rows({0: 0, 1: -1, 2: 1, 3: 2}, {0: 5, 1: 0, 2: 3}, rows=5, axis=0)
     assert [rows.shared.tolist(), rows.unbased.tolist()] == [[0, 2], [3, 4]]
     scores = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [4.0, 0.0, 3.0], [9.0, 9.0, 9.0], [0.0, 0.0, 0.0]])
@@ -35,8 +38,8 @@ def test_the_rows_of_a_vocabulary() -> None:
     assert across.t().tolist() == mask
 
 
-def test_all_that_the_choice_needs_moves_to_a_device() -> None:
-    """A Fisher that was read moves whole to the device of the arithmetic, and is put together there."""
+def test_the_inputs_of_the_choice_move_to_a_device() -> None:
+    """A loaded Fisher moves to the device of the arithmetic with all tensors of the choice."""
     loaded = load_tensor(
         {"w": torch.rand(3, 5)}, "w", scaling="raw", normalize="none", floor=0.5, fisher_scale=1.0, density=0.5
     )
@@ -47,7 +50,7 @@ def test_all_that_the_choice_needs_moves_to_a_device() -> None:
 
 
 class _OneDevice(TorchFunctionMode):
-    """Fails where an operation mixes devices, as a GPU would and the device `meta` does not."""
+    """Mode that fails when an operation mixes devices, as on a GPU but not on the device `meta`."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value.ndim]
@@ -55,8 +58,8 @@ class _OneDevice(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_on_an_accelerator_nothing_is_looked_at_or_moved() -> None:
-    """On a device whose values nobody can see theta_0 follows the vocabulary, is chosen by and merged."""
+def test_an_accelerator_reads_and_moves_no_values() -> None:
+    """theta_0 is aligned, chosen by and merged on a device without readable values."""
     seen, fisher = torch.empty(3, 4, device="meta"), torch.empty(5, 4, device="meta")
     rows = Rows(torch.arange(2, device="meta"), torch.arange(2, 4, device="meta"), 0)
     with _OneDevice():
@@ -76,7 +79,7 @@ SHARES = (0.2, 0.5, 1.0)
 
 @functools.cache
 def _drawn_inputs(size: int, dtype: torch.dtype, levels: int) -> tuple[Tensor, list[Input], list[Tensor]]:
-    """Draw models whose F takes few values, so that the cut falls among equals; return their trimmed weights too."""
+    """Draw models whose F takes few values, so that the choice has ties; return their trimmed weights too."""
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(size, generator=generator).to(dtype)
     inputs, trimmed = [], []
@@ -91,7 +94,7 @@ def _drawn_inputs(size: int, dtype: torch.dtype, levels: int) -> tuple[Tensor, l
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_choice_is_of_the_whole_tensor(threads: int) -> None:
-    """Over several chunks and a pool the k largest of the whole tensor are kept, the first among equals."""
+    """The k largest of the whole tensor are kept over several chunks and a pool. Ties go to the first."""
     base, inputs, trimmed = _drawn_inputs(SIZE, torch.bfloat16, levels=11)
     fishers, weights = [item.fisher for item in inputs], [item.weight for item in inputs]
     before = torch.get_num_threads()
@@ -111,7 +114,7 @@ def test_the_choice_is_of_the_whole_tensor(threads: int) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("ubgm", [False, True])
 def test_the_path_of_an_accelerator_agrees(device: torch.device, ubgm: bool) -> None:
-    """The fused pass merges trimmed weights as the chunks do, also where the base is of another dtype."""
+    """The fused pass merges trimmed weights like the chunks, also with a base of another dtype."""
     base, inputs, trimmed = _drawn_inputs(1009, torch.bfloat16, levels=1 << 20)
     there = [_moved(item, base.to(device), device) for item in inputs]
     fishers, weights = [item.fisher for item in inputs], [item.weight for item in inputs]
@@ -137,7 +140,7 @@ def _moved(item: Input, origin: Tensor, device: torch.device) -> Input:
 
 
 def test_a_base_in_double_precision_is_kept_so() -> None:
-    """If theta_0 is float64 the arithmetic is, so that values that are put back are the base's to the bit."""
+    """A float64 base makes the arithmetic float64, so dropped entries have the base's bits."""
     base = torch.tensor([1 / 3, 1 / 7, 1 / 9], dtype=torch.float64)
     fisher = torch.tensor([1.0, 2.0, 3.0])
     one = Input(torch.ones(3), fisher, trim=Trim(base, fisher, 1 / 3))

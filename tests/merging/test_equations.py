@@ -1,4 +1,4 @@
-"""The equations, against float64 and by their properties."""
+"""Equations against float64, and their properties."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def _models(count: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("seed", range(5))
 def test_squisher_is_eq_13(count: int, seed: int) -> None:
-    """For any number of models and F from 1e-38 to 1e+30, Fisher merging agrees with float64."""
+    """Fisher merging agrees with float64 for any number of models and F from 1e-38 to 1e+30."""
     thetas, fishers = _models(count, seed)
     result = squisher(thetas, fishers, WEIGHTS[:count], [1.0] * count).values
     assert_within(result, squisher_reference(thetas, fishers, WEIGHTS[:count]), largest(thetas))
@@ -41,7 +41,7 @@ def test_ubgm_is_its_formula(count: int, prior: float) -> None:
 
 
 def _normal_models(count: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[float, float]]]:
-    """Models of which one has information in every entry, so that nothing need be divided first; others have zeros."""
+    """Return models of which one has information in every entry, so no division is needed first; others have zeros."""
     thetas, fishers = _models(count, seed)
     generator = torch.Generator().manual_seed(seed)
     fishers = [fisher.clamp_max(1e9) for fisher in fishers]
@@ -52,8 +52,8 @@ def _normal_models(count: int, seed: int) -> tuple[list[torch.Tensor], list[torc
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("rate", [1.0, 1e-3, 1e-20, 1e20])
-def test_known_extremes_change_nothing_but_the_time(count: int, seed: int, rate: float) -> None:
-    """Where the extremes allow the shorter way, both methods agree with float64 as before, whatever the factors."""
+def test_known_extremes_do_not_change_the_result(count: int, seed: int, rate: float) -> None:
+    """Both methods agree with float64 for any factors if known extremes allow the shorter computation."""
     thetas, fishers, extremes = _normal_models(count, seed)
     weights, scales = WEIGHTS[:count], [rate, *[1.0] * (count - 1)]
     scaled = [fisher.double() * scale for fisher, scale in zip(fishers, scales, strict=True)]
@@ -71,8 +71,11 @@ def test_known_extremes_change_nothing_but_the_time(count: int, seed: int, rate:
         assert_within(result, ubgm_reference(base, base_fisher, thetas, scaled, weights, prior), size)
 
 
-def test_the_shorter_way_is_taken_only_where_it_is_safe() -> None:
-    """One model with information everywhere is enough; entries without any, tiny products and overflow are not safe."""
+def test_the_shorter_computation_runs_only_if_it_is_safe() -> None:
+    """One model with information everywhere allows the shorter computation.
+
+    Zeros, tiny products and overflow do not.
+    """
     assert _anchor([(0.0, 1.0, 1.0), (1e-9, 1.0, 0.5)]) == 1
     assert _anchor([(0.0, 1.0, 1.0), (0.0, 1.0, 1.0)]) is None
     assert _anchor([(1e-20, 1.0, 1e-15)]) is None
@@ -83,7 +86,7 @@ def test_the_shorter_way_is_taken_only_where_it_is_safe() -> None:
 @given(factor=st.floats(1e-6, 1e6), seed=st.integers(0, 10**6))
 @settings(deadline=None, max_examples=40)
 def test_a_common_factor_changes_nothing(factor: float, seed: int) -> None:
-    """One factor on all Fishers cancels, in both methods."""
+    """A common factor of all Fishers cancels in both methods."""
     thetas, fishers = _models(3, seed)
     weights, ones = WEIGHTS[:3], [1.0] * 3
     assert torch.equal(
@@ -97,7 +100,7 @@ def test_a_common_factor_changes_nothing(factor: float, seed: int) -> None:
 @given(order=st.permutations(range(4)), seed=st.integers(0, 10**6))
 @settings(deadline=None, max_examples=40)
 def test_the_order_of_models_does_not_matter(order: list[int], seed: int) -> None:
-    """Permuting the models changes the merge by rounding at most."""
+    """Permuting the models changes the merge by rounding only."""
     thetas, fishers = _models(4, seed)
     result = squisher(thetas, fishers, WEIGHTS[:4], [1.0] * 4).values
     permuted = squisher(
@@ -109,7 +112,7 @@ def test_the_order_of_models_does_not_matter(order: list[int], seed: int) -> Non
 @given(seed=st.integers(0, 10**6), weights=st.lists(st.floats(0.0, 3.0), min_size=3, max_size=3))
 @settings(deadline=None, max_examples=60)
 def test_between_smallest_and_largest_input(seed: int, weights: list[float]) -> None:
-    """Every entry of a Fisher merge lies between the smallest and the largest input."""
+    """Every entry of a Fisher merge is between the smallest and the largest input."""
     if not any(weight > 0 for weight in weights):
         weights = [1.0, *weights[1:]]
     thetas, fishers, extremes = _normal_models(3, seed)
@@ -121,14 +124,14 @@ def test_between_smallest_and_largest_input(seed: int, weights: list[float]) -> 
 
 
 def test_equal_fishers_give_the_weighted_mean() -> None:
-    """With one Fisher for all models, Fisher merging is the weighted mean."""
+    """Fisher merging with one Fisher for all models is the weighted mean."""
     thetas, (fisher, *_) = _models(3, seed=2)
     result = squisher(thetas, [fisher] * 3, WEIGHTS[:3], [1.0] * 3).values
     torch.testing.assert_close(result, weighted_mean(thetas, WEIGHTS[:3]), rtol=1e-6, atol=1e-6)
 
 
 def test_a_model_of_weight_zero_does_not_enter() -> None:
-    """A model of weight 0 changes nothing, even where its Fisher is 1e60 times the others'."""
+    """A model of weight 0 changes nothing, even with a Fisher of 1e60 times the others'."""
     thetas, fishers = _models(3, seed=3)
     fishers[0] = torch.full(SHAPE, 1e30)
     with_it = squisher(thetas, fishers, [0.0, 1.0, 1.0], [1.0] * 3)
@@ -143,7 +146,7 @@ def _task_vectors(seed: int) -> tuple[torch.Tensor, list[torch.Tensor], list[tor
 
 
 def test_ubgm_identity_equal_fishers() -> None:
-    """With F_0 = F_t = F, gradient matching is the base plus 2 / (M + 1) times the sum of the task vectors."""
+    """Gradient matching with F_0 = F_t = F is the base plus 2 / (M + 1) times the sum of the task vectors."""
     base, thetas, _ = _task_vectors(5)
     fisher = torch.rand(SHAPE, dtype=torch.float64) + 0.1
     result = ubgm_squisher(base, fisher, thetas, [fisher] * 3, [1.0] * 3, [1.0] * 3).values
@@ -151,7 +154,7 @@ def test_ubgm_identity_equal_fishers() -> None:
 
 
 def test_ubgm_identity_vanishing_task_fishers() -> None:
-    """As F_t goes to 0 beside F_0, gradient matching goes to task arithmetic with factor 1."""
+    """Gradient matching goes to task arithmetic with factor 1 as F_t goes to 0 relative to F_0."""
     base, thetas, _ = _task_vectors(6)
     one = torch.ones(SHAPE, dtype=torch.float64)
     result = ubgm_squisher(base, one, thetas, [1e-14 * one] * 3, [1.0] * 3, [1.0] * 3).values
@@ -159,7 +162,7 @@ def test_ubgm_identity_vanishing_task_fishers() -> None:
 
 
 def test_ubgm_identity_without_base_fisher() -> None:
-    """With F_0 = 0 and no prior, gradient matching is the base plus the Fisher average of the task vectors."""
+    """Gradient matching with F_0 = 0 and no prior is the base plus the Fisher average of the task vectors."""
     base, thetas, fishers = _task_vectors(7)
     result = ubgm_squisher(base, None, thetas, fishers, WEIGHTS[:3], [1.0] * 3).values
     average = squisher_reference([theta - base for theta in thetas], fishers, WEIGHTS[:3])
@@ -169,7 +172,7 @@ def test_ubgm_identity_without_base_fisher() -> None:
 
 
 def test_shares_and_fallback_are_counted() -> None:
-    """The reported shares add up to the number of entries, and entries without information are counted."""
+    """The shares add up to the number of entries, and entries without information are counted."""
     thetas, fishers = _models(3, seed=8)
     for fisher in fishers:
         fisher[0] = 0

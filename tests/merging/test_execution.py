@@ -1,4 +1,4 @@
-"""How the equations are run: chunks, the pool, the fused pass."""
+"""Execution of the equations: chunks, the pool, and the fused pass."""
 
 import sys
 import weakref
@@ -17,7 +17,7 @@ SIZE = 2 * execution.CHUNK + 7919
 WEIGHTS = (1.0, 0.3, 2.0)
 
 
-# The interpreter computes with numpy, which warns of what IEEE arithmetic is meant to do here.
+# The interpreter computes with numpy, which warns of intended IEEE arithmetic.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -45,8 +45,8 @@ def test_chunks_over_the_pool_agree_with_float64(dtype: torch.dtype) -> None:
     assert_within(outcome.values, squisher_reference(thetas, fishers, WEIGHTS), largest(thetas))
 
 
-def test_chunks_that_need_no_care_agree_with_float64() -> None:
-    """Fishers far from over- and underflow, in one chunk alone or in all, merge as in float64 by both methods."""
+def test_chunks_in_the_normal_range_agree_with_float64() -> None:
+    """Fishers far from overflow and underflow, in one chunk or in all, merge as in float64 by both methods."""
     generator = torch.Generator().manual_seed(7)
     inputs = [
         Input(torch.randn(SIZE, generator=generator), 10 ** (torch.rand(SIZE, generator=generator) * 20 - 20), weight)
@@ -68,7 +68,7 @@ def test_chunks_that_need_no_care_agree_with_float64() -> None:
 
 
 def test_threads_change_nothing_and_are_restored() -> None:
-    """One torch thread or three give bit-equal results, and torch's thread count is left as it was."""
+    """One or three torch threads give bit-equal results, and torch's thread count is restored."""
     inputs, before = _inputs(SIZE, torch.float32), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -82,7 +82,7 @@ def test_threads_change_nothing_and_are_restored() -> None:
 
 
 def test_a_worker_has_one_torch_thread() -> None:
-    """In the pool torch works with one thread, whatever its default is; with more it would spin at every operation."""
+    """torch uses one thread in the pool, for any default. More threads would spin at every operation."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -95,7 +95,7 @@ def test_a_worker_has_one_torch_thread() -> None:
 
 
 def test_inputs_are_not_changed_and_may_be_strided() -> None:
-    """Transposed inputs merge like contiguous ones, and nothing is written into an input."""
+    """Transposed inputs merge like contiguous ones, and no input is written to."""
     generator = torch.Generator().manual_seed(1)
     thetas = [torch.randn(31, 17, generator=generator) for _ in range(2)]
     fishers = [draw_fisher([31, 17], generator) for _ in range(2)]
@@ -121,7 +121,7 @@ def test_an_invalid_entry_is_named(bad: float, word: str, place: int) -> None:
 
 
 def test_without_fishers_the_weighted_mean() -> None:
-    """Where a Fisher is missing, models enter by their weights; UBGM adds the mean difference to the base."""
+    """Models without a Fisher enter by their weights. UBGM adds the mean difference to the base."""
     inputs = [Input(i.theta, None, i.weight) for i in _inputs(101, torch.float32)]
     mean = sum(i.weight * i.theta.double() for i in inputs) / sum(WEIGHTS)
     outcome = merge_squisher(inputs, torch.float32)
@@ -134,7 +134,7 @@ def test_without_fishers_the_weighted_mean() -> None:
 @pytest.mark.usefixtures("as_accelerator")
 @pytest.mark.parametrize("prior", [None, 0.0, 0.5])
 def test_the_fused_pass_agrees_with_float64(device: torch.device, prior: float | None) -> None:
-    """The pass for accelerators gives the same merges, shares and counts as the chunks on the CPU."""
+    """The accelerator path gives the merges, shares and counts of the chunks on the CPU."""
     inputs = _inputs(1009, torch.bfloat16, device=device)
     thetas, fishers = [i.theta.cpu() for i in inputs], [i.fisher.cpu() for i in inputs]
     if prior is None:
@@ -178,7 +178,7 @@ def test_the_fused_pass_takes_strided_inputs(device: torch.device) -> None:
 
 @pytest.mark.usefixtures("as_accelerator")
 def test_the_fused_pass_flags_invalid_entries_later(device: torch.device) -> None:
-    """On an accelerator nothing waits: the flag is looked at when the outcome is checked."""
+    """The accelerator path does not wait for the flag of invalid entries. The check of the outcome reads it."""
     inputs = _inputs(1009, torch.float32, device=device)
     assert inputs[2].fisher is not None
     inputs[2].fisher[5] = float("nan")
@@ -188,8 +188,8 @@ def test_the_fused_pass_flags_invalid_entries_later(device: torch.device) -> Non
 
 
 @pytest.mark.usefixtures("as_accelerator")
-def test_what_is_looked_at_later_holds_no_fisher_and_no_result(device: torch.device) -> None:
-    """A run on an accelerator keeps counts only: not every Fisher of the model until the end."""
+def test_an_outcome_holds_no_fisher_and_no_result(device: torch.device) -> None:
+    """The outcome of an accelerator run keeps counts only, not Fishers or results."""
     run = Run("squisher")
     inputs = _inputs(1009, torch.float32, device=device)
     outcome = merge_squisher(inputs, torch.float32)
@@ -229,7 +229,7 @@ def test_the_fused_pass_compiles_once_for_all_weights(monkeypatch: pytest.Monkey
 def test_without_a_compiler_the_pass_runs_eagerly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where torch.compile fails, one line says so and the plain function runs, now and later."""
+    """If torch.compile fails, one line says so, and the plain function runs from then on."""
 
     def broken(function: object, **_: object) -> object:
         def fail(*_: object) -> object:
@@ -249,7 +249,7 @@ def test_without_a_compiler_the_pass_runs_eagerly(
 def test_without_triton_the_formula_runs_and_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the kernel fails, and then the compiler as well, the plain formula runs and one line in all is logged."""
+    """If kernel and compiler fail, the plain formula runs, and one line in total is logged."""
 
     def broken(function: object, **_: object) -> object:
         return lambda *_: (_ for _ in ()).throw(RuntimeError("no compiler"))
@@ -271,8 +271,8 @@ def test_without_triton_the_formula_runs_and_one_line_says_so(
 
 
 @pytest.mark.usefixtures("by_formula")
-def test_out_of_memory_is_no_reason_to_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU without memory left for a result stops the merge; the kernel stays in use."""
+def test_out_of_memory_keeps_the_kernel_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without memory for a result stops the merge, and the kernel stays in use."""
 
     def full() -> fused.FusedMerge:
         raise torch.OutOfMemoryError
@@ -285,7 +285,7 @@ def test_out_of_memory_is_no_reason_to_give_up(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("by_formula")
 def test_more_models_than_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 33 models on the formula takes over."""
+    """The formula replaces the kernel from 33 models on."""
     monkeypatch.setattr(fused, "runs_on", lambda device: True)
     inputs = [Input(torch.full((7,), float(i)), torch.ones(7)) for i in range(33)]
     assert merge_squisher(inputs, torch.float32).values.tolist() == pytest.approx([16.0] * 7)

@@ -1,4 +1,4 @@
-"""The fused kernels against float64: on the CPU in Triton's interpreter, on a GPU with ``-m gpu --device cuda``."""
+"""Fused kernels against float64: on the CPU in Triton's interpreter, on a GPU with ``-m gpu --device cuda``."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from tests.merging.reference import (
 )
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
-# The interpreter computes with numpy, which warns of what IEEE arithmetic is meant to do here.
+# The interpreter computes with numpy, which warns of intended IEEE arithmetic.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("small_blocks")]
 
 WEIGHTS = (1.0, 0.3, 2.0, 0.7, 1.3, 0.11, 3.0, 0.5)
@@ -60,7 +60,7 @@ def _work(*tensors: Tensor) -> torch.dtype:
 
 
 def _units(device: torch.device, dtype: torch.dtype) -> float:
-    """Return how many units of the last place rounding may cost: the interpreter cuts bfloat16 off."""
+    """Return the units of the last place that rounding may cost; the interpreter truncates bfloat16."""
     return 1.0 if device.type == "cpu" and dtype == torch.bfloat16 else 0.5
 
 
@@ -87,7 +87,7 @@ def _check_ubgm(case: Case, device: torch.device, prior: float, out: torch.dtype
 
 @pytest.mark.parametrize(("count", "dtype"), COMBINATIONS, ids=str)
 def test_squisher_is_eq_13(device: torch.device, count: int, dtype: torch.dtype) -> None:
-    """For any number of models, any dtype and F from 1e-38 to 1e+30 or 0, the kernel agrees with float64."""
+    """The kernel agrees with float64 for any number of models, any dtype, and F of 0 or from 1e-38 to 1e+30."""
     case = _case(count, dtype)
     merged = _check_squisher(case, device, dtype)
     stacked = torch.stack(case.thetas)
@@ -106,7 +106,7 @@ def test_ubgm_is_its_formula(device: torch.device, count: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize(("blocks", "more"), [(0, 1), (0, 2), (0, 1009), (1, 0), (2, 0), (2, 1)])
 def test_any_size(device: torch.device, blocks: int, more: int) -> None:
-    """A tensor of one entry, of a whole number of blocks and of one entry more are merged to the end."""
+    """Tensors of one entry, of whole blocks and of one entry more are merged to the end."""
     case = _case(2, size=blocks * fused.BLOCK + more)
     _check_squisher(case, device, torch.float32)
     _check_ubgm(case, device, 0.5, torch.float32)
@@ -119,7 +119,7 @@ def test_no_entry_at_all(device: torch.device) -> None:
 
 
 def test_dtypes_may_differ_between_models(device: torch.device) -> None:
-    """Weights and Fishers of four dtypes merge in one call, each read as it is."""
+    """Weights and Fishers of four dtypes merge in one call."""
     case = _case(4)
     small = [f.clamp(1e-7, 6e4) for f in case.fishers]
     thetas = [theta.to(dtype) for theta, dtype in zip(case.thetas, DTYPES, strict=True)]
@@ -132,7 +132,7 @@ def test_dtypes_may_differ_between_models(device: torch.device) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-20, 1.0, 1e30, 3e38])
 def test_equal_fishers_of_any_size_cancel(device: torch.device, value: float) -> None:
-    """If all F are one number, from the smallest above 0 to the largest, the merge is the weighted mean."""
+    """The merge is the weighted mean if all F are one number, from the smallest above 0 to the largest."""
     case = _case(3)
     flat = case._replace(fishers=[torch.full((SIZE,), value)] * 3)
     mean = sum(w * t.double() for w, t in zip(case.weights, case.thetas, strict=True)) / sum(case.weights)
@@ -144,7 +144,7 @@ def test_equal_fishers_of_any_size_cancel(device: torch.device, value: float) ->
 
 
 def test_weights_and_scales_of_any_size(device: torch.device) -> None:
-    """Factors far apart enter exactly: a scale on a model's F counts as its F times that."""
+    """Factors far apart enter exactly: a scale of F counts like a larger F."""
     case, scales = _case(3), (1e-9, 1.0, 1e6)
     weights = (1e-6, 1.0, 1e3)
     given = zip(case.thetas, case.fishers, weights, scales, strict=True)
@@ -161,7 +161,7 @@ def test_weights_and_scales_of_any_size(device: torch.device) -> None:
 
 
 def test_shares_and_counts_are_those_of_the_reference(device: torch.device) -> None:
-    """Each model's mean coefficient and the entries without information come from the same pass."""
+    """Mean coefficients and the number of entries without information come from the same pass."""
     case = _case(3)
     merged = fused.squisher(case.models(device), torch.float32, torch.float32)
     parts = torch.stack([w * f.double() for w, f in zip(case.weights, case.fishers, strict=True)])
@@ -174,7 +174,7 @@ def test_shares_and_counts_are_those_of_the_reference(device: torch.device) -> N
 
 
 def test_a_model_of_weight_0_does_not_enter(device: torch.device) -> None:
-    """A weight of 0 leaves a model out, whatever its weights and F; only its invalid entries are counted."""
+    """A weight of 0 leaves a model out, whatever its weights and F. Only its invalid entries are counted."""
     case = _case(3)
     wild = case._replace(weights=(1.0, 0.0, 2.0))
     wild.thetas[1][:] = float("nan")
@@ -196,7 +196,7 @@ def test_a_model_of_weight_0_does_not_enter(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_invalid_entries_are_counted_by_fisher_and_kind(device: torch.device, dtype: torch.dtype) -> None:
-    """NaN, infinite and negative entries are counted, wherever they stand; minus infinity is of two kinds."""
+    """NaN, infinite and negative entries are counted at any position. Minus infinity counts as both kinds."""
     case = _case(3, size=2 * fused.BLOCK + 7)
     fishers = [fisher.clamp(1e-6, 1e4).to(dtype) for fisher in [*case.fishers, case.base_fisher]]
     fishers[0][[0, -1]] = float("nan")
@@ -213,21 +213,21 @@ def test_invalid_entries_are_counted_by_fisher_and_kind(device: torch.device, dt
 
 
 def test_minus_zero_is_valid(device: torch.device) -> None:
-    """A Fisher of -0.0 is a 0 like any other: not negative, and no information."""
+    """A Fisher of -0.0 is valid and carries no information."""
     case = _case(2)._replace(fishers=[torch.full((SIZE,), -0.0)] * 2)
     merged = _check_squisher(case, device, torch.float32)
     assert (int(merged.fell_back), [c.tolist() for c in merged.invalid]) == (SIZE, [[0, 0, 0]] * 2)
 
 
 def test_a_nan_among_the_weights_shows(device: torch.device) -> None:
-    """A NaN in a model's weights stays one in the result: clamping to the inputs does not hide it."""
+    """A NaN in the weights of a model stays NaN in the result, despite the clamping to the inputs."""
     case = _case(3)
     case.thetas[2][11] = float("nan")
     assert bool(fused.squisher(case.models(device), torch.float32, torch.float32).values[11].isnan())
 
 
 def test_density_puts_the_base_back(device: torch.device) -> None:
-    """Entries outside a model's mask count as the base's, also if the base is of another dtype."""
+    """Entries outside the mask of a model count as the base's, also with a base of another dtype."""
     case = _case(3, torch.bfloat16)
     generator = torch.Generator().manual_seed(5)
     masks = [torch.rand(SIZE, generator=generator) < 0.4, None, torch.rand(SIZE, generator=generator) < 0.9]
@@ -248,7 +248,7 @@ def test_density_puts_the_base_back(device: torch.device) -> None:
 @pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_power_is_of_every_fisher(device: torch.device, power: float, dtype: torch.dtype) -> None:
-    """F^power takes the place of F, with no ratio too small for it; at 0 the merge is the weighted mean."""
+    """F^power replaces F without underflow of ratios. A power of 0 gives the weighted mean."""
     case, scales = _case(3, dtype), (1.0, 1e-3, 50.0)
     given = zip(case.thetas, case.fishers, case.weights, scales, strict=True)
     models = [Model(t.to(device), f.to(device), w, s) for t, f, w, s in given]
@@ -265,8 +265,8 @@ def test_power_is_of_every_fisher(device: torch.device, power: float, dtype: tor
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-def test_only_models_of_the_elected_sign_vote(device: torch.device, count: int) -> None:
-    """Models that move against sign(sum_i w_i F_i d_i), or not at all, have no vote; without F the weights elect."""
+def test_only_models_with_the_elected_sign_vote(device: torch.device, count: int) -> None:
+    """Models that do not move along sign(sum_i w_i F_i d_i) have no vote. Without F the weights elect the sign."""
     case = _case(count)
     for theta in case.thetas:
         theta[::5] = case.base[::5]
@@ -277,7 +277,7 @@ def test_only_models_of_the_elected_sign_vote(device: torch.device, count: int) 
 
 
 def test_a_tie_gives_the_base(device: torch.device) -> None:
-    """Where the votes cancel, or no model moves, the result is theta_0; nobody's share counts there."""
+    """The result is theta_0 if the votes cancel or no model moves, and no model gets a share there."""
     base = torch.tensor([1.0, 2.0, 3.0, -1.0])
     thetas = [base + torch.tensor([1.0, 0.0, 1.0, 0.0]), base - torch.tensor([1.0, 0.0, 0.0, 4.0])]
     fishers = [torch.tensor([2.0, 1.0, 1e-30, 1e30]), torch.tensor([2.0, 1.0, 1e30, 1e-30])]
@@ -288,7 +288,7 @@ def test_a_tie_gives_the_base(device: torch.device) -> None:
 
 
 def test_the_sum_of_fishers_is_in_float64(device: torch.device) -> None:
-    """The mean behind the prior adds numbers 1e-38 to 1e+30 in float64, each Fisher with its factor."""
+    """The mean behind the prior adds numbers from 1e-38 to 1e+30 in float64, each Fisher with its factor."""
     case = _case(3, size=2 * fused.BLOCK + 13)
     fishers = [case.fishers[0], case.fishers[1].clamp(1e-6, 1e4).half(), case.fishers[2].bfloat16()]
     total = fused.weighted_sum([fisher.to(device) for fisher in fishers], [1.0, 0.3, 1e-5])
@@ -297,8 +297,8 @@ def test_the_sum_of_fishers_is_in_float64(device: torch.device) -> None:
     assert float(total) == pytest.approx(float(expected), rel=1e-7)
 
 
-def test_a_device_that_triton_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels run on GPUs, and on the CPU only where Triton interprets them."""
+def test_kernels_run_on_gpus_or_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run on GPUs, and on the CPU only in Triton's interpreter."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     known = [fused.runs_on(torch.device(kind)) for kind in ("cuda", "cpu", "meta", "mps")]
     assert known == [True, False, False, False]
@@ -306,7 +306,7 @@ def test_a_device_that_triton_knows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_more_entries_than_32_bits_count(device: torch.device) -> None:
-    """Offsets have 64 bits: a tensor of more than 2^31 entries is merged to its end."""
+    """Offsets have 64 bits, so a tensor of more than 2^31 entries is merged to its end."""
     size = (1 << 31) + 1009
     thetas = [torch.full((size,), value, dtype=torch.bfloat16, device=device) for value in (1.0, 3.0)]
     fishers = [torch.full((size,), value, dtype=torch.bfloat16, device=device) for value in (1.0, 3.0)]

@@ -1,4 +1,4 @@
-"""The kernels as an H100 would run them, compiled without one."""
+"""Kernels compiled for an H100 without one."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The plan of a whole merge: missing tensors, and the preview."""
+"""Plan of a whole merge: missing tensors, and the preview."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tests.merging.reference import assert_refused, give_fisher, llama, merge, p
 
 
 def test_a_tensor_missing(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A tensor without a Fisher is refused by name, with how many are covered and the cure."""
+    """A tensor without a Fisher is refused by name, with the coverage and the cure."""
     weights = llama(tmp_path / "m0", 0)
     give_fisher(tmp_path / "m0", {n: t for n, t in weights.items() if n != "model.norm.weight"}, 0)
     assert_refused(
@@ -20,8 +20,8 @@ def test_a_tensor_missing(tmp_path: Path, pair: dict[str, Any]) -> None:
     )
 
 
-def test_the_preview_and_the_log_mention_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Preview and log say the density of each model; bytes and memory count the base's weights and the choice."""
+def test_the_preview_and_the_log_mention_the_density(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Preview and log have the density of each model. Bytes and memory include the base's weights and the choice."""
     weights, _ = base_and_models(tmp_path, 3)
     config = density_config(tmp_path, [0.2, [{"filter": "mlp", "value": 0.1}, {"value": 0.5}]])
     plan, before = preview_of(tmp_path, config), preview_of(tmp_path, density_config(tmp_path, [1.0, 1.0]))

@@ -13,7 +13,7 @@ from tests.merging.reference import assert_config_refused, assert_refused, merge
     ("key", "hint"), [("wieght", "did you mean weight?"), ("fishers", "fisher"), ("qqq", "valid are fisher, weight")]
 )
 def test_a_misspelt_parameter(tmp_path: Path, pair: dict[str, Any], key: str, hint: str) -> None:
-    """A misspelt key is an error that names the place and the nearest valid key."""
+    """A misspelt key is refused with its place and the nearest valid key."""
     pair["models"][1]["parameters"][key] = 0.5
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "models[1].parameters", repr(key), hint)
 
@@ -29,20 +29,20 @@ def test_a_misspelt_parameter(tmp_path: Path, pair: dict[str, Any], key: str, hi
     ],
 )
 def test_a_wrong_value(tmp_path: Path, pair: dict[str, Any], key: str, value: object, word: str) -> None:
-    """A value that a parameter does not accept is named with its place and what is accepted."""
+    """An invalid value is refused with its place and the accepted values."""
     pair["parameters"][key] = value
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "parameters", key, word)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), True, "much"])
 def test_a_wrong_weight(tmp_path: Path, pair: dict[str, Any], value: object) -> None:
-    """Weights are finite and not negative."""
+    """A weight that is negative or not finite is refused."""
     pair["models"][0]["parameters"]["weight"] = value
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "models[0].parameters.weight", "finite number >= 0")
 
 
 def test_a_global_parameter_of_one_model(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A parameter for all models that stands under one model, where mergekit would ignore it, is refused."""
+    """A parameter for all models under one model, where mergekit would ignore it, is refused."""
     pair["models"][0]["parameters"]["scaling"] = "raw"
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "models[0].parameters.scaling", "top-level")
 
@@ -55,7 +55,7 @@ def test_a_list_of_fishers(tmp_path: Path, pair: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("value", [0, -0.2, 1.5, float("nan"), True, "half", [1.0, 0.0]])
 def test_a_wrong_density(tmp_path: Path, value: object) -> None:
-    """Density is above 0 and at most 1; who wants none of a model leaves it out."""
+    """A density must be above 0 and at most 1. A density of 0 is refused with the cure of leaving the model out."""
     base_and_models(tmp_path, 3)
     assert_config_refused(
         tmp_path,
@@ -67,7 +67,7 @@ def test_a_wrong_density(tmp_path: Path, value: object) -> None:
 
 
 def test_mergekit_pytorch_refuses(tmp_path: Path) -> None:
-    """`mergekit-pytorch` names misspelt keys and missing tensors as `mergekit-yaml` does."""
+    """`mergekit-pytorch` names misspelt keys and missing tensors like `mergekit-yaml`."""
     nets(tmp_path, 2)
     entries = [{"model": str(tmp_path / f"n{i}" / "net.safetensors")} for i in range(2)]
     entries[1]["parameters"] = {"wieght": 1.0}  # type: ignore[assignment]

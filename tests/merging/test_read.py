@@ -1,4 +1,4 @@
-"""One tensor of a Fisher, at the scale of a merge."""
+"""Reader of one tensor of a Fisher, at the scale of a merge."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.merging.reference import assert_squisher, assert_within, merged, refe
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("start", [0.1, 0.3, 0.7])
 def test_an_entry_at_adagrads_start_is_exactly_zero(dtype: torch.dtype, start: float) -> None:
-    """An entry that never saw a gradient holds the start as its dtype rounds it, and has no information at all."""
+    """An entry without any gradient has the start as its dtype rounds it, and becomes exactly 0."""
     config = FisherConfig.model_validate(
         {
             "estimator": "squisher",
@@ -35,7 +35,7 @@ def test_an_entry_at_adagrads_start_is_exactly_zero(dtype: torch.dtype, start: f
 
 @pytest.mark.parametrize("scaling", ["raw", "debiased", "per_example"])
 def test_scaling(tmp_path: Path, scaling: str) -> None:
-    """The three scalings: as stored, divided by 1 - beta2^t, and that times the examples of a step."""
+    """The scalings are the stored value, the value divided by 1 - beta2^t, and that times the examples of a step."""
     weights, fishers = models_with_fishers(tmp_path, 2)
     for i, (steps, examples) in enumerate(((100, 16), (1200, 48))):
         optimizer = {"class": "torch.optim.AdamW", "beta2": 0.999}
@@ -57,7 +57,10 @@ def test_scaling(tmp_path: Path, scaling: str) -> None:
 
 
 def test_adagrads_sum_is_a_mean_less_its_start(tmp_path: Path) -> None:
-    """A sum is taken less Adagrad's initial value and divided by the steps; a computed sum by the examples."""
+    """An optimizer's sum loses Adagrad's initial value and is divided by the steps.
+
+    A computed sum is divided by the examples.
+    """
     weights, _ = models_with_fishers(tmp_path, 2)
     generator = torch.Generator().manual_seed(3)
     fishers = [{n: torch.rand(t.shape, generator=generator) + 0.5 for n, t in weights[0].items()} for _ in range(2)]
@@ -73,7 +76,7 @@ def test_adagrads_sum_is_a_mean_less_its_start(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("normalize", "estimator"), [("mean", "squisher"), ("l2", "squisher"), ("auto", "empirical")])
 def test_normalize(tmp_path: Path, normalize: str, estimator: str) -> None:
-    """Each Fisher is divided by its mean or L2 norm over the whole model; auto means mean once one is computed."""
+    """Each Fisher is divided by its mean or L2 norm over the whole model. auto means mean if one Fisher is computed."""
     weights, _ = models_with_fishers(tmp_path, 2)
     generator = torch.Generator().manual_seed(4)
     fishers = [{n: torch.rand(t.shape, generator=generator) ** 4 for n, t in weights[0].items()} for _ in range(2)]
@@ -89,7 +92,7 @@ def test_normalize(tmp_path: Path, normalize: str, estimator: str) -> None:
 
 
 def test_floor(tmp_path: Path) -> None:
-    """`floor` raises every F to that share of its tensor's mean."""
+    """`floor` raises every F to that share of the mean of its tensor."""
     weights, _ = models_with_fishers(tmp_path, 2)
     generator = torch.Generator().manual_seed(5)
     fishers = [{n: torch.rand(t.shape, generator=generator) ** 4 for n, t in weights[0].items()} for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The output folder after a failed merge."""
+"""Output folder after a failed merge."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from tests.merging.reference import (
 )
 
 
-def test_the_folders_that_were_made_go_again(tmp_path: Path) -> None:
-    """The output folder and the folders made for it vanish with it."""
+def test_new_folders_are_removed(tmp_path: Path) -> None:
+    """The output folder and the parent folders made for it are removed."""
     output = OutputFolder(tmp_path / "runs" / "deep" / "out")
     output.folder.mkdir(parents=True)
     (output.folder / "model.safetensors").touch()
@@ -24,8 +24,8 @@ def test_the_folders_that_were_made_go_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_others_put_beside_it_stays(tmp_path: Path) -> None:
-    """A folder above that another process has put something into meanwhile is left, with all of it."""
+def test_content_of_other_processes_stays(tmp_path: Path) -> None:
+    """A parent folder with other new content stays with that content."""
     output = OutputFolder(tmp_path / "runs" / "out")
     output.folder.mkdir(parents=True)
     (tmp_path / "runs" / "other").mkdir()
@@ -34,7 +34,7 @@ def test_what_others_put_beside_it_stays(tmp_path: Path) -> None:
 
 
 def test_an_existing_folder_is_left_as_it_was(tmp_path: Path) -> None:
-    """Files that were there stay; files and folders that are new go."""
+    """Existing files of the folder stay, and new files and folders are removed."""
     (tmp_path / "notes.txt").touch()
     output = OutputFolder(tmp_path)
     (tmp_path / "model-1.safetensors").touch()
@@ -46,7 +46,7 @@ def test_an_existing_folder_is_left_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-1.0, "negative")])
 @pytest.mark.parametrize("flags", [[], ["--out-shard-size", "1K"], ["--async-write", "--out-shard-size", "1K"]])
 def test_invalid_entries(tmp_path: Path, pair: dict[str, Any], value: float, word: str, flags: list[str]) -> None:
-    """NaN, infinite and negative entries are found while merging; all that was written is removed."""
+    """NaN, infinite and negative entries are found while merging, and all output is removed."""
     fisher = give_fisher(tmp_path / "m1", llama(tmp_path / "m1", 1), 1)
     fisher["model.norm.weight"][7] = value
     store_fisher(tmp_path / "m1", fisher)
@@ -56,7 +56,7 @@ def test_invalid_entries(tmp_path: Path, pair: dict[str, Any], value: float, wor
 
 
 def test_invalid_entries_leave_an_existing_folder_as_it_was(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A folder that existed before keeps what it held, and nothing else."""
+    """An existing folder keeps exactly its earlier content."""
     fisher = give_fisher(tmp_path / "m1", llama(tmp_path / "m1", 1), 1)
     fisher["model.norm.weight"][7] = float("nan")
     store_fisher(tmp_path / "m1", fisher)

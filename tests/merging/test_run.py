@@ -1,4 +1,4 @@
-"""A run owns the Fishers of a merge, and releases them at its end."""
+"""Ownership of the Fishers of a merge by its run, and their release."""
 
 import gc
 import logging
@@ -20,7 +20,7 @@ from tests.merging.reference import Tensors, give_fisher, llama, merge_raw, plan
 
 
 def _held(root: Path) -> tuple[int, int]:
-    """Return the numbers of Fishers in memory and of mapped Fisher files that come from a folder."""
+    """Return the numbers of Fishers in memory and of mapped Fisher files of a folder."""
     gc.collect()
     fishers = [thing for thing in gc.get_objects() if issubclass(type(thing), Fisher)]
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
@@ -46,7 +46,7 @@ def _run_merge(config: dict[str, Any], out: Path, **options: Any) -> None:
 def test_four_merges_in_one_process_hold_nothing_afterwards(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each of four merges by mergekit's `run_merge` no Fisher is in memory and none of its files is mapped."""
+    """After each of four merges by mergekit's `run_merge`, no Fisher is in memory and no Fisher file is mapped."""
     config, _ = _models(tmp_path, method)
     inside, record = [], Run.record
 
@@ -59,7 +59,7 @@ def test_four_merges_in_one_process_hold_nothing_afterwards(
     for i in range(4):
         _run_merge(config, tmp_path / f"out{i}")
         held.append(_held(tmp_path))
-    # While a merge runs both models' Fishers are open: the count finds what it looks for.
+    # Both models' Fishers are open during a merge, so the count can find them.
     assert (inside[0][0] >= 2, inside[0][1] >= 2) == (True, True)
     assert held == [(0, 0)] * 4
 
@@ -114,7 +114,7 @@ def test_plans_and_raw_merges_hold_nothing_afterwards(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_never_runs_holds_nothing_afterwards(tmp_path: Path) -> None:
-    """Tasks that nobody runs take their Fishers with them, although mergekit caches by planner."""
+    """Tasks that never run release their Fishers, although mergekit caches by planner."""
     config, _ = _models(tmp_path)
     tasks = planned(config, tmp_path / "out")
     assert _held(tmp_path)[0] == 2
@@ -124,7 +124,10 @@ def test_a_plan_that_never_runs_holds_nothing_afterwards(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("level", [logging.NOTSET, logging.DEBUG, logging.WARNING])
 def test_a_log_line_leaves_the_level_of_the_logger(level: int, caplog: pytest.LogCaptureFixture) -> None:
-    """A run logs under stock commands, whose root logger wants warnings; a level of the package's logger counts."""
+    """A run logs under stock commands, whose root logger has the level warning.
+
+    A level of the package's logger counts.
+    """
     before = LOG.level
     LOG.setLevel(level)
     try:
@@ -136,7 +139,7 @@ def test_a_log_line_leaves_the_level_of_the_logger(level: int, caplog: pytest.Lo
     assert [record.message for record in caplog.records] == ([] if level == logging.WARNING else ["a line"])
 
 
-def test_a_strict_run_refuses_what_is_a_warning_otherwise(tmp_path: Path) -> None:
+def test_a_strict_run_turns_warnings_into_refusals(tmp_path: Path) -> None:
     """`squisher plan --strict` refuses the Fisher of other weights, and names the option."""
     config, _ = _models(tmp_path)
     config["models"][1]["parameters"] = {"fisher": str(tmp_path / "m0")}
@@ -148,7 +151,7 @@ def test_a_strict_run_refuses_what_is_a_warning_otherwise(tmp_path: Path) -> Non
 
 
 def test_a_closed_run_keeps_its_preview() -> None:
-    """Closing drops the plan; the preview stays for the report."""
+    """A closed run keeps its preview for the report."""
     with Run("squisher") as run:
         run.begin(MergePlan("squisher"))
     assert (run.plan, run.preview and run.preview["tensors"]) == (None, 0)

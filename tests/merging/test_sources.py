@@ -1,4 +1,4 @@
-"""Fishers that cannot be found, read, or do not fit the weights: one line, exit code 1, no output folder."""
+"""Missing, unreadable or foreign Fishers: one line, exit code 1, no output folder."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def _remove_fisher(folder: Path) -> None:
 
 
 def test_no_fisher(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """Without Fisher and optimizer state the folder and what was looked for are named."""
+    """A folder without a Fisher or optimizer state is refused with its name and the expected files."""
     _remove_fisher(tmp_path / "m1")
     assert_refused(
         merge(pair, tmp_path / "out"), tmp_path / "out", str(tmp_path / "m1"), "optimizer.pt", "fisher: PATH"
@@ -23,13 +23,13 @@ def test_no_fisher(tmp_path: Path, pair: dict[str, Any]) -> None:
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A mistyped path is named, not looked for on the Hub."""
+    """A mistyped path is refused by name, without a look-up on the Hub."""
     pair["models"][0]["parameters"]["fisher"] = str(tmp_path / "nowhere")
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "nowhere", "working directory")
 
 
 def test_names_that_do_not_fit(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A Fisher with other names than the weights' is refused, whatever `missing` says."""
+    """A Fisher with other names than the weights is refused for any value of `missing`."""
     store_fisher(tmp_path / "other", {"encoder.weight": torch.ones(3, 5)})
     pair["models"][1]["parameters"]["fisher"] = str(tmp_path / "other")
     pair["parameters"]["missing"] = "average"
@@ -37,14 +37,14 @@ def test_names_that_do_not_fit(tmp_path: Path, pair: dict[str, Any]) -> None:
 
 
 def test_a_truncated_file(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A truncated Fisher is found by its header."""
+    """A truncated Fisher is refused from its header."""
     file = tmp_path / "m0" / "fisher.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", str(file), "whole safetensors file")
 
 
 def test_metadata_missing(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A Fisher without its metadata has no scale, and is refused."""
+    """A Fisher without metadata is refused, because its scale is unknown."""
     (tmp_path / "m0" / "fisher_config.json").unlink()
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "fisher_config.json", str(tmp_path / "m0"))
 
@@ -52,7 +52,7 @@ def test_metadata_missing(tmp_path: Path, pair: dict[str, Any]) -> None:
 def test_another_models_fisher_is_a_warning(
     tmp_path: Path, pair: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A Fisher of fitting names, made at other weights, is warned about and says what differs."""
+    """A Fisher with the right names, made at other weights, gives a warning that states the difference."""
     pair["models"][1]["parameters"]["fisher"] = str(tmp_path / "m0")
     assert merge(pair, tmp_path / "out").exit_code == 0
     (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]

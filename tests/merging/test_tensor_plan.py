@@ -1,4 +1,4 @@
-"""Plans of single tensors: refused in one line, with exit code 1 and no output folder."""
+"""Refused plans of single tensors: one line, exit code 1, no output folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +11,20 @@ from tests.merging.reference import assert_config_refused, assert_refused, give_
 
 
 def test_weights_all_zero(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """Weights that are all 0 are refused with a tensor's name."""
+    """Weights that are all 0 are refused with the name of a tensor."""
     for model in pair["models"]:
         model["parameters"]["weight"] = 0.0
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "must not all be 0", "model.embed_tokens.weight")
 
 
 def test_fisher_none_outside_a_base(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """`fisher: none` is for the base of UBGM alone."""
+    """`fisher: none` is valid only for the base of UBGM."""
     pair["models"][0]["parameters"]["fisher"] = "none"
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "base of ubgm_squisher alone")
 
 
 def test_shapes_that_do_not_fit(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A Fisher of another size is refused with tensor and both shapes."""
+    """A Fisher of another size is refused with the tensor and both shapes."""
     wide = llama(tmp_path / "wide", 5, intermediate_size=19)
     give_fisher(tmp_path / "wide", wide, 5)
     pair["models"][1]["parameters"]["fisher"] = str(tmp_path / "wide")
@@ -32,7 +32,7 @@ def test_shapes_that_do_not_fit(tmp_path: Path, pair: dict[str, Any]) -> None:
 
 
 def test_steps_unknown(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A moving average of unknown age cannot be debiased: refused, with `scaling: raw` as the cure."""
+    """A moving average with unknown steps cannot be debiased. It is refused with `scaling: raw` as the cure."""
     weights = llama(tmp_path / "m0", 0)
     store_fisher(tmp_path / "m0", weights, statistic="ema", optimizer={"beta2": 0.999})
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "steps", "scaling: raw")
@@ -56,7 +56,7 @@ def _base_of_another_shape(root: Path, config: dict[str, Any]) -> None:
     ids=["none", "lacking", "shape"],
 )
 def test_a_base_that_cannot_serve(tmp_path: Path, spoil: Callable[..., None], words: list[str]) -> None:
-    """No base, a base without a tensor, and one of another shape are refused from headers, before anything is there."""
+    """A missing base, a base without a tensor, and one of another shape are refused from headers, before any output."""
     base_and_models(tmp_path, 3)
     config = density_config(tmp_path, [0.5, 1.0])
     spoil(tmp_path, config)
@@ -64,7 +64,7 @@ def test_a_base_that_cannot_serve(tmp_path: Path, spoil: Callable[..., None], wo
 
 
 def test_a_base_is_needed_only_where_something_is_chosen(tmp_path: Path) -> None:
-    """A base that lacks a tensor serves if density is 1 there, and if the models that trim have weight 0."""
+    """A base may lack a tensor if density is 1 there, or if the models with a density have weight 0."""
     base_and_models(tmp_path, 3)
     base_without_norm(tmp_path, {})
     shares = [{"filter": "norm", "value": 1.0}, {"value": 0.5}]

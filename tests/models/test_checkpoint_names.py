@@ -1,4 +1,4 @@
-"""The model without its weights, against what save_pretrained writes of the same model with weights."""
+"""Names on disk without weights, against the files of save_pretrained."""
 
 import json
 
@@ -51,7 +51,7 @@ _T5 = {"vocab_size": 37, "d_model": 16, "d_kv": 4, "d_ff": 20, "num_layers": 2, 
 _VISION = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 4}
 _VISION |= {"image_size": 8, "patch_size": 4}
 
-# architecture -> settings; ties, packed experts, Conv1D, encoders, decoders, both, vision, several models in one
+# architecture -> settings; ties, packed experts, Conv1D, encoders, decoders, both, vision, nested models
 FAST = {
     "BertForMaskedLM": _TEXT,
     "GPT2LMHeadModel": {"vocab_size": 37, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
@@ -117,19 +117,19 @@ def _assert_moves_as_saved(architecture, folder, settings):
 
 @pytest.mark.parametrize("architecture", FAST)
 def test_parameters_become_the_tensors_on_disk(architecture, tmp_path):
-    """Order, shapes and ties are the live model's, and converted parameters are bit for bit what was saved."""
+    """Order, shapes and ties are those of the live model. Converted parameters equal the saved ones bit for bit."""
     _assert_moves_as_saved(architecture, tmp_path, FAST[architecture])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SLOW)
 def test_parameters_of_more_models_become_the_tensors_on_disk(architecture, tmp_path):
-    """The same for many more families."""
+    """Many more families of models satisfy the same claims."""
     _assert_moves_as_saved(architecture, tmp_path, SLOW[architecture])
 
 
 def _reloaded(architecture, folder, settings, rename):
-    """Save a model under other names, load it and save it again: transformers keeps the names it was loaded from."""
+    """Save a model under other names, load it and save it again; transformers keeps the loaded names."""
     model = _saved(architecture, folder / "first", settings)
     tensors = rename(dict(model.state_dict()))
     save_file(
@@ -156,7 +156,7 @@ def _old_layer_norms(state):
     ],
 )
 def test_names_that_a_model_was_loaded_from_are_kept(architecture, rename, seen, tmp_path):
-    """BERT's old LayerNorm names and experts that were packed on disk stay so in what is saved, and in the Fisher."""
+    """BERT's old LayerNorm names and experts packed on disk stay in saved weights and in the Fisher."""
     model, stored = _reloaded(architecture, tmp_path, FAST[architecture], rename)
     assert seen in stored
     bones = checkpoint_names(tmp_path / "again", stored)
@@ -167,7 +167,7 @@ def test_names_that_a_model_was_loaded_from_are_kept(architecture, rename, seen,
 
 
 def test_a_packed_tensor_needs_itself_alone():
-    """Each expert on disk is made of its one packed tensor, so that reading it takes no other."""
+    """Each expert on disk is made from its packed tensor alone, so reading it loads no other tensor."""
     config = transformers.MixtralConfig(**_TEXT, num_local_experts=3)
     with torch.device("meta"):
         bones = of_model(transformers.MixtralForCausalLM(config))
@@ -177,7 +177,7 @@ def test_a_packed_tensor_needs_itself_alone():
 
 
 def test_tied_names_lead_to_the_one_that_is_kept():
-    """A tied parameter has every one of its names in memory, and on disk the one that save_pretrained keeps."""
+    """A tied parameter has all its names in memory, and on disk the one that save_pretrained keeps."""
     config = transformers.BertConfig(**_TEXT)
     with torch.device("meta"):
         bones = of_model(transformers.BertForMaskedLM(config))
@@ -188,7 +188,7 @@ def test_tied_names_lead_to_the_one_that_is_kept():
 
 
 def test_types_are_those_of_every_module_around():
-    """A parameter knows the classes that it lies in, bases included and the root excepted."""
+    """A parameter has the classes of all modules around it, bases included and the root excepted."""
     config = transformers.GPT2Config(vocab_size=37, n_embd=16, n_layer=1, n_head=4)
     with torch.device("meta"):
         types = {p.name: p.types for p in of_model(transformers.GPT2LMHeadModel(config)).parameters}
@@ -199,7 +199,7 @@ def test_types_are_those_of_every_module_around():
 
 
 def test_a_changed_config_is_read_again(tmp_path):
-    """A model is built once for a config.json, and again when the file changes."""
+    """A model is built once per config.json, and again after a change of the file."""
     _saved("LlamaForCausalLM", tmp_path, _TEXT)
     first = checkpoint_names(tmp_path)
     assert checkpoint_names(tmp_path) is first
@@ -220,7 +220,7 @@ def test_a_changed_config_is_read_again(tmp_path):
     ],
 )
 def test_a_config_of_no_known_model_is_refused(content, words, tmp_path):
-    """What transformers cannot build itself is refused, with --names as the way out."""
+    """A config of a model that transformers does not have is refused, with --names as the cure."""
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CorruptFileError, match=words) as caught:
         checkpoint_names(tmp_path)
@@ -228,7 +228,7 @@ def test_a_config_of_no_known_model_is_refused(content, words, tmp_path):
 
 
 def test_a_models_own_code_is_not_run(tmp_path):
-    """Code beside the config is left alone, whatever auto_map says."""
+    """Code next to the config is not run, for any auto_map."""
     marker = tmp_path / "ran"
     (tmp_path / "modeling_own.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass OwnModel: pass\n")
     own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
@@ -240,14 +240,14 @@ def test_a_models_own_code_is_not_run(tmp_path):
     assert not marker.exists()
 
 
-def test_no_config_is_a_question_of_names(tmp_path):
-    """Without a config.json, order and names are unknown."""
+def test_a_missing_config_is_refused(tmp_path):
+    """A folder without config.json is refused, because order and names are unknown."""
     with pytest.raises(NamingError, match=r"config\.json"):
         checkpoint_names(tmp_path)
 
 
 def test_conversions_that_do_more_than_move_elements_are_refused(monkeypatch):
-    """An operation that transformers does not define among its moves could change values, and is refused by name."""
+    """A conversion outside of transformers' moves of elements could change values, and is refused by name."""
     from transformers import conversion_mapping, core_model_loading
 
     class Doubled(core_model_loading.ConversionOps):

@@ -1,4 +1,4 @@
-"""Second moments by their names on disk, converted when they are read."""
+"""Second moments with names on disk, converted when they are read."""
 
 import torch
 import transformers
@@ -19,7 +19,10 @@ def _mixtral():
 
 
 def test_experts_are_cut_out_of_their_packed_tensor():
-    """w1 and w3 are the halves of gate_up_proj, w2 is down_proj, expert by expert; infos say the shapes beforehand."""
+    """w1 and w3 are the halves of gate_up_proj, and w2 is down_proj, per expert.
+
+    The shapes are known before reading.
+    """
     bones, moments = _mixtral()
     store = store_moments("here", moments, bones, ())
     gate_up, down = (moments[f"model.layers.0.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
@@ -47,8 +50,8 @@ def test_a_packed_tensor_is_converted_once_for_all_its_experts():
     assert sorted(calls) == sorted(moments)
 
 
-def test_a_tensor_is_there_only_with_all_it_is_made_of():
-    """What misses a part has no recipe; names on disk need none."""
+def test_a_tensor_needs_all_its_parts():
+    """A tensor with a missing part has no recipe. Names on disk need none."""
     bones, moments = _mixtral()
     del moments["model.layers.0.mlp.experts.down_proj"]
     store = store_moments("here", moments, bones, ())

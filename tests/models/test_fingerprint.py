@@ -1,4 +1,4 @@
-"""The fingerprint of weights: the same for the same weights in any file layout, another for any others."""
+"""Fingerprint of weights: independent of the file layout, different for different weights."""
 
 import json
 
@@ -21,14 +21,14 @@ def _print(folder, weights, name="model"):
     return fingerprint(folder, name)
 
 
-def test_the_form(tmp_path):
-    """fp1, the structure's digest of 6 bytes, the content's of 12."""
+def test_the_format_of_a_fingerprint(tmp_path):
+    """A fingerprint is fp1 with a digest of 6 bytes of the structure and one of 12 bytes of the content."""
     structure, content = _print(tmp_path, _weights()).removeprefix("fp1:").split("-")
     assert (len(bytes.fromhex(structure)), len(bytes.fromhex(content))) == (6, 12)
 
 
-def test_it_does_not_depend_on_the_layout_of_files(tmp_path):
-    """One file, shards in any order, another order in the file: one fingerprint."""
+def test_a_fingerprint_does_not_depend_on_the_file_layout(tmp_path):
+    """A single file, shards in any order and another order in the file have the same fingerprint."""
     weights = _weights()
     one = _print(tmp_path / "one", weights)
     assert _print(tmp_path / "turned", dict(reversed(weights.items()))) == one
@@ -44,7 +44,7 @@ def test_it_does_not_depend_on_the_layout_of_files(tmp_path):
 
 @pytest.mark.parametrize("place", [(0, 0), (52, 30)])
 def test_one_changed_value_at_an_end_of_a_large_tensor_is_seen(tmp_path, place):
-    """The first and the last block of every tensor are in the sample."""
+    """The sample includes the first and the last block of every tensor."""
     weights = _weights()
     before = _print(tmp_path / "a", weights)
     weights["embed.weight"][place] += 1
@@ -64,7 +64,7 @@ def test_any_changed_value_of_a_small_tensor_is_seen(tmp_path, index):
 
 
 def test_all_bytes_of_a_tensor_at_the_limit_are_in_the_sample(tmp_path):
-    """At 256 floats, 1024 bytes, no value escapes."""
+    """Every value of a tensor of 256 floats, which are 1024 bytes, changes the fingerprint."""
     weights = {"w": torch.zeros(256)}
     prints = {_print(tmp_path, weights)}
     for index in range(256):
@@ -84,7 +84,7 @@ def test_all_bytes_of_a_tensor_at_the_limit_are_in_the_sample(tmp_path):
     ],
 )
 def test_another_name_shape_or_dtype_changes_the_structure(tmp_path, change):
-    """What the headers say is in the first digest, and the difference says so."""
+    """The first digest covers names, shapes and dtypes, and the difference names them."""
     before = _print(tmp_path / "a", _weights())
     after = _print(tmp_path / "b", change(_weights()))
     assert after.split("-")[0] != before.split("-")[0]
@@ -92,13 +92,16 @@ def test_another_name_shape_or_dtype_changes_the_structure(tmp_path, change):
 
 
 def test_two_tensors_swapped_are_seen(tmp_path):
-    """Values belong to their names."""
+    """Two swapped tensors of equal shape change the fingerprint."""
     weights = {"a": torch.zeros(3), "b": torch.ones(3)}
     assert _print(tmp_path / "a", weights) != _print(tmp_path / "b", {"a": weights["b"], "b": weights["a"]})
 
 
 def test_no_weights_have_no_fingerprint(tmp_path):
-    """A folder without safetensors weights is unknown, and unknown differs from nothing."""
+    """A folder without safetensors weights has no fingerprint.
+
+    The comparison with a missing fingerprint gives no difference.
+    """
     assert fingerprint(tmp_path) is None
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     assert fingerprint(tmp_path) is None
@@ -108,14 +111,14 @@ def test_no_weights_have_no_fingerprint(tmp_path):
     assert difference("fp1:a-b", "fp1:a-b") is None
 
 
-def test_an_adapter_has_its_own(tmp_path):
-    """An adapter's weights are read by their own file name."""
+def test_an_adapter_has_its_own_fingerprint(tmp_path):
+    """The weights of an adapter are read from their own file."""
     assert _print(tmp_path, _weights(), "adapter_model").startswith("fp1:")
     assert fingerprint(tmp_path) is None
 
 
 def test_the_cost_does_not_grow_with_the_tensor(tmp_path, monkeypatch):
-    """Of a tensor of 4 MB eight blocks of 128 bytes are read, beside the header."""
+    """A tensor of 4 MB is read in eight blocks of 128 bytes, in addition to the header."""
     import io
 
     save_file({"w": torch.zeros(1 << 20)}, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Where the inputs of a weight lie."""
+"""Input axis of a weight."""
 
 import pytest
 import torch
@@ -23,15 +23,15 @@ from tests.training.cases import make
     ],
 )
 def test_the_axis_is_that_of_the_inputs(module, inputs):
-    """Each kind of layer by its own layout."""
+    """Each kind of layer has the input axis of its layout."""
     shapes = {"weight": tuple(module.weight.shape)}
     axis = input_axes(module, describe(module).checkpoint_names, shapes)["weight"]
     assert module.weight.shape[axis] == inputs
 
 
 @pytest.mark.parametrize(("transposed", "axis"), [(True, 1), (False, 2), (None, None)])
-def test_packed_experts_say_which_way_they_lie(transposed, axis):
-    """Three axes are experts, inputs and outputs in either order; unsaid, nothing is guessed."""
+def test_packed_experts_declare_their_layout(transposed, axis):
+    """The attribute is_transposed gives the input axis of three-dimensional experts. Without it the axis is unknown."""
     module = nn.Module()
     module.packed = nn.Parameter(torch.zeros(3, 5, 7))
     if transposed is not None:
@@ -39,8 +39,8 @@ def test_packed_experts_say_which_way_they_lie(transposed, axis):
     assert input_axes(module, describe(module).checkpoint_names, {"packed": (3, 5, 7)}) == {"packed": axis}
 
 
-def test_on_disk_the_config_tells(tmp_path):
-    """GPT-2's Conv1D keeps [in, out]; without its config, matrices count as [out, in]."""
+def test_the_config_gives_the_layout_on_disk(tmp_path):
+    """The config tells that GPT-2's Conv1D keeps [in, out]. Without it, matrices count as [out, in]."""
     make("gpt2").save_pretrained(tmp_path)
     name = "transformer.h.0.mlp.c_fc.weight"
     weights = open_weights(tmp_path)

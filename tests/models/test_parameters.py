@@ -1,4 +1,4 @@
-"""Names of live models, held against the names that saving them writes."""
+"""Names of live models, compared with the names in their saved files."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def _names(folder):
 
 
 @pytest.mark.parametrize("name", ["bert", "mixtral"])
-def test_without_weights_beside_the_names_are_those_of_saving(tmp_path, name):
-    """The names are those that save_pretrained writes later, for packed experts too."""
+def test_names_of_a_new_model_are_those_of_saving(tmp_path, name):
+    """A model without files gets the names that save_pretrained writes later, also for packed experts."""
     model = make(name)
     fisher = save_squisher(model, _step(model), tmp_path / "fisher")
     model.save_pretrained(tmp_path / "model")
@@ -37,7 +37,7 @@ def test_without_weights_beside_the_names_are_those_of_saving(tmp_path, name):
 
 
 def test_a_model_that_was_loaded_is_named_and_saved_as_it_was(tmp_path):
-    """Loaded from files with old names (LayerNorm.gamma), it gets these back, and so does its Fisher."""
+    """A model loaded from files with old names (LayerNorm.gamma) is saved with these, and its Fisher has them."""
     model = make("bert")
     state = {
         key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
@@ -55,7 +55,7 @@ def test_a_model_that_was_loaded_is_named_and_saved_as_it_was(tmp_path):
 
 
 def test_a_model_is_left_as_it_was():
-    """Describing a model notes nothing in it."""
+    """A description of a model leaves no trace in it."""
     model = make("mixtral")
     before = set(vars(model))
     describe(model).checkpoint_names.convert({})
@@ -63,7 +63,7 @@ def test_a_model_is_left_as_it_was():
 
 
 def test_modules_wrapped_one_by_one_are_looked_through(tmp_path):
-    """Activation checkpointing puts itself into the names; the Fisher has those of the weights."""
+    """Activation checkpointing changes module names. The Fisher has the names of the weights."""
     plain, wrapped = make("mixtral"), make("mixtral")
     for number, layer in enumerate(wrapped.model.layers):
         wrapped.model.layers[number] = checkpoint_wrapper(layer)
@@ -77,7 +77,7 @@ def test_modules_wrapped_one_by_one_are_looked_through(tmp_path):
 
 
 def test_wrapped_modules_of_a_class_that_cannot_be_built_are_refused():
-    """Where the model cannot be built once more without the wrappers, it is said in one line."""
+    """A model with inner wrappers that cannot be built again is refused in one line."""
     model = make("llama")
 
     class Special(type(model)):
@@ -100,7 +100,7 @@ def test_a_name_of_the_models_own_is_kept():
 
 
 def test_tied_embeddings_have_one_entry(tmp_path):
-    """The tied name finds the Fisher of the other, and is listed."""
+    """A tied name finds the Fisher of the other name and is listed."""
     model = make("qwen2")
     save_squisher(model, _step(model), tmp_path)
     fisher = load_fisher(tmp_path)
@@ -108,8 +108,8 @@ def test_tied_embeddings_have_one_entry(tmp_path):
     assert torch.equal(fisher["lm_head.weight"], fisher["model.embed_tokens.weight"])
 
 
-def test_deepspeed_is_refused_with_the_way_out(tmp_path):
-    """An engine of DeepSpeed, known by its module, is refused before anything is written."""
+def test_deepspeed_is_refused_with_the_cure(tmp_path):
+    """An engine of DeepSpeed is recognised by its module and refused before any file is written."""
     engine = type("DeepSpeedEngine", (nn.Linear,), {"__module__": "deepspeed.runtime.engine"})(2, 3)
     optimizer = torch.optim.AdamW(engine.parameters())
     with pytest.raises(UnsupportedStateError, match="take squisher extract on the checkpoint"):

@@ -1,4 +1,4 @@
-"""Which weights have a role."""
+"""Roles of weights."""
 
 import pytest
 from torch import nn
@@ -8,7 +8,7 @@ from squisher_mergekit.models import roles
 from squisher_mergekit.models.weights import open_weights
 from tests.estimators.models import make
 
-# What is an output layer, and what is an ordinary matrix, in models of transformers, by names on disk.
+# Output layers and ordinary matrices of transformers models, by names on disk.
 KNOWN = {
     "bert": ({"classifier.weight"}, {"bert.pooler.dense.weight", "bert.encoder.layer.1.attention.self.key.weight"}),
     "distilbert": ({"classifier.weight", "pre_classifier.weight"}, {"distilbert.transformer.layer.0.ffn.lin1.weight"}),
@@ -38,7 +38,7 @@ EMBEDDINGS = {
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_roles_of_models_of_transformers(name, tmp_path):
-    """Heads are outputs, tables are embeddings, vectors are norms or biases, and the rest has no role."""
+    """Heads are outputs, tables are embeddings, vectors are norms or biases, and other weights have no role."""
     make(name).save_pretrained(tmp_path)
     weights = open_weights(tmp_path)
     found = roles.roles_on_disk(weights)
@@ -53,8 +53,8 @@ def test_roles_of_models_of_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "llama-tied", "mixtral", "vit"])
-def test_names_do_where_there_is_no_config(name, tmp_path):
-    """They tell the same of the usual architectures."""
+def test_names_give_the_roles_without_a_config(name, tmp_path):
+    """Names alone give the same roles for the usual architectures."""
     make(name).save_pretrained(tmp_path)
     by_config = roles.roles_on_disk(open_weights(tmp_path))
     (tmp_path / "config.json").unlink()
@@ -62,7 +62,7 @@ def test_names_do_where_there_is_no_config(name, tmp_path):
 
 
 def test_roles_of_any_other_model():
-    """The output is the last module with a matrix, also where a vector comes after it."""
+    """The output is the last module with a matrix, even with a vector after it."""
     model = nn.ModuleDict(
         {
             "table": nn.Embedding(7, 3),
@@ -84,8 +84,8 @@ def test_roles_of_any_other_model():
     }
 
 
-def test_what_is_ignored_and_why():
-    """Roles, names and patterns; the first reason counts."""
+def test_ignored_weights_have_a_reason():
+    """A weight is ignored by its role, its name or a pattern. The first reason counts."""
     names = ["a.weight", "a.bias", "b.weight", "head.weight"]
     found = roles.ignored({"a.bias": "bias", "head.weight": "output"}, names, ["b.weight", r"^a\."])
     assert found == {
@@ -98,7 +98,7 @@ def test_what_is_ignored_and_why():
 
 
 @pytest.mark.parametrize(("pattern", "message"), [("(", "found '\\('"), ("nothing", "nothing matches 'nothing'")])
-def test_a_pattern_that_serves_nothing_is_refused(pattern, message):
-    """It is misspelt, most likely."""
+def test_an_unused_pattern_is_refused(pattern, message):
+    """An invalid pattern, or one without a match, is refused as a likely typing error."""
     with pytest.raises(ConfigError, match=message):
         roles.ignored({}, ["a.weight"], [pattern])

@@ -20,7 +20,7 @@ from tests.estimators.models import make
 
 @pytest.fixture
 def saved(tmp_path):
-    """A Llama in three shards, with what a tokenizer and a trainer leave beside it."""
+    """Return a Llama in three shards, with files of a tokenizer and a trainer."""
     folder = tmp_path / "model"
     make("llama").save_pretrained(folder, max_shard_size="5KB")
     for name in ("tokenizer.json", "chat_template.jinja", "trainer_state.json", "optimizer.pt", "training_args.bin"):
@@ -37,7 +37,10 @@ def _fisher(weights, mark=None, **others):
 
 
 def test_a_changed_copy_is_the_model_but_for_the_change(saved, tmp_path):
-    """Shards, index, config and tokenizer stay; from_pretrained loads it; other weights are the same to the bit."""
+    """A changed copy keeps shards, index, config and tokenizer.
+
+    It loads with from_pretrained, and other weights keep their bits.
+    """
     weights, out = open_weights(saved), tmp_path / "out"
     write_changed(weights, out, lambda name, tensor: tensor * 2 if "q_proj" in name else tensor)
     before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (saved, out))
@@ -51,7 +54,7 @@ def test_a_changed_copy_is_the_model_but_for_the_change(saved, tmp_path):
 
 
 def test_bits_of_every_dtype_are_copied(tmp_path):
-    """What is not changed leaves as it came: floats of 8 to 64 bits, integers, bools, scalars and empty tensors."""
+    """Unchanged floats of 8 to 64 bits, integers, bools, scalars and empty tensors keep their bits."""
     dtypes = (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
               torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)  # fmt: skip
     tensors = {str(dtype): torch.arange(7).reshape(7, 1).to(dtype) for dtype in dtypes}
@@ -67,14 +70,14 @@ def test_bits_of_every_dtype_are_copied(tmp_path):
 
 
 def test_a_tensor_can_be_left_out(tmp_path):
-    """None in place of a tensor."""
+    """A change that returns None removes the tensor."""
     save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "model.safetensors")
     write_changed(open_weights(tmp_path), tmp_path / "out", lambda name, tensor: tensor if name == "b" else None)
     assert list(load_file(tmp_path / "out" / "model.safetensors")) == ["b"]
 
 
 def test_nothing_is_left_of_a_copy_that_failed(saved, tmp_path):
-    """Neither at the place itself nor beside it."""
+    """A failed copy leaves nothing at its path or next to it."""
 
     def change(name, tensor):
         if "layers.1" in name:
@@ -87,7 +90,7 @@ def test_nothing_is_left_of_a_copy_that_failed(saved, tmp_path):
 
 
 def test_a_place_that_is_taken_is_refused(saved, tmp_path):
-    """A file, and a folder with anything in it; an empty folder is none."""
+    """A file or a folder with content is refused as output. An empty folder is used."""
     weights = open_weights(saved)
     (tmp_path / "file").write_text("x")
     for taken in (tmp_path / "file", saved):
@@ -98,8 +101,8 @@ def test_a_place_that_is_taken_is_refused(saved, tmp_path):
     assert open_weights(tmp_path / "empty").infos == weights.infos
 
 
-def test_weights_that_are_not_there(saved, tmp_path):
-    """No folder and no Hub id, a folder without safetensors, a lost shard: each in one line."""
+def test_missing_weights_are_refused(saved, tmp_path):
+    """A missing folder, an invalid Hub id, a folder without safetensors and a missing shard are refused in one line."""
     with pytest.raises(NotFoundError, match="--base must be a folder or a Hub id"):
         open_weights(tmp_path / "nowhere", "--base")
     (tmp_path / "bare").mkdir()
@@ -111,7 +114,7 @@ def test_weights_that_are_not_there(saved, tmp_path):
 
 
 def test_weights_come_from_the_hub(saved, tmp_path, monkeypatch):
-    """By id; what is not part of a model is not fetched."""
+    """An id fetches the files of a model from the Hub, and no other files."""
     files = {path.name: path.read_bytes() for path in saved.iterdir() if path.is_file()}
     with hub_server.serve() as hub:
         hub_server.point_at(hub, tmp_path / "home", monkeypatch)
@@ -122,8 +125,8 @@ def test_weights_come_from_the_hub(saved, tmp_path, monkeypatch):
     assert not any("optimizer" in path for _, path in hub.requests)
 
 
-def test_a_fisher_that_fits_is_taken_with_a_word_on_its_weights(saved):
-    """Nothing is said where the weights are those it was made at, or unknown."""
+def test_a_fisher_of_other_weights_is_accepted_with_a_warning(saved):
+    """A Fisher of other weights gives a warning. A Fisher of the same weights, or of unknown ones, gives none."""
     weights = open_weights(saved)
     assert check_fits(_fisher(weights, fingerprint(saved)), weights, weights.infos) is None
     assert check_fits(_fisher(weights), weights, weights.infos) is None
@@ -131,7 +134,7 @@ def test_a_fisher_that_fits_is_taken_with_a_word_on_its_weights(saved):
 
 
 def test_a_fisher_that_does_not_fit_is_refused(saved):
-    """It lacks a tensor, has one too many, or one of another shape."""
+    """A Fisher with a missing tensor, an extra one, or another shape is refused."""
     weights = open_weights(saved)
     name = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(MismatchError, match=f"lacks {name}"):
@@ -144,7 +147,7 @@ def test_a_fisher_that_does_not_fit_is_refused(saved):
 
 
 def test_models_that_are_not_alike_are_refused(saved, tmp_path):
-    """Another shape, another dtype, a missing tensor."""
+    """Models with another shape, another dtype or a missing tensor are refused."""
     weights = open_weights(saved)
     check_alike(weights, weights, weights.infos)
     name = "lm_head.weight"
@@ -160,7 +163,7 @@ def test_models_that_are_not_alike_are_refused(saved, tmp_path):
 
 
 def test_the_index_is_kept(saved, tmp_path):
-    """It is that of the same shards."""
+    """A changed copy has the index of the source, because its shards are the same."""
     write_changed(open_weights(saved), tmp_path / "out", lambda _, tensor: tensor)
     index = "model.safetensors.index.json"
     assert json.loads((tmp_path / "out" / index).read_text()) == json.loads((saved / index).read_text())

@@ -1,7 +1,7 @@
-"""Train and save with other people's trainers: ``live_runs.py TRAINER FOLDER`` writes a checkpoint and the truth.
+"""Training and saving with other trainers: ``live_runs.py TRAINER FOLDER`` writes a checkpoint and its reference.
 
-The truth is a file ``expected.safetensors`` with the accumulators that the optimizer had in memory. Each trainer runs
-in a process of its own, as it keeps state in the process.
+The reference is ``expected.safetensors`` with the accumulators that the optimizer had in memory. Each trainer runs in
+its own process, because it keeps global state.
 """
 
 import sys
@@ -15,7 +15,7 @@ STEPS = 3
 
 
 def llama():
-    """A small Llama with sizes that differ from one another."""
+    """Return a small Llama whose sizes all differ."""
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
         vocab_size=29, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3,
@@ -25,19 +25,19 @@ def llama():
 
 
 def batches():
-    """Random token sequences."""
+    """Return random token sequences."""
     generator = torch.Generator().manual_seed(2)
     return [torch.randint(0, 29, (3, 7), generator=generator) for _ in range(STEPS)]
 
 
 def write_truth(folder, model, optimizer):
-    """Save what the optimizer holds, by the names of the model."""
+    """Save the state of the optimizer under the names of the model."""
     truth = {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in model.named_parameters()}
     save_file(truth, folder / "expected.safetensors")
 
 
 def accelerate(folder):
-    """Run accelerate's save_state, with two groups as people make them."""
+    """Run accelerate's save_state with the two usual groups."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -58,7 +58,7 @@ def accelerate(folder):
 
 
 def lightning(folder):
-    """Lightning's Trainer, the model under an attribute, accumulating two batches a step."""
+    """Run Lightning's Trainer with the model as an attribute and two batches per step."""
     import lightning as L
     from torch.utils.data import DataLoader
 
@@ -85,7 +85,7 @@ def lightning(folder):
 
 
 def fabric(folder):
-    """Lightning Fabric, saved with keys of the user's choice."""
+    """Run Lightning Fabric, and save with keys of the user's choice."""
     import lightning as L
 
     fabric = L.Fabric(accelerator="cpu", devices=1)

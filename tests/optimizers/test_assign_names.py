@@ -1,4 +1,4 @@
-"""Which slot is which parameter: made-up parameter lists, every rule of the Trainer, and every way tried by hand."""
+"""Assignment of slots to parameters: made-up lists, every rule of the Trainer, and brute force."""
 
 from itertools import combinations, product
 from random import Random
@@ -20,7 +20,7 @@ def _parameter(name, shape, *types):
 IN_LAYER_NORM = types_around("norm.weight", {"norm": nn.LayerNorm(3)})
 
 
-# In the model's order. The comment says which rules decay it: until 4.48, 4.49 to 4.52, since 4.53.
+# In the model's order. A comment names the rules that decay the parameter: until 4.48, 4.49 to 4.52, since 4.53.
 MODEL = [
     _parameter("embed_tokens.weight", (53, 8), "Embedding"),  # all
     _parameter("layers.0.q_proj.weight", (8, 8), "Linear"),  # all
@@ -29,8 +29,8 @@ MODEL = [
     _parameter("layers.0.input_layernorm.weight", (8,), "Qwen2RMSNorm"),  # until 4.48
     _parameter("layers.0.ln_1.weight", (3,), *IN_LAYER_NORM),  # none
     _parameter("layers.0.ln_2.scale", (5,), "LlamaRMSNorm"),  # since 4.53
-    _parameter("layers.0.conv_norm_2.weight", (7,), "Norm"),  # all: _norm is not at the end of a part
-    _parameter("layers.0.RMSNorm_f.weight", (11,), "Other"),  # until 4.48: names count in lower case later
+    _parameter("layers.0.conv_norm_2.weight", (7,), "Norm"),  # all rules: _norm is not at the end of a part
+    _parameter("layers.0.RMSNorm_f.weight", (11,), "Other"),  # until 4.48; later rules compare names in lower case
     _parameter("norm.weight", (13,), "Qwen2RMSNorm"),  # until 4.48, 4.49 to 4.52
     _parameter("norms.weight", (17,), "Other"),  # all
     _parameter("lm_head.weight", (53, 8), "Linear"),  # all
@@ -59,27 +59,27 @@ def _names(groups):
 
 @pytest.mark.parametrize("era", DECAYED)
 def test_each_rule_of_the_trainer_is_found_from_the_shapes(era):
-    """Two groups split by the rule of any era come back with the names of that era, none being told."""
+    """Two groups split by the rule of any era get the names of that era."""
     groups = _split(MODEL, DECAYED[era])
     assert assign(_shapes(groups), MODEL, None, "optimizer.pt") == _names(groups)
 
 
 def test_one_group_is_in_the_models_order():
-    """An optimizer made from model.parameters() numbers them as the model does."""
+    """An optimizer made from model.parameters() numbers them in the order of the model."""
     assert assign(_shapes([MODEL]), MODEL, None, "optimizer.pt") == _names([MODEL])
 
 
 @pytest.mark.parametrize("era", DECAYED)
 def test_frozen_parameters_are_skipped_in_every_rule(era):
-    """With the embeddings frozen, the slots that remain still fit one way by their shapes."""
+    """With frozen embeddings, the remaining slots still fit one way by their shapes."""
     frozen = {"embed_tokens.weight", "layers.0.q_norm.weight", "lm_head.weight", "layers.0.ln_1.weight"}
     groups = _split([p for p in MODEL if p.name not in frozen], DECAYED[era])
     trained = {name for group in _names(groups) for name in group}
     assert assign(_shapes(groups), MODEL, trained, "optimizer.pt") == _names(groups)
 
 
-def test_two_rules_that_differ_are_not_chosen_between():
-    """Where two rules fit the shapes and give a tensor different names, the mapping is refused."""
+def test_two_rules_that_differ_are_refused():
+    """Two rules that fit the shapes and name a tensor differently are refused."""
     parameters = [
         _parameter("a.weight", (3,), "Linear"),
         _parameter("norm.weight", (3,), "Other"),  # decayed until 4.52
@@ -90,7 +90,7 @@ def test_two_rules_that_differ_are_not_chosen_between():
 
 
 def test_two_rules_that_agree_are_one():
-    """Rules that split a model alike are no ambiguity."""
+    """Rules that split a model alike are not ambiguous."""
     parameters = [_parameter("a.weight", (3, 3), "Linear"), _parameter("a.bias", (3,), "Linear")]
     assert assign([[(3, 3)], [(3,)]], parameters, None, "f") == [["a.weight"], ["a.bias"]]
 
@@ -99,19 +99,19 @@ EQUAL = [_parameter(name, (3, 3), "Linear") for name in ("a.weight", "b.weight",
 
 
 def test_which_of_equal_layers_is_frozen_cannot_be_told_without_the_base():
-    """Two slots for three equal layers fit in three ways; the cure is the base model, or names."""
+    """Two slots for three equal layers fit in three ways. The cure is the base model, or names."""
     with pytest.raises(NamingError, match=r"optimizer\.pt.* one way only.*--base DIR.*--names FILE"):
         assign([[(3, 3), (3, 3)]], EQUAL, None, "optimizer.pt")
 
 
 @pytest.mark.parametrize("trained", list(combinations(["a.weight", "b.weight", "c.weight"], 2)))
-def test_what_changed_since_the_base_was_trained(trained):
-    """With two of three equal layers known to have changed, they are the two."""
+def test_changes_since_the_base_identify_trained_layers(trained):
+    """Two of three equal layers that changed since the base are the trained ones."""
     assert assign([[(3, 3), (3, 3)]], EQUAL, set(trained), "optimizer.pt") == [list(trained)]
 
 
 def test_a_base_that_tells_too_little_is_refused_without_asking_for_it_again():
-    """If one change alone is known where two were trained, --names is the cure left."""
+    """A base with one known change for two trained layers is refused with --names as the only cure."""
     with pytest.raises(NamingError) as caught:
         assign([[(3, 3), (3, 3)]], EQUAL, {"b.weight"}, "optimizer.pt")
     assert "one way only" in str(caught.value)
@@ -120,7 +120,7 @@ def test_a_base_that_tells_too_little_is_refused_without_asking_for_it_again():
 
 
 def test_a_base_that_contradicts_the_state_is_refused():
-    """More layers changed than the optimizer held: it is not the base of this run."""
+    """A base from which more layers changed than the optimizer holds is refused."""
     with pytest.raises(NamingError):
         assign([[(3, 3)]], EQUAL, {"a.weight", "b.weight"}, "optimizer.pt")
 
@@ -136,27 +136,27 @@ def test_a_base_that_contradicts_the_state_is_refused():
         [[(3, 3)] * 3, [(3,)]],
     ],
 )
-def test_what_does_not_fit_is_refused(slots):
-    """Too many slots, a foreign or flattened shape, an unknown number of groups: refused with place and cure."""
+def test_a_mismatch_is_refused(slots):
+    """Too many slots, a foreign or flattened shape, and an unknown number of groups are refused with place and cure."""
     with pytest.raises((NamingError, MismatchError), match=r"optimizer\.pt.*--"):
         assign(slots, EQUAL, None, "optimizer.pt")
 
 
 def test_transposed_shapes_are_not_taken():
-    """Same number of entries is not same shape."""
+    """A transposed shape is refused although the number of entries is equal."""
     with pytest.raises((NamingError, MismatchError)):
         assign([[(5, 3)]], [_parameter("a.weight", (3, 5), "Linear")], None, "optimizer.pt")
 
 
 def test_a_slot_never_stepped_leaves_the_others_their_names():
-    """A slot without a tensor takes a place in the order, and those with one are named by their shapes."""
+    """A slot without a tensor takes a place in the order, and slots with one are named by their shapes."""
     parameters = [_parameter(f"{n}.weight", (n,), "Linear") for n in (2, 3, 5)]
     assert assign([[(2,), None, (5,)]], parameters, None, "f") == [["2.weight", "3.weight", "5.weight"]]
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_every_way_tried_by_hand_agrees(seed):
-    """On random lists of few shapes: the mapping is given if one choice in order fits by brute force, else refused."""
+    """The assignment of random lists of few shapes succeeds exactly if brute force finds one choice in order."""
     random = Random(seed)
     outcomes = set()
     for _ in range(40):
@@ -184,7 +184,10 @@ def test_every_way_tried_by_hand_agrees(seed):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_slots_never_stepped_are_named_only_if_one_name_fits(seed):
-    """By brute force over all ways: a stepped slot with two names is refused, one never stepped has None for a name."""
+    """Brute force confirms that a stepped slot with two possible names is refused.
+
+    A slot never stepped has the name None.
+    """
     random = Random(seed)
     outcomes = set()
     for _ in range(60):
@@ -215,7 +218,7 @@ def test_slots_never_stepped_are_named_only_if_one_name_fits(seed):
 
 
 def test_many_equal_layers_do_not_take_exponential_time():
-    """400 equal layers of which 200 were trained: refused at once, and found at once when the base tells which."""
+    """400 equal layers with 200 trained ones are refused at once, and assigned at once with the base."""
     parameters = [_parameter(f"layers.{i}.weight", (3, 3), "Linear") for i in range(400)]
     slots = [[(3, 3)] * 200]
     with pytest.raises(NamingError):
@@ -225,7 +228,7 @@ def test_many_equal_layers_do_not_take_exponential_time():
 
 
 def _all_ways(sequences, parameters, changed):
-    """Every way to deal out, by trying each choice for each parameter: slow, and plainly right."""
+    """Yield every assignment by trying each choice for each parameter."""
     found = []
     for choice in product([None, *range(len(sequences))], repeat=len(parameters)):
         dealt = [
@@ -239,8 +242,8 @@ def _all_ways(sequences, parameters, changed):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_it_agrees_with_trying_every_way(seed):
-    """Accepted exactly where one way fits, and then it is that way."""
+def test_the_assignment_agrees_with_brute_force(seed):
+    """The assignment succeeds exactly if one way fits, and equals that way."""
     chance = Random(seed)
     shapes = [(3, 5), (5,), (5, 5)]
     parameters = [ParameterInfo(f"p{i}", chance.choice(shapes)) for i in range(7)]
@@ -257,8 +260,8 @@ def test_it_agrees_with_trying_every_way(seed):
             divide(sequences, parameters, changed, needed, "file")
 
 
-def test_what_fits_in_no_way_is_refused():
-    """Another model's parameters are not forced on this one's."""
+def test_an_impossible_assignment_is_refused():
+    """Parameters of another model are refused."""
     with pytest.raises(NamingError, match="do not fit"):
         divide([[(3,)], [(5,)]], [ParameterInfo("a", (3,)), ParameterInfo("b", (7,))], None, [[True], [True]], "file")
 
@@ -275,7 +278,7 @@ class _Net(torch.nn.Module):
 
 @pytest.mark.parametrize("form", ["list", "dict"])
 def test_muon_with_adamw_is_a_partial_fisher(form, tmp_path):
-    """Matrices that Muon trained are listed as missing with the reason; all others have AdamW's accumulator."""
+    """Matrices trained by Muon are listed as missing with the reason. All others have AdamW's accumulator."""
     torch.manual_seed(3)
     net = _Net()
     matrices = [net.up.weight, net.down.weight]

@@ -1,4 +1,4 @@
-"""From a file to a Fisher: names in memory and on disk, what lies beside, and what is said of it."""
+"""Fisher from a file: names in memory and on disk, neighbouring files, and log lines."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ def _llama(**settings):
 
 
 def _train(model, make=torch.optim.AdamW, steps=2, parameters=None):
-    """Step an optimizer and return it with the truth: name in memory -> accumulator."""
+    """Step an optimizer, and return it with a mapping from names in memory to accumulators."""
     optimizer = make(parameters or list(model.parameters()))
     for step in range(steps):
         ids = torch.randint(0, 29, (3, 7), generator=torch.Generator().manual_seed(step))
@@ -49,7 +49,7 @@ def _assert_same(fisher, truth):
 
 
 def test_wrappers_in_the_names_of_a_bundle_are_taken_off(tmp_path):
-    """Model and optimizer in one file of the user's own name: order and names are those of the model in it."""
+    """Order and names come from the model in the file, without wrappers."""
     model = _llama()
     optimizer, truth = _train(model)
     wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -59,7 +59,7 @@ def test_wrappers_in_the_names_of_a_bundle_are_taken_off(tmp_path):
 
 
 def test_a_model_of_the_users_own_needs_no_config(tmp_path):
-    """A bundle tells the order of a model unknown to transformers, if no buffer can be taken for a parameter."""
+    """A bundle gives the order of a model unknown to transformers, unless a buffer could be a parameter."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(7), torch.nn.Linear(5, 2))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -76,7 +76,7 @@ def test_a_model_of_the_users_own_needs_no_config(tmp_path):
 
 
 def test_groups_of_a_bundle_without_a_config_are_not_guessed(tmp_path):
-    """How a user split a model into groups does not follow from the order of its parameters."""
+    """A user's split into groups does not follow from the order of the parameters, so it is refused."""
     model = _llama()
     parameters = list(model.parameters())
     optimizer, _ = _train(model, parameters=[{"params": parameters[::2]}, {"params": parameters[1::2]}])
@@ -86,7 +86,7 @@ def test_groups_of_a_bundle_without_a_config_are_not_guessed(tmp_path):
 
 
 def test_names_in_the_file_need_no_known_model(tmp_path):
-    """A config.json of no known architecture is no hindrance where torch wrote the names."""
+    """Names that torch wrote suffice for a config.json of an unknown architecture."""
     model = _llama()
     optimizer, truth = _train(model, parameters=list(model.named_parameters()))
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
@@ -95,7 +95,7 @@ def test_names_in_the_file_need_no_known_model(tmp_path):
 
 
 def test_packed_experts_are_unpacked_whoever_names_them(tmp_path):
-    """Names in memory, from --names or from torch, are turned into those on disk."""
+    """Names in memory, from --names or from torch, become those on disk."""
     case = STATES / "trainer_mixtral_packed"
     shutil.copytree(case, tmp_path, dirs_exist_ok=True)
     state = torch.load(case / "optimizer.pt", weights_only=True)
@@ -133,7 +133,7 @@ def test_the_other_name_of_a_tied_tensor_finds_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["embed_tokens", "norm"])
 def test_weights_beside_the_state_must_have_its_names_and_shapes(tmp_path, name):
-    """A tensor that the weights lack, or have in another shape, is named with both shapes."""
+    """A tensor that is missing in the weights, or has another shape there, is refused with both shapes."""
     shutil.copytree(STATES / "plain_adam", tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     if name == "norm":
@@ -149,8 +149,8 @@ def test_weights_beside_the_state_must_have_its_names_and_shapes(tmp_path, name)
         assert "[8]" in str(caught.value)
 
 
-def test_a_config_that_is_a_link_is_read_where_it_lies(tmp_path):
-    """In Hugging Face's cache every file is a link to one of another name elsewhere."""
+def test_linked_files_are_read_by_the_name_of_the_link(tmp_path):
+    """Links to files of other names, as in Hugging Face's cache, are read in the folder of the link."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     for number, file in enumerate((STATES / "trainer_llama_decay").iterdir()):
@@ -164,7 +164,7 @@ def test_a_config_that_is_a_link_is_read_where_it_lies(tmp_path):
     "name", ["plain_adamw_named", "fsdp1_full", "fsdp1_sharded", "fsdp2_sharded_nodcp", "ds_zero2"]
 )
 def test_a_file_that_names_its_parameters_is_not_overruled(name):
-    """The user's names in another order than the file's own are refused, in the file's order they are nothing new."""
+    """Names of the user in another order than those in the file are refused. In the same order they are accepted."""
     own = [slot.name for slot in parse(_read(STATES / name)).slots]
     assert set(load_fisher(STATES / name, names=own)) == set(load_fisher(STATES / name))
     gate, up = (next(i for i, one in enumerate(own) if part in one) for part in ("gate_proj", "up_proj"))
@@ -179,14 +179,14 @@ def _read(folder):
 
 
 def test_the_same_name_twice_is_refused():
-    """A name given to two parameters, or by two of its tied names, would lose one."""
+    """A name given to two parameters, or by two of its tied names, is refused, because one would be lost."""
     names = list(load_fisher(STATES / "plain_adam"))
     with pytest.raises(NamingError, match="given twice"):
         load_fisher(STATES / "plain_adam", names=[names[1], *names[1:]])
 
 
 def test_names_of_an_adapter_are_turned_into_those_on_disk():
-    """Names in memory need the base; names on disk do not."""
+    """Names in memory of an adapter need the base. Names on disk do not."""
     case = STATES / "trainer_lora_llama"
     fisher = load_fisher(case, base=case / "base_config")
     on_disk = list(fisher)
@@ -203,7 +203,7 @@ def test_names_of_an_adapter_are_turned_into_those_on_disk():
 
 
 def test_base_and_model_must_be_there(tmp_path):
-    """A folder that an option names and that is not there is an error, not ignored."""
+    """A missing folder of an option is refused and not ignored."""
     for option in ("base", "model"):
         with pytest.raises(NotFoundError, match=f"--{option} must be a local folder"):
             load_fisher(STATES / "plain_adam", **{option: tmp_path / "nowhere"})
@@ -212,7 +212,7 @@ def test_base_and_model_must_be_there(tmp_path):
 
 
 def test_options_may_name_the_config_itself():
-    """--base .../config.json is its folder."""
+    """--base .../config.json stands for its folder."""
     case = STATES / "trainer_lora_llama"
     fisher = load_fisher(case, base=case / "base_config" / "config.json")
     assert fisher.config.parameters == "adapter"
@@ -224,7 +224,7 @@ def _frozen_run(folder, tuned_dtype, base_dtype):
     model = model.float()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".layers.1." in name)
-    # A step large enough for every weight to differ in bfloat16.
+    # A step large enough to change every weight in bfloat16.
     optimizer, truth = _train(
         model, lambda p: torch.optim.AdamW(p, lr=0.1), parameters=[p for p in model.parameters() if p.requires_grad]
     )
@@ -238,7 +238,7 @@ def _frozen_run(folder, tuned_dtype, base_dtype):
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
 )
 def test_frozen_layers_are_told_by_the_base_in_any_dtype(tmp_path, tuned, base):
-    """Frozen weights are equal to the base's after the same cast, whichever of the two was saved more narrowly."""
+    """Frozen weights equal the base after the same cast, whichever was saved in the narrower dtype."""
     truth = _frozen_run(tmp_path, tuned, base)
     with pytest.raises(NamingError, match="--base DIR"):
         load_fisher(tmp_path)
@@ -250,7 +250,7 @@ def test_frozen_layers_are_told_by_the_base_in_any_dtype(tmp_path, tuned, base):
 
 
 def test_a_base_of_config_alone_does_not_tell_frozen_layers(tmp_path):
-    """Without the base's weights the refusal asks for them."""
+    """Without the weights of the base, the refusal asks for them."""
     _frozen_run(tmp_path, torch.float32, torch.float32)
     (tmp_path / "base" / "model.safetensors").unlink()
     with pytest.raises(NamingError, match="--base DIR, the weights before training"):
@@ -265,7 +265,7 @@ def _warnings(caplog, folder, **options):
 
 
 def test_narrow_accumulators_are_warned_of(tmp_path, caplog):
-    """bfloat16 with beta2 > 0.95 cannot decay; with 0.95 it can."""
+    """bfloat16 with beta2 > 0.95 cannot decay and gives a warning. With 0.95 there is none."""
     for beta2, expected in ((0.999, 1), (0.95, 0)):
         folder = tmp_path / str(beta2)
         model = _llama().bfloat16()
@@ -278,7 +278,7 @@ def test_narrow_accumulators_are_warned_of(tmp_path, caplog):
 
 
 def test_four_bits_are_warned_of(caplog):
-    """Torchao's 4 bits lose the small entries: a warning says not to weigh a merge by them, 8 bits have none."""
+    """torchao's 4-bit state loses small entries, so a warning advises against merging by it. 8 bits give none."""
     load_fisher(STATES / "torchao_4bit_few")
     assert "in 4 bits, where small ones are lost" in caplog.text
     caplog.clear()
@@ -287,7 +287,7 @@ def test_four_bits_are_warned_of(caplog):
 
 
 def test_coupled_weight_decay_is_warned_of(tmp_path, caplog):
-    """Adam's weight decay enters the gradient, AdamW's does not."""
+    """Adam's weight decay enters the gradient and gives a warning. AdamW's does not."""
     for make, expected in ((torch.optim.Adam, 1), (torch.optim.AdamW, 0)):
         folder = tmp_path / make.__name__
         model = _llama()
@@ -298,14 +298,14 @@ def test_coupled_weight_decay_is_warned_of(tmp_path, caplog):
 
 
 def test_few_steps_are_warned_of(caplog):
-    """Under a tenth of the memory of the moving average is said to be few."""
+    """Steps below a tenth of the memory of the moving average give a warning."""
     assert any("only 4 steps" in line for line in _warnings(caplog, STATES / "plain_adam"))
     assert not any("steps" in line for line in _warnings(caplog, STATES / "plain_adagrad"))
 
 
 @pytest.mark.parametrize(("recorded", "scaler", "said"), [(5, False, 0), (4, False, 1), (9, False, 1), (9, True, 0)])
 def test_another_step_count_in_the_trainers_state_is_warned_of(tmp_path, caplog, recorded, scaler, said):
-    """global_step and the accumulators' steps must agree, but for steps that a gradient scaler left out."""
+    """global_step must equal the accumulators' steps, except with a gradient scaler, which skips steps."""
     shutil.copytree(STATES / "trainer_llama_decay", tmp_path, dirs_exist_ok=True)
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     (tmp_path / "trainer_state.json").write_text(json.dumps(state | {"global_step": recorded}))
@@ -319,15 +319,15 @@ def test_another_step_count_in_the_trainers_state_is_warned_of(tmp_path, caplog,
     [("mp_rank_00/distrib_optim.pt", "Megatron-LM"), ("layer_01-model_00-model_states.pt", "of pipeline parallelism")],
 )
 def test_layouts_that_are_not_read_are_named(tmp_path, entry, words):
-    """A folder in a layout that is not read says which it is."""
+    """A folder in an unsupported layout is refused with the name of the layout."""
     (tmp_path / entry).parent.mkdir(exist_ok=True)
     (tmp_path / entry).touch()
     with pytest.raises(NotFoundError, match=f"{Path(entry).name} is {words}"):
         load_fisher(tmp_path)
 
 
-def test_several_unknown_files_are_not_chosen_between(tmp_path):
-    """Of two files that could be an optimizer's none is opened; both are named."""
+def test_several_unknown_files_are_refused(tmp_path):
+    """Two files that could both be an optimizer are refused by name, and none is opened."""
     for name in ("a.pt", "b.pt", "training_args.bin", "rng_state.pth", "scheduler.pt"):
         (tmp_path / name).write_bytes(b"not to be opened")
     with pytest.raises(NotFoundError, match=r"give the one of a\.pt, b\.pt that holds it"):
@@ -335,7 +335,10 @@ def test_several_unknown_files_are_not_chosen_between(tmp_path):
 
 
 def test_experts_trained_one_by_one_are_refused(tmp_path):
-    """A mixture's checkpoint from before transformers 5 has more accumulators than the packed model has parameters."""
+    """A mixture's checkpoint from before transformers 5 is refused.
+
+    It has more accumulators than the packed model has parameters.
+    """
     shutil.copytree(STATES / "trainer_mixtral_packed", tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(tensor.clone()) for tensor in weights.values()])
@@ -348,7 +351,7 @@ def test_experts_trained_one_by_one_are_refused(tmp_path):
 
 
 def test_more_groups_than_a_trainer_makes_are_refused(tmp_path):
-    """Three groups are somebody's own split, and only their names can settle it."""
+    """Three groups are a user's own split and need names."""
     model = _llama()
     parameters = list(model.parameters())
     groups = [{"params": parameters[:4]}, {"params": parameters[4:9]}, {"params": parameters[9:]}]
@@ -361,7 +364,7 @@ def test_more_groups_than_a_trainer_makes_are_refused(tmp_path):
 
 
 def test_an_empty_second_group_is_no_second_group(tmp_path):
-    """A split that puts everything into the first group keeps the model's order."""
+    """A split with all parameters in the first group keeps the order of the model."""
     model = _llama()
     optimizer, truth = _train(model, parameters=[{"params": list(model.parameters())}, {"params": []}])
     model.save_pretrained(tmp_path)

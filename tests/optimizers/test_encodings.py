@@ -1,4 +1,4 @@
-"""Forms in which a second moment is kept, worked out entry by entry as their source says."""
+"""Encodings of a second moment, computed per entry from their source."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_row_and_column_means_must_belong_together():
 
 
 def _bitsandbytes(wrapped, **changes):
-    """State of a 17 x 31 parameter as bitsandbytes writes it, and its second moment entry by entry."""
+    """Return the state of a 17 x 31 parameter in bitsandbytes' format, and its second moment per entry."""
     generator = torch.Generator().manual_seed(5)
     codes = torch.randint(0, 256, (17, 31), generator=generator, dtype=torch.uint8)
     levels, scales = torch.rand(256, generator=generator), torch.rand(3, generator=generator)
@@ -71,7 +71,7 @@ def _bitsandbytes(wrapped, **changes):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_eight_bits_are_levels_times_the_scale_of_their_block(wrapped):
-    """Both generations of bitsandbytes' files give level times scale, the last block being short."""
+    """Both generations of bitsandbytes' files decode to level times scale, with a short last block."""
     state, expected = _bitsandbytes(wrapped)
     (slot,) = parse(content(state, FILE)).slots
     assert torch.equal(read(slot.tensor), expected)
@@ -83,14 +83,14 @@ def test_eight_bits_are_levels_times_the_scale_of_their_block(wrapped):
     [{"absmax2": torch.ones(2)}, {"qmap2": torch.ones(255)}, {"absmax2": None}, {"state2": torch.ones(17, 31)}],
 )
 def test_eight_bits_whose_parts_do_not_fit_are_refused(changes):
-    """Too few scales, too few levels, none at all, or codes that are none."""
+    """Missing scales, missing levels, an empty table and invalid codes are refused."""
     state, _ = _bitsandbytes(True, **changes)
     with pytest.raises(CorruptFileError, match="do not belong together"):
         parse(content(state, FILE))
 
 
 def _torchao(kind, shape, **parts):
-    """A tensor as torchao writes it, through the stand-in that takes its place."""
+    """Return a tensor in torchao's format, through the stand-in that replaces it."""
     tensor = torch.Tensor._make_wrapper_subclass(QuantizedStandIn, shape)
     tensor.__dict__.update(parts)
     group = {**_BETAS, "params": [0]}
@@ -118,7 +118,7 @@ def _parts(form):
 
 @pytest.mark.parametrize("form", ["8 bits", "4 bits", "float8"])
 def test_torchaos_codes_are_levels_times_the_scale_of_their_block(form):
-    """Entry by entry, for all of its three forms."""
+    """All three forms decode to level times scale, entry by entry."""
     shape, parts, expected = _parts(form)
     (slot,) = parse(content(_torchao("exp_avg_sq", shape, **parts), FILE)).slots
     assert torch.equal(read(slot.tensor), expected)
@@ -128,7 +128,7 @@ def test_torchaos_codes_are_levels_times_the_scale_of_their_block(form):
 @pytest.mark.parametrize("form", ["8 bits", "4 bits", "float8"])
 @pytest.mark.parametrize("part", ["codes", "scale"])
 def test_torchaos_parts_must_belong_together(form, part):
-    """Parts of another size, or lacking, are refused as damaged."""
+    """Missing parts and parts of another size are refused as damaged."""
     shape, parts, _ = _parts(form)
     for other in (parts[part].flatten()[:-1], None):
         with pytest.raises(CorruptFileError, match="must belong together"):
@@ -136,7 +136,7 @@ def test_torchaos_parts_must_belong_together(form, part):
 
 
 def test_a_stride_of_zero_claims_no_memory():
-    """A tensor with more entries than its storage has bytes is refused, not blown up."""
+    """A tensor with more entries than its storage has bytes is refused without an expansion."""
     state = {"exp_avg_sq": torch.rand(1).expand(1 << 40), "step": 3}
     with pytest.raises(CorruptFileError, match="must have bytes of its own"):
         parse(content({"state": {0: state}, "param_groups": [{**_BETAS, "params": [0]}]}, FILE))

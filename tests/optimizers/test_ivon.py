@@ -1,4 +1,4 @@
-"""IVON's Hessian, one flat tensor a group, finds its parameters."""
+"""IVON's Hessian, one flat tensor per group, divided among its parameters."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SHAPES = {"a.weight": (5, 3), "a.bias": (5,), "b.weight": (2, 5)}
 
 
 def _saved(folder, entries=None):
-    """Write what IVON's state_dict holds, as version 0.1.3 lays it out."""
+    """Write the content of IVON's state_dict in the layout of version 0.1.3."""
     model = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     numel = entries or sum(tensor.numel() for tensor in model.values())
     group = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta1": 0.9, "beta2": 0.999, "weight_decay": 1e-4}
@@ -23,7 +23,7 @@ def _saved(folder, entries=None):
 
 @pytest.mark.parametrize("names", [None, list(SHAPES)])
 def test_each_parameter_gets_its_part(names, tmp_path, caplog):
-    """The flat Hessian is cut in the model's order; it needs no bias correction, and its start is warned of."""
+    """The flat Hessian is sliced in the order of the model without a bias correction. A warning names its start."""
     hess, offset = _saved(tmp_path), 0
     if names is not None:
         from safetensors.torch import save_file
@@ -41,7 +41,7 @@ def test_each_parameter_gets_its_part(names, tmp_path, caplog):
 
 
 def test_a_tensor_of_another_size_is_refused(tmp_path):
-    """What the parameters do not fill is not cut."""
+    """A tensor that is larger or smaller than the parameters is refused."""
     _saved(tmp_path, entries=31)
     with pytest.raises(NamingError, match="must fill its flat tensors"):
         load_fisher(tmp_path / "run.pt")

@@ -1,4 +1,4 @@
-"""Optimizer state that real training runs left on disk, opened and held against the accumulators they had in memory."""
+"""Optimizer state of real training runs on disk, compared with the accumulators in memory."""
 
 import builtins
 import io
@@ -37,8 +37,11 @@ def _copy(name, to):
     return Path(shutil.copytree(STATES / name, to / name))
 
 
-def test_what_has_no_second_moment_is_listed_with_the_reason():
-    """Frozen before, frozen within the optimizer's group, and tied are told apart; ties are resolved."""
+def test_parameters_without_a_second_moment_are_listed_with_reasons():
+    """Parameters frozen before, frozen within a group, and tied are listed with different reasons.
+
+    Ties are resolved.
+    """
     frozen = _open("plain_frozen_in_group").config.coverage.without
     assert set(frozen.values()) == {"never stepped (frozen or unused)"}
     fisher = _open("trainer_gpt2_tied_frozen")
@@ -53,14 +56,14 @@ def test_what_has_no_second_moment_is_listed_with_the_reason():
 
 
 def test_untied_weights_that_look_tied_have_their_own_accumulator():
-    """Llama without tied embeddings keeps a Fisher of its own for lm_head.weight, and lists nothing as tied."""
+    """Llama without tied embeddings has a separate Fisher of lm_head.weight, and lists nothing as tied."""
     fisher = _open("trainer_llama_decay")
     assert not torch.equal(fisher["lm_head.weight"], fisher["model.embed_tokens.weight"])
     assert fisher.config.coverage.without == {}
 
 
 def test_the_debiased_scale_follows_from_the_steps():
-    """The accumulator divided by 1 - beta2^t, worked out by hand for 5 steps at 0.99."""
+    """The debiased scale divides the accumulator by 1 - beta2^t, by hand for 5 steps at 0.99."""
     fisher = _open("trainer_llama_decay")
     name = "model.norm.weight"
     expected = fisher[name].double() / (1 - 0.99**5)
@@ -68,7 +71,7 @@ def test_the_debiased_scale_follows_from_the_steps():
 
 
 def test_an_accumulator_of_zeros_alone_is_refused(tmp_path):
-    """A state in which nothing was ever squared says nothing, and leaves nothing behind."""
+    """A state of zeros is refused without leftovers, because it has no information."""
     folder = _copy("plain_adam", tmp_path)
     state = torch.load(folder / "optimizer.pt", weights_only=True)
     for entry in state["state"].values():
@@ -80,7 +83,7 @@ def test_an_accumulator_of_zeros_alone_is_refused(tmp_path):
 
 
 def test_a_malicious_pickle_runs_no_code(tmp_path, monkeypatch):
-    """The file would make SQUISHER_MARKER when loaded; it appears neither here nor beside the checkpoint."""
+    """A file that would make SQUISHER_MARKER when loaded makes it neither here nor next to the checkpoint."""
     folder = _copy("bad_malicious_pickle", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -94,7 +97,7 @@ def test_a_malicious_pickle_runs_no_code(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["trainer_llama_decay", "trainer_lora_llama"])
 def test_other_pickles_of_the_trainer_are_never_opened(name, tmp_path, monkeypatch):
-    """training_args.bin, scheduler.pt and rng_state.pth are pickles that run code: no one looks into them."""
+    """training_args.bin, scheduler.pt and rng_state.pth are pickles that run code, and are never opened."""
     folder = _copy(name, tmp_path)
     traps = [folder / trap for trap in ("training_args.bin", "scheduler.pt", "rng_state.pth")]
     for trap in traps:
@@ -113,12 +116,12 @@ def test_other_pickles_of_the_trainer_are_never_opened(name, tmp_path, monkeypat
     monkeypatch.setattr(torch, "load", spy(torch.load))
     base = folder / "base_config" if name == "trainer_lora_llama" else None
     extract(folder, tmp_path / "out", base=base)
-    assert "optimizer.pt" in opened  # the spy sees what is opened
+    assert "optimizer.pt" in opened  # the spy records opened files
     assert not {trap.name for trap in traps} & set(opened)
 
 
 def test_bad_values_open_but_are_not_extracted(tmp_path):
-    """NaN, infinite and negative entries are found when read, named, and leave no output."""
+    """NaN, infinite and negative entries are found when read. They are named and leave no output."""
     fisher = load_fisher(STATES / "bad_nan")
     assert len(fisher) == 12
     with pytest.raises(ValuesError, match=r"has 1 (NaN|infinite|negative) of \d+ entries"):
@@ -126,11 +129,11 @@ def test_bad_values_open_but_are_not_extracted(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_several_checkpoints_the_last_is_taken_and_said(tmp_path, caplog):
-    """A run folder means its checkpoint of the highest number, not of the last name; one line says so."""
+def test_the_last_of_several_checkpoints_is_used_and_logged(tmp_path, caplog):
+    """A run folder stands for its checkpoint of the highest number, not of the last name. One line says so."""
     for step, name in ((9, "plain_amsgrad"), (10, "plain_adam"), (2, "plain_adagrad")):
         shutil.copytree(STATES / name, tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-11").mkdir()  # the model alone, without optimizer state
+    (tmp_path / "checkpoint-11").mkdir()  # a model without optimizer state
     (tmp_path / "checkpoint-12-old").mkdir()
     with caplog.at_level(logging.WARNING, logger="squisher_mergekit"):
         fisher = load_fisher(tmp_path)
@@ -140,20 +143,20 @@ def test_of_several_checkpoints_the_last_is_taken_and_said(tmp_path, caplog):
 
 
 def test_a_single_file_finds_its_model_beside_it():
-    """The optimizer's file itself may be named; the folder it lies in is its checkpoint."""
+    """The optimizer's file itself stands for the checkpoint in its folder."""
     by_file, by_folder = (load_fisher(STATES / "plain_adam" / end) for end in ("optimizer.pt", ""))
     assert list(by_file) == list(by_folder)
     assert by_file.config == by_folder.config
 
 
 def test_a_lora_checkpoint_needs_its_base():
-    """Without the base model the adapter's parameters have no order; the cure is --base."""
+    """A LoRA without its base model is refused with the cure --base, because its parameters have no order."""
     with pytest.raises(NotFoundError, match=r"LoRA .*base model; give --base DIR"):
         load_fisher(STATES / "trainer_lora_llama")
 
 
 def test_a_lightning_module_may_hold_more_than_its_model(tmp_path):
-    """The attribute's name is stripped only where all parameters are below one; else the names stay as they are."""
+    """The attribute's name is removed only if all parameters have it. Otherwise the names stay."""
     case = _copy("lightning_ckpt", tmp_path)
     saved = torch.load(case / "last.ckpt", weights_only=True)
     saved["state_dict"] = {"extra.scale": torch.ones(3), **saved["state_dict"]}
@@ -163,19 +166,19 @@ def test_a_lightning_module_may_hold_more_than_its_model(tmp_path):
 
 
 def test_a_loras_state_is_refused_for_full_weights():
-    """Where the model named holds full weights, a LoRA's state is no Fisher of it, and no --base would make it one."""
+    """A LoRA's state is no Fisher of full weights, and the refusal does not suggest --base."""
     with pytest.raises(MismatchError, match=r"holds full weights, but .* is the state of a LoRA"):
         load_fisher(STATES / "trainer_lora_llama", model=STATES / "trainer_llama_decay")
 
 
 def test_frozen_layers_without_the_base_are_refused():
-    """Where several choices of frozen layers fit, none is taken, and the base model is asked for."""
+    """Several possible choices of frozen layers are refused, and the error asks for the base model."""
     with pytest.raises(NamingError, match=r"one way only.*--base DIR"):
         load_fisher(STATES / "trainer_gpt2_tied_frozen")
 
 
 def test_a_folder_without_optimizer_state_is_refused(tmp_path):
-    """The final model of a run has none; the message says which files were looked for and where to point."""
+    """The final model of a run has no optimizer state. The error has the expected files and the folder to name."""
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(NotFoundError, match=r"no optimizer state in .*optimizer\.pt.*checkpoint-N"):
         load_fisher(tmp_path)
@@ -183,20 +186,20 @@ def test_a_folder_without_optimizer_state_is_refused(tmp_path):
 
 
 def test_a_missing_source_is_refused():
-    """What is neither a path nor a Hub id is said to be missing, without asking the Hub."""
+    """A text that is neither a path nor a Hub id is refused as missing, without a request to the Hub."""
     with pytest.raises(NotFoundError, match=r"there is no nowhere"):
         load_fisher("nowhere")
 
 
 def test_numbered_parameters_without_a_config_are_refused(tmp_path):
-    """An optimizer's file alone tells numbers, not names; --model and --names are offered."""
+    """An optimizer's file alone has numbers and no names. The error offers --model and --names."""
     shutil.copy(STATES / "plain_adam" / "optimizer.pt", tmp_path)
     with pytest.raises(NamingError, match=r"config\.json.*--model DIR, or --names FILE"):
         load_fisher(tmp_path)
 
 
-def test_model_gives_what_the_checkpoint_lacks(tmp_path):
-    """An optimizer's file alone, with --model, is the same Fisher."""
+def test_model_gives_the_missing_order(tmp_path):
+    """An optimizer's file with --model gives the same Fisher."""
     shutil.copy(STATES / "trainer_bert_cls" / "optimizer.pt", tmp_path)
     fisher = load_fisher(tmp_path, model=STATES / "trainer_bert_cls")
     expected = load_file(STATES / "trainer_bert_cls" / "expected.safetensors")
@@ -205,7 +208,7 @@ def test_model_gives_what_the_checkpoint_lacks(tmp_path):
 
 
 def test_names_settle_the_order(tmp_path):
-    """A text file with one name a line names parameter i by line i, blank lines left out."""
+    """Line i of a text file names parameter i. Blank lines are skipped."""
     expected = load_file(STATES / "plain_adam" / "expected.safetensors")
     names = list(load_fisher(STATES / "plain_adam"))
     shutil.copy(STATES / "plain_adam" / "optimizer.pt", tmp_path)
@@ -217,7 +220,7 @@ def test_names_settle_the_order(tmp_path):
 
 
 def test_names_that_do_not_fit_are_refused(tmp_path):
-    """Too few names, a missing file, a name no weight has, and two names swapped to other shapes."""
+    """Too few names, a missing file, an unknown name and two swapped names of different shapes are refused."""
     folder, names = STATES / "plain_adam", list(load_fisher(STATES / "plain_adam"))
     with pytest.raises(NamingError, match=r"each of the 12 parameters .* found 11"):
         load_fisher(folder, names=names[:-1])
@@ -234,14 +237,14 @@ def test_names_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_another_model_is_refused():
-    """A model of another shape given with --model does not fit."""
+    """A model of another shape given with --model is refused."""
     with pytest.raises((NamingError, MismatchError)):
         load_fisher(STATES / "plain_adam", model=STATES / "trainer_llama_decay")
 
 
 @pytest.mark.parametrize("name", ["trainer_llama_decay", "trainer_mixtral_packed"])
 def test_bfloat16_is_the_nearest(name, tmp_path):
-    """In bfloat16 no entry is off by more than half a unit in its last place (2^-9 of its power of two)."""
+    """No bfloat16 entry is off by more than half a unit in its last place (2^-9 of its power of two)."""
     original = _open(name)
     again = extract(STATES / name, tmp_path / "out", dtype=torch.bfloat16)
     assert again.config.encoding == {"default": "bfloat16"}
@@ -254,14 +257,14 @@ def test_bfloat16_is_the_nearest(name, tmp_path):
 
 
 def test_batch_sizes_are_recorded(tmp_path):
-    """What the user knows of the batch goes into the metadata, and gives the scale per example."""
+    """Batch sizes given by the user are in the metadata, and give the scale per example."""
     fisher = extract(STATES / "plain_adam", tmp_path / "out", examples_per_step=4, tokens_per_step=28)
     assert (fisher.config.examples_per_step, fisher.config.tokens_per_step) == (4, 28)
     assert fisher.factor("model.norm.weight", "per_example") == 4 * fisher.factor("model.norm.weight", "debiased")
 
 
 def test_an_output_that_holds_a_fisher_is_not_overwritten(tmp_path):
-    """A second extraction into the same folder is refused and changes nothing; an unknown compact form is refused."""
+    """A second extraction into the same folder is refused and changes nothing. An unknown compact form is refused."""
     extract(STATES / "plain_adam", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(ConfigError, match="must not hold a Fisher yet"):
@@ -272,15 +275,15 @@ def test_an_output_that_holds_a_fisher_is_not_overwritten(tmp_path):
 
 
 def test_a_fisher_of_other_shapes_than_the_model_is_refused(tmp_path):
-    """A portable Fisher opened with a model that it does not fit is refused, name or shape given."""
+    """A portable Fisher opened with a model of another name or shape is refused."""
     extract(STATES / "plain_adam", tmp_path / "out")
     with pytest.raises(MismatchError, match=r"must be those of the weights|must have the weight's shape"):
         load_fisher(tmp_path / "out", model=STATES / "trainer_llama_decay")
     assert len(load_fisher(tmp_path / "out", model=STATES / "plain_adam")) == 12
 
 
-def test_more_steps_than_the_trainer_recorded_is_said(tmp_path, caplog):
-    """optimizer.pt and trainer_state.json of two checkpoints are noticed."""
+def test_more_steps_than_the_trainer_recorded_give_a_warning(tmp_path, caplog):
+    """optimizer.pt and trainer_state.json of different checkpoints give a warning."""
     folder = _copy("trainer_llama_decay", tmp_path)
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
     with caplog.at_level(logging.WARNING, logger="squisher_mergekit"):
@@ -293,7 +296,7 @@ def test_more_steps_than_the_trainer_recorded_is_said(tmp_path, caplog):
     [("trainer_llama_decay", None), ("trainer_gpt2_tied_frozen", "base"), ("trainer_lora_llama", "base_config")],
 )
 def test_each_header_is_parsed_once(name, base, tmp_path, monkeypatch):
-    """Trainer, Trainer with a base and LoRA with its base: every safetensors file is parsed once, whoever needs it."""
+    """Every safetensors file is parsed once, for the Trainer, the Trainer with a base, and LoRA with its base."""
     parsed, parse = Counter(), safetensors.read_header
 
     def count(file):

@@ -1,4 +1,4 @@
-"""Every real checkpoint among the fixtures: read bit for bit under its names, or refused with the reason."""
+"""Real checkpoints of the fixtures, each read bit for bit under its names or refused with the reason."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from squisher_mergekit.errors import (
 from tests.checkpoints import STATES
 from tests.environments import make
 
-# case -> what load_fisher needs beside the folder: a file in it, and the base model
+# case -> further arguments of load_fisher: a file in the folder, and the base model
 ACCEPTED = {
     "plain_adam": {},
     "plain_adamw_named": {},
@@ -59,7 +59,7 @@ ACCEPTED = {
     "dcp_titan_few": {},
     "torchao_4bit_few": {},
 }
-# Their row and column means are multiplied out, in an order of operations of its own.
+# The product of their row and column means has its own order of operations.
 FACTORED = ("plain_torch_adafactor", "trainer_t5_adafactor")
 STATISTIC = {"plain_adagrad": "sum"}
 LAYOUT = {
@@ -103,7 +103,7 @@ def _copy(name, to):
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_every_accumulator_is_found_bit_for_bit_under_its_own_name(name):
-    """Names, shapes and bits are those of the accumulators that the run had in memory, no more and no fewer."""
+    """Names, shapes and bits equal those of the accumulators in memory, with none missing and none extra."""
     fisher, expected = _open(name), load_file(STATES / name / "expected.safetensors")
     assert set(fisher) == set(expected)
     for key, tensor in expected.items():
@@ -116,11 +116,11 @@ def test_every_accumulator_is_found_bit_for_bit_under_its_own_name(name):
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_the_config_says_what_the_run_was(name):
-    """Estimator, statistic, class, decay, steps and layout are those of the run; what is not known is null."""
+def test_the_config_describes_the_run(name):
+    """Estimator, statistic, class, decay, steps and layout are those of the run. Unknown values are null."""
     config, case = _open(name).config, _case(name)
     assert (config.estimator, config.statistic) == ("squisher", STATISTIC.get(name, "ema"))
-    unnamed = "bnb" in name or "torchao" in name  # theirs all write the same keys
+    unnamed = "bnb" in name or "torchao" in name  # all their optimizers write the same keys
     assert unnamed or config.optimizer.class_.split(".")[-1] == case["optimizer"].split(".")[-1]
     assert config.optimizer.beta2 == (None if name in FACTORED else case["beta2"])
     without_amsgrad = (*FACTORED, "plain_adagrad", "trainer_bnb8bit", "plain_rmsprop_centered")
@@ -132,7 +132,7 @@ def test_the_config_says_what_the_run_was(name):
     assert config.source.layout == LAYOUT.get(name, LAYOUT[family])
     assert config.source.files == (case.get("optimizer_file") or FILES[name],)
     assert config.coverage.with_ == len(load_file(STATES / name / "expected.safetensors"))
-    assert name == "ds_universal" or config.weights_fingerprint.startswith("fp1:")  # it has no weights beside
+    assert name == "ds_universal" or config.weights_fingerprint.startswith("fp1:")  # it has no weights
     effective = case["per_device_train_batch_size"] * case["gradient_accumulation_steps"] * case["world_size"]
     assert config.examples_per_step == (effective if family == "ds" else None)
     assert (config.tokens_per_step, config.num_examples, config.mean) == (None,) * 3
@@ -140,15 +140,15 @@ def test_the_config_says_what_the_run_was(name):
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_the_config_holds_no_absolute_path(name):
-    """Neither the folder of the checkpoint nor any of its parents is written down."""
+    """The metadata has neither the folder of the checkpoint nor any of its parents."""
     text = _open(name).config.to_json()
     assert str(STATES) not in text
     assert str(STATES.parents[1]) not in text
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_what_is_extracted_opens_as_it_was(name, tmp_path):
-    """Written portable and opened again: the same float32 bits, the same metadata, mean and norm added."""
+def test_an_extracted_fisher_opens_unchanged(name, tmp_path):
+    """An extracted Fisher opens with the same float32 bits and metadata, plus mean and norm."""
     original = _open(name)
     written = extract(_source(name), tmp_path / "out", base=_base(name))
     again = load_fisher(tmp_path / "out")
@@ -174,8 +174,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_serve_is_refused_in_one_line(name):
-    """The right error, in one line that names the place, what was found and the cure."""
+def test_unusable_checkpoints_are_refused_in_one_line(name):
+    """A refusal has the right error, in one line with the place, the wrong value and the cure."""
     error, words = REFUSED[name]
     with pytest.raises(error) as caught:
         load_fisher(STATES / name)
@@ -188,7 +188,7 @@ def test_what_cannot_serve_is_refused_in_one_line(name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_checkpoint_leaves_nothing_behind(name, tmp_path):
-    """Extraction of what is refused makes neither the output folder nor anything beside it."""
+    """A refused extraction leaves neither the output folder nor a temporary one."""
     with pytest.raises(REFUSED[name][0]):
         extract(STATES / name, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -198,7 +198,7 @@ LIBRARIES = (
     *("deepspeed", "bitsandbytes", "torchao", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics"),
     *("galore_torch", "apollo_torch", "schedulefree", "optimi", "pytorch_optimizer", "ivon"),
 )
-# Runs the command line for each case, and prints its exit code and output as JSON, a line a case.
+# Runs the command line for each case, and prints exit code and output as JSON, one line per case.
 SCRIPT = """
 import importlib.util, json, sys
 from pathlib import Path
@@ -217,7 +217,7 @@ for case in sorted(Path(sys.argv[1]).iterdir()):
 
 @pytest.mark.slow
 def test_every_fixture_is_read_or_refused_without_the_library_that_wrote_it(tmp_path):
-    """With torch, transformers and safetensors alone values are the truth's bits; refusals are a line, and no more."""
+    """torch, transformers and safetensors suffice to read every fixture to the bit, or to refuse it in one line."""
     environment = make(tmp_path / "environment")
     environment.see_dependencies(hide=LIBRARIES)
     environment.pip("install", "--no-deps", "--no-build-isolation", str(STATES.parents[2]))

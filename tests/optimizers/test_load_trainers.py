@@ -1,4 +1,4 @@
-"""Checkpoints that the installed trainers write during the test; the truth is the live optimizer's own state."""
+"""Checkpoints written by the installed trainers during the test, compared with the live optimizer."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ class Run:
     optimizer: Any
 
     def accumulators(self):
-        """Name in memory -> accumulator, by the live parameter object."""
+        """Return a mapping from names in memory to accumulators, by the live parameter objects."""
         parameters = dict(self.model.named_parameters())
         return {n: self.optimizer.state[p]["exp_avg_sq"] for n, p in parameters.items() if p in self.optimizer.state}
 
@@ -67,13 +67,13 @@ def _train(name, frozen, folder):
 
 @pytest.mark.parametrize(("name", "frozen"), RUNS)
 def test_every_accumulator_of_a_real_run_gets_its_name(trained, name, frozen):
-    """What the live optimizer holds for a parameter is what the Fisher has under that parameter's name."""
+    """The Fisher of a parameter equals its accumulator in the live optimizer, under the name of the parameter."""
     run = trained(name, frozen)
     expected = named_on_disk(run.accumulators())
     fisher = load_fisher(run.checkpoint, base=run.base if frozen else None)
     assert set(fisher) == set(expected)
     assert all(torch.equal(fisher[key], tensor) for key, tensor in expected.items())
-    assert len({tensor.double().sum().item() for tensor in expected.values()}) == len(expected)  # all can be told apart
+    assert len({tensor.double().sum().item() for tensor in expected.values()}) == len(expected)  # all differ
     assert fisher.config.steps == STEPS
     assert fisher.config.optimizer.class_ == "torch.optim.AdamW"
     assert set(fisher) | set(fisher.config.coverage.without) >= {*expected, *_weights(run)}
@@ -81,7 +81,7 @@ def test_every_accumulator_of_a_real_run_gets_its_name(trained, name, frozen):
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_frozen_layers_of_a_real_run_are_listed(trained, name):
-    """The frozen parameters, and they alone, are listed as not given to the optimizer."""
+    """Exactly the frozen parameters are listed as not given to the optimizer."""
     run = trained(name, True)
     without = load_fisher(run.checkpoint, base=run.base).config.coverage.without
     frozen = {key for key in _weights(run) if key.startswith(FROZEN[name])}
@@ -95,7 +95,7 @@ def _weights(run):
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "t5"])
 def test_tied_embeddings_share_one_accumulator(trained, name):
-    """The other names of a tied embedding find the same Fisher, and are listed as tied."""
+    """The other names of a tied embedding find the same Fisher and are listed as tied."""
     run = trained(name, False)
     fisher = load_fisher(run.checkpoint)
     tied = {key: why for key, why in fisher.config.coverage.without.items() if why.startswith("tied to ")}
@@ -104,8 +104,11 @@ def test_tied_embeddings_share_one_accumulator(trained, name):
     assert all(torch.equal(fisher[key], shared) for key in tied)
 
 
-def test_numbering_named_parameters_is_wrong_for_all_of_them(trained):
-    """Index i is not the i-th of named_parameters(); for every architecture some shapes agree, and no check notices."""
+def test_numbering_named_parameters_is_wrong_for_all_models(trained):
+    """Index i is not the i-th of named_parameters().
+
+    For every architecture some shapes agree, so no check of shapes finds it.
+    """
     wrong, unnoticed = set(), set()
     for name in MODELS:
         run = trained(name, False)
@@ -125,7 +128,7 @@ def test_numbering_named_parameters_is_wrong_for_all_of_them(trained):
 @pytest.mark.parametrize(
     ("trainer", "layout"), [("accelerate", "accelerate"), ("lightning", "lightning"), ("fabric", "torch")]
 )
-def test_what_a_trainer_writes_is_read_bit_for_bit(trainer, layout, tmp_path):
+def test_checkpoints_of_other_trainers_are_read_bit_for_bit(trainer, layout, tmp_path):
     """Every accumulator has its name, bits, steps and decay."""
     script = Path(__file__).with_name("live_runs.py")
     folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Which tensor of each optimizer's state is the second moment: every optimizer really steps, and is held to float64."""
+"""Second moment in each optimizer's state, compared with float64 after real steps."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def _gradients():
 
 
 def _stepped(make):
-    """Return the state_dict of an optimizer that has made three steps on one matrix with known gradients."""
+    """Return the state_dict of an optimizer after three steps on one matrix with known gradients."""
     parameter = torch.nn.Parameter(torch.ones(SHAPE))
     optimizer = make([parameter])
     for gradient in _gradients():
@@ -86,7 +86,7 @@ KEPT = {
 
 @pytest.mark.parametrize("name", KEPT)
 def test_the_second_moment_and_its_kind(name):
-    """Key, statistic, decay, class, way of weight decay, amsgrad and start are those of the optimizer that stepped."""
+    """Key, statistic, decay, class, kind of weight decay, amsgrad and start are those of the optimizer."""
     make, expected = KEPT[name]
     (slot,) = parse(content(_stepped(make), FILE)).slots
     moment = slot.moment
@@ -106,7 +106,7 @@ def test_the_second_moment_and_its_kind(name):
 
 @pytest.mark.parametrize("name", KEPT)
 def test_the_tensor_is_the_mean_square_of_the_gradients(name):
-    """The tensor found is the recurrence v = b v + (1-b) g^2 (or the sum) of the true gradients, in float64."""
+    """The tensor equals the recurrence v = b v + (1-b) g^2, or the sum, of the gradients in float64."""
     make, _ = KEPT[name]
     (slot,) = parse(content(_stepped(make), FILE)).slots
     moment = slot.moment
@@ -115,7 +115,7 @@ def test_the_tensor_is_the_mean_square_of_the_gradients(name):
 
 
 def test_one_moment_of_bitsandbytes_is_refused():
-    """With state1 alone it can be Lion's momentum as well as RMSprop's mean square: no guess is made."""
+    """state1 alone is refused, because it can be Lion's momentum or RMSprop's mean square."""
     inner = {"state1": torch.zeros(17, 31, dtype=torch.uint8), "qmap1": torch.rand(256), "absmax1": torch.rand(3)}
     state = {0: {"step": 3, "__bnb_optimizer_quant_state__": inner}}
     with pytest.raises(UnsupportedStateError, match="can be Lion's or SGD's momentum"):
@@ -124,7 +124,7 @@ def test_one_moment_of_bitsandbytes_is_refused():
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
 def test_weight_decay_that_was_squared_is_noticed(make):
-    """Weight decay added to the gradient, not decoupled from it, is marked: it is in the square."""
+    """Weight decay that is added to the gradient, and so squared, is marked."""
     (slot,) = parse(content(_stepped(lambda p: make(p, weight_decay=0.1)), FILE)).slots
     assert slot.moment.coupled_decay
     (slot,) = parse(content(_stepped(lambda p: torch.optim.AdamW(p, weight_decay=0.1)), FILE)).slots
@@ -132,7 +132,7 @@ def test_weight_decay_that_was_squared_is_noticed(make):
 
 
 def test_groups_may_differ_in_decay():
-    """Each slot takes the decay of its own group."""
+    """Each slot has the decay of its own group."""
     first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = torch.optim.AdamW([{"params": [first], "betas": (0.9, 0.9)}, {"params": [second]}], betas=(0.9, 0.99))
     first.grad = second.grad = torch.ones(3)
@@ -141,7 +141,7 @@ def test_groups_may_differ_in_decay():
 
 
 def test_a_parameter_never_stepped_has_no_moment():
-    """A parameter without a gradient keeps its place among the slots, without a tensor."""
+    """A parameter without a gradient keeps its slot, without a tensor."""
     used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([unused, used])
     used.grad = torch.ones(3)
@@ -154,7 +154,7 @@ def test_a_parameter_never_stepped_has_no_moment():
 
 
 class Lion(torch.optim.Optimizer):
-    """Sign of a blend of momentum and gradient; keeps the momentum alone."""
+    """Optimizer by the sign of a blend of momentum and gradient, whose state is the momentum."""
 
     def __init__(self, params):
         super().__init__(params, {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0})
@@ -181,7 +181,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_no_second_moment_is_refused_by_name(name):
-    """What keeps no second moment is refused, named where it can be, with the place and the cure."""
+    """An optimizer without a second moment is refused by name, with the place and the cure."""
     make, words = REFUSED[name]
     with pytest.raises(UnsupportedStateError) as caught:
         parse(content(_stepped(make), FILE))
@@ -193,7 +193,7 @@ def test_no_second_moment_is_refused_by_name(name):
 
 
 def test_unknown_keys_beside_a_known_name_are_refused():
-    """A tensor called exp_avg_sq next to keys no known Adam has may mean anything, and is not taken."""
+    """A tensor called exp_avg_sq next to keys of no known Adam is refused, because its meaning is unknown."""
     state = _stepped(lambda p: torch.optim.AdamW(p))
     state["state"][0]["rotation"] = torch.eye(5)
     with pytest.raises(UnsupportedStateError, match=r"rotation.*no optimizer known here"):
@@ -203,7 +203,7 @@ def test_unknown_keys_beside_a_known_name_are_refused():
 _V = torch.rand(SHAPE)
 _M = torch.rand(SHAPE)
 _BETAS = {"betas": (0.9, 0.97)}
-# What further optimizers keep, key for key, by the source of the version named: state, group -> class, corrected, steps
+# State keys of further optimizers, by the source of the named version: state, group -> class, corrected, steps
 RELATIVES = {
     "pytorch_optimizer 4.1 AdEMAMix": (
         {"exp_avg": _M, "exp_avg_sq": _V, "exp_avg_slow": _M},
@@ -255,7 +255,7 @@ RELATIVES = {
 
 @pytest.mark.parametrize("name", RELATIVES)
 def test_relatives_of_adam_are_known_by_their_keys(name):
-    """Class, decay, steps and need of a bias correction are those of the optimizer that writes such a state."""
+    """Class, decay, steps and bias correction follow from the keys of the state."""
     state, group, expected = RELATIVES[name]
     (slot,) = parse(content({"state": {0: state}, "param_groups": [{**group, "params": [0]}]}, FILE)).slots
     assert slot.tensor is _V
@@ -264,7 +264,7 @@ def test_relatives_of_adam_are_known_by_their_keys(name):
 
 
 def test_weights_of_a_schedule_free_training_mode_are_warned_of():
-    """In training mode the parameters are not those to be used; the optimizer's group says so."""
+    """The group of a schedule-free optimizer shows training mode, where the weights are not the final ones."""
     state, group, _ = RELATIVES["schedulefree 1.4.1 AdamWScheduleFree"]
     group = {**group, "train_mode": True, "params": [0]}
     (slot,) = parse(content({"state": {0: state}, "param_groups": [group]}, FILE)).slots
@@ -272,7 +272,7 @@ def test_weights_of_a_schedule_free_training_mode_are_warned_of():
 
 
 def test_rows_that_sparse_adam_skipped_are_warned_of():
-    """SparseAdam's step counts for all rows, its average is of those touched."""
+    """SparseAdam counts steps for all rows, but averages only the touched ones, so a warning is given."""
     embedding = torch.nn.Embedding(5, 7, sparse=True)
     optimizer = torch.optim.SparseAdam(embedding.parameters())
     embedding(torch.tensor([1, 3])).sum().backward()
@@ -294,15 +294,15 @@ def test_rows_that_sparse_adam_skipped_are_warned_of():
     ],
     ids=["ADOPT", "AdaBelief", "GaLore", "layer-wise dummy", "LOMO"],
 )
-def test_look_alikes_and_those_that_keep_nothing_are_refused(state, group, words):
-    """Accumulators that start elsewhere, hold something else, or lie outside of the file are not taken."""
+def test_similar_and_empty_states_are_refused(state, group, words):
+    """Accumulators with another start, another meaning, or values outside of the file are refused."""
     with pytest.raises(UnsupportedStateError, match=words):
         parse(content({"state": {0: state} if state else {}, "param_groups": [{**group, "params": [0]}]}, FILE))
 
 
 @pytest.mark.parametrize("step", [float("nan"), 2.5, -1, torch.ones(2), "three"])
 def test_a_step_that_is_no_count_is_refused(step):
-    """Steps decide the bias correction: what is no whole number is damage."""
+    """A step that is no whole number is refused as damaged, because the bias correction depends on it."""
     state = {"exp_avg": _M, "exp_avg_sq": _V, "step": step}
     with pytest.raises(CorruptFileError, match="must be a whole number"):
         parse(content({"state": {0: state}, "param_groups": [{**_BETAS, "params": [0]}]}, FILE))

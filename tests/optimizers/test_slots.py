@@ -1,4 +1,4 @@
-"""What is found in a file that torch.save wrote, and what contradicts itself."""
+"""Content of files of torch.save, and contradictions in it."""
 
 import copy
 from pathlib import Path
@@ -37,7 +37,7 @@ def _stepped(model, make=torch.optim.AdamW, parameters=None):
     ],
 )
 def test_the_state_is_found_in_any_bundle(wrap):
-    """A state_dict alone, in a dict, or in a list or dict in that, is the same state."""
+    """A state_dict alone, in a dict, or in a list or dict within it, gives the same state."""
     model = _model()
     state = _stepped(model)
     found = parse(content(wrap(state, model), FILE))
@@ -47,7 +47,7 @@ def test_the_state_is_found_in_any_bundle(wrap):
 
 
 def test_a_model_beside_it_gives_the_order():
-    """Parameters of a saved model come in its order, without buffers and second names of tied tensors."""
+    """The parameters of a saved model come in its order, without buffers and second names of tied tensors."""
     model = _model()
     state = _stepped(model)
     model.register_module("tied", torch.nn.Linear(3, 5))
@@ -58,8 +58,8 @@ def test_a_model_beside_it_gives_the_order():
     assert names == ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias", "tied.bias"]
 
 
-def test_of_two_models_the_one_by_its_usual_name_is_taken():
-    """An average beside the model is not the model; of two unusual names neither is."""
+def test_the_model_with_the_usual_name_is_used():
+    """The model with the usual name is used, not an average. Of two models with unusual names neither is used."""
     model, average = _model(), copy.deepcopy(_model())
     state = _stepped(model)
     found = parse(content({"ema": average.state_dict(), "model": model.state_dict(), "optimizer": state}, FILE))
@@ -81,7 +81,7 @@ def test_of_two_models_the_one_by_its_usual_name_is_taken():
     ],
 )
 def test_wrappers_leave_names_in_any_order(name):
-    """What DDP, compile, FSDP and checkpointing add to names is taken off."""
+    """Prefixes of DDP, compile, FSDP and checkpointing are removed from names."""
     assert unwrapped(name) == "layer.weight"
 
 
@@ -91,7 +91,7 @@ def test_a_part_of_a_model_may_be_called_module():
 
 
 def test_named_parameters_name_their_slots():
-    """Names that torch wrote beside the numbers are those of the slots, without wrappers."""
+    """Slots have the names that torch wrote next to the numbers, without wrappers."""
     model = torch.nn.ModuleDict({"module": _model()})
     state = _stepped(model["module"], parameters=list(model.named_parameters()))
     found = parse(content(state, FILE))
@@ -100,7 +100,7 @@ def test_named_parameters_name_their_slots():
 
 
 def test_keys_that_are_names_name_their_slots():
-    """State keyed by name, as FSDP gathers it, needs no order."""
+    """A state keyed by name, as FSDP gathers it, needs no order."""
     model = _model()
     state = _stepped(model)
     names = [name for name, _ in model.named_parameters()]
@@ -114,7 +114,7 @@ def test_keys_that_are_names_name_their_slots():
 
 
 def test_the_step_may_stand_in_the_group():
-    """Apex counts steps once a group."""
+    """The step count of Apex is in the group."""
     model = _model()
     state = _stepped(model)
     for value in state["state"].values():
@@ -124,27 +124,27 @@ def test_the_step_may_stand_in_the_group():
 
 
 def test_adagrad_before_its_first_step_is_empty():
-    """Accumulators that exist at step 0 are no information."""
+    """Accumulators at step 0 carry no information and are refused."""
     with pytest.raises(UnsupportedStateError, match="its state is empty"):
         parse(content(torch.optim.Adagrad(_model().parameters()).state_dict(), FILE))
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop])
 def test_an_optimizer_that_never_stepped_is_refused(make):
-    """State saved before the first step holds nothing."""
+    """A state saved before the first step is refused as empty."""
     with pytest.raises(UnsupportedStateError, match="its state is empty"):
         parse(content(make(_model().parameters()).state_dict(), FILE))
 
 
 @pytest.mark.parametrize("loaded", [{}, [], 3, None, {"state": {}, "param_groups": 3}, {"a": torch.zeros(2)}])
-def test_what_holds_no_optimizer_is_refused(loaded):
-    """A file without param_groups and state is no optimizer's."""
+def test_a_file_without_an_optimizer_is_refused(loaded):
+    """A file without param_groups and state is refused."""
     with pytest.raises(UnsupportedStateError, match="must hold an optimizer's state_dict"):
         parse(content(loaded, FILE))
 
 
 def test_two_optimizers_are_both_read():
-    """Of several optimizers in a file all are taken, and kept apart."""
+    """All optimizers of a file are read separately."""
     state = _stepped(_model())
     found = parse(content({"optimizer": state, "other": state}, FILE))
     assert [len(groups) for groups in found.optimizers] == [1, 1]
@@ -177,7 +177,7 @@ def _same_names(state):
     ],
 )
 def test_contradictions_are_refused(damage, words):
-    """Groups and state that do not belong together are no basis for names."""
+    """Groups and state that contradict each other are refused."""
     state = _stepped(_model())
     damage(state)
     with pytest.raises(CorruptFileError, match=words):
@@ -185,7 +185,7 @@ def test_contradictions_are_refused(damage, words):
 
 
 def test_two_kinds_of_second_moment_are_refused():
-    """A sum and a moving average have no common scale."""
+    """A sum and a moving average in one file are refused, because they have no common scale."""
     state, other = _stepped(_model()), _stepped(_model(), torch.optim.Adagrad)
     state["state"] = {0: state["state"][0], 1: other["state"][1]}
     state["param_groups"] = [
@@ -197,7 +197,7 @@ def test_two_kinds_of_second_moment_are_refused():
 
 
 def test_adagrads_starts_must_agree():
-    """Two starts of a sum cannot both be taken off."""
+    """Two different starts of a sum are refused, because one value is subtracted."""
     state = _stepped(_model(), torch.optim.Adagrad)
     first, second = state["param_groups"][0] | {"params": [0, 1]}, state["param_groups"][0] | {"params": [2, 3, 4, 5]}
     state["param_groups"] = [first, second | {"initial_accumulator_value": 0.1}]
@@ -210,8 +210,8 @@ class _Codes(torch.Tensor):
 
 
 @pytest.mark.parametrize("value", [torch.zeros(3, 5, dtype=torch.uint8), torch.zeros(3, 5).as_subclass(_Codes), 0.5])
-def test_codes_are_not_taken_for_second_moments(value):
-    """Integers, a library's own tensors and numbers are no accumulator."""
+def test_codes_are_refused_as_second_moments(value):
+    """Integers, tensors of a library's own class and numbers are refused as second moments."""
     state = _stepped(_model())
     state["state"][0]["exp_avg_sq"] = value
     with pytest.raises(UnsupportedStateError, match=r"exp_avg_sq of parameter 0 .* must be a plain tensor of floats"):

@@ -1,4 +1,4 @@
-"""Parameters whose change belies their name are warned about."""
+"""Warning about parameters whose change contradicts their names."""
 
 import logging
 
@@ -22,7 +22,7 @@ class _Tower(torch.nn.Module):
 
 
 def _run(folder, order):
-    """Train a model whose parameters were given to the optimizer in the user's order; save before and after."""
+    """Train a model with the user's order of parameters in the optimizer; save before and after."""
     torch.manual_seed(7)
     model = _Tower()
     base, tuned = folder / "base", folder / "tuned"
@@ -42,8 +42,8 @@ def _run(folder, order):
 
 
 @pytest.mark.parametrize(("order", "swapped"), [((0, 1, 2), 0), ((0, 2, 1), 2), ((2, 0, 1), 3)])
-def test_an_order_of_the_users_own_is_noticed_with_a_base(order, swapped, tmp_path, caplog):
-    """Equal shapes in another order cannot be told by the file; with the weights before training a warning says so."""
+def test_a_wrong_order_is_found_with_a_base(order, swapped, tmp_path, caplog):
+    """Two swapped parameters of equal shape are found with the weights before training, and give a warning."""
     base, tuned = _run(tmp_path, order)
     with caplog.at_level(logging.WARNING):
         load_fisher(tuned, base=base)
@@ -53,7 +53,7 @@ def test_an_order_of_the_users_own_is_noticed_with_a_base(order, swapped, tmp_pa
 
 
 def test_an_earlier_checkpoint_serves_as_well(tmp_path, caplog):
-    """In a run's folder the checkpoint before is compared without being named."""
+    """The previous checkpoint in a run folder serves as the base without an option."""
     base, tuned = _run(tmp_path, (1, 0, 2))
     base.rename(tmp_path / "checkpoint-2")
     tuned.rename(tmp_path / "checkpoint-8")
@@ -61,15 +61,15 @@ def test_an_earlier_checkpoint_serves_as_well(tmp_path, caplog):
     assert "changed since checkpoint-2" in caplog.text
 
 
-def test_real_checkpoints_with_a_base_are_not_doubted(caplog):
-    """A right mapping of a real run is passed over in silence."""
+def test_real_checkpoints_with_a_base_give_no_warning(caplog):
+    """A right mapping of a real run gives no warning."""
     folder = STATES / "trainer_gpt2_tied_frozen"
     load_fisher(folder, base=folder / "base")
     assert "model's order" not in caplog.text
 
 
 def test_a_damaged_earlier_checkpoint_does_not_stop_a_whole_one(tmp_path, caplog):
-    """What is compared with is a help, and no part of the checkpoint that was asked for."""
+    """A damaged previous checkpoint is skipped, because it only serves the comparison."""
     base, tuned = _run(tmp_path, (1, 0, 2))
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

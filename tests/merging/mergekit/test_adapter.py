@@ -1,4 +1,4 @@
-"""The adapter finds each model's weights and Fisher as mergekit finds the weights."""
+"""Adapter: each model's weights and Fisher, found with mergekit's own names."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tests.merging.reference import (
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_squisher_base_model_enters_only_if_listed(tmp_path: Path, listed: bool) -> None:
-    """In squisher `base_model:` gives the config; it is summed, and needs a Fisher, only if it is listed as well."""
+    """`base_model:` of squisher gives the config. It is summed, and needs a Fisher, only if it is listed as well."""
     weights, fishers = models_with_fishers(tmp_path, 3)
     if not listed:
         for file in (tmp_path / "m0").glob("fisher*"):
@@ -38,7 +38,7 @@ def test_squisher_base_model_enters_only_if_listed(tmp_path: Path, listed: bool)
 
 
 def test_slices_use_each_models_own_layer(tmp_path: Path) -> None:
-    """With offset slices the Fisher of the *input's* layer is used, also for a layer that is used twice."""
+    """Offset slices use the Fisher of the *input's* layer, also for a layer that is used twice."""
     weights, fishers = models_with_fishers(tmp_path, 2)
 
     def source(model: int, start: int, stop: int) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_slices_use_each_models_own_layer(tmp_path: Path) -> None:
 
 
 def test_tied_and_untied_inputs(tmp_path: Path) -> None:
-    """A tied model's embedding stands in for its head, with the embedding's Fisher; two tied models have no head."""
+    """The embedding of a tied model replaces its missing head, with its Fisher. Two tied models have no head."""
     tied = llama(tmp_path / "m0", 0, tie_word_embeddings=True)
     untied = llama(tmp_path / "m1", 1)
     fishers = [give_fisher(tmp_path / "m0", tied, 0), give_fisher(tmp_path / "m1", untied, 1)]
@@ -86,7 +86,7 @@ def test_tied_and_untied_inputs(tmp_path: Path) -> None:
 
 
 def test_an_untied_head_never_borrows_the_embeddings_fisher(tmp_path: Path) -> None:
-    """If a Fisher lacks the head of an untied model, the head is reported missing; the embedding's is not taken."""
+    """A missing Fisher for an untied head is reported. The Fisher of the embedding does not replace it."""
     weights, fishers = models_with_fishers(tmp_path, 2)
     del fishers[0]["lm_head.weight"]
     store_fisher(tmp_path / "partial", fishers[0])
@@ -103,7 +103,7 @@ def test_an_untied_head_never_borrows_the_embeddings_fisher(tmp_path: Path) -> N
 
 
 def test_filters_and_gradients(tmp_path: Path) -> None:
-    """Weights by filter and by gradient over the layers, and a Fisher by filter, reach the tensors they name."""
+    """Filters and gradients of weights and filters of Fishers reach the tensors that they name."""
     weights, fishers = models_with_fishers(tmp_path, 2)
     other = give_fisher(tmp_path / "m0", weights[0], seed=55, out=tmp_path / "other")
     by_filter = [{"filter": "mlp", "value": str(tmp_path / "other")}, {"value": "auto"}]
@@ -117,7 +117,7 @@ def test_filters_and_gradients(tmp_path: Path) -> None:
     result = merged(config, tmp_path / "out")
     for name, tensor in result.items():
         parts = name.split(".")
-        # mergekit: the gradient runs over the layers; tensors outside them are at its start.
+        # mergekit's gradient runs over the layers; other tensors have its first value.
         first = {0: 1.0, 1: 0.5, 2: 0.0}[int(parts[2])] if parts[1] == "layers" else 1.0
         second = 3.0 if "self_attn" in name else 1.0
         thetas = [model[name] for model in weights]
@@ -140,8 +140,8 @@ def test_mergekit_pytorch(tmp_path: Path) -> None:
         assert_within(found[name], reference, largest(thetas))
 
 
-def test_every_tensor_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planning and the graph share one plan a tensor: nothing is looked up on disk twice."""
+def test_each_tensor_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning and the graph share one plan per tensor, so nothing is looked up on disk twice."""
     from squisher_mergekit.merging import tensor_plan
 
     for i in range(2):

@@ -1,4 +1,4 @@
-"""The adapter finds theta_0 of ``density`` below 1."""
+"""Adapter: theta_0 for ``density`` below 1."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tests.merging.reference import (
 
 
 def test_filters_and_gradients(tmp_path: Path) -> None:
-    """Density by filter and by gradient over the layers reaches the tensors it names."""
+    """Filters and gradients of the density reach the tensors that they name."""
     weights, fishers = base_and_models(tmp_path, 3)
     by_filter = [{"filter": "mlp", "value": 0.1}, {"filter": "self_attn", "value": [1.0, 0.2]}, {"value": 1.0}]
     result = merged(density_config(tmp_path, [[0.9, 0.5, 0.1], by_filter]), tmp_path / "out")
@@ -33,7 +33,7 @@ def test_filters_and_gradients(tmp_path: Path) -> None:
 
 
 def test_slices_take_the_bases_layer_of_the_models_own_number(tmp_path: Path) -> None:
-    """With offset slices each model's task vector starts at the base's layer that the model's own layer came from."""
+    """The task vector of a sliced layer starts at the layer of the base with the model's own layer number."""
     weights, fishers = base_and_models(tmp_path, 3)
 
     def source(model: int, start: int, stop: int) -> dict[str, Any]:
@@ -64,11 +64,11 @@ def test_slices_take_the_bases_layer_of_the_models_own_number(tmp_path: Path) ->
 
 
 def test_a_tied_bases_embedding_stands_in_for_its_head(tmp_path: Path) -> None:
-    """Where the base is tied and the models are not, the head's task vector starts at the base's embedding."""
+    """The embedding of a tied base replaces its head as the start of the task vector."""
     weights, fishers = base_and_models(tmp_path, 3)
     weights[0] = llama(tmp_path / "m0", 9, tie_word_embeddings=True)
     assert HEAD not in weights[0]
-    # The config of the base is the output's, so the head is written for an untied one alone.
+    # The base's config becomes that of the output, so the head is written for an untied base only.
     (tmp_path / "m0" / "config.json").write_text(
         (tmp_path / "m1" / "config.json").read_text(encoding="utf-8"), encoding="utf-8"
     )
@@ -78,7 +78,7 @@ def test_a_tied_bases_embedding_stands_in_for_its_head(tmp_path: Path) -> None:
 
 
 def test_mergekit_pytorch(tmp_path: Path) -> None:
-    """`mergekit-pytorch` takes theta_0 from a base that is not listed, and from nowhere else."""
+    """`mergekit-pytorch` takes theta_0 from an unlisted base only."""
     weights, fishers = nets(tmp_path, 3)
     entries: list[dict[str, Any]] = [{"model": str(tmp_path / f"n{i}" / "net.safetensors")} for i in range(3)]
     config = {"merge_method": "squisher", "models": entries[1:], "parameters": {"density": 0.35}}
@@ -94,7 +94,7 @@ def test_mergekit_pytorch(tmp_path: Path) -> None:
 
 
 def test_a_base_of_a_slice_alone_has_no_tokenizer(tmp_path: Path) -> None:
-    """A base that only a slice names has no place in mergekit's tokenizer, which is said instead of failing midway."""
+    """A base that only a slice names is missing in mergekit's tokenizer. The merge is refused at its start."""
     base_and_models(tmp_path, 3)
     for i in range(3):
         word_tokenizer(tmp_path / f"m{i}", [f"word{j}" for j in range(28)])

@@ -1,4 +1,4 @@
-"""The methods reach mergekit's registry whichever of the two is imported first."""
+"""Registration of the methods with mergekit for any order of imports."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ ORDERS = [
 
 @pytest.mark.parametrize("imports", ORDERS)
 def test_the_order_of_imports_does_not_matter(imports: str) -> None:
-    """Both methods are registered once, and are this package's own objects."""
+    """Both methods are registered once, and are the objects of this package."""
     names = {"squisher": "SQUISHER", "ubgm_squisher": "UBGM_SQUISHER"}
     checks = "; ".join(f"assert stock.get({name!r}) is own.{own}" for name, own in names.items())
     code = f"{imports}; {checks}"
@@ -32,7 +32,7 @@ def test_the_order_of_imports_does_not_matter(imports: str) -> None:
 
 
 def test_a_base_counts_as_listed_module_by_module(tmp_path: Path) -> None:
-    """A base that one module lists takes part in that module alone; another keeps to the models it lists."""
+    """A base listed in one module takes part in that module alone."""
     from mergekit import merge_methods
     from mergekit.config import MergeConfiguration
     from mergekit.plan import MergePlanner
@@ -57,8 +57,8 @@ def test_a_base_counts_as_listed_module_by_module(tmp_path: Path) -> None:
     assert sources == {"text": {"m0", "m1"}, "vision": {"m1", "m2"}}
 
 
-def test_stock_methods_keep_their_ways(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """Other methods still ignore unknown keys, as mergekit does."""
+def test_stock_methods_ignore_unknown_keys(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """Other methods still ignore unknown keys."""
     pair["merge_method"] = "linear"
     pair["parameters"]["wieght"] = 3
     assert merge(pair, tmp_path / "out").exit_code == 0

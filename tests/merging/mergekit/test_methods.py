@@ -1,4 +1,4 @@
-"""The methods in mergekit's registry, called in memory with Fishers as mappings of tensors."""
+"""Methods in mergekit's registry, called in memory with Fishers as mappings of tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def _models(count: int) -> tuple[list[Tensors], list[Tensors]]:
 
 
 def test_state_dicts() -> None:
-    """`merge_state_dicts` merges every tensor by Eq. 13 with plain mappings taken as they are."""
+    """`merge_state_dicts` merges every tensor by Eq. 13, with unscaled plain mappings."""
     weights, fishers = _models(3)
     result = merge_state_dicts(weights, "squisher", parameters={"fisher": fishers, "weight": [1.0, 0.5, 2.0]})
     for name in SHAPES:
@@ -48,7 +48,7 @@ def test_state_dicts() -> None:
 
 
 def test_state_dicts_by_id_with_a_base() -> None:
-    """UBGM takes models and Fishers by id; the base is named by its id."""
+    """UBGM accepts models, Fishers and the base by id."""
     weights, fishers = _models(3)
     keys = ["base", "a", "b"]
     result = merge_state_dicts(
@@ -64,7 +64,7 @@ def test_state_dicts_by_id_with_a_base() -> None:
 
 
 def test_one_tensor_by_name() -> None:
-    """`merge_tensors` looks its tensor up by the name it is given."""
+    """`merge_tensors` looks its tensor up by the given name."""
     weights, fishers = _models(2)
     name = "encoder.bias"
     thetas = [model[name] for model in weights]
@@ -88,7 +88,7 @@ def test_a_fisher_brings_its_scale() -> None:
 
 
 def test_buffers_and_modules() -> None:
-    """Modules merge too; integer buffers are copied, and gradients are neither needed nor recorded."""
+    """Modules merge too. Integer buffers are copied, and gradients are neither needed nor recorded."""
     torch.manual_seed(0)
     modules = [torch.nn.BatchNorm1d(5) for _ in range(2)]
     fishers = [{name: torch.rand(5) for name in modules[0].state_dict()} for _ in range(2)]
@@ -117,7 +117,7 @@ def test_refusals() -> None:
 
 
 def test_missing_average() -> None:
-    """With missing='average' a tensor that one mapping lacks is the weighted mean of all."""
+    """With missing='average', a tensor that one mapping lacks is the weighted mean of all."""
     weights, fishers = _models(2)
     del fishers[1]["encoder.bias"]
     parameters = {"fisher": fishers, "weight": [1.0, 3.0], "missing": "average"}
@@ -133,8 +133,8 @@ def _in_memory() -> tuple[dict[str, Tensors], dict[str, Tensors]]:
     return weights, {k: {n: draw_fisher(s, generator) for n, s in shapes.items()} for k in keys}
 
 
-def test_an_entry_that_is_put_back_votes_for_the_base(tmp_path: Path) -> None:
-    """By hand: of [1, 5] with F [3, 1] half is kept, and the second entry enters as the base's 9 with weight 1."""
+def test_a_dropped_entry_counts_as_the_base(tmp_path: Path) -> None:
+    """Of [1, 5] with F [3, 1], half is kept, and the second entry enters as the base's 9 with weight 1."""
     tensors = [torch.tensor([0.0, 9.0]), torch.tensor([1.0, 5.0]), torch.tensor([3.0, 1.0])]
     fishers = [{"w": torch.tensor([0.0, 0.0])}, {"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([1.0, 3.0])}]
     parameters = {"fisher": fishers, "density": [1.0, 0.5, 0.5]}
@@ -143,7 +143,7 @@ def test_an_entry_that_is_put_back_votes_for_the_base(tmp_path: Path) -> None:
 
 
 def test_state_dicts_with_a_base() -> None:
-    """`merge_state_dicts` takes theta_0 from its base; at weight 0 the base needs no Fisher and is not summed."""
+    """`merge_state_dicts` takes theta_0 from its base. A base of weight 0 needs no Fisher and is not summed."""
     weights, fishers = _in_memory()
     shares = {"base": 0.5, "a": 0.2, "b": 0.6}
     summed = merge_state_dicts(weights, "squisher", base="base", parameters={"fisher": fishers, "density": shares})
@@ -157,7 +157,7 @@ def test_state_dicts_with_a_base() -> None:
 
 
 def test_state_dicts_by_gradient_matching() -> None:
-    """UBGM in memory trims by the base that it has."""
+    """UBGM in memory computes the task vectors from its base."""
     weights, fishers = _in_memory()
     parameters = {"fisher": fishers, "density": 0.3}
     result = merge_state_dicts(weights, "ubgm_squisher", base="base", parameters=parameters)
@@ -170,7 +170,7 @@ def test_state_dicts_by_gradient_matching() -> None:
 
 
 def test_refusals_in_memory() -> None:
-    """In memory a density below 1 without a base, a density of 0 and a NaN in F are refused."""
+    """A density below 1 without a base, a density of 0 and a NaN in F are refused in memory."""
     weights, fishers = _in_memory()
     with pytest.raises(ConfigError, match=r"density below 1 needs a base.*encoder.*merge_state_dicts\(base="):
         merge_state_dicts(weights, "squisher", parameters={"fisher": fishers, "density": [1.0, 0.5, 1.0]})
@@ -182,7 +182,7 @@ def test_refusals_in_memory() -> None:
 
 
 def test_a_base_of_another_shape_is_refused_where_no_header_tells() -> None:
-    """A base whose shape shows only when it is read, as of pickled weights, is refused by name."""
+    """A base without headers, as in pickled weights, is refused by name when it is read with another shape."""
     loaded = LoadedFisher("w", tensor=torch.ones(3), density=0.5, origin=torch.ones(4))
     given = {"fisher": dict.fromkeys(range(2), ResolvedFisher(loaded, Run("squisher"))), "weight": {0: 1.0, 1: 1.0}}
     with pytest.raises(MismatchError, match=r"w is \[3\] and the base's \[4\]"):
@@ -190,6 +190,6 @@ def test_a_base_of_another_shape_is_refused_where_no_header_tells() -> None:
 
 
 def test_ubgm_without_a_base(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """UBGM without a base says what is needed."""
+    """UBGM without a base is refused with the cure."""
     pair["merge_method"] = "ubgm_squisher"
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "ubgm_squisher needs base_model:")

@@ -1,4 +1,4 @@
-"""Whole merges by stock ``mergekit-yaml`` on real files, against float64 references on the same files."""
+"""Merges by stock ``mergekit-yaml`` on real files, against float64 references on the same files."""
 
 import pickle
 import weakref
@@ -38,7 +38,7 @@ from tests.merging.reference import (
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_squisher_equals_the_reference(tmp_path: Path, count: int, dtype: str) -> None:
-    """Fisher merging of 1, 2, 3 and 5 models in fp32, bf16 and fp16, F from 1e-38 to 1e+30, with weights."""
+    """Fisher merging agrees with float64 for 1 to 5 models in three dtypes, F from 1e-38 to 1e+30, with weights."""
     weights, fishers = models_with_fishers(tmp_path, count, DTYPES[dtype])
     config = {
         "merge_method": "squisher",
@@ -53,7 +53,7 @@ def test_squisher_equals_the_reference(tmp_path: Path, count: int, dtype: str) -
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ubgm_equals_the_reference(tmp_path: Path, count: int, dtype: str) -> None:
-    """Gradient matching of 1, 2, 3 and 5 models and a base in fp32, bf16 and fp16, with weights."""
+    """Gradient matching agrees with float64 for 1 to 5 models and a base in fp32, bf16 and fp16, with weights."""
     weights, fishers = models_with_fishers(tmp_path, count + 1, DTYPES[dtype])
     config = {
         "merge_method": "ubgm_squisher",
@@ -65,7 +65,10 @@ def test_ubgm_equals_the_reference(tmp_path: Path, count: int, dtype: str) -> No
 
 
 def test_ubgm_prior_and_listed_base(tmp_path: Path) -> None:
-    """A base listed under models: enters once, its Fisher can be given there, its weight is not used; prior counts."""
+    """A base listed under models enters once.
+
+    Its Fisher can be given there, and its weight is unused. The prior counts.
+    """
     weights, fishers = models_with_fishers(tmp_path, 3)
     other = give_fisher(tmp_path / "m0", weights[0], seed=77, out=tmp_path / "other")
     config = {
@@ -82,7 +85,7 @@ def test_ubgm_prior_and_listed_base(tmp_path: Path) -> None:
 
 
 def test_ubgm_base_without_fisher(tmp_path: Path) -> None:
-    """`fisher: none` for the base means F_0 = 0; the base then needs no Fisher on disk."""
+    """`fisher: none` for the base means F_0 = 0, so the base needs no Fisher on disk."""
     weights, fishers = models_with_fishers(tmp_path, 3)
     for file in (tmp_path / "m0").glob("fisher*"):
         file.unlink()
@@ -113,7 +116,7 @@ def test_ubgm_missing_average(tmp_path: Path) -> None:
 
 
 def test_dtype_and_out_dtype(tmp_path: Path) -> None:
-    """`dtype` casts the weights, never the Fishers; `out_dtype` casts the result."""
+    """`dtype` casts the weights and never the Fishers; `out_dtype` casts the result."""
     weights, fishers = models_with_fishers(tmp_path, 2)
     models = [entry(tmp_path, 0), entry(tmp_path, 1)]
     result = merged({"merge_method": "squisher", "models": models, "out_dtype": "bfloat16"}, tmp_path / "out")
@@ -125,7 +128,7 @@ def test_dtype_and_out_dtype(tmp_path: Path) -> None:
 
 
 def test_truncated_vocabulary(tmp_path: Path) -> None:
-    """With --unsafe-truncate-embeddings the Fishers lose the same rows as the weights."""
+    """--unsafe-truncate-embeddings truncates the Fishers like the weights."""
     weights = [llama(tmp_path / "m0", 0), llama(tmp_path / "m1", 1, vocab_size=31)]
     fishers = [give_fisher(tmp_path / f"m{i}", tensors, i) for i, tensors in enumerate(weights)]
     models = [entry(tmp_path, 0), entry(tmp_path, 1)]
@@ -140,7 +143,7 @@ def test_truncated_vocabulary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flags", [["--async-write"], ["--lazy-unpickle"], ["--out-shard-size", "2K"], ["-j", "2"]])
 def test_flags_of_mergekit_change_nothing(tmp_path: Path, flags: list[str]) -> None:
-    """Mergekit's own options give the same tensors."""
+    """Options of mergekit do not change the tensors."""
     from tests.merging.reference import merge
 
     models_with_fishers(tmp_path, 2)
@@ -162,7 +165,7 @@ def test_flags_of_mergekit_change_nothing(tmp_path: Path, flags: list[str]) -> N
 @pytest.mark.parametrize("pad", [None, 5])
 @pytest.mark.parametrize("method", ["squisher", "ubgm_squisher"])
 def test_union_of_vocabularies(tmp_path: Path, method: str, pad: int | None) -> None:
-    """Rows follow their tokens; a row that a model lacks carries no weight, so that it is the other model's alone."""
+    """Rows follow their tokens. A row that one model lacks has no weight there, so the other model's row stays."""
     words = (["red", "green", "blue", "cyan"], ["blue", "red", "pink", "grey", "teal"])
     weights = []
     fishers = []
@@ -192,7 +195,7 @@ def test_union_of_vocabularies(tmp_path: Path, method: str, pad: int | None) -> 
             thetas = [weights[i][name][at] for i, at in enumerate(old) if at is not None]
             known = [fishers[i][name][at] for i, at in enumerate(old) if at is not None]
             if method == "squisher" or len(thetas) == 1:
-                # A token of one model alone: mergekit gives the other model the same row.
+                # mergekit fills a row that one model lacks with the row of the other model.
                 reference = squisher_reference(thetas, known, [1.0] * len(thetas))
             else:
                 reference = ubgm_reference(thetas[0], known[0], thetas[1:], known[1:], [1.0])
@@ -200,7 +203,10 @@ def test_union_of_vocabularies(tmp_path: Path, method: str, pad: int | None) -> 
 
 
 def test_rows_without_a_source_are_zero() -> None:
-    """Permuting puts each old row at its new place along the vocabulary's axis, and 0 where there is none."""
+    """The permutation moves each old row to its new index along the axis of the vocabulary.
+
+    Rows without a source are 0.
+    """
     tensor = torch.arange(1.0, 13.0).reshape(3, 4)
     rows = permute_rows(tensor, {0: 2, 1: -1, 2: 0, 3: 1}, 5, axis=0)
     assert rows.tolist() == [tensor[2].tolist(), [0.0] * 4, tensor[0].tolist(), tensor[1].tolist(), [0.0] * 4]
@@ -210,7 +216,7 @@ def test_rows_without_a_source_are_zero() -> None:
 
 @pytest.mark.parametrize("layout", ["checkpoint", "module"])
 def test_packed_experts(tmp_path: Path, layout: str) -> None:
-    """Mixtral's experts merge right whether the Fisher is stored per expert, as the weights are, or packed."""
+    """Mixtral's experts merge correctly with a Fisher stored per expert, like the weights, or packed."""
     weights = [mixtral(tmp_path / f"m{i}", i) for i in range(2)]
     assert any("experts.2.w1" in name for name in weights[0])
     generator = torch.Generator().manual_seed(1)
@@ -228,8 +234,8 @@ def test_packed_experts(tmp_path: Path, layout: str) -> None:
         assert_within(tensor, squisher_reference(thetas, [f[name] for f in pair[1]], [1.0, 1.0]), largest(thetas))
 
 
-def test_fishers_are_loaded_just_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge never holds the Fishers of more than one output tensor at a time."""
+def test_fishers_are_loaded_per_output_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge holds the Fishers of one output tensor at a time."""
     for i in range(2):
         give_fisher(tmp_path / f"m{i}", llama(tmp_path / f"m{i}", i), i)
     loaded: list[tuple[str, weakref.ref[Tensor]]] = []
@@ -249,7 +255,7 @@ def test_fishers_are_loaded_just_before_use(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_task_is_hashable_and_runs_after_pickling(tmp_path: Path) -> None:
-    """A copy of a task in another process opens the Fishers itself, and merges as the task does."""
+    """A pickled task opens the Fishers itself in another process, and gives the same merge."""
     for i in range(2):
         give_fisher(tmp_path / f"m{i}", llama(tmp_path / f"m{i}", i), i)
     models = [{"model": str(tmp_path / f"m{i}")} for i in range(2)]
@@ -267,7 +273,7 @@ def test_a_task_is_hashable_and_runs_after_pickling(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("flags", [["--cuda"], ["--cuda", "--low-cpu-memory", "--read-to-gpu"]])
 def test_on_a_gpu(tmp_path: Path, flags: list[str]) -> None:
-    """On a GPU the merge agrees with float64 as on the CPU."""
+    """The merge on a GPU agrees with float64."""
     weights = [llama(tmp_path / f"m{i}", i) for i in range(2)]
     fishers = [give_fisher(tmp_path / f"m{i}", w, i) for i, w in enumerate(weights)]
     config = {"merge_method": "squisher", "models": [{"model": str(tmp_path / f"m{i}")} for i in range(2)]}

@@ -1,4 +1,4 @@
-"""Whole merges with ``density`` below 1, against float64 references on the same files."""
+"""Merges with ``density`` below 1, against float64 references on the same files."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from tests.merging.reference import (
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_squisher_equals_the_reference(tmp_path: Path, dtype: torch.dtype) -> None:
-    """A base beside the models gives the values that are not kept, and is neither summed nor asked for a Fisher."""
+    """An unlisted base gives the dropped values. It is not summed and needs no Fisher."""
     weights, fishers = base_and_models(tmp_path, 4, dtype)
     result = merged(density_config(tmp_path, [0.2, 0.5, 1.0]), tmp_path / "out")
     assert set(result) == set(weights[0])
@@ -51,7 +51,7 @@ def test_squisher_equals_the_reference(tmp_path: Path, dtype: torch.dtype) -> No
 
 
 def test_ubgm_equals_the_reference(tmp_path: Path) -> None:
-    """In gradient matching an entry that is not kept makes no step, while its F still counts; a prior counts too."""
+    """A dropped entry of gradient matching makes no step, while its F and the prior still count."""
     weights, _ = base_and_models(tmp_path, 3)
     generator = torch.Generator().manual_seed(8)
     fishers = [{n: torch.rand(t.shape, generator=generator) ** 3 for n, t in weights[0].items()} for _ in range(3)]
@@ -67,8 +67,8 @@ def test_ubgm_equals_the_reference(tmp_path: Path) -> None:
         assert_within(tensor, ubgm_reference(base, none, trimmed, own, [1.0, 1.0], 0.5), size)
 
 
-def test_a_listed_base_is_summed_as_it_is(tmp_path: Path) -> None:
-    """In squisher a base that is listed enters the sum whole, whatever density says, and its weights are read once."""
+def test_a_listed_base_is_summed_whole(tmp_path: Path) -> None:
+    """A listed base of squisher enters the sum whole for any density, and its weights are read once."""
     weights, fishers = base_and_models(tmp_path, 3)
     fishers[0] = give_fisher(tmp_path / "m0", weights[0], 0)
     config = density_config(tmp_path, [1, 1])
@@ -81,8 +81,8 @@ def test_a_listed_base_is_summed_as_it_is(tmp_path: Path) -> None:
     assert plan["bytes_to_read"]["weights"] == sum(t.nbytes for model in weights for t in model.values())
 
 
-def test_density_1_is_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With density 1 nothing is chosen, a base of other shapes is not read, and the result is the same to the bit."""
+def test_density_1_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With density 1 nothing is dropped, a base of other shapes is not read, and the result is the same to the bit."""
     base_and_models(tmp_path, 3)
     llama(tmp_path / "m0", 7, intermediate_size=19)
     monkeypatch.setattr(density, "largest", lambda *_: pytest.fail("a choice was made"))
@@ -97,7 +97,7 @@ def test_density_1_is_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_tensor_without_a_fisher_is_merged_whole(tmp_path: Path) -> None:
-    """`missing: average` has nothing to choose by: the tensor is the weighted mean of whole models."""
+    """`missing: average` gives the weighted mean of whole models, because there is no F for the choice."""
     weights, fishers = base_and_models(tmp_path, 3)
     store_fisher(tmp_path / "m1", {name: tensor for name, tensor in fishers[1].items() if name != NORM})
     config = density_config(tmp_path, [0.2, 0.2], parameters={"missing": "average"})
@@ -109,7 +109,7 @@ def test_a_tensor_without_a_fisher_is_merged_whole(tmp_path: Path) -> None:
 
 
 def test_the_choice_is_made_before_the_floor(tmp_path: Path) -> None:
-    """A floor above almost all of F leaves the order of the choice, and enters the merge as it does without density."""
+    """A floor above almost all of F keeps the order of the choice, and enters the merge as without density."""
     weights, _ = base_and_models(tmp_path, 3)
     generator = torch.Generator().manual_seed(4)
     fishers = [{n: torch.rand(t.shape, generator=generator) ** 9 for n, t in weights[0].items()} for _ in range(3)]
@@ -128,7 +128,10 @@ def test_the_choice_is_made_before_the_floor(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pad", [None, 5])
 @pytest.mark.parametrize("method", ["squisher", "ubgm_squisher"])
 def test_union_of_vocabularies(tmp_path: Path, method: str, pad: int | None) -> None:
-    """The choice is among tokens of model and base; what the base lacks stays the model's, what the model lacks not."""
+    """The choice is among tokens of model and base.
+
+    Rows that the base lacks stay the model's. Rows that the model lacks are dropped.
+    """
     words = (["red", "green", "blue", "teal"], ["blue", "red", "pink", "grey", "plum"], ["plum", "green", "red"])
     tokens = [["<unk>", *own] for own in words]
     weights, fishers = [], []
@@ -165,7 +168,7 @@ def test_union_of_vocabularies(tmp_path: Path, method: str, pad: int | None) -> 
                 fishers[i][name][tokens[i].index(token)] if i in there else torch.zeros_like(found[name][row])
                 for i in (1, 2)
             ]
-            given = torch.stack(list(rows.values())).mean(0)  # to a model without the token, by mergekit
+            given = torch.stack(list(rows.values())).mean(0)  # mergekit gives it to a model without the token
             base = rows.get(0, given)
             thetas = [kept[i].get(token, base if 0 in there else rows.get(i, given)) for i in (1, 2)]
             seen.add(tuple(there))
@@ -175,7 +178,10 @@ def test_union_of_vocabularies(tmp_path: Path, method: str, pad: int | None) -> 
 
 @pytest.mark.parametrize("rows", [23, 31])
 def test_a_truncated_vocabulary(tmp_path: Path, rows: int) -> None:
-    """With --unsafe-truncate-embeddings rows that the base lacks stay the model's, rows beyond the models' are cut."""
+    """With --unsafe-truncate-embeddings, rows that the base lacks stay the model's.
+
+    Rows beyond those of the models are cut.
+    """
     weights, fishers = base_and_models(tmp_path, 3)
     weights[0] = llama(tmp_path / "m0", 9, vocab_size=rows)
     result = merged(density_config(tmp_path, [0.4, 0.4]), tmp_path / "out", "--unsafe-truncate-embeddings")
@@ -193,7 +199,7 @@ def test_a_truncated_vocabulary(tmp_path: Path, rows: int) -> None:
 
 @pytest.mark.parametrize("layout", ["checkpoint", "module"])
 def test_packed_experts(tmp_path: Path, layout: str) -> None:
-    """Mixtral's experts start at the base's, put together as the models' are."""
+    """The task vectors of Mixtral's experts start at the packed experts of the base."""
     weights = [mixtral(tmp_path / f"m{i}", i) for i in range(3)]
     generator = torch.Generator().manual_seed(1)
     fishers = [{name: draw_fisher(tensor.shape, generator) for name, tensor in w.items()} for w in weights]
@@ -210,7 +216,7 @@ def test_packed_experts(tmp_path: Path, layout: str) -> None:
 
 
 def test_theta_0_is_loaded_once_and_just_before_its_use(tmp_path: Path) -> None:
-    """The models share one load of the base's tensor, which waits for two weights, and no more."""
+    """The models share one load of the base's tensor, which happens just before its use."""
     from mergekit.graph import Executor
     from mergekit.io.tasks import LoadTensor
 

@@ -1,4 +1,4 @@
-"""Distributed checkpoints, read piece by piece, in every way that torch writes them."""
+"""Distributed checkpoints, read per piece, in all layouts that torch writes."""
 
 import pickle
 
@@ -36,11 +36,11 @@ def _stepped():
     return model, optimizer, expected
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # torch's, on saving without ranks
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # torch warns when it saves without ranks
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
 @pytest.mark.parametrize("prefix", ["optimizer", "optim"])
 def test_both_forms_of_the_optimizer_are_read(flat, prefix, tmp_path):
-    """Nested as accelerate writes it, flattened as torchtitan does; bit for bit, with steps and decay."""
+    """The nested layout of accelerate and the flat one of torchtitan are read bit for bit, with steps and decay."""
     model, optimizer, expected = _stepped()
     state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=flat))
     dcp.save({"model": model.state_dict(), prefix: state}, checkpoint_id=tmp_path / "step-3", no_dist=True)
@@ -51,7 +51,7 @@ def test_both_forms_of_the_optimizer_are_read(flat, prefix, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_a_plain_state_dict_keeps_its_numbers(tmp_path):
-    """What was saved by number is named by the user, as in a file of torch.save."""
+    """A state saved with numbers needs names from the user, like a file of torch.save."""
     model, optimizer, expected = _stepped()
     dcp.save({"optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / "own", no_dist=True)
     assert_read(tmp_path / "own", expected, names=list(dict(model.named_parameters())))
@@ -59,7 +59,7 @@ def test_a_plain_state_dict_keeps_its_numbers(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_weights_alone_are_no_optimizer(tmp_path):
-    """A checkpoint of the model says what it lacks."""
+    """A checkpoint of the model alone is refused with a hint at the missing optimizer."""
     model, _, _ = _stepped()
     dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "w", no_dist=True)
     with pytest.raises(UnsupportedStateError, match="weights alone"):
@@ -68,7 +68,7 @@ def test_weights_alone_are_no_optimizer(tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_missing_file_is_named(name, tmp_path):
-    """A shard that was not copied is named."""
+    """A missing shard is refused by name."""
     folder = copy(name, tmp_path)
     (folder / CASES[name] / "__1_0.distcp").unlink()
     with pytest.raises(NotFoundError, match=r"__1_0\.distcp, which is missing"):
@@ -77,7 +77,7 @@ def test_a_missing_file_is_named(name, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_shorter_file_is_refused_before_anything_is_read(name, tmp_path):
-    """A truncated shard fails on opening, by its size alone."""
+    """A truncated shard is refused on opening, by its size."""
     folder = copy(name, tmp_path)
     file = folder / CASES[name] / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -87,7 +87,7 @@ def test_a_shorter_file_is_refused_before_anything_is_read(name, tmp_path):
 
 @pytest.mark.parametrize("path", ["../../outside.distcp", "/etc/passwd", "a/../../b"])
 def test_no_path_leads_out_of_the_folder(path, tmp_path):
-    """An index that points elsewhere is refused, whether or not there is a file."""
+    """An index with a path outside of the folder is refused, whether the file exists or not."""
     folder = copy("fsdp1_sharded", tmp_path) / "optimizer_0"
     index = _index(folder)
     for stored in index.storage_data.values():
@@ -111,7 +111,7 @@ def _fewer(described):
 
 @pytest.mark.parametrize("change", [_longer, _overlapping, _fewer])
 def test_pieces_that_are_not_the_whole_are_refused(change, tmp_path):
-    """Gaps, overlaps and sizes without bytes behind them are found before memory is asked for."""
+    """Gaps, overlaps and sizes without bytes are found before memory is allocated."""
     folder = copy("fsdp1_sharded", tmp_path)
     index = _index(folder / "optimizer_0")
     change(index.state_dict_metadata["optimizer.state.model.embed_tokens.weight.exp_avg_sq"])
@@ -120,8 +120,8 @@ def test_pieces_that_are_not_the_whole_are_refused(change, tmp_path):
         load_fisher(folder)
 
 
-def test_a_swap_of_two_names_in_the_index_is_noticed_where_shapes_differ(tmp_path):
-    """A piece that is not what the index says is refused when it is read."""
+def test_two_swapped_names_of_different_shapes_are_found(tmp_path):
+    """A piece that contradicts the index is refused when it is read."""
     folder = copy("fsdp1_sharded", tmp_path)
     index = _index(folder / "optimizer_0")
     key = "optimizer.state.model.layers.0.mlp.{}_proj.weight.exp_avg_sq"
@@ -134,8 +134,8 @@ def test_a_swap_of_two_names_in_the_index_is_noticed_where_shapes_differ(tmp_pat
         fisher["model.layers.0.mlp.up_proj.weight"]
 
 
-def test_flipped_bytes_are_noticed_unless_nobody_looks(tmp_path):
-    """The checksum of a piece is verified when it is read; verify=False reads it as it is."""
+def test_flipped_bytes_are_found_unless_verify_is_off(tmp_path):
+    """The checksum of a piece is verified when it is read. verify=False reads damaged values."""
     folder = copy("fsdp1_sharded", tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
     index = _index(folder / "optimizer_0")
@@ -151,7 +151,7 @@ def test_flipped_bytes_are_noticed_unless_nobody_looks(tmp_path):
 
 
 def test_no_class_but_those_of_an_index_is_asked_for(tmp_path):
-    """Neither code nor torch's own functions can be reached through the index."""
+    """The index can reach neither code nor torch's own functions."""
     folder = copy("fsdp1_sharded", tmp_path)
     for payload in (b"cos\nsystem\n(S'touch x'\ntR.", b"ctorch\nload\n(S'x'\ntR.", b"ctorch.hub\nload\n(S'x'\ntR."):
         (folder / "optimizer_0" / ".metadata").write_bytes(payload)
@@ -161,5 +161,5 @@ def test_no_class_but_those_of_an_index_is_asked_for(tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_path_of_the_training_machine_is_not_written_down(name):
-    """The index names the folder it was saved to; the metadata of the Fisher name the last part alone."""
+    """The index names the folder of its training machine. The metadata of the Fisher have its last part only."""
     assert load_fisher(STATES / name).config.source.files == (CASES[name],)

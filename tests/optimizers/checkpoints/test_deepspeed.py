@@ -1,4 +1,4 @@
-"""DeepSpeed's buffers are cut right, and what cannot be proved right is refused."""
+"""DeepSpeed's buffers: right slices, and refusal of slices that cannot be verified."""
 
 import shutil
 
@@ -26,7 +26,7 @@ def _optim_file(folder, rank=0):
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("below", ["", "global_step4"])
 def test_the_step_is_found_from_the_checkpoint_and_from_its_own_folder(name, below, tmp_path):
-    """The folder with `latest` and the folder of the step itself are both understood, `latest` missing too."""
+    """The folder with `latest` and the folder of the step are both accepted, also without `latest`."""
     folder = copy(name, tmp_path)
     assert_read(folder / below, truth(name))
     (folder / "latest").unlink()
@@ -34,7 +34,7 @@ def test_the_step_is_found_from_the_checkpoint_and_from_its_own_folder(name, bel
 
 
 def test_of_several_steps_the_one_that_latest_names_is_taken(tmp_path):
-    """Without `latest` the highest number wins, compared as a number."""
+    """Without `latest`, the highest step wins, compared as a number."""
     folder = copy("ds_zero2", tmp_path)
     shutil.copytree(folder / "global_step4", folder / "global_step10")
     assert find(folder).name == "global_step4"
@@ -46,7 +46,7 @@ def test_of_several_steps_the_one_that_latest_names_is_taken(tmp_path):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_more_than_nine_ranks_are_put_in_the_order_of_their_numbers(name, tmp_path):
-    """Buffers dealt anew over 11 ranks, of which 10 comes before 2 as text, are read as before."""
+    """Buffers redistributed over 11 ranks are read in numeric order, although 10 comes before 2 as text."""
     folder, ranks = copy(name, tmp_path), 11
     parts = [_optim_file(folder, rank) for rank in (0, 1)]
     loaded = []
@@ -64,7 +64,7 @@ def test_more_than_nine_ranks_are_put_in_the_order_of_their_numbers(name, tmp_pa
 
 
 def _dealt(old, shapes, rank, ranks, name):
-    """Deal the buffers of two ranks out to one of many."""
+    """Redistribute the buffers of two ranks, and return those of one of many."""
     if name == "ds_zero3":
         inner = [one["optimizer_state_dict"] for one in old]
         tensors = {
@@ -101,7 +101,7 @@ def _part(tensors, rank, ranks):
 
 
 def _share(tensors, shapes, rank, ranks):
-    """Of each parameter, which two ranks hold in halves, the part of one of many."""
+    """Return one rank's part of each parameter, which two ranks hold in halves."""
     offset, parts = 0, []
     for shape in shapes.values():
         half = -(-shape.numel() // len(tensors))
@@ -113,7 +113,7 @@ def _share(tensors, shapes, rank, ranks):
 
 @pytest.mark.parametrize("name", ["ds_zero1", "ds_zero2"])
 def test_another_order_of_equal_shapes_is_noticed(name, tmp_path):
-    """Two parameters of one shape that change places in param_shapes are not what lies in the buffers."""
+    """Two parameters of one shape that are swapped in param_shapes contradict the weights in the buffers."""
     folder = copy(name, tmp_path)
 
     def swap(model):
@@ -127,8 +127,8 @@ def test_another_order_of_equal_shapes_is_noticed(name, tmp_path):
         load_fisher(folder)
 
 
-def test_the_order_of_stage_3_is_held_against_the_weights_beside(tmp_path):
-    """Stage 3 has no weights in its own files; those of the saved model are compared."""
+def test_the_order_of_stage_3_is_compared_with_the_saved_weights(tmp_path):
+    """Stage 3 has no weights in its own files, so its order is compared with the saved model."""
     folder = copy("ds_zero3", tmp_path)
 
     def swap(model):
@@ -146,7 +146,7 @@ def test_the_order_of_stage_3_is_held_against_the_weights_beside(tmp_path):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_missing_rank_is_named(name, tmp_path):
-    """The first rank or the last, missing, is refused by its number."""
+    """A missing first or last rank is refused by its number."""
     for rank in (0, 1):
         folder = copy(name, tmp_path / str(rank))
         _optim_file(folder, rank).unlink()
@@ -155,7 +155,7 @@ def test_a_missing_rank_is_named(name, tmp_path):
 
 
 def test_files_of_too_many_ranks_are_refused(tmp_path):
-    """What another run left behind is not taken for a part."""
+    """Files of a former run with more ranks are refused."""
     folder = copy("ds_zero2", tmp_path)
     shutil.copy(_optim_file(folder, 1), _optim_file(folder, 2))
     with pytest.raises(CorruptFileError, match="of 2 ranks, found 3"):
@@ -167,14 +167,14 @@ def test_files_of_too_many_ranks_are_refused(tmp_path):
     ["mp_rank_01_model_states.pt", "layer_03-model_00-model_states.pt", "expp_rank_0_mp_rank_00_optim_states.pt"],
 )
 def test_split_models_are_refused(extra, tmp_path):
-    """Tensor, pipeline and expert parallelism cut in ways of their own."""
+    """Tensor, pipeline and expert parallelism are refused, because they slice differently."""
     folder = copy("ds_zero2", tmp_path)
     (folder / "global_step4" / extra).touch()
     with pytest.raises(UnsupportedStateError, match="parallelism"):
         load_fisher(folder)
 
 
-def test_a_bf16_model_is_proved_in_its_own_dtype(tmp_path):
+def test_a_bf16_model_is_verified_in_its_own_dtype(tmp_path):
     """Weights saved in bfloat16 are compared after the same rounding."""
     folder = copy("ds_zero2", tmp_path)
 
@@ -186,7 +186,7 @@ def test_a_bf16_model_is_proved_in_its_own_dtype(tmp_path):
 
 
 def test_paddings_between_parameters_are_skipped(tmp_path):
-    """With parameters aligned, the entries between them are no part of any."""
+    """Padding between aligned parameters is part of no parameter."""
     folder = copy("ds_zero2", tmp_path)
     shapes = torch.load(_model_file(folder), weights_only=True)["param_shapes"]
     pads = [[(3 * i) % 7 for i, _ in enumerate(group)] for group in shapes]
@@ -217,8 +217,8 @@ def _padded(tensors, shapes, pads):
     return torch.cat(parts)
 
 
-def test_damaged_states_are_refused_in_our_words(tmp_path):
-    """Whatever is missing in a state, the error is one line of ours."""
+def test_damaged_states_raise_errors_of_the_package(tmp_path):
+    """A damaged state raises an error of one line from this package."""
     for number, change in enumerate(
         [
             lambda o: o["optimizer_state_dict"].pop("base_optimizer_state"),
@@ -237,7 +237,7 @@ def test_damaged_states_are_refused_in_our_words(tmp_path):
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("change", [lambda v: v[:-1].clone(), lambda v: torch.cat([v, v[:1]])])
 def test_a_buffer_of_another_length_than_the_weights_is_refused(name, change, tmp_path):
-    """An entry more or less in one rank's moments would shift all that follow, and no weight would tell."""
+    """A buffer with a missing or extra entry is refused, because it would shift all later parameters."""
     folder = copy(name, tmp_path)
 
     def spoil(loaded):

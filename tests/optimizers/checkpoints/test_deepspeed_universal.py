@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints."""
+"""Universal checkpoints of DeepSpeed."""
 
 import shutil
 
@@ -15,19 +15,19 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 @pytest.mark.parametrize("below", ["", STEP])
 def test_the_step_is_found_from_the_checkpoint_and_from_its_own_folder(below, tmp_path):
-    """`latest_universal` and the folder itself are both understood."""
+    """The folder with `latest_universal` and the folder of the step are both accepted."""
     assert_read(copy("ds_universal", tmp_path) / below, truth("ds_universal"))
 
 
-def test_the_checkpoint_it_was_made_from_goes_before(tmp_path):
-    """Where both lie side by side, the one whose cuts are proved here is read."""
+def test_the_original_checkpoint_comes_first(tmp_path):
+    """The original checkpoint, whose slices are verified, is read if both are in the folder."""
     folder = copy("ds_universal", tmp_path)
     shutil.copytree(copy("ds_zero2", tmp_path), folder, dirs_exist_ok=True)
     assert assert_read(folder, truth("ds_zero2")).config.source.layout == "deepspeed"
 
 
 def test_a_wrong_conversion_is_noticed(tmp_path):
-    """Where the float32 weights of two parameters were mistaken, so were their second moments."""
+    """Swapped float32 weights of two parameters are found, because their second moments are swapped too."""
     folder = copy("ds_universal", tmp_path)
     zero = folder / STEP / "zero"
     other = NAME.replace("up", "gate")
@@ -41,7 +41,7 @@ def test_a_wrong_conversion_is_noticed(tmp_path):
 
 
 def test_a_missing_parameter_and_a_wrong_shape_are_refused(tmp_path):
-    """A folder that was not copied, and a tensor of another parameter, are named."""
+    """A missing folder of a parameter and a tensor of another shape are refused by name."""
     folder = copy("ds_universal", tmp_path)
     shutil.rmtree(folder / STEP / "zero" / NAME)
     with pytest.raises(NotFoundError, match=rf"{NAME} is missing"):

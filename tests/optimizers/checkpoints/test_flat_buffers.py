@@ -1,4 +1,4 @@
-"""Parameters in flat buffers that were cut up."""
+"""Slices of parameters in flat buffers."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from squisher_mergekit.tensors.lazy import Slices
 
 @pytest.mark.parametrize("start", range(12))
 def test_a_cut_over_several_buffers_is_that_of_their_concatenation(start):
-    """For every start and length the slices, joined, are what concatenating first would give."""
+    """The joined slices equal the concatenated buffer for every start and length."""
     buffers = [torch.arange(5.0), torch.empty(0), torch.arange(5.0, 6.0), torch.arange(6.0, 12.0)]
     whole = torch.cat(buffers)
     for length in range(1, 13 - start):
@@ -23,15 +23,15 @@ def test_a_cut_over_several_buffers_is_that_of_their_concatenation(start):
 
 
 def test_buffers_of_several_types_or_shapes_are_refused():
-    """What is no flat tensor of one type is not concatenated in thought either."""
+    """Tensors of several types or shapes are refused, because they have no flat concatenation."""
     for other in (torch.zeros(2, 2), torch.zeros(4, dtype=torch.float64)):
         with pytest.raises(ValueError, match="flat buffers"):
             list(cut([torch.zeros(3), other], 0, 5))
 
 
 @pytest.mark.parametrize("place", [0, 1, 63, 236, 299, 300, 363, 436, 499])
-def test_the_proof_looks_at_the_ends_of_every_slice(place):
-    """A shift by one entry shows anywhere; a single wrong entry shows within 64 of an end of a slice."""
+def test_the_verification_compares_the_ends_of_every_slice(place):
+    """A shift by one entry is found anywhere. A single wrong entry is found within 64 entries of the end of a slice."""
     weight = torch.randn(500)
     buffers = [weight[:300].clone(), torch.cat([weight[300:], torch.zeros(7)])]
     master = Slices(tuple(cut(buffers, 0, 500)), torch.Size([20, 25]))
@@ -46,7 +46,10 @@ def test_the_proof_looks_at_the_ends_of_every_slice(place):
 
 
 def test_lengths_may_differ_by_padding_alone():
-    """Where no weights follow a buffer may be longer than they are; elsewhere, or shorter, it may not."""
+    """The last buffer may be longer than its weights by padding.
+
+    Other buffers must have the length of their weights.
+    """
     weights = [torch.zeros(4), torch.zeros(3), torch.zeros(0)]
     check_lengths(weights, [{"v": torch.zeros(4), "step": 3}, {"v": torch.zeros(4)}, {"v": torch.zeros(4)}])
     for lengths in ((3, 4, 4), (5, 4, 4), (4, 2, 4)):

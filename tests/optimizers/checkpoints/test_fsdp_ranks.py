@@ -15,13 +15,13 @@ NAME = "fsdp2_sharded_nodcp"
 
 @pytest.mark.parametrize("below", ["", "optimizer_0_rank0.bin", "optimizer_0_rank1.bin"])
 def test_the_folder_and_the_file_of_any_rank_lead_to_all(below, tmp_path):
-    """Each of them opens the whole."""
+    """The folder and the file of any rank open the whole state."""
     assert_read(copy(NAME, tmp_path) / below, truth(NAME))
 
 
 @pytest.mark.parametrize("name", [NAME, "fsdp1_nodcp", "fsdp2_hybrid_nodcp"])
 def test_nothing_need_be_imported_before(name):
-    """A process that has loaded nothing of torch's distributed part reads the files all the same, and in silence."""
+    """A process without torch.distributed reads the files without a message."""
     code = "import sys; from squisher_mergekit import load_fisher; dict(load_fisher(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", code, STATES / name], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -29,7 +29,7 @@ def test_nothing_need_be_imported_before(name):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_missing_rank_is_named(rank, tmp_path):
-    """The mesh in the files tells how many there were."""
+    """The mesh in the files tells the number of ranks, so a missing one is refused by its number."""
     folder = copy(NAME, tmp_path)
     (folder / f"optimizer_0_rank{rank}.bin").unlink()
     with pytest.raises(NotFoundError, match=f"over 2 ranks, but the file of rank {rank} is missing"):
@@ -37,7 +37,7 @@ def test_a_missing_rank_is_named(rank, tmp_path):
 
 
 def test_the_file_of_one_rank_twice_does_not_add_up(tmp_path):
-    """Shards of another rank under this one's name are 16 rows and 16, not 17 and 16."""
+    """A copy of another rank's file is refused, because its 16 and 16 rows do not add up to the 33 of the tensor."""
     folder = copy(NAME, tmp_path)
     (folder / "optimizer_0_rank1.bin").write_bytes((folder / "optimizer_0_rank0.bin").read_bytes())
     with pytest.raises(CorruptFileError, match="must add up to the shape"):

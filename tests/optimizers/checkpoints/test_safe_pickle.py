@@ -1,4 +1,4 @@
-"""Loading what torch.save wrote: old and new formats, damage at every place, and pickles that would run code."""
+"""Loading files of torch.save: old and new formats, damage at every place, and pickles that would run code."""
 
 import os
 import pickle
@@ -13,7 +13,7 @@ from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFile
 from squisher_mergekit.optimizers.checkpoints.safe_pickle import load
 
 STATES = Path(__file__).parents[2] / "fixtures" / "optimizer_states"
-MAPS = Path("/proc/self/maps")  # which files are mapped where; Linux alone has it
+MAPS = Path("/proc/self/maps")  # Linux alone lists the mapped files
 
 
 def _state():
@@ -29,7 +29,7 @@ def _same(loaded, saved):
 
 
 def test_an_archive_is_mapped_not_read(tmp_path):
-    """A file in today's format comes back bit for bit, and its tensors lie in the mapped file."""
+    """A file in today's format comes back bit for bit, and its tensors are in the mapped file."""
     torch.save(_state(), tmp_path / "optimizer.pt")
     loaded = load(tmp_path / "optimizer.pt")
     _same(loaded, _state())
@@ -40,7 +40,7 @@ def test_an_archive_is_mapped_not_read(tmp_path):
 
 
 def test_the_format_before_archives_is_read(tmp_path):
-    """Files as torch wrote them before 1.6, no zip archives, hold the same."""
+    """Files of torch before 1.6, which are no zip archives, have the same content."""
     file = tmp_path / "optimizer.pt"
     torch.save(_state(), file, _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(file)
@@ -48,7 +48,7 @@ def test_the_format_before_archives_is_read(tmp_path):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    """No file, or a folder in its place, is said to be missing."""
+    """A missing file, or a folder in its place, is refused as missing."""
     for path in (tmp_path / "optimizer.pt", tmp_path):
         with pytest.raises(NotFoundError, match="but there is none"):
             load(path)
@@ -57,7 +57,7 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize("archive", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_file_is_refused(tmp_path, archive, share):
-    """Cut off anywhere, in either format, a file is called damaged, in one line with its path."""
+    """A truncated file in either format is refused as damaged, in one line with its path."""
     file = tmp_path / "optimizer.pt"
     torch.save(_state(), file, _use_new_zipfile_serialization=archive)
     whole = file.read_bytes()
@@ -70,7 +70,7 @@ def test_a_truncated_file_is_refused(tmp_path, archive, share):
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a pickle at all", b"\x00" * 999, b"\x80\x02", b"{}\n"])
 def test_garbage_is_refused(tmp_path, content):
-    """What is no file of torch's is called damaged, whatever it begins with."""
+    """A file that torch did not write is refused as damaged, for any first bytes."""
     file = tmp_path / "optimizer.pt"
     file.write_bytes(content)
     with pytest.raises(CorruptFileError, match=r"optimizer\.pt"):
@@ -87,10 +87,10 @@ class _Marks:
 
 @pytest.mark.parametrize("archive", [True, False])
 def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, archive):
-    """A call of os.mkdir in the pickle is named, and not made; a plain torch.load would make it."""
+    """A call of os.mkdir in the pickle is named and not run. A plain torch.load would run it."""
     file, marker = tmp_path / "optimizer.pt", tmp_path / "marker"
     torch.save({**_state(), "extra": _Marks(marker)}, file, _use_new_zipfile_serialization=archive)
-    # The old format's globals are not listed by torch: then it is refused without their names.
+    # torch does not list the globals of the old format, so the error cannot name them.
     with pytest.raises((UnsafeFileError, CorruptFileError)) as caught:
         load(file)
     assert not marker.exists()
@@ -102,7 +102,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, archive
 
 
 def test_a_bare_pickle_that_would_run_code_runs_none(tmp_path):
-    """The same in a file that pickle itself wrote."""
+    """A file of the pickle module that would run code is refused as well."""
     file, marker = tmp_path / "optimizer.pt", tmp_path / "marker"
     file.write_bytes(pickle.dumps(_Marks(marker), protocol=2))
     with pytest.raises((UnsafeFileError, CorruptFileError)):
@@ -111,7 +111,7 @@ def test_a_bare_pickle_that_would_run_code_runs_none(tmp_path):
 
 
 def test_numpy_scalars_need_code_and_are_refused(tmp_path):
-    """Some trainers keep numpy numbers beside the state; a file that needs more than tensors says what it needs."""
+    """Some trainers keep numpy numbers next to the state. Such a file is refused with the needed names."""
     import numpy
 
     file = tmp_path / "optimizer.pt"
@@ -121,7 +121,7 @@ def test_numpy_scalars_need_code_and_are_refused(tmp_path):
 
 
 def test_the_fixture_with_code_names_what_it_asks_for(tmp_path):
-    """The fixture's foreign call is named in the message."""
+    """The error names the foreign call of the fixture."""
     shutil.copy(STATES / "bad_malicious_pickle" / "optimizer.pt", tmp_path)
     needed = torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "optimizer.pt")
     assert len(needed) == 1
@@ -131,7 +131,10 @@ def test_the_fixture_with_code_names_what_it_asks_for(tmp_path):
 
 @pytest.mark.parametrize(("module", "name"), [("galore_torch.projector", "GaLore"), ("apollo_torch.x", "APOLLO")])
 def test_optimizers_of_projections_are_refused_by_name(tmp_path, module, name):
-    """Their state holds an object of their library; the error says what it keeps, not that it is unsafe."""
+    """The state of projection optimizers has an object of their library.
+
+    The error names it instead of calling the file unsafe.
+    """
     torch.save(_state(), tmp_path / "old.pt")
     with zipfile.ZipFile(tmp_path / "old.pt") as old, zipfile.ZipFile(tmp_path / "optimizer.pt", "w") as new:
         for entry in old.namelist():

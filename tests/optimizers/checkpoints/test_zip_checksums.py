@@ -1,4 +1,4 @@
-"""Flipped bytes in a zip archive of torch's, which torch.load itself does not notice."""
+"""Flipped bytes in a zip archive of torch, which torch.load does not detect."""
 
 import zipfile
 
@@ -17,23 +17,23 @@ CASE, NAME = "trainer_llama_decay", "model.layers.0.mlp.up_proj.weight"
 
 
 def _flipped(folder):
-    """Flip a bit of an entry of one second moment."""
+    """Flip a bit of one second moment."""
     file = folder / "optimizer.pt"
     row = truth(CASE)[NAME][3].numpy().tobytes()
     flip(file, file.read_bytes().index(row) + 5)
     return folder
 
 
-def test_a_flipped_bit_is_noticed_where_it_is_read(tmp_path):
-    """The tensor it is in is refused, all others are right; nothing of it is noticed on opening."""
+def test_a_flipped_bit_is_found_when_it_is_read(tmp_path):
+    """A tensor with a flipped bit is refused when it is read. Other tensors are right, and opening succeeds."""
     fisher = load_fisher(_flipped(copy(CASE, tmp_path)))
     with pytest.raises(CorruptFileError, match=r"checksum .*--no-verify"):
         fisher[NAME]
     assert all(torch.equal(fisher[name], tensor) for name, tensor in truth(CASE).items() if name != NAME)
 
 
-def test_extraction_refuses_it_unless_told_not_to_look(tmp_path):
-    """Squisher extract leaves nothing behind; with --no-verify it takes the number as it is."""
+def test_extraction_refuses_a_flipped_bit_unless_verify_is_off(tmp_path):
+    """`squisher extract` refuses a flipped bit without leftovers. With --no-verify it copies the damaged value."""
     folder = _flipped(copy(CASE, tmp_path))
     done = CliRunner().invoke(main, ["extract", str(folder), "-o", str(tmp_path / "out"), "--quiet"])
     assert (done.exit_code, "checksum" in done.output, (tmp_path / "out").exists()) == (1, True, False)
@@ -43,13 +43,13 @@ def test_extraction_refuses_it_unless_told_not_to_look(tmp_path):
     assert int((found != truth(CASE)[NAME]).sum()) == 1
 
 
-def test_a_flipped_bit_of_the_pickle_is_noticed_always(tmp_path):
-    """What says how the tensors are made is held against its checksum whether or not anybody asks."""
+def test_a_flipped_bit_of_the_pickle_is_always_found(tmp_path):
+    """The checksum of the pickle is always verified, also without --no-verify."""
     file = copy(CASE, tmp_path) / "optimizer.pt"
     with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
         record = next(r for name, r in check_archive(stream).items() if name.endswith("data.pkl"))
         content = archive.read(record.name)
-    place = content.index(b"betas") + 1  # another key, no damage to the pickle's grammar
+    place = content.index(b"betas") + 1  # changes a key and keeps the pickle's grammar valid
     flip(file, record.offset + place, mask=0x02)
     for verify in (True, False):
         with pytest.raises(CorruptFileError, match=r"optimizer\.pt"):
@@ -57,7 +57,7 @@ def test_a_flipped_bit_of_the_pickle_is_noticed_always(tmp_path):
 
 
 def test_a_tensor_must_be_one_record(tmp_path):
-    """A pickle that claims more of the file than its record is refused, also with its checksum made right."""
+    """A pickle that claims more than its record is refused, also with a valid checksum."""
     torch.save({"a": torch.ones(4), "b": torch.ones(4)}, tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt") as old, zipfile.ZipFile(tmp_path / "y.pt", "w") as new:
         for name in old.namelist():
@@ -71,7 +71,7 @@ def test_a_tensor_must_be_one_record(tmp_path):
 
 
 def test_compressed_records_are_refused(tmp_path):
-    """Torch stores records as they are; a compressed one could unfold to any size."""
+    """torch stores uncompressed records. A compressed one is refused, because it could expand to any size."""
     torch.save({"a": torch.ones(4)}, tmp_path / "x.pt")
     with (
         zipfile.ZipFile(tmp_path / "x.pt") as old,
