@@ -82,7 +82,7 @@ def test_threads_change_nothing_and_are_restored() -> None:
 
 
 def test_a_worker_has_one_torch_thread() -> None:
-    """torch uses one thread in the pool, for any default. More threads would spin at every operation."""
+    """Torch uses one thread in the pool, for any default. More threads would spin at every operation."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

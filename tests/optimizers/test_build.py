@@ -278,7 +278,7 @@ def test_narrow_accumulators_are_warned_of(tmp_path, caplog):
 
 
 def test_four_bits_are_warned_of(caplog):
-    """torchao's 4-bit state loses small entries, so a warning advises against merging by it. 8 bits give none."""
+    """Torchao's 4-bit state loses small entries, so a warning advises against merging by it. 8 bits give none."""
     load_fisher(STATES / "torchao_4bit_few")
     assert "in 4 bits, where small ones are lost" in caplog.text
     caplog.clear()

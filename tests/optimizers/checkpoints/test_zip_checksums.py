@@ -71,7 +71,7 @@ def test_a_tensor_must_be_one_record(tmp_path):
 
 
 def test_compressed_records_are_refused(tmp_path):
-    """torch stores uncompressed records. A compressed one is refused, because it could expand to any size."""
+    """Torch stores uncompressed records. A compressed one is refused, because it could expand to any size."""
     torch.save({"a": torch.ones(4)}, tmp_path / "x.pt")
     with (
         zipfile.ZipFile(tmp_path / "x.pt") as old,
