@@ -1,4 +1,4 @@
-"""Small models, tokenizers and settings that tests of several rooms share."""
+"""Small models, tokenizers and settings for the tests of several rooms."""
 
 import torch
 import transformers
@@ -61,7 +61,7 @@ def _t5():
 
 
 def _mixtral():
-    # The kernel that multiplies packed experts wants rows of whole 16 bytes: 12 and 20 floats.
+    # The kernel that multiplies packed experts requires rows of a multiple of 16 bytes: 12 and 20 floats.
     config = transformers.MixtralConfig(
         vocab_size=53, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
         intermediate_size=20, max_position_embeddings=17, num_local_experts=3, num_experts_per_tok=2,
@@ -77,7 +77,7 @@ FROZEN = {
 
 
 class Tokens(Dataset):
-    """Random token ids: 24 rows, of labels too."""
+    """Random token ids: 24 rows with labels."""
 
     def __init__(self, name):
         generator = torch.Generator().manual_seed(7)

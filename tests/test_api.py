@@ -1,4 +1,4 @@
-"""The public API: eight names at the root, the rest from its room; a type checker rejects names that do not exist."""
+"""Public API: eight names at the root, the rest from its room; a type checker rejects other names."""
 
 import importlib
 import subprocess
@@ -56,7 +56,10 @@ def test_an_unknown_name_is_an_attribute_error():
 
 @pytest.mark.parametrize("name", MOVED)
 def test_a_moved_name_works_and_names_its_new_import(name):
-    """An old name of the root is the object at its new home; the warning, at the user's line, has the new import."""
+    """An old name of the root is the object of its new module.
+
+    The warning at the line of the caller has the new import.
+    """
     module, _, new_name = MOVED[name].partition(":")
     new_name = new_name or name
     with pytest.warns(DeprecationWarning, match=f"use: from {module} import {new_name}") as caught:
@@ -85,7 +88,7 @@ def test_importing_the_package_takes_milliseconds():
     ("name", "said"), [("nothing", 'Module has no attribute "nothing"'), ("prune", "no attribute"), ("Fisher", None)]
 )
 def test_a_type_checker_rejects_other_names(tmp_path, name, said):
-    """Mypy reports an error for a name that the root does not export, and none for one that it does."""
+    """Mypy rejects a name that the root does not export, and accepts one that it does."""
     (tmp_path / "user.py").write_text(f"import squisher_mergekit\nprint(squisher_mergekit.{name})\n")
     (tmp_path / "mypy.ini").write_text(MYPY_CONFIG)
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", "cache", "user.py"]

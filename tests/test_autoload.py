@@ -1,4 +1,4 @@
-"""The start-up hook: when it activates the plug-in, and that it can break neither Python nor stock merges."""
+"""Start-up hook: its activation of the plug-in, and its safety for Python and stock merges."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.environments import SWITCH
 PACKAGE = Path(_autoload.__file__).parent
 STARTUP = PACKAGE / "_startup"
 
-# Stands in for the module that the hook hands mergekit's modules to, and notes what it gets.
+# Replaces the module that gets mergekit's modules from the hook, and records them.
 RECORDER = """
 import sys, types
 seen = []
@@ -28,7 +28,7 @@ sys.modules["squisher_mergekit.merging.mergekit.hooks"] = types.SimpleNamespace(
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """Return an environment with the start-up files in place, as an installation leaves them; it has no mergekit."""
+    """Return an environment with the start-up files of an installation, without mergekit."""
     environment = environments.make(tmp_path_factory.mktemp("started") / "venv")
     for file in STARTUP.glob("squisher_mergekit*"):
         shutil.copy(file, environment.packages)
@@ -66,13 +66,13 @@ IMPORTED = (
 
 @pytest.mark.parametrize(("value", "loaded"), [(None, True), ("1", True), ("", True), ("0", False)])
 def test_the_pth_file_imports_the_package_with_mergekit_unless_switched_off(started, fake, value, loaded):
-    """The package is imported when mergekit is, not before; with the variable set to 0 it is not at all."""
+    """The package is imported together with mergekit and not before. With the variable set to 0 it is not imported."""
     variables = {} if value is None else {SWITCH: value}
     done = started.run("-c", IMPORTED, path=fake, **variables)
     assert (done.stdout, done.stderr) == (f"False {loaded}\n", "")
 
 
-def test_the_start_file_names_a_function_that_does_the_same(started, fake):
+def test_the_start_file_names_a_function_with_the_same_effect(started, fake):
     """The entry point of the .start file (PEP 829) exists, watches for mergekit, and obeys the variable."""
     module, _, function = (STARTUP / "squisher_mergekit.start").read_text().strip().partition(":")
     code = f"import {module}; {module}.{function}(); {IMPORTED}"
@@ -83,7 +83,7 @@ def test_the_start_file_names_a_function_that_does_the_same(started, fake):
 
 @pytest.mark.parametrize("damage", ["gone", "raises", "syntax"])
 def test_python_and_mergekit_run_when_the_package_is_damaged(fake, tmp_path, damage):
-    """With the package gone, raising or unreadable, Python starts silently, and mergekit runs, with one warning."""
+    """Python starts silently with a missing, raising or unreadable package, and mergekit runs with one warning."""
     broken = environments.make(tmp_path / "venv")
     for file in STARTUP.glob("squisher_mergekit*"):
         shutil.copy(file, broken.packages)
@@ -99,8 +99,8 @@ def test_python_and_mergekit_run_when_the_package_is_damaged(fake, tmp_path, dam
     assert "Traceback" not in done.stderr
 
 
-def test_a_pth_file_that_is_left_alone_is_silent(tmp_path):
-    """With everything but the .pth removed by hand, an interpreter starts silently."""
+def test_a_pth_file_without_the_package_is_silent(tmp_path):
+    """An interpreter starts silently if all files but the .pth were removed by hand."""
     left = environments.make(tmp_path / "venv")
     shutil.copy(STARTUP / "squisher_mergekit.pth", left.packages)
     done = left.run("-c", "print('runs')")
@@ -122,24 +122,24 @@ def test_an_interpreter_starts_with_nothing_else_imported(started, tmp_path):
     assert with_hook - without == {"squisher_mergekit_startup"}
 
 
-# ---- what the hook does
+# ---- activation by the hook
 
 
 def test_each_watched_module_is_activated_once_after_its_code(started, fake):
-    """Watched modules are handed over once, in the order of import and after they ran; no other module is."""
+    """Watched modules are activated once, in the order of import and after they ran. No other module is."""
     done = started.run("-c", RECORDER + IMPORT_ALL + "\n" + IMPORT_ALL + SHOW, path=fake)
     assert _answer(done) == [[name, True] for name in _autoload.WATCHED]
 
 
 def test_modules_imported_before_the_package_are_activated_late(started, fake):
-    """``import squisher_mergekit`` after mergekit activates what is imported already, and watches the rest."""
+    """``import squisher_mergekit`` after mergekit activates the imported modules and watches the others."""
     first, *rest = _autoload.WATCHED
     code = f"{RECORDER}import {first}\nimport squisher_mergekit\n{IMPORT_ALL}{SHOW}"
     assert _answer(started.run("-c", code, path=fake, **{SWITCH: "0"})) == [[name, True] for name in (first, *rest)]
 
 
 def test_importing_the_package_activates_although_the_start_is_switched_off(started, fake):
-    """The variable switches off the start-up only: an explicit import still activates."""
+    """The variable switches off the start-up only. An explicit import still activates."""
     code = f"{RECORDER}import squisher_mergekit\n{IMPORT_ALL}{SHOW}"
     assert _answer(started.run("-c", code, path=fake, **{SWITCH: "0"})) == [[name, True] for name in _autoload.WATCHED]
     without = f"{RECORDER}{IMPORT_ALL}{SHOW}"
@@ -147,7 +147,7 @@ def test_importing_the_package_activates_although_the_start_is_switched_off(star
 
 
 def test_a_second_install_does_nothing(started, fake):
-    """However often the hook is installed, there is one finder and one activation a module."""
+    """Repeated installs of the hook give one finder and one activation per module."""
     code = (
         f"{RECORDER}from squisher_mergekit import _autoload\n_autoload.install(); _autoload.install()\n{IMPORT_ALL}\n"
         "_autoload.install()\nimport sys\n"
@@ -159,7 +159,7 @@ def test_a_second_install_does_nothing(started, fake):
 
 
 def test_an_exception_in_the_activation_is_one_warning(started, fake):
-    """When every activation raises, one warning says so, and all of mergekit's modules are imported and whole."""
+    """Activations that raise give one warning, and all modules of mergekit are imported completely."""
     code = (
         "import sys, types\ndef activate(name, module): raise KeyError('surprise')\n"
         "sys.modules['squisher_mergekit.merging.mergekit.hooks'] = types.SimpleNamespace(activate=activate)\n"
@@ -173,7 +173,7 @@ def test_an_exception_in_the_activation_is_one_warning(started, fake):
 
 
 def test_a_plugin_that_cannot_be_imported_is_a_warning(started, fake):
-    """When the plug-in itself cannot be imported, mergekit's modules still are."""
+    """A plug-in that cannot be imported does not stop the import of mergekit's modules."""
     absent = "import sys; sys.modules['squisher_mergekit.merging.mergekit.hooks'] = None"
     code = f"{absent}\n{IMPORT_ALL}\nprint(mergekit.plan.ran)"
     done = started.run("-c", code, path=fake)
@@ -182,7 +182,7 @@ def test_a_plugin_that_cannot_be_imported_is_a_warning(started, fake):
 
 
 def test_an_error_of_mergekit_itself_is_passed_on(started, fake):
-    """An error in a watched module reaches the importer unchanged, and activates nothing."""
+    """An error in a watched module reaches the importer unchanged and activates nothing."""
     (fake / "mergekit" / "plan.py").write_text("raise ZeroDivisionError('its own')\n")
     code = f"{RECORDER}\ntry: import mergekit.plan\nexcept ZeroDivisionError as error: seen.append(str(error)){SHOW}"
     assert _answer(started.run("-c", code, path=fake)) == ["its own"]
@@ -200,7 +200,7 @@ def test_mergekit_in_a_zip_file_is_activated_too(started, fake, tmp_path):
 
 
 def test_a_loader_that_cannot_be_wrapped_is_a_warning(started, fake):
-    """A finder whose loader takes no attributes costs the plug-in, not the import."""
+    """A finder whose loader takes no attributes disables the plug-in with a warning, and the import succeeds."""
     code = (
         "import sys, importlib.util\nfrom importlib.machinery import SourceFileLoader\n"
         "class Loader(SourceFileLoader):\n"
@@ -220,7 +220,7 @@ def test_a_loader_that_cannot_be_wrapped_is_a_warning(started, fake):
 
 
 def test_the_console_script_activates_although_switched_off(started, fake):
-    """``squisher-mergekit-yaml`` makes the methods known first and then runs mergekit's own command."""
+    """``squisher-mergekit-yaml`` registers the methods and then runs mergekit's own command."""
     (fake / "mergekit" / "scripts" / "run_yaml.py").write_text("import mergekit.plan\ndef main(): print('merged')\n")
     code = f"{RECORDER}from squisher_mergekit.cli.mergekit_yaml import main\nmain()\nprint(seen)"
     done = started.run("-c", code, path=fake, **{SWITCH: "0"})
@@ -228,7 +228,7 @@ def test_the_console_script_activates_although_switched_off(started, fake):
 
 
 def test_the_public_names_are_listed_without_being_imported(started):
-    """``dir`` shows the public names, an unknown one is an AttributeError, and torch is not imported for either."""
+    """``dir`` shows the public names, and an unknown one is an AttributeError. Neither imports torch."""
     code = (
         "import sys, squisher_mergekit as s\nassert {'load_fisher', 'extract', 'Fisher'} <= set(dir(s))\n"
         "try: s.nothing\nexcept AttributeError as error: print(error, 'torch' in sys.modules)"
@@ -237,7 +237,7 @@ def test_the_public_names_are_listed_without_being_imported(started):
     assert done.stdout == "module 'squisher_mergekit' has no attribute 'nothing' False\n"
 
 
-# ---- a mergekit that the plug-in does not know
+# ---- an unsupported mergekit
 
 OLD_REGISTRY = """
 REGISTERED_MERGE_METHODS = {"linear": "the linear method"}
@@ -248,8 +248,8 @@ def get(method):
 """
 
 
-def test_a_mergekit_of_another_shape_merges_by_itself_and_refuses_ours(tmp_path):
-    """With a registry that is a plain dict, stock methods work, and ours are refused naming the supported versions."""
+def test_an_unsupported_mergekit_refuses_our_methods_alone(tmp_path):
+    """Stock methods work with a registry that is a plain dict. Ours are refused with the supported versions."""
     methods = tmp_path / "mergekit" / "merge_methods"
     methods.mkdir(parents=True)
     (tmp_path / "mergekit" / "__init__.py").touch()
@@ -316,7 +316,7 @@ for case, change in json.loads(sys.argv[1]).items():
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """Return what the real mergekit says of three methods, changed in one place before a late import of the package."""
+    """Return the answers of the real mergekit for three methods, after one change and a late import of the package."""
     folder = tmp_path_factory.mktemp("forked")
     done = environments.run(sys.executable, "-c", FORKED, json.dumps(CASES), cwd=folder, **{SWITCH: "0"})
     assert done.returncode == 0, done.stderr
@@ -325,15 +325,15 @@ def answers(tmp_path_factory):
 
 
 def test_a_late_import_activates_the_real_mergekit(answers):
-    """After mergekit, ``import squisher_mergekit`` makes both methods known, without a warning."""
+    """``import squisher_mergekit`` after mergekit registers both methods without a warning."""
     found, warned = answers["as it is"]
     assert found == {name: name for name in ("linear", "squisher", "ubgm_squisher")}
     assert warned == []
 
 
 @pytest.mark.parametrize("lacking", LACKING)
-def test_a_mergekit_that_lacks_something_refuses_our_methods_alone(answers, lacking):
-    """Without an attribute that the plug-in needs, our methods are refused with the versions; linear still works."""
+def test_a_mergekit_without_an_attribute_refuses_our_methods_alone(answers, lacking):
+    """A mergekit without a needed attribute refuses our methods with the versions, and linear still works."""
     found, warned = answers[lacking]
     assert found["linear"] == "linear"
     for method in ("squisher", "ubgm_squisher"):
@@ -352,7 +352,7 @@ def test_a_bug_in_the_plugin_leaves_stock_methods_alone(answers):
 
 
 def test_a_stock_command_knows_the_methods_in_this_environment(tmp_path):
-    """``import mergekit.merge_methods`` alone, as mergekit-yaml does it, knows both methods here."""
+    """``import mergekit.merge_methods`` alone, as in mergekit-yaml, registers both methods here."""
     code = "import mergekit.merge_methods as m; print([m.get(n).spec.name for n in ('squisher', 'ubgm_squisher')])"
     done = environments.run(sys.executable, "-c", code, cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("['squisher', 'ubgm_squisher']\n", "")

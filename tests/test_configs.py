@@ -1,4 +1,4 @@
-"""Every example in configs/ is loaded and planned as it stands."""
+"""Examples in configs/, loaded and planned."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def _model(folder: Path, seed: int, fisher: Path | None = None) -> Tensors:
 
 @pytest.mark.parametrize("config", LOCAL, ids=lambda path: path.stem)
 def test_a_config_is_planned(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`squisher plan` accepts the example, run where the folders that it names exist, and every model is covered."""
+    """`squisher plan` accepts the example with every model covered, if the named folders exist."""
     from squisher_mergekit.cli.plan import command
 
     for seed, name in enumerate(("base", "sentiment", "topics")):
@@ -54,7 +54,7 @@ def _models(config: Path) -> list[str]:
 
 
 def _publish(cache: Path, repo: str, revision: str, files: Path, patterns: list[str]) -> None:
-    """Lay files into a Hub cache as a download would."""
+    """Copy files into a Hub cache in the layout of a download."""
     root = cache / f"models--{repo.replace('/', '--')}"
     commit = {"main": "a" * 40, "fisher": "b" * 40}[revision]
     (root / "refs").mkdir(parents=True, exist_ok=True)
@@ -67,13 +67,13 @@ def _publish(cache: Path, repo: str, revision: str, files: Path, patterns: list[
 
 
 def test_the_hub_config_is_planned_from_a_cache(tmp_path: Path) -> None:
-    """Hub ids resolve to Fishers in their own revision, named or found by `auto`, here from a cache without network."""
+    """Hub ids resolve to Fishers in their own revision, named or found by `auto`, from a cache without network."""
     cache = tmp_path / "hub"
     for seed, name in enumerate(("sentiment", "topics")):
         _model(tmp_path / name, seed)
         _publish(cache, f"example-org/{name}", "main", tmp_path / name, ["model.safetensors", "config.json"])
         _publish(cache, f"example-org/{name}", "fisher", tmp_path / name, ["fisher*"])
-    # mergekit lists a repository over the network even when it is cached; that one call is answered here.
+    # mergekit lists a repository over the network even when it is cached; the script answers that call.
     script = (
         "import huggingface_hub\n"
         "huggingface_hub.list_repo_files = lambda *a, **k: ['model.safetensors']\n"
@@ -87,8 +87,8 @@ def test_the_hub_config_is_planned_from_a_cache(tmp_path: Path) -> None:
     assert done.stdout.count("@" + "b" * 40) == 2
 
 
-def test_the_table_of_parameters_is_that_of_the_code() -> None:
-    """configs/README.md has every parameter, in order, with its place and its default."""
+def test_the_table_of_parameters_agrees_with_the_code() -> None:
+    """configs/README.md has every parameter in order, with its place and its default."""
     rows = re.findall(r"^\| `(\w+)` \| ((?:per model|global)[^|]*) \| `([^`]+)` \|", README, flags=re.MULTILINE)
     expected = []
     for parameter in PARAMETERS:
@@ -99,7 +99,7 @@ def test_the_table_of_parameters_is_that_of_the_code() -> None:
 
 
 def test_every_recipe_is_listed() -> None:
-    """configs/README.md links to each YAML file in its folder, once, in its table of recipes."""
+    """The table of recipes in configs/README.md links to each YAML file of the folder once."""
     assert sorted(re.findall(r"^\| \[([\w.]+)\]\(\1\) \|", README, flags=re.MULTILINE)) == sorted(
         path.name for path in CONFIGS.glob("*.yml")
     )

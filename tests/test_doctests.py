@@ -16,7 +16,7 @@ MODULES = [
 
 
 def _module(name):
-    """Import a module, or return None for kernels in Triton, which comes with torch for a GPU alone."""
+    """Import a module, or return None for Triton kernels without Triton, which comes with torch for GPUs alone."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -36,7 +36,7 @@ def test_examples_of_a_module(name):
 
 
 def test_there_are_examples():
-    """The finder sees examples: an empty run would prove nothing."""
+    """The finder finds examples, because an empty run would prove nothing."""
     finder = doctest.DocTestFinder(exclude_empty=True)
     modules = [module for name in MODULES if (module := _module(name)) is not None]
     found = [test for module in modules for test in finder.find(module) if test.examples]

@@ -1,4 +1,4 @@
-"""The tree of errors."""
+"""Tree of errors."""
 
 from squisher_mergekit.errors import RefusedError
 

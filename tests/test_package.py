@@ -24,7 +24,7 @@ def _python(*arguments):
 
 
 def _build(source, out):
-    """Build a wheel as pip does for a user, without a network."""
+    """Build a wheel with pip as a user does, without a network."""
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", str(out)]
     _python("-m", "pip", "wheel", *options, str(source))
     [wheel] = out.glob("*.whl")
@@ -33,7 +33,7 @@ def _build(source, out):
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """Return the wheel built from the checkout."""
+    """Return the wheel of the checkout."""
     return _build(ROOT, tmp_path_factory.mktemp("wheel"))
 
 
@@ -61,7 +61,7 @@ def _files(folder):
 
 
 def test_the_wheel_holds_the_package_and_the_start_up_files(wheel):
-    """The wheel has modules, manuals, py.typed, the licence, the start-up files at its root, and nothing else."""
+    """The wheel has modules, manuals, py.typed, the licence and the start-up files at its root, and no other files."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = {name for name in names if name.startswith("squisher_mergekit-0.1.0.dist-info/")}
@@ -72,8 +72,8 @@ def test_the_wheel_holds_the_package_and_the_start_up_files(wheel):
     assert "squisher_mergekit-0.1.0.dist-info/licenses/LICENSE" in info
 
 
-def test_the_start_up_lines_are_what_an_interpreter_runs(wheel):
-    """The .pth is one import line, as site.py demands, and the .start one entry point, as PEP 829 demands."""
+def test_the_start_up_lines_have_the_required_form(wheel):
+    """The .pth has one import line, as site.py requires, and the .start has one entry point, as PEP 829 requires."""
     with zipfile.ZipFile(wheel) as archive:
         [line] = archive.read("squisher_mergekit.pth").decode().splitlines()
         [point] = archive.read("squisher_mergekit.start").decode().splitlines()
@@ -82,7 +82,7 @@ def test_the_start_up_lines_are_what_an_interpreter_runs(wheel):
 
 
 def test_the_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
-    """The sdist carries tests and scripts, and the wheel built from it has the same files with the same bytes."""
+    """The sdist has tests and scripts, and its wheel has the same files with the same bytes."""
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "source", filter="data")
     [source] = (tmp_path / "source").iterdir()
@@ -95,7 +95,7 @@ def test_the_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
 
 
 def test_stock_mergekit_knows_the_methods_after_an_installation(installed):
-    """In a fresh environment with the wheel, mergekit alone knows both methods; switched off, it does not."""
+    """In a fresh environment with the wheel, mergekit alone has both methods. Switched off, it has not."""
     done = installed.run("-c", ASK)
     assert (done.stdout, done.stderr) == (KNOWN, "")
     off = installed.run("-c", ASK, **{SWITCH: "0"})
@@ -112,7 +112,10 @@ def test_the_console_scripts_are_installed(installed):
 
 
 def test_the_fallback_script_knows_the_methods_where_the_stock_command_does_not(installed, tmp_path):
-    """Switched off, mergekit-yaml calls the method unknown, but squisher-mergekit-yaml goes on to look for a Fisher."""
+    """With the hook switched off, mergekit-yaml does not find the method.
+
+    The command squisher-mergekit-yaml goes on to look for a Fisher.
+    """
     from scripts.benchmarks.models import make_model
 
     model = tmp_path / "a"
@@ -134,7 +137,7 @@ def test_the_fallback_script_knows_the_methods_where_the_stock_command_does_not(
 
 
 def test_an_editable_installation_works_and_leaves_nothing(tmp_path):
-    """The same holds for ``pip install -e``; after the uninstallation not one file of ours is left."""
+    """``pip install -e`` gives the same results, and its uninstallation leaves none of our files."""
     environment = environments.make(tmp_path / "venv")
     environment.see_dependencies()
     before = _files(environment.packages)
@@ -162,7 +165,7 @@ def test_uninstalling_the_wheel_leaves_nothing(wheel, tmp_path):
 
 @pytest.mark.parametrize("value", [None, "0"])
 def test_a_start_imports_one_small_module(wheel, tmp_path, value):
-    """An interpreter with the hook has one module more, our own small one."""
+    """An interpreter with the hook has one more module, our small one."""
     environment = environments.make(tmp_path / "venv")
     environment.pip("install", "--no-deps", "--no-index", str(wheel))
     variables = {} if value is None else {SWITCH: value}

@@ -58,7 +58,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Return an empty working folder, with the repository's recipes, in which Hub ids meet a stand-in for the Hub."""
+    """Return an empty working folder with the repository's recipes and a stand-in for the Hub."""
     work = tmp_path / "work"
     work.mkdir()
     (work / "configs").symlink_to(ROOT / "configs")
@@ -82,7 +82,7 @@ def _publish(hub, world, text):
 
 
 class Failure(AssertionError):
-    """A block that does not do what it says; the message has its place."""
+    """Block that fails; the message has its place."""
 
 
 def _commands(block):
@@ -133,12 +133,12 @@ def _run_command(block, words):
 
 
 def _masked(line):
-    """Return a line of output without what may differ: numbers, and the lengths of runs of spaces and dashes."""
+    """Return a line of output without numbers and without the lengths of runs of spaces and dashes."""
     return re.sub(r"[-─ ]*[-─ ]+", " ", re.sub(r"\d[\d.,]*(?:e[-+]?\d+)?", "#", line)).strip()
 
 
 def _run_shell(block):
-    """Run the commands of a block, and compare the output that the block shows."""
+    """Run the commands of a block, and compare the output with the one in the block."""
     output = "".join(_run_command(block, words) for words in _commands(block))
     if block.language == "console":
         printed = {_masked(line) for line in output.splitlines()}
@@ -197,13 +197,13 @@ def run_blocks(world, folder, hub, name, found):
 
 
 def _recipes(text):
-    """Return the recipes that a text names, whose folders have to exist as well."""
+    """Return the recipes that a text names; their folders have to exist as well."""
     return [ROOT / name for name in sorted(set(re.findall(r"\bconfigs/\w+\.yml", text)))]
 
 
 @pytest.mark.parametrize("name", [name for name, found in BLOCKS.items() if found])
 def test_the_blocks_of_a_readme_run(name, world, folder):
-    """Every command, Python block and configuration does what the file promises, on small models."""
+    """Every command, Python block and configuration of the file works on small models."""
     level = logging.getLogger("squisher_mergekit").level
     try:
         run_blocks(world, *folder, name, BLOCKS[name])
@@ -213,12 +213,12 @@ def test_the_blocks_of_a_readme_run(name, world, folder):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_fence_names_its_language(name):
-    """A reader's editor and this test know what a block is."""
+    """A fence names its language for the editor of a reader and for this test."""
     assert {block.place: block.language for block in BLOCKS[name] if block.language not in LANGUAGES} == {}
 
 
 def test_few_blocks_are_not_run():
-    """Blocks that are left out are rare, and each has a reason."""
+    """At most a few blocks are not run, and each has a reason."""
     left_out = [f"{block.place}: {block.not_run}" for found in BLOCKS.values() for block in found if block.not_run]
     print("\n".join(left_out))
     assert len(left_out) <= MOST_NOT_RUN, left_out
@@ -226,7 +226,7 @@ def test_few_blocks_are_not_run():
 
 @pytest.mark.parametrize("file", READMES, ids=named)
 def test_links_resolve(file):
-    """A link to a file or folder of the repository, and to a heading in it, has its target."""
+    """A link to a file, a folder or a heading of the repository has its target."""
     broken = []
     for link in links(file.read_text(encoding="utf-8")):
         if re.match(r"[a-z]+:", link):
@@ -252,7 +252,7 @@ MERGE = (
 
 
 def test_a_quick_start_runs(world, folder):
-    """YAML, commands with shown output, Python with carried names, and the Hub work together in one file."""
+    """YAML, commands with output, Python with names of earlier blocks, and the Hub work together in one file."""
     text = MERGE + (
         "```console\n$ squisher plan merge.yml\n...\n"
         "```\n```bash\nmergekit-yaml merge.yml merged   # a comment\nsquisher extract runs/math/checkpoint-100 \\\n"
@@ -278,27 +278,27 @@ def test_a_quick_start_runs(world, folder):
     ],
 )
 def test_a_block_that_fails_is_named(text, message, world, folder):
-    """The message has the place of the block and what went wrong."""
+    """The error has the place of the block and the reason."""
     with pytest.raises(Failure) as raised:
         run_blocks(world, *folder, "x", _blocks_of(text))
     assert message in str(raised.value)
 
 
 def test_a_block_that_is_marked_is_left_out(world, folder):
-    """The mark is the comment on the line before the fence."""
+    """The mark is a comment on the line before the fence."""
     [block] = _blocks_of("text\n\n<!-- not run: needs a network -->\n```bash\nno-such-program\n```\n")
     assert block == Block("x:4", "bash", "no-such-program\n", "needs a network")
     run_blocks(world, *folder, "x", [block])
 
 
 def test_numbers_may_differ_in_shown_output():
-    """Numbers and the widths of columns are not compared; words are."""
+    """Numbers and widths of columns are not compared, but words are."""
     assert _masked("covers 100.0%   of 1,234 ----") == _masked("covers 98.5% of 7 -")
     assert _masked("covers 3") != _masked("misses 3")
 
 
 def test_anchors_are_those_of_github():
-    """Punctuation goes, spaces become hyphens, a second heading of a name is numbered."""
+    """Anchors drop punctuation, replace spaces by hyphens, and number repeated headings."""
     assert anchors("# What a Fisher costs, and `x`\n## A: b\n## A: b\n") == {
         "what-a-fisher-costs-and-x",
         "a-b",

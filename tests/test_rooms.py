@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, where mergekit is imported, how full a folder may be."""
+"""Rooms of the package: allowed imports, the place of mergekit, and the sizes of folders and modules."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "squisher_mergekit"
 FLOOR = {"errors", "_deprecated"}
-# Each room with the rooms that it may use. The arrows of the drawing, and no others.
+# Each room with the rooms that it may use.
 ARROWS = {
     "errors": set(),
     "_deprecated": set(),
@@ -26,7 +26,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def _nodes(tree: ast.AST, lazy: bool) -> Iterator[ast.AST]:
-    """Yield the import statements; without ``lazy`` only those that run when the module is imported."""
+    """Yield the import statements; without ``lazy``, only those that run when the module is imported."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
@@ -65,7 +65,7 @@ def _room(path: Path) -> str:
 
 @pytest.mark.parametrize("room", sorted(ARROWS))
 def test_a_room_imports_only_rooms_below_it(room):
-    """No arrow points upwards or sideways, not even from inside a function."""
+    """No import goes upwards or sideways, not even inside a function."""
     strangers = {
         f"{_dotted(path)} imports {name}"
         for path in MODULES
@@ -76,7 +76,7 @@ def test_a_room_imports_only_rooms_below_it(room):
     assert strangers == set()
 
 
-def test_the_arrows_make_no_circle():
+def test_the_rooms_have_no_import_cycle():
     """The rooms have an order in which each uses only earlier ones."""
     placed: set[str] = set()
     while placed != set(ARROWS):
@@ -86,18 +86,18 @@ def test_the_arrows_make_no_circle():
 
 
 def test_mergekit_is_imported_in_one_folder():
-    """A new mergekit is the business of ``merging/mergekit`` alone."""
+    """Only ``merging/mergekit`` imports mergekit."""
     users = {_dotted(path.parent) for path in MODULES for name in _imports(path) if name.split(".")[0] == "mergekit"}
     assert users == {"squisher_mergekit.merging.mergekit"}
 
 
 def test_the_equations_import_torch_alone():
-    """``merging.equations`` can be read and tested without the rest."""
+    """``merging.equations`` imports torch and nothing else."""
     outside = {name.split(".")[0] for name in _imports(PACKAGE / "merging" / "equations.py")}
     assert outside <= {"__future__", "collections", "typing", "torch"}
 
 
-def test_modules_import_each_other_in_no_circle():
+def test_modules_have_no_import_cycle():
     """Every module can be imported first."""
     graph = {_dotted(path): {n for n in _imports(path, lazy=False) if n != _dotted(path)} for path in MODULES}
     done: set[str] = set()
@@ -106,7 +106,7 @@ def test_modules_import_each_other_in_no_circle():
         assert module not in trail, " -> ".join((*trail, module))
         if module not in done:
             for name in graph.get(module, set()) & graph.keys():
-                # A package's own __init__ re-exports its modules; they do not import it.
+                # A package's __init__ re-exports its modules, which do not import it.
                 visit(name, (*trail, module))
             done.add(module)
 
@@ -115,20 +115,20 @@ def test_modules_import_each_other_in_no_circle():
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES if path.parent.name != "cli"}))
-def test_a_folder_can_be_overlooked(folder):
-    """``optimizers`` and ``estimators`` have at most 12 files flat, others 16."""
+def test_a_folder_has_few_files(folder):
+    """A folder has at most 16 files, and ``optimizers`` and ``estimators`` have at most 12."""
     most = 12 if folder.name in ("optimizers", "estimators") else 16
     assert len(list(folder.glob("*.py"))) <= most
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_dotted)
 def test_a_module_has_at_most_400_lines(path):
-    """A longer one asks to be split."""
+    """A module with more lines asks to be split."""
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
 def test_no_two_classes_share_a_name():
-    """One name stands for one thing."""
+    """Two classes never share a name."""
     names: dict[str, list[str]] = {}
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -138,7 +138,7 @@ def test_no_two_classes_share_a_name():
 
 
 def test_no_test_module_imports_another():
-    """Shared helpers live in modules of their own."""
+    """Helpers that tests share are in modules without tests."""
     users = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sorted((ROOT / "tests").rglob("*.py"))

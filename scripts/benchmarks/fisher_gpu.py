@@ -1,4 +1,4 @@
-r"""Measure what a Fisher costs on a GPU beside a plain forward and backward pass, in float32 and bfloat16.
+r"""Measure the cost of a Fisher on a GPU relative to a plain forward and backward pass, in float32 and bfloat16.
 
 Large: a random Llama of 1.1B parameters, 8 sequences of 512 tokens. Small: the CNN, BERT and Llama of
 ``scripts.benchmarks.fisher``, eagerly and as CUDA graphs. The goals are those of GOALS. Times are medians between CUDA
@@ -55,7 +55,7 @@ def large_llama(device: torch.device, quick: bool) -> tuple[nn.Module, Batch]:
 
 
 def plain(model: nn.Module, batch: Batch) -> None:
-    """One forward and backward pass, with the gradients of all parameters."""
+    """Run a forward and backward pass with the gradients of all parameters."""
     model.zero_grad(set_to_none=True)
     if isinstance(batch, tuple):
         nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
@@ -90,7 +90,7 @@ def passes(
     figures = {
         "first_ms": times[0],
         "checked_ms": statistics.median(times[number] for number in CHECKED if number < count),
-        # The first passes are timed and captured, and kernels are compiled in them.
+        # Kernels are compiled and captured in the first passes.
         "ms": statistics.median(others[-4:]),
         "all_ms": [round(ms, 3) for ms in times],
     }
@@ -109,11 +109,11 @@ def measure_large(
     """Return times, errors and memory of the large model in its dtype.
 
     Args:
-        model: The model.
-        batch: A batch.
+        model: Model.
+        batch: Batch.
         expected: Sums of squares in float32, one example at a time.
-        device: Where both are.
-        budget: Time that is left.
+        device: Device of model and batch.
+        budget: Remaining time.
         quick: If True, repeat less often.
     """
     narrow = next(model.parameters()).dtype != torch.float32
@@ -228,7 +228,7 @@ def measure_small(name: str, dtype: torch.dtype, device: torch.device, quick: bo
 
 
 def measure_fallback(device: torch.device) -> dict[str, Any]:
-    """Return whether a model that waits for the host runs on without graphs, and random numbers after it."""
+    """Return True if a model that waits for the host runs without graphs and then draws random numbers."""
     config = transformers.MixtralConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, num_local_experts=4, experts_implementation="eager",
@@ -305,7 +305,7 @@ def measure_both(
 
 
 def goals(found: dict[str, Any]) -> dict[str, Any]:
-    """Return goal -> the figure, the most that it may be, and whether it is met; without figures that are missing."""
+    """Return a mapping from goals to number, limit and verdict, without goals that have no number."""
     large = (found["large"].get("bfloat16") or {}).get("true") or {}
     reached = {"large bfloat16": large.get("ratio"), "checked": large.get("checked_ratio")}
     for name in ("bert", "llama"):
@@ -319,7 +319,7 @@ def goals(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """Return a short table of the figures."""
+    """Return a short table of the numbers."""
     rows = [", ".join(f"{key} {value}" for key, value in found["environment"].items())]
     for title, figures in found["large"].items():
         if figures:
@@ -346,7 +346,7 @@ def _row(figures: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure, print a table, and write the figures."""
+    """Measure, print a table, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny models, few passes")

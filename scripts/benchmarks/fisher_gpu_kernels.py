@@ -1,4 +1,4 @@
-"""Times and errors of the fused kernel ``sum_n (B_n^T A_n)^2``, for several tilings, beside torch's products."""
+"""Times and errors of the fused kernel ``sum_n (B_n^T A_n)^2``, for several tilings, next to torch's products."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def baselines(total: Tensor, b: Tensor, a: Tensor) -> dict[str, Callable[[], Any
     flat_b, flat_a = b.flatten(0, 1), a.flatten(0, 1)
 
     def by_bmm() -> None:
-        # As much at a time as the cache of a GPU holds.
+        # The part that the cache of a GPU holds.
         chunk = max(1, (1 << 23) // total.numel())
         for start in range(0, len(b), chunk):
             part = torch.bmm(

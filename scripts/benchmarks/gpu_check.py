@@ -43,7 +43,7 @@ TAIL = 6000
 
 
 class Step(NamedTuple):
-    """One command: its name, its limit in seconds, and what it runs; ``report`` is the JSON file that it writes."""
+    """Command with its name, its limit in seconds, and its JSON file ``report``."""
 
     name: str
     limit: int
@@ -53,11 +53,11 @@ class Step(NamedTuple):
 
 
 def steps(work: Path, small: bool = False) -> list[Step]:
-    """Return the commands, those first that matter most.
+    """Return the commands, the most important ones first.
 
     Args:
         work: Folder for models and reports.
-        small: Tiny sizes on the CPU, to try the script itself.
+        small: If True, use tiny sizes on the CPU for a trial of the script.
     """
     device = "cpu" if small else "cuda"
     which = ["-m", "gpu", *TESTS, "-n", "8"] if not small else ["tests/merging/test_fused.py", "-k", "tie"]
@@ -127,14 +127,14 @@ def machine() -> dict[str, Any]:
 
 
 def install(wheels: Path, folder: Path) -> Path:
-    """Make an environment with these wheels, which also sees the packages of this one; return its interpreter."""
+    """Make an environment with these wheels that also sees the packages of this one; return its interpreter."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     program = folder / "bin" / "python"
     site = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})["purelib"]
     files = sorted(map(str, wheels.glob("*.whl")))
     pip = [sys.executable, "-m", "pip", "--python", str(program), "install", "-q", "--no-index", "--no-deps"]
     subprocess.run([*pip, "--no-compile", "--no-cache-dir", *files], check=True)
-    # After the wheels on the path, and after pip, which would leave out what it sees here.
+    # After the wheels on the path, and after pip, which would leave out packages that it sees here.
     Path(site, "zz_outer.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
     return program
 

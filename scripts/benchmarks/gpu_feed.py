@@ -1,4 +1,4 @@
-"""Time ways from a safetensors file in the page cache to a GPU, in GB/s.
+"""Time the ways from a safetensors file in the page cache to a GPU, in GB/s.
 
 ``to``: one tensor after another, ``tensor.to(device)``, as mergekit moves them. ``mapped N``: N threads copy slices of
 the mapped tensors into pinned buffers of their own, from which the GPU takes them. ``read N``: the same, but they

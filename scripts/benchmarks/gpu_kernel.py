@@ -30,14 +30,14 @@ METHODS = ("squisher", "ubgm", "ubgm prior")
 RATIO_GOAL = 1.15
 FIRST_GOAL = 2.0
 MEMORY_GOAL = 0.05
-# Blocks, tiles and threads to try, beside the ones that the package takes.
+# Blocks, tiles and threads to try, besides those of the package.
 GRIDS = [fused.Grid(tile, block // tile, threads) for tile, block, threads in (
     (1024, 4096, 128), (1024, 16384, 128), (512, 8192, 128), (2048, 8192, 256), (1024, 8192, 256),
 )]  # fmt: skip
 
 
 class Setting(NamedTuple):
-    """One measurement: a method, how many models, the shape of the weight, and where."""
+    """Measurement of a method: number of models, shape of the weight, and device."""
 
     method: str
     count: int
@@ -92,7 +92,7 @@ def measure(setting: Setting, rounds: int) -> dict[str, Any]:
 
 
 def queued(call: Callable[[], object], rounds: int, device: str) -> list[float]:
-    """Return the milliseconds of each call, by events on a GPU, where no call waits for another to end."""
+    """Return the milliseconds of each queued call, by events on a GPU."""
     for _ in range(3):
         call()
     if device != "cuda":

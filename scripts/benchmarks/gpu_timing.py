@@ -1,4 +1,4 @@
-"""Clocks, peaks of memory and versions of benchmarks that run on a GPU, or in small on a CPU."""
+"""Clocks, memory peaks and versions of benchmarks on a GPU, or in small on a CPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 @dataclass
 class Budget:
-    """Seconds that a benchmark may take; parts that begin later are left out.
+    """Time limit of a benchmark; parts that begin later are left out.
 
     Attributes:
-        seconds: The limit.
-        problems: Part -> reason why it has no figures.
+        seconds: Limit.
+        problems: Mapping from parts to reasons for missing numbers.
     """
 
     seconds: float
@@ -30,7 +30,7 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds that are left."""
+        """Remaining seconds."""
         return self.seconds - (time.monotonic() - self.began)
 
     def attempt(self, part: str, work: Callable[[], Any], least: float = 0.0) -> Any:
@@ -78,14 +78,14 @@ def median_ms(work: Callable[[], Any], device: torch.device, repeat: int, warm: 
 
 
 def kernel_ms(work: Callable[[], Any], device: torch.device, repeat: int = 10) -> float:
-    """Return the mean time of calls in a row, which hides the time of their launches; after one that warms up."""
+    """Return the mean time of consecutive calls after a warm-up, which hides the time of their launches."""
     work()
     return milliseconds(lambda: [work() for _ in range(repeat)], device) / repeat
 
 
 @contextlib.contextmanager
 def peak_gb(device: torch.device) -> Iterator[list[float]]:
-    """Yield a list that gets the peak of memory during the block beyond that before it, in GB; empty on a CPU."""
+    """Yield a list that gets the growth of the memory peak during the block in GB; empty on a CPU."""
     found: list[float] = []
     if device.type == "cuda":
         torch.cuda.synchronize(device)

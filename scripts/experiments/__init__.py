@@ -1,1 +1,1 @@
-"""Experiments on real data, small enough for a CPU: what the README reports and what slow tests run."""
+"""Experiments on real data, small enough for a CPU: results of the README and runs of slow tests."""

@@ -1,8 +1,8 @@
-"""Learning one context after another: how a set is split into contexts, which outputs count, and what is reported.
+"""Continual learning: division of a set into contexts, competing outputs, and reported numbers.
 
-Three scenarios, by what is known when the model is used. ``task``: the context, so that only the outputs of its own
-classes compete. ``domain``: not the context, and it is not asked for: all contexts share the outputs, a label is the
-place of the class within its context. ``class``: not the context, and it is asked for: all classes seen compete.
+Three scenarios differ in the knowledge when the model is used. ``task``: the context is known, so only the outputs of
+its classes compete. ``domain``: the context is neither known nor predicted. All contexts share the outputs, and a label
+is the index of the class within its context. ``class``: the context is predicted as well, so all seen classes compete.
 
 Source: van de Ven, Tuytelaars and Tolias, "Three types of incremental learning", 2022.
 """
@@ -22,15 +22,15 @@ Contexts = Sequence[Sequence[int]]
 
 
 def split_classes(classes: int, contexts: int, seed: int) -> list[tuple[int, ...]]:
-    """Return the classes of each context, drawn by the seed: all of them, as many in each.
+    """Return the classes of each context, drawn by the seed: all classes, in contexts of equal size.
 
     Args:
-        classes: How many there are, numbered from 0.
-        contexts: How many to make.
-        seed: Of the draw.
+        classes: Number of classes, which are numbered from 0.
+        contexts: Number of contexts.
+        seed: Seed of the draw.
 
     Raises:
-        ConfigError: The classes cannot be shared out evenly.
+        ConfigError: The number of classes is not a multiple of the number of contexts.
 
     Example:
         >>> sorted(sum(split_classes(10, 5, seed=0), ()))
@@ -44,7 +44,7 @@ def split_classes(classes: int, contexts: int, seed: int) -> list[tuple[int, ...
 
 
 def rows_of(labels: Tensor, classes: Sequence[int]) -> Tensor:
-    """Return the places of the examples of some classes, in their order.
+    """Return the indices of the examples of the given classes, in order.
 
     Example:
         >>> rows_of(torch.tensor([3, 1, 3, 2]), [3, 2])
@@ -66,16 +66,16 @@ def permutations(features: int, contexts: int, seed: int) -> list[Tensor]:
 
 
 def targets(labels: Tensor, contexts: Contexts, context: int, scenario: Scenario) -> Tensor:
-    """Return which output is right for each example of a context.
+    """Return the right output for each example of a context.
 
     Args:
         labels: Classes, [n].
-        contexts: The classes of each context.
-        context: Number of the one that the examples are of.
+        contexts: Classes of each context.
+        context: Number of the context of the examples.
         scenario: See the module.
 
     Raises:
-        ConfigError: A label is none of the context's.
+        ConfigError: A label is not a class of the context.
 
     Example:
         >>> targets(torch.tensor([7, 2, 7]), [(0, 1), (2, 7)], 1, "domain")
@@ -91,14 +91,14 @@ def targets(labels: Tensor, contexts: Contexts, context: int, scenario: Scenario
 
 
 def active(outputs: int, contexts: Contexts, context: int, scenario: Scenario, seen: int | None = None) -> Tensor:
-    """Return which outputs compete, as a mask [outputs].
+    """Return the mask of the competing outputs, [outputs].
 
     Args:
-        outputs: How many the model has.
-        contexts: The classes of each context.
-        context: Number of the one that the examples are of.
+        outputs: Number of outputs of the model.
+        contexts: Classes of each context.
+        context: Number of the context of the examples.
         scenario: See the module.
-        seen: Number of the latest context that was trained on, for ``class``; by default ``context``.
+        seen: Number of the latest trained context, for ``class``; by default ``context``.
 
     Raises:
         ConfigError: The model has too few outputs.
@@ -121,7 +121,7 @@ def active(outputs: int, contexts: Contexts, context: int, scenario: Scenario, s
 
 
 def masked(logits: Tensor, mask: Tensor) -> Tensor:
-    """Return logits [n, outputs] with minus infinity where an output does not compete; no gradient flows there.
+    """Return logits [n, outputs] with minus infinity and no gradient at outputs that do not compete.
 
     Example:
         >>> masked(torch.tensor([[1.0, 2.0]]), torch.tensor([True, False]))
@@ -131,7 +131,7 @@ def masked(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, right: Tensor, mask: Tensor | None = None) -> float:
-    """Return the share of examples whose largest logit, of those that compete, is the right one.
+    """Return the share of examples whose largest competing logit is the right one.
 
     Example:
         >>> logits, mask = torch.tensor([[1.0, 2.0, 9.0], [2.0, 1.0, 9.0]]), torch.tensor([True, True, False])
@@ -143,10 +143,10 @@ def accuracy(logits: Tensor, right: Tensor, mask: Tensor | None = None) -> float
 
 
 def average_so_far(matrix: Tensor) -> Tensor:
-    """Return the mean accuracy over the contexts seen, after each context: ``A_i = mean_(j <= i) R_ij``.
+    """Return the mean accuracy over the seen contexts, after each context: ``A_i = mean_(j <= i) R_ij``.
 
     Args:
-        matrix: ``R[i, j]``, the accuracy on context j after training on contexts 0 to i; above the diagonal unused.
+        matrix: ``R[i, j]``, the accuracy on context j after training on contexts 0 to i; unused above the diagonal.
 
     Example:
         >>> average_so_far(torch.tensor([[0.75, 0.0], [0.5, 1.0]]))
@@ -162,7 +162,7 @@ def backward_transfer(matrix: Tensor) -> float:
         matrix: See :func:`average_so_far`; at least two contexts.
 
     Raises:
-        ConfigError: There is one context alone.
+        ConfigError: The matrix has only one context.
 
     Source: Lopez-Paz and Ranzato, "Gradient episodic memory", 2017, without its last term, which is 0.
 
@@ -182,7 +182,7 @@ def forgetting(matrix: Tensor) -> float:
         matrix: See :func:`average_so_far`; at least two contexts.
 
     Raises:
-        ConfigError: There is one context alone.
+        ConfigError: The matrix has only one context.
 
     Source: Chaudhry et al., "Riemannian walk for incremental learning", 2018.
 

@@ -6,9 +6,10 @@
    gradients.
 2. What do fewer bits cost? bfloat16 and the compact forms ``log8``, ``log4`` and ``rank1``, written and read again; and
    an optimizer with an 8-bit state (AdamW8bit of bitsandbytes, for all tensors of at least 4,096 entries, word
-   embeddings included). That run keeps a float32 average of the same gradients, so only the bits differ. 3. What does
-   an estimate from other data cost? Fishers on the task's own training texts, with true labels and with labels drawn
-   from the model; and, with drawn labels, on the texts of the next task and on movie reviews, which belong to no task.
+   embeddings included). That run keeps a float32 average of the same gradients, so only the bits differ.
+3. What does an estimate from other data cost? Fishers on the task's own training texts, with true labels and with
+   labels drawn from the model; and, with drawn labels, on the texts of the next task and on movie reviews, which belong
+   to no task.
 
 Models are those of ``merging``: MiniLM, six layers, 50 steps of 16 texts a task, heads that start equal, because the
 differences are largest there. In 50 steps a task sees each of its 800 texts once.

@@ -1,11 +1,11 @@
-"""Archives as the registries give them, of contents made up by a test."""
+"""Archives in the formats of the registries, with contents of a test."""
 
 import io
 import tarfile
 
 
 def tarball(path, files):
-    """Write a compressed archive of files, name -> bytes; returns ``path``."""
+    """Write a compressed archive of files, given as name -> bytes; return ``path``."""
     with tarfile.open(path, "w:gz") as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)

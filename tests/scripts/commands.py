@@ -1,4 +1,4 @@
-"""Commands of scripts/, run as a user runs them."""
+"""Commands of scripts/, run like those of a user."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from scripts import ROOT
 
 
 def run(name, *arguments, **variables):
-    """Run ``python -m scripts.NAME`` in the root of the repository; return the ended process with its output."""
+    """Run ``python -m scripts.NAME`` in the root of the repository; return the finished process with its output."""
     command = [sys.executable, "-m", f"scripts.{name}", *map(str, arguments)]
     environment = {**os.environ, **variables}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""``scripts/mergekit_suite``: the comparison itself on made-up reports, and, opt-in, mergekit's own tests."""
+"""``scripts/mergekit_suite``: the comparison on made-up reports, and, as an option, mergekit's own tests."""
 
 import tarfile
 
@@ -22,32 +22,32 @@ def _compare(stock, plugged):
 
 
 def test_same_outcomes_and_our_two_refusals_are_no_problem():
-    """The comparison is content with equal outcomes plus the refusals of our two methods."""
+    """Equal outcomes and the refusals of both methods give no problem."""
     assert _compare(STOCK, STOCK | OURS) == []
 
 
 @pytest.mark.parametrize("outcome", ["failed", "error", "skipped"])
 def test_a_stock_test_that_changes_is_a_problem(outcome):
-    """A test that passed without the plug-in and does not with it is named."""
+    """A test that passed without the plug-in and fails with it is reported by name."""
     changed = STOCK | OURS | {"tests.test_io::test_read": suite.Case(outcome)}
     assert _compare(STOCK, changed) == [f"tests.test_io::test_read is {outcome} with the plug-in, passed without"]
 
 
 def test_a_test_that_vanishes_is_a_problem():
-    """A test that exists only without the plug-in is named."""
+    """A test that exists only without the plug-in is reported by name."""
     gone = {name: case for name, case in (STOCK | OURS).items() if name != "tests.test_io::test_read"}
     assert _compare(STOCK, gone) == ["tests.test_io::test_read is absent with the plug-in, passed without"]
 
 
 def test_any_other_addition_is_a_problem():
-    """A test that exists only with the plug-in and is not one of the two is named, passing or not."""
+    """A test that exists only with the plug-in, other than the two refusals, is reported by name, passing or not."""
     problems = _compare(STOCK, STOCK | OURS | {"tests.test_io::new": PASSED})
     assert problems == ["tests.test_io::new is passed and exists with the plug-in alone"]
 
 
 @pytest.mark.parametrize("case", [PASSED, suite.Case("failed", "ZeroDivisionError"), None])
 def test_our_methods_must_be_refused_for_the_right_reason(case):
-    """A method of ours that runs without Fishers, fails otherwise, or is not there at all is a problem."""
+    """A method that runs without Fishers, fails otherwise, or is missing is reported."""
     name = f"{suite.EVERY_METHOD}[squisher]"
     plugged = STOCK | OURS | {name: case}
     if case is None:
@@ -56,14 +56,14 @@ def test_our_methods_must_be_refused_for_the_right_reason(case):
 
 
 def test_failures_without_the_plugin_and_empty_runs_are_problems():
-    """A suite that fails or runs nothing by itself proves nothing."""
+    """A suite that fails or runs no test without the plug-in is reported."""
     broken = STOCK | {"tests.test_io::test_read": suite.Case("failed")}
     assert _compare(broken, broken | OURS) == ["fails without the plug-in: tests.test_io::test_read"]
     assert len(_compare({}, {})) == 1
 
 
 def test_the_report_of_pytest_is_read(tmp_path):
-    """Outcomes, texts and parametrised names come from the JUnit file that pytest itself writes."""
+    """Outcomes, texts and parametrised names come from the JUnit file of pytest."""
     folder = tmp_path / "suite"
     folder.mkdir()
     (folder / "test_it.py").write_text(
@@ -88,7 +88,7 @@ def test_the_report_of_pytest_is_read(tmp_path):
 
 
 def test_only_the_tests_are_unpacked(tmp_path):
-    """Only the tests are unpacked, so that the installed mergekit is tested; the module that they lack is added."""
+    """Only the tests are unpacked, so they use the installed mergekit. The missing module is added."""
     source = tmp_path / "mergekit-9"
     for name in ("mergekit/__init__.py", "tests/test_a.py", "pyproject.toml"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def test_only_the_tests_are_unpacked(tmp_path):
 
 @pytest.mark.mergekit_suite
 def test_mergekits_own_tests_pass_as_before():
-    """The own test-suite of mergekit gives the same outcomes with the plug-in active as without."""
+    """The tests of mergekit have the same outcomes with and without the plug-in."""
     done = run("mergekit_suite")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "mergekit's tests pass as before" in done.stdout

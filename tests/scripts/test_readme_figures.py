@@ -1,4 +1,4 @@
-"""The prose of every README.md has no measured figure: figures stand in blocks that are made from JSON files."""
+"""Measured numbers in README.md files: they stand only in blocks that are made from JSON files."""
 
 import re
 
@@ -22,8 +22,8 @@ FIGURE = re.compile(
     )""",
     re.VERBOSE,
 )
-# Reason -> phrases whose figures may be typed; each phrase stands in at least one README.md. A reason that names a test
-# is a promise that this test keeps.
+# Reason -> phrases whose numbers may be typed. Each phrase is in at least one README.md. A reason that names a test
+# says that this test checks the number.
 ALLOWED = {
     "version": ["mergekit `>=0.1.5,<0.2`", "(0.50.2 was used, on the CPU)", "Apache-2.0", "Python 3.10 or later"],
     "limit of scripts.benchmarks.gpu_check": ["GPU benchmarks in at most six minutes"],
@@ -56,7 +56,7 @@ ALLOWED = {
 
 
 def prose(text):
-    """Return a README without its generated blocks and its code, on one line."""
+    """Return a README without its generated blocks and its code, as one line."""
     return " ".join(without_code(report.BLOCK.sub("", text)).split())
 
 
@@ -64,7 +64,7 @@ PROSE = {named(file): prose(file.read_text(encoding="utf-8")) for file in README
 
 
 def figures(text):
-    """Return the figures that no phrase allows, each with the words around it."""
+    """Return the numbers that no phrase allows, each with the words around it."""
     phrases = [phrase for allowed in ALLOWED.values() for phrase in allowed]
     spans = [found.span() for phrase in phrases for found in re.finditer(re.escape(phrase), text)]
     return [
@@ -76,20 +76,20 @@ def figures(text):
 
 @pytest.mark.parametrize("name", PROSE)
 def test_no_figure_is_typed(name):
-    """Each number with a unit, power of ten or fraction outside of the blocks is on the list."""
+    """Every number with a unit, power of ten or fraction outside of the blocks is on the list."""
     assert figures(PROSE[name]) == []
 
 
 @pytest.mark.parametrize("phrase", [phrase for allowed in ALLOWED.values() for phrase in allowed])
-def test_the_list_has_nothing_that_is_gone(phrase):
-    """Each phrase stands in a README.md, and has a figure."""
+def test_the_list_has_no_unused_phrase(phrase):
+    """Each phrase of the list is in a README.md and has a number."""
     assert any(phrase in text for text in PROSE.values())
     assert FIGURE.search(phrase)
 
 
 @pytest.mark.parametrize("reason", [reason for reason in ALLOWED if reason.startswith("tests/")])
-def test_a_promise_is_held_by_a_test(reason):
-    """The file and the test of a reason exist."""
+def test_the_named_tests_exist(reason):
+    """The file and the test that a reason names exist."""
     file, _, name = reason.partition("::")
     assert f"def {name}" in (ROOT / file).read_text(encoding="utf-8")
 
@@ -115,7 +115,7 @@ def test_a_promise_is_held_by_a_test(reason):
     ],
 )
 def test_a_typed_figure_is_found(typed):
-    """The unit does not matter, nor whether the figure is in prose or in a table."""
+    """A typed number is found with any unit, in prose or in a table."""
     assert figures(prose(f"{README}\n{typed}\n"))
 
 
@@ -123,11 +123,11 @@ def test_a_typed_figure_is_found(typed):
     "hidden", ["    it took 9 s\n", "```text\nit took 9 s\n```\n", "<!-- BEGIN x -->9 s<!-- END x -->\n"]
 )
 def test_code_and_blocks_are_left_out(hidden):
-    """A figure in code or in a generated block is not typed by hand."""
+    """A number in code or in a generated block does not count as typed."""
     assert figures(prose(f"{README}\n\n{hidden}")) == []
 
 
-def test_blocks_are_those_that_are_made():
+def test_blocks_of_the_readme_are_generated():
     """Each block has one place, in the file that report.py fills, and its results."""
     found = {file: report.BLOCK.findall(file.read_text(encoding="utf-8")) for file in READMES}
     assert sorted(found.pop(report.EVIDENCE)) == sorted(report.EXPERIMENTS)

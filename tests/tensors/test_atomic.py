@@ -1,4 +1,4 @@
-"""Atomic output: a file or folder appears whole, or not at all."""
+"""Atomic output: a file or folder appears completely, or not at all."""
 
 import json
 
@@ -8,8 +8,8 @@ from squisher_mergekit.tensors import atomic
 from squisher_mergekit.tensors.atomic import write_json, written_beside
 
 
-def test_written_beside_gives_way_to_an_error(tmp_path):
-    """What fails inside leaves an existing folder as it was."""
+def test_an_error_leaves_the_folder_unchanged(tmp_path):
+    """An error inside leaves an existing folder unchanged."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").write_text("kept")
 
@@ -26,7 +26,7 @@ def test_written_beside_gives_way_to_an_error(tmp_path):
 
 
 def test_a_report_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
-    """A file is replaced when all of it is on disk; a failure before that leaves neither half nor scratch."""
+    """A file is replaced after its data is on disk. An earlier failure leaves the old file and no temporary one."""
     file = tmp_path / "new" / "report.json"
     write_json(file, {"a": 1})
     assert json.loads(file.read_text()) == {"a": 1}

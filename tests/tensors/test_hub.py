@@ -10,19 +10,19 @@ from squisher_mergekit.tensors.hub import download_model, refuse_offline, split_
     ("source", "parts"), [("a/b", ("a/b", None)), ("a/b@c", ("a/b", "c")), ("a/b@refs/pr/1", ("a/b", "refs/pr/1"))]
 )
 def test_split(source, parts):
-    """An id and its revision, which may hold slashes of its own."""
+    """An id is split into name and revision, which may contain slashes."""
     assert split_revision(source) == parts
 
 
 @pytest.mark.parametrize("source", ["name", "a/b/c", "/abs/path", "./here", "~/home"])
 def test_a_path_is_no_model_on_the_hub(source):
-    """Anything but org/name[@revision] is refused before the Hub is asked, with the name of the option."""
+    """A text that is not org/name[@revision] is refused with the name of the option before the Hub is asked."""
     with pytest.raises(NotFoundError, match=f"--base must be a folder or a Hub id .* there is no {source}"):
         download_model(source, "--base")
 
 
 def test_offline_work_that_needs_the_hub_is_refused(monkeypatch):
-    """HF_HUB_OFFLINE is named, and the work that it forbids."""
+    """The error names HF_HUB_OFFLINE and the work that it forbids."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="an upload needs the Hub, but HF_HUB_OFFLINE is set"):
         refuse_offline("an upload")

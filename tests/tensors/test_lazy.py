@@ -1,4 +1,4 @@
-"""Lazy tensors: slices and shards are assembled when they are read."""
+"""Lazy tensors: slices and shards assembled when they are read."""
 
 import torch
 
@@ -6,7 +6,7 @@ from squisher_mergekit.tensors.lazy import Joined, Slices, parts, read
 
 
 def test_slices_and_shards_are_their_concatenation():
-    """What a trainer cut up is joined again, and what it is read from is told."""
+    """A tensor joins the slices or shards of a trainer, and its reads are recorded."""
     flats = (torch.arange(7.0), torch.arange(7.0, 20.0))
     form = Slices(((flats[0], 2, 5), (flats[1], 0, 10)), torch.Size([3, 5]))
     assert torch.equal(read(form), torch.arange(2.0, 17.0).reshape(3, 5))

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: shapes, dtypes and bytes without reading a tensor; damage is refused."""
+"""Headers of safetensors files: shapes, dtypes and bytes without a tensor read, and refusal of damage."""
 
 import json
 import struct
@@ -18,7 +18,7 @@ def _tensors():
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "sub/inside.safetensors"])
 def test_an_index_cannot_point_elsewhere(tmp_path, name):
-    """A shard outside the index's own folder is refused even where it exists."""
+    """A shard outside of the index's folder is refused even if it exists."""
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     save_file({"w": torch.ones(3)}, folder / name)
@@ -29,14 +29,14 @@ def test_an_index_cannot_point_elsewhere(tmp_path, name):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"w": 3}}'])
 def test_a_bad_index_is_refused(tmp_path, text):
-    """Whatever is wrong with an index, it is one line that names it."""
+    """An invalid index is refused in one line with its name."""
     (tmp_path / "fisher.safetensors.index.json").write_text(text)
     with pytest.raises(CorruptFileError, match=r"fisher\.safetensors\.index\.json"):
         safetensors_files(tmp_path, "fisher")
 
 
 def test_a_truncated_file_is_refused_before_anything_is_read(tmp_path):
-    """Cut off at any place, or with bytes too many, a safetensors file is called damaged from its header."""
+    """A truncated safetensors file, or one with extra bytes, is refused from its header."""
     save_file(_tensors(), tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
     file = tmp_path / "cut.safetensors"
@@ -53,7 +53,7 @@ def test_a_truncated_file_is_refused_before_anything_is_read(tmp_path):
     "header", ["[]", "3", "null", '{"w": 3}', '{"w": {}}', '{"w": {"data_offsets": "ab"}}', "\xff"]
 )
 def test_a_damaged_header_is_refused(tmp_path, header):
-    """A header of the right length and the wrong content is called damaged."""
+    """A header of the right length with invalid content is refused as damaged."""
     raw = header.encode("latin-1")
     file = tmp_path / "bad.safetensors"
     file.write_bytes(struct.pack("<Q", len(raw)) + raw)
@@ -62,7 +62,7 @@ def test_a_damaged_header_is_refused(tmp_path, header):
 
 
 def test_headers_tell_shape_dtype_and_bytes(tmp_path):
-    """What the header says of a tensor is what the tensor is, without reading it."""
+    """The header gives shape, dtype and bytes of the tensor without reading it."""
     tensors = {"a": torch.ones(3, 5), "b": torch.ones(7, dtype=torch.bfloat16), "c": torch.ones(2, dtype=torch.int64)}
     save_file(tensors, tmp_path / "model.safetensors")
     infos = tensor_infos(tmp_path / "model.safetensors")
@@ -73,8 +73,8 @@ def test_headers_tell_shape_dtype_and_bytes(tmp_path):
     }
 
 
-def test_a_header_that_lies_about_places_is_refused_when_read(tmp_path):
-    """Offsets that overlap end where the file does, and are found by the library alone: the error is ours."""
+def test_a_header_with_wrong_offsets_is_refused_when_read(tmp_path):
+    """Overlapping offsets that end with the file are found by the library only. The error is one of this package."""
     file = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(4), "b": torch.ones(4)}, file)
     file.write_bytes(file.read_bytes().replace(b"[0,16]", b"[0,12]"))
@@ -86,7 +86,7 @@ def test_a_header_that_lies_about_places_is_refused_when_read(tmp_path):
 
 
 def _raw(file, dtype, shape, nbytes):
-    """Write a file with one tensor of zeros, of any dtype."""
+    """Write a file with one tensor of zeros of any dtype."""
     entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}
     header = json.dumps({"w": entry}).encode()
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(nbytes))
@@ -105,7 +105,7 @@ def _raw(file, dtype, shape, nbytes):
     ],
 )
 def test_every_dtype_of_torch_is_read_as_itself(name, dtype, tmp_path):
-    """The header's dtype is that of the tensor which the library returns."""
+    """The dtype in the header is that of the tensor which the library returns."""
     file = _raw(tmp_path / "x.safetensors", name, [3], 3 * dtype.itemsize)
     assert tensor_infos(file)["w"].dtype == dtype
     assert SafetensorsStore([file], "here").read("w").dtype == dtype
@@ -113,7 +113,7 @@ def test_every_dtype_of_torch_is_read_as_itself(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("name", ["F4", "F6_E2M3", "F6_E3M2", "Q7"])
 def test_a_dtype_that_torch_lacks_is_refused_where_it_is_needed(name, tmp_path):
-    """Shape and bytes are known; dtype and values are refused with the names of dtype, tensor and file."""
+    """Shape and bytes of a dtype that torch lacks are known. Reading it is refused with dtype, tensor and file."""
     file = _raw(tmp_path / "x.safetensors", name, [8], 4)
     store = SafetensorsStore([file], "here")
     info = store.infos["w"]

@@ -1,4 +1,4 @@
-"""Several processes on the CPU (gloo); the truth is what torch gathers, and a run of one process on the whole batch."""
+"""Several processes on the CPU (gloo), compared with torch's gathered state and with a run of one process."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def _start(kind, folder, rank, world):
 
 
 def _run(kind, folder, world):
-    """Run the processes, and return their exit codes and what they said."""
+    """Run the processes, and return their exit codes and output."""
     folder.mkdir()
     processes = [_start(kind, folder, rank, world) for rank in range(world)]
     try:
@@ -47,7 +47,7 @@ def group(tmp_path):
 
 
 def _check(folder, kind):
-    """Hold the Fisher against what torch gathered, to the bit."""
+    """Assert that the Fisher equals torch's gathered state to the bit."""
     truth = load_file(folder / "gathered.safetensors")
     fisher = load_fisher(folder / "out", model=folder / "out")
     truth = named_on_disk(truth) if kind == "fsdp2_mixtral" else truth
@@ -61,7 +61,7 @@ def _check(folder, kind):
 @pytest.mark.parametrize("kind", ["fsdp2", "fsdp2_mixtral"])
 @pytest.mark.usefixtures("group")
 def test_sharded_tensors_of_one_process_are_gathered(tmp_path, kind):
-    """FSDP2 with one process: state, average and resume go through sharded tensors, to the bit."""
+    """State, average and resume of FSDP2 with one process go through sharded tensors, to the bit."""
     model = worker.make("mixtral" if kind == "fsdp2_mixtral" else "llama")
     wrapped, optimizer, squares = worker.train(kind, model, 0, 1)
     assert hasattr(next(iter(squares.squares.values())), "full_tensor")
@@ -77,11 +77,14 @@ def test_sharded_tensors_of_one_process_are_gathered(tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_write_the_fisher_of_one(tmp_path, kind):
-    """The first process's file is torch's gathered state to the bit, and a single process's to float32's precision."""
+    """The first process writes torch's gathered state to the bit.
+
+    It equals that of one process at float32's precision.
+    """
     codes, said = _run(kind, tmp_path / "two", 2)
     assert codes == [0, 0], said
     two = _check(tmp_path / "two", kind)
-    if kind == "fsdp2_mixtral":  # whose router balances over the batch it sees, which is another one
+    if kind == "fsdp2_mixtral":  # its router balances over a batch of its process
         return
     codes, said = _run("alone", tmp_path / "one", 1)
     assert codes == [0], said
@@ -97,13 +100,13 @@ def test_two_processes_write_the_fisher_of_one(tmp_path, kind):
 def _close(two, one):
     assert set(two) == set(one)
     for name in one:
-        # Sums over a batch in another order: entries near 0 differ most.
+        # Another order of summation over a batch changes entries near 0 most.
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-6 * one[name].max().item())
 
 
 @pytest.mark.slow
 def test_a_failure_of_the_first_process_reaches_the_others(tmp_path):
-    """NaN in the last tensor: both processes end with an error in time, and nothing is left."""
+    """NaN in the last tensor ends both processes with an error in time and leaves no files."""
     codes, said = _run("fsdp2_nan", tmp_path / "run", 2)
     assert codes == [1, 1]
     assert "a Fisher must be finite" in said[0]
@@ -122,7 +125,7 @@ run.train()
 
 @pytest.mark.slow
 def test_the_trainer_in_two_processes(tmp_path):
-    """One Fisher lies beside each checkpoint, as extract reads it; the batch counts both processes."""
+    """Each checkpoint has one Fisher that extract would write. The batch size counts both processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = tmp_path / "run.py"
     script.write_text(TRAINER)
@@ -141,8 +144,8 @@ def test_the_trainer_in_two_processes(tmp_path):
 
 
 @pytest.mark.usefixtures("group")
-def test_work_that_fails_is_told_as_it_is():
-    """In the first process the error is the work's own, with sharded tensors or without."""
+def test_failed_work_raises_its_own_error():
+    """The error of failed work in the first process is the original one, with or without sharded tensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 

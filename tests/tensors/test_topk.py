@@ -1,4 +1,4 @@
-"""Which entries are the largest."""
+"""Masks of the largest entries."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ VALUES = st.sampled_from([0.0, -0.0, 1e-45, 1e-38, 0.5, 1.0, 1.0000001, 3.0, 1e3
 
 
 def _first_largest(tensors, keep):
-    """The slow reference: sort all entries, the largest first, equal ones by their place."""
+    """Return the mask of a full sort, the largest first, ties in their order; the slow reference."""
     entries = [(-abs(value), number, place) for number, t in enumerate(tensors) for place, value in enumerate(t)]
     chosen = {(number, place) for _, number, place in sorted(entries)[:keep]}
     return [[(number, place) in chosen for place in range(len(t))] for number, t in enumerate(tensors)]
@@ -19,7 +19,7 @@ def _first_largest(tensors, keep):
 
 @given(tensors=st.lists(st.lists(VALUES, min_size=1, max_size=7), min_size=1, max_size=4), data=st.data())
 def test_a_cut_keeps_exactly_the_largest(tensors, data):
-    """However many are equal, zeros of either sign and the ends of float32's range among them."""
+    """A cut keeps exactly the largest entries for any ties, zeros of either sign and extremes of float32."""
     parts = [torch.tensor(values, dtype=torch.float32) for values in tensors]
     keep = data.draw(st.integers(0, sum(map(len, tensors))))
     found = topk.cut(lambda: map(topk.keys, parts), keep)
@@ -28,7 +28,7 @@ def test_a_cut_keeps_exactly_the_largest(tensors, data):
 
 
 def test_a_cut_is_exact_over_blocks(monkeypatch):
-    """Tensors longer than a block, whose keys share their upper bits, are cut at the very entry."""
+    """Tensors longer than a block, whose keys share their upper bits, are cut at the exact entry."""
     monkeypatch.setattr(topk, "_BLOCK", 13)
     generator = torch.Generator().manual_seed(0)
     parts = [1 + torch.rand(101, generator=generator) * 1e-4, torch.rand(37, 3, generator=generator)]
@@ -38,22 +38,22 @@ def test_a_cut_is_exact_over_blocks(monkeypatch):
         assert torch.equal(found.take(topk.keys(part)), part > threshold)
 
 
-def test_what_must_be_kept_comes_before_infinity():
+def test_kept_entries_come_before_infinity():
     """``KEPT`` is above the key of any number."""
     ranked = topk.keys(torch.tensor([float("inf"), 1.0, 2.0]))
     ranked[1] = topk.KEPT
     assert topk.cut(lambda: [ranked], 1).take(ranked).tolist() == [False, True, False]
 
 
-def test_more_than_there_are_cannot_be_kept():
-    """It is an error, not a mask of everything."""
+def test_a_count_above_the_size_is_refused():
+    """A count above the number of entries raises an error."""
     with pytest.raises(ValueError, match="4 entries are to be kept of 3"):
         topk.largest(torch.ones(3), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_largest_of_one_tensor(dtype):
-    """Of any shape and dtype, counted exactly."""
+    """The mask of the largest entries is exact for any shape and dtype."""
     values = torch.rand(7, 5, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
     for keep in (0, 1, 52, 105):
         kept = topk.largest(values, keep)
@@ -64,7 +64,7 @@ def test_largest_of_one_tensor(dtype):
 
 
 def test_largest_over_blocks_keeps_the_first_among_equals(monkeypatch):
-    """A tensor longer than a block gives the mask of the whole, also where equal entries lie in several blocks."""
+    """A tensor longer than a block has the mask of the whole, also with ties in several blocks."""
     monkeypatch.setattr(topk, "_BLOCK", 13)
     values = torch.randint(0, 4, (7, 11), generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     for keep in (0, 1, 29, 50, 77):
@@ -73,8 +73,8 @@ def test_largest_over_blocks_keeps_the_first_among_equals(monkeypatch):
 
 
 @given(seed=st.integers(0, 99), pattern=st.sampled_from([(2, 4), (1, 3), (3, 5)]), axis=st.sampled_from([0, 1, 2]))
-def test_of_each_few_the_largest_are_kept(seed, pattern, axis):
-    """Each group of m along the axis, sorted by hand; ties go to the first."""
+def test_each_group_keeps_its_largest(seed, pattern, axis):
+    """Each group of m along the axis keeps its largest, as sorted by hand; ties go to the first."""
     n, m = pattern
     shape = [3, 2, 7]
     shape[axis] = 2 * m

@@ -1,4 +1,4 @@
-"""Streaming writer of safetensors: the library reads back what was added, in any dtype that both know."""
+"""Streaming writer of safetensors, compared with the library's reader in any dtype that both have."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 
 def test_every_dtype_comes_back_bit_for_bit(tmp_path):
-    """Tensors of all dtypes in one file, some of odd strides, and a note in the metadata."""
+    """Tensors of all dtypes in one file, some with strides, come back bit for bit with the metadata."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randint(0, 2, (3, 5 * dtype.itemsize), dtype=torch.uint8, generator=generator).view(dtype)
@@ -36,7 +36,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path):
 
 
 def test_a_dtype_that_the_format_lacks_is_refused(tmp_path):
-    """complex128 has no name in safetensors: the error says which dtypes have."""
+    """complex128, which safetensors lacks, is refused with the list of its dtypes."""
     with (
         SafetensorsWriter(tmp_path / "x.safetensors", header_room(["w"])) as writer,
         pytest.raises(UnsupportedStateError, match=r"dtypes F64, .* found torch\.complex128; convert"),

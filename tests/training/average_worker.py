@@ -1,4 +1,4 @@
-"""One process of a run with the callback: ``python -m tests.training.average_worker KIND FOLDER RANK WORLD``."""
+"""Process of a run with the callback: ``python -m tests.training.average_worker KIND FOLDER RANK WORLD``."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.training.worker import wrap
 
 
 def main(kind, folder, rank, world):
-    """Go through the callback's events as a trainer does, each process on its part of the batch."""
+    """Call the callback's events like a trainer, each process on its part of the batch."""
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     model = wrap(kind, make("llama")) if world > 1 else make("llama")
@@ -31,7 +31,7 @@ def main(kind, folder, rank, world):
         state.global_step += 1
     average.on_train_end(args, state, None)
     if world > 1:
-        dist.barrier()  # none leaves while another one still talks to it
+        dist.barrier()  # no process leaves while another one still communicates
         dist.destroy_process_group()
 
 

@@ -9,13 +9,13 @@ STEPS = 3
 
 
 def make(name, dtype=torch.float32):
-    """Return a model, the same at each call."""
+    """Return a model with the same weights at each call."""
     transformers.set_seed(3)
     return MODELS[name]().to(dtype)
 
 
 def trainer(name, folder, callbacks, model=None, optimizers=(None, None), **settings):
-    """Return a Trainer that is ready to run, 4 examples a step."""
+    """Return a Trainer that is ready to run, with 4 examples per step."""
     usual = {
         "max_steps": STEPS, "save_steps": STEPS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2, "use_cpu": True, "report_to": "none", "disable_tqdm": True,
@@ -33,6 +33,6 @@ def trainer(name, folder, callbacks, model=None, optimizers=(None, None), **sett
 
 
 def accumulators(model, optimizer):
-    """Return name in memory -> accumulator, by the live parameter object."""
+    """Return a mapping from names in memory to accumulators, by the live parameter objects."""
     state = getattr(optimizer, "optimizer", optimizer).state
     return {name: state[p]["exp_avg_sq"].clone() for name, p in model.named_parameters() if p in state}

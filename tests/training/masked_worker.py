@@ -1,4 +1,4 @@
-"""One process of a run under a mask: ``python -m tests.training.masked_worker KIND FOLDER RANK WORLD``."""
+"""Process of a run under a mask: ``python -m tests.training.masked_worker KIND FOLDER RANK WORLD``."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ CLIP = 0.2
 
 
 def mlp():
-    """Return a network, the same at each call."""
+    """Return a network with the same weights at each call."""
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 11), nn.Tanh(), nn.Linear(11, 5))
 
@@ -32,7 +32,7 @@ def random_mask(model, share):
 
 
 def steps(model, optimizer, count, part=slice(None)):
-    """Take steps with clipping, on a part of each batch; return the norms that clipping saw."""
+    """Take clipped steps on a part of each batch; return the gradient norms before clipping."""
     norms = []
     for number in range(count):
         inputs, labels = data()[number % 4]
@@ -56,7 +56,7 @@ def main(kind, folder, rank, world):
         {name: p.detach() for name, p in model.named_parameters()} | {"norms": torch.stack(norms)},
         folder / f"{rank}.pt",
     )
-    dist.barrier()  # none leaves while another one still talks to it
+    dist.barrier()  # no process leaves while another one still communicates
     dist.destroy_process_group()
 
 

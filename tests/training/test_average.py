@@ -1,4 +1,4 @@
-"""The moving average of the per-example Fisher, in real runs of the Trainer."""
+"""Moving average of the per-example Fisher in real runs of the Trainer."""
 
 import copy
 import shutil
@@ -15,7 +15,7 @@ from squisher_mergekit.training import FisherAverageCallback
 
 
 class _Watch(tf.TrainerCallback):
-    """Keeps a copy of the model and its batch at each step."""
+    """Callback that copies the model and its batch at each step."""
 
     def __init__(self):
         self.seen = []
@@ -53,8 +53,8 @@ def _train(folder, *callbacks, resume=None, **settings):
     return model
 
 
-def test_it_is_the_average_of_the_batches_looked_at(tmp_path):
-    """Every second step the Fisher of its batch at its weights, averaged with the decay; debiased by the count."""
+def test_the_average_is_over_the_sampled_batches(tmp_path):
+    """The average of every second step has the Fisher of its batch at its weights, debiased by the count."""
     watch, average = _Watch(), FisherAverageCallback(beta=0.7, share=0.5)
     _train(tmp_path, watch, average)
     expected = {}
@@ -70,8 +70,11 @@ def test_it_is_the_average_of_the_batches_looked_at(tmp_path):
     assert (found.config.estimator, found.config.statistic, found.config.steps) == ("empirical", "ema", 3)
 
 
-def test_each_checkpoint_has_its_own(tmp_path):
-    """After three steps one or two batches have been seen; the fingerprint is that of the checkpoint's weights."""
+def test_each_checkpoint_has_its_own_average(tmp_path):
+    """The average of each checkpoint has one or two batches after three steps.
+
+    Its fingerprint is that of the checkpoint's weights.
+    """
     _train(tmp_path, FisherAverageCallback(beta=0.7, share=0.5))
     steps = [load_fisher(tmp_path / f"checkpoint-{n}" / "fisher_average").config for n in (3, 6)]
     assert [config.steps for config in steps] == [2, 3]
@@ -79,8 +82,8 @@ def test_each_checkpoint_has_its_own(tmp_path):
     assert all(config.weights_fingerprint.startswith("fp1:") for config in steps)
 
 
-def test_training_goes_on_as_without_it(tmp_path):
-    """The same weights come out, to the bit: neither gradients nor random numbers are touched."""
+def test_the_average_does_not_change_training(tmp_path):
+    """The average changes no bit of the trained weights, because it touches neither gradients nor random numbers."""
     with_it = _train(tmp_path / "a", FisherAverageCallback(share=1.0, labels="sampled"))
     without = _train(tmp_path / "b")
     for name, tensor in without.state_dict().items():
@@ -89,13 +92,13 @@ def test_training_goes_on_as_without_it(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"beta": 1.0}, {"beta": 0.0}, {"share": 0.0}, {"share": 1.5}])
 def test_arguments_out_of_range_are_refused(wrong):
-    """Before training begins."""
+    """An argument out of range is refused before training."""
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         FisherAverageCallback(**wrong)
 
 
-def test_a_resumed_run_goes_on(tmp_path):
-    """Stopped after three steps and resumed, the average is that of the whole run."""
+def test_a_resumed_run_continues_the_average(tmp_path):
+    """A run that stops after three steps and resumes gives the average of an uninterrupted run."""
     _train(tmp_path / "whole", FisherAverageCallback(beta=0.7, share=1.0))
     _train(tmp_path / "parts", FisherAverageCallback(beta=0.7, share=1.0))
     shutil.rmtree(tmp_path / "parts" / "fisher_average")
@@ -109,8 +112,8 @@ def test_a_resumed_run_goes_on(tmp_path):
         torch.testing.assert_close(parts[name], whole[name])
 
 
-def test_an_average_of_another_decay_is_not_taken_up(tmp_path, caplog):
-    """A line says so, and the average begins again."""
+def test_an_average_of_another_decay_is_not_resumed(tmp_path, caplog):
+    """A kept average with another decay is not resumed. A line says so, and the average starts again."""
     _train(tmp_path, FisherAverageCallback(beta=0.7, share=1.0))
     _train(tmp_path, FisherAverageCallback(beta=0.6, share=1.0), resume=str(tmp_path / "checkpoint-3"))
     assert "must be one with beta 0.6, found 0.7" in caplog.text
@@ -120,7 +123,7 @@ def test_an_average_of_another_decay_is_not_taken_up(tmp_path, caplog):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_average_both_parts(tmp_path, kind):
-    """Replicated or sharded, the average is that of the whole batches, as in one process."""
+    """Two processes, replicated or sharded, give the average of one process over the whole batches."""
     files = {}
     for world in (1, 2):
         folder = tmp_path / str(world)

@@ -1,4 +1,4 @@
-"""Runs of the real Trainer with the callback; the truth is the live optimizer, or what extract reads of the files."""
+"""Runs of the real Trainer with the callback, compared with the live optimizer or with the output of extract."""
 
 import json
 import logging
@@ -43,14 +43,14 @@ def _same(a, b):
 
 
 @pytest.mark.parametrize("name", ["bert", "mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
-def test_a_checkpoint_holds_the_fisher_that_extract_reads_of_it(tmp_path, name):
-    """For every architecture: the live optimizer's bits, under the names, ties and fingerprint that extract gives."""
+def test_a_checkpoint_has_the_fisher_of_extract(tmp_path, name):
+    """The Fisher of a checkpoint has the live optimizer's bits, and the names, ties and fingerprint of extract."""
     run = _run(name, tmp_path / "run")
     checkpoint = tmp_path / "run" / f"checkpoint-{STEPS}"
     live, read = load_fisher(checkpoint), _extracted(checkpoint, tmp_path / "extracted")
     assert _same(live, read)
     assert _same(live, load_fisher(tmp_path / "run"))
-    if name != "mixtral":  # whose experts have other names in memory
+    if name != "mixtral":  # Mixtral's experts have other names in memory
         assert _same(live, accumulators(run.model, run.optimizer))
     assert live.aliases == read.aliases
     for key in ("estimator", "statistic", "parameters", "steps", "bias_corrected", "coverage", "weights_fingerprint"):
@@ -59,8 +59,8 @@ def test_a_checkpoint_holds_the_fisher_that_extract_reads_of_it(tmp_path, name):
     assert live.config.optimizer.model_copy(update={"max_grad_norm": None}) == read.config.optimizer
 
 
-def test_what_training_knows_is_recorded(tmp_path):
-    """Batch, accumulation, tokens, clipping, loss, steps, decay and class are in the metadata, and no path is."""
+def test_values_of_the_run_are_recorded(tmp_path):
+    """The metadata have batch, accumulation, tokens, clipping, loss, steps, decay and class, and no path."""
     _run(
         "bert", tmp_path, SquisherCallback(datum="example"), include_num_input_tokens_seen="all",
         adam_beta2=0.9, max_grad_norm=0.7,
@@ -79,8 +79,8 @@ def test_what_training_knows_is_recorded(tmp_path):
     assert str(tmp_path) not in file.read_text()
 
 
-def test_what_is_not_known_stays_null(tmp_path):
-    """Tokens that the Trainer did not count are null; where it does not clip, the share is 0 and the limit null."""
+def test_unknown_values_are_null(tmp_path):
+    """Tokens that the Trainer did not count are null. Without clipping the share is 0 and the limit null."""
     _run("bert", tmp_path, SquisherCallback(loss_reduction=None), max_grad_norm=0.0)
     config = load_fisher(tmp_path).config
     assert (config.tokens_per_step, config.loss_reduction, config.datum) == (None, None, None)
@@ -89,7 +89,7 @@ def test_what_is_not_known_stays_null(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_clipped_share_is_that_of_the_norms_before_clipping(tmp_path, dtype):
-    """The Trainer logs each step's norm before clipping: the share of those above the limit is the one recorded."""
+    """The recorded share is that of the logged norms before clipping that exceed the limit."""
     limit = 0.87 if dtype is torch.float32 else 0.9
     run = _run(
         "gpt2", tmp_path, model=make("gpt2", dtype), max_steps=7, save_steps=7, logging_strategy="steps",
@@ -103,7 +103,7 @@ def test_the_clipped_share_is_that_of_the_norms_before_clipping(tmp_path, dtype)
 
 
 def test_a_step_whose_gradient_overflowed_is_not_counted():
-    """A norm that is not finite belongs to a step that is skipped."""
+    """A step with a norm that is not finite is skipped and not counted."""
     layer, clipping = torch.nn.Linear(2, 1, bias=False), ClippingMonitor(1.0)
     for gradient in ([[3.0, 4.0]], [[float("inf"), 0.0]], [[0.1, 0.1]]):
         layer.weight.grad = torch.tensor(gradient)
@@ -113,7 +113,7 @@ def test_a_step_whose_gradient_overflowed_is_not_counted():
 
 
 def test_frozen_parameters_are_listed(tmp_path):
-    """The frozen parameters, and they alone, are listed as not given to the optimizer; no base model is needed."""
+    """Exactly the frozen parameters are listed as not given to the optimizer, without a base model."""
     model = make("gpt2")
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(not key.startswith(FROZEN["gpt2"]))
@@ -126,10 +126,10 @@ def test_frozen_parameters_are_listed(tmp_path):
     assert why["lm_head.weight"] == "tied to transformer.wte.weight"
 
 
-# peft asks transformers in a way that transformers deprecates.
+# peft uses a deprecated function of transformers.
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_a_lora_has_a_fisher_of_its_adapter(tmp_path):
-    """The names are those in adapter_model.safetensors, and the bits those that extract reads with the base."""
+    """The Fisher of a LoRA has the names of adapter_model.safetensors and the bits that extract reads with the base."""
     base = make("llama")
     base.save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
@@ -144,7 +144,7 @@ def test_a_lora_has_a_fisher_of_its_adapter(tmp_path):
 
 
 def test_a_bfloat16_model_keeps_its_bits_and_is_warned_about(tmp_path, caplog):
-    """Its accumulators are stored in float32 unchanged, or in bfloat16 at half the size; the user is told, once."""
+    """The accumulators are stored in float32 unchanged, or in bfloat16 at half the size, with one warning."""
     with caplog.at_level(logging.WARNING, "squisher_mergekit"):
         run = _run("bert", tmp_path / "a", model=make("bert", torch.bfloat16), save_steps=1)
     truth = accumulators(run.model, run.optimizer)
@@ -157,7 +157,7 @@ def test_a_bfloat16_model_keeps_its_bits_and_is_warned_about(tmp_path, caplog):
 
 
 def test_a_fisher_is_compressed_on_request(tmp_path):
-    """compress="log8" writes 8-bit codes into the checkpoint, within 4 % of the accumulator, zeros exact."""
+    """compress="log8" writes 8-bit codes into the checkpoint, within 4 % of the accumulator, with exact zeros."""
     run = _run("bert", tmp_path, SquisherCallback(compress="log8"))
     fisher = load_fisher(tmp_path / f"checkpoint-{STEPS}")
     assert set(fisher.config.encoding.values()) >= {"log8"}
@@ -167,7 +167,7 @@ def test_a_fisher_is_compressed_on_request(tmp_path):
 
 
 def test_only_the_end_is_written_on_request(tmp_path):
-    """every_save=False leaves the checkpoints alone; the Fisher at the end goes where it is told to."""
+    """every_save=False writes no Fisher into the checkpoints, and one at the end into the given folder."""
     run = _run("bert", tmp_path / "run", SquisherCallback(every_save=False, out=tmp_path / "end"))
     assert not list((tmp_path / "run").rglob("fisher*"))
     assert _same(load_fisher(tmp_path / "end"), accumulators(run.model, run.optimizer))
@@ -176,20 +176,20 @@ def test_only_the_end_is_written_on_request(tmp_path):
     assert not ROOT_FILES & {file.name for file in (tmp_path / "other").iterdir()}
 
 
-def test_the_end_has_the_fisher_of_the_best_checkpoint(tmp_path):
-    """Where the Trainer brings back the best checkpoint's weights, the output folder gets that one's Fisher."""
+def test_the_output_folder_has_the_fisher_of_the_best_checkpoint(tmp_path):
+    """The output folder gets the Fisher of the best checkpoint if the Trainer loads its weights at the end."""
     run = _run(
         "bert", tmp_path, save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
         metric_for_best_model="loss", greater_is_better=True,
     )  # fmt: skip
     best, last = tmp_path.joinpath("checkpoint-1"), load_fisher(tmp_path / f"checkpoint-{STEPS}")
-    assert run.state.best_model_checkpoint == str(best)  # the loss falls, and the highest was asked for
+    assert run.state.best_model_checkpoint == str(best)  # the loss falls, and the setting takes the highest as the best
     assert _same(load_fisher(tmp_path), load_fisher(best))
     assert not _same(load_fisher(tmp_path), last)
 
 
 def test_a_second_run_replaces_the_fishers_of_the_first(tmp_path):
-    """Folders that hold Fishers of an earlier run get the new ones, and keep nothing of the old."""
+    """Folders with Fishers of an earlier run get the new ones, without files of the old."""
     _run("bert", tmp_path)
     run = _run("bert", tmp_path, learning_rate=2e-2)
     truth = accumulators(run.model, run.optimizer)
@@ -203,7 +203,7 @@ def _sgd(model):
 
 
 def test_an_optimizer_without_second_moment_is_refused_before_the_first_step(tmp_path):
-    """SGD is refused when training begins, in one line that says what to do."""
+    """SGD is refused before the first step, in one line with the cure."""
     with pytest.raises(
         UnsupportedStateError, match="but SGD keeps none; train with AdamW, or give SquisherCallback"
     ) as e:
@@ -213,11 +213,11 @@ def test_an_optimizer_without_second_moment_is_refused_before_the_first_step(tmp
 
 
 class _Unknown(torch.optim.SGD):
-    """An optimizer that nobody knows before its state is seen."""
+    """Optimizer whose state alone shows that it is unknown."""
 
 
-def test_training_is_not_lost_to_an_optimizer_that_is_found_unsuitable_later(tmp_path, caplog):
-    """At the first save it is one line in the log; training goes on to its end, and nothing is written."""
+def test_an_unsuitable_optimizer_does_not_stop_training(tmp_path, caplog):
+    """An unsuitable state at the first save gives one line in the log. Training goes on, and no file is written."""
     model = make("bert")
     run = _run("bert", tmp_path, model=model, optimizers=(_Unknown(model.parameters(), lr=1e-2, momentum=0.9), None))
     assert run.state.global_step == STEPS
@@ -228,7 +228,7 @@ def test_training_is_not_lost_to_an_optimizer_that_is_found_unsuitable_later(tmp
 
 
 class _Poison(transformers.TrainerCallback):
-    """Make one entry of the last second moment NaN."""
+    """Callback that makes one entry of the last second moment NaN."""
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step < STEPS:
@@ -238,7 +238,7 @@ class _Poison(transformers.TrainerCallback):
 
 
 def test_a_write_that_fails_in_the_middle_leaves_nothing(tmp_path, caplog):
-    """NaN in the last tensor: the log says so, training goes on, and no file or folder of a Fisher is left."""
+    """NaN in the last tensor is logged, training goes on, and no file or folder of a Fisher stays."""
     run = _run("bert", tmp_path, _Poison(), SquisherCallback())
     assert run.state.global_step == STEPS
     assert any("1 NaN" in record.getMessage() for record in caplog.records)
@@ -247,14 +247,17 @@ def test_a_write_that_fails_in_the_middle_leaves_nothing(tmp_path, caplog):
 
 
 class _Searching(transformers.TrainerCallback):
-    """Say that this is a trial of a search."""
+    """Callback that marks the run as a trial of a search."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.is_hyper_param_search = True
 
 
 def test_nothing_is_written_in_a_hyper_parameter_search(tmp_path, caplog):
-    """The folders of its trials are not known to a callback: the log says so, and no folder is made up."""
+    """A hyper-parameter search gets no Fisher, because a callback does not know the folders of its trials.
+
+    The log says so.
+    """
     _run("bert", tmp_path, _Searching(), SquisherCallback())
     assert any("hyper-parameter search" in record.getMessage() for record in caplog.records)
     assert not list(tmp_path.rglob("fisher*"))
@@ -262,13 +265,13 @@ def test_nothing_is_written_in_a_hyper_parameter_search(tmp_path, caplog):
 
 @pytest.mark.parametrize("arguments", [{"dtype": "float16"}, {"beta": 1.0}, {"compress": "log16"}])
 def test_arguments_out_of_range_are_refused_at_once(arguments):
-    """A dtype, a decay or a code that cannot be is refused when the callback is made."""
+    """An invalid dtype, decay or code is refused when the callback is made."""
     with pytest.raises(ConfigError):
         SquisherCallback(**arguments)
 
 
 class _Squares(transformers.TrainerCallback):
-    """The squared gradient of each step as it is before the step, averaged in float64."""
+    """Float64 average of the squared gradient before each step."""
 
     def __init__(self, beta):
         self.beta, self.average, self.steps = beta, {}, 0
@@ -281,8 +284,8 @@ class _Squares(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
-def test_a_separate_average_is_kept_beside(tmp_path, optim):
-    """beta= writes fisher_ema with its own decay and steps, as a float64 average says; SGD then has it alone."""
+def test_a_separate_average_is_written_as_well(tmp_path, optim):
+    """beta= writes fisher_ema with its own decay and steps, equal to a float64 average. SGD has only that Fisher."""
     reference = _Squares(0.9)
     _run("bert", tmp_path, SquisherCallback(beta=0.9), reference, optim=optim, max_grad_norm=0.5)
     checkpoint = tmp_path / f"checkpoint-{STEPS}"
@@ -300,13 +303,13 @@ def test_a_separate_average_is_kept_beside(tmp_path, optim):
 
 
 @pytest.mark.parametrize("name", ["bert", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mixtral", "qwen2"))])
-def test_average_and_share_go_on_after_a_resume(tmp_path, name):
-    """A run that stops at step 2 and resumes ends with the bits, the steps and the share of one that did not stop."""
+def test_average_and_share_continue_after_a_resume(tmp_path, name):
+    """A run that stops at step 2 and resumes has the bits, the steps and the share of an uninterrupted one."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = {"save_steps": 2, "max_grad_norm": 1.0, "lr_scheduler_type": "constant"}
     _run(name, whole, SquisherCallback(beta=0.9), max_steps=4, **settings)
     _run(name, parts, SquisherCallback(beta=0.9), max_steps=2, **settings)
-    # Loaded beforehand: the Trainer does not load Mixtral's experts by itself.
+    # The Trainer does not load Mixtral's experts by itself.
     model = type(make(name)).from_pretrained(parts / "checkpoint-2")
     _run(
         name, parts, SquisherCallback(beta=0.9), model=model, max_steps=4, resume=str(parts / "checkpoint-2"),
@@ -319,8 +322,8 @@ def test_average_and_share_go_on_after_a_resume(tmp_path, name):
         assert a.config.steps == 4
 
 
-def test_a_resume_from_elsewhere_is_told(tmp_path, caplog):
-    """Where the resumed checkpoint cannot be found, the log says what to set, and the average begins anew."""
+def test_a_resume_from_another_folder_is_logged(tmp_path, caplog):
+    """If the resumed checkpoint cannot be found, the log names the setting, and the average starts again."""
     _run("bert", tmp_path / "a", SquisherCallback(beta=0.9), max_steps=2, save_steps=2)
     _run("bert", tmp_path / "b", SquisherCallback(beta=0.9), resume=str(tmp_path / "a" / "checkpoint-2"))
     assert any("TrainingArguments.resume_from_checkpoint" in record.getMessage() for record in caplog.records)
@@ -334,7 +337,10 @@ def test_a_resume_from_elsewhere_is_told(tmp_path, caplog):
 
 @pytest.mark.parametrize(("name", "limit"), [("ds_zero2", 1.0), ("ds_zero3", 2.0)])
 def test_under_deepspeed_the_checkpoint_is_read(tmp_path, name, limit):
-    """Its state, to the bit, replaces an older Fisher, with what training knows where the files do not say."""
+    """A DeepSpeed checkpoint is read to the bit and replaces an older Fisher.
+
+    The callback adds the run's values that the files lack.
+    """
     checkpoint = tmp_path / "checkpoint-4"
     shutil.copytree(STATES / name, checkpoint)
     for _ in range(2):
@@ -347,7 +353,7 @@ def test_under_deepspeed_the_checkpoint_is_read(tmp_path, name, limit):
     assert fisher.config.source.files == ("global_step4",)
 
 
-def test_a_checkpoint_without_optimizer_is_said_to_be_one(tmp_path):
-    """Where there is no state to be read, the cure is named."""
+def test_a_checkpoint_without_optimizer_is_refused(tmp_path):
+    """A checkpoint without optimizer state is refused with the cure."""
     with pytest.raises(UnsupportedStateError, match="save_only_model=False"):
         write_saved(tmp_path, tmp_path, TrainingInfo(), torch.float32, None)

@@ -1,4 +1,4 @@
-"""Runs of the real Trainer under the penalty, held against a loop written out, and what one run leaves to the next."""
+"""Runs of the real Trainer under the penalty, compared with a plain loop, and the state after a task."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ def model():
 
 
 def penalty_of(learner, **settings):
-    """Return a penalty with one task, whose anchor lies elsewhere and whose Fisher differs from weight to weight."""
+    """Return a penalty with one task, with another anchor and a Fisher that varies between weights."""
     anchor, generator = copy.deepcopy(learner), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in anchor.parameters():
@@ -48,7 +48,7 @@ def penalty_of(learner, **settings):
 
 
 class _Watch(transformers.TrainerCallback):
-    """Keeps each micro-batch, and the gradient that a step is taken with."""
+    """Callback that keeps each micro-batch and the gradient of each step."""
 
     def __init__(self):
         self.batches, self.gradients = [], []
@@ -65,14 +65,14 @@ class _Watch(transformers.TrainerCallback):
 
 
 def _loop(learner, penalty, batches, own=False):
-    """Train as the Trainer does, on two parts a step; return the Fisher that the task leaves."""
+    """Train like the Trainer, with two parts per step; return the Fisher of the task."""
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2, weight_decay=0.0)
     squares = GradientSquares(learner)
     learner.train()
     for first in range(0, len(batches), 2):
         optimizer.zero_grad()
         for batch in batches[first : first + 2]:
-            learner(**batch).loss.backward()  # of this model the Trainer takes the sum of the parts' losses
+            learner(**batch).loss.backward()  # the Trainer sums the losses of the parts for this model
         squares.update()
         penalty.add_gradient(learner)
         nn.utils.clip_grad_norm_(learner.parameters(), CLIP)
@@ -90,8 +90,11 @@ def _same_state(a, b, rtol=1e-6):
 
 
 @pytest.mark.parametrize("source", ["separate", "optimizer"])
-def test_the_callback_is_the_loop(tmp_path, source):
-    """Weights to 1e-6, and what is left to the next task: one penalty a step, before clipping, two parts a step."""
+def test_the_callback_agrees_with_the_loop(tmp_path, source):
+    """Weights and the added Fisher equal those of the loop to 1e-6.
+
+    Each step of two parts has one penalty before clipping.
+    """
     by_trainer, watch = model(), _Watch()
     by_loop = copy.deepcopy(by_trainer)
     penalty, same = penalty_of(by_trainer), penalty_of(by_trainer)
@@ -109,7 +112,7 @@ def test_the_callback_is_the_loop(tmp_path, source):
 
 
 def test_the_separate_average_is_that_of_the_task_alone(tmp_path):
-    """From the same weights the first step's squares are those without a penalty; the optimizer's own are not."""
+    """The squares of the first step are those without a penalty. The optimizer's own include the penalty."""
     found = {}
     for lam, source in ((0.0, "separate"), (1e3, "separate"), (1e3, "optimizer")):
         learner = model()
@@ -125,7 +128,7 @@ def test_the_separate_average_is_that_of_the_task_alone(tmp_path):
 
 
 def test_the_log_has_the_penalty_and_the_ratio(tmp_path):
-    """Beside each loss; the loss stays the task's, and before the first task there is nothing to tell."""
+    """The log has penalty and ratio next to each loss. The loss stays the task's, and the first task has neither."""
     settings = SETTINGS | {"logging_strategy": "steps", "logging_steps": 1}
     learner = model()
     penalty = penalty_of(learner)
@@ -143,7 +146,7 @@ def test_the_log_has_the_penalty_and_the_ratio(tmp_path):
 
 
 def test_one_callback_serves_several_tasks(tmp_path):
-    """Three runs leave three tasks, each with an average of its own; with at_end=False the user decides."""
+    """Three runs add three tasks, each with its own average. With at_end=False the user adds them."""
     learner, penalty = model(), EWCPenalty(LAM)
     callback = EWCCallback(penalty)
     for number in range(3):
@@ -157,8 +160,8 @@ def test_one_callback_serves_several_tasks(tmp_path):
     assert penalty.tasks == 4
 
 
-def test_a_resumed_run_goes_on(tmp_path):
-    """Stopped after two of four steps and resumed in a new Trainer, weights and penalty are those of one run."""
+def test_a_resumed_run_continues_the_penalty(tmp_path):
+    """A run that stops after two of four steps and resumes has the weights and penalty of an uninterrupted one."""
     settings = SETTINGS | {"max_steps": 4, "save_steps": 2}
     whole, parts = model(), model()
     one, two = penalty_of(whole), penalty_of(whole)
@@ -176,7 +179,7 @@ def test_a_resumed_run_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_model_is_trained_alike(tmp_path):
-    """Under torch.compile the penalty enters each step as without it."""
+    """The penalty enters each step under torch.compile as without it."""
     plain, compiled = model(), model()
     settings = {"torch_compile": True, "torch_compile_backend": "eager"}
     trainer("bert", tmp_path / "a", [EWCCallback(penalty_of(plain))], plain, **SETTINGS).train()
@@ -186,7 +189,7 @@ def test_a_compiled_model_is_trained_alike(tmp_path):
 
 
 def test_a_scaled_loss_gets_a_scaled_penalty():
-    """Under a GradScaler the average is of the true gradient, and what is added is multiplied as the loss was."""
+    """The average under a GradScaler is of the true gradient, and the penalty is scaled like the loss."""
     found = {}
     for scale in (None, 1024.0):
         learner = model()
@@ -209,13 +212,13 @@ def test_a_scaled_loss_gets_a_scaled_penalty():
     ("arguments", "message"), [({"source": "adam"}, "found 'adam'"), ({"beta": 1.0}, "beta must be between 0 and 1")]
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
-    """Before training begins."""
+    """An argument out of range is refused before training."""
     with pytest.raises(ConfigError, match=message):
         EWCCallback(EWCPenalty(1.0), **arguments)
 
 
 def test_a_model_of_another_shape_is_refused_in_its_first_step(tmp_path):
-    """The error comes through the backward pass as it is."""
+    """The error of the first step passes unchanged through the backward pass."""
     penalty = penalty_of(model())
     penalty._terms["classifier.bias"] = penalty._terms["bert.pooler.dense.bias"]
     with pytest.raises(MismatchError, match=r"classifier.bias in the shape \[12\] of its anchor, but it has \[5\]"):
@@ -223,7 +226,7 @@ def test_a_model_of_another_shape_is_refused_in_its_first_step(tmp_path):
 
 
 class _Several(nn.Linear):
-    """Returns what no loss is made of beside what one is."""
+    """Layer with several outputs, some of which enter no loss."""
 
     def forward(self, inputs):
         found = super().forward(inputs)
@@ -240,8 +243,8 @@ def _begun(learner, penalty):
     return callback
 
 
-def test_any_output_of_the_model_will_do():
-    """A loss of one of several outputs: the penalty is added once, 3 x (1 - 0) to the task's gradient of 5."""
+def test_any_output_of_the_model_may_enter_the_loss():
+    """A loss of one of several outputs adds the penalty once: 3 x (1 - 0) to the task's gradient of 5."""
     learner, penalty = _Several(1, 1, bias=False), EWCPenalty(3.0)
     nn.init.zeros_(learner.weight)
     penalty.add(learner, {"weight": torch.ones(1, 1)})
@@ -254,8 +257,8 @@ def test_any_output_of_the_model_will_do():
     callback.on_pre_optimizer_step(None, None, None)
 
 
-def test_outputs_that_tell_nothing_are_refused():
-    """Where no backward pass was seen to end, the step is refused rather than taken without the penalty."""
+def test_outputs_without_a_gradient_are_refused():
+    """A step without an observed backward pass is refused, because it would lack the penalty."""
     learner = nn.Linear(2, 1)
     callback = _begun(learner, EWCPenalty(1.0))
     learner(torch.ones(1, 2))
@@ -264,7 +267,7 @@ def test_outputs_that_tell_nothing_are_refused():
 
 
 def test_a_sharded_model_is_refused(tmp_path):
-    """The callback and the living state say what to do under FSDP2."""
+    """The errors of the callback and of the live state name the cure for FSDP2."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         learner = wrap("fsdp2", make("llama"))
@@ -297,7 +300,7 @@ if run.is_world_process_zero():
 
 @pytest.mark.slow
 def test_the_trainer_in_two_processes(tmp_path):
-    """On halves of each batch they leave the anchors and the Fisher that one process leaves on the whole of it."""
+    """Two processes on halves of each batch end with the anchors and the Fisher of one process on the whole."""
     script = tmp_path / "run.py"
     script.write_text(TRAINER)
     found = []

@@ -1,4 +1,4 @@
-"""The moving average, held against one in float64 and against Adam's own."""
+"""Moving average of squared gradients, compared with float64 and with Adam's second moment."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def _reference(beta, model, gradients):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_average_is_that_of_a_float64_reference(dtype):
-    """Over 29 steps, from gradients in any dtype, it is a float64 average to float32's precision."""
+    """The average over 29 steps of gradients in any dtype equals a float64 average at float32's precision."""
     model = _model().to(dtype)
     squares, gradients, generator = GradientSquares(model, 0.9), [], torch.Generator().manual_seed(1)
     for _ in range(29):
@@ -47,7 +47,10 @@ def test_the_average_is_that_of_a_float64_reference(dtype):
 
 
 def test_with_adams_decay_it_is_adams_second_moment(tmp_path):
-    """Called before each step with beta = beta2 it holds exp_avg_sq; debiased, both Fishers are the same."""
+    """The average with beta = beta2, called before each step, equals exp_avg_sq.
+
+    Debiased, both Fishers are the same.
+    """
     model, generator = _model(), torch.Generator().manual_seed(1)
     optimizer, squares = torch.optim.AdamW(model.parameters(), foreach=False), GradientSquares(model, 0.999)
     for _ in range(5):
@@ -61,8 +64,8 @@ def test_with_adams_decay_it_is_adams_second_moment(tmp_path):
     assert fisher.config.optimizer.class_ is None
 
 
-def test_it_outlives_the_optimizer():
-    """A new optimizer in the middle changes nothing in it, while Adam's own second moment begins anew."""
+def test_the_average_survives_the_optimizer():
+    """A new optimizer does not change the average, while Adam's second moment starts again."""
     model, generator, gradients = _model(), torch.Generator().manual_seed(1), []
     squares = GradientSquares(model, 0.9)
     for _ in range(2):
@@ -79,7 +82,7 @@ def test_it_outlives_the_optimizer():
 
 
 def test_a_penalty_added_after_the_update_does_not_enter():
-    """Taken in between the two backward passes, the average is that of the task's gradient; Adam's has the penalty."""
+    """An update between both backward passes averages the gradient of the task. Adam's state includes the penalty."""
     model = _model()
     squares, optimizer = GradientSquares(model, 0.5), torch.optim.AdamW(model.parameters(), betas=(0.9, 0.5))
     _backward(model, torch.Generator().manual_seed(1))
@@ -93,7 +96,7 @@ def test_a_penalty_added_after_the_update_does_not_enter():
 
 
 def test_a_parameter_counts_its_own_steps():
-    """A parameter without a gradient stands still, as under Adam; one that never had one has no Fisher."""
+    """A parameter without a gradient stays unchanged, as under Adam. One that never had a gradient has no Fisher."""
     model, generator = _model(), torch.Generator().manual_seed(1)
     model[2].bias.requires_grad_(False)
     squares = GradientSquares(model, 0.9)
@@ -107,8 +110,8 @@ def test_a_parameter_counts_its_own_steps():
     assert "2.bias" in fisher.config.coverage.without
 
 
-def test_an_overflow_is_left_out():
-    """Infinite or NaN gradients are not taken in, and no step is counted; nor is anything where there are none."""
+def test_an_overflow_is_skipped():
+    """Infinite, NaN and missing gradients change nothing, and the step is not counted."""
     model, generator = _model(), torch.Generator().manual_seed(1)
     squares = GradientSquares(model, 0.9)
     assert not squares.update()
@@ -122,8 +125,8 @@ def test_an_overflow_is_left_out():
     assert set(squares.steps.values()) == {1}
 
 
-def test_it_goes_on_from_its_state():
-    """Through state_dict, six steps in two parts give the bits of six at once."""
+def test_the_average_resumes_from_its_state():
+    """Six steps in two parts, with state_dict between them, give the bits of six at once."""
     results = []
     for parts in ((6,), (2, 4)):
         model, generator, state = _model(), torch.Generator().manual_seed(1), None
@@ -149,8 +152,8 @@ def test_it_goes_on_from_its_state():
     ],
     ids=["decay", "shape", "name"],
 )
-def test_a_state_of_something_else_is_refused(change, error):
-    """Another decay, shape or name is refused, and nothing is taken over."""
+def test_a_foreign_state_is_refused(change, error):
+    """A state with another decay, shape or name is refused, and nothing is loaded."""
     squares = GradientSquares(_model(), 0.9)
     with pytest.raises(error):
         squares.load_state_dict({"beta": 0.9, "steps": {}, "squares": {}} | change)
@@ -158,8 +161,8 @@ def test_a_state_of_something_else_is_refused(change, error):
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral"])
-def test_it_goes_on_from_the_file(tmp_path, name):
-    """Renamed, tied and packed parameters come back from their names on disk, each entry to its place."""
+def test_the_average_resumes_from_the_file(tmp_path, name):
+    """Renamed, tied and packed parameters are restored from their names on disk."""
     model = make(name)
     squares = GradientSquares(model, 0.9)
     ids = torch.randint(3, 53, (4, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -174,25 +177,25 @@ def test_it_goes_on_from_the_file(tmp_path, name):
 
 
 def test_a_decay_out_of_range_is_refused():
-    """It is between 0 and 1."""
+    """A decay must be between 0 and 1."""
     for beta in (0.0, 1.0, float("nan")):
         with pytest.raises(ConfigError):
             GradientSquares(_model(), beta)
 
 
-def test_nothing_taken_in_is_refused(tmp_path):
-    """There is nothing to save before the first update."""
+def test_saving_before_the_first_update_is_refused(tmp_path):
+    """A Fisher cannot be saved before the first update."""
     with pytest.raises(MismatchError, match="update"):
         GradientSquares(_model(), 0.9).save(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_norm_is_that_of_one_long_vector():
-    """Over tensors of any shape and dtype it is the norm of all entries, in float64."""
+    """The norm is that of all entries over tensors of any shape and dtype, in float64."""
     parameters = [nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (7,), ())]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    parameters.append(nn.Parameter(torch.randn(2)))  # without a gradient
+    parameters.append(nn.Parameter(torch.randn(2)))  # has no gradient
     expected = torch.cat([p.grad.double().reshape(-1) for p in parameters[:3]]).norm()
     assert gradient_norm(parameters).item() == pytest.approx(expected.item(), rel=1e-6)
     assert gradient_norm([]).item() == 0.0

@@ -1,4 +1,4 @@
-"""Only the weights in a mask are trained; the others are compared by their bits."""
+"""Training of the weights in a mask; the others are compared by their bits."""
 
 import math
 import subprocess
@@ -21,7 +21,7 @@ from tests.training.masked_worker import CLIP, data, mlp, random_mask, steps
 
 
 def _bits(model):
-    """Return name -> the bits of a model's parameters."""
+    """Return a mapping from names to the bits of a model's parameters."""
     return {name: _int(p) for name, p in model.named_parameters()}
 
 
@@ -31,7 +31,7 @@ def _int(tensor):
 
 
 def _check(before, model, mask):
-    """Off the mask all bits are as before; on it, in each tensor that has something there, some moved."""
+    """Assert that all bits off the mask stay, and that some on the mask move in each tensor."""
     for name, bits in _bits(model).items():
         kept = mask[name]
         assert torch.equal(bits[~kept], before[name][~kept]), name
@@ -57,7 +57,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_off_the_mask_nothing_moves(kind):
-    """100 steps with decay, momentum from before, and clipping: bit for bit, whatever the optimizer."""
+    """100 steps with decay, earlier momentum and clipping change no bit off the mask, for any optimizer."""
     model, optimizer = mlp(), None
     optimizer = OPTIMIZERS[kind](model.parameters())
     steps(model, optimizer, 5)
@@ -72,7 +72,7 @@ def test_off_the_mask_nothing_moves(kind):
 
 
 def test_lbfgs_moves_the_live_weights_alone():
-    """An optimizer that calls the loss itself, several times a step."""
+    """LBFGS, which calls the loss several times per step, moves the weights on the mask alone."""
     model, (inputs, labels) = mlp(), data()[0]
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
     before, mask = _bits(model), random_mask(model, 0.3)
@@ -90,8 +90,8 @@ def test_lbfgs_moves_the_live_weights_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_it_is_the_training_of_the_live_weights_alone(dtype):
-    """The same as a model whose only parameters are the weights in the mask, in one vector, clipping among it."""
+def test_masked_training_is_that_of_the_kept_weights_alone(dtype):
+    """Masked training equals the training of a model that has only the weights in the mask, with clipping."""
     model = mlp().to(dtype)
     mask = random_mask(model, 0.3)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -114,8 +114,8 @@ def test_it_is_the_training_of_the_live_weights_alone(dtype):
         torch.testing.assert_close(parameter[mask[name]], live[name], rtol=1e-3, atol=1e-5)
 
 
-def test_what_was_gathered_before_is_cleared_off_the_mask():
-    """Gradients and both moments become 0 there, and stay what they were on the mask."""
+def test_earlier_state_is_cleared_off_the_mask():
+    """Gradients and both moments become 0 off the mask and stay unchanged on it."""
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     steps(model, optimizer, 5)
@@ -133,7 +133,7 @@ def test_what_was_gathered_before_is_cleared_off_the_mask():
 
 
 def test_gradients_add_up_masked():
-    """Two backward passes before a step; also where the loss has no finite gradient off the mask."""
+    """Gradients of two backward passes add up on the mask, also if they are not finite off the mask."""
     weight = nn.Parameter(torch.tensor([4.0, 0.0, 16.0, 1.0]))
     model = nn.ParameterDict({"w": weight})
     mask = torch.tensor([True, False, True, False])
@@ -147,7 +147,7 @@ def test_gradients_add_up_masked():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_bits_hold_in_any_precision(dtype):
-    """A zero with a sign and a NaN off the mask are put back as they are."""
+    """A signed zero and a NaN off the mask keep their bits."""
     model = mlp().to(dtype)
     with torch.no_grad():
         model[0].weight[0, :3] = torch.tensor([-0.0, 0.0, 1.0])
@@ -170,7 +170,7 @@ def test_bits_hold_in_any_precision(dtype):
 
 
 def test_a_pruned_network_stays_pruned():
-    """Zeros off the mask stay zeros; so they do where torch's own pruning masks the weight, by either name."""
+    """Zeros off the mask stay zeros, also where torch's own pruning masks the weight, by either name."""
     model = mlp()
     mask = random_mask(model, 0.5)
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_a_pruned_network_stays_pruned():
 
 
 def test_sparse_gradients_are_masked():
-    """Those of an embedding, with repeated rows."""
+    """Sparse gradients of an embedding are masked, also with repeated rows."""
     model = nn.Sequential(nn.Embedding(11, 3, sparse=True), nn.Linear(3, 2))
     optimizers = [
         torch.optim.SparseAdam(model[0].parameters(), lr=0.1),
@@ -208,8 +208,8 @@ def test_sparse_gradients_are_masked():
     _check(before, model, mask)
 
 
-def test_what_is_frozen_needs_no_mask():
-    """It is left alone, in the mask or not."""
+def test_a_frozen_parameter_needs_no_mask():
+    """A frozen parameter stays unchanged, in the mask or not."""
     model = mlp()
     model[0].requires_grad_(False)
     mask = random_mask(model, 0.3)
@@ -221,8 +221,8 @@ def test_what_is_frozen_needs_no_mask():
     _check(before, model, mask | {"0.weight": torch.zeros(13, 7).bool(), "0.bias": torch.zeros(13).bool()})
 
 
-def test_it_can_be_attached_without_a_with():
-    """Attached twice is attached once; detached, nothing of it is left."""
+def test_masked_training_can_be_attached_without_with():
+    """A second attachment changes nothing, and detaching removes every hook."""
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     mask, before = random_mask(model, 0.3), _bits(model)
@@ -240,7 +240,7 @@ def test_it_can_be_attached_without_a_with():
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_a_mask_file_fits_the_model_in_memory(tmp_path, name):
-    """By the names on disk: packed experts, tied weights."""
+    """A mask by names on disk fits packed experts and tied weights."""
     model = make(name)
     model.save_pretrained(tmp_path)
     generator = torch.Generator().manual_seed(5)
@@ -265,7 +265,10 @@ def test_a_mask_file_fits_the_model_in_memory(tmp_path, name):
 
 
 def test_a_loop_of_accelerate():
-    """Wrapped model and optimizer, accumulation, its own clipping: of the live gradients."""
+    """Wrapped models and optimizers with accumulation work.
+
+    The clipping of accelerate uses the gradients on the mask.
+    """
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -285,7 +288,7 @@ def test_a_loop_of_accelerate():
 
 
 def test_a_scaler_of_losses_sees_live_gradients_alone():
-    """A gradient off the mask that overflows skips no step."""
+    """An overflowed gradient off the mask skips no step of a loss scaler."""
     weight = nn.Parameter(torch.tensor([1.0, 1.0]))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -298,7 +301,7 @@ def test_a_scaler_of_losses_sees_live_gradients_alone():
 
 
 def test_the_trainer(tmp_path):
-    """One argument; decay and clipping on; after it the model is free again."""
+    """One argument of the Trainer masks the training, with decay and clipping. Afterwards the model has no hooks."""
     callback = MaskCallback({})
     run = trainer("bert", tmp_path, [callback], weight_decay=0.1, max_grad_norm=0.1)
     callback.mask, before = random_mask(run.model, 0.3), _bits(run.model)
@@ -307,8 +310,8 @@ def test_the_trainer(tmp_path):
     assert not any(p._backward_hooks for p in run.model.parameters())
 
 
-def test_the_trainer_takes_up_a_checkpoint(tmp_path):
-    """Of a dense run, with its momenta: the weights off the mask are held where the checkpoint has them."""
+def test_the_trainer_resumes_a_checkpoint(tmp_path):
+    """The Trainer resumes a dense checkpoint with its momenta. Weights off the mask keep their values in it."""
     trainer("bert", tmp_path, [], weight_decay=0.1).train()
     checkpoint = tmp_path / "checkpoint-3"
     model = make("bert")
@@ -329,7 +332,10 @@ def _adamw(model):
 
 
 def test_a_mask_that_does_not_fit_is_refused():
-    """One that lacks a parameter, has another shape, is of numbers, or of other names; and a strange optimizer."""
+    """A mask with a missing parameter, another shape, numbers or other names is refused.
+
+    A foreign optimizer is refused too.
+    """
     model = mlp()
     mask, optimizer = random_mask(model, 0.3), _adamw(model)
     one_less = {name: one for name, one in mask.items() if name != "2.bias"}
@@ -350,7 +356,7 @@ def test_a_mask_that_does_not_fit_is_refused():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_weights_in_parts_are_refused(tmp_path):
-    """FSDP2 and ZeroRedundancyOptimizer, of one process."""
+    """FSDP2 and ZeroRedundancyOptimizer are refused, because they divide the weights."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -371,7 +377,7 @@ def test_weights_in_parts_are_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "ddp_views"])
 def test_two_processes_train_as_one(tmp_path, kind):
-    """DDP averages masked gradients: both end with the same bits, and where one process with the whole batch does."""
+    """DDP averages masked gradients. Both processes end with the bits of one process on the whole batch."""
     processes = []
     for rank in range(2):
         line = [sys.executable, "-m", "tests.training.masked_worker", kind, str(tmp_path), str(rank), "2"]

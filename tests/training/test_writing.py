@@ -1,4 +1,4 @@
-"""Plain loops of torch and accelerate; the truth is what the live optimizer holds for a live parameter."""
+"""Plain loops of torch and accelerate, compared with the live optimizer's state of each parameter."""
 
 import signal
 import subprocess
@@ -23,7 +23,7 @@ from tests.training.cases import Tokens, accumulators, make
 
 
 class Net(nn.Module):
-    """Two tied layers, one of another shape, a buffer, and an attribute called module."""
+    """Network with two tied layers, one of another shape, a buffer, and an attribute called module."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,10 @@ def _same(fisher, truth):
 
 
 def test_two_lines_in_a_plain_loop(tmp_path):
-    """Weights and Fisher lie in one folder under the same names; the Fisher is the optimizer's state, to the bit."""
+    """Two lines of a plain loop write weights and Fisher with the same names.
+
+    The Fisher equals the optimizer's state.
+    """
     model = _net()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     _train(model, optimizer)
@@ -76,8 +79,8 @@ def test_two_lines_in_a_plain_loop(tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compile", "dp"])
-def test_what_is_wrapped_around_a_model_is_taken_off(tmp_path, wrap):
-    """The names are those of the model inside."""
+def test_wrappers_do_not_change_the_names(tmp_path, wrap):
+    """The names are those of the model inside its wrappers."""
     model = _net()
     wrapped = wrap(model)
     optimizer = torch.optim.AdamW(wrapped.parameters())
@@ -87,7 +90,7 @@ def test_what_is_wrapped_around_a_model_is_taken_off(tmp_path, wrap):
 
 @pytest.fixture
 def accelerator():
-    """Return accelerate on the CPU, and forget it afterwards."""
+    """Return accelerate on the CPU, and reset it afterwards."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     yield Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -96,7 +99,7 @@ def accelerator():
 
 
 def test_a_loop_of_accelerate(tmp_path, accelerator):
-    """Prepared model and optimizer are handed over as they are; steps are those of the optimizer, not micro-batches."""
+    """Prepared models and optimizers are accepted. Steps are those of the optimizer, not micro-batches."""
     model = make("llama")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     prepared, stepper, loader = accelerator.prepare(
@@ -115,7 +118,7 @@ def test_a_loop_of_accelerate(tmp_path, accelerator):
 
 
 def test_the_order_of_groups_does_not_matter(tmp_path):
-    """A parameter is known by itself: whatever the groups and their order, each tensor has its name, step and decay."""
+    """Each tensor has its name, step and decay for any groups in any order."""
     model = _net()
     backwards = list(model.parameters())[::-1]
     optimizer = torch.optim.AdamW([{"params": backwards[:2], "betas": (0.9, 0.9)}, {"params": backwards[2:]}])
@@ -128,7 +131,7 @@ def test_the_order_of_groups_does_not_matter(tmp_path):
 
 
 def test_several_optimizers_make_one_fisher(tmp_path):
-    """One optimizer for each part of the model: all second moments are in the one file."""
+    """The second moments of one optimizer per part of the model go into one file."""
     model = _net()
     parts = [model.module, nn.ModuleList([model.norm, model.up, model.tied])]
     optimizers = [torch.optim.AdamW(part.parameters()) for part in parts]
@@ -152,7 +155,7 @@ def test_several_optimizers_make_one_fisher(tmp_path):
     ids=["adagrad", "rmsprop", "adafactor"],
 )
 def test_other_optimizers(tmp_path, make_optimizer, statistic, class_):
-    """What extract reads of an optimizer's file is what is written from it alive: values, statistic and class."""
+    """A Fisher of a live optimizer has the values, statistic and class that extract reads from its file."""
     model = _net()
     optimizer = make_optimizer(model.parameters())
     _train(model, optimizer)
@@ -165,7 +168,7 @@ def test_other_optimizers(tmp_path, make_optimizer, statistic, class_):
 
 
 class Hidden(torch.optim.AdamW):
-    """An optimizer of the user's, which keeps its settings in a form that tells no class."""
+    """Optimizer of a user that stores its settings without a class."""
 
     def __init__(self, parameters):
         super().__init__(parameters)
@@ -177,8 +180,8 @@ class Hidden(torch.optim.AdamW):
         del self.param_groups[0]["decoupled_weight_decay"]
 
 
-def test_the_class_of_an_optimizer_is_known_where_its_state_does_not_tell(tmp_path):
-    """The live object tells what no file does."""
+def test_the_class_of_an_optimizer_comes_from_the_live_object(tmp_path):
+    """The class comes from the live object if the state does not have it."""
     model = _net()
     optimizer = Hidden(model.parameters())
     _train(model, optimizer)
@@ -186,7 +189,7 @@ def test_the_class_of_an_optimizer_is_known_where_its_state_does_not_tell(tmp_pa
 
 
 def test_a_parameter_that_was_never_stepped_is_listed(tmp_path):
-    """Frozen ones are not given to the optimizer, unused ones never stepped; both are left out and listed."""
+    """Frozen parameters and parameters without a step are left out and listed with different reasons."""
     model = _net()
     model.module.bias.requires_grad_(False)
     model.unused = nn.Linear(3, 2, bias=False)
@@ -198,7 +201,7 @@ def test_a_parameter_that_was_never_stepped_is_listed(tmp_path):
 
 
 def test_an_optimizer_of_another_model_is_refused(tmp_path):
-    """Parameters of an equal model are not this model's: nothing is written by position or shape."""
+    """Parameters of an equal model are refused, because names are not assigned by position or shape."""
     model, other = _net(), _net()
     optimizer = torch.optim.AdamW(other.parameters())
     _train(other, optimizer)
@@ -208,7 +211,7 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path):
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
-    """The Fisher is held against the weights that lie in the folder."""
+    """The Fisher is compared with the weights in the folder."""
     save_model(nn.Linear(5, 7), str(tmp_path / "model.safetensors"))
     model = _net()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -220,7 +223,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sgd", "fresh"])
 def test_an_optimizer_without_second_moments_is_refused(tmp_path, kind):
-    """SGD, and AdamW before its first step, are refused in one line, and nothing is left."""
+    """SGD, and AdamW before its first step, are refused in one line without leftovers."""
     model = _net()
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9) if kind == "sgd" else torch.optim.AdamW(
         model.parameters()
@@ -234,7 +237,7 @@ def test_an_optimizer_without_second_moments_is_refused(tmp_path, kind):
 
 
 def test_a_dtype_that_loses_entries_is_refused(tmp_path):
-    """float16 is refused before anything is read."""
+    """The dtype float16 is refused before any read."""
     model = _net()
     with pytest.raises(ConfigError, match=r"float32 or bfloat16.*, found 'float16'"):
         save_squisher(model, torch.optim.AdamW(model.parameters()), tmp_path, dtype="float16")
@@ -246,7 +249,7 @@ def _fisher(value, names=("a", "b", "c")):
 
 
 def test_a_fisher_is_replaced_whole(tmp_path):
-    """Of an older one in the folder, in shards or not, no file stays; other files do."""
+    """No file of an older Fisher stays in the folder, in shards or not. Other files stay."""
     out = tmp_path / "out"
     replace_fisher(_fisher(1.0), out)
     for name in ("fisher-00001-of-00002.safetensors", "fisher.safetensors.index.json", "model.safetensors"):
@@ -258,7 +261,7 @@ def test_a_fisher_is_replaced_whole(tmp_path):
 
 
 def test_a_fisher_is_copied_whole(tmp_path):
-    """The copy is equal, takes an older one's place, and the source stays."""
+    """The copy is equal and replaces an older Fisher, and the source stays."""
     replace_fisher(_fisher(1.0), tmp_path / "a")
     replace_fisher(_fisher(2.0), tmp_path / "b")
     copy_fisher(tmp_path / "a", tmp_path / "b")
@@ -268,7 +271,7 @@ def test_a_fisher_is_copied_whole(tmp_path):
 
 
 def test_a_write_that_fails_leaves_the_old_fisher(tmp_path):
-    """NaN in the new one: the folder is as it was."""
+    """A NaN in the new Fisher leaves the folder unchanged."""
     replace_fisher(_fisher(1.0), tmp_path / "out")
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     with pytest.raises(ValueError, match="NaN"):
@@ -297,8 +300,8 @@ replace_fisher(fisher, Path(sys.argv[1]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("older", [False, True])
-def test_a_process_that_is_killed_leaves_nothing_half_written(tmp_path, older):
-    """Killed at the third tensor: under the final name is what was there before, which is nothing or a whole Fisher."""
+def test_a_killed_process_leaves_no_incomplete_fisher(tmp_path, older):
+    """A process killed at the third tensor leaves the earlier state of the folder: no Fisher or a complete one."""
     out = tmp_path / "out"
     if older:
         replace_fisher(_fisher(1.0), out)

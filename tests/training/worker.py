@@ -1,4 +1,4 @@
-"""One process of a distributed run: ``python -m tests.training.worker KIND FOLDER RANK WORLD``; WORLD 1 is alone."""
+"""Process of a distributed run: ``python -m tests.training.worker KIND FOLDER RANK WORLD``; WORLD 1 is one process."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ STEPS, BATCH, CLIP = 3, 4, 0.5
 
 
 def wrap(kind, model):
-    """Return the model as a kind of parallel training has it."""
+    """Wrap the model for a kind of parallel training."""
     if kind == "ddp":
         return DistributedDataParallel(model)
     if kind == "fsdp1":
@@ -35,7 +35,7 @@ def wrap(kind, model):
 
 
 def train(kind, model, rank, world):
-    """Take the steps, each process on its part of the batch; return what trained."""
+    """Take the steps, each process on its part of the batch; return the trained objects."""
     wrapped = wrap(kind, model)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
     squares = None if kind == "fsdp1" else GradientSquares(wrapped, 0.9)
@@ -53,7 +53,7 @@ def train(kind, model, rank, world):
 
 
 def gathered(wrapped, optimizer):
-    """Return name -> exp_avg_sq and name -> weight as torch itself gathers them; empty but in the first process."""
+    """Return exp_avg_sq and weights by name as torch itself gathers them, empty except in the first process."""
     options = StateDictOptions(full_state_dict=True)
     weights = get_model_state_dict(wrapped, options=options)
     state = get_optimizer_state_dict(wrapped, optimizer, options=options)
@@ -61,7 +61,7 @@ def gathered(wrapped, optimizer):
 
 
 def resumed(squares, wrapped, folder):
-    """Return whether the average comes back from its file, each process's part to the bit."""
+    """Return True if the average comes back from its file, to the bit in each process."""
     from squisher_mergekit import load_fisher
 
     again = GradientSquares(wrapped, 0.9)
@@ -74,7 +74,7 @@ def resumed(squares, wrapped, folder):
 
 
 def main(kind, folder, rank, world):
-    """Train, write the Fisher, and in the first process what torch gathers."""
+    """Train, write the Fisher, and in the first process write the state that torch gathers."""
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     model = make("mixtral" if kind == "fsdp2_mixtral" else "llama")
@@ -98,7 +98,7 @@ def main(kind, folder, rank, world):
         if not resumed(squares, wrapped, folder / "out" / "fisher_ema"):
             raise AssertionError("the average did not come back from its file")
     if world > 1:
-        dist.barrier()  # none leaves while another one still talks to it
+        dist.barrier()  # no process leaves while another one still communicates
         dist.destroy_process_group()
 
 

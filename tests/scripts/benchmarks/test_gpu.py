@@ -20,7 +20,7 @@ def interpreted(monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.usefixtures("interpreted")
 def test_each_method_is_timed_beside_a_copy(tmp_path, capsys):
-    """Every method and number of models has a time, and the ratio to a copy of the bytes that it has to move."""
+    """Every method and number of models has a time, and the ratio to a copy of the same bytes."""
     report = tmp_path / "report.json"
     arguments = ["--device", "cpu", "--shape", "7", "13", "--counts", "1", "3", "--rounds", "2", "--json", str(report)]
     assert gpu_kernel.main(arguments) == 0
@@ -33,8 +33,8 @@ def test_each_method_is_timed_beside_a_copy(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.usefixtures("interpreted")
-def test_other_divisions_are_tried_and_put_back():
-    """A sweep times each division of the work, and leaves the package's own in force."""
+def test_other_divisions_are_timed_and_restored():
+    """A sweep times each division of the work and then restores that of the package."""
     chosen = fused.grid
     found = list(gpu_kernel.sweep([gpu_kernel.Setting("squisher", 2, (3, 5), "cpu")], rounds=1))
     assert [one["grid"] for one in found] == [grid._asdict() for grid in gpu_kernel.GRIDS]
@@ -44,14 +44,14 @@ def test_other_divisions_are_tried_and_put_back():
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.usefixtures("interpreted")
 def test_first_calls_are_printed_by_method_and_number(capsys):
-    """``--first`` prints the seconds of each first call as JSON, and nothing else."""
+    """``--first`` prints the seconds of each first call as JSON and nothing else."""
     arguments = ["--device", "cpu", "--shape", "7", "--counts", "2", "--methods", "ubgm prior", "--first"]
     assert gpu_kernel.main(arguments) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["ubgm prior 2"]
 
 
-def test_all_ways_from_a_file_bring_the_same_bytes(tmp_path):
-    """Tensors moved one by one, and by threads through buffers from memory or file, are the file's."""
+def test_all_ways_of_loading_give_the_same_bytes(tmp_path):
+    """All ways of loading give the bytes of the file, by single tensors or by threads with buffers."""
     report = tmp_path / "report.json"
     assert gpu_feed.main(["--device", "cpu", "--megabytes", "9", "--rounds", "1", "--json", str(report)]) == 0
     found = json.loads(report.read_text())["measured"]
@@ -59,8 +59,8 @@ def test_all_ways_from_a_file_bring_the_same_bytes(tmp_path):
     assert all(one["same"] and one["gb_per_s"] > 0 for one in found)
 
 
-def test_the_packages_to_bring_along_are_pinned(capsys):
-    """``--wheels`` prints one pinned requirement a line, mergekit first."""
+def test_the_listed_packages_are_pinned(capsys):
+    """``--wheels`` prints one pinned requirement per line, mergekit first."""
     assert gpu_check.main(["--wheels"]) == 0
     lines = capsys.readouterr().out.split()
     assert lines[0].startswith("mergekit==0.1.")
@@ -68,7 +68,10 @@ def test_the_packages_to_bring_along_are_pinned(capsys):
 
 
 def test_a_step_that_hangs_or_fails_does_not_stop_the_others(tmp_path, monkeypatch):
-    """The report holds exit code and output of every step; one that outlasts its limit has no code."""
+    """The report has exit code and output of every step.
+
+    A step that exceeds its limit has no code, and the others run.
+    """
     commands = {"fails": "print('told'); raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "works": "1"}
     fakes = [gpu_check.Step(name, 2, [sys.executable, "-S", "-c", code]) for name, code in commands.items()]
     monkeypatch.setattr(gpu_check, "steps", lambda work, small: fakes)
@@ -82,7 +85,7 @@ def test_a_step_that_hangs_or_fails_does_not_stop_the_others(tmp_path, monkeypat
 
 
 def test_all_steps_fit_the_limit(tmp_path):
-    """The steps name models of 1.1e9 parameters and a GPU; those that matter most come first."""
+    """The steps have models of 1.1e9 parameters and a GPU, the most important ones first, and fit the time limit."""
     steps = gpu_check.steps(tmp_path)
     assert [step.name for step in steps][:2] == ["tests", "kernel"]
     assert all("cuda" in " ".join(step.command) for step in steps)

@@ -1,4 +1,4 @@
-"""``scripts.benchmarks.merge``: tiny models through the real commands, and the arithmetic of its table."""
+"""``scripts.benchmarks.merge``: tiny models through the real commands, and its table."""
 
 import json
 
@@ -16,7 +16,7 @@ def _bench(*arguments):
 
 @pytest.mark.slow
 def test_all_commands_run_and_are_compared_with_linear(tmp_path):
-    """Every command runs on tiny models; the report has its samples, and the models stay for the next run."""
+    """Every command runs on tiny models. The report has its samples, and the models stay for the next run."""
     work, report = tmp_path / "work", tmp_path / "report.json"
     done = _bench("--work", str(work), "--json", str(report), "--threads", "1")
     assert done.returncode == 0, done.stderr
@@ -25,7 +25,7 @@ def test_all_commands_run_and_are_compared_with_linear(tmp_path):
     for name, [sample] in found["samples"].items():
         assert sample["cpu_s"] > 0
         assert sample["anonymous_gb"] <= sample["rss_gb"]
-        # Reading and writing some kilobytes can be over before its memory is looked at.
+        # A copy of a few kilobytes can end before its memory is measured.
         assert sample["anonymous_gb"] > 0 or name == "read+write"
     assert "squisher: CPU" in done.stdout
     assert sorted(entry.name for entry in work.iterdir() if entry.is_dir()) == ["a", "b"]
@@ -40,7 +40,7 @@ def test_all_commands_run_and_are_compared_with_linear(tmp_path):
 
 @pytest.mark.slow
 def test_density_is_compared_with_ties(tmp_path):
-    """With --density squisher and ties run at it too, from a base of their own."""
+    """With --density, squisher and ties run at that density from a separate base."""
     only = ["--only", "squisher", "squisher trim", "ties trim"]
     done = _bench("--work", str(tmp_path / "work"), "--density", "0.2", *only)
     assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def test_density_is_compared_with_ties(tmp_path):
 
 @pytest.mark.slow
 def test_a_command_that_fails_stops_the_run(tmp_path):
-    """A merge that fails gives its output and a non-zero exit, not a time."""
+    """A failed merge prints its output and exits with a non-zero code."""
     done = _bench("--work", str(tmp_path), "--only", "linear", "--options=--no-such-option")
     assert done.returncode != 0
     assert "--no-such-option" in done.stderr

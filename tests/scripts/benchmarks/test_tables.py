@@ -27,7 +27,10 @@ def _timed(model, *rows):
 
 
 def test_a_fishers_time_is_shown_as_it_was_measured():
-    """Ours of each kind first, others for the true labels alone, with what is wrong, lacking, or refused."""
+    """Our rows come first, for each kind.
+
+    Other methods have the true labels only. Errors, missing tensors and refusals are shown.
+    """
     bad = {"error": 5.0, "found": "wrong: 2 of 9, error 5.0e+00, missing 3 of 9"}
     (table,) = benchmarks.fisher_time(
         [
@@ -67,7 +70,7 @@ def test_a_fishers_time_is_shown_as_it_was_measured():
 
 
 def test_a_fishers_memory_is_that_of_the_leanest_chunk():
-    """And the larger of a first call and later ones, in MB."""
+    """A method has the row of its leanest chunk, with the larger of a first call and later ones in MB."""
     rows = [
         {"kind": "", "method": "plain", "bytes": 76_000_000},
         {"kind": "empirical", "method": "ours", "bytes": 130_400_000},
@@ -92,8 +95,11 @@ def test_a_fishers_memory_is_that_of_the_leanest_chunk():
 @pytest.mark.parametrize(
     ("peak", "said"), [(0.74, "all commands stay below it"), (0.84, "**not all commands stay below it**")]
 )
-def test_commands_have_time_memory_and_what_they_write(peak, said):
-    """Files of the whole model are not listed; the bound is the report's."""
+def test_commands_have_time_memory_and_output(peak, said):
+    """A row has time, memory and output files.
+
+    Files of the whole model are not listed, and the bound is that of the report.
+    """
     files = {"difference.safetensors": 12_000_000, "mask.safetensors": 370_000, "model-00001-of-00002.safetensors": 9}
     cases = {"mask reset": {"cpu_s": 14.26, "anonymous_gb": peak, "files": files}}
     found = {"parameters": 297_000_000, "dtype": "bfloat16", "weights_bytes": 600_000_000, "limit_gb": 0.831}
@@ -103,8 +109,8 @@ def test_commands_have_time_memory_and_what_they_write(peak, said):
     assert f"here 0.83 GB; the highest peak is {peak} GB: {said}." in table.notes[0]
 
 
-def test_merges_are_compared_with_linear_by_their_least():
-    """A row has the minimum of its rounds; a density is named by its value."""
+def test_merges_are_compared_with_linear_by_their_minimum():
+    """A row has the minimum of its rounds, and a density is in its label."""
     samples = {
         "linear": [{"cpu_s": 8.0, "anonymous_gb": 0.5}, {"cpu_s": 10.0, "anonymous_gb": 0.4}],
         "squisher trim": [{"cpu_s": 20.0, "anonymous_gb": 0.9}, {"cpu_s": 12.0, "anonymous_gb": 1.0}],
@@ -119,19 +125,19 @@ def test_merges_are_compared_with_linear_by_their_least():
 
 
 def test_an_average_adds_a_share():
-    """A row a length of run."""
+    """The table has one row for each length of run."""
     runs = [{"steps": 40, "rounds": 3, "plain_s": 10.0, "added": {"0.05": 0.114}}]
     (table,) = benchmarks.averages(runs)
     assert table.rows == [("40 steps", ["10.0", "11.4 %"])]
     assert table.columns[1] == "added by `FisherAverageCallback(share=0.05)`"
 
 
-# ---- what the tables say of themselves
+# ---- the text of the tables
 
 
 @pytest.mark.parametrize("name", list(benchmarks.MODELS))
-def test_models_are_called_what_they_are(name):
-    """Number of classes and of tokens, as the benchmark makes them."""
+def test_labels_of_models_are_right(name):
+    """A model's label has its number of classes and tokens, as the benchmark makes them."""
     model, batch = build(name, "cpu")
     title = benchmarks.MODELS[name]
     if task_of(batch) == "classification":
@@ -142,8 +148,8 @@ def test_models_are_called_what_they_are(name):
 
 
 @pytest.mark.parametrize("name", report.BENCHMARKS)
-def test_what_is_shown_is_of_the_script_it_names(name):
-    """The command that is kept would write that file, of all that the README's table is of."""
+def test_a_table_names_the_command_that_made_it(name):
+    """The recorded command writes exactly the file that the README's table shows."""
     found = report.found(name)
     assert found["command"].startswith(f"python -m scripts.benchmarks.{found['bench']} ")
     assert importlib.util.find_spec(f"scripts.benchmarks.{found['bench']}") is not None
@@ -152,7 +158,7 @@ def test_what_is_shown_is_of_the_script_it_names(name):
 
 
 def test_all_commands_are_shown():
-    """None that the benchmark knows is left out, or called after another one."""
+    """The table has every command of the benchmark under its right name."""
     cases = report.found("bench_applications")["measured"][0]["cases"]
     assert list(cases) == list(CASES) == list(benchmarks.COMMANDS)
     for name, arguments in CASES.items():
@@ -161,7 +167,7 @@ def test_all_commands_are_shown():
 
 
 def test_a_report_says_how_it_was_made(tmp_path, monkeypatch):
-    """Command, versions, and those of other packages if they are there."""
+    """A report has the command, the versions, and those of other packages if they are installed."""
     monkeypatch.setattr(sys, "argv", ["/some/where/scripts/benchmarks/x.py", "--only", "squisher trim"])
     write_report(tmp_path / "x.json", [{"a": 1}], {"tqdm", "not_there"})
     found = json.loads((tmp_path / "x.json").read_text())
@@ -186,8 +192,8 @@ TINY_MERGE = ["--hidden=36", "--layers=2", "--intermediate=47", "--vocab=61", "-
         ("average", ["--steps", "2", "--repeat", "1", "--shares", "0.5"], "| 2 steps |"),
     ],
 )
-def test_what_a_benchmark_writes_can_be_shown(name, small, said, tmp_path):
-    """From the command to the block."""
+def test_the_output_of_a_benchmark_can_be_shown(name, small, said, tmp_path):
+    """The output file of a command can be shown as a block."""
     file = tmp_path / "out.json"
     done = run(f"benchmarks.{name}", *small, "--json", file)
     assert done.returncode == 0, done.stderr[-2000:]

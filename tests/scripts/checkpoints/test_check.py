@@ -1,4 +1,4 @@
-"""``scripts.checkpoints.check``: what it says of checkpoints that are read right, read wrong, and refused."""
+"""``scripts.checkpoints.check``: its verdicts on right, wrong and refused checkpoints."""
 
 import json
 import shutil
@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import STATES
 from tests.scripts.commands import run
 
-pytestmark = pytest.mark.slow  # each case imports torch and transformers anew
+pytestmark = pytest.mark.slow  # every case imports torch and transformers again
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """Run it over real checkpoints, the truth of some tampered with; return its lines by case, and the process."""
+    """Run the check over real checkpoints, some with a changed reference; return its lines by case, and the process."""
     folder = tmp_path_factory.mktemp("states")
     for new, old in {"right": "fsdp1_full", "other": "fsdp1_full", "read": "fsdp1_full", "nan": "bad_nan"}.items():
         shutil.copytree(STATES / old, folder / new)
@@ -28,15 +28,15 @@ def outcomes(tmp_path_factory):
     return {line.split()[0]: line for line in done.stdout.splitlines()}, done
 
 
-def test_what_is_read_or_refused_as_wanted_is_said_so(outcomes):
-    """A right Fisher is ok; the refusal of a NaN, found on extraction, is as wanted, with the message."""
+def test_right_fishers_and_wanted_refusals_pass(outcomes):
+    """A right Fisher is ok. A NaN is refused on extraction, and the line says refused as wanted, with the message."""
     lines, _ = outcomes
     assert lines["right"].endswith("ok, 11 tensors")
     assert "refused as wanted: ValuesError: a Fisher must be finite" in lines["nan"]
 
 
-def test_what_is_wrong_is_said_and_fails(outcomes):
-    """One unit in the last place of one entry, another beta2, and reading what must be refused each are WRONG."""
+def test_wrong_results_are_reported_and_fail(outcomes):
+    """One unit in the last place, another beta2, and an accepted bad checkpoint are WRONG, and the command fails."""
     lines, done = outcomes
     assert "WRONG: model.norm.weight differs in 1 of 16 entries; beta2 is 0.97, not 0.98" in lines["other"]
     assert "WRONG: read, but should be refused: it is wrong" in lines["read"]
@@ -45,7 +45,7 @@ def test_what_is_wrong_is_said_and_fails(outcomes):
 
 
 def test_a_folder_without_cases_is_a_usage_error(tmp_path):
-    """Nothing to check is no success; the message names the maker."""
+    """A folder without cases is a usage error that names the maker."""
     done = run("checkpoints.check", tmp_path)
     assert done.returncode == 2
     assert "scripts.checkpoints.make" in done.stderr

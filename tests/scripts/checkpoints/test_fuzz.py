@@ -1,4 +1,4 @@
-"""``scripts.checkpoints.fuzz``: a few hundred damaged checkpoints, always the same ones."""
+"""``scripts.checkpoints.fuzz``: a few hundred damaged checkpoints from a fixed seed."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.scripts.commands import run
 
 @pytest.mark.slow
 def test_300_damaged_checkpoints_are_read_right_or_refused(tmp_path):
-    """No trial ends in a wrong tensor, a foreign error, a hang, a crash, much memory or code run."""
+    """No trial ends in a wrong tensor, a foreign error, a hang, a crash, excessive memory or executed code."""
     report = tmp_path / "report.json"
     done = run("checkpoints.fuzz", "-n", "300", "--seed", "7", "--json", report)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
@@ -20,8 +20,8 @@ def test_300_damaged_checkpoints_are_read_right_or_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_reader_that_errs_is_found(tmp_path):
-    """With a reader that looks at no checksum the same trials fail: flipped bytes come through."""
-    # Trials run in processes of their own, so the fault is planted by a module that Python imports at its start.
+    """A reader that ignores checksums fails in the same trials, because flipped bytes pass."""
+    # Trials run in other processes, so a module that Python imports at its start plants the fault.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Finder:\n"

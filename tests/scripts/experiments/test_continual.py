@@ -1,4 +1,4 @@
-"""Contexts, scenarios and what is reported, held against values worked out by hand."""
+"""Contexts, scenarios and reported numbers, compared with values computed by hand."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ CONTEXTS = [(3, 0), (4, 1), (2, 5)]
 MATRIX = torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.8, 0.3], [0.7, 0.6, 1.0]], dtype=torch.float64)
 
 
-def test_classes_are_shared_out_by_the_seed():
-    """Every class is in one context, as many in each; another seed draws others, the same one the same."""
+def test_the_seed_divides_the_classes():
+    """Every class is in one context, and contexts have equal sizes. The seed determines the draw."""
     found = [continual.split_classes(10, 5, seed) for seed in range(20)]
     for contexts in found:
         assert [len(classes) for classes in contexts] == [2] * 5
@@ -22,12 +22,12 @@ def test_classes_are_shared_out_by_the_seed():
 
 
 def test_rows_are_those_of_the_classes():
-    """The places of all examples of the classes, in order."""
+    """The rows are the indices of all examples of the classes, in order."""
     assert continual.rows_of(torch.tensor([4, 0, 1, 4, 2]), [4, 1]).tolist() == [0, 2, 3]
 
 
-def test_permutations_differ_and_lose_nothing():
-    """Each is an order of all features, and no two of them agree."""
+def test_permutations_differ_and_have_all_features():
+    """Each permutation has all features, and no two are equal."""
     orders = continual.permutations(31, 3, seed=5)
     assert all(order.sort().values.tolist() == list(range(31)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 3
@@ -38,13 +38,13 @@ def test_permutations_differ_and_lose_nothing():
     [("task", 6, [1, 4]), ("domain", 2, [0, 1]), ("class", 6, [0, 1, 3, 4])],
 )
 def test_the_outputs_that_compete(scenario, outputs, expected):
-    """The second of three contexts has its own classes, the shared outputs, or all classes seen so far."""
+    """The second of three contexts competes with its own classes, the shared outputs, or all classes seen so far."""
     mask = continual.active(outputs, CONTEXTS, 1, scenario)
     assert mask.nonzero().squeeze(1).tolist() == expected
 
 
 def test_classes_seen_later_compete_too():
-    """In the class scenario an early context is tested among all that were trained on since."""
+    """In the class scenario, an early context is tested among all classes trained so far."""
     mask = continual.active(7, CONTEXTS, 0, "class", seen=2)
     assert mask.tolist() == [True] * 6 + [False]
     assert continual.active(7, CONTEXTS, 0, "task", seen=2).nonzero().squeeze(1).tolist() == [0, 3]
@@ -52,12 +52,12 @@ def test_classes_seen_later_compete_too():
 
 @pytest.mark.parametrize(("scenario", "expected"), [("task", [5, 2, 5]), ("domain", [1, 0, 1]), ("class", [5, 2, 5])])
 def test_the_right_outputs(scenario, expected):
-    """A label is the class, or its place within the context."""
+    """A label is the class, or its index within the context."""
     assert continual.targets(torch.tensor([5, 2, 5]), CONTEXTS, 2, scenario).tolist() == expected
 
 
 def test_a_masked_output_wins_nothing_and_learns_nothing():
-    """The loss is that of the outputs that compete alone, and the others have no gradient."""
+    """The loss includes the competing outputs alone, and the other outputs have no gradient."""
     logits = torch.tensor([[1.0, 5.0, 2.0], [3.0, 9.0, 0.0]], dtype=torch.float64, requires_grad=True)
     right, mask = torch.tensor([2, 2]), torch.tensor([True, False, True])
     assert continual.accuracy(logits, right, mask) == 0.5
@@ -70,8 +70,8 @@ def test_a_masked_output_wins_nothing_and_learns_nothing():
     assert (logits.grad[:, [0, 2]] != 0).all()
 
 
-def test_the_figures_reported():
-    """Means over the contexts seen; (0.7 - 0.9 + 0.6 - 0.8) / 2; (0.9 - 0.7 + 0.8 - 0.6) / 2, whatever lies above."""
+def test_the_reported_numbers():
+    """The numbers are means over the seen contexts. Entries above the diagonal do not count."""
     assert continual.average_so_far(MATRIX).tolist() == pytest.approx([0.9, 0.65, 2.3 / 3])
     assert continual.backward_transfer(MATRIX) == pytest.approx(-0.2)
     assert continual.forgetting(MATRIX) == pytest.approx(0.2)
@@ -91,7 +91,7 @@ def test_the_figures_reported():
         (lambda: continual.forgetting(MATRIX[:1, :1]), "found 1"),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
-    """In one line that says what was found."""
+def test_a_mismatch_is_refused(call, message):
+    """A mismatch is refused in one line with the wrong value."""
     with pytest.raises(ConfigError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""The experiment on costs: the loop that is timed against a Fisher by hand, and what is reported."""
+"""Experiment on costs: the timed loop against a Fisher by hand, and its report."""
 
 import json
 
@@ -18,7 +18,7 @@ def _examples(count, shape, classes):
 
 @pytest.mark.parametrize("labels", ["true", "exact"])
 def test_the_loop_is_the_fisher(labels):
-    """A linear layer has the mean of ((p - y) x)^2, over all labels weighted by p for ``exact``, in float64."""
+    """The Fisher of a linear layer is the mean of ((p - y) x)^2 in float64. ``exact`` weights all labels by p."""
     torch.manual_seed(2)
     model = nn.Linear(3, 5, bias=False)
     inputs, targets = _examples(7, (3,), 5)
@@ -32,8 +32,8 @@ def test_the_loop_is_the_fisher(labels):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-10)
 
 
-def test_both_ways_give_the_same_for_the_convolutional_network():
-    """So that equal things are timed."""
+def test_both_methods_agree_for_the_convolutional_network():
+    """Both methods give the same Fisher for the convolutional network, so their times are comparable."""
     torch.manual_seed(3)
     model = cost.convolutional()
     inputs, targets = _examples(5, (digits.SIDE**2,), digits.CLASSES)
@@ -44,8 +44,8 @@ def test_both_ways_give_the_same_for_the_convolutional_network():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.max()))
 
 
-def test_what_is_read_is_the_optimizers_state(tmp_path):
-    """By its names, all of it; frozen parameters are not trained."""
+def test_the_squisher_is_the_optimizers_state(tmp_path):
+    """The Squisher has all tensors of the optimizer's state under their names. Frozen parameters are not trained."""
     torch.manual_seed(4)
     model = nn.Sequential(nn.Linear(3, 7), nn.ReLU(), nn.Linear(7, 5))
     model[0].bias.requires_grad_(False)
@@ -60,15 +60,18 @@ def test_what_is_read_is_the_optimizers_state(tmp_path):
 
 
 def test_differences_are_in_units_of_their_tensor():
-    """But those of tensors that are nothing but rounding beside the others in units of 1e-12 of the largest entry."""
+    """Differences are relative to their tensor.
+
+    Tensors of rounding errors count relative to 1e-12 of the largest entry.
+    """
     expected = {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([0.5, 0.25]), "c": torch.tensor([1e-20])}
     found = {"a": torch.tensor([4.0, 2.0]), "b": torch.tensor([0.5, 0.5]), "c": torch.tensor([3e-20])}
     assert cost.apart(found, expected) == 0.5
     assert cost.apart({"c": found["c"], "a": expected["a"]}, {n: expected[n] for n in "ac"}) == pytest.approx(5e-9)
 
 
-def test_a_cell_says_how_far_both_ways_are_apart(tmp_path, monkeypatch):
-    """Beside the repeats of each way, and leaves nothing behind."""
+def test_a_cell_has_the_difference_of_both_methods(tmp_path, monkeypatch):
+    """A cell has the difference of both methods and the repeats of each, and leaves no files."""
     inputs, targets = _examples(9, (digits.SIDE**2,), digits.CLASSES)
     monkeypatch.setattr(digits, "load", lambda seed: digits.Sets(inputs, targets, inputs, targets))
     setting = cost.Setting("made up", 1.0, cost.images_of(cost.convolutional), "exact")
@@ -105,15 +108,15 @@ def _report(**estimate):
 
 
 def test_the_table_has_medians_and_ratios():
-    """And the note the least of them."""
+    """The table has medians and ratios, and the note has the smallest ratio."""
     (table,) = cost.tables(_report(ewc=1.0))
     assert table.rows[0][1] == ["2.50 M", "128", "11.00", "2.20 (5.0 times less)", "0.0200", "0.0050", "110", "29,266"]
     assert "at least 50 times cheaper than `estimate_fisher` (EWC" in table.notes[0]
     assert len(table.notes) == 1
 
 
-def test_the_note_says_where_the_loop_was_as_fast():
-    """By name."""
+def test_the_note_names_rows_where_the_loop_was_as_fast():
+    """The note names the rows where the loop was as fast."""
     (table,) = cost.tables(_report(ewc=11.5))
     assert table.notes[1] == "`estimate_fisher` was not faster than one example at a time in: " + (
         f"{cost.SETTINGS['ewc'].title}."
@@ -121,15 +124,15 @@ def test_the_note_says_where_the_loop_was_as_fast():
 
 
 def test_the_picture_is_a_png():
-    """Small enough for a README."""
+    """The PNG is small enough for a README."""
     ((name, data),) = cost.pictures(_report()).items()
     assert name == "cost.png"
     assert data.startswith(b"\x89PNG")
     assert len(data) < 120_000
 
 
-def test_what_is_reported_is_of_the_cells_as_they_are_now():
-    """All settings, and both ways to a Fisher gave the same in each."""
+def test_the_kept_report_has_the_current_cells():
+    """The kept report has the cells of all current settings, and both methods gave the same Fisher in each."""
     report = json.loads((runner.RESULTS / "cost.json").read_text())
     assert [cell["settings"] for cell in report["cells"]] == [dict(settings) for settings in cost.EXPERIMENT.full]
     assert report["revision"] == cost.EXPERIMENT.revision

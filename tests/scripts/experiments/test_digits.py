@@ -1,4 +1,4 @@
-"""The digits of ``scripts/experiments``: the split on made-up rows, the loader on the real archive."""
+"""Digits of ``scripts/experiments``: the split on made-up rows, and the loader on the real archive."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def _rows(*counts):
 
 
 def test_split_is_balanced_and_disjoint():
-    """Each class gives the same number of test rows; every row is in one part, with its label."""
+    """Each class gives the same number of test rows. Every row is in one part, with its label."""
     pixels, labels = _rows(7, 11, 13)
     found = digits.split(pixels, labels, test=9, seed=3)
     assert found.test_labels.bincount().tolist() == [3, 3, 3]
@@ -23,22 +23,22 @@ def test_split_is_balanced_and_disjoint():
 
 
 def test_split_depends_on_the_seed():
-    """The same seed gives the same sets in the same order, another one does not."""
+    """The same seed gives the same sets in the same order. Another seed gives others."""
     first, same, other = (digits.split(*_rows(17, 19), test=6, seed=seed).train for seed in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("test", [0, 7, 14])
-def test_split_refuses_what_it_cannot_balance(test):
-    """Nothing held out, an unequal number, and a class used up are errors."""
+def test_split_refuses_unbalanced_sizes(test):
+    """An empty test set, unequal numbers and a class without training rows raise an error."""
     with pytest.raises(ValueError, match=f"found {test}"):
         digits.split(*_rows(7, 11), test, seed=0)
 
 
 @pytest.mark.slow
 def test_the_archive_holds_five_thousand_digits():
-    """500 images of each class, none twice, from black to white."""
+    """The archive has 500 images of each class, all different, from black to white."""
     found = digits.load(seed=0)
     assert found.train.shape == (4000, 784)
     assert found.test_labels.bincount().tolist() == [100] * 10

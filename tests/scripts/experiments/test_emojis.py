@@ -1,4 +1,4 @@
-"""The emoji of ``scripts/experiments``, and the convolutions learnt on some of them, by made-up archives."""
+"""Emoji of ``scripts/experiments``, and the convolutions trained on some of them, on made-up archives."""
 
 import io
 import json
@@ -18,7 +18,7 @@ SIDE = emojis.SIDE
 
 
 def _sheet(colours):
-    """Return a PNG of a sheet of 3 x 2 places, each of one colour (RGBA); what has none is see-through."""
+    """Return a PNG of a sheet of 3 x 2 images, each of one colour (RGBA); missing images are transparent."""
     from PIL import Image
 
     pixels = np.zeros((2 * (SIDE + 2), 3 * (SIDE + 2), 4), np.uint8)
@@ -46,8 +46,8 @@ RED, BLUE, GREEN, HALF, DARK = (255, 0, 0, 255), (0, 0, 255, 255), (0, 255, 0, 2
 TABLE = [
     _emoji(2, 1, "tool", *emojis.STYLES),
     _emoji(0, 0, "bird", *emojis.STYLES),
-    _emoji(1, 0, "bird", "twitter"),  # not in both styles
-    _emoji(0, 1, "flag", *emojis.STYLES),  # in one style as the first
+    _emoji(1, 0, "bird", "twitter"),  # in one style only
+    _emoji(0, 1, "flag", *emojis.STYLES),  # looks like the first in one style
 ]
 SHEETS = {
     "twitter": {(2, 1): RED, (0, 0): HALF, (1, 0): GREEN, (0, 1): RED},
@@ -60,7 +60,10 @@ def _archives(folder, sheets=SHEETS):
 
 
 def test_pictures_are_cut_out_whole_and_laid_on_white(tmp_path):
-    """One style, then the other; those that both have and that look like no earlier one; by subcategory."""
+    """Emoji that both styles have are cut out whole on white, one style after the other, by subcategory.
+
+    Duplicates are dropped.
+    """
     found = emojis.read(_archives(tmp_path))
     assert found.images.shape == (4, 3, SIDE, SIDE)
     assert found.images.dtype == torch.float32
@@ -74,14 +77,14 @@ def test_pictures_are_cut_out_whole_and_laid_on_white(tmp_path):
 
 
 def test_an_archive_without_its_sheet_is_refused(tmp_path):
-    """The message names what is missing, and where."""
+    """An archive without its sheet is refused with the name and place of the sheet."""
     archives = _archives(tmp_path, {**SHEETS, "google": None})
     with pytest.raises(DemoError, match=r"google.tgz must have package/img/google/sheets-clean/32.png"):
         emojis.read(archives)
 
 
-def test_without_pillow_the_cure_is_said(tmp_path, monkeypatch):
-    """In one line."""
+def test_without_pillow_the_error_has_the_cure(tmp_path, monkeypatch):
+    """Without pillow, the error has the cure in one line."""
     archives = _archives(tmp_path)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(DemoError, match=r"need pillow, which is not installed; pip install"):
@@ -91,8 +94,11 @@ def test_without_pillow_the_cure_is_said(tmp_path, monkeypatch):
 EMOJI, GROUPS = torch.arange(13).repeat(2), torch.tensor([0] * 5 + [1] * 8).repeat(2)
 
 
-def test_no_emoji_is_on_both_sides():
-    """Both styles of one go the same way; as many tested of each group, and no more learnt from than asked."""
+def test_no_emoji_is_in_both_parts():
+    """Both styles of an emoji are in the same part.
+
+    Groups have equally many test emoji and at most the given training emoji.
+    """
     train, test = emojis.split(EMOJI, GROUPS, held=2, most=4, seed=7)
     assert not set(EMOJI[train].tolist()) & set(EMOJI[test].tolist())
     assert EMOJI[test].bincount(minlength=13).unique().tolist() == [0, 2]
@@ -103,14 +109,14 @@ def test_no_emoji_is_on_both_sides():
     assert set(train.tolist()) != set(other.tolist())
 
 
-def test_a_group_with_nothing_left_is_refused():
-    """Five emoji cannot all be tested."""
+def test_a_group_without_training_emoji_is_refused():
+    """A group of five emoji cannot have five test emoji."""
     with pytest.raises(ValueError, match="group 0 must have more than 5 emoji, found 5"):
         emojis.split(EMOJI, GROUPS, held=5, most=4, seed=0)
 
 
 def _pictures(monkeypatch):
-    """Return pictures of four subcategories, 7 emoji each but one of 3, grey by subcategory; one is of people."""
+    """Return images of four subcategories of 7 or 3 emoji, grey by subcategory; one subcategory is of people."""
     sizes, names = (7, 3, 7, 7), [("A", "first"), ("A", "small"), (convolutions.APART, "hand"), ("Z", "last")]
     groups = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes)).repeat(2)
     noise = torch.rand(len(groups), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
@@ -122,12 +128,15 @@ def _pictures(monkeypatch):
 
 
 def test_classes_are_of_enough_emoji_and_no_people(monkeypatch):
-    """The others are what convolutions are learnt on."""
+    """The tasks have subcategories with enough emoji except people. The convolutions are trained on the others."""
     assert convolutions.classes(_pictures(monkeypatch)) == ([0, 3], [1, 2])
 
 
 def test_convolutions_see_no_class_of_the_tasks(monkeypatch, tmp_path):
-    """They are learnt once, on the other pictures; what is split is features of the tasks' pictures, by emoji."""
+    """The convolutions are trained once, on images of other classes.
+
+    The features of the tasks' images are split by emoji.
+    """
     pictures, seen = _pictures(monkeypatch), []
     learn = convolutions.learn
 
@@ -150,16 +159,16 @@ def test_convolutions_see_no_class_of_the_tasks(monkeypatch, tmp_path):
     assert not torch.equal(found.test, other.test)
 
 
-def test_the_same_convolutions_come_out_again(monkeypatch, tmp_path):
-    """In another folder, to the last digit."""
+def test_training_the_convolutions_is_reproducible(monkeypatch, tmp_path):
+    """A second training in another folder gives the same convolutions to the last digit."""
     pictures = _pictures(monkeypatch)
     monkeypatch.setattr(emojis, "load", lambda: pictures)
     first, second = (convolutions.load(1, tmp_path / name) for name in ("a", "b"))
     assert torch.equal(first.train, second.train)
 
 
-def test_images_move_by_whole_pixels_and_white_comes_in():
-    """A black point on white stays one, at most ``SHIFT`` away from where it, or its mirror image, was."""
+def test_images_move_by_whole_pixels_on_white():
+    """A black point on white moves by at most ``SHIFT`` whole pixels from its position or its mirror image."""
     images = torch.ones(64, 3, SIDE, SIDE)
     images[:, :, 10, 9] = 0
     found = convolutions.moved(images, torch.Generator().manual_seed(0))
@@ -173,8 +182,11 @@ def test_images_move_by_whole_pixels_and_white_comes_in():
 
 
 @pytest.mark.slow
-def test_the_archives_hold_what_the_tasks_need():
-    """24 subcategories of at least 20 emoji, People & Body apart; no two emoji look the same in a style."""
+def test_the_archives_suffice_for_the_tasks():
+    """The archives have 24 subcategories of at least 20 emoji without People & Body.
+
+    No two emoji look the same in a style.
+    """
     found = emojis.load()
     tasks, left = convolutions.classes(found)
     assert len(tasks) == 24

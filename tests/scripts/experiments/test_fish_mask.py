@@ -1,4 +1,4 @@
-"""FISH masks of a real encoder: the experiment's tables and picture, and its order on seeds of its own."""
+"""FISH masks of a real encoder: tables and picture of the experiment, and its order on other seeds."""
 
 from statistics import mean
 
@@ -7,13 +7,13 @@ import torch
 
 from scripts.experiments import fish_mask, fish_mask_report, fish_rates, report
 
-# Stated on the grounds of one seed, 100, on which they were 23 and 32: points above a random mask, mean over SEEDS.
-SHARE, MARGIN, RESET_MARGIN = 0.025, 10, 20  # of all weights: a tenth of what is trained
+# Points above a random mask, mean over SEEDS. They were set by seed 100 alone, where they were 23 and 32.
+SHARE, MARGIN, RESET_MARGIN = 0.025, 10, 20  # of all weights: a tenth of the trained ones
 SEEDS = (5, 6)
 
 
 def _report():
-    """Return a report of two made-up tasks and three seeds; at 0.5 % nothing is above random, at 10 % all is."""
+    """Return a report of two made-up tasks and three seeds: no gain over random at 0.5 %, a gain everywhere at 10 %."""
     cells = []
     for task, classes, shift in (("tweets", 2, 0.0), ("newsgroups", 4, -20.0)):
         for seed in range(3):
@@ -29,8 +29,8 @@ def _report():
     return {"cells": cells}
 
 
-def test_tables_tell_means_over_tasks_and_gains():
-    """Means over two tasks that are 20 points apart, deviations over seeds, and on how many the gain is positive."""
+def test_tables_have_means_over_tasks_and_gains():
+    """Tables have means over two tasks 20 points apart, deviations over seeds, and the number of positive gains."""
     after_reset, trained, by_task = fish_mask.tables(_report())
     assert after_reset.columns == ["0.5%", "10.0%"]
     assert dict(after_reset.rows)["Squisher"] == ["40.0 ± 0.0", "51.0 ± 1.0"]
@@ -48,8 +48,8 @@ def test_tables_tell_means_over_tasks_and_gains():
     assert dict(by_task.rows)["10.0% trained inside, Squisher"] == ["80.0 ± 0.0", "60.0 ± 0.0"]
 
 
-def test_fishers_far_apart_are_said_to_be():
-    """If the Fisher is 30 points above the Squisher, which is 10 above random."""
+def test_a_note_says_that_the_fishers_are_far_apart():
+    """A note is written if the Fisher is 30 points above the Squisher, which is 10 above random."""
     report = _report()
     for cell in report["cells"]:
         cell["result"]["reset"]["fisher"]["0.1"] += 25
@@ -57,7 +57,10 @@ def test_fishers_far_apart_are_said_to_be():
 
 
 def test_every_task_has_three_seeds_and_the_shares_of_the_paper():
-    """Five tasks at least; 0.5, 2.5 and 10 %; each mask has a rate at each share."""
+    """The experiment has at least five tasks, three seeds, and the shares 0.5, 2.5 and 10 %.
+
+    Each mask has a rate at each share.
+    """
     pairs = {(one["task"], one["seed"]) for one in fish_mask.EXPERIMENT.full}
     assert pairs == {(task, seed) for task in fish_mask.TASKS for seed in range(3)}
     assert len(set(fish_mask.TASKS)) >= 5
@@ -66,8 +69,8 @@ def test_every_task_has_three_seeds_and_the_shares_of_the_paper():
     assert set(fish_mask.RATES) == set(fish_mask_report.TRAINED)
 
 
-def test_rates_are_those_that_the_search_found():
-    """The rate of each mask and share is the best one, not an end of its range, and of a seed that is not reported."""
+def test_rates_are_those_of_the_search():
+    """The rate of each mask and share is the best of the search, inside its range, on a seed that is not reported."""
     found = report.found("fish_rates")
     assert fish_rates.best(found) == fish_mask.RATES
     for rates in fish_rates.means(found).values():
@@ -76,7 +79,7 @@ def test_rates_are_those_that_the_search_found():
 
 
 def test_the_best_rate_is_by_the_mean_over_tasks():
-    """Over two tasks 70 and 80 beat 90 and 50; the best rate is bold, and a rate that was not tried is empty."""
+    """Over two tasks 70 and 80 beat 90 and 50. The best rate is bold, and an untried rate is empty."""
     cells = [
         {
             "settings": {"task": task, "row": row},
@@ -92,7 +95,7 @@ def test_the_best_rate_is_by_the_mean_over_tasks():
 
 
 def test_the_picture_is_a_small_png():
-    """Both experiments have a curve."""
+    """The picture is a small PNG with a curve for both experiments."""
     pytest.importorskip("matplotlib")
     (data,) = fish_mask.pictures(_report()).values()
     assert data.startswith(b"\x89PNG")
@@ -101,7 +104,10 @@ def test_the_picture_is_a_small_png():
 
 @pytest.mark.slow
 def test_the_squishers_mask_is_above_a_random_one(tmp_path):
-    """Kept at 2.5 % of the weights, the rest reset, by the margins stated; inside a mask nothing else changes."""
+    """The Squisher's mask at 2.5 % is above a random one by the stated margins.
+
+    Training inside a mask changes no other weight.
+    """
     torch.set_num_threads(1)
     settings = {"task": "tweets", "steps": 100, "train": 1200, "validation": 0, "test": 400}
     found = {row: [] for row in ("squisher", "squisher, reset loss", "random")}

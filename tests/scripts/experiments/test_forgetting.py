@@ -1,4 +1,4 @@
-"""The experiment with EWC: its tasks, what is chosen and penalised, and what its tables say."""
+"""Experiment with EWC: its tasks, the choice of lambda, the penalty, and its tables."""
 
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ ENDS = {"none": 60.0, "l2": 61.0, "fisher": 70.0, "squisher": 69.0}
 
 @pytest.fixture
 def few(monkeypatch):
-    """Let 5,000 random images, 500 of each class, be the digits."""
+    """Replace the digits by 5,000 random images, 500 of each class."""
     pixels = torch.rand(5000, digits.SIDE**2, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(5000) % digits.CLASSES
     monkeypatch.setattr(digits, "load", lambda seed: digits.split(pixels, labels, 1000, seed))
@@ -21,14 +21,14 @@ def few(monkeypatch):
 
 @pytest.fixture
 def colours(monkeypatch):
-    """Let 480 random features, of 24 classes, be the emoji's."""
+    """Replace the emoji by 480 random features of 24 classes."""
     features = torch.rand(480, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(480) % 24
     monkeypatch.setattr(convolutions, "load", lambda seed, work: digits.split(features, labels, 120, seed))
 
 
 def _report(ends=None, lam=1e3):
-    """Return a report of three made-up seeds; the others end as the Squisher does, a point lower."""
+    """Return a report of three made-up seeds, where the other methods end a point below the Squisher."""
     cells = []
     for column, what in courses.COLUMNS.items():
         for name in forgetting_report.METHODS:
@@ -61,7 +61,10 @@ def _report(ends=None, lam=1e3):
 
 
 def test_every_method_has_the_same_number_of_lambdas_but_none():
-    """Five powers of ten, ten times apart; seeds reported are not those that lambda is chosen on, nor seen before."""
+    """Every method except none has five values of lambda, ten times apart.
+
+    Lambda is chosen on other seeds than the reported ones.
+    """
     for settings in forgetting.EXPERIMENT.full:
         grid = settings["lambdas"]
         assert len(grid) == (1 if settings["method"] == "none" else 5)
@@ -72,7 +75,10 @@ def test_every_method_has_the_same_number_of_lambdas_but_none():
 
 
 def test_split_tasks_name_their_outputs(few, tmp_path):
-    """Task: the two classes compete; domain: outputs 0 and 1; class: all classes seen, earlier tasks' too."""
+    """The task scenario has two competing classes.
+
+    The domain scenario has outputs 0 and 1, and the class scenario all seen classes.
+    """
     task, domain, each = (courses.course_of(scenario, 3, tmp_path) for scenario in ("task", "domain", "class"))
     for number in range(5):
         classes = set(task.tasks[number].labels.tolist())
@@ -87,7 +93,7 @@ def test_split_tasks_name_their_outputs(few, tmp_path):
 
 
 def test_permuted_tasks_share_the_classes_but_no_image(few, tmp_path):
-    """All ten classes in each, the pixels of an image in another order, and no image twice."""
+    """Each permuted task has all ten classes, its own order of the pixels, and no image of another task."""
     course = courses.course_of("permuted", 3, tmp_path)
     sums = torch.cat([task.train.double().sum(1) for task in course.tasks])
     assert len(sums) == 4000
@@ -98,8 +104,8 @@ def test_permuted_tasks_share_the_classes_but_no_image(few, tmp_path):
     assert not torch.equal(course.tasks[0].train, data.train[:800])
 
 
-def test_the_penalty_gets_what_the_method_says(few, monkeypatch, tmp_path):
-    """After each task but the last: Squisher times 64, times 800, times 1; L2 ones; nothing without a penalty."""
+def test_the_penalty_gets_the_importance_of_the_method(few, monkeypatch, tmp_path):
+    """After each task but the last, the penalty gets the Squisher times 64, 800 or 1, ones for L2, or nothing."""
     got = {}
 
     class Spy(EWCPenalty):
@@ -116,14 +122,14 @@ def test_the_penalty_gets_what_the_method_says(few, monkeypatch, tmp_path):
     assert got["l2"][0] == 784 * 400
     assert got["squisher"][0] == pytest.approx(64 * got["unscaled"][0], rel=1e-5)
     assert got["dataset"][0] == pytest.approx(800 * got["unscaled"][0], rel=1e-5)
-    assert got["own"][0] == pytest.approx(got["squisher"][0], rel=1e-4)  # one task, no penalty yet
+    assert got["own"][0] == pytest.approx(got["squisher"][0], rel=1e-4)  # one task, and no penalty so far
     assert got["own"][1] - got["own"][0] != pytest.approx(got["squisher"][1] - got["squisher"][0], rel=1e-3)
     assert got["reset"][0] == got["squisher"][0]
     assert got["reset"][1] != got["squisher"][1]
 
 
-def test_a_lambda_that_holds_new_tasks_back_is_said():
-    """Where Fisher and Squisher are apart, and one learns a new task less well by far."""
+def test_a_note_says_that_lambda_hinders_new_tasks():
+    """A note says that lambda hinders new tasks if Fisher and Squisher differ and one learns a new task much worse."""
     report = _report({"squisher": 90.0})
     for cell in report["cells"]:
         if cell["settings"]["column"] == "colour domain" and cell["settings"]["method"] == "fisher":
@@ -135,8 +141,8 @@ def test_a_lambda_that_holds_new_tasks_back_is_said():
 
 
 @pytest.mark.parametrize(("column", "outputs"), [("colour task", 3), ("colour domain", 3), ("colour class", 24)])
-def test_a_colour_course_says_its_own_tasks(colours, column, outputs, tmp_path):
-    """Eight of three classes, 15 images of each to learn from; the network has what they need."""
+def test_a_colour_course_has_eight_tasks(colours, column, outputs, tmp_path):
+    """The colour course has eight tasks of three classes with 15 images each, and a network of the right size."""
     course = courses.course_of(column, 3, tmp_path)
     assert len(course.tasks) == 8
     assert all(len(task.labels) == 45 and len(task.test_labels) == 15 for task in course.tasks)
@@ -149,7 +155,10 @@ def test_a_colour_course_says_its_own_tasks(colours, column, outputs, tmp_path):
 
 
 def test_a_fisher_is_of_the_outputs_that_compete(few, tmp_path):
-    """By hand, of one image: the last bias gets ``p (1 - p)``, or jointly ``(p - right)^2``; other outputs 0."""
+    """The last bias has the Fisher ``p (1 - p)``, or the joint ``(p - right)^2``, for one image.
+
+    Other outputs have 0.
+    """
     task = courses.course_of("task", 3, tmp_path).tasks[0]
     one = courses.Task(task.train[:1], task.labels[:1], task.test, task.test_labels, task.mask)
     model = forgetting.network(784, 10, seed=0)
@@ -164,7 +173,7 @@ def test_a_fisher_is_of_the_outputs_that_compete(few, tmp_path):
 
 
 def test_a_cell_takes_the_best_lambda_and_of_equal_ones_the_smallest(colours, monkeypatch, tmp_path):
-    """By the mean accuracy at the end over the validation seeds alone."""
+    """Lambda has the highest mean accuracy at the end over the validation seeds. The smallest of equal ones wins."""
     seen = []
 
     def learn(name, lam, course, seed, steps):
@@ -186,7 +195,7 @@ def test_a_cell_takes_the_best_lambda_and_of_equal_ones_the_smallest(colours, mo
 
 
 def test_a_run_that_overflows_is_never_chosen(few, tmp_path):
-    """An overflowed run has no accuracy at the end; the table has its lambda."""
+    """An overflowed run has no accuracy at the end and is never chosen. The table has its lambda."""
     settings = {"column": "task", "method": "l2", "lambdas": (1e-2, 1e39), "steps": 3}
     result = forgetting.cell({**settings, "validation": (10,), "seeds": (3,)}, tmp_path)
     assert result["overflowed"] == [1e39]
@@ -194,8 +203,8 @@ def test_a_run_that_overflows_is_never_chosen(few, tmp_path):
     assert result["lambda"] == 1e-2
 
 
-def test_tables_tell_means_order_and_grids():
-    """Means and deviations; the paper's order where it came out; class-incremental is no success; ends of grids."""
+def test_tables_have_means_order_and_grids():
+    """Tables have means, deviations, the paper's order where it holds, class-incremental failures and grid ends."""
     lam = forgetting.lambdas("domain", "fisher")[0]
     scenarios, colour, ablation = forgetting.tables(_report(lam=lam))
     assert dict(scenarios.rows)["exact Fisher"] == ["71.0 ± 1.0", "71.0 ± 1.0", "11.0 ± 1.0", "71.0 ± 1.0"]
@@ -226,16 +235,19 @@ def test_tables_tell_means_order_and_grids():
     assert "Adam's own second moment, split (task-incremental), from lambda 1e+04; Adam's own" in said
 
 
-def test_an_order_that_did_not_come_out_is_said():
-    """A Squisher below no penalty is, in each column, not on every seed above, and not the paper's order."""
+def test_a_missing_order_has_a_note():
+    """A Squisher below no penalty is not in the paper's order and not above on every seed.
+
+    Each column has both notes.
+    """
     scenarios, colour, _ = forgetting.tables(_report({"squisher": 59.0}))
     assert " ".join(scenarios.notes).count("not the paper's order") == 4
     assert " ".join(colour.notes).count("not the paper's order") == 3
     assert "Squisher -1.0 ± 0.0" in " ".join(colour.notes)
 
 
-def test_an_order_by_the_means_alone_is_said():
-    """Where one seed of three is below no penalty, the seeds' own spread is told as the likely cause."""
+def test_an_order_of_the_means_alone_has_a_note():
+    """An order that one of three seeds breaks has a note with the spread of the seeds as the likely cause."""
     report = _report()
     for cell in report["cells"]:
         if cell["settings"]["column"] == "domain" and cell["settings"]["method"] == "none":
@@ -247,7 +259,7 @@ def test_an_order_by_the_means_alone_is_said():
 
 
 def test_the_picture_is_a_small_png():
-    """The picture has the seven columns."""
+    """The picture is a small PNG with the seven columns."""
     pytest.importorskip("matplotlib")
     (data,) = forgetting.pictures(_report()).values()
     assert data.startswith(b"\x89PNG")

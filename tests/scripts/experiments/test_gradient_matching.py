@@ -1,4 +1,4 @@
-"""The experiment on gradient matching: what it merges, on models of a few weights, and what it says of its numbers."""
+"""Experiment on gradient matching: merges of models with a few weights, and notes on its numbers."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ TEXTS = {"base": 960, "products": 640, "yelp": 320}
 
 @pytest.fixture
 def models():
-    """A base and two models of 2 x 3 weights, with Fishers of both kinds."""
+    """Return a base and two models of 2 x 3 weights, with Fishers of both kinds."""
     found = object.__new__(ubgm.Models)
     generator = torch.Generator().manual_seed(3)
     found._weights = {name: {"w": torch.randn(2, 3, generator=generator)} for name in NAMES}
@@ -30,7 +30,10 @@ def _doubles(models, kind):
 
 @pytest.mark.parametrize("kind", ["squisher", "fisher"])
 def test_gradient_matching_takes_alpha_the_prior_and_the_texts(models, kind):
-    """In every domain's term and in their sum, the base once; the prior is relative to the mean of that sum."""
+    """alpha, the prior and the number of texts enter the term of every domain.
+
+    The sum has the base once, and its mean scales the prior.
+    """
     alpha, prior = 0.75, 0.1
     theta, fisher = _doubles(models, kind)
     total = fisher["base"] + alpha * (fisher["products"] + fisher["yelp"])
@@ -43,7 +46,7 @@ def test_gradient_matching_takes_alpha_the_prior_and_the_texts(models, kind):
 
 @pytest.mark.parametrize("kind", ["squisher", "fisher"])
 def test_fisher_merging_leaves_the_base_out(models, kind):
-    """Equation 13 over the domains, weighted by their texts."""
+    """Fisher merging is Equation 13 over the domains, weighted by their texts, without the base."""
     theta, fisher = _doubles(models, kind)
     total = fisher["products"] + fisher["yelp"]
     expected = (fisher["products"] * theta["products"] + fisher["yelp"] * theta["yelp"]) / total
@@ -52,7 +55,7 @@ def test_fisher_merging_leaves_the_base_out(models, kind):
 
 
 def test_the_rows_without_a_fisher(models):
-    """The base as it is, the mean of the domains, and alpha times the sum of their differences to the base."""
+    """The rows are the base, the mean of the domains, and alpha times the sum of their differences to the base."""
     theta, _ = _doubles(models, "fisher")
     assert torch.equal(models.merged("base", (1.0, 0.0))["w"].double(), theta["base"])
     linear = models.merged("linear", (1.0, 0.0))["w"].double()
@@ -63,7 +66,7 @@ def test_the_rows_without_a_fisher(models):
 
 
 def _report(ubgm_squisher):
-    """Two seeds; products counts twice in the mean weighted by size."""
+    """Return a report of two seeds, where products counts twice in the mean weighted by size."""
 
     def result(seed):
         test = {row: {"products": 80.0 + seed, "yelp": 74.0} for row in ubgm.ROWS}
@@ -75,8 +78,8 @@ def _report(ubgm_squisher):
     return {"cells": [{"settings": {"seed": seed}, "result": result(seed)} for seed in range(2)]}
 
 
-def test_the_table_says_what_the_cells_say():
-    """Both means, worked out by hand, and what was chosen."""
+def test_the_table_agrees_with_the_cells():
+    """The table has both means, computed by hand, and the choices."""
     (table,) = ubgm.tables(_report(79.0))
     rows = dict(table.rows)
     assert rows["plain average (`linear`)"] == ["77.2 ± 0.4", "78.3 ± 0.5", "80.5 ± 0.7", "74.0 ± 0.0"]
@@ -88,14 +91,14 @@ def test_the_table_says_what_the_cells_say():
     assert "an alpha of 1/2." in table.notes[1]
 
 
-def test_an_order_that_is_not_the_papers_is_said():
-    """For those kinds of Fisher alone that are not above the average on every seed; the Fisher's row is equal to it."""
+def test_a_missing_order_has_a_note():
+    """A note names the kinds of Fisher that are not above the average on every seed. An equal row counts."""
     assert "on every seed with the Fisher." in ubgm.tables(_report(79.0))[0].notes[2]
     assert "on every seed with the Fisher and the Squisher." in ubgm.tables(_report(77.2))[0].notes[2]
 
 
 def test_the_picture_is_a_small_png():
-    """One file, as the README takes it."""
+    """The picture is one small PNG for the README."""
     pytest.importorskip("matplotlib")
     (name, data), *rest = ubgm.pictures(_report(79.0)).items()
     assert (name, rest) == ("gradient_matching.png", [])

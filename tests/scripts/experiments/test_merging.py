@@ -1,4 +1,4 @@
-"""The experiment on merging: what it merges, on models of a few weights, and what it says of its numbers."""
+"""Experiment on merging: merges of models with a few weights, and notes on its numbers."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from squisher_mergekit import save_squisher
 
 
 class Tiny(nn.Module):
-    """A trunk that is merged, a pooler under the trunk's name, and a classifier."""
+    """Trunk that is merged, with a pooler under the trunk's name and a classifier."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ LABELS = torch.tensor([0, 1, 1, 0, 1])
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
-    """Three models of a few weights, each trained for some steps, with the batches of the experiment's tasks."""
+    """Return three models of a few weights, each trained for some steps, with the batches of the experiment's tasks."""
     folders, trained, squares = {}, {}, {}
     for number, task in enumerate(("a", "b", "c")):
         torch.manual_seed(number)
@@ -59,14 +59,14 @@ def _copy(model):
 
 
 def _weighted(trained, fishers, name):
-    """Equation 13 in float64."""
+    """Return Equation 13 in float64."""
     theta = [model.state_dict()[name].double() for model in trained]
     weights = [fisher[name].double() for fisher in fishers]
     return sum(w * t for w, t in zip(weights, theta, strict=True)) / sum(weights)
 
 
 def test_the_trunk_alone_is_merged(models):
-    """The pooler is the task's own, although it lies under the trunk's name; the average is the mean."""
+    """The average is the mean of the trunks. The pooler stays with its task, although it has the trunk's name."""
     found, trained, _ = models
     merged = found.merged("linear")
     assert set(merged) == {"bert.layer.weight", "bert.layer.bias"}
@@ -75,7 +75,7 @@ def test_the_trunk_alone_is_merged(models):
 
 
 def test_squishers_and_the_control(models):
-    """Each model's own accumulator, free of its bias; in the control the next one's."""
+    """Each model has its own accumulator, debiased. The control gives it the accumulator of the next model."""
     found, trained, squares = models
     own, others = list(squares.values()), [squares["b"], squares["c"], squares["a"]]
     for kind, fishers in (("squisher", own), ("control", others)):
@@ -84,7 +84,7 @@ def test_squishers_and_the_control(models):
 
 
 def test_the_fisher_is_estimated_at_each_models_own_weights(models, monkeypatch):
-    """Also after a merge was scored, which leaves the merged trunk in the models."""
+    """The Fisher is estimated at each model's own weights, also after a merged trunk was scored in the model."""
     found, trained, _ = models
     monkeypatch.setattr(encoder, "accuracy", lambda *arguments: 0.0)
     found.score(found.merged("linear"))
@@ -101,7 +101,7 @@ def test_the_fisher_is_estimated_at_each_models_own_weights(models, monkeypatch)
 
 
 def test_a_trunk_is_scored_under_the_tasks_own_head(models, monkeypatch):
-    """And the single models are scored with their own trunk again."""
+    """A trunk is scored with each task's own pooler and head. Single models are then scored with their own trunk."""
     found, trained, _ = models
     seen = []
     monkeypatch.setattr(encoder, "accuracy", lambda model, *rest: seen.append((_copy(model), rest)) or 50.0)
@@ -112,13 +112,16 @@ def test_a_trunk_is_scored_under_the_tasks_own_head(models, monkeypatch):
         assert (scored.bert["layer"].weight == 7).all()
         assert torch.equal(scored.bert["pooler"].weight, own.bert["pooler"].weight)
         assert torch.equal(scored.classifier.weight, own.classifier.weight)
-        assert rest == ([], 7, 2)  # the texts, their length, the classes that compete
+        assert rest == ([], 7, 2)  # the texts, their length, the competing classes
     for (scored, _), own in zip(seen[3:], trained.values(), strict=True):
         assert torch.equal(scored.bert["layer"].weight, own.bert["layer"].weight)
 
 
 def test_heads_start_apart_or_equal():
-    """Apart: no two tasks or seeds share one; equal: one for all tasks of a seed. Texts and order are the same."""
+    """Heads that start apart are all different.
+
+    Equal heads are the same for all tasks of a seed. Texts and order are the same.
+    """
     recipes = {
         heads: [
             [merging._recipe(one, number, task) for number, task in enumerate(one["tasks"])]
@@ -133,7 +136,7 @@ def test_heads_start_apart_or_equal():
 
 
 def test_the_earliest_of_the_best_checkpoints_is_taken(monkeypatch, tmp_path):
-    """By the validation texts; the final one has no step in its name."""
+    """The earliest of the best checkpoints by validation accuracy is used. The final one has no step in its name."""
     scores = {"step-16": 80.0, "step-28": 85.0, "final": 85.0}
     monkeypatch.setattr(encoder, "load", lambda folder: folder.name)
     monkeypatch.setattr(encoder, "accuracy", lambda name, *rest: scores[name])
@@ -145,7 +148,7 @@ def test_the_earliest_of_the_best_checkpoints_is_taken(monkeypatch, tmp_path):
 
 
 def _report(squisher):
-    """A report of two seeds: in the second, all rows are 2 points higher on task b; ``squisher`` is a row's mean."""
+    """Return a report of two seeds; rows are 2 points higher on task b of the second; ``squisher`` is a row's mean."""
     base = {"single": 90.0, "linear": 70.0, "fisher": 74.0, "squisher": squisher, "control": 60.0}
 
     def result(seed):
@@ -168,8 +171,8 @@ def _class_counts(monkeypatch):
     monkeypatch.setattr(merging, "classes", {"tweets": 2, "bbc": 5}.__getitem__)
 
 
-def test_tables_say_what_the_cells_say():
-    """Mean over tasks, then over seeds, worked out by hand."""
+def test_tables_agree_with_the_cells():
+    """Tables have means over tasks and then over seeds, computed by hand."""
     apart, equal, early = merging.tables(_report(80.0))
     assert list(apart.columns) == ["mean", "tweets (2)", "bbc (5)"]
     rows = dict(apart.rows)
@@ -184,8 +187,8 @@ def test_tables_say_what_the_cells_say():
     assert "Squisher -25.5 ± 0.7, Fisher +0.0 ± 0.0" in early.notes[0]
 
 
-def test_an_order_that_is_not_the_papers_is_said():
-    """Below the average on a seed: a note, with the likely cause; above it on all: none."""
+def test_a_missing_order_has_a_note():
+    """A row below the average on one seed has a note with the likely cause. A row above it on all seeds has none."""
     assert len(merging.tables(_report(80.0))[0].notes) == 1
     notes = merging.tables(_report(69.0))[0].notes
     assert "Here Squisher is not above it on every seed" in notes[1]
@@ -193,7 +196,7 @@ def test_an_order_that_is_not_the_papers_is_said():
 
 
 def test_the_picture_is_a_small_png():
-    """One file, as the README takes it."""
+    """The picture is one small PNG for the README."""
     pytest.importorskip("matplotlib")
     (name, data), *rest = merging.pictures(_report(80.0)).items()
     assert (name, rest) == ("merging.png", [])

@@ -1,4 +1,4 @@
-"""Pruning of a small convolutional network on real digits, end to end; and how its experiment reports.
+"""Pruning of a small convolutional network on real digits, and the report of the experiment.
 
 The margins were set on seeds 100 and 101, where retrained networks of Fisher and Squisher were 8 to 14 points above
 random at 75 and 90 %, before seeds 0 and 1 were looked at.
@@ -19,10 +19,10 @@ WAYS = tuple(pruning.WAYS)
 
 
 @pytest.mark.slow
-def test_fisher_and_squisher_prune_better_than_chance():
-    """Single weights at 75 and 90 %, a short training under the mask: both are above random, in every seed.
+def test_fisher_and_squisher_prune_better_than_random():
+    """Fisher and Squisher at 75 and 90 % of single weights, with a short training, are above random in every seed.
 
-    Magnitude, shown beside them in the experiment, is as good as both.
+    Magnitude is as good as both in the experiment.
     """
     runs = [pruning.Run(seed) for seed in (0, 1)]
     found = [
@@ -38,7 +38,7 @@ def test_fisher_and_squisher_prune_better_than_chance():
 
 
 def test_statistics_are_those_of_the_images():
-    """Each BatchNorm gets the mean and variance of what reaches it, and its momentum back."""
+    """Each BatchNorm gets the mean and variance of its inputs, and keeps its momentum."""
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3, momentum=0.3))
     images = torch.randn(40, 1, 5, 5, generator=torch.Generator().manual_seed(0))
     pruning.renew_statistics(model, images, batch=40)
@@ -50,7 +50,7 @@ def test_statistics_are_those_of_the_images():
 
 @pytest.fixture
 def small_run(monkeypatch):
-    """A run of two steps on images that are noise."""
+    """Return a run of two steps on images of noise."""
     draw = torch.Generator().manual_seed(0)
     parts = [torch.randn(count, 1, 14, 14, generator=draw) for count in (130, 50)]
     labels = [torch.randint(10, (len(part),), generator=draw) for part in parts]
@@ -62,8 +62,8 @@ def small_run(monkeypatch):
 
 
 @pytest.mark.parametrize("score", pruning.SCORES)
-def test_the_share_asked_for_goes(small_run, score):
-    """The sparsity refers to all weights of the convolutions or all filters; the original network does not change."""
+def test_the_given_share_is_pruned(small_run, score):
+    """The sparsity refers to all weights of the convolutions or all filters. The original network does not change."""
     before = {name: tensor.clone() for name, tensor in small_run.model.state_dict().items()}
     weights = [9 * a * b for a, b in ((1, 12), (12, 12), (12, 24), (24, 24))]
     assert sum(small_run.weights(score, 0.75).kept) == sum(weights) - round(0.75 * sum(weights))
@@ -102,8 +102,8 @@ def _report():
     return {"cells": cells}
 
 
-def test_tables_tell_means_over_the_reported_seeds():
-    """Mean and deviation, right after pruning and trained on; seeds of the search are not among them."""
+def test_tables_have_means_over_the_reported_seeds():
+    """Tables have mean and deviation over the reported seeds, right after pruning and after training."""
     weights, filters = pruning.tables(_report())
     assert weights.columns == ["50% pruned", "90% pruned"]
     assert "2 seeds; the whole network: 96.0 ± 1.4, trained on as well: 97.0 ± 1.4" in weights.title
@@ -114,7 +114,7 @@ def test_tables_tell_means_over_the_reported_seeds():
 
 
 def test_notes_say_where_the_order_holds_and_where_it_does_not():
-    """The words follow the numbers."""
+    """The words of the notes follow the numbers."""
     weights, filters = pruning.tables(_report())
     assert "Fisher -1.0 ± 0.0 ▼, -1.0 ± 0.0 ▼; magnitude" in weights.notes[0]
     assert "random 19.0 ± 0.0 ▲, 30.0 ± 1.4 ▲." in weights.notes[0]
@@ -129,12 +129,12 @@ def test_notes_say_where_the_order_holds_and_where_it_does_not():
 
 
 def test_the_way_to_prune_filters_is_the_best_of_the_search():
-    """Each score has its own."""
+    """Each score has its own best way to prune filters."""
     best = pruning_report.best_ways(pruning_report.Found(_report()))
     assert best == {"fisher": WAYS[0], "squisher": WAYS[1], "magnitude": WAYS[2], "random": WAYS[0]}
 
 
-def test_the_ways_that_are_reported_are_those_that_the_search_found():
+def test_the_reported_ways_are_those_of_the_search():
     """The chosen ways are those of the search in the results."""
     report = json.loads((RESULTS / "pruning.json").read_text(encoding="utf-8"))
     assert pruning_report.best_ways(pruning_report.Found(report)) == pruning.CHOSEN
@@ -144,7 +144,7 @@ def test_the_ways_that_are_reported_are_those_that_the_search_found():
 
 
 def test_the_picture_is_a_small_png():
-    """The picture has weights and filters."""
+    """The picture is a small PNG with weights and filters."""
     pytest.importorskip("matplotlib")
     (data,) = pruning.pictures(_report()).values()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")

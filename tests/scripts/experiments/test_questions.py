@@ -1,4 +1,4 @@
-"""The experiment on open questions: what is measured, on tensors and a model made up here, and what is reported."""
+"""Experiment on open questions: its measurements on made-up tensors and a model, and its report."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ from squisher_mergekit import load_fisher
 
 
 def test_entries_are_every_eleventh_of_what_is_merged():
-    """In the order of names; neither heads nor the table of words are among them."""
+    """The entries are every eleventh of the merged tensors in the order of names, without heads and word embeddings."""
     fisher = {
         "bert.encoder.b": torch.arange(23.0),
         "bert.encoder.a": torch.arange(100.0, 126.0).view(2, 13),
@@ -23,19 +23,22 @@ def test_entries_are_every_eleventh_of_what_is_merged():
 
 
 def test_rank_is_the_mean_over_the_tasks():
-    """1 for the same order at another scale, -1 for the reverse."""
+    """The rank correlation is 1 for the same order at another scale and -1 for the reverse.
+
+    It is the mean over the tasks.
+    """
     order = {"w": torch.arange(1.0, 60.0)}
     assert questions.rank([order, order], [{"w": 7 * order["w"]}, {"w": -(order["w"] ** 3)}]) == 0.0
     assert questions.rank([order], [{"w": order["w"] ** 2}]) == 1.0
 
 
-def test_in_the_control_each_has_the_next_ones():
-    """And the last one the first's."""
+def test_the_control_rotates_the_fishers():
+    """Each model in the control has the Fisher of the next one, and the last has that of the first."""
     assert questions.swapped(["a", "b", "c"]) == ["b", "c", "a"]
 
 
 def test_zeros_that_codes_raise():
-    """Shares in %, mean over the tasks: 2 of 4 entries are 0, of which 1 is raised; none of the other's one."""
+    """Shares of zeros and of raised zeros are percentages, mean over the tasks."""
     exact = [{"w": torch.tensor([0.0, 0.0, 1.0, 2.0]).repeat_interleave(11)}, {"w": torch.tensor([0.0])}]
     coded = [{"w": torch.tensor([0.0, 0.5, 1.0, 0.0]).repeat_interleave(11)}, {"w": torch.tensor([0.0])}]
     assert questions._zeros(exact) == 75.0
@@ -45,7 +48,7 @@ def test_zeros_that_codes_raise():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A BERT of one layer in place of the encoder, and batches of random words."""
+    """Replace the encoder by a BERT of one layer, and return batches of random words."""
     import transformers
 
     sizes = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2, "vocab_size": 23}
@@ -69,7 +72,10 @@ def tiny(monkeypatch):
 
 
 def test_averages_along_a_run_are_those_of_its_gradients(tiny, tmp_path):
-    """With Adam's beta2 after the last step its own second moment; before, by the recurrence, in float64."""
+    """The average with Adam's beta2 after the last step equals its second moment.
+
+    Earlier ones follow the recurrence in float64.
+    """
     seen = []
     kept = questions.Averages(tmp_path / "averages", [0.5, 0.999], [2, 5])
 
@@ -90,7 +96,7 @@ def test_averages_along_a_run_are_those_of_its_gradients(tiny, tmp_path):
 
 
 def test_a_fine_tuning_takes_the_optimizer_it_is_given(tiny, tmp_path):
-    """With its groups and decays."""
+    """A fine-tuning uses the given optimizer class, with its groups and decays."""
     given = []
 
     def built(groups, betas):
@@ -101,8 +107,8 @@ def test_a_fine_tuning_takes_the_optimizer_it_is_given(tiny, tmp_path):
     assert given == [(2, (0.9, 0.98))]
 
 
-def test_without_bitsandbytes_its_cells_say_what_to_install(tmp_path, monkeypatch):
-    """Before anything is trained."""
+def test_without_bitsandbytes_its_cells_name_the_package(tmp_path, monkeypatch):
+    """Without bitsandbytes, the cells fail before any training with the package to install."""
     monkeypatch.setattr(questions, "BITS8", "no_such_library")
     with pytest.raises(RuntimeError, match="pip install no_such_library"):
         questions.cell({"question": "8bit"}, tmp_path)
@@ -110,7 +116,7 @@ def test_without_bitsandbytes_its_cells_say_what_to_install(tmp_path, monkeypatc
 
 
 def _report(shift=0.0):
-    """A report of two seeds; ``shift`` is added to each Squisher's accuracy."""
+    """Return a report of two seeds; ``shift`` is added to each Squisher's accuracy."""
     cells = []
     for seed in (1, 0):
         own = 80.0 + seed + shift
@@ -159,7 +165,7 @@ def _report(shift=0.0):
 
 
 def test_tables_hold_means_and_differences_seed_by_seed():
-    """Each by its own row; the spread of a difference is that of the seeds' differences."""
+    """Each row has its own mean. The deviation of a difference is that of the differences per seed."""
     steps, forms, bits8, data = (dict(table.rows) for table in questions_report.tables(_report()))
     assert steps["accuracy of the merge, β2 = 0.9"] == ["80.7 ± 0.7", "81.0 ± 0.7"]
     assert steps["rank correlation, β2 = 0.999"] == ["0.820 ± 0.000", "0.850 ± 0.000"]
@@ -183,15 +189,18 @@ def test_notes_follow_the_numbers():
 
 
 def test_the_picture_is_a_png():
-    """Small enough for a README."""
+    """The PNG is small enough for a README."""
     ((name, data),) = questions_report.pictures(_report()).items()
     assert name == "quality_against_steps.png"
     assert data.startswith(b"\x89PNG")
     assert len(data) < 120_000
 
 
-def test_what_is_reported_is_of_the_cells_as_they_are_now():
-    """Three seeds each; the average after the last step merges as the optimizer's own state does, to the digit."""
+def test_the_kept_report_has_the_current_cells():
+    """The report has three seeds per cell.
+
+    The average after the last step merges like the optimizer's own state, to the digit.
+    """
     report = json.loads((runner.RESULTS / "questions.json").read_text())
     wanted = [json.loads(json.dumps(settings)) for settings in questions.EXPERIMENT.full]
     assert [cell["settings"] for cell in report["cells"]] == wanted
@@ -204,14 +213,14 @@ def test_what_is_reported_is_of_the_cells_as_they_are_now():
 @pytest.mark.parametrize(
     ("one", "text"), [([1.0, 2.0], "0.0 ± 0.0"), ([1.5, 2.5], "+0.5 ± 0.0"), ([0.5, 1.5], "-0.5 ± 0.0")]
 )
-def test_differences_have_a_sign_but_where_they_are_nothing(one, text):
-    """Also where rounding leaves a negative zero."""
+def test_differences_have_a_sign_unless_they_are_zero(one, text):
+    """A difference has a sign unless it rounds to 0, also where rounding gives a negative zero."""
     assert questions_report.gain(one, [1.0, 2.0]) == text
     assert questions_report.gain([value - 1e-9 for value in one], [1.0, 2.0]) == text
 
 
-def test_a_model_trained_for_one_question_is_taken_for_the_next(tmp_path, monkeypatch):
-    """Fine-tuning returns the model that was kept under the same recipe, without training."""
+def test_a_trained_model_is_reused(tmp_path, monkeypatch):
+    """Fine-tuning returns the kept model of an equal recipe without training."""
     recipe, made = encoder.Recipe("tweets", 0), tmp_path / "made"
     (made / "final").mkdir(parents=True)
     (made / "final" / "weights").write_text("x")

@@ -1,4 +1,4 @@
-"""The generated blocks of the README files match the results."""
+"""Generated blocks of the README files, compared with the results."""
 
 import pytest
 
@@ -6,14 +6,14 @@ from scripts.experiments import gain, merging, report, tables
 from tests.scripts.commands import run
 
 
-def test_the_readme_says_what_the_results_say(capsys):
-    """Every table of an experiment is made from its JSON file, to the digit."""
+def test_the_readme_agrees_with_the_results(capsys):
+    """Every table of an experiment equals the one made from its JSON file."""
     assert report.main(["--check"]) == 0, "run python -m scripts.experiments.report"
     assert "all blocks match the results" in capsys.readouterr().out
 
 
 def test_a_block_that_differs_is_reported_and_rewritten(tmp_path, monkeypatch, capsys):
-    """--check names the file and changes nothing; without it the block is made again."""
+    """--check names a changed block and writes nothing. Without it the block is rewritten."""
     file = tmp_path / "README.md"
     file.write_text("before\n<!-- BEGIN gain -->\nold\n<!-- END gain -->\nafter\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
@@ -30,7 +30,7 @@ def test_a_block_that_differs_is_reported_and_rewritten(tmp_path, monkeypatch, c
 
 
 def test_a_block_without_a_place_is_an_error():
-    """The message has both marks to add."""
+    """The error has both marks to add."""
     with pytest.raises(ValueError, match="<!-- BEGIN cost --> and <!-- END cost -->"):
         report.written("no marks", {"cost": "text"})
 
@@ -58,7 +58,7 @@ def test_every_result_is_of_a_full_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cost"])
 def test_a_quick_run_works(name, tmp_path):
-    """As a user starts it: the script ends well and writes its file."""
+    """The quick run, started as a command, exits with 0 and writes its file."""
     out = tmp_path / "out.json"
     done = run(f"experiments.{name}", "--quick", "--out", out, "--work", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

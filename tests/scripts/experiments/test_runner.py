@@ -1,4 +1,4 @@
-"""The experiments' runner."""
+"""Runner of the experiments."""
 
 import dataclasses
 import json
@@ -18,8 +18,8 @@ def _experiment(calls, fails=()):
     return runner.Experiment("squares", "Squares.", cell, full=[{"seed": s} for s in range(5)], quick=[{"seed": 7}])
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path):
-    """Cells that are done are not done again, and the report is that of a run in one go."""
+def test_a_stopped_run_resumes(tmp_path):
+    """A stopped run does not repeat finished cells, and gives the report of an uninterrupted run."""
     calls = []
     with pytest.raises(RuntimeError, match="killed"):
         runner.run(_experiment(calls, fails=[3]), "full", tmp_path, quiet=True)
@@ -31,7 +31,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert strip[4] == ({"seed": 4}, {"square": 16})
 
 
-def test_another_revision_or_version_takes_nothing_up(tmp_path, monkeypatch):
+def test_another_revision_or_version_reuses_nothing(tmp_path, monkeypatch):
     """A result of another revision or of another torch is not reused."""
     calls = []
     experiment = _experiment(calls)
@@ -46,7 +46,7 @@ def test_another_revision_or_version_takes_nothing_up(tmp_path, monkeypatch):
 
 
 def test_the_command_writes_one_file(tmp_path, capsys):
-    """With versions, tier, settings and CPU time, and says where it is."""
+    """The file has versions, tier, settings and CPU time, and the command prints its path."""
     out = tmp_path / "squares.json"
     assert runner.main(_experiment([]), ["--quick", "--work", str(tmp_path / "work"), "--out", str(out)]) == 0
     report = json.loads(out.read_text())
@@ -58,7 +58,7 @@ def test_the_command_writes_one_file(tmp_path, capsys):
 
 
 def test_a_check_runs_all_again_and_compares_digits(tmp_path, capsys):
-    """0 if all cells find the same, and nothing is written; 1, and the cell, if a digit of one differs."""
+    """A check returns 0 without writing if all cells repeat their digits. Otherwise it returns 1 and names the cell."""
     out, calls = tmp_path / "squares.json", []
     runner.main(_experiment(calls), ["--full", "--work", str(tmp_path / "work"), "--out", str(out)])
     written = out.read_bytes()
@@ -82,8 +82,8 @@ def test_a_check_runs_all_again_and_compares_digits(tmp_path, capsys):
     assert "none.json, which is not there" in capsys.readouterr().err
 
 
-def test_what_is_cached_is_whole(tmp_path):
-    """A folder whose making failed is not there, and is made anew; one that is there is taken."""
+def test_a_cached_folder_is_complete(tmp_path):
+    """A folder whose making failed is absent and made again. An existing folder is reused."""
     folder, made = tmp_path / "models" / "a", []
 
     def make(place):
@@ -100,8 +100,11 @@ def test_what_is_cached_is_whole(tmp_path):
     assert len(made) == 2
 
 
-def test_two_may_make_the_same_at_once(tmp_path):
-    """The one that is ready first is kept, whole, nothing of the other is left, and other failures stay errors."""
+def test_two_processes_may_make_the_same_folder(tmp_path):
+    """The first of two simultaneous folders is kept whole, and the other leaves no files.
+
+    Other failures stay errors.
+    """
     folder = tmp_path / "models" / "a"
 
     def first(place):

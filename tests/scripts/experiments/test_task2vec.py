@@ -1,4 +1,4 @@
-"""Task2Vec end to end: real texts, a real encoder, the command line."""
+"""Task2Vec with real texts, a real encoder and the command line."""
 
 import json
 
@@ -8,7 +8,7 @@ from scripts.experiments import task2vec
 
 
 def test_tasks_share_no_text_and_count_alike():
-    """Two tasks a domain, two classes each; the partners of the four are each other's."""
+    """Each domain has two tasks of two classes each, which are each other's partner."""
     domains = [task.domain for task in task2vec.TASKS.values()]
     assert all(domains.count(domain) == 2 for domain in domains)
     assert all(len(task.labels) in (0, 2) for task in task2vec.TASKS.values())
@@ -23,7 +23,7 @@ def test_tasks_share_no_text_and_count_alike():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_task_of_the_same_domain_is_nearest(tmp_path, seed):
-    """The partner is the nearest of three other tasks, by the margin stated before; the size of the data misses it."""
+    """The partner is the nearest of three other tasks by the stated margin. The order by size misses it."""
     names = list(task2vec.FOUR)
     files = task2vec.run(names, seed, tmp_path)["squisher"]
     transfer, sizes = task2vec.write_tables(names, task2vec.FOUR, tmp_path)

@@ -1,4 +1,4 @@
-"""Measured transfer: which tasks, how texts are parted and scored, and what the tables say of made-up results."""
+"""Measured transfer: choice of tasks, parts and scores of texts, and tables of made-up results."""
 
 import json
 
@@ -13,7 +13,7 @@ CLASSES = {"a": 2, "b": 2, "c": 3, "d": 2, "e": 2, "f": 2, "g": 5}
 
 
 def _cell(seed, target, halves, squisher, fisher):
-    """Return a cell of the tasks above; the last three are mappings source -> number(s)."""
+    """Return a cell of the tasks above; the last three arguments are mappings source -> number(s)."""
     distances = {
         kind: {"cosine": row, "plain cosine": {source: -value for source, value in row.items()}}
         for kind, row in (("squisher", squisher), ("fisher", fisher))
@@ -43,25 +43,28 @@ def _report():
 
 
 def test_the_tasks_are_many_and_share_no_texts():
-    """At least sixteen tasks from as many sets; a set is taken whole or by its pairs, never both; no class twice."""
+    """At least sixteen tasks come from as many sets. A set is used whole or in pairs, and no class occurs twice."""
     assert len(set(transfer.TASKS)) == len(transfer.TASKS) == 19
     used = [task2vec.TASKS[name].data if name in transfer.PAIRS else name for name in transfer.TASKS]
     assert len(set(used)) >= 16
     for name in transfer.TASKS:
         assert name in transfer.PAIRS or used.count(name) == 1
-    assert "newsgroups" not in used  # it holds the texts of comp, rec, sci and talk
+    assert "newsgroups" not in used  # contains the texts of comp, rec, sci and talk
     assert transfer.topic_of("pc-mac") == "newsgroups"
 
 
 def test_every_task_is_the_target_of_all_others_on_every_seed():
-    """Three seeds, nineteen targets each."""
+    """Every one of nineteen tasks is the target of all others on each of three seeds."""
     found = [(one["seed"], one["target"]) for one in transfer.EXPERIMENT.full]
     assert sorted(found) == sorted((seed, target) for seed in range(3) for target in transfer.TASKS)
     assert all(one["tasks"] == transfer.TASKS for one in transfer.EXPERIMENT.full)
 
 
 def test_parts_are_disjoint_and_leave_a_third_of_a_small_set(monkeypatch):
-    """Three classes of 7, 8 and 9 texts: 2 a class for the test, 5 to train on; of a large set what was asked for."""
+    """Classes of 7, 8 and 9 texts give 2 test texts each, and 5 for training.
+
+    A large set gives the requested numbers.
+    """
     small = [(f"{label} {number}", label) for label, count in (("x", 7), ("y", 8), ("z", 9)) for number in range(count)]
     monkeypatch.setattr(transfer, "rows_of", lambda name: small)
     part = transfer.parts("small", 100, 60, 5)
@@ -72,7 +75,7 @@ def test_parts_are_disjoint_and_leave_a_third_of_a_small_set(monkeypatch):
 
 
 def test_halves_score_every_other_text(monkeypatch):
-    """In order of length; each half is a share in %."""
+    """The halves take every other text by length, and each is a percentage."""
 
     class First(nn.Module):
         def forward(self, label):
@@ -90,7 +93,7 @@ def test_halves_score_every_other_text(monkeypatch):
 
 
 def test_qualities_of_a_perfect_and_of_a_reversed_order():
-    """Six sources: place 1 by the Squisher, 6 by the Fisher; the random order's mean place is 3.5."""
+    """Among six sources the Squisher has position 1, the Fisher 6, and the random order the mean 3.5."""
     found = transfer_report.qualities(_report(), "all")
     assert [one.reciprocal_rank for one in found["squisher"]] == [1, 1, 1]
     assert [one.ndcg for one in found["squisher"]] == pytest.approx([1, 1, 1])
@@ -103,7 +106,7 @@ def test_qualities_of_a_perfect_and_of_a_reversed_order():
 
 
 def test_variants_take_sources_of_the_topic_or_of_two_classes():
-    """Fewer than three sources are none."""
+    """Variants choose sources of the topic or of two classes. Fewer than three sources do not count."""
     first = _report()["cells"][0]
     assert transfer_report.sources_of(first, "topic") == ["b", "c", "d"]
     assert transfer_report.sources_of(first, "two") == ["b", "d", "e", "f"]
@@ -113,7 +116,7 @@ def test_variants_take_sources_of_the_topic_or_of_two_classes():
 
 
 def test_the_measured_row_orders_by_the_other_half():
-    """The order by one half of the texts is scored by the second half."""
+    """The order by one half of the texts is scored on the other half."""
     halves = {name: [70.0 + place, 80.0 - place] for place, name in enumerate("bcdefg")}
     row = dict.fromkeys("bcdefg", 0.5)
     found = transfer_report.qualities({"cells": [_cell(0, "a", halves, row, row)]}, "all")
@@ -121,7 +124,7 @@ def test_the_measured_row_orders_by_the_other_half():
 
 
 def test_tables_and_notes_are_made_from_the_numbers():
-    """The order is said to be reproduced only where both Fishers are above size and chance."""
+    """The notes claim the paper's order only if both Fishers are above size and random."""
     everything, topic, two = transfer_report.tables(_report())
     rows = dict(everything.rows)
     assert rows["Squisher"] == ["1.000 ± 0.000", "1.000 ± 0.000", "1.0 ± 0.0"]
@@ -150,7 +153,7 @@ def test_tables_and_notes_are_made_from_the_numbers():
 
 
 def test_distances_are_means_over_what_was_measured_of_two_tasks():
-    """Targets a and b give 0.1 and 0.1 (each is the first source of the other), a and d give 0.3 and 0.1."""
+    """Distances are means over the measurements of a pair: 0.1 and 0.1 for a and b, 0.3 and 0.1 for a and d."""
     names, matrix = transfer_report.distances(_report())
     assert names == ["a", "b", "d"]
     assert torch.equal(matrix, matrix.T)
@@ -158,7 +161,7 @@ def test_distances_are_means_over_what_was_measured_of_two_tasks():
 
 
 def test_the_pictures_are_small_pngs():
-    """Pairs at the left, orders at the right; and a square of distances."""
+    """The pictures are small PNGs: pairs with orders, and a matrix of distances."""
     pytest.importorskip("matplotlib")
     found = transfer.pictures(_report())
     assert set(found) == {"transfer.png", "transfer_distances.png"}
@@ -166,7 +169,7 @@ def test_the_pictures_are_small_pngs():
 
 
 def test_the_kept_results_hold_every_pair():
-    """Each target has a score and a distance from each other task, and one from no source."""
+    """Each target has a score and a distance for every other task, and a score without a source."""
     found = report.found("transfer")
     assert found is not None
     assert found["tier"] == "full"
