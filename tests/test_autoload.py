@@ -181,7 +181,7 @@ def test_a_plugin_that_cannot_be_imported_is_a_warning(started, fake):
     assert "squisher-mergekit is not active in mergekit" in done.stderr
 
 
-def test_an_error_of_mergekit_itself_is_passed_on(started, fake):
+def test_an_error_of_mergekit_is_raised_unchanged(started, fake):
     """An error in a watched module reaches the importer unchanged and activates nothing."""
     (fake / "mergekit" / "plan.py").write_text("raise ZeroDivisionError('its own')\n")
     code = f"{RECORDER}\ntry: import mergekit.plan\nexcept ZeroDivisionError as error: seen.append(str(error)){SHOW}"

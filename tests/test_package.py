@@ -111,7 +111,7 @@ def test_the_console_scripts_are_installed(installed):
         assert done.stdout.startswith(f"Usage: {program} ")
 
 
-def test_the_fallback_script_knows_the_methods_where_the_stock_command_does_not(installed, tmp_path):
+def test_the_fallback_script_knows_the_methods_without_the_hook(installed, tmp_path):
     """With the hook switched off, mergekit-yaml does not find the method.
 
     The command squisher-mergekit-yaml goes on to look for a Fisher.

@@ -26,7 +26,7 @@ class Pool:
                 self._executor = ThreadPoolExecutor(size, thread_name_prefix="squisher")
 
                 def single() -> None:
-                    # A thread takes torch's default at its first look at the count, over what was set before that.
+                    # A thread gets torch's default when it first reads the count, even over an earlier setting.
                     torch.get_num_threads()
                     torch.set_num_threads(1)
                     started.wait()

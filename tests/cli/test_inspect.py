@@ -73,7 +73,7 @@ def test_plot_is_a_png(portable, tmp_path):
     assert (tmp_path / "made" / "f.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_plot_without_matplotlib_says_what_to_install(portable, tmp_path, monkeypatch):
+def test_plot_without_matplotlib_names_the_extra(portable, tmp_path, monkeypatch):
     """Without matplotlib, --plot is refused with the extra to install, before any tensor is read."""
     real = builtins.__import__
 

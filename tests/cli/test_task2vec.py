@@ -132,7 +132,7 @@ def test_distance_of_files_is_that_of_the_fishers(fishers, tasks, tmp_path):
         assert line == [NAMES[place], *cells, NAMES[row.index(min(row))]]
 
 
-def test_long_names_stand_beside_numbers(fishers):
+def test_long_names_are_numbered(fishers):
     """Long names are numbered in the column titles, and rows show number and name."""
     output = _done("distance", f"a-rather-long-name={fishers[0]}", f"other={fishers[1]}")
     lines = [line.split() for line in output.splitlines()]

@@ -136,7 +136,7 @@ def test_activations_are_freed_with_their_batch():
 
 
 @pytest.mark.parametrize("how", ["whole", "in place", "inside"])
-def test_a_compiled_model_runs_as_it_is(how):
+def test_a_compiled_model_has_the_same_squares(how):
     """A model compiled as a whole, in place or inside has the squares of the plain model."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 3))

@@ -149,7 +149,7 @@ def test_scaling_moves_the_ratio_and_not_the_order():
         compare(_fisher(a, statistic="ema"), _fisher(b), scaling="debiased")
 
 
-def test_common_scaling_is_debiased_where_both_can():
+def test_common_scaling_is_debiased_if_both_have_steps():
     """Both sides are raw if one side lacks its steps."""
     a = _tensors(0)
     assert common_scaling(_fisher(a, **EMA), _fisher(a, statistic="mean")) == "debiased"

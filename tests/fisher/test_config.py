@@ -29,7 +29,7 @@ def test_every_key_is_written_and_unknown_is_null(tmp_path):
     assert all(data[key] is None for key in KEYS - set(known) - {"source", "coverage"})
 
 
-def test_a_config_comes_back_as_it_was(tmp_path):
+def test_a_config_comes_back_unchanged(tmp_path):
     """A full config is equal after writing and reading. Aliases such as class and with are kept."""
     config = FisherConfig.model_validate(
         {

@@ -149,7 +149,7 @@ def test_an_existing_fisher_is_not_overwritten(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_fisher_may_go_beside_the_weights(tmp_path):
+def test_a_fisher_may_be_written_next_to_the_weights(tmp_path):
     """A Fisher written into the folder of a model keeps the files of the model."""
     save_file(_tensors(), tmp_path / "model.safetensors")
     write_fisher(_fisher(), tmp_path)

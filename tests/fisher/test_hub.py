@@ -101,7 +101,7 @@ def test_an_invalid_id_is_a_missing_path(source):
         hub.download_fisher(source)
 
 
-def test_beside_a_model_its_own_revision_comes_before_the_branch_fisher(cache):
+def test_the_revision_of_a_model_comes_before_the_branch_fisher(cache):
     """A Fisher at the revision of the model comes first, then one at revision fisher, else None."""
     assert "not in the cache, and HF_HUB_OFFLINE is set" in hub.find_fisher("org/model", None)
     (_snapshot(cache, "org/model", "main") / "config.json").write_text("{}")
@@ -223,7 +223,7 @@ def test_stock_mergekit_as_a_program_of_its_own(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_on_the_hub_has_its_fisher_beside_it(server, tmp_path):
+def test_the_fisher_of_a_hub_model_is_found_automatically(server, tmp_path):
     """A Hub model with fisher: auto gets the Fisher at its revision, else at fisher.
 
     Its optimizer.pt is never fetched.

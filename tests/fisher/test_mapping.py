@@ -165,7 +165,7 @@ def test_good_entries_pass():
     check_values(torch.zeros(0), "w", "here")
 
 
-def test_a_tiny_negative_of_float64_is_seen():
+def test_a_tiny_negative_of_float64_is_refused():
     """A negative entry that float32 would round to zero is refused."""
     with pytest.raises(ValuesError, match="1 negative of 2"):
         check_values(torch.tensor([1.0, -1e-60], dtype=torch.float64), "w", "here")

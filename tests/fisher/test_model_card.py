@@ -94,7 +94,7 @@ def test_a_new_readme_has_a_header_of_its_own():
 @pytest.mark.parametrize(
     "old", [f"{HEADER}# Mine\n\ntext\n", f"{HEADER}# Mine\n\nno line end", "", "# Mine\r\n\r\nwindows\r\n"]
 )
-def test_a_readme_of_somebody_else_keeps_every_byte(old):
+def test_an_existing_readme_keeps_every_byte(old):
     """The section goes to the end, and header and text stay. A second push replaces the section."""
     first = insert(old, f"{BEGIN}\nfirst\n{END}")
     assert first.startswith(old)

@@ -64,7 +64,7 @@ def test_a_push_is_one_commit(server, tmp_path):
     assert [path for _, path in server.requests if "/commit/" in path] == [f"/api/models/{REPO}/commit/fisher"]
 
 
-def test_a_readme_of_somebody_else_keeps_its_text(server, tmp_path):
+def test_an_existing_readme_keeps_its_text(server, tmp_path):
     """The card of the model keeps every byte, header included. A second push replaces only our section."""
     server.add(REPO, {"README.md": README, "model.safetensors": b"weights"})
     for seed in range(2):

@@ -67,7 +67,7 @@ def test_chunks_in_the_normal_range_agree_with_float64() -> None:
         assert_within(merge_ubgm(base, others, prior, torch.float32).values, reference, size)
 
 
-def test_threads_change_nothing_and_are_restored() -> None:
+def test_the_thread_count_is_restored_and_changes_no_bit() -> None:
     """One or three torch threads give bit-equal results, and torch's thread count is restored."""
     inputs, before = _inputs(SIZE, torch.float32), torch.get_num_threads()
     try:

@@ -33,7 +33,7 @@ def test_content_of_other_processes_stays(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
 
 
-def test_an_existing_folder_is_left_as_it_was(tmp_path: Path) -> None:
+def test_an_existing_folder_keeps_its_files(tmp_path: Path) -> None:
     """Existing files of the folder stay, and new files and folders are removed."""
     (tmp_path / "notes.txt").touch()
     output = OutputFolder(tmp_path)
@@ -55,7 +55,7 @@ def test_invalid_entries(tmp_path: Path, pair: dict[str, Any], value: float, wor
     assert_refused(merge(pair, out, *flags), out, "model.norm.weight", f"1 {word} of 33")
 
 
-def test_invalid_entries_leave_an_existing_folder_as_it_was(tmp_path: Path, pair: dict[str, Any]) -> None:
+def test_invalid_entries_leave_an_existing_folder_unchanged(tmp_path: Path, pair: dict[str, Any]) -> None:
     """An existing folder keeps exactly its earlier content."""
     fisher = give_fisher(tmp_path / "m1", llama(tmp_path / "m1", 1), 1)
     fisher["model.norm.weight"][7] = float("nan")

@@ -63,7 +63,7 @@ def test_a_base_that_cannot_serve(tmp_path: Path, spoil: Callable[..., None], wo
     assert_config_refused(tmp_path, config, *words)
 
 
-def test_a_base_is_needed_only_where_something_is_chosen(tmp_path: Path) -> None:
+def test_a_base_may_lack_tensors_without_a_choice(tmp_path: Path) -> None:
     """A base may lack a tensor if density is 1 there, or if the models with a density have weight 0."""
     base_and_models(tmp_path, 3)
     base_without_norm(tmp_path, {})

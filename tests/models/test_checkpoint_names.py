@@ -166,7 +166,7 @@ def test_names_that_a_model_was_loaded_from_are_kept(architecture, rename, seen,
         assert torch.equal(bones.convert({source: live[source].detach() for source in sources})[name], saved[name])
 
 
-def test_a_packed_tensor_needs_itself_alone():
+def test_an_expert_is_read_from_one_packed_tensor():
     """Each expert on disk is made from its packed tensor alone, so reading it loads no other tensor."""
     config = transformers.MixtralConfig(**_TEXT, num_local_experts=3)
     with torch.device("meta"):

@@ -43,7 +43,7 @@ def test_a_fingerprint_does_not_depend_on_the_file_layout(tmp_path):
 
 
 @pytest.mark.parametrize("place", [(0, 0), (52, 30)])
-def test_one_changed_value_at_an_end_of_a_large_tensor_is_seen(tmp_path, place):
+def test_a_changed_value_at_an_end_of_a_large_tensor_changes_the_fingerprint(tmp_path, place):
     """The sample includes the first and the last block of every tensor."""
     weights = _weights()
     before = _print(tmp_path / "a", weights)
@@ -55,7 +55,7 @@ def test_one_changed_value_at_an_end_of_a_large_tensor_is_seen(tmp_path, place):
 
 
 @pytest.mark.parametrize("index", range(31))
-def test_any_changed_value_of_a_small_tensor_is_seen(tmp_path, index):
+def test_any_changed_value_of_a_small_tensor_changes_the_fingerprint(tmp_path, index):
     """A tensor of at most 1024 bytes is read whole."""
     weights = _weights()
     before = _print(tmp_path / "a", weights)
@@ -91,7 +91,7 @@ def test_another_name_shape_or_dtype_changes_the_structure(tmp_path, change):
     assert difference(before, after).startswith("names, shapes or dtypes of the weights differ")
 
 
-def test_two_tensors_swapped_are_seen(tmp_path):
+def test_swapped_tensors_change_the_fingerprint(tmp_path):
     """Two swapped tensors of equal shape change the fingerprint."""
     weights = {"a": torch.zeros(3), "b": torch.ones(3)}
     assert _print(tmp_path / "a", weights) != _print(tmp_path / "b", {"a": weights["b"], "b": weights["a"]})

@@ -36,7 +36,7 @@ def test_names_of_a_new_model_are_those_of_saving(tmp_path, name):
     assert set(fisher) == _names(tmp_path / "model")
 
 
-def test_a_model_that_was_loaded_is_named_and_saved_as_it_was(tmp_path):
+def test_a_loaded_model_keeps_its_names_on_disk(tmp_path):
     """A model loaded from files with old names (LayerNorm.gamma) is saved with these, and its Fisher has them."""
     model = make("bert")
     state = {
@@ -54,7 +54,7 @@ def test_a_model_that_was_loaded_is_named_and_saved_as_it_was(tmp_path):
     assert any("gamma" in name for name in names)
 
 
-def test_a_model_is_left_as_it_was():
+def test_a_description_leaves_the_model_unchanged():
     """A description of a model leaves no trace in it."""
     model = make("mixtral")
     before = set(vars(model))

@@ -76,7 +76,7 @@ def test_a_tensor_can_be_left_out(tmp_path):
     assert list(load_file(tmp_path / "out" / "model.safetensors")) == ["b"]
 
 
-def test_nothing_is_left_of_a_copy_that_failed(saved, tmp_path):
+def test_a_failed_copy_leaves_no_files(saved, tmp_path):
     """A failed copy leaves nothing at its path or next to it."""
 
     def change(name, tensor):
@@ -89,7 +89,7 @@ def test_nothing_is_left_of_a_copy_that_failed(saved, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_place_that_is_taken_is_refused(saved, tmp_path):
+def test_an_existing_output_is_refused(saved, tmp_path):
     """A file or a folder with content is refused as output. An empty folder is used."""
     weights = open_weights(saved)
     (tmp_path / "file").write_text("x")
@@ -146,7 +146,7 @@ def test_a_fisher_that_does_not_fit_is_refused(saved):
         check_fits(_fisher(weights, **{name: torch.ones(2)}), weights, ())
 
 
-def test_models_that_are_not_alike_are_refused(saved, tmp_path):
+def test_different_models_are_refused(saved, tmp_path):
     """Models with another shape, another dtype or a missing tensor are refused."""
     weights = open_weights(saved)
     check_alike(weights, weights, weights.infos)

@@ -98,7 +98,7 @@ def test_two_rules_that_agree_are_one():
 EQUAL = [_parameter(name, (3, 3), "Linear") for name in ("a.weight", "b.weight", "c.weight")]
 
 
-def test_which_of_equal_layers_is_frozen_cannot_be_told_without_the_base():
+def test_frozen_layers_of_equal_shape_need_the_base():
     """Two slots for three equal layers fit in three ways. The cure is the base model, or names."""
     with pytest.raises(NamingError, match=r"optimizer\.pt.* one way only.*--base DIR.*--names FILE"):
         assign([[(3, 3), (3, 3)]], EQUAL, None, "optimizer.pt")

@@ -48,7 +48,7 @@ def _assert_same(fisher, truth):
         assert torch.equal(fisher[name], tensor), name
 
 
-def test_wrappers_in_the_names_of_a_bundle_are_taken_off(tmp_path):
+def test_wrappers_are_removed_from_the_names_of_a_bundle(tmp_path):
     """Order and names come from the model in the file, without wrappers."""
     model = _llama()
     optimizer, truth = _train(model)
@@ -132,7 +132,7 @@ def test_the_other_name_of_a_tied_tensor_finds_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "norm"])
-def test_weights_beside_the_state_must_have_its_names_and_shapes(tmp_path, name):
+def test_weights_must_have_the_names_and_shapes_of_the_state(tmp_path, name):
     """A tensor that is missing in the weights, or has another shape there, is refused with both shapes."""
     shutil.copytree(STATES / "plain_adam", tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
@@ -237,7 +237,7 @@ def _frozen_run(folder, tuned_dtype, base_dtype):
     ("tuned", "base"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
 )
-def test_frozen_layers_are_told_by_the_base_in_any_dtype(tmp_path, tuned, base):
+def test_the_base_identifies_frozen_layers_in_any_dtype(tmp_path, tuned, base):
     """Frozen weights equal the base after the same cast, whichever was saved in the narrower dtype."""
     truth = _frozen_run(tmp_path, tuned, base)
     with pytest.raises(NamingError, match="--base DIR"):

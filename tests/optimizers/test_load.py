@@ -142,7 +142,7 @@ def test_the_last_of_several_checkpoints_is_used_and_logged(tmp_path, caplog):
     assert "taking the last with optimizer state, 10" in caplog.text
 
 
-def test_a_single_file_finds_its_model_beside_it():
+def test_a_single_file_finds_the_model_in_its_folder():
     """The optimizer's file itself stands for the checkpoint in its folder."""
     by_file, by_folder = (load_fisher(STATES / "plain_adam" / end) for end in ("optimizer.pt", ""))
     assert list(by_file) == list(by_folder)

@@ -123,7 +123,7 @@ def test_one_moment_of_bitsandbytes_is_refused():
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
-def test_weight_decay_that_was_squared_is_noticed(make):
+def test_squared_weight_decay_is_marked(make):
     """Weight decay that is added to the gradient, and so squared, is marked."""
     (slot,) = parse(content(_stepped(lambda p: make(p, weight_decay=0.1)), FILE)).slots
     assert slot.moment.coupled_decay
@@ -192,7 +192,7 @@ def test_no_second_moment_is_refused_by_name(name):
     assert "\n" not in message
 
 
-def test_unknown_keys_beside_a_known_name_are_refused():
+def test_unknown_keys_next_to_a_known_name_are_refused():
     """A tensor called exp_avg_sq next to keys of no known Adam is refused, because its meaning is unknown."""
     state = _stepped(lambda p: torch.optim.AdamW(p))
     state["state"][0]["rotation"] = torch.eye(5)

@@ -46,7 +46,7 @@ def test_the_state_is_found_in_any_bundle(wrap):
     assert {slot.steps for slot in found.slots} == {1}
 
 
-def test_a_model_beside_it_gives_the_order():
+def test_a_saved_model_gives_the_order():
     """The parameters of a saved model come in its order, without buffers and second names of tied tensors."""
     model = _model()
     state = _stepped(model)

@@ -178,7 +178,7 @@ def test_a_resumed_run_continues_the_penalty(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_trained_alike(tmp_path):
+def test_a_compiled_model_gets_the_penalty(tmp_path):
     """The penalty enters each step under torch.compile as without it."""
     plain, compiled = model(), model()
     settings = {"torch_compile": True, "torch_compile_backend": "eager"}

@@ -1,4 +1,4 @@
-"""Flat buffers that hold many parameters: cutting them, and verifying the cuts against the weights."""
+"""Flat buffers that hold many parameters: their slices, and the verification of the slices by the weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

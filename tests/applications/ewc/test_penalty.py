@@ -104,7 +104,7 @@ def test_the_scale_of_a_fisher(scale, given, config, factor):
     torch.testing.assert_close(penalty(far).double(), factor * value, rtol=1e-6, atol=0.0)
 
 
-def test_batch_scale_makes_squisher_and_fisher_alike():
+def test_batch_scale_makes_squisher_and_fisher_comparable():
     """For independent examples, B times the mean squared batch gradient equals the mean squared example gradient."""
     torch.manual_seed(2)
     model = nn.Linear(13, 3)
@@ -184,7 +184,7 @@ def test_a_squisher_from_a_file_and_from_the_separate_average(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["separate", "online"])
-def test_it_goes_on_from_its_state(mode):
+def test_the_penalty_resumes_from_its_state(mode):
     """A penalty restored with weights_only=True has the same value to the bit, also after another task."""
     model = small_model()
     first = EWCPenalty(2.0, mode=mode, gamma=0.5)

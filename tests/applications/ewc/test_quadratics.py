@@ -6,7 +6,7 @@ import torch
 from squisher_mergekit.applications.ewc.quadratics import Quadratic, add_quadratics
 
 
-def test_nothing_cancels_where_anchors_lie_close():
+def test_close_anchors_keep_float32_precision():
     """The sum of two quadratics with weights near 1000 and steps of 1e-3 keeps the float32 precision of the steps."""
     p = torch.full((11,), 1000.0, dtype=torch.float64)
     q, theta = p + 1e-3, p + 2e-3

@@ -172,7 +172,7 @@ def test_other_models_are_refused(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_base_that_differs_elsewhere(tmp_path, caplog):
+def test_a_base_with_other_unchanged_entries_gives_a_warning(tmp_path, caplog):
     """A model that differs at unchanged positions gives a warning, or an error with strict."""
     pair, out = Pair(tmp_path, "bert"), tmp_path / "out"
     reset_files(pair.tuned, pair.base, out, score="random", keep=0.2, exclude=("word_embeddings",))

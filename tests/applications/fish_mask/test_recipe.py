@@ -174,7 +174,7 @@ def test_the_head_of_a_plain_network_is_its_last_layer():
         ("mixtral", torch.float16, "2GB"),
     ],
 )
-def test_files_and_memory_choose_alike(tmp_path, name, dtype, shard, score):
+def test_files_and_memory_give_equal_masks(tmp_path, name, dtype, shard, score):
     """Masks on disk and in memory are equal bit for bit, with shards, packed experts, ties and other base names."""
     pair = Pair(tmp_path, name, dtype, shard)
     options = {"score": score, "keep": 0.21, "exclude": ("embed",), "scope": "global", "seed": 5}

@@ -30,7 +30,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "dtype", "options"), CASES)
-def test_files_and_memory_choose_alike(tmp_path, name, dtype, options):
+def test_files_and_memory_give_equal_masks(tmp_path, name, dtype, options):
     """Masks on disk and in memory are equal bit for bit. The written shards have the pruned weights of the model."""
     model, fisher = stored(tmp_path / "model", name, dtype)
     options = {} | options if "pattern" in options else {"sparsity": 0.7} | options
@@ -50,7 +50,7 @@ def test_files_and_memory_choose_alike(tmp_path, name, dtype, options):
         assert torch.equal(ours, torch.where(held[key], theirs, 0))
 
 
-def test_the_count_is_exact_and_the_report_says_where(tmp_path):
+def test_the_count_is_exact_and_reported_by_layer(tmp_path):
     """Kept entries add up to the sparsity, to the entry. The report counts the whole model as well."""
     _, fisher = stored(tmp_path / "model", "bert")
     report = prune_files(tmp_path / "model", fisher, tmp_path / "out", 0.9)

@@ -74,7 +74,7 @@ def test_the_forward_pass_is_that_of_zeroed_weights():
     assert not model[0].weight_orig.grad[~report.mask["0.weight"]].any()
 
 
-def test_rounds_go_on_from_what_is_pruned():
+def test_rounds_continue_from_pruned_weights():
     """Pruned weights stay pruned and count in every round, also with random scores.
 
     Each round is exact after further training.

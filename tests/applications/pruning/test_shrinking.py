@@ -40,7 +40,7 @@ def test_a_chain_gets_smaller_and_puts_out_the_same(make, shape, sparsity):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), make().parameters(), strict=True))
 
 
-def test_a_small_network_trains_and_keeps_what_is_frozen():
+def test_a_small_network_trains_and_keeps_frozen_parameters():
     """A small network runs in train mode: gradients arrive, and running statistics move.
 
     Frozen parameters stay frozen.

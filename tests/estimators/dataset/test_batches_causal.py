@@ -135,7 +135,7 @@ def test_a_template_sees_special_tokens_and_no_keys_that_a_row_lacks():
     )  # fmt: skip
 
 
-def test_a_conversation_adds_no_special_tokens_beside_its_template():
+def test_special_tokens_of_a_conversation_come_from_the_template():
     """Special tokens of a conversation come from the template alone."""
     batch = chat_maker(bert_tokenizer(), "{{ '[CLS] ' + messages[0].content }}")([{"messages": CHAT}], 0)
     assert_batch(batch, input_ids=[[2, 6]], attention_mask=[[1, 1]], labels=[[2, 6]])

@@ -61,7 +61,7 @@ def test_parameters_of_later_batches_are_verified_then():
     assert_close(fisher, oracle.fisher(model, batches, oracle.classes("true"), "example"))
 
 
-def test_other_parts_in_later_batches_are_noticed():
+def test_other_parts_in_later_batches_raise_an_error():
     """Rows that look like examples in the first batch but not in the second raise an error there."""
     torch.manual_seed(0)
     model = _Experts(2)

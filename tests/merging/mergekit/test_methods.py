@@ -134,7 +134,7 @@ def _in_memory() -> tuple[dict[str, Tensors], dict[str, Tensors]]:
 
 
 def test_a_dropped_entry_counts_as_the_base(tmp_path: Path) -> None:
-    """Of [1, 5] with F [3, 1], half is kept, and the second entry enters as the base's 9 with weight 1."""
+    """Half of [1, 5] with F [3, 1] is kept, and the second entry enters as the base's 9 with weight 1."""
     tensors = [torch.tensor([0.0, 9.0]), torch.tensor([1.0, 5.0]), torch.tensor([3.0, 1.0])]
     fishers = [{"w": torch.tensor([0.0, 0.0])}, {"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([1.0, 3.0])}]
     parameters = {"fisher": fishers, "density": [1.0, 0.5, 0.5]}
@@ -181,7 +181,7 @@ def test_refusals_in_memory() -> None:
         merge_state_dicts(weights, "squisher", base="base", parameters={"fisher": fishers, "density": 0.5})
 
 
-def test_a_base_of_another_shape_is_refused_where_no_header_tells() -> None:
+def test_a_base_of_another_shape_without_headers_is_refused() -> None:
     """A base without headers, as in pickled weights, is refused by name when it is read with another shape."""
     loaded = LoadedFisher("w", tensor=torch.ones(3), density=0.5, origin=torch.ones(4))
     given = {"fisher": dict.fromkeys(range(2), ResolvedFisher(loaded, Run("squisher"))), "weight": {0: 1.0, 1: 1.0}}

@@ -150,7 +150,7 @@ def test_flipped_bytes_are_found_unless_verify_is_off(tmp_path):
     assert not torch.equal(load_fisher(folder, verify=False)[name], truth("fsdp1_sharded")[name])
 
 
-def test_no_class_but_those_of_an_index_is_asked_for(tmp_path):
+def test_the_index_reaches_no_other_classes(tmp_path):
     """The index can reach neither code nor torch's own functions."""
     folder = copy("fsdp1_sharded", tmp_path)
     for payload in (b"cos\nsystem\n(S'touch x'\ntR.", b"ctorch\nload\n(S'x'\ntR.", b"ctorch.hub\nload\n(S'x'\ntR."):

@@ -112,7 +112,7 @@ def _share(tensors, shapes, rank, ranks):
 
 
 @pytest.mark.parametrize("name", ["ds_zero1", "ds_zero2"])
-def test_another_order_of_equal_shapes_is_noticed(name, tmp_path):
+def test_another_order_of_equal_shapes_is_found(name, tmp_path):
     """Two parameters of one shape that are swapped in param_shapes contradict the weights in the buffers."""
     folder = copy(name, tmp_path)
 

@@ -26,7 +26,7 @@ def test_the_original_checkpoint_comes_first(tmp_path):
     assert assert_read(folder, truth("ds_zero2")).config.source.layout == "deepspeed"
 
 
-def test_a_wrong_conversion_is_noticed(tmp_path):
+def test_a_wrong_conversion_is_found(tmp_path):
     """Swapped float32 weights of two parameters are found, because their second moments are swapped too."""
     folder = copy("ds_universal", tmp_path)
     zero = folder / STEP / "zero"

@@ -20,7 +20,7 @@ def test_the_folder_and_the_file_of_any_rank_lead_to_all(below, tmp_path):
 
 
 @pytest.mark.parametrize("name", [NAME, "fsdp1_nodcp", "fsdp2_hybrid_nodcp"])
-def test_nothing_need_be_imported_before(name):
+def test_the_files_are_read_without_earlier_imports(name):
     """A process without torch.distributed reads the files without a message."""
     code = "import sys; from squisher_mergekit import load_fisher; dict(load_fisher(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", code, STATES / name], capture_output=True, text=True, check=False)
@@ -36,7 +36,7 @@ def test_a_missing_rank_is_named(rank, tmp_path):
         load_fisher(folder)
 
 
-def test_the_file_of_one_rank_twice_does_not_add_up(tmp_path):
+def test_the_file_of_one_rank_twice_is_refused(tmp_path):
     """A copy of another rank's file is refused, because its 16 and 16 rows do not add up to the 33 of the tensor."""
     folder = copy(NAME, tmp_path)
     (folder / "optimizer_0_rank1.bin").write_bytes((folder / "optimizer_0_rank0.bin").read_bytes())
@@ -44,7 +44,7 @@ def test_the_file_of_one_rank_twice_does_not_add_up(tmp_path):
         load_fisher(folder)
 
 
-def test_flipped_bytes_are_noticed(tmp_path):
+def test_flipped_bytes_are_found(tmp_path):
     """The checksum of a shard is verified when it is read."""
     folder, name = copy(NAME, tmp_path), "model.layers.0.mlp.up_proj.weight"
     file = folder / "optimizer_0_rank0.bin"

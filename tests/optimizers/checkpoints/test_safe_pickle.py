@@ -120,7 +120,7 @@ def test_numpy_scalars_need_code_and_are_refused(tmp_path):
         load(file)
 
 
-def test_the_fixture_with_code_names_what_it_asks_for(tmp_path):
+def test_the_error_names_the_call_in_the_fixture(tmp_path):
     """The error names the foreign call of the fixture."""
     shutil.copy(STATES / "bad_malicious_pickle" / "optimizer.pt", tmp_path)
     needed = torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "optimizer.pt")

@@ -130,7 +130,7 @@ def test_the_fastest_chunk_is_kept():
 # ---- tables
 
 
-def test_the_table_says_whether_a_goal_is_met():
+def test_the_table_has_a_verdict_on_each_goal():
     """Only our own rows have goals. A problem replaces the number."""
     rows = [ROW, ROW | {"ratio": 1.21}, ROW | {"method": "other"}, ROW | {"problem": "cannot"}]
     lines = table(REPORT | {"rows": rows})[2:]
@@ -146,7 +146,7 @@ def test_a_model_without_goals_has_a_table():
     assert table(REPORT | {"model": "llama", "rows": [ROW]})[2].endswith("1.20  error 3.0e-07")
 
 
-def test_the_memory_table_says_whether_the_goal_is_met():
+def test_the_memory_table_has_a_verdict_on_the_goal():
     """The larger of both numbers is compared with the goal, which only our own rows have."""
     sizes = {"first": 20 * 10**6, "later": 10**7, "bytes": 20 * 10**6}
     rows = [{"kind": "", "method": "plain", **sizes}, {"kind": "exact", "method": "ours", **sizes}]

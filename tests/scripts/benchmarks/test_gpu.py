@@ -19,7 +19,7 @@ def interpreted(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.usefixtures("interpreted")
-def test_each_method_is_timed_beside_a_copy(tmp_path, capsys):
+def test_each_method_is_timed_relative_to_a_copy(tmp_path, capsys):
     """Every method and number of models has a time, and the ratio to a copy of the same bytes."""
     report = tmp_path / "report.json"
     arguments = ["--device", "cpu", "--shape", "7", "13", "--counts", "1", "3", "--rounds", "2", "--json", str(report)]

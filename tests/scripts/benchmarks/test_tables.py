@@ -26,7 +26,7 @@ def _timed(model, *rows):
 # ---- a table each
 
 
-def test_a_fishers_time_is_shown_as_it_was_measured():
+def test_the_time_table_has_all_measurements():
     """Our rows come first, for each kind.
 
     Other methods have the true labels only. Errors, missing tensors and refusals are shown.
@@ -166,7 +166,7 @@ def test_all_commands_are_shown():
         assert set(title.split()) <= set(arguments), name
 
 
-def test_a_report_says_how_it_was_made(tmp_path, monkeypatch):
+def test_a_report_records_command_and_versions(tmp_path, monkeypatch):
     """A report has the command, the versions, and those of other packages if they are installed."""
     monkeypatch.setattr(sys, "argv", ["/some/where/scripts/benchmarks/x.py", "--only", "squisher trim"])
     write_report(tmp_path / "x.json", [{"a": 1}], {"tqdm", "not_there"})

@@ -56,7 +56,7 @@ def test_the_right_outputs(scenario, expected):
     assert continual.targets(torch.tensor([5, 2, 5]), CONTEXTS, 2, scenario).tolist() == expected
 
 
-def test_a_masked_output_wins_nothing_and_learns_nothing():
+def test_a_masked_output_has_no_gradient():
     """The loss includes the competing outputs alone, and the other outputs have no gradient."""
     logits = torch.tensor([[1.0, 5.0, 2.0], [3.0, 9.0, 0.0]], dtype=torch.float64, requires_grad=True)
     right, mask = torch.tensor([2, 2]), torch.tensor([True, False, True])

@@ -60,7 +60,7 @@ def _report(ends=None, lam=1e3):
     return {"cells": cells}
 
 
-def test_every_method_has_the_same_number_of_lambdas_but_none():
+def test_every_method_except_none_has_five_lambdas():
     """Every method except none has five values of lambda, ten times apart.
 
     Lambda is chosen on other seeds than the reported ones.

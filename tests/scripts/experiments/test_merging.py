@@ -117,7 +117,7 @@ def test_a_trunk_is_scored_under_the_tasks_own_head(models, monkeypatch):
         assert torch.equal(scored.bert["layer"].weight, own.bert["layer"].weight)
 
 
-def test_heads_start_apart_or_equal():
+def test_heads_start_separately_or_equal():
     """Heads that start apart are all different.
 
     Equal heads are the same for all tasks of a seed. Texts and order are the same.

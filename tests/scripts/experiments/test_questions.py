@@ -10,7 +10,7 @@ from scripts.experiments import encoder, questions, questions_report, runner, te
 from squisher_mergekit import load_fisher
 
 
-def test_entries_are_every_eleventh_of_what_is_merged():
+def test_entries_are_every_eleventh_of_the_merged_tensors():
     """The entries are every eleventh of the merged tensors in the order of names, without heads and word embeddings."""
     fisher = {
         "bert.encoder.b": torch.arange(23.0),

@@ -7,7 +7,7 @@ import pytest
 from scripts.experiments import task2vec
 
 
-def test_tasks_share_no_text_and_count_alike():
+def test_tasks_share_no_text_and_have_equal_sizes():
     """Each domain has two tasks of two classes each, which are each other's partner."""
     domains = [task.domain for task in task2vec.TASKS.values()]
     assert all(domains.count(domain) == 2 for domain in domains)

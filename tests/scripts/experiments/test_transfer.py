@@ -152,7 +152,7 @@ def test_tables_and_notes_are_made_from_the_numbers():
     )
 
 
-def test_distances_are_means_over_what_was_measured_of_two_tasks():
+def test_distances_are_means_over_measured_pairs():
     """Distances are means over the measurements of a pair: 0.1 and 0.1 for a and b, 0.3 and 0.1 for a and d."""
     names, matrix = transfer_report.distances(_report())
     assert names == ["a", "b", "d"]
