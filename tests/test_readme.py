@@ -1,4 +1,4 @@
-"""Every fenced block and every link of every README.md works.
+"""Fenced blocks and links of every README.md, all of which must work.
 
 Conventions for whoever writes a README.md:
 
