@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from squisher_mergekit.cli.options import HELP_OPTIONS, json_option, strict_option
+from squisher_mergekit.cli.options import HELP_OPTIONS, allow_missing_option, json_option, strict_option
 from squisher_mergekit.cli.output import write_report
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.merging.mergekit.commands import help_class, merge_options, read_config, run_config
@@ -17,9 +17,12 @@ from squisher_mergekit.tensors.atomic import written_beside
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @strict_option
+@allow_missing_option
 @json_option
 @merge_options
-def command(config: Path, out: Path, strict: bool, json_file: Path | None, merge_options: Any) -> None:
+def command(
+    config: Path, out: Path, strict: bool, allow_missing: bool, json_file: Path | None, merge_options: Any
+) -> None:
     """Merge the models in CONFIG into the folder OUT, and print a report.
 
     mergekit does the merge, with all its options. OUT appears only when all of it is written. The report gives the
@@ -36,7 +39,7 @@ def command(config: Path, out: Path, strict: bool, json_file: Path | None, merge
     text = config.read_text(encoding="utf-8")
     parsed = read_config(text)
     with written_beside(out.absolute()) as folder:
-        run = run_config(parsed, text, folder, merge_options, strict=strict)
+        run = run_config(parsed, text, folder, merge_options, strict=strict, allow_missing=allow_missing)
     report = run.report()
     if not merge_options.quiet:
         click.echo(report_text(report))

@@ -74,6 +74,12 @@ dtype_option = choice_option("--dtype", ["float32", "bfloat16"], "Dtype of the f
 strict_option = click.option(
     "--strict", is_flag=True, help="Refuse a Fisher that was made at other weights, instead of a warning."
 )
+allow_missing_option = click.option(
+    "--allow-missing-weights",
+    "allow_missing",
+    is_flag=True,
+    help="Write a model without tensors that the merge would lose, with a warning, instead of refusing.",
+)
 quiet_option = click.option("--quiet", is_flag=True, help="Show no progress bar.")
 json_option = click.option("--json", "json_file", type=PATH, help="Also write the report to this file.")
 report_options = combined(quiet_option, json_option)

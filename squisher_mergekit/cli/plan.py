@@ -4,12 +4,13 @@ from pathlib import Path
 
 import click
 
-from squisher_mergekit.cli.options import HELP_OPTIONS, json_option, strict_option
+from squisher_mergekit.cli.options import HELP_OPTIONS, allow_missing_option, json_option, strict_option
 
 
 @click.command("plan", context_settings=HELP_OPTIONS)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @strict_option
+@allow_missing_option
 @json_option
 @click.option("--transformers-cache", type=str, default=None, help="Folder for models and Fishers from the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Let transformers run the code of a model (dangerous).")
@@ -17,6 +18,7 @@ from squisher_mergekit.cli.options import HELP_OPTIONS, json_option, strict_opti
 def command(
     config: Path,
     strict: bool,
+    allow_missing: bool,
     json_file: Path | None,
     transformers_cache: str | None,
     trust_remote_code: bool,
@@ -39,6 +41,7 @@ def command(
     preview = plan_config(
         read_config(config.read_text(encoding="utf-8")),
         strict=strict,
+        allow_missing=allow_missing,
         transformers_cache=transformers_cache,
         trust_remote_code=trust_remote_code,
         allow_crimes=allow_crimes,

@@ -5,6 +5,7 @@ from typing import Any
 
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.merging.tensor_plan import FisherUse, TensorPlan, WeightInput
+from squisher_mergekit.merging.whole import WholeModel, names_text
 
 # Memory of Python, torch and mergekit before the first tensor is read, and of the chunks in work.
 _RESIDENT = 500_000_000
@@ -19,12 +20,14 @@ class MergePlan:
         out_bytes_per_entry: Size of an entry of the output, in bytes.
         shard_bytes: Largest size of an output file, in bytes.
         tensors: Plans of the output tensors.
+        whole: The merged model, with the tensors that the merge loses.
     """
 
     method: str
     out_bytes_per_entry: int = 4
     shard_bytes: int = 5_000_000_000
     tensors: list[TensorPlan] = field(default_factory=list)
+    whole: WholeModel = field(default_factory=WholeModel)
 
     def check(self) -> None:
         """Refuse missing Fishers, and Fishers that fit no tensor.
@@ -35,10 +38,10 @@ class MergePlan:
         lacking: dict[str, dict[str, str]] = {}
         for tensor in self.tensors:
             for label, why in tensor.missing.items():
-                if tensor.settings.missing == "error":
+                if tensor.settings.missing == "error" and not tensor.is_buffer:
                     lacking.setdefault(label, {})[tensor.name] = why
         for label, reasons in lacking.items():
-            covered = sum(1 for tensor in self.tensors if self._has(tensor, label)) - len(reasons)
+            covered = sum(1 for tensor in self.tensors if self._needs(tensor, label)) - len(reasons)
             shown = ", ".join(f"{name} ({why})" for name, why in list(reasons.items())[:3])
             more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
             raise MismatchError(
@@ -54,8 +57,9 @@ class MergePlan:
                 )
 
     @staticmethod
-    def _has(tensor: TensorPlan, label: str) -> bool:
-        return any(item.model.label == label for item in tensor.inputs)
+    def _needs(tensor: TensorPlan, label: str) -> bool:
+        """Return True if a model's Fisher must have the tensor."""
+        return not tensor.is_buffer and any(item.model.label == label for item in tensor.inputs)
 
     def warnings(self) -> list[str]:
         """Return the warnings about the Fishers, each once."""
@@ -73,19 +77,40 @@ class MergePlan:
                 low, high = summary["density"] or [1.0, 0.0]
                 summary["density"] = [min(low, use.input.density), max(high, use.input.density)]
                 summary["entries"] += tensor.size
-            for item in tensor.inputs:
-                if tensor.missing:
-                    summary = summaries.setdefault(item.model.label, _blank(item))
-                    summary["entries"] += tensor.size
+            for item in () if tensor.uses else tensor.inputs:
+                summary = summaries.setdefault(item.model.label, _blank(item))
+                summary["entries"] += tensor.size
+        for summary in summaries.values():
+            summary["entries"] += sum(self.whole.gaps.absent_entries().values())
         return list(summaries.values())
 
     def fallbacks(self) -> dict[str, str]:
-        """Return tensor -> reason why it is the weighted mean."""
+        """Return tensor -> reason why it is the weighted mean; without buffers."""
         return {
             tensor.name: "; ".join(f"{label}: {why}" for label, why in tensor.missing.items())
             for tensor in self.tensors
-            if tensor.missing
+            if tensor.missing and not tensor.is_buffer
         }
+
+    def notes(self) -> list[str]:
+        """Return one line each about buffers, copied tensors, and tensors that mergekit does not list."""
+        buffers = [tensor.name for tensor in self.tensors if tensor.is_buffer]
+        copied = [tensor.name for tensor in self.tensors if tensor.is_copied]
+        notes = list(self.whole.notes)
+        if buffers:
+            notes.append(f"{len(buffers)} buffers can have no Fisher and are the weighted mean ({names_text(buffers)})")
+        if copied:
+            notes.append(
+                f"{len(copied)} tensors are copied, as one model alone has them or they are integers "
+                f"({names_text(copied)})"
+            )
+        return notes
+
+    def whole_size(self) -> dict[str, int]:
+        """Return the number of tensors and entries of the whole model, lost ones included."""
+        absent = self.whole.gaps.absent_entries()
+        entries = sum(tensor.size for tensor in self.tensors) + sum(absent.values())
+        return {"tensors": len(self.tensors) + len(absent), "entries": entries}
 
     def bytes_to_read(self) -> dict[str, int]:
         """Return the bytes of weights and of Fishers that the merge reads."""
@@ -107,8 +132,11 @@ class MergePlan:
             "method": self.method,
             "tensors": len(self.tensors),
             "entries": sum(tensor.size for tensor in self.tensors),
+            "whole": self.whole_size(),
+            "lost": self.whole.gaps.lost(),
             "models": self.models(),
             "fallbacks": self.fallbacks(),
+            "notes": self.notes(),
             "warnings": self.warnings(),
             "bytes_to_read": self.bytes_to_read(),
             "memory": self.memory(),
@@ -117,7 +145,7 @@ class MergePlan:
 
 def preview_text(preview: dict[str, Any]) -> str:
     """Return a preview (see :meth:`MergePlan.as_dict`) as text."""
-    lines = [f"{preview['method']}: {preview['tensors']} tensors, {preview['entries']:,} entries"]
+    lines = [f"{preview['method']}: {size_text(preview)}"]
     for model in preview["models"]:
         share = model["covered"] / max(model["entries"], 1)
         lines += [f"  {model['model']}", f"    {describe_model(model)}", f"    covers {share:.1%} of the entries"]
@@ -125,6 +153,9 @@ def preview_text(preview: dict[str, Any]) -> str:
     lines.append(f"  {len(fallbacks)} tensors fall back to the weighted mean" if fallbacks else "  nothing falls back")
     lines += [f"    {name}: {why}" for name, why in list(fallbacks.items())[:20]]
     lines += [f"    ... and {len(fallbacks) - 20} more"] if len(fallbacks) > 20 else []
+    lines += [f"  {note}" for note in preview["notes"]]
+    if preview["lost"]:
+        lines.append(f"  warning: the merge loses {len(preview['lost'])} tensors ({names_text(preview['lost'])})")
     lines += [f"  warning: {warning}" for warning in preview["warnings"]]
     read, memory = preview["bytes_to_read"], preview["memory"]
     lines.append(f"  reads {_size(read['weights'])} of weights and {_size(read['fishers'])} of Fishers")
@@ -132,6 +163,14 @@ def preview_text(preview: dict[str, Any]) -> str:
         f"  memory about {_size(memory['anonymous'])}, and {_size(memory['mapped'])} of mapped files at a time"
     )
     return "\n".join(lines)
+
+
+def size_text(preview: dict[str, Any]) -> str:
+    """Return the size of the written model, and that of the whole model if the merge loses tensors."""
+    whole = preview["whole"]
+    if not preview["lost"]:
+        return f"{preview['tensors']} tensors, {preview['entries']:,} entries"
+    return f"{preview['tensors']} of {whole['tensors']} tensors, {preview['entries']:,} of {whole['entries']:,} entries"
 
 
 def _describe(use: FisherUse, tensor: TensorPlan) -> dict[str, Any]:

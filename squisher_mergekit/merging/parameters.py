@@ -77,6 +77,12 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
     return check
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
 def _fisher(value: Any) -> Any:
     if isinstance(value, Mapping) or (isinstance(value, str) and value.strip()):
         return value
@@ -100,6 +106,7 @@ PARAMETERS = (
     MergeParameter("normalize", "auto", _one_of("auto", "none", "mean", "l2"), meaning="divisor of each Fisher"),
     MergeParameter("floor", 0.0, _not_negative, meaning="smallest F, relative to the tensor's mean F"),
     MergeParameter("missing", "error", _one_of("error", "average"), meaning="merge of a tensor without a Fisher"),
+    MergeParameter("allow_missing", False, _flag, meaning="write the model without tensors that the merge would lose"),
     MergeParameter("prior", 0.0, _not_negative, methods=(UBGM_SQUISHER,), meaning="d, relative to the tensor's mean F"),
 )
 

@@ -4,6 +4,7 @@ from pathlib import PurePath
 from typing import Any
 
 from squisher_mergekit.merging.run import Run
+from squisher_mergekit.merging.whole import names_text
 
 
 def report_text(report: dict[str, Any], rows: int = 40) -> str:
@@ -16,6 +17,12 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
     labels = list(report["effective_weight"])
     columns = [chr(ord("A") + i % 26) for i in range(len(labels))]
     lines = [f"{report['method']}: {report['fell_back']:.3%} of {report['entries']:,} entries fell back"]
+    if report.get("lost"):
+        whole = report["whole"]
+        lines.append(
+            f"  written are {report['tensors']} of {whole['tensors']} tensors; lost are {names_text(report['lost'])}"
+        )
+    lines += [f"  {note}" for note in report.get("notes", ())]
     lines += [f"  {column} = {label}" for column, label in zip(columns, labels, strict=True)]
     kinds = list(report["kinds"].items())
     width = max([len("effective weight"), *(len(kind) for kind, _ in kinds[:rows])])

@@ -52,6 +52,7 @@ class Run:
         method: Name of the merge method.
         quiet: Write no log lines below warnings.
         strict: Refuse a Fisher made at other weights, instead of a warning.
+        allow_missing: Write the model without tensors that the merge would lose, with a warning.
 
     Attributes:
         sources: The open Fishers.
@@ -60,10 +61,11 @@ class Run:
         preview: The plan as plain data, see :meth:`MergePlan.as_dict`.
     """
 
-    def __init__(self, method: str, quiet: bool = False, strict: bool = False) -> None:
+    def __init__(self, method: str, quiet: bool = False, strict: bool = False, allow_missing: bool = False) -> None:
         self.method = method
         self.quiet = quiet
         self.strict = strict
+        self.allow_missing = allow_missing
         self.sources = FisherSources()
         self.models: dict[Any, ModelFiles] = {}
         self.plan: MergePlan | None = None
@@ -97,6 +99,8 @@ class Run:
                 raise MismatchError(f"{warning}; merge without --strict if that is meant")
             LOG.warning(warning)
         self.preview = plan.as_dict()
+        for note in self.preview["notes"]:
+            self.log(f"{self.method}: {note}")
         for model in self.preview["models"]:
             self.log(f"{self.method}: {model['model']}: {describe_model(model)}")
 
@@ -126,7 +130,8 @@ class Run:
     def report(self) -> dict[str, Any]:
         """Return shares of entries and mean effective weights, overall and per kind of layer."""
         kinds = {kind: totals.report() for kind, totals in sorted(self._kinds.items())}
-        return {"method": self.method, **self._all.report(), "kinds": kinds}
+        plan = {key: self.preview[key] for key in ("tensors", "whole", "lost", "notes")} if self.preview else {}
+        return {"method": self.method, **self._all.report(), **plan, "kinds": kinds}
 
     def log(self, message: str) -> None:
         """Write one log line, unless quiet; the logger's level is the same before and after."""

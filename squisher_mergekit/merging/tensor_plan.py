@@ -24,6 +24,10 @@ class Settings:
     prior: float = 0.0
 
 
+# Reasons in the coverage of a Fisher for a tensor that no gradient reaches.
+_BUFFER = ("a buffer", "no parameter of the model (a buffer)")
+
+
 @dataclass(frozen=True)
 class Origin:
     """Base weight at which a model's task vector starts, where the base is not an input of the merge.
@@ -105,6 +109,7 @@ class TensorPlan:
         uses: One Fisher tensor for each model; empty if the tensor needs none (a buffer, a tensor of one model alone).
         missing: Model -> reason why it has no Fisher here. If there is one, the tensor is the weighted mean.
         inputs: The models' weights.
+        is_buffer: True for a buffer of real numbers, which can have no Fisher and is the weighted mean.
     """
 
     name: str
@@ -114,6 +119,12 @@ class TensorPlan:
     uses: tuple[FisherUse, ...]
     missing: dict[str, str]
     inputs: tuple[WeightInput, ...]
+    is_buffer: bool = False
+
+    @property
+    def is_copied(self) -> bool:
+        """True for a tensor that mergekit copies: one model alone has it, or its entries are integers."""
+        return not self.uses and not self.missing
 
     def trimmed(self) -> tuple[WeightInput, ...]:
         """Return the inputs with a density below 1."""
@@ -140,6 +151,7 @@ def plan_tensor(
     *,
     base: Weights | None,
     passed_through: bool,
+    is_buffer: bool | None = None,
     can_convert: CanConvert,
     cache_dir: str | None = None,
 ) -> TensorPlan:
@@ -153,6 +165,7 @@ def plan_tensor(
         sources: Open Fishers of the merge.
         base: Weights of the base model, for Fishers of partly frozen models.
         passed_through: True if mergekit copies the tensor, because one model alone has it.
+        is_buffer: True for a buffer of the model's class; None if the class is unknown and the Fishers must tell.
         can_convert: Function that returns whether transformers' conversion builds a weight from a Fisher's tensors.
         cache_dir: Folder for files from the Hub.
 
@@ -169,7 +182,8 @@ def plan_tensor(
     def plan(
         uses: tuple[FisherUse, ...] = (), missing: dict[str, str] | None = None, normalize: str = "none"
     ) -> TensorPlan:
-        return TensorPlan(name, size, settings, normalize, uses, missing or {}, tuple(inputs))
+        told = all(why in _BUFFER for why in (missing or {}).values()) if is_buffer is None else is_buffer
+        return TensorPlan(name, size, settings, normalize, uses, missing or {}, tuple(inputs), bool(missing) and told)
 
     if any(item.info is not None and not item.info.dtype.is_floating_point for item in inputs):
         return plan()

@@ -1,5 +1,6 @@
 """Parameters of a Hugging Face model, in their order, with their names in memory and on disk; no weights needed."""
 
+import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,18 +99,32 @@ def meta_model(folder: Path) -> nn.Module:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        names = config.architectures or []
-        model_class = getattr(transformers, names[0], None) if names else None
-        if model_class is None:
-            raise ValueError(f"transformers {transformers.__version__} has no architecture {names}")
-        with torch.device("meta"):
-            model: nn.Module = model_class(config)
+        model = model_of_config(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # a config can make a model's constructor raise nearly anything
         raise CorruptFileError(
             f"{folder / 'config.json'} must describe a model of transformers' own, but {str(error)[:200]}; "
             f"give {NAMES_CURE}"
         ) from error
+    return model
+
+
+def model_of_config(config: Any) -> nn.Module:
+    """Build the model of a config on the meta device, from the classes of transformers alone.
+
+    Args:
+        config: A ``PretrainedConfig``.
+
+    Raises:
+        ValueError: transformers has no class of that name; the class can raise anything else.
+    """
+    import transformers
+
+    names = config.architectures or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if model_class is None:
+        raise ValueError(f"transformers {transformers.__version__} has no architecture {names}")
+    with torch.device("meta"):
+        model: nn.Module = model_class(copy.deepcopy(config))
     return model
 
 

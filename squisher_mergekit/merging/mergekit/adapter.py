@@ -4,29 +4,43 @@ With :mod:`.hooks`, which imports it when a merge by our methods is planned, the
 name and load weights.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.io.tasks import LoaderCache, LoadTensor
+from mergekit.io.tasks import LoaderCache
 
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import tensor_plan as planning
 from squisher_mergekit.merging.merge_plan import MergePlan
+from squisher_mergekit.merging.mergekit.lookup import (
+    converts,
+    find_weight,
+    gather_of,
+    load_task,
+    model_type,
+    raw_loader,
+    weight_converts,
+)
 from squisher_mergekit.merging.mergekit.tasks import FisherMergeTask, FisherRequest
 from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import ModelFiles
 from squisher_mergekit.merging.tensor_plan import FisherUse, Origin, Settings, TensorPlan, WeightInput
+from squisher_mergekit.merging.whole import WholeModel
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors.safetensors import TensorInfo
 
 
 def add_fishers(
-    tasks: Sequence[Any], method: str, options: Any, dtype: str | None, base: ModelReference | None = None
+    tasks: Sequence[Any],
+    method: str,
+    options: Any,
+    dtype: str | None,
+    base: ModelReference | None = None,
+    whole: WholeModel | None = None,
 ) -> list[FisherMergeTask]:
     """Plan a merge, refuse what headers show to be wrong, and add the Fishers to its tasks.
 
@@ -36,6 +50,7 @@ def add_fishers(
         options: mergekit's options; their ``run``, if they have one, is the merge's.
         dtype: Name of the output's dtype; None for that of the weights.
         base: Base model of a merge of single files, which mergekit does not know.
+        whole: The merged model; None for single files, which have no class.
 
     Returns:
         The tasks that read the Fishers as well.
@@ -44,19 +59,20 @@ def add_fishers(
         RefusedError: A Fisher cannot be found, read, or does not fit.
     """
     run = getattr(options, "run", None) or Run(method, options.quiet)
+    whole = whole or WholeModel()
     try:
-        plans = [_plan(task, task.base_model or base, run) for task in tasks]
+        plans = [_plan(task, task.base_model or base, run, whole) for task in tasks]
         width = dtype_from_name(dtype).itemsize if dtype else 4
-        whole = MergePlan(method, width, options.out_shard_size, plans)
-        whole.check()
-        run.begin(whole)
-        return [_with_fishers(task, plan, base, run) for task, plan in zip(tasks, plans, strict=True)]
+        plan = MergePlan(method, width, options.out_shard_size, plans, whole)
+        plan.check()
+        run.begin(plan)
+        return [_with_fishers(task, each, base, run) for task, each in zip(tasks, plans, strict=True)]
     except BaseException:
         run.close()
         raise
 
 
-def _plan(task: Any, base: ModelReference | None, run: Run) -> TensorPlan:
+def _plan(task: Any, base: ModelReference | None, run: Run, whole: WholeModel) -> TensorPlan:
     inputs = [item for model in task.model_order if (item := _weight_input(task, model, base, run)) is not None]
     given = dict(task.parameters.items())
     cache_dir: str | None = LoaderCache().hf_cache_dir
@@ -68,6 +84,7 @@ def _plan(task: Any, base: ModelReference | None, run: Run) -> TensorPlan:
         run.sources,
         base=_base_weights(task, run),
         passed_through=task.output_weight.optional and len(inputs) == 1 < len(task.model_order),
+        is_buffer=None if whole.buffers is None else task.output_weight.name in whole.buffers,
         can_convert=_can_convert,
         cache_dir=cache_dir,
     )
@@ -97,7 +114,7 @@ def _request(use: FisherUse, plan: TensorPlan) -> FisherRequest:
         floor=plan.settings.floor,
         fisher_scale=use.input.fisher_scale,
         density=use.input.density,
-        model_type=_model_type(use.input.key) if use.converted else None,
+        model_type=model_type(use.input.key) if use.converted else None,
     )
 
 
@@ -110,26 +127,18 @@ def _base_weights(task: Any, run: Run) -> Weights | None:
 
 def _weight_input(task: Any, model: Any, base: Any, run: Run) -> WeightInput | None:
     """Describe one model's weight; None if the model has none (mergekit then leaves the model out)."""
-    gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
-    if hasattr(gather, "weight_info"):
-        load, loader = _load_task(gather, model, model), LoaderCache().get(model)
-        stored, names = load._resolve_name(loader), (load.tensor, *(load.aliases or ()))
-        # A tied name belongs to another tensor, which replaces this one: the Fisher is that tensor's.
-        aliases = names if stored is None or stored in names else ()
-        if stored is None and load.optional and not _weight_converts(model, loader, names):
-            return None
-    else:
-        loader, stored, aliases = _raw_loader(gather.tensors[model].model), gather.tensors[model].tensor_name, ()
-        if stored not in loader.index.tensor_paths:
-            return None
-    files = _model_files(model, loader, run)
+    found = find_weight(task, model)
+    if found is None:
+        return None
+    gather, stored = gather_of(task), found.stored
+    files = _model_files(model, found.loader, run)
     values, is_base = task.input_parameters[model], model == task.base_model
     trimmed = values["density"] < 1 and values["weight"] > 0 and not is_base
     return WeightInput(
         key=model,
         model=files,
         stored=stored,
-        aliases=tuple(name for name in aliases if name != stored),
+        aliases=found.aliases,
         info=_info(files, stored),
         fisher=values["fisher"],
         weight=values["weight"],
@@ -145,13 +154,13 @@ def _origin(task: Any, gather: Any, model: Any, base: Any, run: Run) -> Origin |
     if base is None or task.method_name != SQUISHER:
         return None
     if hasattr(gather, "weight_info"):
-        load, loader = _load_task(gather, model, base), LoaderCache().get(base)
+        load, loader = load_task(gather, model, base), LoaderCache().get(base)
         stored, name = load._resolve_name(loader), load.tensor
-        found = stored is not None or _weight_converts(base, loader, (name, *(load.aliases or ())))
+        found = stored is not None or weight_converts(base, loader, (name, *(load.aliases or ())))
     else:
         name = gather.tensors[model].tensor_name
         path = base.model.path
-        load, loader = gather.tensors[model].model_copy(update={"model": path}), _raw_loader(path)
+        load, loader = gather.tensors[model].model_copy(update={"model": path}), raw_loader(path)
         stored, found = name, name in loader.index.tensor_paths
     tokenizer = getattr(task.gather_tensors, "tokenizer_task", None)
     if tokenizer is not None and base not in tokenizer.referenced_models:
@@ -169,27 +178,6 @@ def _origin(task: Any, gather: Any, model: Any, base: Any, run: Run) -> Origin |
     )
 
 
-def _load_task(gather: Any, model: ModelReference, owner: ModelReference) -> LoadTensor:
-    """Return the task that reads from the files of ``owner`` the tensor that ``model`` contributes."""
-    weight = gather.weight_info[model]
-    # Equal to those of GatherTensors.arguments, so that the graph reads a tensor once.
-    return LoadTensor(
-        model=owner,
-        tensor=weight.name,
-        dtype=weight.force_dtype or gather.dtype,
-        device=gather.device,
-        optional=weight.optional,
-        aliases=weight.aliases,
-        tied_names=weight.tied_names,
-    )
-
-
-def _raw_loader(model: str) -> Any:
-    from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
-
-    return SimpleLoaderCache().get(model)
-
-
 def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
     if model not in run.models:
         local = Path(model.model.path)
@@ -200,7 +188,7 @@ def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
             names=frozenset(loader.index.tensor_paths),
             repo=None if local.exists() else (model.model.path, model.model.revision),
             adapter=model.lora is not None,
-            convertible=lambda: not single and _converts(_model_type(model)),
+            convertible=lambda: not single and converts(model_type(model)),
         )
     return run.models[model]
 
@@ -210,29 +198,9 @@ def _info(files: ModelFiles, name: str | None) -> TensorInfo | None:
     return None if name is None else files.weights.infos.get(name)
 
 
-@functools.cache
-def _model_type(model: Any) -> str | None:
-    found: str | None = model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
-    return found
-
-
-@functools.cache
-def _converts(model_type: str | None) -> bool:
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    return bool(model_type and get_checkpoint_conversion_mapping(model_type))
-
-
-def _weight_converts(model: Any, loader: Any, names: tuple[str, ...]) -> bool:
-    from mergekit.architecture.conversion import can_convert_checkpoint_keys
-
-    stored = set(loader.index.tensor_paths)
-    return any(can_convert_checkpoint_keys(_model_type(model), stored, name) for name in names)
-
-
 def _can_convert(model: Any, fisher: Fisher, name: str) -> bool:
-    if Path(model.model.path).is_file() or not _converts(_model_type(model)):
+    if Path(model.model.path).is_file() or not converts(model_type(model)):
         return False
     from mergekit.architecture.conversion import can_convert_checkpoint_keys
 
-    return bool(can_convert_checkpoint_keys(_model_type(model), set(fisher), name))
+    return bool(can_convert_checkpoint_keys(model_type(model), set(fisher), name))

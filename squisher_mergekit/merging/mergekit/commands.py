@@ -53,12 +53,13 @@ def read_config(text: str) -> Any:
     return config
 
 
-def plan_config(config: Any, *, strict: bool = False, **options: Any) -> dict[str, Any]:
+def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = False, **options: Any) -> dict[str, Any]:
     """Plan a merge as ``mergekit-yaml`` does, and stop there.
 
     Args:
         config: Configuration of the merge.
         strict: Refuse a Fisher made at other weights.
+        allow_missing: Go on without tensors that the merge would lose.
         **options: Fields of mergekit's ``MergeOptions``.
 
     Returns:
@@ -78,7 +79,7 @@ def plan_config(config: Any, *, strict: bool = False, **options: Any) -> dict[st
     from squisher_mergekit.merging.run import Run
 
     model_out_config = need(merge, "_model_out_config", "trust_remote_code")
-    with Run(config.merge_method, quiet=True, strict=strict) as run, mergekit_errors():
+    with Run(config.merge_method, quiet=True, strict=strict, allow_missing=allow_missing) as run, mergekit_errors():
         given = _options_of(run, MergeOptions(**options, quiet=True))
         architecture = get_architecture_info(config, given)
         LoaderCache().setup(options=given)
@@ -89,7 +90,9 @@ def plan_config(config: Any, *, strict: bool = False, **options: Any) -> dict[st
     return run.preview
 
 
-def run_config(config: Any, text: str, folder: Path, options: Any, *, strict: bool = False) -> "Run":
+def run_config(
+    config: Any, text: str, folder: Path, options: Any, *, strict: bool = False, allow_missing: bool = False
+) -> "Run":
     """Merge as ``mergekit-yaml`` does, and write a model card that needs no network.
 
     Args:
@@ -98,6 +101,7 @@ def run_config(config: Any, text: str, folder: Path, options: Any, *, strict: bo
         folder: Output folder.
         options: mergekit's ``MergeOptions``.
         strict: Refuse a Fisher made at other weights.
+        allow_missing: Go on without tensors that the merge would lose.
 
     Returns:
         The closed run, with its report and preview.
@@ -111,7 +115,7 @@ def run_config(config: Any, text: str, folder: Path, options: Any, *, strict: bo
     from squisher_mergekit.merging.report import bare_card, provenance
     from squisher_mergekit.merging.run import Run
 
-    with Run(config.merge_method, options.quiet, strict) as run, mergekit_errors():
+    with Run(config.merge_method, options.quiet, strict, allow_missing) as run, mergekit_errors():
         given = _options_of(run, options.model_copy(update={"write_model_card": False}))
         run_merge(config, str(folder), given, config_source=text)
     if options.write_model_card:

@@ -141,20 +141,20 @@ def _extend_planner(plan_module: ModuleType) -> None:
         return result
 
     @functools.wraps(plan)
-    def plan_with_fishers(self: Any) -> Any:
+    def plan_with_fishers(self: Any) -> None:
         config = self.config
         if config.merge_method not in METHODS:
-            return plan(self)
+            plan(self)
+            return
         check_blocks(config.merge_method, _blocks(config))
-        result = plan(self)
-        # mergekit caches architectures by planner, on the class, so that a planner and its tasks would never be freed.
-        getattr(getattr(planner, "_model_arch", None), "cache_clear", lambda: None)()
         from squisher_mergekit.merging.mergekit.adapter import add_fishers
+        from squisher_mergekit.merging.mergekit.complete import plan_whole
 
+        whole = plan_whole(self, plan)
         weights, tasks = [weight for weight, _ in self._tensors], [task for _, task in self._tensors]
-        tasks = add_fishers(tasks, config.merge_method, self.options, config.out_dtype or config.dtype)
+        dtype = config.out_dtype or config.dtype
+        tasks = add_fishers(tasks, config.merge_method, self.options, dtype, whole=whole)
         self._tensors = list(zip(weights, tasks, strict=True))
-        return result
 
     planner.normalize_config, planner._plan = normalize_config, plan_with_fishers
 

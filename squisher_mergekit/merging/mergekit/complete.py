@@ -1,0 +1,241 @@
+"""Plan of a whole model: mergekit's list of tensors, or that of the files where mergekit would lose some.
+
+mergekit lists the tensors of a model by tables of its own, or by the names that the model has in memory. It leaves out
+an optional tensor that it does not find under such a name, for example a layer that has another name on disk.
+"""
+
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mergekit.architecture.auto import infer_vocabulary_axes
+from mergekit.architecture.base import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+
+from squisher_mergekit.errors import MismatchError
+from squisher_mergekit.merging.mergekit.lookup import converts_to, find_weight, gather_of, load_task
+from squisher_mergekit.merging.parameters import UBGM_SQUISHER
+from squisher_mergekit.merging.whole import ALLOW, ReadFiles, WholeModel, find_gaps, names_text
+from squisher_mergekit.models.loading import LoadableModel, loadable
+from squisher_mergekit.models.weights import Weights
+
+LOG = logging.getLogger("squisher_mergekit")
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def plan_whole(planner: Any, plan: Callable[[Any], Any]) -> WholeModel:
+    """Let mergekit plan a merge, and make sure that the plan has the whole model.
+
+    Where mergekit's list of tensors would lose some and the files of all models hold the same tensors, the merge is
+    planned once more by the names in the files.
+
+    Args:
+        planner: mergekit's ``MergePlanner``.
+        plan: Its own function that plans.
+
+    Returns:
+        The merged model, with the tensors that the merge loses, if the user allows that.
+
+    Raises:
+        MismatchError: The merge would lose tensors, or a model lacks one.
+    """
+    config = planner.config
+    models = None if config.modules or config.slices else config.models
+    _plan(planner, plan)
+    model = loadable(planner.out_model_config)
+    found, lacking = _examine(planner, model, sliced=models is None)
+    if models is not None and (found.gaps or lacking):
+        kept = planner._tensors, config.modules, planner.arch_info
+        architecture = _architecture_of_files(planner, model)
+        if architecture is not None:
+            config.models, config.modules, planner.arch_info = models, None, architecture
+            _plan(planner, plan)
+            second, none_lacking = _examine(planner, model)
+            if not (second.gaps or none_lacking):
+                lost = names_text(found.gaps.lost()) or names_text([name for _, name in lacking])
+                return replace(
+                    second,
+                    notes=(
+                        *found.notes,
+                        *second.notes,
+                        f"mergekit's list of tensors is not that of the files ({lost}): "
+                        "merged by the names in the files",
+                    ),
+                )
+        planner._tensors, config.modules, planner.arch_info = kept
+        config.models = None
+    if lacking:
+        label, name = lacking[0]
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise MismatchError(
+            f"every model must have the tensor {name}{more}, but {label} has not; leave that model out, or save all "
+            "models by the same version of transformers"
+        )
+    if found.gaps:
+        allowed = getattr(getattr(planner.options, "run", None), "allow_missing", False)
+        if not (allowed or (config.parameters or {}).get("allow_missing") is True):
+            raise MismatchError(f"{found.gaps.message()}; write the model without them by {ALLOW}")
+        LOG.warning("%s; written without them, as allowed", found.gaps.message())
+    return found
+
+
+def _plan(planner: Any, plan: Callable[[Any], Any]) -> None:
+    planner._tensors = []
+    # mergekit caches architectures by planner, on the class, so that a planner and its tasks would never be freed.
+    forget = getattr(getattr(type(planner), "_model_arch", None), "cache_clear", lambda: None)
+    forget()
+    plan(planner)
+    forget()
+
+
+def _examine(
+    planner: Any, model: LoadableModel | None, sliced: bool = False
+) -> tuple[WholeModel, list[tuple[str, str]]]:
+    """Return the model that a plan writes, and the pairs of model and required tensor that the model lacks.
+
+    A tensor that no model has is taken out of the plan: mergekit would fail on it.
+    """
+    read: dict[ModelReference, set[str]] = defaultdict(set)
+    built: dict[ModelReference, set[str]] = defaultdict(set)
+    bases, lacking, asked, kept, written = set(), [], [], [], []
+    for weight, task in planner._tensors:
+        found = {each: find_weight(task, each) for each in task.model_order}
+        if task.method_name == UBGM_SQUISHER:
+            bases.add(task.base_model)
+        for each, place in found.items():
+            if place is not None and place.stored is not None:
+                read[each].add(place.stored)
+            elif place is not None:
+                built[each].update(place.aliases)
+            else:
+                read[each].update(())
+        if not any(found.values()):
+            asked += [] if weight.optional else [weight.name]
+            continue
+        if not weight.optional:
+            lacking += [(str(each), _name(task, each)) for each, place in found.items() if place is None]
+        kept.append((weight, task))
+        written.append(weight.name)
+    planner._tensors = kept
+    files = [
+        ReadFiles(
+            str(each),
+            _names(each),
+            frozenset(names),
+            _sizes(each),
+            lambda name, each=each: converts_to(each, name, built[each]),
+            each in bases,
+        )
+        for each, names in read.items()
+    ]
+    gaps = find_gaps(files, written, asked, model, sliced)
+    fills = {} if model is None else model.fills(written)
+    buffers = None if model is None else frozenset(name for name in written if model.is_buffer(fills[name]))
+    notes = (
+        []
+        if model is None or not asked
+        else [
+            f"mergekit asks for {names_text(asked)}, which no model has and {model.class_name} does not need: left out"
+        ]
+    )
+    return WholeModel(gaps, buffers, tuple(notes)), lacking
+
+
+def _name(task: Any, model: ModelReference) -> str:
+    name: str = load_task(gather_of(task), model, model).tensor
+    return name
+
+
+def _names(model: ModelReference) -> frozenset[str]:
+    return frozenset(LoaderCache().get(model).index.tensor_paths)
+
+
+def _sizes(model: ModelReference) -> dict[str, int]:
+    """Return name -> number of entries, from headers; empty for pickled weights."""
+    infos = Weights(Path(LoaderCache().get(model).index.base_path)).infos
+    return {name: math.prod(info.shape) for name, info in infos.items()}
+
+
+class FileModule(ModuleArchitecture):  # type: ignore[misc]
+    """Architecture of a module whose tensors are those in the files.
+
+    Args:
+        loose: Tensors outside the layers.
+        layers: Tensors of each layer.
+    """
+
+    def __init__(self, loose: list[WeightInfo], layers: list[list[WeightInfo]]) -> None:
+        self._loose, self._layers = loose, layers
+
+    def pre_weights(self, config: Any) -> list[WeightInfo]:
+        """Return the tensors outside the layers."""
+        return self._loose
+
+    def post_weights(self, config: Any) -> list[WeightInfo]:
+        """Return no tensor."""
+        return []
+
+    def layer_weights(self, index: int, config: Any) -> list[WeightInfo]:
+        """Return the tensors of a layer."""
+        return self._layers[index]
+
+    def num_layers_config_key(self) -> str:
+        """Return no key: the files tell the number of layers."""
+        return ""
+
+    def num_layers(self, config: Any) -> int:
+        """Return the number of layers."""
+        return len(self._layers)
+
+
+def _architecture_of_files(planner: Any, model: LoadableModel | None) -> ModelArchitecture | None:
+    """Return the architecture whose tensors are those in the files of all models; None if the files differ."""
+    vocabularies = planner._tokenizer_task is not None or planner.options.unsafe_truncate_embeddings
+    if vocabularies and model is None:
+        return None
+    references = {each for _, task in planner._tensors for each in task.model_order}
+    bases = {task.base_model for _, task in planner._tensors if task.method_name == UBGM_SQUISHER}
+    names = [_kept(_names(each), model) for each in references - bases]
+    if not names or any(each != names[0] for each in names) or any(not names[0] <= _names(each) for each in bases):
+        return None
+    axes = _vocabulary_axes(names[0], model) if vocabularies and model is not None else {}
+    modules = {
+        prefix or "default": ModuleDefinition(architecture=module) for prefix, module in _modules(names[0], axes)
+    }
+    return planner.arch_info.model_copy(update={"modules": modules})
+
+
+def _kept(names: Collection[str], model: LoadableModel | None) -> frozenset[str]:
+    """Return the tensors on disk that belong to the model."""
+    if model is None:
+        return frozenset(names)
+    return frozenset(name for name, found in model.fills(names).items() if found.keys or not model.is_ignored(name))
+
+
+def _vocabulary_axes(names: Collection[str], model: LoadableModel) -> dict[str, int]:
+    """Return the tensors on disk that have an axis of tokens, and that axis."""
+    axes = infer_vocabulary_axes(model.module)
+    fills = model.fills(names)
+    return {name: axes[found.keys[0]] for name, found in fills.items() if found.keys and found.keys[0] in axes}
+
+
+def _modules(names: Iterable[str], axes: Mapping[str, int]) -> Iterable[tuple[str, FileModule]]:
+    """Yield a module for each stack of layers, and one for the tensors outside them."""
+    loose: list[WeightInfo] = []
+    stacks: dict[str, dict[int, list[WeightInfo]]] = defaultdict(lambda: defaultdict(list))
+    for name in sorted(names):
+        weight, match = WeightInfo(name=name, vocabulary_axis=axes.get(name)), _LAYER.search(name)
+        if match:
+            stacks[name[: match.start()]][int(match[1])].append(weight)
+        else:
+            loose.append(weight)
+    if loose:
+        yield "", FileModule(loose, [])
+    for prefix, layers in stacks.items():
+        yield prefix, FileModule([], [layers[index] for index in range(max(layers) + 1)])

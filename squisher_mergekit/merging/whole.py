@@ -1,0 +1,180 @@
+"""Completeness of a merge: tensors of the files and of the model's class that the merge would lose."""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from squisher_mergekit.models.loading import FilledKeys, LoadableModel
+
+ALLOW = "--allow-missing-weights (in YAML, allow_missing: true under parameters:)"
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class ReadFiles:
+    """Tensors in the files of one model, and those that the merge reads.
+
+    Attributes:
+        label: Name of the model in the configuration.
+        names: Names of all tensors in its files.
+        read: Names that the merge reads.
+        sizes: Name -> number of entries, if the headers tell.
+        converts: Function that returns whether transformers converts a tensor of that name to one that the merge reads.
+        is_base: True for the base of ``ubgm_squisher``.
+    """
+
+    label: str
+    names: frozenset[str]
+    read: frozenset[str]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    converts: Callable[[str], bool] = lambda name: False
+    is_base: bool = False
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Tensors that a merge loses.
+
+    Attributes:
+        class_name: Class of the merged model; None if it cannot be built.
+        dropped: Model -> names in its files that go into no tensor of the result.
+        totals: Model -> number of tensors in its files.
+        sizes: Dropped name -> number of entries, if the headers tell.
+        unfilled: Key of the class that no written tensor fills -> number of entries.
+        absent: Names that mergekit asks for and that no model has, without a class that could tell them needless.
+    """
+
+    class_name: str | None = None
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    totals: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    unfilled: Mapping[str, int] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.dropped or self.unfilled or self.absent)
+
+    def message(self) -> str:
+        """Return the losses in one line: number and first names."""
+        parts = []
+        if self.absent:
+            parts.append(f"mergekit asks for {len(self.absent)} that no model has ({names_text(self.absent)})")
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for label, names in self.dropped.items():
+            groups.setdefault(names, []).append(label)
+        for names, labels in groups.items():
+            parts.append(
+                f"{len(names)} of the {self.totals[labels[0]]} tensors in the files of {' and of '.join(labels)} go "
+                f"into no tensor of the result ({names_text(names)})"
+            )
+        if self.unfilled:
+            what = "" if self.dropped else ", and no model has them"
+            parts.append(
+                f"{self.class_name} would draw {len(self.unfilled)} at random when loaded "
+                f"({names_text(tuple(self.unfilled))}){what}"
+            )
+        return f"the merge must write every tensor of the model, but {'; '.join(parts)}"
+
+    def lost(self) -> list[str]:
+        """Return the names of the tensors that are lost."""
+        return list(dict.fromkeys([*(name for names in self.dropped.values() for name in names), *self.unfilled]))
+
+    def absent_entries(self) -> Mapping[str, int]:
+        """Return the lost tensors, each once, with the number of entries of each."""
+        dropped = dict.fromkeys(name for names in self.dropped.values() for name in names)
+        return {name: self.sizes.get(name, 0) for name in dropped} if dropped else self.unfilled
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """Merged model beside the part of it that the merge writes.
+
+    Attributes:
+        gaps: Tensors that the merge loses.
+        buffers: Written tensors that are buffers, which no gradient reaches; None if no class tells.
+        notes: Deviations from mergekit's own list of tensors.
+    """
+
+    gaps: Gaps = Gaps()
+    buffers: frozenset[str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def names_text(names: Sequence[str]) -> str:
+    """Return the first names and the number of the others.
+
+    Example:
+        >>> names_text(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def find_gaps(
+    models: Sequence[ReadFiles],
+    written: Collection[str],
+    asked: Sequence[str],
+    model: LoadableModel | None,
+    sliced: bool = False,
+) -> Gaps:
+    """Return the tensors that a merge would lose.
+
+    Args:
+        models: The merged models.
+        written: Names of the tensors that the merge writes.
+        asked: Names that mergekit asks for and that no model has.
+        model: The merged model's class; None if it cannot be built.
+        sliced: True if the user chose layers, so that a layer may be left out.
+    """
+    fills = {} if model is None else model.fills({*written, *(name for each in models for name in each.names)})
+    filled = _filled(written, fills, model)
+    whole = _filled([name for name in written if not fills[name].converted], fills, model) if model else set()
+    dropped: dict[str, tuple[str, ...]] = {}
+    sizes: dict[str, int] = {}
+    for each in models:
+        kinds = {_template(name) for name in each.read} if sliced else set()
+        lost = [
+            name
+            for name in each.names - each.read
+            if _template(name) not in kinds and _is_lost(name, each, fills.get(name), whole, model)
+        ]
+        if lost:
+            dropped[each.label] = tuple(sorted(lost, key=_natural))
+            sizes.update({name: each.sizes[name] for name in lost if name in each.sizes})
+    needed = {} if model is None else model.needed()
+    return Gaps(
+        model.class_name if model is not None else None,
+        dropped,
+        {each.label: len(each.names) for each in models},
+        sizes,
+        {key: size for key, size in needed.items() if key not in filled},
+        tuple(asked) if model is None else (),
+    )
+
+
+def _filled(written: Collection[str], fills: Mapping[str, FilledKeys], model: LoadableModel | None) -> set[str]:
+    """Return the keys that written tensors fill, of tied keys the first."""
+    if model is None:
+        return set()
+    return {model.first_of_tied(key) for name in written for key in fills[name].keys}
+
+
+def _is_lost(
+    name: str, files: ReadFiles, found: FilledKeys | None, whole: Collection[str], model: LoadableModel | None
+) -> bool:
+    """Return True for a tensor that is not read and whose values enter the result in no other way."""
+    if model is None or found is None:
+        return not files.converts(name)
+    if not found.keys:
+        # A base may have heads that the models trained from it have not.
+        return not files.is_base and not model.is_ignored(name)
+    return any(model.first_of_tied(key) not in whole for key in found.keys)
+
+
+def _template(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1#", name)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
