@@ -18,7 +18,6 @@ class ReadFiles:
         label: Name of the model in the configuration.
         names: Names of all tensors in its files.
         read: Names that the merge reads.
-        sizes: Name -> number of entries, if the headers tell.
         converts: Function that returns whether transformers converts a tensor of that name to one that the merge reads.
         is_base: True for the base of ``ubgm_squisher``.
     """
@@ -26,7 +25,6 @@ class ReadFiles:
     label: str
     names: frozenset[str]
     read: frozenset[str]
-    sizes: Mapping[str, int] = field(default_factory=dict)
     converts: Callable[[str], bool] = lambda name: False
     is_base: bool = False
 
@@ -39,17 +37,17 @@ class Gaps:
         class_name: Class of the merged model; None if it cannot be built.
         dropped: Model -> names in its files that go into no tensor of the result.
         totals: Model -> number of tensors in its files.
-        sizes: Dropped name -> number of entries, if the headers tell.
         unfilled: Key of the class that no written tensor fills -> number of entries.
         absent: Names that mergekit asks for and that no model has, without a class that could tell them needless.
+        sizes: Dropped name -> number of entries, if the headers tell.
     """
 
     class_name: str | None = None
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     totals: Mapping[str, int] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
     unfilled: Mapping[str, int] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.dropped or self.unfilled or self.absent)
@@ -131,7 +129,6 @@ def find_gaps(
     filled = _filled(written, fills, model)
     whole = _filled([name for name in written if not fills[name].converted], fills, model) if model else set()
     dropped: dict[str, tuple[str, ...]] = {}
-    sizes: dict[str, int] = {}
     for each in models:
         kinds = {_template(name) for name in each.read} if sliced else set()
         lost = [
@@ -141,13 +138,11 @@ def find_gaps(
         ]
         if lost:
             dropped[each.label] = tuple(sorted(lost, key=_natural))
-            sizes.update({name: each.sizes[name] for name in lost if name in each.sizes})
     needed = {} if model is None else model.needed()
     return Gaps(
         model.class_name if model is not None else None,
         dropped,
         {each.label: len(each.names) for each in models},
-        sizes,
         {key: size for key, size in needed.items() if key not in filled},
         tuple(asked) if model is None else (),
     )

@@ -81,6 +81,8 @@ def plan_whole(planner: Any, plan: Callable[[Any], Any]) -> WholeModel:
         allowed = getattr(getattr(planner.options, "run", None), "allow_missing", False)
         if not (allowed or (config.parameters or {}).get("allow_missing") is True):
             raise MismatchError(f"{found.gaps.message()}; write the model without them by {ALLOW}")
+        sizes = _sizes(planner, found.gaps.lost())
+        found = replace(found, gaps=replace(found.gaps, sizes=sizes))
         LOG.warning("%s; written without them, as allowed", found.gaps.message())
     return found
 
@@ -128,7 +130,6 @@ def _examine(
             str(each),
             _names(each),
             frozenset(names),
-            _sizes(each),
             lambda name, each=each: converts_to(each, name, built[each]),
             each in bases,
         )
@@ -156,10 +157,13 @@ def _names(model: ModelReference) -> frozenset[str]:
     return frozenset(LoaderCache().get(model).index.tensor_paths)
 
 
-def _sizes(model: ModelReference) -> dict[str, int]:
-    """Return name -> number of entries, from headers; empty for pickled weights."""
-    infos = Weights(Path(LoaderCache().get(model).index.base_path)).infos
-    return {name: math.prod(info.shape) for name, info in infos.items()}
+def _sizes(planner: Any, names: Collection[str]) -> dict[str, int]:
+    """Return name -> number of entries of some tensors on disk, from headers; without those of pickled weights."""
+    sizes: dict[str, int] = {}
+    for reference in dict.fromkeys(each for _, task in planner._tensors for each in task.model_order):
+        infos = Weights(Path(LoaderCache().get(reference).index.base_path)).infos
+        sizes |= {name: math.prod(infos[name].shape) for name in names if name in infos}
+    return sizes
 
 
 class FileModule(ModuleArchitecture):  # type: ignore[misc]
