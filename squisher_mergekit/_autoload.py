@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 WATCHED = (
+    "mergekit.architecture",
     "mergekit.merge_methods.registry",
     "mergekit.merge_methods.task_adapter",
     "mergekit.plan",
@@ -75,7 +76,7 @@ def _warn(error: Exception) -> None:
     import warnings
 
     text = f"squisher-mergekit is not active in mergekit, stock merges are not affected: {error!r}"
-    warnings.warn(text, stacklevel=1)  # one place, so that five failing modules warn once
+    warnings.warn(text, stacklevel=1)  # one place, so that several failing modules warn once
 
 
 def installed() -> bool:

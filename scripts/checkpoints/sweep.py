@@ -1,9 +1,10 @@
 """Merges of two tiny random models of many architectures: whole by Eq. 13, or refused before anything is written.
 
-    python -m scripts.checkpoints.sweep [CLASS ...]
+python -m scripts.checkpoints.sweep [CLASS ...]
 """
 
 import contextlib
+import copy
 import io
 import logging
 import sys
@@ -85,14 +86,13 @@ def _try(name: str, arguments: dict[str, Any], root: Path) -> tuple[str, str]:
 
 def _draw(cls: Any, arguments: dict[str, Any], seed: int) -> Any:
     """Build a model with random weights and buffers."""
-    import copy
-
     model = cls(cls.config_class(**copy.deepcopy(arguments)))
     generator = torch.Generator().manual_seed(seed)
     state = model.state_dict(keep_vars=True)
     with torch.no_grad():
-        for tensor in {id(tensor): tensor for tensor in state.values()}.values():
-            if tensor.is_floating_point():
+        for name, tensor in state.items():
+            # A table that is computed anew is not saved.
+            if tensor.is_floating_point() and name not in (model._keys_to_ignore_on_save or ()):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))
     return model
 

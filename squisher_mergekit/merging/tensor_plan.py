@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.config import Scaling
@@ -110,6 +110,7 @@ class TensorPlan:
         missing: Model -> reason why it has no Fisher here. If there is one, the tensor is the weighted mean.
         inputs: The models' weights.
         is_buffer: True for a buffer of real numbers, which can have no Fisher and is the weighted mean.
+        is_integer: True for integers, which mergekit copies.
     """
 
     name: str
@@ -120,6 +121,7 @@ class TensorPlan:
     missing: dict[str, str]
     inputs: tuple[WeightInput, ...]
     is_buffer: bool = False
+    is_integer: bool = False
 
     @property
     def is_copied(self) -> bool:
@@ -186,7 +188,7 @@ def plan_tensor(
         return TensorPlan(name, size, settings, normalize, uses, missing or {}, tuple(inputs), bool(missing) and told)
 
     if any(item.info is not None and not item.info.dtype.is_floating_point for item in inputs):
-        return plan()
+        return replace(plan(), is_integer=True)
     if passed_through:
         return plan()
     merged = [item for item in inputs if not (method == UBGM_SQUISHER and item.is_base)]

@@ -75,7 +75,7 @@ class Gaps:
 
     def lost(self) -> list[str]:
         """Return the names of the tensors that are lost."""
-        return list(dict.fromkeys([*(name for names in self.dropped.values() for name in names), *self.unfilled]))
+        return list(self.absent_entries())
 
     def absent_entries(self) -> Mapping[str, int]:
         """Return the lost tensors, each once, with the number of entries of each."""

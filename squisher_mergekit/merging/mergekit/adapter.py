@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.io.tasks import LoaderCache
 
@@ -92,8 +93,9 @@ def _plan(task: Any, base: ModelReference | None, run: Run, whole: WholeModel) -
 
 def _with_fishers(task: Any, plan: TensorPlan, base: ModelReference | None, run: Run) -> FisherMergeTask:
     without = plan.inputs if plan.missing else ()
+    fields = {name: getattr(task, name) for name in type(task).model_fields}
     return FisherMergeTask(
-        **{name: getattr(task, name) for name in type(task).model_fields},
+        **(fields | (_uncast(task, plan) if plan.is_integer else {})),
         run=run,
         requests=tuple(
             [_request(use, plan) for use in plan.uses]
@@ -102,6 +104,17 @@ def _with_fishers(task: Any, plan: TensorPlan, base: ModelReference | None, run:
         origins=tuple((item.key, item.origin.load) for item in plan.trimmed() if item.origin is not None),
         origin_model=(task.base_model or base) if plan.trimmed() else None,
     )
+
+
+def _uncast(task: Any, plan: TensorPlan) -> dict[str, Any]:
+    """Return the fields of a task that copies integers: ``dtype:`` is for real numbers, and mergekit casts all."""
+    if not hasattr(task.gather_tensors, "weight_info"):
+        return {}
+    fields = {"gather_tensors": task.gather_tensors.model_copy(update={"dtype": None})}
+    # Of integers, mergekit knows this dtype alone.
+    if all(item.info is not None and item.info.dtype == torch.int64 for item in plan.inputs):
+        fields["output_weight"] = task.output_weight.model_copy(update={"force_dtype": "int64"})
+    return fields
 
 
 def _request(use: FisherUse, plan: TensorPlan) -> FisherRequest:

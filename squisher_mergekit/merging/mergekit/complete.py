@@ -18,7 +18,7 @@ from mergekit.architecture.base import ModelArchitecture, ModuleArchitecture, Mo
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
-from squisher_mergekit.errors import MismatchError
+from squisher_mergekit.errors import ConfigError, MismatchError, SquisherError
 from squisher_mergekit.merging.mergekit.lookup import converts_to, find_weight, gather_of, load_task
 from squisher_mergekit.merging.parameters import UBGM_SQUISHER
 from squisher_mergekit.merging.whole import ALLOW, ReadFiles, WholeModel, find_gaps, names_text
@@ -26,6 +26,7 @@ from squisher_mergekit.models.loading import LoadableModel, loadable
 from squisher_mergekit.models.weights import Weights
 
 LOG = logging.getLogger("squisher_mergekit")
+_MESSAGE = 60
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -47,29 +48,23 @@ def plan_whole(planner: Any, plan: Callable[[Any], Any]) -> WholeModel:
     """
     config = planner.config
     models = None if config.modules or config.slices else config.models
-    _plan(planner, plan)
     model = loadable(planner.out_model_config)
-    found, lacking = _examine(planner, model, sliced=models is None)
-    if models is not None and (found.gaps or lacking):
-        kept = planner._tensors, config.modules, planner.arch_info
-        architecture = _architecture_of_files(planner, model)
+    failure = _failure_of(planner, plan)
+    found, lacking = (WholeModel(), []) if failure else _examine(planner, model, sliced=models is None)
+    if models is not None and (failure or found.gaps or lacking):
+        kept = planner._tensors, config.models, config.modules, planner.arch_info
+        architecture = _architecture_of_files(planner, [each.model for each in models], model)
         if architecture is not None:
             config.models, config.modules, planner.arch_info = models, None, architecture
             _plan(planner, plan)
-            second, none_lacking = _examine(planner, model)
-            if not (second.gaps or none_lacking):
-                lost = names_text(found.gaps.lost()) or names_text([name for _, name in lacking])
-                return replace(
-                    second,
-                    notes=(
-                        *found.notes,
-                        *second.notes,
-                        f"mergekit's list of tensors is not that of the files ({lost}): "
-                        "merged by the names in the files",
-                    ),
-                )
-        planner._tensors, config.modules, planner.arch_info = kept
-        config.models = None
+            second, second_lacking = _examine(planner, model)
+            if not (second.gaps or second_lacking):
+                why = failure or names_text(found.gaps.lost() or [name for _, name in lacking])
+                note = f"mergekit's list of tensors is not that of the files ({why}): merged by the names in the files"
+                return replace(second, notes=(*found.notes, *second.notes, note))
+        planner._tensors, config.models, config.modules, planner.arch_info = kept
+    if failure:
+        raise ConfigError(f"mergekit must be able to plan the merge, but {failure}; merge other models")
     if lacking:
         label, name = lacking[0]
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -85,6 +80,18 @@ def plan_whole(planner: Any, plan: Callable[[Any], Any]) -> WholeModel:
         found = replace(found, gaps=replace(found.gaps, sizes=sizes))
         LOG.warning("%s; written without them, as allowed", found.gaps.message())
     return found
+
+
+def _failure_of(planner: Any, plan: Callable[[Any], Any]) -> str | None:
+    """Let mergekit plan; return its error in short, None if there is none."""
+    try:
+        _plan(planner, plan)
+    except SquisherError:
+        raise
+    except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
+        text = " ".join(str(error).split())  # mergekit prints a whole config in the middle
+        return text if len(text) <= 2 * _MESSAGE else f"{text[:_MESSAGE]} ... {text[-_MESSAGE:]}"
+    return None
 
 
 def _plan(planner: Any, plan: Callable[[Any], Any]) -> None:
@@ -198,14 +205,16 @@ class FileModule(ModuleArchitecture):  # type: ignore[misc]
         return len(self._layers)
 
 
-def _architecture_of_files(planner: Any, model: LoadableModel | None) -> ModelArchitecture | None:
+def _architecture_of_files(
+    planner: Any, models: Collection[ModelReference], model: LoadableModel | None
+) -> ModelArchitecture | None:
     """Return the architecture whose tensors are those in the files of all models; None if the files differ."""
     vocabularies = planner._tokenizer_task is not None or planner.options.unsafe_truncate_embeddings
     if vocabularies and model is None:
         return None
-    references = {each for _, task in planner._tensors for each in task.model_order}
-    bases = {task.base_model for _, task in planner._tensors if task.method_name == UBGM_SQUISHER}
-    names = [_kept(_names(each), model) for each in references - bases]
+    config = planner.config
+    bases = {config.base_model} if config.merge_method == UBGM_SQUISHER else set()
+    names = [_kept(_names(each), model) for each in models if each not in bases]
     if not names or any(each != names[0] for each in names) or any(not names[0] <= _names(each) for each in bases):
         return None
     axes = _vocabulary_axes(names[0], model) if vocabularies and model is not None else {}
@@ -213,6 +222,20 @@ def _architecture_of_files(planner: Any, model: LoadableModel | None) -> ModelAr
         prefix or "default": ModuleDefinition(architecture=module) for prefix, module in _modules(names[0], axes)
     }
     return planner.arch_info.model_copy(update={"modules": modules})
+
+
+def architecture_without_tokens(model: ModelReference, options: Any) -> ModelArchitecture:
+    """Return the architecture of a model without token embeddings: the tensors in its files.
+
+    Args:
+        model: The model.
+        options: mergekit's options.
+    """
+    loader = model.lazy_loader(cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle)
+    modules = {
+        name or "default": ModuleDefinition(architecture=each) for name, each in _modules(loader.index.tensor_paths, {})
+    }
+    return ModelArchitecture(modules=modules, architectures=[], model_type="")
 
 
 def _kept(names: Collection[str], model: LoadableModel | None) -> frozenset[str]:
@@ -224,7 +247,10 @@ def _kept(names: Collection[str], model: LoadableModel | None) -> frozenset[str]
 
 def _vocabulary_axes(names: Collection[str], model: LoadableModel) -> dict[str, int]:
     """Return the tensors on disk that have an axis of tokens, and that axis."""
-    axes = infer_vocabulary_axes(model.module)
+    try:
+        axes = infer_vocabulary_axes(model.module)
+    except NotImplementedError:  # a class without token embeddings
+        return {}
     fills = model.fills(names)
     return {name: axes[found.keys[0]] for name, found in fills.items() if found.keys and found.keys[0] in axes}
 

@@ -122,6 +122,25 @@ def _register(registry: ModuleType) -> None:
 # ---- the planners
 
 
+def _extend_architecture(module: ModuleType) -> None:
+    get_architecture_info = need(module, "get_architecture_info", "config", "options")
+
+    @functools.wraps(get_architecture_info)
+    def of_files_at_need(config: Any, options: Any) -> Any:
+        try:
+            return get_architecture_info(config, options)
+        except NotImplementedError:  # mergekit asks every class for token embeddings, and some have none
+            if config.merge_method not in METHODS:
+                raise
+        from squisher_mergekit.merging.mergekit.complete import architecture_without_tokens
+
+        return architecture_without_tokens(config.referenced_models()[0], options)
+
+    for owner in (module, sys.modules.get("mergekit.merge")):
+        if getattr(owner, "get_architecture_info", None) is get_architecture_info:
+            setattr(owner, "get_architecture_info", of_files_at_need)  # noqa: B010
+
+
 def _extend_planner(plan_module: ModuleType) -> None:
     planner = need(plan_module, "MergePlanner")
     plan, normalize = need(planner, "_plan"), need(planner, "normalize_config")
@@ -151,10 +170,9 @@ def _extend_planner(plan_module: ModuleType) -> None:
         from squisher_mergekit.merging.mergekit.complete import plan_whole
 
         whole = plan_whole(self, plan)
-        weights, tasks = [weight for weight, _ in self._tensors], [task for _, task in self._tensors]
-        dtype = config.out_dtype or config.dtype
+        tasks, dtype = [task for _, task in self._tensors], config.out_dtype or config.dtype
         tasks = add_fishers(tasks, config.merge_method, self.options, dtype, whole=whole)
-        self._tensors = list(zip(weights, tasks, strict=True))
+        self._tensors = [(task.output_weight, task) for task in tasks]
 
     planner.normalize_config, planner._plan = normalize_config, plan_with_fishers
 
@@ -286,6 +304,7 @@ def _restored_on_failure(universe: Any) -> Iterator[None]:
 
 
 _ACTIVATORS: dict[str, Callable[[ModuleType], None]] = {
+    "architecture": _extend_architecture,
     "merge_methods.registry": _register,
     "merge_methods.task_adapter": _extend_tasks,
     "plan": _extend_planner,
