@@ -5,7 +5,7 @@ from typing import Any
 
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.merging.tensor_plan import FisherUse, TensorPlan, WeightInput
-from squisher_mergekit.merging.whole import WholeModel, names_text
+from squisher_mergekit.models.whole import WholeModel, names_text
 
 # Memory of Python, torch and mergekit before the first tensor is read, and of the chunks in work.
 _RESIDENT = 500_000_000

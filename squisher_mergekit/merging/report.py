@@ -4,7 +4,7 @@ from pathlib import PurePath
 from typing import Any
 
 from squisher_mergekit.merging.run import Run
-from squisher_mergekit.merging.whole import names_text
+from squisher_mergekit.models.whole import names_text
 
 
 def report_text(report: dict[str, Any], rows: int = 40) -> str:

@@ -30,8 +30,8 @@ from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import ModelFiles
 from squisher_mergekit.merging.tensor_plan import FisherUse, Origin, Settings, TensorPlan, WeightInput
-from squisher_mergekit.merging.whole import WholeModel
 from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.models.whole import WholeModel
 from squisher_mergekit.tensors.safetensors import TensorInfo
 
 

@@ -4,6 +4,7 @@ mergekit lists the tensors of a model by tables of its own, or by the names that
 an optional tensor that it does not find under such a name, for example a layer that has another name on disk.
 """
 
+import functools
 import logging
 import math
 import re
@@ -21,11 +22,12 @@ from mergekit.io.tasks import LoaderCache
 from squisher_mergekit.errors import ConfigError, MismatchError, SquisherError
 from squisher_mergekit.merging.mergekit.lookup import converts_to, find_weight, gather_of, load_task
 from squisher_mergekit.merging.parameters import UBGM_SQUISHER
-from squisher_mergekit.merging.whole import ALLOW, ReadFiles, WholeModel, find_gaps, names_text
 from squisher_mergekit.models.loading import LoadableModel, loadable
 from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.models.whole import ReadFiles, WholeModel, find_gaps, names_text
 
 LOG = logging.getLogger("squisher_mergekit")
+_ALLOW = "--allow-missing-weights (in YAML, allow_missing: true under parameters:)"
 _MESSAGE = 60
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -49,37 +51,47 @@ def plan_whole(planner: Any, plan: Callable[[Any], Any]) -> WholeModel:
     config = planner.config
     models = None if config.modules or config.slices else config.models
     model = loadable(planner.out_model_config)
+    allowed = getattr(getattr(planner.options, "run", None), "allow_missing", False)
+    allowed = allowed or (config.parameters or {}).get("allow_missing") is True
     failure = _failure_of(planner, plan)
-    found, lacking = (WholeModel(), []) if failure else _examine(planner, model, sliced=models is None)
-    if models is not None and (failure or found.gaps or lacking):
+    found = WholeModel() if failure else _examine(planner, model, sliced=models is None)
+    needless = allowed and not (failure or found.lacking or found.gaps.unfilled)
+    if models is not None and (failure or found.lacking or found.gaps) and not needless:
         kept = planner._tensors, config.models, config.modules, planner.arch_info
         architecture = _architecture_of_files(planner, [each.model for each in models], model)
         if architecture is not None:
             config.models, config.modules, planner.arch_info = models, None, architecture
-            _plan(planner, plan)
-            second, second_lacking = _examine(planner, model)
-            if not (second.gaps or second_lacking):
-                why = failure or names_text(found.gaps.lost() or [name for _, name in lacking])
-                note = f"mergekit's list of tensors is not that of the files ({why}): merged by the names in the files"
-                return replace(second, notes=(*found.notes, *second.notes, note))
+            if _failure_of(planner, plan) is None:
+                second = _examine(planner, model)
+                if failure or found.lacking or len(second.gaps.lost()) < len(found.gaps.lost()):
+                    why = failure or names_text(found.gaps.lost() or [name for _, name in found.lacking])
+                    note = f"mergekit lists other tensors than the files hold ({why}): merged by the names in the files"
+                    return _accepted(planner, replace(second, notes=(*found.notes, *second.notes, note)), allowed)
         planner._tensors, config.models, config.modules, planner.arch_info = kept
     if failure:
         raise ConfigError(f"mergekit must be able to plan the merge, but {failure}; merge other models")
-    if lacking:
-        label, name = lacking[0]
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    return _accepted(planner, found, allowed)
+
+
+def _accepted(planner: Any, found: WholeModel, allowed: bool) -> WholeModel:
+    """Return the model if it is whole, or if the user allows that it is not.
+
+    Raises:
+        MismatchError: The merge would lose tensors, or a model lacks one.
+    """
+    if found.lacking:
+        label, name = found.lacking[0]
+        more = f" and {len(found.lacking) - 1} more" if len(found.lacking) > 1 else ""
         raise MismatchError(
             f"every model must have the tensor {name}{more}, but {label} has not; leave that model out, or save all "
             "models by the same version of transformers"
         )
-    if found.gaps:
-        allowed = getattr(getattr(planner.options, "run", None), "allow_missing", False)
-        if not (allowed or (config.parameters or {}).get("allow_missing") is True):
-            raise MismatchError(f"{found.gaps.message()}; write the model without them by {ALLOW}")
-        sizes = _sizes(planner, found.gaps.lost())
-        found = replace(found, gaps=replace(found.gaps, sizes=sizes))
-        LOG.warning("%s; written without them, as allowed", found.gaps.message())
-    return found
+    if not found.gaps:
+        return found
+    if not allowed:
+        raise MismatchError(f"{found.gaps.message()}; write the model without them by {_ALLOW}")
+    LOG.warning("%s; written without them, as allowed", found.gaps.message())
+    return replace(found, gaps=replace(found.gaps, sizes=_sizes(planner, found.gaps.lost())))
 
 
 def _failure_of(planner: Any, plan: Callable[[Any], Any]) -> str | None:
@@ -103,56 +115,79 @@ def _plan(planner: Any, plan: Callable[[Any], Any]) -> None:
     forget()
 
 
-def _examine(
-    planner: Any, model: LoadableModel | None, sliced: bool = False
-) -> tuple[WholeModel, list[tuple[str, str]]]:
-    """Return the model that a plan writes, and the pairs of model and required tensor that the model lacks.
+def _examine(planner: Any, model: LoadableModel | None, sliced: bool = False) -> WholeModel:
+    """Return the model that a plan writes.
 
     A tensor that no model has is taken out of the plan: mergekit would fail on it.
     """
-    read: dict[ModelReference, set[str]] = defaultdict(set)
-    built: dict[ModelReference, set[str]] = defaultdict(set)
-    bases, lacking, asked, kept, written = set(), [], [], [], []
-    for weight, task in planner._tensors:
+    reading = _Reading()
+    kept = [pair for pair in planner._tensors if reading.add(*pair, model)]
+    planner._tensors, written = kept, [weight.name for weight, _ in kept]
+    gaps = find_gaps(reading.files(), written, reading.asked, model, sliced)
+    notes, buffers = [], None
+    if model is not None:
+        fills = model.fills(written)
+        buffers = frozenset(name for name in written if model.is_buffer(fills[name]))
+        if reading.asked and not gaps.unfilled:
+            asked = names_text(reading.asked)
+            notes.append(
+                f"mergekit asks for {asked}, which no model has and {model.class_name} does not need: left out"
+            )
+    return WholeModel(gaps, buffers, tuple(notes), tuple(reading.lacking))
+
+
+class _Reading:
+    """Tensors that the tasks of a plan read from each model's files.
+
+    Attributes:
+        asked: Names of required tensors that no model has.
+        lacking: Pairs of a model and a required tensor that other models have.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.lacking: list[tuple[str, str]] = []
+        self._read: dict[ModelReference, set[str]] = defaultdict(set)
+        self._built: dict[ModelReference, set[str]] = defaultdict(set)
+        self._bases: set[ModelReference] = set()
+
+    def add(self, weight: WeightInfo, task: Any, model: LoadableModel | None) -> bool:
+        """Add a task; return False if there is nothing to merge."""
         found = {each: find_weight(task, each) for each in task.model_order}
+        without = [each for each, place in found.items() if place is None]
+        for each in found:
+            self._read[each].update(())  # a model from which nothing is read counts as well
         if task.method_name == UBGM_SQUISHER:
-            bases.add(task.base_model)
-        for each, place in found.items():
-            if place is not None and place.stored is not None:
-                read[each].add(place.stored)
-            elif place is not None:
-                built[each].update(place.aliases)
-            else:
-                read[each].update(())
-        if not any(found.values()):
-            asked += [] if weight.optional else [weight.name]
-            continue
+            self._bases.add(task.base_model)
+        if len(without) == len(found):
+            self.asked += [] if weight.optional else [weight.name]
+            return False
+        if without and model is not None and model.first_of_tied(weight.name) != weight.name:
+            return False  # a second copy of a tied tensor, which some of the files have
         if not weight.optional:
-            lacking += [(str(each), _name(task, each)) for each, place in found.items() if place is None]
-        kept.append((weight, task))
-        written.append(weight.name)
-    planner._tensors = kept
-    files = [
-        ReadFiles(
-            str(each),
-            _names(each),
-            frozenset(names),
-            lambda name, each=each: converts_to(each, name, built[each]),
-            each in bases,
-        )
-        for each, names in read.items()
-    ]
-    gaps = find_gaps(files, written, asked, model, sliced)
-    fills = {} if model is None else model.fills(written)
-    buffers = None if model is None else frozenset(name for name in written if model.is_buffer(fills[name]))
-    notes = (
-        []
-        if model is None or not asked
-        else [
-            f"mergekit asks for {names_text(asked)}, which no model has and {model.class_name} does not need: left out"
+            self.lacking += [(str(each), _name(task, each)) for each in without]
+        for each, place in found.items():
+            if place is not None:
+                names = place.aliases if place.stored is None else (place.stored,)
+                (self._built if place.stored is None else self._read)[each].update(names)
+        return True
+
+    def files(self) -> list[ReadFiles]:
+        """Return the files of each model, with the tensors that are read."""
+        return [
+            ReadFiles(
+                str(each),
+                _names(each),
+                frozenset(names),
+                functools.partial(_converts_to_any, each, frozenset(self._built[each])),
+                each in self._bases,
+            )
+            for each, names in self._read.items()
         ]
-    )
-    return WholeModel(gaps, buffers, tuple(notes)), lacking
+
+
+def _converts_to_any(model: ModelReference, targets: frozenset[str], name: str) -> bool:
+    return converts_to(model, name, targets)
 
 
 def _name(task: Any, model: ModelReference) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from squisher_mergekit.models.loading import FilledKeys, LoadableModel
 
-ALLOW = "--allow-missing-weights (in YAML, allow_missing: true under parameters:)"
 _SHOWN = 3
 
 
@@ -38,7 +37,7 @@ class Gaps:
         dropped: Model -> names in its files that go into no tensor of the result.
         totals: Model -> number of tensors in its files.
         unfilled: Key of the class that no written tensor fills -> number of entries.
-        absent: Names that mergekit asks for and that no model has, without a class that could tell them needless.
+        absent: Names that mergekit asks for and that no model has; empty if the class needs none of them.
         sizes: Dropped name -> number of entries, if the headers tell.
     """
 
@@ -66,10 +65,10 @@ class Gaps:
                 f"into no tensor of the result ({names_text(names)})"
             )
         if self.unfilled:
-            what = "" if self.dropped else ", and no model has them"
+            origin = "" if self.dropped else ", which no model has"
             parts.append(
                 f"{self.class_name} would draw {len(self.unfilled)} at random when loaded "
-                f"({names_text(tuple(self.unfilled))}){what}"
+                f"({names_text(tuple(self.unfilled))}){origin}"
             )
         return f"the merge must write every tensor of the model, but {'; '.join(parts)}"
 
@@ -85,17 +84,19 @@ class Gaps:
 
 @dataclass(frozen=True)
 class WholeModel:
-    """Merged model beside the part of it that the merge writes.
+    """Merged model, and the part of it that the merge writes.
 
     Attributes:
         gaps: Tensors that the merge loses.
         buffers: Written tensors that are buffers, which no gradient reaches; None if no class tells.
         notes: Deviations from mergekit's own list of tensors.
+        lacking: Pairs of a model and a required tensor that the model lacks.
     """
 
     gaps: Gaps = Gaps()
     buffers: frozenset[str] | None = None
     notes: tuple[str, ...] = ()
+    lacking: tuple[tuple[str, str], ...] = ()
 
 
 def names_text(names: Sequence[str]) -> str:
@@ -139,12 +140,13 @@ def find_gaps(
         if lost:
             dropped[each.label] = tuple(sorted(lost, key=_natural))
     needed = {} if model is None else model.needed()
+    unfilled = {key: size for key, size in needed.items() if key not in filled}
     return Gaps(
         model.class_name if model is not None else None,
         dropped,
         {each.label: len(each.names) for each in models},
-        {key: size for key, size in needed.items() if key not in filled},
-        tuple(asked) if model is None else (),
+        unfilled,
+        tuple(asked) if model is None or unfilled else (),
     )
 
 
