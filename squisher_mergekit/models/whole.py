@@ -150,6 +150,27 @@ def find_gaps(
     )
 
 
+def missing_parts(models: Sequence[ReadFiles], model: LoadableModel) -> list[tuple[str, str]]:
+    """Return the pairs of a model and a tensor that it lacks, such as one expert, of those that loading joins to one.
+
+    Args:
+        models: The merged models.
+        model: The merged model's class.
+    """
+    fills = model.fills({name for each in models for name in each.names})
+    parts: dict[str, dict[str, set[str]]] = {}
+    for each in models:
+        for name in each.names:
+            for key in fills[name].keys if fills[name].converted else ():
+                parts.setdefault(key, {}).setdefault(each.label, set()).add(name)
+    return [
+        (label, name)
+        for by_model in parts.values()
+        for label, names in by_model.items()
+        for name in sorted(set().union(*by_model.values()) - names, key=_natural)
+    ]
+
+
 def _filled(written: Collection[str], fills: Mapping[str, FilledKeys], model: LoadableModel | None) -> set[str]:
     """Return the keys that written tensors fill, of tied keys the first."""
     if model is None:

@@ -24,7 +24,7 @@ from squisher_mergekit.merging.mergekit.lookup import converts_to, find_weight, 
 from squisher_mergekit.merging.parameters import UBGM_SQUISHER
 from squisher_mergekit.models.loading import LoadableModel, loadable
 from squisher_mergekit.models.weights import Weights
-from squisher_mergekit.models.whole import ReadFiles, WholeModel, find_gaps, names_text
+from squisher_mergekit.models.whole import ReadFiles, WholeModel, find_gaps, missing_parts, names_text
 
 LOG = logging.getLogger("squisher_mergekit")
 _ALLOW = "--allow-missing-weights (in YAML, allow_missing: true under parameters:)"
@@ -121,9 +121,10 @@ def _examine(planner: Any, model: LoadableModel | None, sliced: bool = False) ->
     A tensor that no model has is taken out of the plan: mergekit would fail on it.
     """
     reading = _Reading()
-    kept = [pair for pair in planner._tensors if reading.add(*pair, model)]
+    kept = [(weight, task) for weight, task in planner._tensors if reading.add(weight, task, model)]
     planner._tensors, written = kept, [weight.name for weight, _ in kept]
-    gaps = find_gaps(reading.files(), written, reading.asked, model, sliced)
+    files = reading.files()
+    gaps = find_gaps(files, written, reading.asked, model, sliced)
     notes, buffers = [], None
     if model is not None:
         fills = model.fills(written)
@@ -133,7 +134,8 @@ def _examine(planner: Any, model: LoadableModel | None, sliced: bool = False) ->
             notes.append(
                 f"mergekit asks for {asked}, which no model has and {model.class_name} does not need: left out"
             )
-    return WholeModel(gaps, buffers, tuple(notes), tuple(reading.lacking))
+    parts = [] if model is None or sliced else missing_parts(files, model)
+    return WholeModel(gaps, buffers, tuple(notes), (*reading.lacking, *parts))
 
 
 class _Reading:

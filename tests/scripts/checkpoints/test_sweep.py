@@ -10,7 +10,7 @@ from scripts.checkpoints.sweep import sweep
 
 @pytest.mark.slow
 def test_no_merge_loses_a_weight():
-    """At least 40 architectures load whole after a merge and equal Eq. 13, or are refused before anything is written."""
+    """At least 40 architectures load whole after a merge and equal Eq. 13; none is half written."""
     outcomes = list(sweep())
     assert [outcome for outcome in outcomes if outcome.verdict == "WRONG"] == []
     assert len(outcomes) == sum(map(len, KINDS.values())) >= 40
