@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 WATCHED = (
     "mergekit.architecture",
+    "mergekit.config",
+    "mergekit.merge",
     "mergekit.merge_methods.registry",
     "mergekit.merge_methods.task_adapter",
     "mergekit.plan",

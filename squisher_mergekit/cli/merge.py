@@ -26,8 +26,8 @@ def command(
     """Merge the models in CONFIG into the folder OUT, and print a report.
 
     mergekit does the merge, with all its options. OUT appears only when all of it is written. The report gives the
-    share of entries that fell back and the effective weight of each model, overall and per kind of layer. The model
-    card gets a section on the source of each Fisher.
+    share of entries without signal in any model and the effective weight of each model, overall and per kind of layer.
+    The model card gets a section on the source of each Fisher.
 
     \b
     Example:

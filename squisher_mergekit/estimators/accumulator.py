@@ -22,7 +22,7 @@ from squisher_mergekit.estimators.per_example.accumulate import (
 from squisher_mergekit.estimators.per_example.host_sums import HostSums
 from squisher_mergekit.estimators.per_example.tape import Tape
 from squisher_mergekit.estimators.per_example.verify import TapedModel, Verification, mixing_parameters, verify
-from squisher_mergekit.estimators.requirements import ESTIMATORS, Grouping, check_labels, check_model
+from squisher_mergekit.estimators.requirements import ESTIMATORS, Grouping, check_labels, check_model, check_task
 from squisher_mergekit.estimators.tasks import (
     Batch,
     Datum,
@@ -93,6 +93,7 @@ class FisherAccumulator:
         cuda_graph: bool = True,
     ) -> None:
         check_labels(labels, grouping)
+        check_task(task, datum)
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ConfigError(f"num_samples must be a whole number of at least 1, found {num_samples!r}")
         check_model(model, grouping, offload)

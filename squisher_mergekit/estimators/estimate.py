@@ -10,7 +10,7 @@ from torch import nn
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.output_gradients import Labels
-from squisher_mergekit.estimators.requirements import Grouping
+from squisher_mergekit.estimators.requirements import Grouping, check_choice
 from squisher_mergekit.estimators.tasks import Batch, Datum, Forward, Task
 from squisher_mergekit.fisher.mapping import Fisher
 
@@ -93,6 +93,7 @@ def estimate_fisher(
         >>> estimate_fisher(model, [(x, y)], task="regression")["weight"]
         tensor([[ 9., 36.]])
     """
+    check_choice("statistic", statistic, ("mean", "sum"))
     accumulator = FisherAccumulator(
         model,
         labels,

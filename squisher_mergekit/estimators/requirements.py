@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from torch import nn
 
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.estimators.output_gradients import Labels
+from squisher_mergekit.estimators.tasks import DataTask, Datum, Task
 from squisher_mergekit.fisher.config import Estimator
 from squisher_mergekit.models.parameters import uses_fsdp1
 from squisher_mergekit.tensors.sharded import is_sharded, sharded_modules
@@ -23,16 +26,40 @@ ESTIMATORS: dict[tuple[Labels, Grouping], Estimator] = {
 }
 
 
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise if an argument is none of its choices.
+
+    Raises:
+        ConfigError: The message names the nearest choice.
+    """
+    if value not in choices:
+        nearest = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, found {value!r}{hint}")
+
+
 def check_labels(labels: Labels, grouping: Grouping) -> None:
     """Raise if no Fisher has these labels and this grouping.
 
     Raises:
-        ConfigError: ``batch`` with labels other than ``true`` and ``sampled``.
+        ConfigError: An unknown name, or ``batch`` with labels other than ``true`` and ``sampled``.
     """
+    check_choice("labels", labels, get_args(Labels))
+    check_choice("grouping", grouping, get_args(Grouping))
     if (labels, grouping) not in ESTIMATORS:
         raise ConfigError(
             f"grouping batch needs labels true or sampled, found {labels}; take one of these, or grouping example"
         )
+
+
+def check_task(task: Task, datum: Datum) -> None:
+    """Raise if a task or datum has an unknown name.
+
+    Raises:
+        ConfigError: The message names the nearest one.
+    """
+    check_choice("task", task, ("auto", *get_args(DataTask)))
+    check_choice("datum", datum, get_args(Datum))
 
 
 def check_model(model: nn.Module, grouping: Grouping, offload: bool = False) -> None:

@@ -42,3 +42,8 @@ class Trim:
         chosen = largest(among, keep_count(self.density, among.numel()))
         mask = torch.zeros_like(self.scores, dtype=torch.bool)
         return mask.index_copy_(axis, shared, chosen).index_fill_(axis, unbased, True)
+
+
+def kept_entries(trim: Trim | None) -> tuple[Tensor, Tensor] | None:
+    """Return, flat, the mask of the kept entries, and the values that replace the others; None without a trim."""
+    return None if trim is None else (trim.kept().reshape(-1), trim.origin.reshape(-1))

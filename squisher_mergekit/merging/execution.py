@@ -10,16 +10,18 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import mul
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from squisher_mergekit.errors import ValuesError
 from squisher_mergekit.fisher.values import check_values, count_invalid, refuse_invalid
 from squisher_mergekit.merging import equations, fused
-from squisher_mergekit.merging.density import Trim
+from squisher_mergekit.merging.density import Trim, kept_entries
 from squisher_mergekit.merging.equations import Extremes, Merged
 from squisher_mergekit.merging.pool import map_parts
+from squisher_mergekit.models.weights import check_finite
 
 CHUNK = 1 << 18
 COMPILE_FROM = 1 << 20
@@ -33,7 +35,8 @@ class Input:
 
     ``theta``: its weight. ``fisher``: its raw Fisher, shaped alike, or None where every model has none (UBGM's base
     may have none on its own). ``weight``: w_i. ``scale``: factor on the Fisher. ``label``: name for messages, such as
-    ``layers.0.weight in /models/a/optimizer.pt``. ``trim``: which entries of theta give way to the base's.
+    ``layers.0.weight in /models/a/optimizer.pt``. ``trim``: which entries of theta give way to the base's. ``model``:
+    name of the model for messages.
     """
 
     theta: Tensor
@@ -42,6 +45,7 @@ class Input:
     scale: float = 1.0
     label: tuple[str, str] = ("", "")
     trim: Trim | None = None
+    model: str = ""
 
 
 @dataclass
@@ -50,23 +54,25 @@ class Outcome:
 
     ``shares``: for each input the mean over the entries of the coefficient it entered with. ``pending``: on an
     accelerator, counts of invalid entries not yet looked at, each with the number of entries and a label; no Fisher is
-    held for them.
+    held for them. ``not_finite``: on an accelerator, the number of NaN and infinite entries of ``values``.
     """
 
     values: Tensor
     shares: list[float | Tensor]
     fell_back: int | Tensor
     pending: list[tuple[Tensor, int, tuple[str, str]]] = field(default_factory=list)
+    not_finite: int | Tensor = 0
 
-    def check(self) -> None:
+    def check(self, name: str = "the tensor") -> None:
         """Look at the pending counts (this waits for the accelerator).
 
         Raises:
-            ValuesError: A Fisher has NaN, infinite or negative entries.
+            ValuesError: A Fisher has NaN, infinite or negative entries, or the merged tensor is not finite.
         """
         for counts, total, label in self.pending:
             refuse_invalid(counts, total, *label)
         self.pending = []
+        fused.refuse_not_finite(name, self.not_finite)
 
 
 def merge_squisher(inputs: Sequence[Input], out_dtype: torch.dtype) -> Outcome:
@@ -173,25 +179,27 @@ def _mean(inputs: Sequence[Input], weights: list[float], base: Input | None, out
         shares = [values.new_full((), w / sum(weights) * values.numel()) for w in weights]
         return Merged(values, shares, torch.tensor(values.numel()))
 
-    bare = [Input(item.theta, None) for item in [*inputs, *([] if base is None else [base])]]
+    known = [*inputs, *([] if base is None else [base])]
+    bare = [Input(item.theta, None, label=item.label, model=item.model) for item in known]
     operands = _Operands.of(bare)
     if not operands.on_accelerator:
         return _run_chunks(step, operands, count, out_dtype)
     with torch.no_grad():
         merged = step([theta.to(operands.work) for theta in operands.thetas], [], [])
-    shares = [weight / sum(weights) for weight in weights]
-    return Outcome(merged.values.to(out_dtype), list(shares), merged.values.numel())
+    shares, values = [weight / sum(weights) for weight in weights], merged.values.to(out_dtype)
+    return Outcome(values, list(shares), values.numel(), not_finite=_count_not_finite(values))
 
 
 @dataclass(frozen=True)
 class _Operands:
-    """The tensors of a merge side by side; ``work`` is the dtype of the arithmetic."""
+    """Tensors of a merge; ``work``: dtype of the arithmetic, ``sources``: name and model of each weight."""
 
     thetas: list[Tensor]
     fishers: list[Tensor]
     labels: list[tuple[str, str]]
     work: torch.dtype
     trims: list[Trim | None]
+    sources: list[tuple[str, str]]
 
     @classmethod
     def of(cls, inputs: Sequence[Input]) -> "_Operands":
@@ -201,7 +209,8 @@ class _Operands:
         origins = [trim.origin for trim in trims if trim is not None]
         double = any(t.dtype == torch.float64 for t in [*thetas, *(fisher for fisher, _ in known), *origins])
         work = torch.float64 if double else torch.float32
-        return cls(thetas, [fisher for fisher, _ in known], [label for _, label in known], work, trims)
+        sources = [(item.label[0], item.model) for item in inputs]
+        return cls(thetas, [fisher for fisher, _ in known], [label for _, label in known], work, trims, sources)
 
     @property
     def on_accelerator(self) -> bool:
@@ -216,22 +225,42 @@ class _Operands:
 
     def outcome(self, merged: fused.FusedMerge) -> Outcome:
         pending = [(counts, self.size, label) for counts, label in zip(merged.invalid, self.labels, strict=True)]
-        return Outcome(merged.values.reshape(self.thetas[0].shape), list(merged.shares), merged.fell_back, pending)
+        values = merged.values.reshape(self.thetas[0].shape)
+        return Outcome(values, list(merged.shares), merged.fell_back, pending, merged.not_finite)
+
+    def check_result(self, values: Tensor, part: slice) -> None:
+        """Raise if a part of the merged tensor is not finite; an infinite entry that all weights share is theirs.
+
+        Raises:
+            ValuesError: The message names the model whose weights are not finite, or else the parameters.
+        """
+        bad = ~torch.isfinite(values)
+        pieces = [theta.reshape(-1)[part][bad] for theta in self.thetas]
+        if all(torch.equal(values[bad].to(piece.dtype), piece) for piece in pieces):
+            return
+        for theta, source in zip(self.thetas, self.sources, strict=True):
+            check_finite(theta, *source)
+        for trim, (name, _) in zip(self.trims, self.sources, strict=True):
+            if trim is not None:
+                check_finite(trim.origin, name, "the base")
+        raise ValuesError(
+            f"a merged tensor must be finite, but {self.sources[0][0]} leaves the range of {values.dtype} in "
+            f"{int(bad.sum())} entries; give smaller weight:, fisher_scale: or prior:, or a wider dtype:"
+        )
 
 
 def _models(inputs: Sequence[Input]) -> list[fused.Model]:
     """Return the inputs as the fused kernel takes them; nothing waits for the choice of the kept entries."""
     trims = [item.trim if item.weight > 0 else None for item in inputs]
     return [
-        fused.Model(item.theta, item.fisher, item.weight, item.scale, _kept(trim))
+        fused.Model(item.theta, item.fisher, item.weight, item.scale, kept_entries(trim))
         for item, trim in zip(inputs, trims, strict=True)
         if item.fisher is not None
     ]
 
 
-def _kept(trim: Trim | None) -> tuple[Tensor, Tensor] | None:
-    """Return, flat, the mask of the kept entries, and the values that replace the others."""
-    return None if trim is None else (trim.kept().reshape(-1), trim.origin.reshape(-1))
+def _count_not_finite(values: Tensor) -> Tensor:
+    return (~torch.isfinite(values)).sum()
 
 
 Step = Callable[[list[Tensor], list[Tensor], Extremes], Merged]
@@ -241,8 +270,8 @@ def _run_chunks(step: Step, operands: _Operands, count: int, out_dtype: torch.dt
     thetas = [theta.reshape(-1) for theta in operands.thetas]
     fishers = [fisher.reshape(-1) for fisher in operands.fishers]
     size, work = operands.size, operands.work
-    out = torch.empty(size, dtype=out_dtype)
-    choices = map_parts(_kept, operands.trims, size) if any(operands.trims) else [None] * len(thetas)
+    out, limit = torch.empty(size, dtype=out_dtype), torch.finfo(out_dtype).max
+    choices = map_parts(kept_entries, operands.trims, size) if any(operands.trims) else [None] * len(thetas)
 
     def piece(i: int, part: slice) -> Tensor:
         theta, choice = thetas[i][part].to(work), choices[i]
@@ -257,6 +286,9 @@ def _run_chunks(step: Step, operands: _Operands, count: int, out_dtype: torch.dt
                 check_values(fisher, *label)
         merged = step([piece(i, part) for i in range(len(thetas))], pieces, extremes)
         out[part] = merged.values
+        lowest, highest = (end.item() for end in torch.aminmax(merged.values))
+        if not (lowest >= -limit and highest <= limit):
+            operands.check_result(out[part], part)
         return [float(share) for share in merged.shares], int(merged.fell_back)
 
     results = map_parts(chunk, range(0, size, CHUNK), size)
@@ -265,8 +297,18 @@ def _run_chunks(step: Step, operands: _Operands, count: int, out_dtype: torch.dt
     return Outcome(out.reshape(operands.thetas[0].shape), list(shares), fell_back)
 
 
+# Values, shares, entries without information, invalid entries of each Fisher, NaN and infinite values.
+_Pass: TypeAlias = tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor]
+
+
+def _outputs(merged: Merged, fishers: list[Tensor], out_dtype: torch.dtype) -> _Pass:
+    values = merged.values.to(out_dtype)
+    invalid = [count_invalid(fisher) for fisher in fishers]
+    return values, merged.shares, merged.fell_back, invalid, _count_not_finite(values)
+
+
 def _run_fused(
-    function: Callable[..., tuple[Tensor, list[Tensor], Tensor, list[Tensor]]],
+    function: Callable[..., _Pass],
     operands: _Operands,
     used: tuple[int, ...],
     factors: object,
@@ -279,15 +321,15 @@ def _run_fused(
     fishers = [fisher.reshape(-1) for fisher in operands.fishers]
     with torch.no_grad():
         for i, trim in enumerate(operands.trims):
-            if (choice := _kept(trim)) is not None:
+            if (choice := kept_entries(trim)) is not None:
                 thetas[i] = torch.where(choice[0], thetas[i], choice[1])
         run = compiled(function, operands.size)
-        values, sums, fell_back, bad = run(thetas, fishers, used, factors, operands.work, out_dtype)
+        values, sums, fell_back, bad, not_finite = run(thetas, fishers, used, factors, operands.work, out_dtype)
     shares: list[float | Tensor] = [0.0] * count
     for i, total in zip(used, sums, strict=True):
         shares[i] = total / max(operands.size, 1)
     pending = [(counts, operands.size, label) for counts, label in zip(bad, operands.labels, strict=True)]
-    return Outcome(values.reshape(shape), shares, fell_back, pending)
+    return Outcome(values.reshape(shape), shares, fell_back, pending, not_finite)
 
 
 # The two passes take their factors as tensors: a compiled pass then serves every layer, whatever its weights.
@@ -298,12 +340,12 @@ def _squisher_pass(
     factors: Tensor,
     work: torch.dtype,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+) -> _Pass:
     wide = [theta.to(work) for theta in thetas]
     merged = equations.fisher_mean(
         [wide[i] for i in used], [fishers[i].to(work) for i in used], list(factors[0]), list(factors[1]), False
     )
-    return merged.values.to(out_dtype), merged.shares, merged.fell_back, [count_invalid(fisher) for fisher in fishers]
+    return _outputs(merged, fishers, out_dtype)
 
 
 def _ubgm_pass(
@@ -313,7 +355,7 @@ def _ubgm_pass(
     factors: tuple[Tensor, Tensor, bool],
     work: torch.dtype,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+) -> _Pass:
     numbers, prior, known = factors
     n = len(used)
     merged = equations.matched_step(
@@ -327,7 +369,7 @@ def _ubgm_pass(
         prior,
         False,
     )
-    return merged.values.to(out_dtype), merged.shares, merged.fell_back, [count_invalid(fisher) for fisher in fishers]
+    return _outputs(merged, fishers, out_dtype)
 
 
 _COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from squisher_mergekit.errors import ValuesError
 from squisher_mergekit.merging.equations import relative
 
 MOST_MODELS = 32
@@ -32,13 +33,15 @@ class FusedMerge(NamedTuple):
 
     ``values``: the merge, flat. ``shares``: for each model the mean over the entries of its coefficient, 0 for one of
     weight 0. ``fell_back``: the number of entries without information. ``invalid``: for each Fisher, in the order in
-    which they were given, how many entries are NaN, infinite and negative (three integers).
+    which they were given, how many entries are NaN, infinite and negative (three integers). ``not_finite``: the number
+    of NaN and infinite entries of ``values``.
     """
 
     values: Tensor
     shares: Sequence[float | Tensor]
     fell_back: Tensor
     invalid: Sequence[Tensor]
+    not_finite: Tensor
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,19 @@ def weighted_sum(fishers: Sequence[Tensor], factors: Sequence[float], power: flo
     return partial.sum()
 
 
+def refuse_not_finite(name: str, count: int | Tensor) -> None:
+    """Raise if an accelerator counted NaN or infinite entries in a merged tensor.
+
+    Raises:
+        ValuesError: The count is not 0.
+    """
+    if int(count):
+        raise ValuesError(
+            f"a merged tensor must be finite, but {name} has {int(count)} NaN or infinite entries: a model's weights "
+            "have some, or weight:, fisher_scale: or prior: are too large; merge without --cuda to see which"
+        )
+
+
 def attempt(merge: Callable[[], FusedMerge], tensors: Sequence[Tensor]) -> FusedMerge | None:
     """Run a merge of this module where it can run.
 
@@ -217,7 +233,7 @@ def _launch(
     shape = grid(len(used) + known, work)
     programs = shape.programs(size)
     values = torch.empty(size, dtype=out_dtype, device=device)
-    sums = torch.empty(len(used) + 1, programs, dtype=torch.float64, device=device)
+    sums = torch.empty(len(used) + 2, programs, dtype=torch.float64, device=device)
     invalid = torch.zeros(len(models) + known, 3, dtype=torch.int64, device=device)
     if size:
         with _on(device):
@@ -256,14 +272,14 @@ def _slots(models: Sequence[Model]) -> tuple[int, ...]:
 
 def _read_off(models: Sequence[Model], values: Tensor, sums: Tensor, invalid: Tensor) -> FusedMerge:
     """Add up the programs' sums, and put the models back in order: the kernel takes those of weight 0 last."""
-    *means, fell_back = sums.sum(1).unbind()
+    *means, fell_back, not_finite = sums.sum(1).unbind()
     rows = invalid.unbind()
     if len(means) == len(models):
-        return FusedMerge(values, means, fell_back, rows)
+        return FusedMerge(values, means, fell_back, rows, not_finite)
     order = sorted(range(len(models)), key=lambda i: models[i].weight <= 0)
     place = {i: row for row, i in enumerate(order)}
     shares = [means[place[i]] if model.weight > 0 else 0.0 for i, model in enumerate(models)]
-    return FusedMerge(values, shares, fell_back, [rows[place.get(i, i)] for i in range(len(rows))])
+    return FusedMerge(values, shares, fell_back, [rows[place.get(i, i)] for i in range(len(rows))], not_finite)
 
 
 class Grid(NamedTuple):

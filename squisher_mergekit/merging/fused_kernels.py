@@ -50,7 +50,8 @@ def merge(
     """Merge one tensor: ``squisher``, or ``ubgm_squisher`` if ``MATCHED``.
 
     Writes ``out`` and one column of ``sums``: each model's coefficients, summed and divided by ``size``, then the
-    number of entries without information. Adds to ``invalid`` the NaN, infinite and negative entries of each Fisher.
+    number of entries without information, then that of NaN and infinite results. Adds to ``invalid`` the NaN, infinite
+    and negative entries of each Fisher.
 
     Args:
         thetas: Pointers to the models' weights.
@@ -62,7 +63,7 @@ def merge(
         base_fisher: Pointer to F_0, or None for 0.
         prior: Pointer to d (one float64), or None for 0.
         out: Pointer to the result.
-        sums: Pointer to a float64 matrix of models + 1 rows and one column a program.
+        sums: Pointer to a float64 matrix of models + 2 rows and one column a program.
         invalid: Pointer to an int64 matrix of Fishers (``fishers``, ``watched``, then F_0) times 3, all 0.
         weights: w_i of each model.
         coefficients: w_i times the factor of F_i; if ``MATCHED`` that factor alone, and F_0's last.
@@ -82,6 +83,7 @@ def merge(
     lanes = tl.arange(0, TILE)
     worst = tl.zeros((TILE,), _word(WORK))
     blanks = tl.zeros((ROWS,), tl.int32)
+    broken = tl.zeros((ROWS,), tl.int32)
     shares = ()
     for _ in tl.static_range(len(thetas)):
         shares = shares + (tl.zeros((ROWS,), WORK),)
@@ -129,7 +131,10 @@ def merge(
             )
         if out.dtype.element_ty == tl.bfloat16:
             value = value.to(tl.float32)  # Triton's interpreter has no way from float64 to bfloat16
-        tl.store(out + start + lanes, value.to(out.dtype.element_ty), mask=inside)
+        rounded = value.to(out.dtype.element_ty)
+        tl.store(out + start + lanes, rounded, mask=inside)
+        wide = rounded.to(WORK) if out.dtype.element_ty != tl.bfloat16 else rounded.to(tl.float32)
+        broken += _folded((inside & ~(tl.abs(wide) < float("inf"))).to(tl.int32), ROWS)
         worst = tl.maximum(worst, bits)
         for i in tl.static_range(len(watched)):
             worst = tl.maximum(worst, _bits(others[i]))
@@ -143,6 +148,7 @@ def merge(
         tl.store(column, tl.sum(shares[i], 0).to(tl.float64) / size)
         column += tl.num_programs(0)
     tl.store(column, tl.sum(blanks, 0).to(tl.float64))
+    tl.store(column + tl.num_programs(0), tl.sum(broken, 0).to(tl.float64))
     if tl.max(worst, 0) >= _infinity(WORK):
         for i in tl.static_range(len(fishers)):
             _count(fishers[i], invalid + 3 * i, first, size, TILE, LOOPS, WORK)

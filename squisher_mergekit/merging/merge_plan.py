@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from squisher_mergekit.errors import MismatchError
+from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.tensor_plan import FisherUse, TensorPlan, WeightInput
 from squisher_mergekit.models.whole import WholeModel, names_text
 
@@ -63,7 +64,8 @@ class MergePlan:
 
     def warnings(self) -> list[str]:
         """Return the warnings about the Fishers, each once."""
-        warnings = [use.opened.warning for tensor in self.tensors for use in tensor.uses if use.opened is not None]
+        uses = [use for tensor in self.tensors for use in tensor.uses if use.opened is not None]
+        warnings = [use.opened.warning for use in uses if use.opened is not None] + [use.warning for use in uses]
         return list(dict.fromkeys(warning for warning in warnings if warning))
 
     def models(self) -> list[dict[str, Any]]:
@@ -153,6 +155,7 @@ def preview_text(preview: dict[str, Any]) -> str:
     lines.append(f"  {len(fallbacks)} tensors fall back to the weighted mean" if fallbacks else "  nothing falls back")
     lines += [f"    {name}: {why}" for name, why in list(fallbacks.items())[:20]]
     lines += [f"    ... and {len(fallbacks) - 20} more"] if len(fallbacks) > 20 else []
+    lines.append(f"  entries with {no_signal(preview['method'])}")
     lines += [f"  {note}" for note in preview["notes"]]
     if preview["lost"]:
         lines.append(f"  warning: the merge loses {len(preview['lost'])} tensors ({names_text(preview['lost'])})")

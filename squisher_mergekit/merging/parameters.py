@@ -1,8 +1,7 @@
 """Parameters of the two merge methods: names, defaults, accepted values, places in the YAML."""
 
 import difflib
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,14 +46,21 @@ class MergeParameter:
             raise ConfigError(f"parameter {self.name} must be {error}, found {value!r}") from None
 
 
-def _number(lowest: float, inclusive: bool, value: Any) -> float:
-    wanted = f"a finite number {'>=' if inclusive else '>'} {lowest:g}"
+# Products of two such factors, a debiasing and a normalizer stay within float64, and their ratios within float32.
+_FACTOR = (1e-30, 1e30)
+# Relative to a tensor's mean F; beyond it, float32 cannot tell the result from the limit.
+_MOST_OF_MEAN = 1e9
+
+
+def _number(value: Any, zero: bool, least: float, most: float) -> float:
+    """Return a number in [least, most], or 0 if ``zero``."""
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError):
-        raise ValueError(wanted) from None
-    if not math.isfinite(number) or number < lowest or (number == lowest and not inclusive):
-        raise ValueError(wanted)
+    except (ValueError, TypeError, OverflowError):
+        number = float("nan")
+    if not (least <= number <= most or (zero and number == 0)):
+        above = f">= {least:g}" if not zero else f">= 0 (if not 0, >= {least:g})" if least else ">= 0"
+        raise ValueError(f"a finite number {above} and <= {most:g}")
     return number
 
 
@@ -89,25 +95,29 @@ def _fisher(value: Any) -> Any:
     raise ValueError("auto, none, a path or a Hub id (in memory: a mapping name -> tensor)")
 
 
-def _positive(value: Any) -> float:
-    return _number(0, False, value)
+def _factor(value: Any) -> float:
+    return _number(value, False, *_FACTOR)
 
 
-def _not_negative(value: Any) -> float:
-    return _number(0, True, value)
+def _factor_or_zero(value: Any) -> float:
+    return _number(value, True, *_FACTOR)
+
+
+def _of_mean(value: Any) -> float:
+    return _number(value, True, 0.0, _MOST_OF_MEAN)
 
 
 PARAMETERS = (
     MergeParameter("fisher", "auto", _fisher, per_model=True, meaning="source of the model's Fisher"),
-    MergeParameter("weight", 1.0, _not_negative, per_model=True, meaning="w_i"),
-    MergeParameter("fisher_scale", 1.0, _positive, per_model=True, meaning="factor on the Fisher"),
+    MergeParameter("weight", 1.0, _factor_or_zero, per_model=True, meaning="w_i"),
+    MergeParameter("fisher_scale", 1.0, _factor, per_model=True, meaning="factor on the Fisher"),
     MergeParameter("density", 1.0, _share, per_model=True, meaning="kept share of the task vector, chosen by F"),
     MergeParameter("scaling", "debiased", _one_of("debiased", "raw", "per_example"), meaning="scale of the Fisher"),
     MergeParameter("normalize", "auto", _one_of("auto", "none", "mean", "l2"), meaning="divisor of each Fisher"),
-    MergeParameter("floor", 0.0, _not_negative, meaning="smallest F, relative to the tensor's mean F"),
+    MergeParameter("floor", 0.0, _of_mean, meaning="smallest F, relative to the tensor's mean F"),
     MergeParameter("missing", "error", _one_of("error", "average"), meaning="merge of a tensor without a Fisher"),
     MergeParameter("allow_missing", False, _flag, meaning="write the model without tensors that the merge would lose"),
-    MergeParameter("prior", 0.0, _not_negative, methods=(UBGM_SQUISHER,), meaning="d, relative to the tensor's mean F"),
+    MergeParameter("prior", 0.0, _of_mean, methods=(UBGM_SQUISHER,), meaning="d, relative to the tensor's mean F"),
 )
 
 
@@ -116,18 +126,28 @@ def of_method(method: str) -> tuple[MergeParameter, ...]:
     return tuple(parameter for parameter in PARAMETERS if method in parameter.methods)
 
 
+def no_signal(method: str) -> str:
+    """Return the words for entries where no model has information, the same in previews, logs and reports.
+
+    Example:
+        >>> no_signal("squisher")
+        'no signal in any model (mostly unseen tokens): plain mean'
+    """
+    return f"no signal in any model (mostly unseen tokens): {'base value' if method == UBGM_SQUISHER else 'plain mean'}"
+
+
 @dataclass(frozen=True)
 class Block:
     """A ``parameters:`` block of a merge configuration.
 
     Attributes:
         place: Path of the block in the YAML.
-        of_model: True if the block belongs to one model.
+        model: Name of the model that the block belongs to; None for a block of all models.
         settings: Keys and values.
     """
 
     place: str
-    of_model: bool
+    model: str | None
     settings: Mapping[str, Any]
 
 
@@ -148,7 +168,7 @@ def check_blocks(method: str, blocks: Iterable[Block]) -> None:
             parameter = known.get(key)
             if parameter is None:
                 raise ConfigError(_unknown(method, key, block.place, known))
-            if block.of_model and not parameter.per_model:
+            if block.model is not None and not parameter.per_model:
                 raise ConfigError(
                     f"{place} must be under the top-level parameters: {key} is one value for all models; move it there"
                 )
@@ -175,6 +195,8 @@ def _values(setting: Any, place: str, gradient: bool) -> Iterator[Any]:
     elif isinstance(setting, Mapping) and "value" in setting:
         yield from _values(setting["value"], place, gradient)
     elif isinstance(setting, list | tuple):
+        if not setting:
+            raise ConfigError(f"{place} must not be empty, found []; give a value, or remove the key")
         scalars = [item for item in setting if not hasattr(item, "filter") and not isinstance(item, Mapping)]
         if scalars and not gradient:
             raise ConfigError(
@@ -185,3 +207,46 @@ def _values(setting: Any, place: str, gradient: bool) -> Iterator[Any]:
             yield from _values(item, place, gradient)
     else:
         yield setting
+
+
+def check_filters(blocks: Iterable[Block], names: Mapping[str | None, Collection[str]]) -> None:
+    """Refuse filters that decide about no tensor: mergekit ignores them silently.
+
+    Args:
+        blocks: All ``parameters:`` blocks of the configuration.
+        names: Model -> names of its tensors in the merge; under None the names of all.
+
+    Raises:
+        ConfigError: A filter matches no tensor, or none that an earlier entry of its list leaves.
+    """
+    for block in blocks:
+        known = names.get(block.model) or names[None]
+        for key, setting in block.settings.items():
+            left = set(known)
+            for wanted in _filters(setting):
+                matched = set(left) if wanted in (None, "*") else {name for name in left if wanted in name}
+                if not matched and wanted not in (None, "*"):
+                    raise ConfigError(_unmatched(f"{block.place}.{key}", wanted, known))
+                left -= matched
+
+
+def _filters(setting: Any) -> Iterator[Any]:
+    """Yield the filters of a setting, in the order in which mergekit tries them."""
+    for item in setting if isinstance(setting, list | tuple) else [setting]:
+        if hasattr(item, "filter") and hasattr(item, "value"):
+            yield item.filter
+        elif isinstance(item, Mapping) and "value" in item:
+            yield item.get("filter")
+
+
+def _unmatched(place: str, wanted: str, names: Collection[str]) -> str:
+    if any(wanted in name for name in names):
+        return (
+            f"{place}: the filter {wanted!r} never applies: earlier entries of the list take its tensors; put it first"
+        )
+    words = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+    nearest = difflib.get_close_matches(wanted.split(".")[-1], words, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"a tensor is {min(names, default='none')}, for example"
+    return (
+        f"{place}: the filter {wanted!r} must be a part of the name of a tensor (no pattern), but none has it; {hint}"
+    )

@@ -50,6 +50,17 @@ class LoadedFisher:
             rows = Rows(shared.to(device), unbased.to(device), axis)
         return replace(self, tensor=moved(self.tensor), scores=moved(self.scores), origin=moved(self.origin), rows=rows)
 
+    def padded(self, axis: int, size: int) -> "LoadedFisher":
+        """Return the same with rows of 0 added along an axis, up to a size."""
+
+        def grown(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            shape = [size - length if i == axis else length for i, length in enumerate(tensor.shape)]
+            return torch.cat([tensor, tensor.new_zeros(shape)], axis)
+
+        return replace(self, tensor=grown(self.tensor), scores=grown(self.scores))
+
 
 def load_tensor(
     source: Mapping[str, Tensor] | None,

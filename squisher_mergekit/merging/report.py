@@ -3,6 +3,7 @@
 from pathlib import PurePath
 from typing import Any
 
+from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.models.whole import names_text
 
@@ -16,7 +17,9 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
     """
     labels = list(report["effective_weight"])
     columns = [chr(ord("A") + i % 26) for i in range(len(labels))]
-    lines = [f"{report['method']}: {report['fell_back']:.3%} of {report['entries']:,} entries fell back"]
+    lines = [
+        f"{report['method']}: {report['fell_back']:.3%} of {report['entries']:,} entries, {no_signal(report['method'])}"
+    ]
     if report.get("lost"):
         whole = report["whole"]
         lines.append(
@@ -26,7 +29,7 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
     lines += [f"  {column} = {label}" for column, label in zip(columns, labels, strict=True)]
     kinds = list(report["kinds"].items())
     width = max([len("effective weight"), *(len(kind) for kind, _ in kinds[:rows])])
-    lines.append(f"{'effective weight':<{width}}" + "".join(f"{column:>9}" for column in columns) + "  fell back")
+    lines.append(f"{'effective weight':<{width}}" + "".join(f"{column:>9}" for column in columns) + "  no signal")
 
     def row(kind: str, entry: dict[str, Any]) -> str:
         shares = "".join(f"{entry['effective_weight'].get(label, 0.0):>9.1%}" for label in labels)
@@ -49,8 +52,7 @@ def provenance(run: Run) -> str:
         "## Fisher provenance",
         "",
         f"Merged by `{run.method}` of squisher-mergekit {version('squisher-mergekit')} with mergekit "
-        f"{version('mergekit')}; {report['fell_back']:.2%} of the entries fell back to the "
-        + ("base value." if run.method == "ubgm_squisher" else "weighted mean."),
+        f"{version('mergekit')}; {report['fell_back']:.2%} of the entries, {no_signal(run.method)}.",
         "",
         "| model | Fisher | estimator | optimizer | steps | beta2 | scale | effective weight |",
         "|---|---|---|---|---|---|---|---|",

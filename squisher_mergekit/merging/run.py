@@ -13,7 +13,9 @@ from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.summary import kind_of
 from squisher_mergekit.fisher.values import refuse_invalid
 from squisher_mergekit.merging.execution import Outcome
+from squisher_mergekit.merging.fused import refuse_not_finite
 from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
+from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -74,6 +76,7 @@ class Run:
         self._all = _Totals()
         self._kinds: dict[str, _Totals] = {}
         self._pending: list[tuple[Tensor, int, tuple[str, str]]] = []
+        self._not_finite: list[tuple[str, int | Tensor]] = []
 
     def __reduce__(self) -> tuple[type["Run"], tuple[str, bool, bool]]:
         # A copy in another process has a report of its own, and opens the Fishers itself.
@@ -117,15 +120,18 @@ class Run:
             self._all.add(size, labels, outcome)
             self._kinds.setdefault(kind_of(name), _Totals()).add(size, labels, outcome)
             self._pending += outcome.pending
+            self._not_finite.append((name, outcome.not_finite))
 
     def check(self) -> None:
         """Check the counts of invalid entries that an accelerator has not reported yet.
 
         Raises:
-            ValuesError: A Fisher has NaN, infinite or negative entries.
+            ValuesError: A Fisher has NaN, infinite or negative entries, or a merged tensor is not finite.
         """
         for counts, total, label in self._pending:
             refuse_invalid(counts, total, *label)
+        for name, count in self._not_finite:
+            refuse_not_finite(name, count)
 
     def report(self) -> dict[str, Any]:
         """Return shares of entries and mean effective weights, overall and per kind of layer."""
@@ -149,4 +155,5 @@ class Run:
         """Log the closing line."""
         report = self.report()
         weights = ", ".join(f"{label} {share:.1%}" for label, share in report["effective_weight"].items())
-        self.log(f"{self.method}: {report['fell_back']:.2%} of the entries fell back; effective weight: {weights}")
+        blank = f"{report['fell_back']:.2%} of the entries, {no_signal(self.method)}"
+        self.log(f"{self.method}: {blank}; effective weight: {weights}")

@@ -6,14 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from squisher_mergekit.errors import MismatchError, NotFoundError
+import torch
+
+from squisher_mergekit.errors import MismatchError, NotFoundError, UnsupportedStateError, ValuesError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import has_fisher
+from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.optimizers.load import find_state, load_fisher
+
+# mergekit writes it beside every merged model.
+_MERGE_FILE = "mergekit_config.yml"
+_FLOAT8 = {dtype for name, dtype in vars(torch).items() if name.startswith("float8") and isinstance(dtype, torch.dtype)}
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,12 @@ class FisherSources:
         self._opened: dict[tuple[object, ...], OpenFisher] = {}
 
     def open(
-        self, value: str, model: ModelFiles, base: Weights | None = None, cache_dir: str | None = None
+        self,
+        value: str,
+        model: ModelFiles,
+        base: Weights | None = None,
+        cache_dir: str | None = None,
+        base_of: str | None = None,
     ) -> OpenFisher:
         """Find, open and check the Fisher of a model.
 
@@ -94,19 +107,21 @@ class FisherSources:
             model: The model.
             base: Weights of the base model, which identify frozen parameters.
             cache_dir: Folder for files from the Hub.
+            base_of: Merge method whose base the model is; None for another model.
 
         Returns:
             The open Fisher.
 
         Raises:
             NotFoundError: The model has no Fisher.
-            MismatchError: The Fisher has names of other weights, or is of an adapter.
+            MismatchError: The Fisher has names of other weights, or is of an adapter of another model.
+            ValuesError: The Fisher is 0 everywhere.
             RefusedError: The files cannot be read.
         """
         with self._lock:
             key = (value, model.label, None if base is None else base.folder)
             if key not in self._opened:
-                opened = OpenFisher(locate(value, model, cache_dir), model.weights, base)
+                opened = OpenFisher(locate(value, model, cache_dir, base_of), model.weights, base)
                 opened.warning = _check(opened.fisher, model)
                 self._opened[key] = opened
             return self._opened[key]
@@ -119,49 +134,107 @@ class FisherSources:
             self._opened.clear()
 
 
-def locate(value: str, model: ModelFiles, cache_dir: str | None = None) -> Path:
+def locate(value: str, model: ModelFiles, cache_dir: str | None = None, base_of: str | None = None) -> Path:
     """Return the file or folder that ``fisher: value`` names for a model.
 
+    In the folder of a run, the checkpoint with the model's own weights is taken.
+
     Raises:
-        NotFoundError: Nothing is found.
+        NotFoundError: Nothing is found; the message has a cure for a model in this role.
     """
     if value != "auto":
         path = Path(value).expanduser()
-        return path if path.exists() else hub.download_fisher(value, cache_dir)
+        return (_in_folder(path, model) or path) if path.exists() else hub.download_fisher(value, cache_dir)
     if model.adapter:
         raise NotFoundError(
             f"{model.label} is a model with a LoRA applied, whose Fisher must be named: the second moments of the "
             "adapter do not describe the merged weights; give fisher: PATH, made for the merged weights"
         )
     folder = model.weights.folder
-    if has_fisher(folder) or find_state(folder) is not None:
-        return folder
+    found = _in_folder(folder, model)
+    if found is not None:
+        return found
     if model.repo is not None:
-        found = hub.find_fisher(*model.repo, cache_dir)
-        if isinstance(found, Path):
-            return found
+        downloaded = hub.find_fisher(*model.repo, cache_dir)
+        if isinstance(downloaded, Path):
+            return downloaded
         raise NotFoundError(
-            f"no Fisher for {model.label}: of {model.repo[0]} on the Hub, {found}; give the model fisher: PATH or "
-            "fisher: org/name@revision, or publish one there with squisher push"
+            f"no Fisher for {model.label}: of {model.repo[0]} on the Hub, {downloaded}; {_cure(model, base_of)}"
         )
     raise NotFoundError(
         f"no Fisher for {model.label}: {folder} has neither fisher.safetensors nor optimizer state "
-        "(optimizer.pt of checkpoint-N); give the model fisher: PATH, or train with the optimizer state saved"
+        f"(optimizer.pt of checkpoint-N); {_cure(model, base_of)}"
     )
+
+
+def _in_folder(path: Path, model: ModelFiles) -> Path | None:
+    """Return a folder with a Fisher or optimizer state, or the checkpoint of a run that has the model's weights."""
+    if not path.is_dir() or has_fisher(path) or find_state(path) is not None:
+        return path if path.is_dir() else None
+    ours = model.weights.fingerprint
+    for step in steps_in(path).values():
+        if (has_fisher(step) or find_state(step) is not None) and ours and Weights(step).fingerprint == ours:
+            return step
+    return None
+
+
+def _cure(model: ModelFiles, base_of: str | None) -> str:
+    """Return how a model without a Fisher can take part in a merge."""
+    folder = model.weights.folder
+    if base_of == SQUISHER:
+        return f"take {model.label} out of models: (as base_model: alone it needs no Fisher), or give it fisher: PATH"
+    if base_of is not None:
+        return f"list {model.label} under models: with parameters: {{fisher: none}}, or give it fisher: PATH there"
+    if (folder / _MERGE_FILE).is_file():
+        return (
+            "it is a merge, and a merge has no Fisher: merge all models in one configuration, or estimate one by "
+            f"squisher estimate {folder} --data ... -o FISHER, and give fisher: FISHER"
+        )
+    steps = [path.name for path in steps_in(folder).values() if find_state(path) is not None] if folder.is_dir() else []
+    if steps:
+        return f"its weights are those of none of its checkpoints, {', '.join(steps[:3])}; merge one of them instead"
+    if model.repo is not None:
+        return "give the model fisher: PATH or fisher: org/name@revision, or publish one there with squisher push"
+    return "give the model fisher: PATH, or train with the optimizer state saved"
+
+
+def check_stored(model: ModelFiles) -> None:
+    """Refuse a model whose weights are quantised, from its headers and its config.
+
+    Raises:
+        UnsupportedStateError: A weight is stored as float8, or as packed integers.
+    """
+    quantised = bool((model.weights.config or {}).get("quantization_config"))
+    for name, info in model.weights.infos.items():
+        packed = info.dtype in (torch.int8, torch.uint8, torch.int32) and len(info.shape) > 1
+        if info.dtype in _FLOAT8 or (packed and (quantised or (name.endswith(".weight") and info.dtype == torch.int8))):
+            raise UnsupportedStateError(
+                f"weights of a merge must be float32, float16 or bfloat16, but {name} of {model.label} is stored as "
+                f"{str(info.dtype).removeprefix('torch.')}; merge the model before it was quantised"
+            )
 
 
 def _check(fisher: Fisher, model: ModelFiles) -> str | None:
     """Check a Fisher against the weights; return a warning if it was made at other values of them."""
-    if fisher.config.parameters == "adapter":
+    unknown = [name for name in fisher if name not in model.names]
+    if fisher.config.parameters == "adapter" and unknown:
         raise MismatchError(
             f"the Fisher for {model.label} must be of full weights, but {fisher.location} is of a LoRA adapter, whose "
-            "second moments do not describe the merged weights; merge adapters, or estimate a Fisher of the full model"
+            "second moments do not describe the merged weights; merge the adapter_model.safetensors files by "
+            f"mergekit-pytorch, or estimate one of the full model: squisher estimate {model.label} --data ... -o DIR"
         )
-    unknown = [name for name in fisher if name not in model.names]
     if unknown and not model.convertible():
         raise MismatchError(
             f"the names of a Fisher must be those of the weights, but {len(unknown)} of {len(fisher)} in "
             f"{fisher.location} are not in {model.label}, {unknown[0]} among them; give the Fisher of this model"
+        )
+    # From the smallest tensor on: nearly always it settles the question.
+    if len(fisher) and not any(
+        fisher[name].any() for name in sorted(fisher, key=lambda name: fisher.info(name).nbytes)
+    ):
+        raise ValuesError(
+            f"the Fisher for {model.label} must have positive entries, but {fisher.location} is 0 everywhere; give a "
+            "checkpoint saved after the first optimizer step"
         )
     changed = difference(fisher.config.weights_fingerprint, model.weights.fingerprint)
     if not changed:

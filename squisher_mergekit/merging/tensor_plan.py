@@ -65,6 +65,7 @@ class WeightInput:
         density: Share of the task vector that is kept; 1 for a base and for weight 0, where it changes nothing.
         origin: theta_0; None in ``ubgm_squisher``, where the base is an input.
         is_base: True for the base model.
+        vocabulary_axis: Axis of the vocabulary; None if the weight has none.
     """
 
     key: Hashable
@@ -78,6 +79,7 @@ class WeightInput:
     density: float = 1.0
     origin: Origin | None = None
     is_base: bool = False
+    vocabulary_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,26 @@ class FisherUse:
         opened: The Fisher; None for F = 0 (``fisher: none``).
         name: Name of the tensor.
         converted: True if transformers' checkpoint conversion builds the tensor from others of the Fisher.
+        padding: Axis and size to which rows of F = 0 are added: vocabulary entries added after training.
     """
 
     input: WeightInput
     opened: OpenFisher | None
     name: str
     converted: bool = False
+    padding: tuple[int, int] | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """Warning about rows without a Fisher; None if there are none."""
+        if self.padding is None or self.opened is None:
+            return None
+        axis, size = self.padding
+        fisher, label = self.opened.fisher, self.input.model.label
+        return (
+            f"{self.name} of {label} has {size} rows, but {fisher.location} {fisher.info(self.name).shape[axis]}; the "
+            "rows added since then count as unseen (F = 0)"
+        )
 
 
 @dataclass(frozen=True)
@@ -156,6 +172,7 @@ def plan_tensor(
     is_buffer: bool | None = None,
     can_convert: CanConvert,
     cache_dir: str | None = None,
+    resized: bool = False,
 ) -> TensorPlan:
     """Plan one output tensor.
 
@@ -170,6 +187,7 @@ def plan_tensor(
         is_buffer: True for a buffer of the model's class; None if the class is unknown and the Fishers must tell.
         can_convert: Function that returns whether transformers' conversion builds a weight from a Fisher's tensors.
         cache_dir: Folder for files from the Hub.
+        resized: True if mergekit brings the vocabularies to one size.
 
     Returns:
         The plan.
@@ -191,6 +209,7 @@ def plan_tensor(
         return replace(plan(), is_integer=True)
     if passed_through:
         return plan()
+    _check_shapes(name, inputs, resized)
     merged = [item for item in inputs if not (method == UBGM_SQUISHER and item.is_base)]
     if not any(item.weight > 0 for item in merged):
         raise ConfigError(f"the weights of {name} must not all be 0; give one model a positive weight")
@@ -221,6 +240,36 @@ def _check_base(name: str, inputs: Sequence[WeightInput]) -> None:
                 f"entries that are not kept, but there is none (density {item.density:g} of {item.model.label} for "
                 f"{name}); add it"
             )
+
+
+def _check_shapes(name: str, inputs: Sequence[WeightInput], resized: bool) -> None:
+    """Refuse weights of different shapes, apart from vocabularies that mergekit brings to one size."""
+    known = [(item, item.info.shape) for item in inputs if item.info is not None]
+    for item, shape in known[1:]:
+        first, wanted = known[0]
+        axis = item.vocabulary_axis
+        same_but_rows = (
+            axis is not None
+            and len(shape) == len(wanted) > axis
+            and all(a == b for i, (a, b) in enumerate(zip(shape, wanted, strict=True)) if i != axis)
+        )
+        if shape == wanted or (same_but_rows and resized):
+            continue
+        cure = "set tokenizer: {source: union}" if same_but_rows else "merge models of one architecture and size"
+        raise MismatchError(
+            f"{name} must have one shape in all models, but is {list(wanted)} in {first.model.label} and {list(shape)} "
+            f"in {item.model.label}; {cure}"
+        )
+
+
+def _short_of_rows(shape: Sequence[int], item: WeightInput) -> tuple[int, int] | None:
+    """Return axis and size of the weight's vocabulary if a Fisher's shape lacks rows of it alone."""
+    axis = item.vocabulary_axis
+    if axis is None or item.info is None or len(shape) != len(item.info.shape):
+        return None
+    size = item.info.shape[axis]
+    grown = [size if i == axis else length for i, length in enumerate(shape)]
+    return (axis, size) if grown == list(item.info.shape) and shape[axis] < size else None
 
 
 def _check_origin(item: WeightInput) -> None:
@@ -262,11 +311,14 @@ def _plan_input(
             return FisherUse(item, None, names[0])
         raise ConfigError(f"fisher: none is for the base of {UBGM_SQUISHER} alone, found it for {label}; remove it")
     other = base if base is not None and base.folder != item.model.weights.folder else None
-    opened = sources.open(item.fisher, item.model, other, cache_dir)
+    opened = sources.open(item.fisher, item.model, other, cache_dir, method if item.is_base else None)
     fisher = opened.fisher
     found = find_name(fisher, names[0], names[1:])
     if found is not None:
         if item.info is not None:
+            short = _short_of_rows(fisher.info(found).shape, item)
+            if short is not None:
+                return FisherUse(item, opened, found, padding=short)
             check_shape(f"{names[0]} for {label}", fisher.info(found).shape, item.info.shape, fisher.location)
         return FisherUse(item, opened, found)
     for name in names:

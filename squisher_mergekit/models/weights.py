@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError, RefusedError
+from squisher_mergekit.errors import (
+    ConfigError,
+    CorruptFileError,
+    MismatchError,
+    NotFoundError,
+    RefusedError,
+    ValuesError,
+)
 from squisher_mergekit.models.checkpoint_names import CheckpointNames, meta_model, of_model
 from squisher_mergekit.models.fingerprint import fingerprint_of
 from squisher_mergekit.tensors import hub
@@ -161,6 +168,21 @@ def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
         )
     _ = weights.headers  # a truncated file is refused here, not at the first read
     return weights
+
+
+def check_finite(tensor: Tensor, name: str, model: str) -> None:
+    """Refuse a weight with NaN or infinite entries.
+
+    Raises:
+        ValuesError: The message has the number of each kind.
+    """
+    counts = {"NaN": int(tensor.isnan().sum()), "infinite": int(tensor.isinf().sum())}
+    found = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    if found:
+        raise ValuesError(
+            f"weights must be finite, but {name} of {model or 'a model'} has {found} of {tensor.numel()} entries; give "
+            "a checkpoint from before training broke"
+        )
 
 
 def check_alike(tuned: Weights, base: Weights, names: Iterable[str]) -> None:

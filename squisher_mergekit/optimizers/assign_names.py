@@ -199,7 +199,9 @@ def _no_assignment(
             if shape not in (None, parameter.shape):
                 return MismatchError(
                     f"{parameter.name} has shape {list(parameter.shape)} in the model, but {list(shape)} in "
-                    f"{location}; give the --model that was trained"
+                    f"{location}; give the --model that was trained. If embeddings were resized since then, extract "
+                    "from a checkpoint with the weights before that (squisher extract CHECKPOINT -o DIR), merge with "
+                    "fisher: DIR; new rows then count as unseen (F = 0)"
                 )
     why = "they fit by none of the rules known"
     if sum(sizes) > len(parameters):

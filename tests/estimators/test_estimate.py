@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.estimators.estimate import estimate_fisher
 from tests.estimators import oracle
 from tests.estimators.models import assert_close, batch_of, make
@@ -232,3 +232,19 @@ def test_gradient_checkpointing_changes_nothing():
     for labels in ("true", "exact"):
         again, whole = (estimate_fisher(model, [batch], labels) for model in models)
         assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"labels": "samples"}, "labels must be one of true, sampled.*did you mean sampled"),
+        ({"grouping": "exmaple"}, "grouping must be one of.*did you mean example"),
+        ({"task": "causal_lm"}, "task must be one of.*did you mean causal-lm"),
+        ({"statistic": "median"}, "statistic must be one of mean, sum"),
+        ({"datum": "tokens"}, "datum must be one of.*did you mean token"),
+    ],
+)
+def test_an_unknown_name(arguments, words):
+    """A misspelt choice is refused before anything runs, with the nearest one."""
+    with pytest.raises(ConfigError, match=words):
+        estimate_fisher(torch.nn.Linear(2, 1), [], **arguments)

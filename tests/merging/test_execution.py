@@ -289,3 +289,47 @@ def test_more_models_than_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(fused, "runs_on", lambda device: True)
     inputs = [Input(torch.full((7,), float(i)), torch.ones(7)) for i in range(33)]
     assert merge_squisher(inputs, torch.float32).values.tolist() == pytest.approx([16.0] * 7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_weight_that_is_not_finite_is_refused(value: float, known: bool) -> None:
+    """On the CPU the message names the model, with Fishers and without."""
+    inputs = [
+        Input(item.theta, item.fisher if known else None, item.weight, 1.0, item.label, model=f"model-{i}")
+        for i, item in enumerate(_inputs(SIZE, torch.float32))
+    ]
+    inputs[1].theta[SIZE - 3] = value
+    with pytest.raises(ValuesError, match=f"w1 of model-1 has 1 {'NaN' if value != value else 'infinite'}"):
+        merge_squisher(inputs, torch.float32)
+
+
+def test_an_infinite_entry_that_all_models_share_stays() -> None:
+    """A mask of minus infinity in a buffer is no fault, where the mean is taken."""
+    buffer = torch.tensor([0.0, float("-inf")])
+    assert torch.equal(merge_squisher([Input(buffer, None), Input(buffer, None)], torch.float32).values, buffer)
+
+
+@pytest.mark.parametrize(("dtype", "weight"), [(torch.float16, 1e6), (torch.bfloat16, 1e30)])
+def test_a_result_that_leaves_its_dtype_is_refused(dtype: torch.dtype, weight: float) -> None:
+    """Weights of gradient matching that carry the result out of the output's range are refused, not written."""
+    base, first, second = _inputs(1009, torch.float32)
+    others = [Input(item.theta * 1e10, torch.zeros(1009), weight) for item in (first, second)]
+    assert base.fisher is not None
+    with pytest.raises(ValuesError, match="leaves the range"):
+        merge_ubgm(Input(base.theta, base.fisher + 1), others, 0.0, dtype)
+
+
+@pytest.mark.usefixtures("as_accelerator")
+@pytest.mark.parametrize("ubgm", [False, True])
+def test_an_accelerator_counts_results_that_are_not_finite(device: torch.device, ubgm: bool) -> None:
+    """The kernel and the formula count NaN and infinite results, which are looked at later."""
+    inputs = _inputs(1009, torch.float32, device=device)
+    inputs[1].theta[[3, 700]] = float("nan")
+    inputs[1].theta[5] = float("inf")
+    outcome = merge_ubgm(inputs[0], inputs[1:], 0.0, torch.float32) if ubgm else merge_squisher(inputs, torch.float32)
+    assert int(outcome.not_finite) == int((~torch.isfinite(outcome.values)).sum()) >= 2
+    run = Run("squisher")
+    run.record("w", ["a"] * len(outcome.shares), outcome)
+    with pytest.raises(ValuesError, match=r"w has . NaN or infinite entries"):
+        run.check()

@@ -7,6 +7,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from squisher_mergekit.merging.merge_plan import MergePlan, preview_text
+from squisher_mergekit.merging.report import report_text
+from squisher_mergekit.merging.run import Run
 from tests.merging.models import base_and_models, density_config
 from tests.merging.reference import assert_refused, give_fisher, llama, merge, preview_of
 
@@ -40,3 +43,13 @@ def test_the_preview_and_the_log_mention_the_density(tmp_path: Path, caplog: pyt
     assert CliRunner().invoke(main, [str(file), str(tmp_path / "out"), "--no-copy-tokenizer"]).exit_code == 0
     lines = [record.message for record in caplog.records if "density" in record.message]
     assert ["density 0.2" in lines[0], "density 0.1 to 0.5" in lines[1], len(lines)] == [True, True, 2]
+
+
+@pytest.mark.parametrize(("method", "words"), [("squisher", "plain mean"), ("ubgm_squisher", "base value")])
+def test_preview_and_report_use_the_same_words(method: str, words: str) -> None:
+    """Entries without information have one name, before the merge and after it."""
+    with Run(method) as run:
+        run.begin(MergePlan(method))
+        sentence = f"no signal in any model (mostly unseen tokens): {words}"
+        assert sentence in preview_text(run.preview or {})
+        assert sentence in report_text(run.report())

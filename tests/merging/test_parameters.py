@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.merging.parameters import of_method
 from tests.merging.models import base_and_models, density_config, nets
 from tests.merging.reference import assert_config_refused, assert_refused, merge, merge_raw
 
@@ -74,3 +76,21 @@ def test_mergekit_pytorch_refuses(tmp_path: Path) -> None:
     result = merge_raw(tmp_path, {"merge_method": "squisher", "models": entries})
     assert (result.exit_code, "did you mean weight?" in result.output) == (1, True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("weight", 1e31), ("weight", 1e-40), ("fisher_scale", 3e38), ("fisher_scale", 1e-300)]
+)
+def test_a_factor_out_of_range(tmp_path: Path, pair: dict[str, Any], key: str, value: float) -> None:
+    """Factors whose products leave float64, or whose ratios leave float32, are refused with the range."""
+    pair["models"][0]["parameters"][key] = value
+    assert_config_refused(tmp_path, pair, f"models[0].parameters.{key}", "1e-30", "<= 1e+30")
+
+
+@pytest.mark.parametrize(("method", "key"), [("squisher", "floor"), ("ubgm_squisher", "prior")])
+def test_a_share_of_the_mean_out_of_range(method: str, key: str) -> None:
+    """A floor or prior that swamps every F is refused; the largest accepted one is used."""
+    parameter = next(item for item in of_method(method) if item.name == key)
+    assert parameter.validate(1e9) == 1e9
+    with pytest.raises(ConfigError, match=r"<= 1e\+09"):
+        parameter.validate(1.1e9)

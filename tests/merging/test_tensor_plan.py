@@ -5,9 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.merging.models import base_and_models, base_without_norm, density_config
-from tests.merging.reference import assert_config_refused, assert_refused, give_fisher, llama, merge, store_fisher
+from tests.merging.reference import (
+    assert_config_refused,
+    assert_refused,
+    assert_within,
+    give_fisher,
+    largest,
+    llama,
+    merge,
+    merged,
+    preview_of,
+    squisher_reference,
+    store_fisher,
+)
 
 
 def test_weights_all_zero(tmp_path: Path, pair: dict[str, Any]) -> None:
@@ -72,3 +85,30 @@ def test_a_base_may_lack_tensors_without_a_choice(tmp_path: Path) -> None:
     config = density_config(tmp_path, [0.5, 1.0])
     config["models"][0]["parameters"]["weight"] = 0.0
     assert merge(config, tmp_path / "out2").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "cure"),
+    [({"vocab_size": 31}, "tokenizer: {source: union}"), ({"intermediate_size": 19}, "one architecture and size")],
+)
+def test_models_of_different_shapes(tmp_path: Path, pair: dict[str, Any], changes: dict[str, int], cure: str) -> None:
+    """Headers show shapes that differ: the plan refuses them, with the cure for vocabularies and for other tensors."""
+    give_fisher(tmp_path / "m1", llama(tmp_path / "m1", 1, **changes), 1)
+    assert_config_refused(tmp_path, pair, "one shape in all models", str(tmp_path / "m1"), cure)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_that_grew_after_training(tmp_path: Path, tied: bool) -> None:
+    """A Fisher without the last rows of a vocabulary counts 0 there, with a warning; other rows merge as before."""
+    weights = [llama(tmp_path / f"m{i}", i, vocab_size=31, tie_word_embeddings=tied) for i in range(2)]
+    fishers = [give_fisher(tmp_path / f"m{i}", tensors, i) for i, tensors in enumerate(weights)]
+    grown = {name: tensor[:29] if tensor.shape[0] == 31 else tensor for name, tensor in fishers[0].items()}
+    store_fisher(tmp_path / "m0", grown)
+    config = {"merge_method": "squisher", "models": [{"model": str(tmp_path / f"m{i}")} for i in range(2)]}
+    assert "count as unseen (F = 0)" in " ".join(preview_of(tmp_path, config)["warnings"])
+    found = merged(config, tmp_path / "out")
+    for name, tensor in found.items():
+        thetas, padded = [w[name] for w in weights], torch.zeros_like(fishers[0][name])
+        padded[: len(grown[name])] = grown[name]
+        reference = squisher_reference(thetas, [padded, fishers[1][name]], [1.0, 1.0])
+        assert_within(tensor, reference, largest(thetas))

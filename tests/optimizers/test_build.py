@@ -303,6 +303,19 @@ def test_few_steps_are_warned_of(caplog):
     assert not any("steps" in line for line in _warnings(caplog, STATES / "plain_adagrad"))
 
 
+@pytest.mark.parametrize(("steps", "warned"), [(19, True), (20, False), (45, False)])
+def test_enough_steps_are_not_warned_of(caplog, tmp_path, steps, warned):
+    """From 20 steps on, a merge is as good as by a whole run, whatever the moving average remembers."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(STATES / "plain_adam", folder)
+    (folder / "trainer_state.json").unlink(missing_ok=True)
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    for entry in state["state"].values():
+        entry["step"] = torch.tensor(float(steps))
+    torch.save(state, folder / "optimizer.pt")
+    assert any("have seen only" in line for line in _warnings(caplog, folder)) == warned
+
+
 @pytest.mark.parametrize(("recorded", "scaler", "said"), [(5, False, 0), (4, False, 1), (9, False, 1), (9, True, 0)])
 def test_another_step_count_in_the_trainers_state_is_warned_of(tmp_path, caplog, recorded, scaler, said):
     """global_step must equal the accumulators' steps, except with a gradient scaler, which skips steps."""

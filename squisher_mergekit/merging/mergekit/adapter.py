@@ -28,7 +28,7 @@ from squisher_mergekit.merging.mergekit.lookup import (
 from squisher_mergekit.merging.mergekit.tasks import FisherMergeTask, FisherRequest
 from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.merging.run import Run
-from squisher_mergekit.merging.sources import ModelFiles
+from squisher_mergekit.merging.sources import ModelFiles, check_stored
 from squisher_mergekit.merging.tensor_plan import FisherUse, Origin, Settings, TensorPlan, WeightInput
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.models.whole import WholeModel
@@ -73,6 +73,18 @@ def add_fishers(
         raise
 
 
+def names_of(tasks: Sequence[Any]) -> dict[str | None, set[str]]:
+    """Return the names that a filter can match: those of each model's weights, and under None those of all."""
+    names: dict[str | None, set[str]] = {None: set()}
+    for task in tasks:
+        gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+        for model in task.model_order:
+            found = gather.weight_info[model].name if hasattr(gather, "weight_info") else task.output_weight.name
+            names.setdefault(str(model), set()).add(found)
+            names[None] |= {found, task.output_weight.name}
+    return names
+
+
 def _plan(task: Any, base: ModelReference | None, run: Run, whole: WholeModel) -> TensorPlan:
     inputs = [item for model in task.model_order if (item := _weight_input(task, model, base, run)) is not None]
     given = dict(task.parameters.items())
@@ -88,6 +100,7 @@ def _plan(task: Any, base: ModelReference | None, run: Run, whole: WholeModel) -
         is_buffer=None if whole.buffers is None else task.output_weight.name in whole.buffers,
         can_convert=_can_convert,
         cache_dir=cache_dir,
+        resized=hasattr(task.gather_tensors, "gather_tensors"),
     )
 
 
@@ -128,6 +141,7 @@ def _request(use: FisherUse, plan: TensorPlan) -> FisherRequest:
         fisher_scale=use.input.fisher_scale,
         density=use.input.density,
         model_type=model_type(use.input.key) if use.converted else None,
+        padding=use.padding,
     )
 
 
@@ -159,6 +173,7 @@ def _weight_input(task: Any, model: Any, base: Any, run: Run) -> WeightInput | N
         density=values["density"] if trimmed else 1.0,
         origin=_origin(task, gather, model, base, run) if trimmed else None,
         is_base=is_base,
+        vocabulary_axis=task.output_weight.vocabulary_axis,
     )
 
 
@@ -203,6 +218,7 @@ def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
             adapter=model.lora is not None,
             convertible=lambda: not single and converts(model_type(model)),
         )
+        check_stored(run.models[model])
     return run.models[model]
 
 

@@ -39,18 +39,23 @@ def read_config(text: str) -> Any:
     Raises:
         ConfigError: The text is no valid merge configuration, or is for another merge method.
     """
-    import yaml
     from mergekit.config import MergeConfiguration
 
+    from squisher_mergekit.merging.mergekit import document
+
+    parsed = document.read_yaml(text)
+    method = parsed.get("merge_method")
+    if method not in METHODS:
+        document.refuse_misspelt_method(method)
+        cure = f"use mergekit-yaml for {method}" if method else "add it"
+        raise ConfigError(f"merge_method must be {' or '.join(METHODS)} here, found {method}; {cure}")
+    document.check_document(parsed, MergeConfiguration)
     try:
-        config = MergeConfiguration.model_validate(yaml.safe_load(text))
-    except (yaml.YAMLError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise ConfigError(f"the configuration must be one that mergekit reads, but {error}") from error
-    if config.merge_method not in METHODS:
-        raise ConfigError(
-            f"merge_method must be {' or '.join(METHODS)} here, found {config.merge_method}; use mergekit-yaml for it"
-        )
-    return config
+        return MergeConfiguration.model_validate(parsed)
+    except SquisherError:
+        raise
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise document.refuse_unreadable(error) from error
 
 
 def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = False, **options: Any) -> dict[str, Any]:
@@ -75,10 +80,12 @@ def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = Fals
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
 
+    from squisher_mergekit.merging.mergekit.document import resolve_models
     from squisher_mergekit.merging.mergekit.hooks import need
     from squisher_mergekit.merging.run import Run
 
     model_out_config = need(merge, "_model_out_config", "trust_remote_code")
+    resolve_models(config)
     with Run(config.merge_method, quiet=True, strict=strict, allow_missing=allow_missing) as run, mergekit_errors():
         given = _options_of(run, MergeOptions(**options, quiet=True))
         architecture = get_architecture_info(config, given)
@@ -112,9 +119,11 @@ def run_config(
     from mergekit.card import generate_card
     from mergekit.merge import run_merge
 
+    from squisher_mergekit.merging.mergekit.document import resolve_models
     from squisher_mergekit.merging.report import bare_card, provenance
     from squisher_mergekit.merging.run import Run
 
+    resolve_models(config)
     with Run(config.merge_method, options.quiet, strict, allow_missing) as run, mergekit_errors():
         given = _options_of(run, options.model_copy(update={"write_model_card": False}))
         run_merge(config, str(folder), given, config_source=text)

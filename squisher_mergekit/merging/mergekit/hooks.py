@@ -4,6 +4,7 @@
 mergekit that are needed, and changes classes in place, so that the order of imports does not matter:
 
 * the registry gets the two methods;
+* the classes of merge documents refuse keys that they would ignore, where a document is for our methods;
 * ``MergePlanner`` and the planner of ``mergekit-pytorch`` refuse what headers show to be wrong before any file is
   written, replace each merge task of our methods by one that reads the Fishers, and leave out of the sum a base that
   ``squisher`` is only given for its tokenizer;
@@ -17,13 +18,13 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from squisher_mergekit.errors import UnsupportedMergekitError
-from squisher_mergekit.merging.parameters import METHODS, SQUISHER, Block, check_blocks
+from squisher_mergekit.merging.parameters import METHODS, SQUISHER, check_blocks, check_filters
 
 SUPPORTED = ">=0.1.5,<0.2"
 _DONE = "_squisher_mergekit"
@@ -165,12 +166,15 @@ def _extend_planner(plan_module: ModuleType) -> None:
         if config.merge_method not in METHODS:
             plan(self)
             return
-        check_blocks(config.merge_method, _blocks(config))
-        from squisher_mergekit.merging.mergekit.adapter import add_fishers
+        from squisher_mergekit.merging.mergekit.adapter import add_fishers, names_of
         from squisher_mergekit.merging.mergekit.complete import plan_whole
+        from squisher_mergekit.merging.mergekit.document import blocks_of
 
+        blocks = list(blocks_of(config))
+        check_blocks(config.merge_method, blocks)
         whole = plan_whole(self, plan)
         tasks, dtype = [task for _, task in self._tensors], config.out_dtype or config.dtype
+        check_filters(blocks, names_of(tasks))
         tasks = add_fishers(tasks, config.merge_method, self.options, dtype, whole=whole)
         self._tensors = [(task.output_weight, task) for task in tasks]
 
@@ -183,25 +187,6 @@ def _listed_models(part: Any) -> set[Any]:
     return listed | {source.model for piece in (part.slices or []) for source in piece.sources}
 
 
-def _blocks(config: Any) -> Iterator[Block]:
-    yield from _block("parameters", False, config.parameters)
-    modules = [("", config)] + [(f"modules.{name}.", module) for name, module in (config.modules or {}).items()]
-    for prefix, part in modules:
-        if part is not config:
-            yield from _block(f"{prefix}parameters", False, part.parameters)
-        for i, item in enumerate(part.models or []):
-            yield from _block(f"{prefix}models[{i}].parameters", True, item.parameters)
-        for i, piece in enumerate(getattr(part, "slices", None) or []):
-            yield from _block(f"{prefix}slices[{i}].parameters", False, piece.parameters)
-            for j, source in enumerate(piece.sources):
-                yield from _block(f"{prefix}slices[{i}].sources[{j}].parameters", True, source.parameters)
-
-
-def _block(place: str, of_model: bool, settings: Any) -> Iterator[Block]:
-    if settings:
-        yield Block(place, of_model, settings)
-
-
 def _extend_raw(module: ModuleType) -> None:
     plan_flat_merge = need(module, "plan_flat_merge", "config", "options")
     signature = inspect.signature(plan_flat_merge)
@@ -212,23 +197,71 @@ def _extend_raw(module: ModuleType) -> None:
         config, options = bound["config"], bound["options"]
         if config.merge_method not in METHODS:
             return plan_flat_merge(**bound)
-        blocks = list(_block("parameters", False, config.parameters))
-        for i, item in enumerate(config.models):
-            blocks += _block(f"models[{i}].parameters", True, item.parameters)
+        from squisher_mergekit.merging.mergekit.adapter import add_fishers, names_of
+        from squisher_mergekit.merging.mergekit.document import blocks_of, check_path
+
+        blocks = list(blocks_of(config))
         check_blocks(config.merge_method, blocks)
+        for i, item in enumerate(config.models):
+            check_path(item.model, f"models[{i}].model", "a file of weights", local=True)
         listed = {item.model for item in config.models}
         if config.merge_method == SQUISHER and config.base_model not in listed:
             # mergekit would sum the base.
             bound["config"] = config.model_copy(update={"base_model": None})
         *saves, finalize = plan_flat_merge(**bound)
-        from squisher_mergekit.merging.mergekit.adapter import add_fishers
-
         merges, base = [save.tensor_task for save in saves], _raw_reference(config.base_model)
+        check_filters(blocks, names_of(merges))
         merges = add_fishers(merges, config.merge_method, options, config.out_dtype or config.dtype, base)
         saves = [save.model_copy(update={"tensor_task": task}) for save, task in zip(saves, merges, strict=True)]
         return [*saves, finalize.model_copy(update={"tensor_save_tasks": tuple(saves)})]
 
     module.plan_flat_merge = plan_with_fishers  # type: ignore[attr-defined]
+    _extend_schema(need(module, "RawPyTorchMergeConfig"))
+
+
+# ---- the documents
+
+
+def _extend_schema(schema: Any) -> None:
+    """Let a class of documents refuse what it would ignore, where the document is for our methods."""
+    validate = need(schema, "model_validate", "obj").__func__
+
+    @functools.wraps(validate)
+    def model_validate(cls: Any, obj: Any, **options: Any) -> Any:
+        from squisher_mergekit.merging.mergekit import document
+
+        if not document.is_ours(obj):
+            if isinstance(obj, Mapping) and not _is_registered(obj.get("merge_method")):
+                document.refuse_misspelt_method(obj.get("merge_method"))
+            return validate(cls, obj, **options)
+        document.check_document(obj, cls)
+        try:
+            return validate(cls, obj, **options)
+        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise document.refuse_unreadable(error) from None
+
+    schema.model_validate = classmethod(model_validate)  # type: ignore[arg-type]
+
+
+def _is_registered(method: Any) -> bool:
+    """Return True for the name of one of mergekit's methods, and for a missing name."""
+    from mergekit.merge_methods import registry
+
+    return method is None or any(found.spec.name == method for found in registry.registered_methods())
+
+
+def _extend_merge(module: ModuleType) -> None:
+    run_merge = need(module, "run_merge", "merge_config", "out_path", "options")
+
+    @functools.wraps(run_merge)
+    def run_with_models(merge_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if merge_config.merge_method in METHODS:
+            from squisher_mergekit.merging.mergekit.document import resolve_models
+
+            resolve_models(merge_config)
+        return run_merge(merge_config, *args, **kwargs)
+
+    module.run_merge = run_with_models  # type: ignore[attr-defined]
 
 
 def _raw_reference(path: str | None) -> Any:
@@ -305,6 +338,8 @@ def _restored_on_failure(universe: Any) -> Iterator[None]:
 
 _ACTIVATORS: dict[str, Callable[[ModuleType], None]] = {
     "architecture": _extend_architecture,
+    "config": lambda module: _extend_schema(need(module, "MergeConfiguration")),
+    "merge": _extend_merge,
     "merge_methods.registry": _register,
     "merge_methods.task_adapter": _extend_tasks,
     "plan": _extend_planner,

@@ -113,7 +113,7 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
             labels = [str(entry.id) for entry in group.entries if self._weighted(entry)]
             next(iter(resolved.values())).run.record(name, labels, outcome)
         else:
-            outcome.check()
+            outcome.check(name)
         return outcome.values
 
     def _weighted(self, entry: TensorEntry) -> bool:
@@ -142,7 +142,7 @@ def _input(
         fisher = fisher.to(entry.tensor.device)
     label = (loaded.name or name, loaded.location)
     trim = None if fisher is None or entry.is_base else _trim(entry, name, loaded, fisher, base)
-    return execution.Input(entry.tensor, fisher, weight, loaded.scale, label, trim)
+    return execution.Input(entry.tensor, fisher, weight, loaded.scale, label, trim, str(entry.id))
 
 
 def _trim(

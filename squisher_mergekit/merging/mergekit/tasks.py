@@ -22,6 +22,7 @@ from squisher_mergekit.merging.read import LoadedFisher, load_tensor
 from squisher_mergekit.merging.rollback import OutputFolder
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import OpenFisher
+from squisher_mergekit.models.weights import check_finite
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
 
@@ -38,6 +39,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
         fisher_scale: Factor on the Fisher.
         density: Share of the task vector that is kept.
         model_type: Architecture whose checkpoint conversion builds the tensor; None if the Fisher has the tensor.
+        padding: Axis and size to which rows of F = 0 are added.
     """
 
     model: ModelReference
@@ -49,6 +51,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
     fisher_scale: float = 1.0
     density: float = 1.0
     model_type: str | None = None
+    padding: tuple[int, int] | None = None
 
     def load(self) -> LoadedFisher:
         """Read the tensor.
@@ -59,7 +62,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
         if self.opened is None:
             return LoadedFisher(self.name)
         fisher = self.opened.fisher
-        return load_tensor(
+        loaded = load_tensor(
             fisher if self.model_type is None else _Converted(fisher, self.name, self.model_type),
             self.name,
             scaling=self.scaling,
@@ -68,6 +71,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
             fisher_scale=self.fisher_scale,
             density=self.density,
         )
+        return loaded if self.padding is None else loaded.padded(*self.padding)
 
 
 class _Converted(Fisher):
@@ -145,6 +149,8 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         merged: Tensor | None = ExecuteMergeMethodTask.execute(
             self.model_copy(update={"input_parameters": parameters}), tensors
         )
+        if not self.requests and merged is not None and merged.isnan().any():  # mergekit copied it
+            check_finite(merged, self.output_weight.name, " or ".join(map(str, tensors)))
         return merged
 
     def _load(self, tokenizer_info: Any, origins: dict[str, Tensor]) -> dict[ModelReference, LoadedFisher]:

@@ -1,0 +1,197 @@
+"""The whole document of a merge is validated, for the methods of this package alone."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+
+from squisher_mergekit.errors import ConfigError, NotFoundError
+from squisher_mergekit.merging.mergekit import document
+from tests.merging.reference import assert_config_refused, assert_refused, merge, merged
+
+SOURCE = {"model": "a", "layer_range": [0, 2]}
+HEAD: dict[str, Any] = {"merge_method": "squisher", "models": [{"model": "a"}, {"model": "b"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"models": [{"model": "a", "parametres": {}}]}, ["models[0]", "'parametres'", "did you mean parameters?"]),
+        ({"models": [{"model": "a", "density": 0.5}]}, ["models[0]", "parameters: {density: ...}"]),
+        ({"tokenizer": {"sources": "union"}}, ["tokenizer has no key 'sources'", "did you mean source?"]),
+        ({"tokenizer": {"tokens": {"<pad>": {"forced": True}}}}, ["tokenizer.tokens.<pad>", "did you mean force?"]),
+        ({"scaling": "raw"}, ["the configuration", "parameters: {scaling: ...}"]),
+        ({"out_type": "float16"}, ["'out_type'", "did you mean out_dtype?"]),
+        (
+            {"parameters": {"weight": [{"filtre": "mlp", "value": 1}]}},
+            ["parameters.weight[0]", "did you mean filter?"],
+        ),
+        ({"parameters": {"weight": [{"filter": "mlp", "value": []}]}}, ["parameters.weight[0].value", "not be empty"]),
+        ({"parameters": {"floor": []}}, ["parameters.floor must not be empty"]),
+    ],
+)
+def test_a_key_that_mergekit_would_ignore(changes: dict[str, Any], words: list[str]) -> None:
+    """An unknown key at any level is an error with its place and the nearest valid key, and so is an empty list."""
+    with pytest.raises(ConfigError) as caught:
+        document.check_document(HEAD | changes, MergeConfiguration)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("place", ["slices", "modules"])
+def test_keys_of_slices_and_modules(place: str) -> None:
+    """Sources of slices are validated as models are, in modules as well."""
+    piece = {"sources": [SOURCE, SOURCE | {"layer_rnage": [0, 2]}]}
+    wrong = {"slices": [piece]} if place == "slices" else {"modules": {"text": {"slices": [piece]}}}
+    with pytest.raises(
+        ConfigError, match=r"slices\[0\]\.sources\[1\] has no key 'layer_rnage'.*did you mean layer_ran"
+    ):
+        document.check_document({"merge_method": "squisher"} | wrong, MergeConfiguration)
+
+
+@pytest.mark.parametrize("schema", [MergeConfiguration, RawPyTorchMergeConfig])
+def test_valid_documents_pass(schema: Any) -> None:
+    """What mergekit reads passes, with the name that mergekit-multi gives a document."""
+    given = HEAD | {"name": "first", "dtype": "float32", "parameters": {"weight": [0.1, {"value": 1, "filter": "mlp"}]}}
+    document.check_document(given, schema)
+
+
+def test_every_field_of_mergekit_passes() -> None:
+    """No valid key of mergekit's own class is refused."""
+    tokenizer = {"source": "union", "tokens": {"<a>": {"source": {"kind": "zero"}, "force": True}}}
+    reference = {"model": {"path": "a", "revision": "main"}, "lora": "c", "override_architecture": "X"}
+    given = {
+        "merge_method": "ubgm_squisher",
+        "base_model": reference,
+        "slices": [{"sources": [SOURCE], "base_model": "a", "residual_weight": 1.0, "parameters": {"floor": 0.1}}],
+        "tokenizer": tokenizer | {"pad_to_multiple_of": 8},
+        "chat_template": "auto",
+        "out_dtype": "bfloat16",
+    }
+    document.check_document(given, MergeConfiguration)
+
+
+def test_stock_commands_refuse_a_misplaced_key(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """`mergekit-yaml` refuses for our methods a key that it ignores for its own."""
+    pair["models"][1]["fisher_scale"] = 2.0
+    assert_config_refused(tmp_path, pair, "models[1] has no key 'fisher_scale'", "parameters: {fisher_scale: ...}")
+
+
+@pytest.mark.parametrize(
+    ("method", "meant"), [("squishr", "squisher"), ("ubgm-squisher", "ubgm_squisher"), ("Fisher", "squisher")]
+)
+def test_a_misspelt_method(tmp_path: Path, pair: dict[str, Any], method: str, meant: str) -> None:
+    """A name close to one of our methods is an error that names it."""
+    pair["merge_method"] = method
+    assert_config_refused(tmp_path, pair, repr(method), f"did you mean {meant}?")
+
+
+def test_a_document_that_mergekit_cannot_read(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """For our methods, an error of mergekit's own validation is one line."""
+    pair["slices"] = [{"sources": [SOURCE]}]
+    assert_config_refused(tmp_path, pair, "one that mergekit reads", "Exactly one of")
+
+
+@pytest.mark.parametrize("line", ["models: [{model: b}]", "dtype: float32"])
+def test_a_key_that_stands_twice(line: str) -> None:
+    """YAML keeps the last of two equal keys; a document with both is refused."""
+    text = f"merge_method: squisher\ndtype: bfloat16\nmodels:\n- model: a\n{line}\n"
+    with pytest.raises(ConfigError, match=f"{line.split(':')[0]}: stands twice"):
+        document.read_yaml(text)
+
+
+def test_anchors_and_merge_keys_are_no_repetition() -> None:
+    """YAML's own way of sharing settings stays valid."""
+    text = "a: &x {p: 1, q: 2}\nb: {<<: *x, p: 3}\n"
+    assert document.read_yaml(text)["b"] == {"p": 3, "q": 2}
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text"])
+def test_no_mapping(text: str) -> None:
+    """A text that is no mapping is refused in one line."""
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        document.read_yaml(text)
+
+
+def test_a_path_that_does_not_exist(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A mistyped folder is named with its place and the neighbour of the nearest name, not asked for on the Hub."""
+    pair["models"][1]["model"] = str(tmp_path / "mm1")
+    assert_config_refused(tmp_path, pair, "models[1].model", f"there is no {tmp_path / 'mm1'}", "did you mean", "m1?")
+
+
+def test_a_base_path_that_does_not_exist(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A missing parent folder is named as well."""
+    pair["base_model"] = str(tmp_path / "no" / "such" / "base")
+    assert_config_refused(tmp_path, pair, "base_model", f"nor {tmp_path / 'no'}")
+
+
+def test_a_file_where_a_folder_is_wanted(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A single file is for another command of mergekit, which is named."""
+    pair["models"][0]["model"] = str(tmp_path / "m0" / "model.safetensors")
+    assert_config_refused(tmp_path, pair, "models[0].model must be a model's folder", "mergekit-pytorch")
+
+
+def test_the_folder_of_a_run_is_its_last_checkpoint(
+    tmp_path: Path, pair: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run's folder merges as its last checkpoint, and a warning says so."""
+    reference = merged(pair, tmp_path / "plain")
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "m0").rename(run / "checkpoint-7")
+    (run / "checkpoint-3").mkdir()
+    pair["models"][0]["model"] = str(run)
+    with caplog.at_level(logging.WARNING, "squisher_mergekit"):
+        found = merged(pair, tmp_path / "out")
+    assert all((found[name] == reference[name]).all() for name in reference)
+    assert any("taking its last checkpoint" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(("file", "word"), [("adapter_config.json", "LoRA adapter"), ("notes.txt", "no config.json")])
+def test_a_folder_without_a_model(tmp_path: Path, file: str, word: str) -> None:
+    """The folder of an adapter, and one of anything else, are refused with the cure."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / file).write_text("{}", encoding="utf-8")
+    config = MergeConfiguration.model_validate({"merge_method": "squisher", "models": [{"model": str(tmp_path / "x")}]})
+    with pytest.raises(NotFoundError, match=word):
+        document.resolve_models(config)
+
+
+def test_hub_ids_are_left_to_the_hub() -> None:
+    """A name or org/name that is no local path is not refused before the Hub was asked."""
+    config = MergeConfiguration.model_validate(
+        {"merge_method": "squisher", "models": [{"model": "org/name@main"}, {"model": "gpt2"}]}
+    )
+    document.resolve_models(config)
+    assert [str(item.model) for item in config.models or []] == ["org/name@main", "gpt2"]
+
+
+@pytest.mark.parametrize("wanted", ["self_atn", "model.layers.9.", "*.mlp"])
+def test_a_filter_that_matches_no_tensor(tmp_path: Path, pair: dict[str, Any], wanted: str) -> None:
+    """A filter is a part of a name; one that decides about no tensor is refused with its place."""
+    pair["models"][1]["parameters"]["weight"] = [{"filter": wanted, "value": 0.5}, {"value": 1.0}]
+    assert_config_refused(tmp_path, pair, "models[1].parameters.weight", repr(wanted))
+
+
+def test_a_filter_behind_one_that_takes_its_tensors(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """The first filter that matches applies; one that never applies is refused."""
+    pair["parameters"]["floor"] = [{"filter": "mlp", "value": 0.1}, {"filter": "mlp.up_proj", "value": 0.2}]
+    assert_config_refused(tmp_path, pair, "parameters.floor", "'mlp.up_proj' never applies")
+
+
+def test_mergekit_pytorch_names_its_missing_file(tmp_path: Path) -> None:
+    """A missing file is named with its place, not with mergekit's traceback."""
+    from tests.merging.reference import merge_raw
+
+    config = {"merge_method": "squisher", "models": [{"model": str(tmp_path / "a.safetensors")}]}
+    assert_refused(merge_raw(tmp_path, config), tmp_path / "out", "models[0].model", "a.safetensors")
+
+
+def test_other_methods_keep_what_they_ignore(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """Documents for mergekit's own methods are not validated."""
+    pair |= {"merge_method": "linear", "base_mode": "x", "parameters": {}}
+    assert merge(pair, tmp_path / "out").exit_code == 0
+    assert not document.is_ours(yaml.safe_load("{merge_method: linear, note: squish}"))
