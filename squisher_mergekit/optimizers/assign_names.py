@@ -1,68 +1,19 @@
 """Assignment of an optimizer's slots to a model's parameters, from shapes and order alone; plain data in and out.
 
 An optimizer's file numbers the parameters in the order in which the optimizer received them. A Hugging Face Trainer
-makes two groups, with and without weight decay, and the rule that splits them has changed twice. Every rule is tried,
-and an assignment is accepted only if no other one fits all sizes and shapes.
+makes two groups, with and without weight decay, and the rule that splits them has changed twice. Other trainers split
+by the number of axes. Every rule is tried, and an assignment is accepted only if no other one fits all sizes and
+shapes. Groups that follow no known rule are accepted if one division alone fits.
 """
 
-import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from squisher_mergekit.errors import MismatchError, NamingError
-from squisher_mergekit.models.checkpoint_names import LAYER_NORM, NAMES_CURE, ParameterInfo, Shape
+from squisher_mergekit.models.checkpoint_names import NAMES_CURE, ParameterInfo, Shape
+from squisher_mergekit.models.decay_groups import AXES_RULES, DECAY_RULES, Rule, candidates, variants
 
 Names = list[list[str | None]]
-
-# Modules without weight decay in transformers up to 4.52, beside torch's LayerNorm: the norms that its modelling files
-# had registered. The norms of Qwen2, Mistral, Mixtral, Gemma and Phi-3 were not registered.
-_REGISTERED_NORMS = frozenset(
-    {
-        "LlamaRMSNorm", "T5LayerNorm", "LongT5LayerNorm", "SwitchTransformersLayerNorm", "Pix2StructLayerNorm",
-        "Pop2PianoLayerNorm", "IdeficsRMSNorm", "ChameleonRMSNorm", "GraniteMoeRMSNorm", "OlmoeRMSNorm",
-        "MoshiRMSNorm", "NemotronLayerNorm1P", "RecurrentGemmaRMSNorm", "ZambaRMSNorm", "MegaRMSNorm",
-    }
-)  # fmt: skip
-_SINCE_4_53 = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-
-
-def _until_4_48(parameter: ParameterInfo) -> bool:
-    return not (parameter.types & (_REGISTERED_NORMS | {LAYER_NORM})) and "bias" not in parameter.name
-
-
-def _until_4_52(parameter: ParameterInfo) -> bool:
-    patterns = ("bias", "layernorm", "rmsnorm")
-    return _until_4_48(parameter) and not any(pattern in parameter.name.lower() for pattern in patterns)
-
-
-def _since_4_53(parameter: ParameterInfo) -> bool:
-    return LAYER_NORM not in parameter.types and not _SINCE_4_53.search(parameter.name.lower())
-
-
-DECAY_RULES: dict[str, Callable[[ParameterInfo], bool]] = {
-    "the weight-decay split of transformers up to 4.48": _until_4_48,
-    "that of transformers 4.49 to 4.52": _until_4_52,
-    "that of transformers since 4.53": _since_4_53,
-}
-
-
-def candidates(parameters: Sequence[ParameterInfo], sizes: Sequence[int]) -> dict[str, list[list[ParameterInfo]]]:
-    """Return rule -> groups of parameters, for every rule that makes this number of groups.
-
-    Args:
-        parameters: The model's parameters, in order.
-        sizes: Number of parameters in each group of the file.
-    """
-    rules: dict[str, list[list[ParameterInfo]]] = {}
-    if len(sizes) == 2:
-        rules = {
-            rule: [[p for p in parameters if p.trainable and decays(p) is kind] for kind in (True, False)]
-            for rule, decays in DECAY_RULES.items()
-        }
-    filled = [number for number, size in enumerate(sizes) if size]
-    if len(filled) == 1:
-        rules["the model's order"] = [list(parameters) if number in filled else [] for number in range(len(sizes))]
-    return rules
 
 
 def assign(
@@ -72,6 +23,8 @@ def assign(
     location: str,
 ) -> Names:
     """Find the only assignment of parameters to the slots of one optimizer.
+
+    Assignments that leave out no trainable parameter come first; then those that leave out frozen ones.
 
     Args:
         slots: Shape of each slot, group by group; None where the optimizer never stepped it.
@@ -87,14 +40,53 @@ def assign(
         MismatchError: A parameter has another shape in the model.
     """
     sizes = [len(group) for group in slots]
+    trainable, free = variants(parameters)
+    needed = {parameter.name for parameter in trainable}
+    searches: list[tuple[Mapping[str, Rule], Collection[str]]] = [(DECAY_RULES, ()), (AXES_RULES, ())]
+    if sum(sizes) >= len(needed):
+        searches.insert(0, (DECAY_RULES | AXES_RULES, needed))
+    for rules, kept in searches:
+        names = _assign_by(candidates(free, sizes, rules), slots, len(parameters), trained, kept, location)
+        if names is not None:
+            return names
+    if sum(size > 0 for size in sizes) > 1:
+        stepped = [[shape is not None for shape in group] for group in slots]
+        names = _divided(
+            slots,
+            parameters,
+            trained,
+            stepped,
+            f"the several groups in {location}",
+            f"they are in {len(sizes)} groups that no known rule makes, and ",
+        )
+        if names is not None:
+            return names
+    raise _no_assignment(slots, parameters, trained is not None, location)
+
+
+def _assign_by(
+    rules: Mapping[str, Sequence[Sequence[ParameterInfo]]],
+    slots: Sequence[Sequence[Shape | None]],
+    total: int,
+    trained: Collection[str] | None,
+    kept: Collection[str],
+    location: str,
+) -> Names | None:
+    """Return the names by the rules that fit; None if no rule fits.
+
+    Raises:
+        NamingError: Two rules fit with different names, or one fits in several ways.
+    """
+    sizes = [len(group) for group in slots]
     known = [[shape is not None for shape in group] for group in slots]
+    cure = _cure(sum(sizes) < total and trained is None)
     found: dict[tuple[str | None, ...], str] = {}
     chosen: Names = []
-    for rule, groups in candidates(parameters, sizes).items():
-        ranges = [positions(group, members, trained or ()) for group, members in zip(slots, groups, strict=True)]
+    for rule, groups in rules.items():
+        ranges = [positions(group, members, trained or (), kept) for group, members in zip(slots, groups, strict=True)]
         if None in ranges:
             continue
-        _refuse_ambiguous(ranges, slots, groups, location, _cure(sum(sizes) < len(parameters) and trained is None))
+        _refuse_ambiguous(ranges, slots, groups, location, cure)
         names = [
             [members[first].name if first == last else None for first, last in group_ranges or ()]
             for group_ranges, members in zip(ranges, groups, strict=True)
@@ -106,19 +98,19 @@ def assign(
         ]
         pairs = zip(_flat(names), _flat(known), strict=True)
         found.setdefault(tuple(name for name, stepped in pairs if stepped), rule)
-    if not found:
-        raise _no_assignment(slots, parameters, trained is not None, location)
     if len(found) > 1:
-        shown = " + ".join(map(str, sizes))
         raise NamingError(
-            f"the {shown} parameters in {location} must fit the model in one way only, but fit by the rules of "
-            f"{' and of '.join(found.values())}; give {_cure(sum(sizes) < len(parameters) and trained is None)}"
+            f"the {_shown(slots)} parameters in {location} must fit the model in one way only, but fit by the rules of "
+            f"{' and of '.join(found.values())}; give {cure}"
         )
-    return chosen
+    return chosen if found else None
 
 
 def positions(
-    slots: Sequence[Shape | None], parameters: Sequence[ParameterInfo], forced: Collection[str]
+    slots: Sequence[Shape | None],
+    parameters: Sequence[ParameterInfo],
+    forced: Collection[str],
+    kept: Collection[str] = (),
 ) -> list[tuple[int, int]] | None:
     """Return the first and the last parameter that each slot can be; None if no assignment fits.
 
@@ -128,8 +120,9 @@ def positions(
 
     Args:
         slots: Shapes; None for a slot that was never stepped, which fits every parameter but a forced one.
-        parameters: The parameters to choose from, in order; one that is not trainable fits None alone.
-        forced: Names that must be chosen.
+        parameters: The parameters to choose from, in order.
+        forced: Names that must be chosen, by a slot with a shape.
+        kept: Names that must be chosen, by any slot.
 
     Example:
         >>> a, b = ParameterInfo("a", (3,)), ParameterInfo("b", (3,))
@@ -139,13 +132,13 @@ def positions(
     count, spare = len(slots), len(parameters) - len(slots)
     if spare < 0:
         return None
-    must = [parameter.name in forced for parameter in parameters]
+    stepped = [parameter.name in forced for parameter in parameters]
+    must = [is_forced or parameter.name in kept for is_forced, parameter in zip(stepped, parameters, strict=True)]
 
     def fits(i: int, skipped: int) -> bool:
-        parameter = parameters[i + skipped]
         if slots[i] is None:
-            return not must[i + skipped]
-        return parameter.trainable and slots[i] == parameter.shape
+            return not stepped[i + skipped]
+        return slots[i] == parameters[i + skipped].shape
 
     # before[i][k]: slots[:i] fit among parameters[:i + k]; after[i][k]: slots[i:] fit among the other parameters.
     before = [[False] * (spare + 1) for _ in range(count + 1)]
@@ -191,8 +184,7 @@ def _no_assignment(
 ) -> NamingError | MismatchError:
     """Return the error that explains why no rule fits: a shape, where all group sizes are right, else the numbers."""
     sizes = [len(group) for group in slots]
-    shown = " + ".join(map(str, sizes))
-    for groups in candidates(parameters, sizes).values():
+    for groups in (groups for variant in variants(parameters) for groups in candidates(variant, sizes).values()):
         if [len(group) for group in groups] != sizes:
             continue
         for shape, parameter in zip(_flat(slots), _flat(groups), strict=True):
@@ -207,10 +199,10 @@ def _no_assignment(
     if sum(sizes) > len(parameters):
         why = "there are more of them (transformers before 5 kept the experts of a mixture one by one)"
     elif len(sizes) > 2:
-        why = f"they are in {len(sizes)} groups, where a Trainer makes two and others one"
+        why = f"they are in {len(sizes)} groups that do not divide the model's order"
     other = "the --base that training began with" if based else "the --model that was trained"
     return NamingError(
-        f"the {shown} parameters in {location} must fit the {len(parameters)} of the model in number, order and "
+        f"the {_shown(slots)} parameters in {location} must fit the {len(parameters)} of the model in number, order and "
         f"shape, but {why}; give {other}, or {NAMES_CURE}"
     )
 
@@ -218,6 +210,10 @@ def _no_assignment(
 def _cure(base_helps: bool) -> str:
     base = "--base DIR, the weights before training, which show the frozen parameters, or "
     return f"{base if base_helps else ''}{NAMES_CURE}"
+
+
+def _shown(groups: Sequence[Sequence[Any]]) -> str:
+    return " + ".join(str(len(group)) for group in groups)
 
 
 def _flat(groups: Sequence[Sequence[Any]]) -> Iterator[Any]:
@@ -259,21 +255,44 @@ def divide(
         >>> divide([[(3, 3)], [(5, 3), (3,)]], [embed, norm, up], None, [[False], [True, True]], "optimizers.pt")
         [['up'], ['embed', 'norm']]
     """
-    shown = " + ".join(str(len(sequence)) for sequence in sequences)
-    possible = _possible(sequences, parameters, set(trained or ()), location)
-    if possible is None:
+    names = _divided(sequences, parameters, trained, needed, f"the optimizers in {location}", "")
+    if names is None:
         raise NamingError(
-            f"the {shown} parameters of the optimizers in {location} must be the model's {len(parameters)}, dealt out "
-            f"in its order, but do not fit in number and shape; give the --model that was trained, or {NAMES_CURE}"
+            f"the {_shown(sequences)} parameters of the optimizers in {location} must be the model's "
+            f"{len(parameters)}, dealt out in its order, but do not fit in number and shape; give the --model that was "
+            f"trained, or {NAMES_CURE}"
         )
+    return names
+
+
+def _divided(
+    sequences: Sequence[Sequence[Shape | None]],
+    parameters: Sequence[ParameterInfo],
+    trained: Collection[str] | None,
+    needed: Sequence[Sequence[bool]],
+    whose: str,
+    why: str,
+) -> Names | None:
+    """Return the names by the only division; None if no division fits.
+
+    Raises:
+        NamingError: Several divisions fit.
+    """
+    trainable, free = variants(parameters)
+    forced = set(trained or ())
+    possible = None
+    for kept in ({parameter.name for parameter in trainable}, set[str]()):
+        possible = possible or _possible(sequences, free, forced, kept, whose)
+    if possible is None:
+        return None
     names: Names = []
     for k, sequence in enumerate(sequences):
         fitting = [sorted(possible[k, i]) for i in range(len(sequence))]
         for i, numbers in enumerate(fitting):
             if len(numbers) > 1 and needed[k][i]:
                 raise NamingError(
-                    f"the {shown} parameters of the optimizers in {location} must fit the model in one way only, but "
-                    f"one of shape {list(sequence[i] or ())} can be {parameters[numbers[0]].name} or "
+                    f"the {_shown(sequences)} parameters of {whose} must fit the model in one way only, but "
+                    f"{why}one of shape {list(sequence[i] or ())} can be {parameters[numbers[0]].name} or "
                     f"{parameters[numbers[-1]].name}; give {NAMES_CURE}"
                 )
         names.append([parameters[numbers[0]].name if len(numbers) == 1 else None for numbers in fitting])
@@ -284,21 +303,22 @@ def _possible(
     sequences: Sequence[Sequence[Shape | None]],
     parameters: Sequence[ParameterInfo],
     forced: Collection[str],
-    location: str,
+    kept: Collection[str],
+    whose: str,
 ) -> dict[tuple[int, int], set[int]] | None:
     """Return (sequence, slot) -> numbers of the parameters that fit in some division; None if there is no division."""
     ends = tuple(len(sequence) for sequence in sequences)
     spare = len(parameters) - sum(ends)
     if spare < 0:
         return None
-    before = _reachable(sequences, parameters, forced, spare, location)
+    before = _reachable(sequences, parameters, forced, kept, spare, whose)
     good = {ends} & before[-1]
     possible: dict[tuple[int, int], set[int]] = {}
     for number in range(len(parameters) - 1, -1, -1):
         steps = [
             (progress, k)
             for progress in before[number]
-            for k, new in _next(progress, number, sequences, parameters[number], forced, spare)
+            for k, new in _next(progress, number, sequences, parameters[number], forced, kept, spare)
             if new in good
         ]
         for progress, k in steps:
@@ -312,17 +332,20 @@ def _reachable(
     sequences: Sequence[Sequence[Shape | None]],
     parameters: Sequence[ParameterInfo],
     forced: Collection[str],
+    kept: Collection[str],
     spare: int,
-    location: str,
+    whose: str,
 ) -> list[set[Progress]]:
     """Return the partial assignments that can be reached before each parameter, and after the last."""
     reached: list[set[Progress]] = [{tuple(0 for _ in sequences)}]
     for number, parameter in enumerate(parameters):
         following = {
-            new for progress in reached[-1] for _, new in _next(progress, number, sequences, parameter, forced, spare)
+            new
+            for progress in reached[-1]
+            for _, new in _next(progress, number, sequences, parameter, forced, kept, spare)
         }
         if len(following) > _MOST:
-            raise NamingError(f"the parameters of the optimizers in {location} fit in too many ways; give {NAMES_CURE}")
+            raise NamingError(f"the parameters of {whose} fit in too many ways; give {NAMES_CURE}")
         reached.append(following)
     return reached
 
@@ -333,14 +356,15 @@ def _next(
     sequences: Sequence[Sequence[Shape | None]],
     parameter: ParameterInfo,
     forced: Collection[str],
+    kept: Collection[str],
     spare: int,
 ) -> Iterator[tuple[int | None, Progress]]:
     """Yield each sequence that can take a parameter (None leaves the parameter out), with the progress after it."""
     must = parameter.name in forced
-    if not must and number - sum(progress) < spare:
+    if not must and parameter.name not in kept and number - sum(progress) < spare:
         yield None, progress
     for k, sequence in enumerate(sequences):
         if progress[k] < len(sequence):
             shape = sequence[progress[k]]
-            if (not must) if shape is None else (parameter.trainable and shape == parameter.shape):
+            if (not must) if shape is None else shape == parameter.shape:
                 yield k, (*progress[:k], progress[k] + 1, *progress[k + 1 :])

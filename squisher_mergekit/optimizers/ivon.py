@@ -8,7 +8,7 @@ import torch
 
 from squisher_mergekit.errors import NamingError
 from squisher_mergekit.models.checkpoint_names import NAMES_CURE, ParameterInfo
-from squisher_mergekit.optimizers.assign_names import candidates
+from squisher_mergekit.models.decay_groups import candidates, variants
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState
 from squisher_mergekit.tensors.lazy import Slices
 
@@ -34,7 +34,8 @@ def split(state: OptimizerState, parameters: Sequence[ParameterInfo]) -> Optimiz
     sizes = [len(group) for group in state.groups]
     found = {
         tuple(parameter for group in groups for parameter in group)
-        for groups in candidates(parameters, sizes).values()
+        for variant in variants(parameters)
+        for groups in candidates(variant, sizes).values()
         if [len(group) for group in groups] == sizes and _fill(state, groups)
     }
     if len(found) != 1:

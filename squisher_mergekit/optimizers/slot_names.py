@@ -138,11 +138,6 @@ def _in_order(state: OptimizerState, model: CheckpointNames | None) -> Sequence[
         return model.parameters
     if model is not None and {parameter.name for parameter in model.parameters} <= set(saved):
         return model.parameters
-    if len(state.optimizers) == 1 and sum(bool(group) for group in state.groups) > 1:
-        raise NamingError(
-            f"{state.location} keeps its parameters in several groups, and how they were split does not follow from "
-            f"the model saved in it; give --model DIR with its config.json, or {NAMES_CURE}"
-        )
     return [ParameterInfo(name, shape) for name, shape in parameters_of(saved).items()]
 
 
