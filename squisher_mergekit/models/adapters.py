@@ -1,14 +1,15 @@
-"""Parameters of a LoRA adapter, in the order in which its optimizer received them."""
+"""Parameters of an adapter of peft, in the order in which its optimizer received them."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from squisher_mergekit.errors import CorruptFileError, NotFoundError
+from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedError, UnsupportedStateError
 from squisher_mergekit.models.checkpoint_names import CheckpointNames, ParameterInfo, meta_model, types_around
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -27,16 +28,18 @@ def adapter_names(folder: Path, base: Path | None) -> CheckpointNames:
     Raises:
         NotFoundError: ``base`` is not given, or holds no ``config.json``.
         CorruptFileError: peft cannot build the adapter.
+        UnsupportedStateError: No trainable parameter is saved as a tensor of its own.
     """
     if base is None or not (base / "config.json").is_file():
         found = "" if base is None else f", but {base} has no config.json"
         raise NotFoundError(
-            f"{folder} is a LoRA checkpoint, whose parameters can be named only with its base model{found}; "
+            f"{folder} is the checkpoint of an adapter, whose parameters can be named only with its base model{found}; "
             "give --base DIR (its config.json is enough)"
         )
     try:
         model = _adapted(folder, meta_model(base))
-    except CorruptFileError:
+        on_disk = disk_names(model, model.state_dict())
+    except RefusedError:
         raise
     except Exception as error:  # peft raises many classes for a config that does not fit the model
         raise CorruptFileError(
@@ -46,12 +49,18 @@ def adapter_names(folder: Path, base: Path | None) -> CheckpointNames:
     modules = dict(model.named_modules())
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = tuple(ParameterInfo(n, tuple(p.shape), types_around(n, modules)) for n, p in trainable.items())
-    on_disk = disk_names(model, model.state_dict())
 
     def convert(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {on_disk[name]: tensor for name, tensor in tensors.items()}
 
     saved = [name for name in trainable if name in on_disk]
+    if not saved:
+        kind = model.active_peft_config.peft_type
+        raise UnsupportedStateError(
+            f"a parameter of an adapter must be saved as a tensor of its own, but {kind.value} "
+            f"of {folder} saves tensors that it computes from {len(trainable)} parameters, so that no second moment "
+            "belongs to them; train a LoRA, prompt tuning, or prefix tuning without projection"
+        )
     return CheckpointNames(
         parameters,
         {name: name for name in trainable},
@@ -85,8 +94,29 @@ def disk_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, str]:
     import peft
 
     origins = {id(tensor): name for name, tensor in state.items()}
-    # With "auto", peft asks the Hub; the base model's embeddings do not matter here.
-    saved = peft.get_peft_model_state_dict(
-        model, state_dict=dict(state), adapter_name=str(model.active_adapter), save_embedding_layers=False
-    )
+    with _prompt_uncomputed(model, state):
+        # With "auto", peft asks the Hub; the base model's embeddings do not matter here.
+        saved = peft.get_peft_model_state_dict(
+            model, state_dict=dict(state), adapter_name=str(model.active_adapter), save_embedding_layers=False
+        )
     return {origins[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in origins}
+
+
+@contextmanager
+def _prompt_uncomputed(model: Any, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let peft save a prompt's parameter in place of the output of its encoder, where the encoder is that parameter.
+
+    Another encoder (an MLP, an LSTM) gives a tensor that is no parameter, and so has no name in memory.
+    """
+    if not model.active_peft_config.is_prompt_learning:
+        yield
+        return
+    prefix = f"prompt_encoder.{model.active_adapter}."
+    names = [name for name in state if name.startswith(prefix)]
+    alone = names == [f"{prefix}embedding.weight"]
+    prompt = state[names[0]] if alone else torch.empty(0)
+    model.get_prompt_embedding_to_save = lambda adapter_name: prompt
+    try:
+        yield
+    finally:
+        del model.get_prompt_embedding_to_save

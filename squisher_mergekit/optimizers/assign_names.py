@@ -202,8 +202,8 @@ def _no_assignment(
         why = f"they are in {len(sizes)} groups that do not divide the model's order"
     other = "the --base that training began with" if based else "the --model that was trained"
     return NamingError(
-        f"the {_shown(slots)} parameters in {location} must fit the {len(parameters)} of the model in number, order and "
-        f"shape, but {why}; give {other}, or {NAMES_CURE}"
+        f"the {_shown(slots)} parameters in {location} must fit the {len(parameters)} of the model in number, order "
+        f"and shape, but {why}; give {other}, or {NAMES_CURE}"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError
 from squisher_mergekit.models.adapters import adapter_names
 from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointNames, ParameterInfo, checkpoint_names
+from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.models.weights import trained_parameters
 from squisher_mergekit.optimizers.assign_names import assign, divide
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
@@ -141,6 +142,12 @@ def _in_order(state: OptimizerState, model: CheckpointNames | None) -> Sequence[
     return [ParameterInfo(name, shape) for name, shape in parameters_of(saved).items()]
 
 
+def _without_wrappers(names: Sequence[str], model: CheckpointNames | None, folders: Folders) -> list[str]:
+    """Strip the prefixes of torch.compile, DDP and FSDP from names that the model and the weights do not have."""
+    known = {*(model.first if model is not None else ()), *folders.weights.infos}
+    return [name if name in known else unwrapped(name) for name in names]
+
+
 def _by_name(
     named: Sequence[tuple[str, OptimizerSlot]], model: CheckpointNames | None, folders: Folders
 ) -> tuple[NamedSlots, bool]:
@@ -151,7 +158,7 @@ def _by_name(
         MismatchError: A name is not in the model.
         NotFoundError: A name is an adapter's in memory, and there is no base model to turn it into that on disk.
     """
-    names = [name for name, _ in named]
+    names = _without_wrappers([name for name, _ in named], model, folders)
     in_memory = model is not None and all(name in model.first for name in names)
     if in_memory and model is not None:
         names = [model.first[name] for name in names]

@@ -77,6 +77,7 @@ _STAND_INS: list[Any] = (
     [
         (type(name.rpartition(".")[2], (StandIn,), {}), name)
         for name in (
+            "argparse.Namespace",  # settings in the files of timm and others
             "deepspeed.runtime.fp16.loss_scaler.LossScaler",
             "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
             "deepspeed.runtime.zero.config.ZeroStageEnum",

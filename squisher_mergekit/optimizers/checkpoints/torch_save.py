@@ -25,7 +25,7 @@ _OTHERS = re.compile(
     r"training_args|rng_state|random_states|scheduler|scaler|sampler|pytorch_model|adapter_model|custom_checkpoint|"
     r".*(?:model_states|optim_states)|optimizer_\d+"
 )
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # timm writes last.pth.tar
 _LIGHTNING = "pytorch-lightning_version"
 _MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
 
