@@ -17,7 +17,7 @@ from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
-from squisher_mergekit.optimizers.load import find_state, load_fisher
+from squisher_mergekit.optimizers.load import find_source, find_state, load_fisher
 
 # mergekit writes it beside every merged model.
 _MERGE_FILE = "mergekit_config.yml"
@@ -144,16 +144,16 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None, base_of:
     """
     if value != "auto":
         path = Path(value).expanduser()
-        return (_in_folder(path, model) or path) if path.exists() else hub.download_fisher(value, cache_dir)
+        return path if path.exists() else hub.download_fisher(value, cache_dir)
     if model.adapter:
         raise NotFoundError(
             f"{model.label} is a model with a LoRA applied, whose Fisher must be named: the second moments of the "
             "adapter do not describe the merged weights; give fisher: PATH, made for the merged weights"
         )
     folder = model.weights.folder
-    found = _in_folder(folder, model)
-    if found is not None:
-        return found
+    source = find_source(model.weights)
+    if source is not None:
+        return source
     if model.repo is not None:
         downloaded = hub.find_fisher(*model.repo, cache_dir)
         if isinstance(downloaded, Path):
@@ -165,17 +165,6 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None, base_of:
         f"no Fisher for {model.label}: {folder} has neither fisher.safetensors nor optimizer state "
         f"(optimizer.pt of checkpoint-N); {_cure(model, base_of)}"
     )
-
-
-def _in_folder(path: Path, model: ModelFiles) -> Path | None:
-    """Return a folder with a Fisher or optimizer state, or the checkpoint of a run that has the model's weights."""
-    if not path.is_dir() or has_fisher(path) or find_state(path) is not None:
-        return path if path.is_dir() else None
-    ours = model.weights.fingerprint
-    for step in steps_in(path).values():
-        if (has_fisher(step) or find_state(step) is not None) and ours and Weights(step).fingerprint == ours:
-            return step
-    return None
 
 
 def _cure(model: ModelFiles, base_of: str | None) -> str:

@@ -243,8 +243,11 @@ def write_changed(
 
 def copy_rest(weights: Weights, folder: Path) -> None:
     """Copy a model's files other than its weights: config, tokenizer, the index of its shards; no trainer's files."""
+    left_out = set(_TRAINER_FILES)
+    if f"{weights.basename}.safetensors" in {file.name for file in weights.files}:
+        left_out.add(f"{weights.basename}.safetensors.index.json")  # of older shards: a single file needs no index
     for path in sorted(weights.folder.iterdir()):
-        if path.is_file() and path.suffix in hub.MODEL_ENDINGS and path.name not in _TRAINER_FILES:
+        if path.is_file() and path.suffix in hub.MODEL_ENDINGS and path.name not in left_out:
             shutil.copyfile(path, folder / path.name)
 
 

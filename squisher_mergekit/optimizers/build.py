@@ -11,11 +11,11 @@ from squisher_mergekit.models.convert import MomentStore, store_moments
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.flat_buffers import verify_masters
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
-from squisher_mergekit.optimizers.checkpoints.run_folder import Folders, find_folders, previous_weights
+from squisher_mergekit.optimizers.checkpoints.run_folder import STEP, Folders, find_folders, previous_weights
 from squisher_mergekit.optimizers.metadata import LOG, make_config, make_coverage, warnings_of
 from squisher_mergekit.optimizers.slot_names import name_slots
 from squisher_mergekit.optimizers.slots import OptimizerSlot, parse
-from squisher_mergekit.optimizers.swap_check import swapped_names
+from squisher_mergekit.optimizers.swap_check import of_another_run, swapped_names
 
 
 def build_fisher(raw: RawState, model: Weights | None, base: Weights | None, names: Sequence[str] | None) -> Fisher:
@@ -50,8 +50,8 @@ def build_fisher(raw: RawState, model: Weights | None, base: Weights | None, nam
         check_headers(fisher, folders.given)
     for warning in warnings_of(slots, raw.location.parent):
         LOG.warning("%s: %s", raw.location, warning)
-    if not state.named and not adapter:
-        _warn_of_swaps(slots, folders, checkpoint_names)
+    if not adapter:
+        _warn_by_change(slots, folders, checkpoint_names, state.named)
     return fisher
 
 
@@ -82,13 +82,31 @@ def _verify_cuts(raw: RawState, weights: Weights, checkpoint_names: CheckpointNa
         )
 
 
-def _warn_of_swaps(
-    slots: Mapping[str, OptimizerSlot], folders: Folders, checkpoint_names: CheckpointNames | None
+def _warn_by_change(
+    slots: Mapping[str, OptimizerSlot], folders: Folders, checkpoint_names: CheckpointNames | None, named: bool
 ) -> None:
-    """Warn where earlier weights, of the base or of an earlier checkpoint, suggest that two names are exchanged."""
-    before = folders.base or previous_weights(folders.location.parent)
-    swapped = swapped_names(slots, folders.weights, before, checkpoint_names) if before is not None else {}
-    if before is not None and swapped:
+    """Warn where the change since earlier weights contradicts the state: another run's, or two names exchanged."""
+    previous = previous_weights(folders.location.parent)
+    before = previous or folders.base
+    if before is None or not before.infos or not folders.weights.infos:
+        return
+    # The base of a merge need not be the start of the training, the run's own checkpoint is a part of it.
+    reason = of_another_run(
+        slots, folders.weights, before, checkpoint_names, _steps_since(previous, slots), same_run=previous is not None
+    )
+    if reason is not None:
+        LOG.warning(
+            "%s: it seems to be of another run than the weights in %s: since %s, %s. Give the optimizer's state that "
+            "was saved with the weights",
+            folders.location,
+            folders.weights.folder,
+            before.folder,
+            reason,
+        )
+        return
+    before = folders.base or before
+    swapped = {} if named else swapped_names(slots, folders.weights, before, checkpoint_names)
+    if swapped:
         name, other = next(iter(swapped.items()))
         LOG.warning(
             "%s: %d parameters changed since %s rather as the state of another one says (%s as that of %s): were they "
@@ -100,3 +118,10 @@ def _warn_of_swaps(
             other,
             NAMES_CURE,
         )
+
+
+def _steps_since(previous: Weights | None, slots: Mapping[str, OptimizerSlot]) -> int:
+    """Return the number of steps since the run's previous checkpoint, or since the start of training; 0 if unknown."""
+    steps = max((slot.steps or 0 for slot in slots.values()), default=0)
+    checkpoint = None if previous is None else STEP.fullmatch(previous.folder.name)
+    return max(steps - int(checkpoint[1]), 0) if checkpoint else steps

@@ -1,18 +1,19 @@
 """Open a Fisher from any source: a portable file, the Hub, or the optimizer state that training left on disk."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from squisher_mergekit.errors import ConfigError, NotFoundError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import has_fisher, to_dtype, write_fisher
-from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.models.adapters import ADAPTER_CONFIG
+from squisher_mergekit.models.weights import BASENAME, Weights
 from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
@@ -68,8 +69,9 @@ def load_fisher(
     """Open a Fisher; its tensors are read when asked for.
 
     Args:
-        source: A portable Fisher, an optimizer's file or folder, a checkpoint with either (for a run's folder the last
-            checkpoint is taken), or a Hub id ``org/name[@revision]``.
+        source: A portable Fisher, an optimizer's file or folder, a checkpoint with either (of a run's folder, the
+            checkpoint with the weights of ``model`` or of that folder, else the last), or a Hub id
+            ``org/name[@revision]``.
         model: The model that the Fisher belongs to, or a folder with its ``config.json``, where ``source`` does not
             hold them.
         base: The model before training, which shows the frozen parameters; for a LoRA its base model.
@@ -92,6 +94,8 @@ def load_fisher(
     if not path.exists():
         path = download(str(source))
     tuned, before = _weights(model, "--model"), _weights(base, "--base")
+    if path.is_dir():
+        path = _checkpoint_in(path, tuned)
     if has_fisher(path) if path.is_dir() else path.suffix in (".safetensors", ".json"):
         fisher = read_fisher(path)
         if tuned is not None:
@@ -169,28 +173,90 @@ def _weights(given: str | Path | Weights | None, option: str) -> Weights | None:
     return Weights(path if path.is_dir() else path.parent)
 
 
+def find_source(weights: Weights) -> Path | None:
+    """Return the folder of a model's Fisher or optimizer state; None if there is none.
+
+    The folder is the model's own, or the checkpoint with equal weights where the model's folder is that of a run
+    (the Trainer's ``load_best_model_at_end``).
+
+    Args:
+        weights: The model's weights.
+    """
+    if _has_source(weights.folder):
+        return weights.folder
+    return next((path for path in _equal_checkpoints(weights.folder, weights) if _has_source(path)), None)
+
+
+def _has_source(folder: Path) -> bool:
+    """Return True if a folder holds a portable Fisher or an optimizer's state."""
+    return has_fisher(folder) or find_state(folder) is not None
+
+
+def _equal_checkpoints(run: Path, weights: Weights) -> Iterator[Path]:
+    """Yield the checkpoints of a run that hold equal weights, the last first."""
+    for path in steps_in(run).values() if weights.fingerprint is not None else ():
+        try:
+            if _saved(path).fingerprint == weights.fingerprint:
+                yield path
+        except CorruptFileError:  # damage in another checkpoint does not concern this one
+            continue
+
+
+def _saved(folder: Path) -> Weights:
+    """Return the weights of a folder, of its adapter if it holds one."""
+    return Weights(folder, "adapter_model" if (folder / ADAPTER_CONFIG).is_file() else BASENAME)
+
+
+def _checkpoint_in(folder: Path, tuned: Weights | None) -> Path:
+    """Return the checkpoint to read in a run's folder; any other folder is returned unchanged.
+
+    The checkpoint is the last one with the weights of the model, or of the run's folder; else the last one with a
+    Fisher or an optimizer's state. A warning names it where the run has several.
+
+    Args:
+        folder: The folder of a checkpoint or of a run.
+        tuned: The model that the Fisher belongs to; None if it is not given.
+    """
+    steps = {} if _has_source(folder) else steps_in(folder)
+    if not steps:
+        return folder
+    model = _saved(folder if tuned is None else tuned.folder)
+    equal = next((path for path in _equal_checkpoints(folder, model) if _has_source(path)), None)
+    chosen = equal or next((path for path in steps.values() if _has_source(path)), None)
+    if chosen is None:
+        return folder
+    if len(steps) > 1:
+        LOG.warning("%s is a run with %d checkpoints; taking %s", folder, len(steps), _why(chosen, equal, steps, model))
+    return chosen
+
+
+def _why(chosen: Path, equal: Path | None, steps: Mapping[int, Path], model: Weights) -> str:
+    """Return the chosen checkpoint and the reason, in words."""
+    if equal is not None:
+        return f"{equal.name}, which has the weights of {model.folder}"
+    step = next(step for step, path in steps.items() if path == chosen)
+    newest = next(iter(steps.values()))
+    lacking = f"; {newest.name} has none" if chosen != newest else ""
+    other = (
+        "" if model.fingerprint is None else f"; no checkpoint with optimizer state has the weights of {model.folder}"
+    )
+    return f"the last with optimizer state, {step}{lacking}{other}"
+
+
 def _state_in(folder: Path) -> tuple[layouts.Layout, Path]:
-    """Return the optimizer's state in a checkpoint, or in the last checkpoint of a run.
+    """Return the optimizer's state in a checkpoint.
 
     Raises:
-        NotFoundError: The folder holds no optimizer state.
+        NotFoundError: The folder holds no optimizer state, or several files that may hold it.
     """
     found = layouts.find(folder)
     if found is not None:
         return found
-    steps = steps_in(folder)
-    for step, path in steps.items():
-        found = layouts.find(path)
-        if found is not None:
-            if len(steps) > 1:
-                LOG.warning(
-                    "%s is a run with %d checkpoints; taking the last with optimizer state, %s",
-                    folder,
-                    len(steps),
-                    step,
-                )
-            return found
     files = torch_save.others(folder)
+    last = [file for file in files if file.name.partition(".")[0] == "last"]
+    if len(last) == 1 < len(files):
+        LOG.warning("%s holds %d checkpoints; taking %s", folder, len(files), last[0].name)
+        files = last
     if len(files) == 1:
         return layouts.of(files[0])
     foreign = [f"{path.name} is {whose}" for pattern, whose in _FOREIGN.items() for path in folder.rglob(pattern)]

@@ -1,4 +1,4 @@
-"""Check for exchanged names: each parameter should change in the direction that its optimizer state predicts."""
+"""Checks of an optimizer's state against the change of the weights: exchanged names, the state of another run."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,10 @@ from squisher_mergekit.tensors.lazy import read
 
 # Entries compared per parameter: blocks of neighbours, so that few pages of a mapped file are touched.
 _BLOCKS, _BLOCK = 64, 256
+# After more steps than this, the momentum of the last few no longer predicts the direction of the whole change.
+_TELLING_STEPS = 50
+_LEAST_FIT = 0.05  # correlation of a change over that many steps with the state, were it of the same run
+_LEAST_ENTRIES = 1000
 
 
 def swapped_names(
@@ -45,6 +49,59 @@ def swapped_names(
             fit = _correlations(torch.stack(changes), torch.stack([_direction(slots[name]) for name, _ in members]))
             found.update(_better([name for name, _ in members], fit, changes[0].numel()))
     return found
+
+
+def of_another_run(
+    slots: Mapping[str, OptimizerSlot],
+    tuned: Weights,
+    before: Weights,
+    checkpoint_names: CheckpointNames | None,
+    steps: int,
+    *,
+    same_run: bool,
+) -> str | None:
+    """Return the reason why an optimizer's state cannot be of the run that changed the weights; None if nothing tells.
+
+    Two properties tell. The change over few steps correlates with ``-m / sqrt(v)``. And an entry with ``v = 0`` never
+    had a gradient, so that it changes by weight decay alone, in proportion to its value.
+
+    Args:
+        slots: Name in memory -> slot.
+        tuned: The trained weights.
+        before: The weights at an earlier step.
+        checkpoint_names: The model's names; None if the names are those on disk.
+        steps: Number of steps between ``before`` and ``tuned``; 0 if unknown.
+        same_run: True if ``before`` is an earlier checkpoint of the run; the second property needs it.
+    """
+    moved = entries = 0
+    fit = 0.0
+    for name, stored in _stored_alone(slots, checkpoint_names):
+        shape = slots[name].shape
+        if any(stored not in w.infos or w.infos[stored].shape != shape for w in (tuned, before)):
+            continue
+        old, new = _sample(before.read(stored)), _sample(tuned.read(stored))
+        if same_run and tuned.infos[stored].dtype == before.infos[stored].dtype:
+            moved += _moved_without_gradient(slots[name], old, new)
+        direction = _direction(slots[name])
+        if bool((new != old).any()) and bool(direction.any()):
+            fit += float(_correlations((new - old)[None], direction[None])) * old.numel()
+            entries += old.numel()
+    if moved > _LEAST_ENTRIES // 10:
+        return f"{moved} weights changed that never had a gradient by this state"
+    if 0 < steps <= _TELLING_STEPS and entries > _LEAST_ENTRIES and fit / entries < _LEAST_FIT:
+        return f"the weights did not change in the direction of this state (correlation {fit / entries:.2f})"
+    return None
+
+
+def _moved_without_gradient(slot: OptimizerSlot, old: Tensor, new: Tensor) -> int:
+    """Return the number of sampled entries with a second moment of 0 that changed otherwise than by weight decay."""
+    if not isinstance(slot.tensor, Tensor) or slot.tensor.itemsize < 4:  # codes of few bits round to 0
+        return 0
+    unseen = (_sample(slot.tensor) == 0) & (old != 0)
+    if not bool(unseen.any()):
+        return 0
+    ratio = new[unseen] / old[unseen]
+    return int(((ratio - ratio.median()).abs() > 0.01).sum())
 
 
 def _stored_alone(

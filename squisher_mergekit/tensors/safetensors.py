@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ import torch
 
 from squisher_mergekit.errors import CorruptFileError, MismatchError, UnsupportedStateError
 from squisher_mergekit.tensors.dtypes import DTYPES, dtype_refusal
+
+LOG = logging.getLogger("squisher_mergekit")
 
 
 @dataclass(frozen=True)
@@ -214,18 +217,46 @@ def tensor_infos(file: Path) -> dict[str, TensorInfo]:
 def safetensors_files(folder: Path, basename: str) -> list[Path]:
     """Return the files of ``basename.safetensors`` or of its shards; empty if there is neither.
 
+    A single file comes before an index, as in transformers; a warning says so where the index names other files.
+
     Raises:
         CorruptFileError: The index cannot be read, or names a file that is missing or outside the folder.
     """
     index = folder / f"{basename}.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptFileError(f"{index} must be an index with a weight_map, but {error!r}") from error
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-                raise CorruptFileError(f"{index} names {name}, which is not a file beside it; copy the missing shard")
-        return [folder / name for name in names]
     single = folder / f"{basename}.safetensors"
-    return [single] if single.is_file() else []
+    if single.is_file():
+        if index.is_file():
+            _warn_of_index(single, index)
+        return [single]
+    if not index.is_file():
+        return []
+    names = _indexed(index)
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise CorruptFileError(f"{index} names {name}, which is not a file beside it; copy the missing shard")
+    return [folder / name for name in names]
+
+
+def _indexed(index: Path) -> list[str]:
+    """Return the files that an index names."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{index} must be an index with a weight_map, but {error!r}") from error
+
+
+@lru_cache(maxsize=256)
+def _warn_of_index(single: Path, index: Path) -> None:
+    """Warn, once per folder, of an index that names other files than the single one."""
+    try:
+        stale = _indexed(index) != [single.name]
+    except CorruptFileError:
+        stale = True
+    if stale:
+        LOG.warning(
+            "%s holds both %s and %s, of different tensors; the single file is read, as transformers does. Remove the "
+            "file that is out of date",
+            single.parent,
+            single.name,
+            index.name,
+        )

@@ -12,7 +12,7 @@ import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.io.tasks import LoaderCache
 
-from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import tensor_plan as planning
 from squisher_mergekit.merging.merge_plan import MergePlan
@@ -210,9 +210,12 @@ def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
     if model not in run.models:
         local = Path(model.model.path)
         single = local.is_file()
+        weights = Weights(local if single else Path(loader.index.base_path))
+        if not single:
+            _refuse_two_versions(weights, loader)
         run.models[model] = ModelFiles(
             label=str(model),
-            weights=Weights(local if single else Path(loader.index.base_path)),
+            weights=weights,
             names=frozenset(loader.index.tensor_paths),
             repo=None if local.exists() else (model.model.path, model.model.revision),
             adapter=model.lora is not None,
@@ -220,6 +223,18 @@ def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
         )
         check_stored(run.models[model])
     return run.models[model]
+
+
+def _refuse_two_versions(weights: Weights, loader: Any) -> None:
+    """Refuse a folder of which transformers loads a single file, and mergekit the shards of an index."""
+    loaded = {shard.filename for shard in loader.index.shards}
+    ours = {file.name for file in weights.files}
+    if ours and loaded != ours:
+        raise MismatchError(
+            f"{weights.folder} must hold the weights once, but transformers would load {', '.join(sorted(ours))} and "
+            f"mergekit the shards of an index, {sorted(loaded)[0]} and others; remove the files that are out of date, "
+            "with model.safetensors.index.json if it is theirs"
+        )
 
 
 def _info(files: ModelFiles, name: str | None) -> TensorInfo | None:

@@ -5,20 +5,23 @@ Writers of this layout: the Hugging Face Trainer (``optimizer.pt``), accelerate 
 and Fabric (``*.ckpt``), and scripts that call ``torch.save``.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.errors import NamingError, UnsupportedStateError
 from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.lazy import unverified
 
+LOG = logging.getLogger("squisher_mergekit")
 NAMES = ("optimizer.pt", "optimizer.bin")
 # Other files in a checkpoint, which hold no optimizer's state.
 _OTHERS = re.compile(
@@ -31,8 +34,30 @@ _MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
 
 
 def find(folder: Path) -> Path | None:
-    """Return the optimizer's file in a folder, by the names that trainers use."""
-    return next((folder / name for name in NAMES if (folder / name).is_file()), None)
+    """Return the optimizer's file in a folder, by the names that trainers use.
+
+    Raises:
+        NamingError: Both names exist, and no Trainer wrote the folder.
+    """
+    found = [folder / name for name in NAMES if (folder / name).is_file()]
+    if len(found) > 1:
+        if not (folder / "trainer_state.json").is_file():
+            raise NamingError(
+                f"{folder} must hold the state of one optimizer, found {' and '.join(NAMES)}; give the file to read"
+            )
+        _warn_of_both(folder)
+    return found[0] if found else None
+
+
+@lru_cache(maxsize=256)
+def _warn_of_both(folder: Path) -> None:
+    """Warn, once per folder, of an optimizer's state under two names."""
+    LOG.warning(
+        "%s holds both %s; %s is read, as the Trainer does. Give the file to read another",
+        folder,
+        " and ".join(NAMES),
+        NAMES[0],
+    )
 
 
 def others(folder: Path) -> list[Path]:
