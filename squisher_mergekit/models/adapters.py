@@ -33,8 +33,8 @@ def adapter_names(folder: Path, base: Path | None) -> CheckpointNames:
     if base is None or not (base / "config.json").is_file():
         found = "" if base is None else f", but {base} has no config.json"
         raise NotFoundError(
-            f"{folder} is the checkpoint of a LoRA or another adapter, whose parameters can be named only with its base model{found}; "
-            "give --base DIR (its config.json is enough)"
+            f"{folder} is the checkpoint of a LoRA or another adapter, whose parameters can be named only with its "
+            f"base model{found}; give --base DIR (its config.json is enough)"
         )
     try:
         model = _adapted(folder, meta_model(base))

@@ -90,6 +90,20 @@ def _warn_by_change(
     before = previous or folders.base
     if before is None or not before.infos or not folders.weights.infos:
         return
+    swapped = {} if named else swapped_names(slots, folders.weights, folders.base or before, checkpoint_names)
+    if swapped:
+        name, other = next(iter(swapped.items()))
+        LOG.warning(
+            "%s: %d parameters changed since %s rather as the state of another one says (%s as that of %s): were they "
+            "given to the optimizer in the model's order? If not, give %s",
+            folders.location,
+            len(swapped),
+            (folders.base or before).folder.name,
+            name,
+            other,
+            NAMES_CURE,
+        )
+        return
     # The base of a merge need not be the start of the training, the run's own checkpoint is a part of it.
     reason = of_another_run(
         slots, folders.weights, before, checkpoint_names, _steps_since(previous, slots), same_run=previous is not None
@@ -102,21 +116,6 @@ def _warn_by_change(
             folders.weights.folder,
             before.folder,
             reason,
-        )
-        return
-    before = folders.base or before
-    swapped = {} if named else swapped_names(slots, folders.weights, before, checkpoint_names)
-    if swapped:
-        name, other = next(iter(swapped.items()))
-        LOG.warning(
-            "%s: %d parameters changed since %s rather as the state of another one says (%s as that of %s): were they "
-            "given to the optimizer in the model's order? If not, give %s",
-            folders.location,
-            len(swapped),
-            before.folder.name,
-            name,
-            other,
-            NAMES_CURE,
         )
 
 

@@ -1,5 +1,6 @@
 """Names of an optimizer's slots: given by the user, stored in the file, or the one assignment that fits the model."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointName
 from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.models.weights import trained_parameters
 from squisher_mergekit.optimizers.assign_names import assign, divide
+from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import NAME as FSDP_RANK
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
 from squisher_mergekit.optimizers.ivon import cut, is_flat, split
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
@@ -41,6 +43,8 @@ def name_slots(
     if is_flat(state):
         state = _cut_flat(state, model, given, folders)
     named = _named(state, model, given, folders)
+    if model is None and not folders.weights.infos:
+        _refuse_rank_file(state.location)
     slots, in_memory = _by_name(named, model, folders)
     if not in_memory or model is None:
         return slots, None
@@ -49,6 +53,18 @@ def name_slots(
         if slot.shape is not None and name in shapes:
             check_shape(name, slot.shape, shapes[name], str(state.location))
     return slots, model
+
+
+_RANK = re.compile(r"rank[_.-]?\d+|shard[_.-]?\d+|\d+[_-]of[_-]\d+", re.IGNORECASE)
+
+
+def _refuse_rank_file(location: Path) -> None:
+    """Refuse the file of one rank where no shapes are known that its tensors can be compared with."""
+    if location.is_file() and FSDP_RANK.fullmatch(location.name) is None and _RANK.search(location.name):
+        raise NamingError(
+            f"the tensors in {location} must be whole, but its name is that of one of several ranks or shards, and "
+            "there are no weights to compare their shapes with; give --model DIR, a folder with config.json is enough"
+        )
 
 
 def _names_of_model(folders: Folders, needed: bool) -> CheckpointNames | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from squisher_mergekit.errors import NotFoundError
+from squisher_mergekit.errors import MismatchError, NotFoundError, RefusedError
 from squisher_mergekit.estimators.tasks import DataTask
 
 _AUTO_CLASSES: dict[DataTask, str] = {
@@ -31,7 +33,8 @@ def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, A
         progress: True to show transformers' progress bars.
 
     Raises:
-        NotFoundError: No such model exists, or transformers cannot load it for the task.
+        NotFoundError: No such model exists, or transformers cannot load it for the task without code of its own.
+        MismatchError: The files lack weights that the model for the task has.
     """
     import transformers
 
@@ -40,16 +43,20 @@ def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, A
         bars.disable_progress_bar()
     try:
         base = _base_of(model)
-        loaded = getattr(transformers, _AUTO_CLASSES[task]).from_pretrained(base or model, dtype=torch.float32)
+        loaded, info = getattr(transformers, _AUTO_CLASSES[task]).from_pretrained(
+            base or model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+        new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
         if base is not None:
-            import peft
-
-            loaded = peft.PeftModel.from_pretrained(loaded, model, is_trainable=True)
+            loaded, new = _with_adapter(loaded, model, new)
+        _refuse_new_weights(new, model, task)
         tokenizer = _tokenizer(model, base)
+    except RefusedError:
+        raise
     except Exception as error:  # transformers raises many types for a missing file
         raise NotFoundError(
             f"{model} must be a model for {task} with its tokenizer, local or on the Hub, but "
-            f"{' '.join(str(error).split())[:200]}; check its name and --task"
+            f"{_reason(error)}; check its name and --task"
         ) from error
     finally:
         bars.enable_progress_bar()
@@ -58,6 +65,51 @@ def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, A
         pads = tokenizer.pad_token_id
         loaded.config.pad_token_id = tokenizer.eos_token_id if pads is None else pads
     return loaded, tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """Return an error of transformers in one short line, without its advice to run code."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it needs code of its own, which is never run (transformers must have the model's class)"
+    return text[:200]
+
+
+def _with_adapter(model: nn.Module, adapter: str, new: set[str]) -> tuple[nn.Module, set[str]]:
+    """Return a model with an adapter, and the new weights of both; modules saved with the adapter replace the model's.
+
+    Args:
+        model: The base model.
+        adapter: Folder or Hub id of the adapter.
+        new: Weights that the base model's files lack.
+    """
+    import peft
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    missing = [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
+    replaced = [
+        name.removeprefix("base_model.model.").removeprefix("base_model.")
+        for name, module in adapted.named_modules()
+        if hasattr(module, "modules_to_save")
+    ]
+    rest = {name for name in new if not any(name.startswith(f"{module}.") for module in replaced)}
+    return adapted, rest | {name for text in missing for name in re.findall(r"'([^']+)'", text)}
+
+
+def _refuse_new_weights(new: set[str], model: str, task: DataTask) -> None:
+    """Refuse a model with weights that its files lack and that transformers has drawn at random.
+
+    Raises:
+        MismatchError: There is such a weight.
+    """
+    if new:
+        raise MismatchError(
+            f"every weight of a model for {task} must come from its files, but {model} lacks {len(new)}, newly "
+            f"initialised at random: {', '.join(sorted(new)[:3])}; give the fine-tuned model, or the --task it was "
+            "trained for"
+        )
 
 
 def _base_of(model: str) -> str | None:
@@ -83,11 +135,11 @@ def _tokenizer(model: str, base: str | None) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(model)
+        return transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception:
         if base is None:
             raise
-        return transformers.AutoTokenizer.from_pretrained(base)
+        return transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:

@@ -95,6 +95,7 @@ def content(
     Raises:
         UnsupportedStateError: The objects hold no optimizer's state.
     """
+    _refuse_part(loaded, file)
     states = [state for content in (loaded, *more) for state in states_in(content)]
     if not states:
         raise UnsupportedStateError(
@@ -106,6 +107,26 @@ def content(
     if isinstance(loaded, Mapping) and _LIGHTNING in loaded:
         layout, model = "lightning", None if model is None else _without_attribute(model)
     return RawState(file, tuple(states), model, layout, verify=verify)
+
+
+# Keys of DeepSpeed's ZeRO in the file of one rank, whose state is part of a flat buffer.
+_ZERO_KEYS = {
+    "zero_stage",
+    "partition_count",
+    "single_partition_of_fp32_groups",
+    "fp32_flat_groups",
+    "base_optimizer_state",
+}
+
+
+def _refuse_part(loaded: Any, file: Path) -> None:
+    """Refuse one rank's part of a sharded state, given without the other ranks' files."""
+    for value in (loaded, *_members(loaded)):
+        if isinstance(value, Mapping) and value.keys() & _ZERO_KEYS:
+            raise UnsupportedStateError(
+                f"{file} must hold a whole optimizer's state, but is one rank's part of DeepSpeed's; give the folder "
+                "with the files of all ranks, under the names that DeepSpeed gave them"
+            )
 
 
 def is_state(value: Any) -> bool:
