@@ -12,6 +12,7 @@ from typing import Any
 from squisher_mergekit.errors import MismatchError, NamingError
 from squisher_mergekit.models.checkpoint_names import NAMES_CURE, ParameterInfo, Shape
 from squisher_mergekit.models.decay_groups import AXES_RULES, DECAY_RULES, Rule, candidates, variants
+from squisher_mergekit.tensors.safetensors import resized_rows
 
 Names = list[list[str | None]]
 
@@ -187,8 +188,16 @@ def _no_assignment(
     for groups in (groups for variant in variants(parameters) for groups in candidates(variant, sizes).values()):
         if [len(group) for group in groups] != sizes:
             continue
-        for shape, parameter in zip(_flat(slots), _flat(groups), strict=True):
+        pairs = list(zip(_flat(slots), _flat(groups), strict=True))
+        rows = resized_rows((shape, parameter.shape) for shape, parameter in pairs if shape is not None)
+        for shape, parameter in pairs:
             if shape not in (None, parameter.shape):
+                if rows is not None and rows[0] < rows[1]:
+                    return MismatchError(
+                        f"{parameter.name} has {rows[1]} rows in the model, but {rows[0]} in {location}: the "
+                        "embeddings were resized after training; run squisher extract on the checkpoint with the trained weights, "
+                        "and give that Fisher: the new rows then count as unseen (F = 0)"
+                    )
                 return MismatchError(
                     f"{parameter.name} has shape {list(parameter.shape)} in the model, but {list(shape)} in "
                     f"{location}; give the --model that was trained. If embeddings were resized since then, extract "

@@ -80,6 +80,23 @@ def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], loca
         )
 
 
+def resized_rows(shapes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[int, int] | None:
+    """Return the numbers of rows before and after embeddings were resized; None if shapes differ otherwise.
+
+    Args:
+        shapes: Shape before and after of each tensor.
+
+    Example:
+        >>> resized_rows([((128, 32), (136, 32)), ((32,), (32,))]), resized_rows([((3, 5), (5, 3))])
+        ((128, 136), None)
+    """
+    differing = [(before, after) for before, after in shapes if tuple(before) != tuple(after)]
+    if any(not before or not after or before[1:] != after[1:] for before, after in differing):
+        return None
+    rows = {(before[0], after[0]) for before, after in differing}
+    return rows.pop() if len(rows) == 1 else None
+
+
 @dataclass(frozen=True)
 class SafetensorsHeader:
     """Header of a safetensors file.
