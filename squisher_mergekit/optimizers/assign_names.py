@@ -195,8 +195,8 @@ def _no_assignment(
                 if rows is not None and rows[0] < rows[1]:
                     return MismatchError(
                         f"{parameter.name} has {rows[1]} rows in the model, but {rows[0]} in {location}: the "
-                        "embeddings were resized after training; run squisher extract on the checkpoint with the trained weights, "
-                        "and give that Fisher: the new rows then count as unseen (F = 0)"
+                        "embeddings were resized after training; run squisher extract on the checkpoint with the "
+                        "trained weights, and give that Fisher: the new rows then count as unseen (F = 0)"
                     )
                 return MismatchError(
                     f"{parameter.name} has shape {list(parameter.shape)} in the model, but {list(shape)} in "
