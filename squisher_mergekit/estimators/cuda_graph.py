@@ -74,7 +74,7 @@ class Cuda:
         """Capture work that draws with a generator; return its result and the function that repeats it.
 
         Raises:
-            RuntimeError: The work waits for the host, or does what no graph can repeat.
+            RuntimeError: The work waits for the host, or has an operation that no graph can repeat.
         """
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(generator)

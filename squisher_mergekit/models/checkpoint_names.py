@@ -24,7 +24,7 @@ class ParameterInfo:
         name: Name in memory.
         shape: Shape of the tensor.
         types: Class names of the modules around the parameter, without the root, and of their base classes.
-        trainable: False for a parameter that the model itself freezes.
+        trainable: False for a parameter that the constructor freezes; ``from_pretrained`` may make it trainable.
     """
 
     name: str
@@ -218,7 +218,7 @@ def _reverse_conversion(model: nn.Module, steps: Sequence[Any]) -> Convert:
     """Return transformers' own conversion from the names in memory to the names on disk.
 
     Raises:
-        UnsupportedStateError: The conversion does more than move elements, so it is wrong for squared gradients.
+        UnsupportedStateError: The conversion does more than move elements, and is wrong for squared gradients.
     """
     from transformers import core_model_loading
 

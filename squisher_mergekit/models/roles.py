@@ -90,7 +90,7 @@ def matching(names: Collection[str], pattern: str, what: str) -> list[str]:
         ConfigError: The pattern is no regular expression, or matches no name.
 
     Example:
-        >>> matching(["a.weight", "a.bias", "b.bias"], "^a", "what is left out")
+        >>> matching(["a.weight", "a.bias", "b.bias"], "^a", "an ignored name")
         ['a.weight', 'a.bias']
     """
     try:

@@ -192,7 +192,7 @@ def _relative(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
                     "those of training, not of use (call optimizer.eval() before saving)"
                 )
             return Moment("exp_avg_sq", "ema", decay, name, decoupled, coupled_decay=coupled, caution=caution)
-    # Under these settings pytorch_optimizer keeps what differs from Adam's (ADOPT, Grams, LaProp) under Adam's keys.
+    # Under these settings pytorch_optimizer keeps other statistics (ADOPT, Grams, LaProp) under Adam's keys.
     if not keys <= _ADAM or len(betas) != 2 or "fixed_decay" in group:
         return None
     if "betas" not in group:  # optimi's, whose decay is adjusted

@@ -62,7 +62,7 @@ class BatchMaker:
         batch_size: Rows of a batch; the last one may have fewer.
 
     Raises:
-        ConfigError: The tokenizer lacks what the task needs, or ``max_length`` leaves no room for text.
+        ConfigError: The tokenizer lacks a token that the task needs, or ``max_length`` leaves no room for text.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
