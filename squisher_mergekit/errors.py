@@ -6,6 +6,7 @@
         │                            mergekit's own commands print one line and exit with 1
         ├── NotFoundError            a Fisher, optimizer state, model or file is missing
         ├── ConfigError              a merge parameter, an option or a metadata file is wrong
+        │   └── OutputError          an output cannot be written
         ├── UnsupportedStateError    the optimizer keeps no second moment that can serve as a Fisher
         │   └── NothingKeptError     the optimizer keeps only momentum, or nothing
         ├── NamingError              the parameter of a tensor is not certain
@@ -49,6 +50,10 @@ class NotFoundError(RefusedError):
 
 class ConfigError(RefusedError):
     """A merge parameter, an option or a metadata file is wrong."""
+
+
+class OutputError(ConfigError):
+    """An output cannot be written: the disk is full, the place is read-only, or another process writes there."""
 
 
 class UnsupportedStateError(RefusedError):

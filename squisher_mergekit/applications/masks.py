@@ -18,7 +18,8 @@ from squisher_mergekit.fisher.by_parameter import in_memory
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.parameters import parameters_of
-from squisher_mergekit.tensors.atomic import sync
+from squisher_mergekit.tensors.atomic import written_file
+from squisher_mergekit.tensors.folder_moves import sync
 from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorInfo, safetensors_notes
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
@@ -198,15 +199,10 @@ class MaskWriter:
 
 
 def write_mask(mask: Mask, file: Path) -> None:
-    """Write a mask under a temporary name, then rename the file."""
-    temporary = file.with_name(f".{file.name}.part")
-    try:
-        with MaskWriter(temporary, list(mask), mask.metadata) as writer:
-            for name in mask:
-                writer.add(name, mask[name])
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a mask, whole or not at all."""
+    with written_file(file) as temporary, MaskWriter(temporary, list(mask), mask.metadata) as writer:
+        for name in mask:
+            writer.add(name, mask[name])
 
 
 def read_mask(source: str | Path) -> Mask:

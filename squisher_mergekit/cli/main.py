@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -51,6 +52,13 @@ Exit codes: 0 done; 1 refused, with one line that names requirement, place and c
 
 class LazyGroup(click.Group):
     """Group with the commands in ``VERBS``, which imports a command on its first use."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command; a signal that ends it removes its temporary files."""
+        from squisher_mergekit.tensors.temporary import ENDINGS, cleaned_up_at_signals
+
+        with cleaned_up_at_signals(ENDINGS):
+            return super().main(*args, **kwargs)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands, in the order of the help."""

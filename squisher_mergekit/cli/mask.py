@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from squisher_mergekit.cli.options import (
+    FILE,
     HELP_OPTIONS,
     choice_option,
     combined,
@@ -95,7 +96,7 @@ def _head_patterns(head: tuple[str, ...], no_head: bool) -> tuple[str, ...] | No
 @click.argument("model")
 @click.option("--keep", type=float, required=True, help="Share of the weights to keep, such as 0.005, head included.")
 @click.option("--base", help="The model before training.")
-@out_option("File to write.")
+@out_option("File to write; - is standard output.", FILE)
 @_selection_options
 def select_command(
     model: str,

@@ -11,6 +11,7 @@ from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.merging.mergekit.commands import help_class, merge_options, read_config, run_config
 from squisher_mergekit.merging.report import report_text
 from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.tensors.folder_moves import is_new
 
 
 @click.command("merge", cls=help_class(), context_settings=HELP_OPTIONS)
@@ -33,7 +34,7 @@ def command(
     Example:
         squisher merge merge.yml merged --json report.json
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_new(out):
         raise ConfigError(f"OUT must be a new or an empty folder, but {out} is not; choose another or remove it")
     merge_options.apply_global_options()
     text = config.read_text(encoding="utf-8")

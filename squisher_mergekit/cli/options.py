@@ -13,6 +13,22 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # Every command has these, not only the group: click keeps the help option of a command's first context.
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 PATH = click.Path(path_type=Path)
+
+
+class OutputFile(click.Path):
+    """Path of a file to write; with ``-``, standard output, other text goes to standard error."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        from squisher_mergekit.tensors.atomic import is_standard_output, text_on_standard_error
+
+        path = super().convert(value, param, ctx)
+        if ctx is not None and not ctx.resilient_parsing and is_standard_output(path):
+            ctx.with_resource(text_on_standard_error())
+        return path
+
+
+FILE = OutputFile(path_type=Path)
 COUNT = click.IntRange(min=1)
 
 
@@ -32,14 +48,14 @@ def choice_option(name: str, values: list[str], text: str, default: str | None =
     return click.option(name, type=click.Choice(values), default=default, show_default=True, help=text)
 
 
-def out_option(text: str = "Folder to create.") -> Callable[[Command], Command]:
+def out_option(text: str = "Folder to create.", kind: click.Path = PATH) -> Callable[[Command], Command]:
     """Return the option for the output."""
-    return click.option("-o", "--out", type=PATH, required=True, help=text)
+    return click.option("-o", "--out", type=kind, required=True, help=text)
 
 
 def plot_option(text: str) -> Callable[[Command], Command]:
     """Return the option for a picture."""
-    return click.option("--plot", type=PATH, help=f"{text} This needs matplotlib.")
+    return click.option("--plot", type=FILE, help=f"{text} This needs matplotlib.")
 
 
 def scaling_option(text: str, default: str | None = "debiased") -> Callable[[Command], Command]:
@@ -81,5 +97,7 @@ allow_missing_option = click.option(
     help="Write a model without tensors that the merge would lose, with a warning, instead of refusing.",
 )
 quiet_option = click.option("--quiet", is_flag=True, help="Show no progress bar.")
-json_option = click.option("--json", "json_file", type=PATH, help="Also write the report to this file.")
+json_option = click.option(
+    "--json", "json_file", type=FILE, help="Also write the report to this file, or to - (stdout)."
+)
 report_options = combined(quiet_option, json_option)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -33,36 +32,23 @@ def write_report(file: Path | None, report: object) -> None:
     """Write the report of a command as JSON, if ``--json`` was given.
 
     Raises:
-        ConfigError: The file cannot be written.
+        OutputError: The file cannot be written.
     """
     from squisher_mergekit.tensors.atomic import write_json
 
     if file is not None:
-        with _writing("report", file):
-            write_json(file, report)
+        write_json(file, report)
 
 
 def write_picture(file: Path, png: bytes) -> None:
     """Write the picture of a command.
 
     Raises:
-        ConfigError: The file cannot be written.
+        OutputError: The file cannot be written.
     """
     from squisher_mergekit.tensors.atomic import write_whole
 
-    with _writing("picture", file):
-        write_whole(file, png)
-
-
-@contextmanager
-def _writing(noun: str, file: Path) -> Iterator[None]:
-    """Turn an operating system's error into one line."""
-    from squisher_mergekit.errors import ConfigError
-
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"the {noun} cannot be written to {file}: {error}; choose another file") from error
+    write_whole(file, png)
 
 
 def config_lines(config: FisherConfig, size: str) -> Iterator[str]:

@@ -56,12 +56,13 @@ def command(
     from squisher_mergekit.fisher import publish
     from squisher_mergekit.optimizers.load import load_fisher
     from squisher_mergekit.tensors.hub import progress_bars
+    from squisher_mergekit.tensors.temporary import temporary_folder
 
     publish.check_repository(repo)
     opened = load_fisher(fisher, model)
     bar = progress_bar(opened, "Compressing", quiet)
-    with tempfile.TemporaryDirectory(prefix="squisher-push-") as folder:
-        prepared = publish.prepare(opened, Path(folder) / "fisher", compress, bar)
+    with temporary_folder(Path(tempfile.gettempdir()), "push") as folder:
+        prepared = publish.prepare(opened, folder / "fisher", compress, bar)
         click.echo(f"{fisher} -> {repo} at revision {revision}")
         for line in cost_lines(prepared):
             click.echo(line)

@@ -10,6 +10,7 @@ from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.encoded import EncodedStore
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import BASENAME
+from squisher_mergekit.tensors.folder_moves import settled
 from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorStore, safetensors_files, safetensors_notes
 
 
@@ -27,7 +28,7 @@ def read_fisher(source: Path) -> Fisher:
         CorruptFileError: A file is truncated or not safetensors, or a part of a compact tensor is missing.
         ConfigError: A value in the metadata does not fit, or this version does not know an encoding.
     """
-    folder = source if source.is_dir() else source.parent
+    folder = settled(source) if source.is_dir() else source.parent
     single = source.is_file() and source.suffix == ".safetensors"
     files = [source] if single else safetensors_files(folder, BASENAME)
     if not files:

@@ -136,7 +136,7 @@ def pull(source: str, out: Path) -> Fisher:
     check_free(out)
     cached = download_fisher(source)
     try:
-        with written_beside(out) as folder:
+        with written_beside(out, "keep") as folder:
             for path in cached.iterdir():
                 if is_ours(path.name):
                     shutil.copyfile(path, folder / path.name)

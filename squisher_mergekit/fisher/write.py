@@ -15,6 +15,7 @@ from squisher_mergekit.fisher.config import CONFIG_NAME, Coverage, FisherConfig
 from squisher_mergekit.fisher.encoded import parts_of, shape_note
 from squisher_mergekit.fisher.values import DiagonalFisher, Moments
 from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.tensors.folder_moves import Existing, recover, settled
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 BASENAME = "fisher"
@@ -23,7 +24,16 @@ SHARD_BYTES = 5_000_000_000
 
 def has_fisher(folder: Path) -> bool:
     """Return True if a folder contains a portable Fisher."""
-    return any((folder / f"{BASENAME}.safetensors{end}").is_file() for end in ("", ".index.json"))
+    place = settled(folder)
+    return any((place / f"{BASENAME}.safetensors{end}").is_file() for end in ("", ".index.json"))
+
+
+def fisher_files(folder: Path) -> list[Path]:
+    """Return the files of a portable Fisher in a folder."""
+    place = settled(folder)
+    shards = sorted(place.glob(f"{BASENAME}-*-of-*.safetensors"))
+    names = (CONFIG_NAME, f"{BASENAME}.safetensors", f"{BASENAME}.safetensors.index.json")
+    return [file for file in (*shards, *(place / name for name in names)) if file.is_file()]
 
 
 def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -52,6 +62,7 @@ def check_free(out: Path) -> None:
     Raises:
         ConfigError: ``out`` is a file or already holds a Fisher.
     """
+    recover(out)
     if out.exists() and (not out.is_dir() or has_fisher(out)):
         raise ConfigError(f"{out} must not hold a Fisher yet; remove it or choose another folder")
 
@@ -63,12 +74,13 @@ def write_fisher(
     progress: Iterable[str] | None = None,
     shard_bytes: int = SHARD_BYTES,
     compress: str | None = None,
+    existing: Existing = "keep",
 ) -> FisherConfig:
     """Write a portable Fisher, whole or not at all.
 
     Args:
         fisher: The Fisher.
-        out: The folder to make. An existing folder must not hold a Fisher.
+        out: The folder to make. An existing folder must not hold a Fisher, unless ``existing`` is ``replace``.
         dtype: float32 or bfloat16. float16 is refused: it flushes entries below 6e-8 to zero. With ``compress``, the
             dtype of the tensors that stay whole.
         progress: The names of ``fisher``, wrapped in a progress bar.
@@ -78,6 +90,7 @@ def write_fisher(
             Tensors that would not get smaller stay whole; ``encoding`` names them. Adagrad's initial value is
             subtracted first, because the error relative to it could exceed F; ``initial_accumulator_value`` is then
             null.
+        existing: ``keep`` or ``replace`` (see :func:`~squisher_mergekit.tensors.atomic.written_beside`).
 
     Returns:
         The metadata in the file. Mean and norm are those of the entries that a reader decodes.
@@ -89,11 +102,12 @@ def write_fisher(
     """
     compact.check_name(compress)
     to_dtype(dtype)
-    check_free(out)
+    if existing != "replace":
+        check_free(out)
     if compress and fisher.config.offset("debiased"):
         fisher = fisher.without_initial_value()
     moments = Moments()
-    with written_beside(out) as folder:
+    with written_beside(out, existing, fisher_files) as folder:
         names = progress or list(fisher)
         shards, whole = _write_shards(fisher, folder, dtype, names, shard_bytes, moments, compress)
         if moments.count and not moments.total and fisher.config.from_optimizer:

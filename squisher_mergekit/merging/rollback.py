@@ -1,39 +1,46 @@
-"""Output folder of a merge, restored after a failure."""
+"""Output of a merge: a temporary folder until all tensors are written."""
 
-import contextlib
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from squisher_mergekit.tensors.atomic import written_beside
 
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+@dataclass
 class OutputFolder:
-    """Snapshot of an output folder before a merge; :meth:`restore` returns to it, except for overwritten files.
+    """Temporary folder that the tensors of a merge are written into.
 
-    Args:
-        folder: The folder that the merge writes into.
+    Attributes:
+        path: The temporary folder.
+        settle: Function that waits for files still being written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._before = {path: _stamp(path) for path in folder.iterdir()} if folder.is_dir() else {}
-        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-        self.settle: Callable[[], None] = lambda: None
-
-    def restore(self) -> None:
-        """Remove every file that is new or has changed, and the folders that did not exist."""
-        self.settle()
-        if self._made:
-            shutil.rmtree(self._made[0], ignore_errors=True)
-            # Another process may have put files into the folders above; rmdir leaves those folders.
-            with contextlib.suppress(OSError):
-                for parent in self._made[1:]:
-                    parent.rmdir()
-            return
-        for path in self.folder.iterdir():
-            if self._before.get(path) != _stamp(path):
-                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    path: Path
+    settle: Callable[[], None] = _nothing
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size, status.st_ino
+@contextmanager
+def output_folder(out: Path) -> Iterator[OutputFolder]:
+    """Yield a temporary folder whose files move to ``out`` on success.
+
+    After a failure ``out`` is unchanged, whatever it contains and whoever wrote it.
+
+    Args:
+        out: Output folder of the merge; older files of the same names are replaced at the end.
+
+    Raises:
+        OutputError: The folder cannot be written, or another process has written tensors into it meanwhile.
+    """
+    with written_beside(out, existing="replace") as path:
+        output = OutputFolder(path)
+        try:
+            yield output
+        except BaseException:
+            output.settle()
+            raise

@@ -25,6 +25,7 @@ from squisher_mergekit.models.checkpoint_names import CheckpointNames, meta_mode
 from squisher_mergekit.models.fingerprint import fingerprint_of
 from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.tensors.folder_moves import is_new
 from squisher_mergekit.tensors.safetensors import (
     SafetensorsHeader,
     SafetensorsStore,
@@ -207,7 +208,7 @@ def check_out(out: Path) -> None:
     Raises:
         ConfigError: ``out`` is a file, or a folder with files.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_new(out):
         raise ConfigError(f"{out} must be new or empty; remove it or choose another folder")
 
 

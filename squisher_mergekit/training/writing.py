@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ import torch
 from torch import nn
 
 from squisher_mergekit.errors import SquisherError
-from squisher_mergekit.fisher.config import CONFIG_NAME
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.fisher.write import BASENAME, has_fisher, to_dtype, write_fisher
+from squisher_mergekit.fisher.write import fisher_files, to_dtype, write_fisher
 from squisher_mergekit.optimizers.live import TrainingInfo, squisher_of, states_of, unwrap_optimizer
 from squisher_mergekit.optimizers.metadata import warnings_of
 from squisher_mergekit.tensors.atomic import written_beside
@@ -128,38 +126,14 @@ def replace_fisher(fisher: Fisher, out: Path, dtype: torch.dtype = torch.float32
         dtype: Dtype of the file: float32 or bfloat16.
         compress: Compression of the file, as for :func:`~squisher_mergekit.extract`.
     """
-    if not has_fisher(out):
-        write_fisher(fisher, out, dtype, compress=compress)
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        write_fisher(fisher, Path(scratch) / out.name, dtype, compress=compress)
-        _put(Path(scratch) / out.name, out)
+    write_fisher(fisher, out, dtype, compress=compress, existing="replace")
 
 
 def copy_fisher(source: Path, out: Path) -> None:
     """Copy a portable Fisher into another folder, in place of an older one."""
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        with written_beside(Path(scratch) / out.name) as folder:
-            for file in _files(source):
-                shutil.copyfile(file, folder / file.name)
-        out.mkdir(exist_ok=True)
-        _put(Path(scratch) / out.name, out)
-
-
-def _put(new: Path, out: Path) -> None:
-    """Replace the files of a Fisher; the index or single file, which marks a Fisher, goes first and comes last."""
-    for file in _files(out):
-        file.unlink()
-    for file in reversed(_files(new)):
-        file.replace(out / file.name)
-
-
-def _files(folder: Path) -> list[Path]:
-    """Return the files of a portable Fisher, the index or single file first."""
-    suffixes = (".safetensors", ".safetensors.index.json")
-    entry_points = [folder / f"{BASENAME}{suffix}" for suffix in suffixes]
-    rest = sorted(folder.glob(f"{BASENAME}-*-of-*.safetensors"))
-    return [file for file in (*entry_points, folder / CONFIG_NAME, *rest) if file.is_file()]
+    with written_beside(out, "replace", fisher_files) as folder:
+        for file in fisher_files(source):
+            shutil.copyfile(file, folder / file.name)
 
 
 def attempt(failure: str, work: Callable[[], object]) -> bool:

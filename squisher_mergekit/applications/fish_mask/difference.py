@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
-from squisher_mergekit.tensors.atomic import sync
+from squisher_mergekit.tensors.folder_moves import sync
 from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorInfo, safetensors_notes
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import difference, fingerprint
 from squisher_mergekit.models.weights import Weights, check_out, open_weights, write_changed
 from squisher_mergekit.optimizers.load import load_fisher
-from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.tensors.atomic import scratch_beside, written_beside, written_file
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -137,16 +136,13 @@ def select_files(
     if differs:
         _warn(f"the Fisher was made at other weights than {tuned.folder}: {differs}; make one at these", strict)
     metadata = recipe.metadata(plan) | {"weights_fingerprint": tuned.fingerprint}
-    target.parent.mkdir(parents=True, exist_ok=True)
     total = plan.passes * len(plan.sizes)
     with (
-        tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch,
+        written_file(target) as file,
         tqdm(total=total, desc="Selecting", unit="tensor", disable=not progress, delay=2) as bar,
+        MaskWriter(file, list(plan.shapes), metadata) as writer,
     ):
-        file = Path(scratch) / MASK_NAME
-        with MaskWriter(file, list(plan.shapes), metadata) as writer:
-            layers = {name: writer.add(name, mask) for name, mask in all_masks(plan, inputs, bar.update)}
-        file.replace(target)
+        layers = {name: writer.add(name, mask) for name, mask in all_masks(plan, inputs, bar.update)}
     return _report(plan, layers, differs)
 
 
@@ -205,9 +201,8 @@ def reset_files(
     check_out(target)
     tuned = open_weights(model)
     before = base_of(open_weights(base, "--base"), tuned)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        file, selected = Path(scratch) / MASK_NAME, None
+    with scratch_beside(target) as scratch:
+        file, selected = scratch / MASK_NAME, None
         if keep is not None:
             selected = select_files(model, fisher, file, keep, base=base, strict=strict, progress=progress, **options)
         chosen = read_mask(file if mask is None else mask)

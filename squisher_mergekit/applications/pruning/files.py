@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from squisher_mergekit.models.input_axes import axes_on_disk
 from squisher_mergekit.models.roles import roles_on_disk
 from squisher_mergekit.models.weights import Weights, check_out, open_weights, write_changed
 from squisher_mergekit.optimizers.load import load_fisher
+from squisher_mergekit.tensors.atomic import scratch_beside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -128,9 +128,8 @@ def _write(
 ) -> dict[str, int]:
     """Write the masks, then the model; return name -> number of kept entries."""
     metadata = {"made_by": "prune", **recipe.metadata(), "weights_fingerprint": weights.fingerprint}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        file = Path(scratch) / MASK_NAME
+    with scratch_beside(out) as scratch:
+        file = scratch / MASK_NAME
         with MaskWriter(file, list(plan.shapes), metadata) as writer:
             kept = {name: writer.add(name, mask) for name, mask in select_masks(plan, inputs, bar.update)}
             for name in plan.outside:

@@ -18,7 +18,8 @@ from squisher_mergekit.fisher.config import Estimator, Scaling
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.values import Moments, check_values
 from squisher_mergekit.optimizers.load import load_fisher
-from squisher_mergekit.tensors.atomic import sync, written_beside
+from squisher_mergekit.tensors.atomic import written_beside, written_file
+from squisher_mergekit.tensors.folder_moves import recover
 from squisher_mergekit.tensors.safetensors import safetensors_notes
 
 Per = Literal["row", "tensor", "entry"]
@@ -272,15 +273,9 @@ def write_embedding(embedding: Embedding, path: str | Path) -> None:
 
     path = Path(path)
     _check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in embedding.tensors.items()}
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
+    with written_file(path, new=True) as temporary:
         temporary.write_bytes(save(tensors, {"format": "pt", _KEY: embedding.info.model_dump_json()}))
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def places_of(names: Sequence[str], out: Path) -> dict[str, Path]:
@@ -289,6 +284,7 @@ def places_of(names: Sequence[str], out: Path) -> dict[str, Path]:
     Raises:
         ConfigError: ``out`` is one file for several tasks, or a file exists.
     """
+    recover(out)
     single = out.suffix == ".safetensors"
     if single and len(names) > 1:
         raise ConfigError(f"{len(names)} embeddings need a folder, but {out} is a file; give a folder")
@@ -308,7 +304,7 @@ def write_embeddings(embeddings: Mapping[str, Embedding], out: Path) -> dict[str
     if out.suffix == ".safetensors":
         write_embedding(next(iter(embeddings.values())), out)
     else:
-        with written_beside(out) as folder:
+        with written_beside(out, "keep") as folder:
             for name, embedding in embeddings.items():
                 write_embedding(embedding, folder / places[name].name)
     return places

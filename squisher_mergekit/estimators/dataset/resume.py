@@ -10,7 +10,8 @@ from typing import Any
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
-from squisher_mergekit.tensors.atomic import sync
+from squisher_mergekit.tensors.atomic import written_file
+from squisher_mergekit.tensors.folder_moves import is_fixed
 from squisher_mergekit.tensors.safetensors import safetensors_notes
 from squisher_mergekit.tensors.sharded import GatheredOnRead, OnRankZero, is_sharded, rank
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
@@ -36,8 +37,9 @@ class EstimateCheckpoint:
 
     @classmethod
     def beside(cls, out: Path, request: Mapping[str, Any]) -> EstimateCheckpoint:
-        """Return the checkpoint of an output folder."""
-        return cls(out.with_name(f"{out.name}.partial.safetensors"), json.loads(json.dumps(request)))
+        """Return the checkpoint of an output folder; it is in the folder if that is a mount point."""
+        place = out if is_fixed(out) else out.parent
+        return cls(place / f"{out.name}.partial.safetensors", json.loads(json.dumps(request)))
 
     def num_batches(self) -> int:
         """Return the number of batches in the checkpoint; 0 without a checkpoint.
@@ -76,16 +78,11 @@ class EstimateCheckpoint:
         }
 
         def work() -> None:
-            new = self.file.with_name(f".{self.file.name}.new")
-            try:
-                with SafetensorsWriter(new, header_room([*named, note])) as writer:
-                    writer.note(_NOTE, note)
-                    for name, total in named.items():
-                        writer.add(name, total.read() if isinstance(total, GatheredOnRead) else total)
-                sync(new)
-                new.replace(self.file)
-            finally:
-                new.unlink(missing_ok=True)
+            room = header_room([*named, note])
+            with written_file(self.file) as new, SafetensorsWriter(new, room) as writer:
+                writer.note(_NOTE, note)
+                for name, total in named.items():
+                    writer.add(name, total.read() if isinstance(total, GatheredOnRead) else total)
 
         on_rank_zero.run(work)
 

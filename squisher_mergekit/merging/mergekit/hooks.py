@@ -8,7 +8,7 @@ mergekit that are needed, and changes classes in place, so that the order of imp
 * ``MergePlanner`` and the planner of ``mergekit-pytorch`` refuse what headers show to be wrong before any file is
   written, replace each merge task of our methods by one that reads the Fishers, and leave out of the sum a base that
   ``squisher`` is only given for its tokenizer;
-* the executors restore the output folder after a failure, report at the end, and close the merge.
+* the executors write into a temporary folder until the merge is complete, report at the end, and close the merge.
 
 Merges by other methods pass through unchanged.
 """
@@ -17,6 +17,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -300,8 +301,10 @@ def _extend_executor(executor: Any) -> None:
         if run is None:
             yield from run_graph(self, *args, **kwargs)
             return
+        from squisher_mergekit.tensors.temporary import cleaned_up_at_signals
+
         with run:
-            with _restored_on_failure(self.universe):
+            with cleaned_up_at_signals([signal.SIGTERM]), _atomic_output(self.universe):
                 yield from run_graph(self, *args, **kwargs)
                 run.check()
             run.log_summary()
@@ -316,24 +319,19 @@ def _run_of(universe: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _restored_on_failure(universe: Any) -> Iterator[None]:
-    """Restore the output folder if the graph does not run to its end."""
+def _atomic_output(universe: Any) -> Iterator[None]:
+    """Write the tensors into a temporary folder, whose files move to the output when the graph has run to its end."""
     from mergekit.io.tasks import TensorWriterTask
 
     from squisher_mergekit.merging.mergekit.tasks import TrackedWriterTask
-    from squisher_mergekit.merging.rollback import OutputFolder
+    from squisher_mergekit.merging.rollback import output_folder
 
-    folders = []
-    for i, task in enumerate(universe.tasks):
-        if isinstance(task, TensorWriterTask):
-            folders.append(OutputFolder(Path(task.out_path)))
-            universe.tasks[i] = TrackedWriterTask(**dict(task), folder=folders[-1])
-    try:
+    with contextlib.ExitStack() as stack:
+        for i, task in enumerate(universe.tasks):
+            if isinstance(task, TensorWriterTask):
+                folder = stack.enter_context(output_folder(Path(task.out_path)))
+                universe.tasks[i] = TrackedWriterTask(**{**dict(task), "out_path": str(folder.path)}, folder=folder)
         yield
-    except BaseException:
-        for folder in folders:
-            folder.restore()
-        raise
 
 
 _ACTIVATORS: dict[str, Callable[[ModuleType], None]] = {

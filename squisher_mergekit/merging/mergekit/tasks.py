@@ -206,10 +206,10 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
 
 
 class TrackedWriterTask(TensorWriterTask):  # type: ignore[misc]
-    """mergekit's task that opens the output, so that restoring the folder waits for shards still being written.
+    """mergekit's task that opens the output: in a temporary folder, which waits for shards still being written.
 
     Attributes:
-        folder: The output folder.
+        folder: The temporary folder.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
