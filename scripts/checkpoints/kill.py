@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -192,18 +193,22 @@ def contents(out: Path) -> Contents:
     from squisher_mergekit.tensors.folder_moves import settled
 
     if out.is_file():
-        return {"": hashlib.sha256(out.read_bytes()).hexdigest()}
+        return {"": digest(out)}
     files = [path for path in out.rglob("*") if path.is_file() and not hidden(path, out)] if out.is_dir() else []
-    if settled(out) != out:
-        shown = {path.name for path in fisher_files(out)}
+    place = settled(out)
+    if place != out:
         files = [path for path in files if not path.name.startswith("fisher")] + fisher_files(out)
-        assert shown
-    return {
-        path.name if settled(out) in path.parents else str(path.relative_to(out)): hashlib.sha256(
-            path.read_bytes()
-        ).hexdigest()
-        for path in files
-    }
+    return {str(path.relative_to(place if place in path.parents else out)): digest(path) for path in files}
+
+
+def digest(file: Path) -> str:
+    """Return a hash of a file; the order of the keys in a safetensors header does not count."""
+    data = file.read_bytes()
+    with contextlib.suppress(ValueError):
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        data = json.dumps(header, sort_keys=True).encode() + data[8 + size :]
+    return hashlib.sha256(data).hexdigest()
 
 
 def hidden(path: Path, out: Path) -> bool:
@@ -268,7 +273,8 @@ def judge(verb: Verb, now: Contents, before: Contents, whole: Contents) -> str |
     entries = verb.entry or tuple(whole)
     made = [name for name in now if name in entries and now[name] != before.get(name)]
     # mergekit itself writes the config after the tensors.
-    complete = all(now.get(name) == digest for name, digest in whole.items() if verb.entry != ("model.safetensors",) or name in entries)  # fmt: skip
+    judged = {name: whole[name] for name in entries} if verb.entry == ("model.safetensors",) else whole
+    complete = all(now.get(name) == digest for name, digest in judged.items())
     return FAILURES[0] if made and not complete else None
 
 

@@ -1,11 +1,13 @@
 """Output folder after a failed merge."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from squisher_mergekit.merging.rollback import OutputFolder
+from squisher_mergekit.errors import OutputError
+from squisher_mergekit.merging.rollback import output_folder
 from tests.merging.reference import (
     assert_refused,
     give_fisher,
@@ -17,30 +19,46 @@ from tests.merging.reference import (
 
 def test_new_folders_are_removed(tmp_path: Path) -> None:
     """The output folder and the parent folders made for it are removed."""
-    output = OutputFolder(tmp_path / "runs" / "deep" / "out")
-    output.folder.mkdir(parents=True)
-    (output.folder / "model.safetensors").touch()
-    output.restore()
+    _fail_in(tmp_path / "runs" / "deep" / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_content_of_other_processes_stays(tmp_path: Path) -> None:
     """A parent folder with other new content stays with that content."""
-    output = OutputFolder(tmp_path / "runs" / "out")
-    output.folder.mkdir(parents=True)
-    (tmp_path / "runs" / "other").mkdir()
-    output.restore()
+    _fail_in(tmp_path / "runs" / "out", lambda: (tmp_path / "runs" / "other").mkdir())
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
 
 
 def test_an_existing_folder_keeps_its_files(tmp_path: Path) -> None:
-    """Existing files of the folder stay, and new files and folders are removed."""
+    """Existing files and new files of other processes stay, and files of the merge are removed."""
     (tmp_path / "notes.txt").touch()
-    output = OutputFolder(tmp_path)
-    (tmp_path / "model-1.safetensors").touch()
-    (tmp_path / "more").mkdir()
-    output.restore()
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "model.safetensors").write_text("older")
+    _fail_in(tmp_path, lambda: (tmp_path / "train.log").touch())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "notes.txt", "train.log"]
+    assert (tmp_path / "model.safetensors").read_text() == "older"
+
+
+def _fail_in(out: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Write a tensor file into an output folder, and fail."""
+    with pytest.raises(RuntimeError, match="stop"), output_folder(out) as output:
+        (output.path / "model.safetensors").write_text("newer")
+        (output.path / "more").mkdir()
+        meanwhile()
+        raise RuntimeError("stop")
+
+
+def test_two_merges_into_one_folder_do_not_both_succeed(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """The merge that ends second is refused in one line; the output of the first stays."""
+    out = tmp_path / "out"
+
+    def other() -> None:
+        with output_folder(out) as output:
+            (output.path / "model.safetensors").write_text("second")
+            assert merge(pair, out).exit_code == 0
+
+    with pytest.raises(OutputError, match=r"one writer, but another process has written model.safetensors meanwhile"):
+        other()
+    assert len((out / "model.safetensors").read_bytes()) > len("second")
 
 
 @pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-1.0, "negative")])

@@ -1,11 +1,15 @@
 """Atomic output: a file or folder appears completely, or not at all."""
 
 import json
+import os
+import threading
+from pathlib import Path
 
 import pytest
 
+from squisher_mergekit.errors import OutputError
 from squisher_mergekit.tensors import atomic
-from squisher_mergekit.tensors.atomic import write_json, written_beside
+from squisher_mergekit.tensors.atomic import write_json, write_whole, written_beside, written_file
 
 
 def test_an_error_leaves_the_folder_unchanged(tmp_path):
@@ -39,3 +43,76 @@ def test_a_report_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
         write_json(file, {"a": 2})
     assert json.loads(file.read_text()) == {"a": 1}
     assert [path.name for path in file.parent.iterdir()] == ["report.json"]
+
+
+def test_a_link_keeps_pointing(tmp_path):
+    """The target of a link, and of a link that points nowhere yet, gets the bytes; the link stays."""
+    (tmp_path / "target").write_text("old")
+    for name in ("target", "missing"):
+        link = tmp_path / f"to-{name}"
+        link.symlink_to(name)
+        write_whole(link, b"new")
+        assert link.is_symlink()
+        assert (tmp_path / name).read_text() == "new"
+
+
+def test_a_pipe_gets_the_bytes(tmp_path):
+    """A FIFO stays a FIFO, and its reader gets all of the file."""
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    write_whole(pipe, b"x" * 100_000)
+    reader.join()
+    assert got == [b"x" * 100_000]
+    assert pipe.is_fifo()
+
+
+def test_a_pipe_without_a_reader_is_refused(tmp_path, monkeypatch):
+    """A pipe that nobody reads does not block for ever."""
+    monkeypatch.setattr(atomic, "_READER_DELAY", 0)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="choose another file"):
+        write_whole(tmp_path / "pipe", b"x")
+
+
+def test_a_device_stays_a_device():
+    """/dev/full refuses the bytes as a full disk does; both it and /dev/null stay devices."""
+    write_whole(Path("/dev/null"), b"x")
+    with pytest.raises(OutputError, match="No space left on device; free space, or choose another file"):
+        write_whole(Path("/dev/full"), b"x")
+    assert Path("/dev/null").is_char_device()
+    assert Path("/dev/full").is_char_device()
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_the_umask_is_respected(tmp_path, mask):
+    """New files and folders have the permissions that the user's umask leaves."""
+    old = os.umask(mask)
+    try:
+        write_whole(tmp_path / "file", b"x")
+        with written_beside(tmp_path / "out") as folder:
+            (folder / "inner").touch()
+    finally:
+        os.umask(old)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "out", "out/inner")]
+    assert modes == [0o666 & ~mask, 0o777 & ~mask, 0o666 & ~mask]
+
+
+def test_a_new_file_replaces_none(tmp_path):
+    """A file that must be new is refused if another process makes it meanwhile."""
+    with pytest.raises(OutputError, match="must be a new file"), written_file(tmp_path / "a", new=True) as temporary:
+        temporary.write_text("ours")
+        (tmp_path / "a").write_text("theirs")
+    assert (tmp_path / "a").read_text() == "theirs"
+
+
+def test_of_two_writers_one_succeeds(tmp_path):
+    """The second of two runs into one folder is refused, and the output of the first stays."""
+    with pytest.raises(OutputError, match="another process has written into it"):
+        with written_beside(tmp_path / "out") as slow:
+            (slow / "name").write_text("slow")
+            with written_beside(tmp_path / "out") as fast:
+                (fast / "name").write_text("fast")
+    assert (tmp_path / "out" / "name").read_text() == "fast"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
