@@ -22,7 +22,7 @@ class OutputFile(click.Path):
         """Return the path."""
         from squisher_mergekit.tensors.atomic import is_standard_output, text_on_standard_error
 
-        path = super().convert(value, param, ctx)
+        path = Path(str(super().convert(value, param, ctx)))
         if ctx is not None and not ctx.resilient_parsing and is_standard_output(path):
             ctx.with_resource(text_on_standard_error())
         return path

@@ -40,11 +40,16 @@ def test_an_existing_folder_keeps_its_files(tmp_path: Path) -> None:
 
 def _fail_in(out: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Write a tensor file into an output folder, and fail."""
-    with pytest.raises(RuntimeError, match="stop"), output_folder(out) as output:
-        (output.path / "model.safetensors").write_text("newer")
-        (output.path / "more").mkdir()
-        meanwhile()
-        raise RuntimeError("stop")
+
+    def write() -> None:
+        with output_folder(out) as output:
+            (output.path / "model.safetensors").write_text("newer")
+            (output.path / "more").mkdir()
+            meanwhile()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write()
 
 
 def test_two_merges_into_one_folder_do_not_both_succeed(tmp_path: Path, pair: dict[str, Any]) -> None:

@@ -101,18 +101,26 @@ def test_the_umask_is_respected(tmp_path, mask):
 
 def test_a_new_file_replaces_none(tmp_path):
     """A file that must be new is refused if another process makes it meanwhile."""
-    with pytest.raises(OutputError, match="must be a new file"), written_file(tmp_path / "a", new=True) as temporary:
-        temporary.write_text("ours")
-        (tmp_path / "a").write_text("theirs")
+
+    def write():
+        with written_file(tmp_path / "a", new=True) as temporary:
+            temporary.write_text("ours")
+            (tmp_path / "a").write_text("theirs")
+
+    with pytest.raises(OutputError, match="must be a new file"):
+        write()
     assert (tmp_path / "a").read_text() == "theirs"
 
 
 def test_of_two_writers_one_succeeds(tmp_path):
     """The second of two runs into one folder is refused, and the output of the first stays."""
+
+    def write(text, meanwhile):
+        with written_beside(tmp_path / "out") as folder:
+            (folder / "name").write_text(text)
+            meanwhile()
+
     with pytest.raises(OutputError, match="another process has written into it"):
-        with written_beside(tmp_path / "out") as slow:
-            (slow / "name").write_text("slow")
-            with written_beside(tmp_path / "out") as fast:
-                (fast / "name").write_text("fast")
+        write("slow", lambda: write("fast", lambda: None))
     assert (tmp_path / "out" / "name").read_text() == "fast"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -50,7 +50,7 @@ def test_an_empty_folder_keeps_its_mode(tmp_path):
 
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_an_addition_that_is_cut_is_undone(tmp_path, monkeypatch, after):
-    """After a crash in the middle of an addition, the index is not there, and the next run finds the folder as it was."""
+    """After a crash in an addition, the index is not there, and the next run finds the folder as it was."""
     (tmp_path / "notes.txt").touch()
     with monkeypatch.context() as patch:
         _cut(patch, after)
@@ -75,10 +75,15 @@ def test_a_replacement_that_is_cut_is_complete_to_readers(tmp_path, monkeypatch,
 
 def test_a_file_of_the_same_name_is_not_replaced(tmp_path):
     """An addition is refused if another process wrote one of its names, which keeps its contents; nothing is added."""
-    with pytest.raises(OutputError, match=r"must not have config.json yet"), written_beside(tmp_path, "keep") as folder:
-        for name in NAMES:
-            (folder / name).write_text("new")
-        (tmp_path / "config.json").write_text("theirs")
+
+    def write():
+        with written_beside(tmp_path, "keep") as folder:
+            for name in NAMES:
+                (folder / name).write_text("new")
+            (tmp_path / "config.json").write_text("theirs")
+
+    with pytest.raises(OutputError, match=r"must not have config.json yet"):
+        write()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.json": "theirs"}
 
 
@@ -94,7 +99,7 @@ def test_the_working_directory_stays_the_same_folder(tmp_path, monkeypatch):
     """An empty working directory gets the files; a rename would leave the shell in a removed folder."""
     monkeypatch.chdir(tmp_path)
     _write(tmp_path, "refuse")
-    assert sorted(os.listdir()) == NAMES
+    assert sorted(path.name for path in tmp_path.iterdir()) == NAMES
 
 
 def test_without_hard_links(tmp_path, monkeypatch):
