@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-
-import torch
+from collections.abc import Iterable
 
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
-from squisher_mergekit.tensors.safetensors import TensorInfo, check_shape, resized_rows
-
-LOG = logging.getLogger("squisher_mergekit")
+from squisher_mergekit.tensors.safetensors import check_shape
 
 
 def check_headers(fisher: Fisher, weights: Weights) -> None:
@@ -35,51 +28,6 @@ def check_headers(fisher: Fisher, weights: Weights) -> None:
                 f"{weights.folder}; give the model that was trained"
             )
         check_shape(name, fisher.info(name).shape, weights.infos[name].shape, fisher.location)
-
-
-class _MoreRows:
-    """Store of a Fisher with new rows at the end of some tensors, in which F is 0."""
-
-    def __init__(self, fisher: Fisher, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._fisher = fisher
-        self._shapes = shapes
-        self.location = fisher.location
-        self.infos = {name: self._info(name) for name in fisher}
-
-    def _info(self, name: str) -> TensorInfo:
-        info = self._fisher.info(name)
-        shape = self._shapes.get(name, info.shape)
-        return replace(info, shape=shape, nbytes=math.prod(shape) * info.dtype.itemsize)
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, with its new rows."""
-        stored = self._fisher[name]
-        shape = self._shapes.get(name)
-        if shape is None:
-            return stored
-        rows = (shape[0] - stored.shape[0], *shape[1:])
-        return torch.cat([stored, stored.new_full(rows, self._fisher.offset(name))])
-
-
-def with_new_rows(fisher: Fisher, weights: Weights) -> Fisher:
-    """Return a Fisher that fits embeddings which were enlarged after training: F is 0 in the new rows.
-
-    Args:
-        fisher: The Fisher of the smaller embeddings.
-        weights: The weights; any other difference of shapes leaves the Fisher unchanged.
-    """
-    pairs = {n: (fisher.info(n).shape, weights.infos[n].shape) for n in fisher if n in weights.infos}
-    rows = resized_rows(pairs.values())
-    if rows is None or rows[0] >= rows[1]:
-        return fisher
-    LOG.warning(
-        "%s: the embeddings of %s were resized from %d to %d rows after training; the new rows count as unseen (F = 0)",
-        fisher.location,
-        weights.folder,
-        *rows,
-    )
-    enlarged = {name: after for name, (before, after) in pairs.items() if before != after}
-    return Fisher(_MoreRows(fisher, enlarged), fisher.config, fisher.aliases)
 
 
 def check_fits(fisher: Fisher, weights: Weights, names: Iterable[str]) -> str | None:

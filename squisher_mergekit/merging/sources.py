@@ -11,7 +11,6 @@ import torch
 from squisher_mergekit.errors import MismatchError, NotFoundError, UnsupportedStateError, ValuesError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import read_fisher
-from squisher_mergekit.fisher.fits import with_new_rows
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import has_fisher
 from squisher_mergekit.merging.parameters import SQUISHER
@@ -81,7 +80,7 @@ class OpenFisher:
     def _read(self) -> Fisher:
         path = self._path
         if path.suffix in (".safetensors", ".json") if path.is_file() else has_fisher(path):
-            return with_new_rows(read_fisher(path), (self._weights or (Weights(self._folders[0]),))[0])
+            return read_fisher(path)
         model, base = self._weights or self._folders
         return load_fisher(path, model=model, base=base)
 
