@@ -37,11 +37,13 @@ class RefusedError(SquisherError, click.ClickException, ValueError):
     """An input is refused.
 
     Args:
-        message: Requirement, place, found, cure. Line breaks become spaces.
+        message: Requirement, place, found, cure. Line breaks become spaces, other control characters are escaped.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        # Names in files of others may hold control sequences of a terminal, or text that no terminal can print.
+        printable = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
+        super().__init__("".join(printable))
 
 
 class NotFoundError(RefusedError):

@@ -38,6 +38,8 @@ STATES = ROOT / "tests" / "fixtures" / "optimizer_states"
 SECONDS, GIGABYTE = 10, 1 << 30
 MOST_ADDRESSES = 16 * GIGABYTE
 ROUND = 250  # trials of one process, which then is replaced
+WRONG = "FAILED: "
+Worker = Callable[[int, range, str | None, Any], None]
 OUTCOMES = ("right", "partly", "refused", "unchecked", "FAILED")
 
 
@@ -120,46 +122,62 @@ def trial(case: Case, chance: random.Random, folder: Path) -> tuple[str, str]:
     way, content = damage(name, case.files[name], chance)
     way = f"{case.name}: {way} of {name}"
     file = folder / name
-    signal.alarm(SECONDS)
-    try:
-        file.write_bytes(content)
-        outcome = judge(case, folder)
-    except AssertionError as error:
+    file.write_bytes(content)
+    outcome = guarded(lambda: judge(case, folder))
+    if outcome.startswith(WRONG):
         # No reader can detect changed numbers or names in a file without checksums.
-        unchecked = content[:2] != b"PK" and not name.endswith((".metadata", ".distcp")) and "differs" in str(error)
+        unchecked = content[:2] != b"PK" and not name.endswith((".metadata", ".distcp")) and "differs" in outcome
         # No reader can detect an exchanged index of a parameter in a pickle with a valid checksum.
-        unchecked = unchecked or (": pickle of" in way and "it is that of" in str(error))
-        outcome = "unchecked" if unchecked else f"FAILED: {error}"
-    except Hang:
-        outcome = f"FAILED: longer than {SECONDS} s"
-    except MemoryError:
-        outcome = "FAILED: out of memory"
-    except Exception as error:  # any other exception is a failure
-        ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "squisher_mergekit" in frame.filename]
-        where = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
-        outcome = f"FAILED: {type(error).__module__}.{type(error).__name__}: {error!s:.300}{where}"
-    finally:
-        signal.alarm(0)
-        file.unlink(missing_ok=True)
-        file.write_bytes(case.files[name])
+        unchecked = unchecked or (": pickle of" in way and "it is that of" in outcome)
+        outcome = "unchecked" if unchecked else outcome
+    file.unlink(missing_ok=True)
+    file.write_bytes(case.files[name])
     if Path(MARKER).exists() or (folder / MARKER).exists():
         Path(MARKER).unlink(missing_ok=True)
         outcome = "FAILED: code was run"
     return way, outcome
 
 
-def work(seed: int, numbers: range, only: str | None, pipe: Any) -> None:
-    """Run the trials of the given numbers, and report each before and after."""
+def guarded(judged: Callable[[], str]) -> str:
+    """Return the outcome of a trial; every exception but a refusal, and every hang, is a failure."""
+    signal.alarm(SECONDS)
+    try:
+        return judged()
+    except AssertionError as error:
+        return f"{WRONG}{error}" if not _frames(error) else f"FAILED: AssertionError: {error!s:.300}{_frames(error)}"
+    except Hang:
+        return f"FAILED: longer than {SECONDS} s"
+    except MemoryError:
+        return "FAILED: out of memory"
+    except Exception as error:  # any other exception is a failure
+        return f"FAILED: {type(error).__module__}.{type(error).__name__}: {error!s:.300}{_frames(error)}"
+    finally:
+        signal.alarm(0)
+
+
+def _frames(error: BaseException) -> str:
+    """Return the last line of this package in a traceback; empty if there is none."""
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "squisher_mergekit/" in frame.filename]
+    return f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
+
+
+def prepare() -> None:
+    """Prepare the process of a worker: the alarm of a hang, one thread, and a limit on memory."""
     import torch
 
     def hang(*_: Any) -> None:
         raise Hang
 
     signal.signal(signal.SIGALRM, hang)
-    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     # Far above the allowed memory: a trial that asks for everything gets an error before the system runs out.
     resource.setrlimit(resource.RLIMIT_AS, (MOST_ADDRESSES, MOST_ADDRESSES))
+
+
+def work(seed: int, numbers: range, only: str | None, pipe: Any) -> None:
+    """Run the trials of the given numbers, and report each before and after."""
+    prepare()
+    logging.disable(logging.WARNING)
     cases = [case for case in load_cases() if only is None or only in case.name]
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
@@ -188,12 +206,14 @@ def chance_case(cases: list[Case], seed: int, number: int) -> Case:
     return random.Random(f"{seed}/{number}").choice(cases)
 
 
-def run(seed: int, numbers: range, only: str | None, report: Callable[[int, str, str], None]) -> None:
+def run(
+    seed: int, numbers: range, only: str | None, report: Callable[[int, str, str], None], worker: Worker = work
+) -> None:
     """Run trials in another process, and replace a process that dies."""
     context = multiprocessing.get_context("spawn")
     while numbers:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(seed, numbers[:ROUND], only, theirs))
+        process = context.Process(target=worker, args=(seed, numbers[:ROUND], only, theirs))
         process.start()
         theirs.close()
         last, pending = numbers[0] - 1, None
@@ -215,10 +235,16 @@ def run(seed: int, numbers: range, only: str | None, report: Callable[[int, str,
         numbers = range(last + 1, numbers.stop)
 
 
-def main() -> int:
-    """Run all trials and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-n", "--trials", type=int, default=20_000, help="number of trials (default 20000)")
+def main(worker: Worker = work, description: str | None = __doc__, trials: int = 20_000) -> int:
+    """Run all trials and print a table.
+
+    Args:
+        worker: Function that runs the trials of one process.
+        description: Help text.
+        trials: Default number of trials.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", "--trials", type=int, default=trials, help=f"number of trials (default {trials})")
     parser.add_argument("--seed", type=int, default=0, help="seed; trial I of a seed is always the same")
     parser.add_argument("--first", type=int, default=0, help="number of the first trial, to repeat a trial")
     parser.add_argument("--only", help="take only checkpoints whose name contains this")
@@ -249,7 +275,7 @@ def main() -> int:
     share = -(-options.trials // options.processes)
     parts = [range(start, min(start + share, end)) for start in range(options.first, end, share)]
     with ThreadPoolExecutor(options.processes) as pool:
-        for done in [pool.submit(run, options.seed, part, options.only, report) for part in parts]:
+        for done in [pool.submit(run, options.seed, part, options.only, report, worker) for part in parts]:
             done.result()
     bar.close()
     width = max(map(len, per_case))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.parameters import parameters_of
 from squisher_mergekit.tensors.atomic import written_file
 from squisher_mergekit.tensors.folder_moves import sync
+from squisher_mergekit.tensors.input_files import parse_json, parse_shape
 from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorInfo, safetensors_notes
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
@@ -225,7 +227,10 @@ def read_mask(source: str | Path) -> Mask:
             f"{file} must be a mask of version {_VERSION}, but it says format {notes.get('format')}, version "
             f"{notes.get('version')}; make it with squisher mask select or squisher prune"
         )
-    return Mask(_Packed(file, notes), json.loads(notes.get(_METADATA, "{}")), str(file))
+    metadata = parse_json(notes.get(_METADATA, "{}"), file, "a whole mask", "make it again")
+    if not isinstance(metadata, dict):
+        raise CorruptFileError(f"{file} must have a mapping as metadata, found {metadata!r:.50}; make it again")
+    return Mask(_Packed(file, notes), metadata, str(file))
 
 
 class _Packed(Mapping[str, Tensor]):
@@ -235,12 +240,15 @@ class _Packed(Mapping[str, Tensor]):
         self._file, self._store = file, SafetensorsStore([file], str(file))
         ends = ".shape"
         self.shapes = {
-            key[: -len(ends)]: tuple(json.loads(value)) for key, value in notes.items() if key.endswith(ends)
+            key[: -len(ends)]: parse_shape(value, file) for key, value in notes.items() if key.endswith(ends)
         }
         self._constant = {name: notes[f"{name}.all"] == "1" for name in self.shapes if f"{name}.all" in notes}
         for name, shape in self.shapes.items():
-            packed = self._store.infos.get(name)
-            if name not in self._constant and (packed is None or packed.nbytes != -(-torch.Size(shape).numel() // 8)):
+            packed, size = self._store.infos.get(name), math.prod(shape)
+            fits = packed is not None and packed.dtype == torch.uint8 and packed.shape == (-(-size // 8),)
+            if name in self._constant:
+                fits = packed is None and size < 1 << 62
+            if not fits:
                 raise CorruptFileError(
                     f"{file} must hold a bit for each entry of {name}, but has fewer or more; make it again"
                 )
@@ -248,8 +256,9 @@ class _Packed(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]
         if name in self._constant:
-            return torch.full(shape, self._constant[name])
-        bits = np.unpackbits(self._store.read(name).numpy(), count=torch.Size(shape).numel(), bitorder="little")
+            # A mask of one value takes no memory, however large its shape claims to be.
+            return torch.tensor(self._constant[name]).expand(shape)
+        bits = np.unpackbits(self._store.read(name).numpy(), count=math.prod(shape), bitorder="little")
         return torch.from_numpy(bits).view(torch.bool).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:

@@ -12,6 +12,7 @@ from squisher_mergekit.merging.mergekit.commands import help_class, merge_option
 from squisher_mergekit.merging.report import report_text
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.folder_moves import is_new
+from squisher_mergekit.tensors.input_files import read_text
 
 
 @click.command("merge", cls=help_class(), context_settings=HELP_OPTIONS)
@@ -37,7 +38,7 @@ def command(
     if not is_new(out):
         raise ConfigError(f"OUT must be a new or an empty folder, but {out} is not; choose another or remove it")
     merge_options.apply_global_options()
-    text = config.read_text(encoding="utf-8")
+    text = read_text(config)
     parsed = read_config(text)
     with written_beside(out.absolute()) as folder:
         run = run_config(parsed, text, folder, merge_options, strict=strict, allow_missing=allow_missing)

@@ -37,9 +37,10 @@ def command(
     from squisher_mergekit.cli.output import write_report
     from squisher_mergekit.merging.merge_plan import preview_text
     from squisher_mergekit.merging.mergekit.commands import plan_config, read_config
+    from squisher_mergekit.tensors.input_files import read_text
 
     preview = plan_config(
-        read_config(config.read_text(encoding="utf-8")),
+        read_config(read_text(config)),
         strict=strict,
         allow_missing=allow_missing,
         transformers_cache=transformers_cache,

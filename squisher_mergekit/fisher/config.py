@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from squisher_mergekit.errors import ConfigError, CorruptFileError
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.tensors.input_files import read_json
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "fisher_config.json"
@@ -19,7 +21,41 @@ Estimator = Literal[
 Statistic = Literal["ema", "sum", "mean"]
 Scaling = Literal["raw", "debiased", "per_example"]
 
+# Ranges of the numbers: products and quotients of them with entries of a float32 tensor stay finite.
+_LEAST, _MOST = 1e-307, 1e200
+_MOST_COUNT = 10**15
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=_MOST_COUNT)]
+BatchSize = Annotated[float, Field(gt=0, le=_MOST_COUNT, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=_MOST, allow_inf_nan=False)]
+
 T = TypeVar("T")
+
+
+def in_range(value: float) -> float | None:
+    """Return a mean or norm as it is; None where it is outside the range of a Fisher's metadata.
+
+    Example:
+        >>> in_range(0.5), in_range(float("inf"))
+        (0.5, None)
+    """
+    return value if value == 0 or _LEAST <= value <= _MOST else None
+
+
+def _check_moment(value: float) -> float:
+    """Refuse a mean or norm so small that its reciprocal could overflow."""
+    if in_range(value) is None:
+        raise ValueError(f"a mean or norm must be 0 or between {_LEAST} and {_MOST}")
+    return value
+
+
+def _unless_infinite(value: Any) -> Any:
+    """Return None for an infinite norm, at which nothing is clipped."""
+    return None if value == math.inf else value
+
+
+MomentValue = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_check_moment)]
 
 
 class _Frozen(BaseModel):
@@ -42,11 +78,11 @@ class OptimizerInfo(_Frozen):
     """
 
     class_: str | None = Field(default=None, alias="class")
-    beta2: float | dict[str, float] | None = None
+    beta2: Decay | dict[str, Decay] | None = None
     decoupled_weight_decay: bool | None = None
     amsgrad: bool | None = None
-    max_grad_norm: float | None = None
-    initial_accumulator_value: float | None = None
+    max_grad_norm: Annotated[NotNegative | None, BeforeValidator(_unless_infinite)] = None
+    initial_accumulator_value: NotNegative | None = None
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -75,7 +111,7 @@ class Coverage(_Frozen):
         without: Name of each other tensor -> the reason why it has none.
     """
 
-    with_: int = Field(default=0, alias="with")
+    with_: Count = Field(default=0, alias="with")
     without: dict[str, str] = Field(default_factory=dict)
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -116,16 +152,16 @@ class FisherConfig(_Frozen):
     statistic: Statistic | None = None
     parameters: Literal["model", "adapter"] = "model"
     optimizer: OptimizerInfo | None = None
-    steps: int | dict[str, int] | None = None
+    steps: Count | dict[str, Count] | None = None
     bias_corrected: bool | None = None
-    examples_per_step: float | None = None
-    tokens_per_step: float | None = None
-    clipped_share: float | None = None
+    examples_per_step: BatchSize | None = None
+    tokens_per_step: BatchSize | None = None
+    clipped_share: Share | None = None
     loss_reduction: str | None = None
     datum: str | None = None
-    num_examples: int | None = None
-    mean: float | None = None
-    norm: float | None = None
+    num_examples: Count | None = None
+    mean: MomentValue | None = None
+    norm: MomentValue | None = None
     encoding: dict[str, str] = Field(default_factory=lambda: {"default": "float32"})
     source: SourceInfo = Field(default_factory=SourceInfo)
     coverage: Coverage = Field(default_factory=Coverage)
@@ -228,22 +264,32 @@ class FisherConfig(_Frozen):
             CorruptFileError: The file is not JSON.
             ConfigError: A later version wrote the file, or a value does not fit.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CorruptFileError(f"{path} must be JSON, but {error}; extract the Fisher again") from error
+        data = read_json(path, "extract the Fisher again")
         version = data.get("format_version") if isinstance(data, dict) else None
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ConfigError(
-                f"{path} must have a format_version of at most {FORMAT_VERSION}, found {version!r}; "
+                f"{path} must have a format_version of at most {FORMAT_VERSION}, found {_shown(version)}; "
                 "upgrade squisher-mergekit"
             )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from error
+            raise ConfigError(f"{path} must have valid values, but {first_error(error)}; extract it again") from error
+
+
+def first_error(error: ValidationError) -> str:
+    """Return place, reason and value of the first of pydantic's errors."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']}, found {_shown(first['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as text of at most 80 characters."""
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):  # a number with too many digits to print
+        return f"a {type(value).__name__}"
 
 
 def of_parameter(value: T | dict[str, T] | None, name: str) -> T | None:

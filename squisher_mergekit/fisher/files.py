@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
-from squisher_mergekit.errors import ConfigError, NotFoundError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.encoded import EncodedStore
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.values import zeros_refusal
 from squisher_mergekit.fisher.write import BASENAME
 from squisher_mergekit.tensors.folder_moves import settled
-from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorStore, safetensors_files, safetensors_notes
+from squisher_mergekit.tensors.safetensors import (
+    SafetensorsHeader,
+    SafetensorsStore,
+    TensorStore,
+    read_header,
+    safetensors_files,
+)
+
+LOG = logging.getLogger("squisher_mergekit")
 
 
-def read_fisher(source: Path) -> Fisher:
+def read_fisher(source: Path, verify: bool = True) -> Fisher:
     """Open a portable Fisher.
 
     Args:
         source: The folder, or the ``fisher.safetensors`` or index file in it.
+        verify: Verify the digest of each tensor as it is read.
 
     Returns:
         The Fisher, which reads a tensor on access.
@@ -27,6 +39,7 @@ def read_fisher(source: Path) -> Fisher:
         NotFoundError: ``fisher.safetensors`` or ``fisher_config.json`` is missing.
         CorruptFileError: A file is truncated or not safetensors, or a part of a compact tensor is missing.
         ConfigError: A value in the metadata does not fit, or this version does not know an encoding.
+        ValuesError: The metadata say that all entries of an accumulator are 0.
     """
     folder = settled(source) if source.is_dir() else source.parent
     single = source.is_file() and source.suffix == ".safetensors"
@@ -42,11 +55,39 @@ def read_fisher(source: Path) -> Fisher:
     unknown = codes - set(compact.NAMES)
     if unknown:
         raise ConfigError(f"{folder} is encoded as {', '.join(sorted(unknown))}, which this version cannot decode")
-    store: TensorStore = SafetensorsStore(files, str(source))
+    if config.from_optimizer and config.mean == 0:
+        raise ValuesError(zeros_refusal(str(folder)))
+    headers = {file: read_header(file) for file in files}
+    if verify:
+        _check_digests(headers)
+    store: TensorStore = SafetensorsStore(files, str(source), headers, verify)
     if codes:
-        notes = {key: value for file in files for key, value in safetensors_notes(file).items()}
+        notes = {key: value for header in headers.values() for key, value in header.metadata.items()}
         store = EncodedStore(store, config.encoding, notes)
+    for name, info in store.infos.items():
+        if not info.dtype.is_floating_point:
+            raise CorruptFileError(
+                f"a Fisher must hold floats, but {name} in {source} is {str(info.dtype).removeprefix('torch.')} and "
+                "encoded as none of the compact forms; copy fisher_config.json again"
+            )
     return Fisher(store, config, tied_aliases(config))
+
+
+def _check_digests(headers: Mapping[Path, SafetensorsHeader]) -> None:
+    """Log the files without digests, and refuse files with digests of some tensors alone."""
+    without = [file for file, header in headers.items() if header.entries and not header.digests]
+    for header in headers.values():
+        lacking = next((name for name in header.entries if header.digests and name not in header.digests), None)
+        if lacking is not None:
+            raise CorruptFileError(
+                f"{header.file} must have a digest of each tensor, but lacks that of {lacking}; copy the file again "
+                "(--no-verify reads it unchecked)"
+            )
+    if without:
+        LOG.warning(
+            "%s has no digests, so its tensors are read unverified; squisher extract FISHER -o OUT adds them",
+            without[0],
+        )
 
 
 TIED = "tied to "

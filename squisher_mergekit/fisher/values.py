@@ -106,6 +106,14 @@ def check_values(tensor: torch.Tensor, name: str, location: str) -> None:
         refuse_invalid(count_invalid(tensor), tensor.numel(), name, location)
 
 
+def zeros_refusal(location: str) -> str:
+    """Return the message that refuses an accumulator whose entries are all 0."""
+    return (
+        f"an accumulator must hold squared gradients, but all entries of {location} are 0; take a checkpoint from "
+        "after training began"
+    )
+
+
 def count_invalid(tensor: torch.Tensor) -> torch.Tensor:
     """Return the numbers of NaN, infinite and negative entries, as three integers on the tensor's device."""
     return torch.stack([tensor.isnan().sum(), tensor.isinf().sum(), (tensor < 0).sum()])

@@ -11,9 +11,9 @@ import torch
 
 from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.fisher import compact
-from squisher_mergekit.fisher.config import CONFIG_NAME, Coverage, FisherConfig
+from squisher_mergekit.fisher.config import CONFIG_NAME, Coverage, FisherConfig, in_range
 from squisher_mergekit.fisher.encoded import parts_of, shape_note
-from squisher_mergekit.fisher.values import DiagonalFisher, Moments
+from squisher_mergekit.fisher.values import DiagonalFisher, Moments, zeros_refusal
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.folder_moves import Existing, recover, settled
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
@@ -111,14 +111,11 @@ def write_fisher(
         names = progress or list(fisher)
         shards, whole = _write_shards(fisher, folder, dtype, names, shard_bytes, moments, compress)
         if moments.count and not moments.total and fisher.config.from_optimizer:
-            raise ValuesError(
-                f"an accumulator must hold squared gradients, but all {moments.count} entries of {fisher.location} are "
-                "0; take a checkpoint from after training began"
-            )
+            raise ValuesError(zeros_refusal(fisher.location))
         config = fisher.config.model_copy(
             update={
-                "mean": moments.mean,
-                "norm": moments.norm,
+                "mean": in_range(moments.mean),
+                "norm": in_range(moments.norm),
                 "encoding": _encoding(str(dtype).removeprefix("torch."), compress, whole, len(fisher)),
                 "coverage": Coverage(**{"with": len(fisher)}, without=fisher.config.coverage.without),
             }
@@ -149,8 +146,9 @@ def _write_shards(
     Returns:
         The sizes of the tensors in each shard, and the names of the tensors that stay whole.
     """
-    room = header_room(list(fisher), parts=1 if compress is None else 3 if compress in compact.CODES else 2)
-    writer = SafetensorsWriter(folder / "0.safetensors", room)
+    # Twice the parts: each has a digest as well.
+    room = header_room(list(fisher), parts=2 if compress is None else 5 if compress in compact.CODES else 4)
+    writer = SafetensorsWriter(folder / "0.safetensors", room, digests=True)
     shards, whole = [writer.sizes], []
     with ExitStack() as stack:
         stack.enter_context(writer)
@@ -160,7 +158,9 @@ def _write_shards(
             nbytes = sum(tensor.numel() * (tensor.dtype if parts else dtype).itemsize for tensor in tensors.values())
             if writer.nbytes and writer.nbytes + nbytes > shard_bytes:
                 stack.close()
-                writer = stack.enter_context(SafetensorsWriter(folder / f"{len(shards)}.safetensors", room))
+                writer = stack.enter_context(
+                    SafetensorsWriter(folder / f"{len(shards)}.safetensors", room, digests=True)
+                )
                 shards.append(writer.sizes)
             if parts and compress:
                 shape = fisher.info(name).shape

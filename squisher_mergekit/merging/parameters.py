@@ -67,7 +67,7 @@ def _number(value: Any, zero: bool, least: float, most: float) -> float:
 def _share(value: Any) -> float:
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         number = float("nan")
     if not 0 < number <= 1:
         raise ValueError("a number > 0 and <= 1 (to keep nothing of a model, leave the model out)")

@@ -1,5 +1,6 @@
 """One tensor of a Fisher, read at the scale of a merge."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -102,6 +103,11 @@ def load_tensor(
         if not value > 0:
             raise ConfigError(f"normalize: {normalize} needs a positive Fisher, but all of {fisher.location} is 0")
         scale /= value
+    if not math.isfinite(scale):
+        raise ConfigError(
+            f"the scale of {name} in {fisher.location} must be finite, but fisher_scale {fisher_scale:g} times its "
+            f"factor leaves the range of float64 with normalize: {normalize}; choose a smaller fisher_scale"
+        )
     tensor = fisher[stored]
     if fisher.config.offset(scaling):
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))

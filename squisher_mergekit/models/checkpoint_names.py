@@ -2,7 +2,9 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import CorruptFileError, NamingError, UnsupportedStateError
+from squisher_mergekit.tensors.input_files import read_mapping
 
 Shape = tuple[int, ...]
 
@@ -40,6 +43,9 @@ class ParameterInfo:
 
 LAYER_NORM = "torch.nn.LayerNorm"
 NAMES_CURE = "--names FILE with one name a line, line i for the optimizer's parameter i"
+# Limits of a config, above all published models.
+_COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|blocks|experts)$")
+_MOST_LAYERS, _MOST_LABELS, _MOST_MODULES = 10_000, 1_000_000, 100_000
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
@@ -98,6 +104,7 @@ def meta_model(folder: Path) -> nn.Module:
     """
     import transformers
 
+    _check_counts(read_mapping(folder / "config.json"), folder / "config.json")
     try:
         model = model_of_config(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # a config can make a model's constructor raise nearly anything
@@ -123,9 +130,45 @@ def model_of_config(config: Any) -> nn.Module:
     model_class = getattr(transformers, names[0], None) if names else None
     if model_class is None:
         raise ValueError(f"transformers {transformers.__version__} has no architecture {names}")
-    with torch.device("meta"):
+    with torch.device("meta"), _bounded_modules():
         model: nn.Module = model_class(copy.deepcopy(config))
     return model
+
+
+def _check_counts(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse a config with more layers or experts than any model has, which would take hours to build.
+
+    Raises:
+        CorruptFileError: A count, here or in a nested config, is too large.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value, file)
+        most = _MOST_LABELS if key == "num_labels" else _MOST_LAYERS if _COUNT.search(key) else None
+        numbers = value if isinstance(value, list) else [value]
+        if most and any(isinstance(number, int | float) and number > most for number in numbers):
+            raise CorruptFileError(
+                f"{file} must describe a model that can be built, with {key} of at most {most}, found {value!r:.50}; "
+                "correct it, or copy the config.json of the model again"
+            )
+
+
+@contextmanager
+def _bounded_modules() -> Iterator[None]:
+    """Raise inside the ``with`` block once a model has more modules than any model of transformers."""
+    count = 0
+
+    def counted(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_MODULES:
+            raise ValueError(f"it has more than {_MOST_MODULES} modules")
+
+    handle = nn.modules.module.register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def of_model(model: nn.Module, stored: Collection[str] = ()) -> CheckpointNames:

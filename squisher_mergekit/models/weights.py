@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from squisher_mergekit.models.fingerprint import fingerprint_of
 from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.folder_moves import is_new
+from squisher_mergekit.tensors.input_files import brief, read_mapping
 from squisher_mergekit.tensors.safetensors import (
     SafetensorsHeader,
     SafetensorsStore,
@@ -111,7 +111,7 @@ class Weights:
             CorruptFileError: The file is not JSON.
         """
         file = self.folder / "config.json"
-        return read_json(file) if file.is_file() else None
+        return read_mapping(file) if file.is_file() else None
 
     @cached_property
     def outline(self) -> tuple[nn.Module, CheckpointNames] | None:
@@ -123,7 +123,7 @@ class Weights:
             return None
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, a view of the mapped file; it must not be written to."""
+        """Return one tensor; it must not be written to."""
         return self.store.read(name)
 
     def with_store(self, store: TensorStore) -> Weights:
@@ -132,19 +132,6 @@ class Weights:
         changed.__dict__.pop("outline", None)
         changed.__dict__["store"] = store
         return changed
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file; empty if the file holds something else.
-
-    Raises:
-        CorruptFileError: The file is not JSON.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptFileError(f"{file} must be JSON, but {error}; copy it again") from error
-    return data if isinstance(data, dict) else {}
 
 
 def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
@@ -184,6 +171,22 @@ def check_finite(tensor: Tensor, name: str, model: str) -> None:
             f"weights must be finite, but {name} of {model or 'a model'} has {found} of {tensor.numel()} entries; give "
             "a checkpoint from before training broke"
         )
+
+
+def refuse_damaged(folder: Path, error: Exception) -> NoReturn:
+    """Refuse weights that safetensors could not open, naming the file where the folder is local.
+
+    Args:
+        folder: Folder of the weights, or a Hub id.
+        error: The error of safetensors.
+
+    Raises:
+        CorruptFileError: Always.
+    """
+    _ = Weights(folder).headers
+    raise CorruptFileError(
+        f"the weights of {folder} must be whole safetensors files, but {brief(error)}; copy or download them again"
+    ) from error
 
 
 def check_alike(tuned: Weights, base: Weights, names: Iterable[str]) -> None:

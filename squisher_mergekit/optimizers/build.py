@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from squisher_mergekit.errors import MismatchError
+from squisher_mergekit.errors import MismatchError, ValuesError
 from squisher_mergekit.fisher.files import tied_aliases
 from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.values import zeros_refusal
 from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointNames
 from squisher_mergekit.models.convert import MomentStore, store_moments
 from squisher_mergekit.models.weights import Weights
@@ -40,6 +41,7 @@ def build_fisher(raw: RawState, model: Weights | None, base: Weights | None, nam
     moments = {name: slot.tensor for name, slot in slots.items() if slot.tensor is not None}
     store = store_moments(str(raw.location), moments, checkpoint_names, weights.infos, raw.verify)
     _refuse_lost(store, folders)
+    _refuse_zeros(store)
     _verify_cuts(raw, weights, checkpoint_names)
     coverage = make_coverage(slots, store, checkpoint_names, weights.infos)
     adapter = folders.adapter is not None
@@ -64,6 +66,17 @@ def _refuse_lost(store: MomentStore, folders: Folders) -> None:
             f"{sorted(lost)[0]} in {store.location} has no name on disk, or not all that is saved with it was trained; "
             "estimate a Fisher from data"
         )
+
+
+def _refuse_zeros(store: MomentStore) -> None:
+    """Refuse second moments that are all 0; the first entry above 0 ends the search, from the smallest tensor on.
+
+    Raises:
+        ValuesError: All entries are 0.
+    """
+    names = sorted(store.infos, key=lambda name: store.infos[name].nbytes)
+    if names and not any(bool(store.read(name).count_nonzero()) for name in names):
+        raise ValuesError(zeros_refusal(store.location))
 
 
 def _verify_cuts(raw: RawState, weights: Weights, checkpoint_names: CheckpointNames | None) -> None:

@@ -76,7 +76,7 @@ def load_fisher(
             hold them.
         base: The model before training, which shows the frozen parameters; for a LoRA its base model.
         names: One name for each of the optimizer's parameters, in order: a list, or a text file with one name a line.
-        verify: Verify the checksums saved with an optimizer's state as its tensors are read.
+        verify: Verify the checksums of an optimizer's state, or the digests of a portable Fisher, as tensors are read.
 
     Returns:
         The Fisher, under the names in ``model.safetensors`` (for a LoRA: in ``adapter_model.safetensors``).
@@ -97,7 +97,7 @@ def load_fisher(
     if path.is_dir():
         path = _checkpoint_in(path, tuned)
     if has_fisher(path) if path.is_dir() else path.suffix in (".safetensors", ".json"):
-        fisher = read_fisher(path)
+        fisher = read_fisher(path, verify)
         if tuned is not None:
             adapter = fisher.config.parameters == "adapter"
             check_headers(fisher, Weights(tuned.folder, "adapter_model") if adapter else tuned)

@@ -2,21 +2,29 @@
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from squisher_mergekit.errors import CorruptFileError
-from squisher_mergekit.fisher.config import Coverage, FisherConfig, OptimizerInfo, SourceInfo, per_parameter
+from squisher_mergekit.fisher.config import (
+    Coverage,
+    FisherConfig,
+    OptimizerInfo,
+    SourceInfo,
+    first_error,
+    per_parameter,
+)
 from squisher_mergekit.fisher.files import TIED
 from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.convert import MomentStore
-from squisher_mergekit.models.weights import read_json
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.encodings import Packed
 from squisher_mergekit.optimizers.second_moments import Moment
 from squisher_mergekit.optimizers.slots import OptimizerSlot
+from squisher_mergekit.tensors.input_files import read_mapping
 from squisher_mergekit.tensors.safetensors import TensorInfo
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -54,46 +62,48 @@ def make_config(
     decays = {name: kind.decay for name, kind in kinds.items() if kind.decay is not None}
     steps = {name: min(slot.steps for slot in some if slot.steps is not None)
              for name, some in made_of.items() if all(slot.steps is not None for slot in some)}  # fmt: skip
-    optimizer = _optimizer(
-        file,
-        {
-            "class": _common(kind.class_ for kind in moments),
-            "beta2": per_parameter(decays) if len(decays) == len(kinds) else None,
-            "decoupled_weight_decay": _common(kind.decoupled for kind in moments),
-            "amsgrad": _common(kind.amsgrad for kind in moments),
-            "max_grad_norm": known.get("max_grad_norm"),
-            "initial_accumulator_value": moments[0].start or None,
-        },
-    )
+    settings = {
+        "class": _common(kind.class_ for kind in moments),
+        "beta2": per_parameter(decays) if len(decays) == len(kinds) else None,
+        "decoupled_weight_decay": _common(kind.decoupled for kind in moments),
+        "amsgrad": _common(kind.amsgrad for kind in moments),
+        "max_grad_norm": known.get("max_grad_norm"),
+        "initial_accumulator_value": moments[0].start or None,
+    }
     dtypes = {name: str(info.dtype).removeprefix("torch.") for name, info in store.infos.items()}
     encoding = per_parameter(dtypes)
-    return FisherConfig(
-        estimator="squisher",
-        statistic=moments[0].statistic,
-        parameters="adapter" if adapter else "model",
-        optimizer=optimizer,
-        steps=per_parameter(steps) if len(steps) == len(kinds) else None,
-        bias_corrected=moments[0].corrected,
-        examples_per_step=known.get("examples_per_step"),
-        encoding=encoding if isinstance(encoding, dict) else {"default": str(encoding)},
-        source=SourceInfo(
-            layout=raw.layout or _layout(file),
-            files=(file.name,),
-            versions=_versions(model_config or {}) | dict(known.get("versions", {})),
-        ),
-        coverage=coverage,
-        weights_fingerprint=fingerprint,
-    )
+    with _valid_settings(file):
+        return FisherConfig(
+            estimator="squisher",
+            statistic=moments[0].statistic,
+            parameters="adapter" if adapter else "model",
+            optimizer=OptimizerInfo.model_validate(settings),
+            steps=per_parameter(steps) if len(steps) == len(kinds) else None,
+            bias_corrected=moments[0].corrected,
+            examples_per_step=known.get("examples_per_step"),
+            encoding=encoding if isinstance(encoding, dict) else {"default": str(encoding)},
+            source=SourceInfo(
+                layout=raw.layout or _layout(file),
+                files=(file.name,),
+                versions=_versions(model_config or {}) | dict(known.get("versions", {})),
+            ),
+            coverage=coverage,
+            weights_fingerprint=fingerprint,
+        )
 
 
-def _optimizer(file: Path, settings: Mapping[str, Any]) -> OptimizerInfo:
+@contextmanager
+def _valid_settings(file: Path) -> Iterator[None]:
+    """Turn a number out of its range into one line.
+
+    Raises:
+        CorruptFileError: A setting of the optimizer, or its number of steps, is out of its range.
+    """
     try:
-        return OptimizerInfo.model_validate(settings)
+        yield
     except ValidationError as error:
-        first = error.errors()[0]
         raise CorruptFileError(
-            f"the settings of the optimizer in {file} must be valid, but {first['loc'][0]} is "
-            f"{first['input']!r:.50}; save it again"
+            f"the settings of the optimizer in {file} must be valid, but {first_error(error)}; save it again"
         ) from None
 
 
@@ -215,5 +225,5 @@ def _versions(model_config: Mapping[str, Any]) -> dict[str, str]:
 
 def _global_step(folder: Path) -> int | None:
     file = folder / TRAINER_STATE
-    step = read_json(file).get("global_step") if file.is_file() else None
+    step = read_mapping(file).get("global_step") if file.is_file() else None
     return step if isinstance(step, int) else None

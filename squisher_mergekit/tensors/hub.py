@@ -14,6 +14,16 @@ MODEL_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 MODEL_PATTERNS = ["model.safetensors", "model-*.safetensors", *(f"*{ending}" for ending in MODEL_ENDINGS)]
 
 
+# Answers of the Hub with a cause of their own -> cause and cure.
+_STATUSES = {
+    301: ("the repository was moved or renamed", "give its new name"),
+    307: ("the repository was moved or renamed", "give its new name"),
+    308: ("the repository was moved or renamed", "give its new name"),
+    403: ("the token lacks the right", "take a token with access, or ask for access"),
+    429: ("too many requests", "wait some minutes, or log in by hf auth login"),
+}
+
+
 def split_revision(source: str) -> tuple[str, str | None]:
     """Split ``org/name[@revision]`` into name and revision.
 
@@ -139,6 +149,11 @@ def _explain(error: Exception, what: str, repo: str) -> RefusedError:
         )
     if status == 404:
         return NotFoundError(f"{what} needs {repo}, but the Hub answers 404: {found}; check name, revision and token")
+    if status in _STATUSES:
+        found_there, cure = _STATUSES[status]
+        return ConfigError(f"{what} was refused by the Hub, which answers {status} ({found_there}): {found}; {cure}")
+    if status is not None and status >= 500:
+        return ConfigError(f"{what} needs the Hub, which fails with {status}: {found}; try again later")
     if status is not None:
         return ConfigError(f"{what} was refused by the Hub, which answers {status}: {found}; try again later")
     if isinstance(error, ValueError):
@@ -160,6 +175,10 @@ def _short(error: BaseException) -> str:
     for kind in type(error).__mro__:
         if kind.__name__ in known:
             return known[kind.__name__]
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in _STATUSES or (status is not None and status >= 500):
+        found, cure = _STATUSES.get(status, ("the Hub fails", "try again later"))
+        return f"the Hub answers {status} ({found}); {cure}"
     said = getattr(error, "server_message", None) or str(error) or type(error).__name__
     return " ".join(said.split())[:200]
 

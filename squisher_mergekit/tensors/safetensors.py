@@ -1,20 +1,27 @@
-"""Tensors in safetensors files: headers, shapes and dtypes, memory-mapped reading."""
+"""Tensors in safetensors files: headers, shapes and dtypes, digests, reading of single tensors."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import struct
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
 from squisher_mergekit.errors import CorruptFileError, MismatchError, UnsupportedStateError
 from squisher_mergekit.tensors.dtypes import DTYPES, dtype_refusal
+from squisher_mergekit.tensors.input_files import is_name, open_input, read_mapping, reading
+
+DIGEST = ".crc32"  # ending of the note in a header with the digest of a tensor
+_LONGEST = 100_000_000  # bytes of a header, as the format allows
 
 LOG = logging.getLogger("squisher_mergekit")
 
@@ -64,7 +71,7 @@ class TensorStore(Protocol):
         """Name -> header, in the order of the file."""
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, memory-mapped where possible; it must not be written to."""
+        """Return one tensor; it must not be written to."""
 
 
 def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], location: str) -> None:
@@ -106,12 +113,14 @@ class SafetensorsHeader:
         entries: Name of a tensor -> its entry: ``dtype``, ``shape`` and ``data_offsets``.
         metadata: Free text by key.
         start: Offset of the first tensor's bytes in the file.
+        state: Inode, size and time of change of the file.
     """
 
     file: Path
     entries: Mapping[str, Mapping[str, Any]]
     metadata: Mapping[str, str]
     start: int
+    state: tuple[int, int, int]
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
@@ -123,6 +132,11 @@ class SafetensorsHeader:
             refusal = "" if dtype is not None else dtype_refusal(entry["dtype"], name, self.file)
             infos[name] = TensorInfo(tuple(entry["shape"]), dtype, end - begin, refusal)
         return infos
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Name -> digest that the writer noted, see :func:`digest_start`; empty if it noted none."""
+        return {name: self.metadata[name + DIGEST] for name in self.entries if name + DIGEST in self.metadata}
 
 
 class MemoryStore:
@@ -139,47 +153,93 @@ class MemoryStore:
 
 
 class SafetensorsStore:
-    """Tensors in one or several safetensors files, memory-mapped when read.
+    """Tensors in one or several safetensors files, read one at a time.
+
+    A tensor is copied into memory, not mapped: a file that is truncated later cannot stop the process by a bus error.
 
     Args:
         files: The files.
         location: Source of the tensors, for messages.
         headers: Headers of the files, where they have been read already.
+        verify: Verify the digest of each tensor that has one, the first time that it is read.
     """
 
     def __init__(
-        self, files: Iterable[Path], location: str, headers: Mapping[Path, SafetensorsHeader] | None = None
+        self,
+        files: Iterable[Path],
+        location: str,
+        headers: Mapping[Path, SafetensorsHeader] | None = None,
+        verify: bool = True,
     ) -> None:
         self.location = location
         self.infos: dict[str, TensorInfo] = {}
-        self._file_of: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
+        self._header_of: dict[str, SafetensorsHeader] = {}
+        self._unverified: set[str] = set()
         for file in files:
             header = read_header(file) if headers is None else headers[file]
             self.infos.update(header.infos)
-            self._file_of.update(dict.fromkeys(header.infos, file))
+            self._header_of.update(dict.fromkeys(header.infos, header))
+            if verify:
+                self._unverified.update(header.digests)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, a view of the mapped file.
+        """Return one tensor, in memory of its own.
 
         Raises:
             UnsupportedStateError: torch lacks the dtype.
-            CorruptFileError: The file is damaged, or has changed since its header was read.
+            CorruptFileError: The file has changed since its header was read, or the bytes do not have their digest.
         """
-        from safetensors import SafetensorError, safe_open
+        dtype, header = self.infos[name].dtype, self._header_of[name]
+        data = _read_bytes(header, name)
+        if name in self._unverified:
+            _check_digest(header, name, data)
+            self._unverified.discard(name)
+        return data.view(dtype).reshape(self.infos[name].shape)
 
-        if self.infos[name].stored_dtype is None:
-            raise UnsupportedStateError(self.infos[name].refusal)
-        file = self._file_of[name]
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(str(file), framework="pt", device="cpu")
-            tensor: torch.Tensor = self._open[file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CorruptFileError(
-                f"{file} must be a whole safetensors file, but {name} cannot be read ({error!s:.100}); copy it again"
-            ) from error
-        return tensor
+
+def _read_bytes(header: SafetensorsHeader, name: str) -> torch.Tensor:
+    """Return the bytes of a tensor."""
+    begin, end = header.entries[name]["data_offsets"]
+    data = torch.empty(end - begin, dtype=torch.uint8)
+    left = memoryview(data.numpy().data).cast("B") if end > begin else memoryview(b"")
+    with reading(header.file, "a whole safetensors file that nobody changes"), open_input(header.file) as stream:
+        if _state(stream) != header.state:
+            raise ValueError(f"it has changed since its header was read, so {name} cannot be read")
+        stream.seek(header.start + begin)
+        while left:
+            count = stream.readinto(left)  # type: ignore[attr-defined]
+            if not count:
+                raise ValueError(f"it ends inside {name}")
+            left = left[count:]
+    return data
+
+
+def digest_start(name: str, dtype: str, shape: Iterable[int]) -> int:
+    """Return the CRC-32 of a tensor's name, dtype and shape, which the CRC-32 of its bytes continues.
+
+    The digest therefore reveals tensors of equal shape that were exchanged, and changed headers.
+
+    Args:
+        name: Name in the file.
+        dtype: Name of the dtype in the file.
+        shape: Shape of the tensor.
+
+    Example:
+        >>> f"{zlib.crc32(bytes(8), digest_start('w', 'F32', [2])):08x}"
+        'd4d584e9'
+    """
+    return zlib.crc32(f"{name}\0{dtype}\0{list(shape)}\0".encode())
+
+
+def _check_digest(header: SafetensorsHeader, name: str, data: torch.Tensor) -> None:
+    entry = header.entries[name]
+    found = f"{zlib.crc32(data.numpy().data, digest_start(name, entry['dtype'], entry['shape'])):08x}"
+    if found != header.digests[name]:
+        raise CorruptFileError(
+            f"the bytes of {name} in {header.file} must have the digest {header.digests[name]:.8} that was noted with "
+            f"them, found {found}: they were damaged or exchanged since; copy the file again (--no-verify reads them "
+            "unchecked)"
+        )
 
 
 def info_of(tensor: torch.Tensor) -> TensorInfo:
@@ -193,24 +253,60 @@ def read_header(file: Path) -> SafetensorsHeader:
     Raises:
         CorruptFileError: The file is truncated or no safetensors file.
     """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise ValueError(f"its header claims {length} of {size} bytes")
-            entries: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+    with reading(file, "a whole safetensors file"), open_input(file) as stream:
+        state = _state(stream)
+        size = state[1]
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > min(size - 8, _LONGEST):
+            raise ValueError(f"its header claims {length} of {size} bytes")
+        entries: Any = json.loads(stream.read(length))
+        if not isinstance(entries, dict):
+            raise ValueError("its header is no mapping")
         metadata = entries.pop("__metadata__", None) or {}
-        if any(not {"dtype", "shape"} <= entry.keys() for entry in entries.values()):
-            raise ValueError("a tensor in its header lacks dtype or shape")
-        if not isinstance(metadata, dict):
-            raise ValueError("the metadata in its header are no mapping")
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("the metadata in its header must map names to texts")
+        end = 0
+        for name, entry in sorted(entries.items(), key=lambda item: _offsets(*item)):
+            begin, next_begin = _offsets(name, entry)
+            if begin != end:
+                raise ValueError(f"{name} cannot be read: its bytes do not begin where those of another tensor end")
+            end = next_begin
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes where its header promises {8 + length + end}")
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(f"{file} must be a whole safetensors file, but {error}; copy it again") from error
-    return SafetensorsHeader(file, entries, metadata, 8 + length)
+    return SafetensorsHeader(file, entries, metadata, 8 + length, state)
+
+
+def _state(stream: BinaryIO) -> tuple[int, int, int]:
+    """Return inode, size and time of change of an open file, which reveal that it was changed or replaced."""
+    found = os.fstat(stream.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _offsets(name: str, entry: Any) -> tuple[int, int]:
+    """Return the offsets of a tensor's first byte and of the byte after its last, from a checked entry of a header.
+
+    Raises:
+        ValueError: A value in the entry has the wrong type or contradicts another.
+    """
+    if not is_name(name) or not isinstance(entry, dict):
+        raise ValueError(f"the header has no valid entry for {name!r:.80}")
+    for key in ("dtype", "shape", "data_offsets"):
+        if key not in entry:
+            raise ValueError(f"the header of {name} lacks {key}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not is_name(dtype):
+        raise ValueError(f"the dtype of {name} is {dtype!r:.50}")
+    for key, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers):
+            raise ValueError(f"the {key} of {name} must be a list of sizes, found {numbers!r:.50}")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"the data_offsets of {name} must be two that ascend, found {offsets!r:.50}")
+    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
+        raise ValueError(
+            f"{name} cannot be read: {dtype} of shape {shape!r:.50} has {math.prod(shape) * DTYPES[dtype].itemsize} "
+            f"bytes, found {offsets[1] - offsets[0]}"
+        )
+    return offsets[0], offsets[1]
 
 
 def safetensors_notes(file: Path) -> Mapping[str, str]:
@@ -249,17 +345,20 @@ def safetensors_files(folder: Path, basename: str) -> list[Path]:
         return []
     names = _indexed(index)
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+        if not (folder / name).is_file():
             raise CorruptFileError(f"{index} names {name}, which is not a file beside it; copy the missing shard")
     return [folder / name for name in names]
 
 
 def _indexed(index: Path) -> list[str]:
     """Return the files that an index names."""
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(f"{index} must be an index with a weight_map, but {error!r}") from error
+    weight_map = read_mapping(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{index} must be an index with a weight_map, found {weight_map!r:.50}; copy it again")
+    for name in weight_map.values():
+        if not is_name(name) or Path(name).name != name:
+            raise CorruptFileError(f"{index} names {name!r:.50}, which is no file beside it; copy the index again")
+    return sorted(set(weight_map.values()))
 
 
 @lru_cache(maxsize=256)

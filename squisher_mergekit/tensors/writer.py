@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from squisher_mergekit.tensors.dtypes import dtype_name
+from squisher_mergekit.tensors.safetensors import DIGEST, digest_start
 
 _ALIGN = 8
 _BLOCK = 1 << 22  # entries converted at a time
@@ -29,6 +31,7 @@ class SafetensorsWriter:
     Args:
         file: The file to make.
         room: Bytes for the header, see :func:`header_room`.
+        digests: Note a digest of each tensor in the header, by which a reader verifies it.
 
     Example:
         >>> import tempfile
@@ -40,10 +43,11 @@ class SafetensorsWriter:
         {'w': tensor([1., 4.])}
     """
 
-    def __init__(self, file: Path, room: int) -> None:
+    def __init__(self, file: Path, room: int, digests: bool = False) -> None:
         self.sizes: dict[str, int] = {}
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._room = room
+        self._digests = digests
         self._end = 0
         self._stream = file.open("wb", buffering=0)
         self._stream.seek(8 + room)
@@ -88,7 +92,8 @@ class SafetensorsWriter:
         self.sizes[name] = tensor.numel() * dtype.itemsize
         self._end += self.sizes[name]
         self._wait()
-        self._writing = self._pool.submit(self._write, tensor, dtype)
+        digest = digest_start(name, stored_dtype, tensor.shape) if self._digests else None
+        self._writing = self._pool.submit(self._write, name, tensor, dtype, digest)
         self._header[name] = {"dtype": stored_dtype, "shape": list(tensor.shape), "data_offsets": [start, self._end]}
 
     def note(self, key: str, value: str) -> None:
@@ -100,11 +105,14 @@ class SafetensorsWriter:
         if self._writing is not None:
             self._writing.result()
 
-    def _write(self, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    def _write(self, name: str, tensor: torch.Tensor, dtype: torch.dtype, digest: int | None) -> None:
         for block in _blocks(tensor, dtype):
             data = memoryview(block.view(torch.uint8).numpy().data)
+            digest = None if digest is None else zlib.crc32(data, digest)
             while data:
                 data = data[self._stream.write(data) :]
+        if digest is not None:
+            self.note(name + DIGEST, f"{digest:08x}")
 
     def _finish(self) -> None:
         text = json.dumps(self._header, separators=(",", ":")).encode()

@@ -1,6 +1,7 @@
 """Headers of safetensors files: shapes, dtypes and bytes without a tensor read, and refusal of damage."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -73,16 +74,15 @@ def test_headers_tell_shape_dtype_and_bytes(tmp_path):
     }
 
 
-def test_a_header_with_wrong_offsets_is_refused_when_read(tmp_path):
-    """Overlapping offsets that end with the file are found by the library only. The error is one of this package."""
+def test_a_header_that_lies_about_places_is_refused_before_it_is_read(tmp_path):
+    """Offsets that overlap are found in the header, even where they end where the file does."""
     file = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(4), "b": torch.ones(4)}, file)
     file.write_bytes(file.read_bytes().replace(b"[0,16]", b"[0,12]"))
-    store = SafetensorsStore([file], "here")
     with pytest.raises(
         CorruptFileError, match=r"x\.safetensors must be a whole safetensors file, but a cannot be read"
     ):
-        store.read("a")
+        SafetensorsStore([file], "here")
 
 
 def _raw(file, dtype, shape, nbytes):
@@ -123,3 +123,53 @@ def test_a_dtype_that_torch_lacks_is_refused_where_it_is_needed(name, tmp_path):
         _ = info.dtype
     with pytest.raises(UnsupportedStateError, match=wanted):
         store.read("w")
+
+
+def _with_header(file, header, data=b""):
+    raw = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return file
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": 32, "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": {"0": 1}, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": {"0": 0, "1": 4}},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [None, 4]},
+        {"dtype": "F32", "shape": [1 << 80], "data_offsets": [0, 4]},
+        {"shape": [1], "data_offsets": [0, 4]},
+        None,
+    ],
+)
+def test_a_header_with_values_of_wrong_types_is_refused(tmp_path, entry):
+    """Every value of an entry is checked before it is used."""
+    file = _with_header(tmp_path / "x.safetensors", {"w": entry}, bytes(4))
+    with pytest.raises(CorruptFileError, match=r"x\.safetensors must be a whole safetensors file"):
+        tensor_infos(file)
+
+
+@pytest.mark.parametrize("metadata", [3, ["a"], {"a": 1}, {"a": None}])
+def test_metadata_other_than_texts_are_refused(tmp_path, metadata):
+    """Readers of metadata get texts alone."""
+    file = _with_header(tmp_path / "x.safetensors", {"__metadata__": metadata})
+    with pytest.raises(CorruptFileError, match="metadata"):
+        tensor_infos(file)
+
+
+def test_a_file_truncated_after_its_header_was_read_is_refused(tmp_path):
+    """No page of a mapped file can vanish, because none is mapped."""
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(5000), "b": torch.ones(5000)}, file)
+    store = SafetensorsStore([file], "here")
+    first = store.read("a")
+    os.truncate(file, 200)
+    with pytest.raises(CorruptFileError, match="has changed since its header was read"):
+        store.read("b")
+    assert first.sum() == 5000

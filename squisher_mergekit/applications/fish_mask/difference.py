@@ -9,6 +9,7 @@ whole under the same suffixes. Equal tensors take no space.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
 from squisher_mergekit.tensors.folder_moves import sync
+from squisher_mergekit.tensors.input_files import parse_shape, reading
 from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorInfo, safetensors_notes
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
@@ -143,24 +145,23 @@ class Difference:
                 f"{notes.get('version')}; make it with squisher mask reset"
             )
         self.file, self._store = file, SafetensorsStore([file], str(file))
-        try:
-            self.metadata = DifferenceMetadata(**json.loads(notes[_METADATA]))
-            ends = ".shape"
-            self._shapes = {k[: -len(ends)]: tuple(json.loads(v)) for k, v in notes.items() if k.endswith(ends)}
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptFileError(f"{file} must be a whole difference, but {error!r}; make it again") from error
+        with reading(file, "a whole difference", "make it again"):
+            self.metadata = _metadata(json.loads(notes[_METADATA]))
+        ends = ".shape"
+        self._shapes = {k[: -len(ends)]: parse_shape(v, file) for k, v in notes.items() if k.endswith(ends)}
         for name, shape in self._shapes.items():
             self._check(name, shape)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        infos, size = self._store.infos, torch.Size(shape).numel()
+        infos, size = self._store.infos, math.prod(shape)
         values = [infos.get(f"{name}.{side}") for side in ("tuned", "base")]
         index, bits = infos.get(f"{name}.index"), infos.get(f"{name}.bits")
         good = values[0] is not None and values[0] == values[1] and (index is None) != (bits is None)
         if good and index is not None and values[0] is not None:
             good = index.dtype == torch.int32 and index.shape == values[0].shape
         if good and bits is not None:
-            good = bits.nbytes == -(-size // 8)
+            good = bits.dtype == torch.uint8 and bits.shape == (-(-size // 8),)
+        good = good and values[0] is not None and len(values[0].shape) == 1 and values[0].dtype.itemsize in _BITS
         if not good:
             raise CorruptFileError(
                 f"{self.file} must hold positions and both values of {name}, but does not; make it again"
@@ -234,6 +235,22 @@ class Difference:
                 f"{self.file} must have its positions within {name}, but one is outside; make it again"
             )
         return positions
+
+
+def _metadata(data: Any) -> DifferenceMetadata:
+    """Return the metadata from parsed JSON.
+
+    Raises:
+        TypeError: A key is unknown, or a value has another type.
+    """
+    metadata = DifferenceMetadata(**data)
+    renamed = metadata.renamed or {}
+    if not isinstance(renamed, dict):
+        raise TypeError("renamed is no mapping")
+    texts = (metadata.tuned, metadata.base, metadata.tuned_fingerprint, metadata.base_fingerprint, *renamed.values())
+    if not all(isinstance(text, str | None) for text in texts):
+        raise TypeError("a value in its metadata is no text")
+    return metadata
 
 
 def read_difference(source: str | Path) -> Difference:

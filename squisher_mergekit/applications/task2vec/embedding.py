@@ -14,13 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
-from squisher_mergekit.fisher.config import Estimator, Scaling
+from squisher_mergekit.fisher.config import Estimator, Scaling, first_error
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.values import Moments, check_values
 from squisher_mergekit.optimizers.load import load_fisher
 from squisher_mergekit.tensors.atomic import written_beside, written_file
 from squisher_mergekit.tensors.folder_moves import recover
-from squisher_mergekit.tensors.safetensors import safetensors_notes
+from squisher_mergekit.tensors.input_files import reading
+from squisher_mergekit.tensors.safetensors import SafetensorsStore, read_header, safetensors_notes
 
 Per = Literal["row", "tensor", "entry"]
 
@@ -332,25 +333,21 @@ def read_embedding(path: str | Path) -> Embedding:
         ConfigError: A later version wrote the file.
         ValuesError: A value is NaN, infinite or negative.
     """
-    from safetensors.torch import load_file
-
     path = Path(path)
     if not is_embedding(path):
         raise NotFoundError(f"{path} must be an embedding; make one with: squisher task2vec embed FISHER -o OUT")
-    try:
-        data = json.loads(safetensors_notes(path)[_KEY])
+    header = read_header(path)
+    with reading(path, "an embedding with metadata", "embed again"):
+        data = json.loads(header.metadata[_KEY])
         version = data["format_version"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CorruptFileError(f"{path} must hold the metadata of an embedding, but {error!r}; embed again") from error
     if version != FORMAT_VERSION:
         raise ConfigError(f"{path} must have format_version {FORMAT_VERSION}, found {version!r}; upgrade this package")
     try:
         info = EmbeddingInfo.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CorruptFileError(f"{path}: {where}: {first['msg']}, found {first['input']!r}; embed again") from error
-    tensors = load_file(path)
+        raise CorruptFileError(f"{path} must have valid metadata, but {first_error(error)}; embed again") from error
+    store = SafetensorsStore([path], str(path), {path: header})
+    tensors = {name: store.read(name) for name in store.infos}
     for name, tensor in tensors.items():
         check_values(tensor, name, str(path))
     return Embedding(tensors, info)

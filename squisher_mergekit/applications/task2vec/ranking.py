@@ -15,6 +15,9 @@ from torch import Tensor
 from squisher_mergekit.applications.task2vec.distances import ALPHA, Metric, Task, TaskNormalize, distance_matrix
 from squisher_mergekit.applications.task2vec.embedding import Embedding
 from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError
+from squisher_mergekit.tensors.input_files import read_text, reading
+
+MOST_TABLE = 100_000_000  # bytes
 
 Scores = Mapping[str, float]
 """Source -> score on the target of a network that was trained on the source first; higher is better."""
@@ -264,11 +267,9 @@ def _read(path: Path) -> Any:
     """Return the rows of a CSV file, or the object or list in a JSON file."""
     if not path.is_file():
         raise NotFoundError(f"a table must be a JSON or CSV file, but there is no {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
+    with reading(path, "a table in JSON (.json) or CSV", "correct it"):
+        text = read_text(path, MOST_TABLE)
         data = json.loads(text) if path.suffix.lower() == ".json" else list(csv.DictReader(text.splitlines()))
-    except (OSError, ValueError, csv.Error) as error:
-        raise CorruptFileError(f"{path} must be a table in JSON (.json) or CSV, but {error}") from error
     if not isinstance(data, dict | list) or (isinstance(data, list) and not all(isinstance(r, dict) for r in data)):
         raise CorruptFileError(f"{path} must be a JSON object or a list of rows, found {type(data).__name__}")
     return data

@@ -12,7 +12,7 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.tensors.atomic import written_file
 from squisher_mergekit.tensors.folder_moves import is_fixed
-from squisher_mergekit.tensors.safetensors import safetensors_notes
+from squisher_mergekit.tensors.safetensors import SafetensorsStore, safetensors_notes
 from squisher_mergekit.tensors.sharded import GatheredOnRead, OnRankZero, is_sharded, rank
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
@@ -61,11 +61,8 @@ class EstimateCheckpoint:
 
     def restore(self, accumulator: FisherAccumulator) -> None:
         """Load the accumulators; all processes must call this."""
-        from safetensors import safe_open
-
         note = self._note()
-        with safe_open(self.file, "pt") as tensors:
-            accumulator.restore(tensors.get_tensor, int(note["examples"]))
+        accumulator.restore(SafetensorsStore([self.file], str(self.file)).read, int(note["examples"]))
         if rank():  # rank 0 has all the sums
             accumulator.reset()
 
@@ -96,7 +93,7 @@ class EstimateCheckpoint:
         try:
             note: dict[str, Any] = json.loads(safetensors_notes(self.file)[_NOTE])
             return {key: note[key] for key in ("request", "batches", "examples")}
-        except (CorruptFileError, KeyError, ValueError) as error:
+        except (CorruptFileError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise CorruptFileError(
                 f"{self.file} must be the checkpoint of an estimate, but is damaged, of an earlier version or another "
                 "file; remove it to start again"

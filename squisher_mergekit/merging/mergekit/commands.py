@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from squisher_mergekit.errors import ConfigError, SquisherError
 from squisher_mergekit.merging.parameters import METHODS
+from squisher_mergekit.tensors.input_files import brief
 
 if TYPE_CHECKING:
     import click
@@ -161,5 +162,5 @@ def mergekit_errors() -> Iterator[None]:
         yield
     except SquisherError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise ConfigError(f"mergekit cannot do this merge: {error or type(error).__name__}") from error
+    except Exception as error:  # a damaged file can make mergekit, transformers and safetensors raise nearly anything
+        raise ConfigError(f"mergekit cannot do this merge: {brief(error)}") from error

@@ -18,6 +18,7 @@ from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.merging.parameters import METHODS, PARAMETERS, Block
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
+from squisher_mergekit.tensors.input_files import parse_yaml
 
 LOG = logging.getLogger("squisher_mergekit")
 # mergekit-multi reads the name of each of its documents, and removes it before it reads the rest.
@@ -141,10 +142,7 @@ def read_yaml(text: str) -> Any:
     Raises:
         ConfigError: The text is no YAML, or has a key twice.
     """
-    try:
-        document = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the configuration must be YAML, but {error}; correct it") from None
+    document = parse_yaml(text, "the configuration must be YAML", _StrictLoader)
     if not isinstance(document, Mapping):
         raise ConfigError(
             f"the configuration must be a mapping with merge_method: and models:, found {type(document).__name__}; see "

@@ -287,9 +287,30 @@ def _extend_tasks(adapter: ModuleType) -> None:
     need(task, "execute", "tensors")
     need(io_tasks.LoadTensor, "_resolve_name", "loader")
     need(io_tasks, "GatherTensors")
-    need(io_tasks, "LoaderCache")
+    _refuse_damaged_weights(need(io_tasks, "LoaderCache"))
     need(io_tasks, "TensorWriterTask")
     _extend_executor(graph.Executor)
+
+
+def _refuse_damaged_weights(loader_cache: Any) -> None:
+    """Turn safetensors' error for a damaged file, for which mergekit prints a traceback, into one line."""
+    get = need(loader_cache, "get", "model")
+    if getattr(get, _DONE, False):
+        return
+
+    @functools.wraps(get)
+    def get_whole(self: Any, model: Any) -> Any:
+        from safetensors import SafetensorError
+
+        from squisher_mergekit.models.weights import refuse_damaged
+
+        try:
+            return get(self, model)
+        except SafetensorError as error:
+            refuse_damaged(Path(str(model.model.path)), error)
+
+    setattr(get_whole, _DONE, True)
+    loader_cache.get = get_whole
 
 
 def _extend_executor(executor: Any) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import ArchiveRecord, Checksums, check_archive
+from squisher_mergekit.tensors.input_files import open_input
+
+_ZIP = b"PK\x03\x04"
 
 
 class StandIn:
@@ -125,14 +128,14 @@ def load(path: Path, checksums: Checksums | None = None) -> Any:
     if not path.is_file():
         raise NotFoundError(f"a file written by torch.save must be at {path}, but there is none")
     try:
-        archive = zipfile.is_zipfile(path)
+        with open_input(path) as stream:
+            archive = stream.read(4) == _ZIP or zipfile.is_zipfile(stream)
+            # Before torch reads anything: a compressed pickle of a megabyte can expand to gigabytes.
+            records = check_archive(stream) if archive else {}
         with torch.serialization.safe_globals(_STAND_INS):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-        if archive:
-            with path.open("rb") as stream:
-                records = check_archive(stream)
-            if checksums is not None:
-                checksums.add(path, records, loaded)
+        if archive and checksums is not None:
+            checksums.add(path, records, loaded)
     except pickle.UnpicklingError as error:
         needed = sorted(_unsafe_globals(path, error))
         if needed:
@@ -147,7 +150,7 @@ def load(path: Path, checksums: Checksums | None = None) -> Any:
 class _Region(io.RawIOBase):
     """Part of an open file, as a file of its own."""
 
-    def __init__(self, stream: io.FileIO, start: int, length: int) -> None:
+    def __init__(self, stream: Any, start: int, length: int) -> None:
         self._stream, self._start, self._length, self._at = stream, start, length, 0
 
     def readable(self) -> bool:
@@ -236,7 +239,7 @@ def _part(path: Path, start: int, length: int) -> Iterator[tuple[Any, dict[str, 
     try:
         if start < 0 or length < 0 or start + length > path.stat().st_size:
             raise ValueError(f"the file has {path.stat().st_size} bytes")
-        with path.open("rb", buffering=0) as file:
+        with open_input(path) as file:
             stream = io.BufferedReader(_Region(file, start, length))
             records = check_archive(stream)
             stream.seek(0)
@@ -303,7 +306,7 @@ def load_metadata(path: Path) -> Any:
         CorruptFileError: The file is truncated, damaged, or no index.
     """
     try:
-        with path.open("rb") as stream:
+        with open_input(path) as raw, io.BufferedReader(raw) as stream:  # type: ignore[type-var]
             return _MetadataUnpickler(stream, path).load()
     except UnsafeFileError:
         raise
@@ -330,7 +333,7 @@ def _refusal(path: Path, needed: Sequence[str]) -> UnsafeFileError | Unsupported
 
 def _corrupt(path: Path | str, error: Exception) -> CorruptFileError:
     if isinstance(error, CorruptFileError):
-        return error
+        return error if str(path) in str(error) else CorruptFileError(f"{path}: {error}; copy it again")
     brief = (" ".join(str(error).split()) or type(error).__name__)[:120]
     return CorruptFileError(
         f"{path} must be a whole file that torch.save wrote, but it is truncated or damaged ({brief}); copy it again"

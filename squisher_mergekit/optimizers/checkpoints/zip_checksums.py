@@ -14,6 +14,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError
 
+_MOST_PICKLE = 1 << 29  # bytes; tensors are stored outside the pickle
 _LOCAL = struct.Struct("<4s22xHH")  # a local header: signature, ..., lengths of the name and of the extra field
 
 
@@ -88,8 +89,10 @@ def check_archive(stream: BinaryIO) -> dict[str, ArchiveRecord]:
                 raise CorruptFileError(f"{info.filename} is not where the directory of the archive says")
             offset = info.header_offset + _LOCAL.size + name + extra
             records[info.filename] = ArchiveRecord(info.filename, offset, info.file_size, info.CRC)
-        for name in records:
+        for name, record in records.items():
             if name.endswith("data.pkl"):
+                if record.size > _MOST_PICKLE:
+                    raise CorruptFileError(f"{name} must have at most {_MOST_PICKLE} bytes, found {record.size}")
                 archive.read(name)  # verifies the checksum
     return records
 
@@ -106,6 +109,7 @@ class Checksums:
 
     def __init__(self, wanted: bool) -> None:
         self._wanted = wanted
+        self._files: dict[Path, int] = {}
         self._starts: list[int] = []
         self._records: list[tuple[ArchiveRecord, Path]] = []
         self._verified: set[int] = set()
@@ -121,6 +125,7 @@ class Checksums:
         Raises:
             CorruptFileError: A tensor's storage is not exactly one record, so the sizes in the pickle are false.
         """
+        self._files[path] = path.stat().st_size
         if not self._wanted:
             return
         sizes = {s.data_ptr(): s.nbytes() for s in map(Tensor.untyped_storage, tensors_in(loaded)) if s.nbytes()}
@@ -146,8 +151,12 @@ class Checksums:
         """Verify the checksum of a tensor's storage, the first time that this storage is read.
 
         Raises:
-            CorruptFileError: The checksum differs.
+            CorruptFileError: The checksum differs, or a file has become shorter.
         """
+        for path, size in self._files.items():
+            # Touching a mapped page behind the end of a file would stop the process.
+            if not path.is_file() or path.stat().st_size < size:
+                raise CorruptFileError(f"{path} must stay as it is while it is read, but it became shorter; copy it")
         if not tensor.numel():
             return
         start = tensor.untyped_storage().data_ptr()

@@ -1,0 +1,87 @@
+"""Input files: every low-level error becomes one line of this package, and nothing waits, expands or runs code."""
+
+import os
+
+import pytest
+
+from squisher_mergekit.errors import ConfigError, CorruptFileError
+from squisher_mergekit.tensors.input_files import parse_shape, parse_yaml, read_json, read_mapping, read_text, reading
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a":' * 50_000, "[" * 50_000, "\x00", "9" * 5000])
+def test_text_that_is_no_json_is_refused_in_one_line(tmp_path, text):
+    """Syntax, depth and numbers with too many digits end alike."""
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(CorruptFileError, match=r"x\.json must be JSON, but .*; copy it again") as caught:
+        read_json(tmp_path / "x.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["3", "[]", "null", '"a"'])
+def test_json_of_another_type_is_no_mapping(tmp_path, text):
+    """A list is not taken for an empty mapping."""
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(CorruptFileError, match="must be a mapping in JSON"):
+        read_mapping(tmp_path / "x.json")
+
+
+def test_a_fifo_is_refused_without_waiting(tmp_path):
+    """Opening a FIFO that nobody writes to would wait for ever."""
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(CorruptFileError, match="must be a regular file, found a FIFO"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_configuration_is_read_from_a_pipe():
+    """The shell's ``<(command)`` gives such a path."""
+    reader, writer = os.pipe()
+    os.write(writer, b"a: 1\n")
+    os.close(writer)
+    assert read_text(f"/dev/fd/{reader}") == "a: 1\n"
+    os.close(reader)
+
+
+def test_a_fifo_without_a_writer_is_an_empty_configuration(tmp_path):
+    """The text is empty, and what follows refuses it."""
+    os.mkfifo(tmp_path / "x.yml")
+    assert read_text(tmp_path / "x.yml") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{c}: &{c} [{'*' + p}{(',*' + p) * 9}]\n"
+          for p, c in zip("abcdefg", "bcdefgh", strict=True)), "expand"),
+        ("a: &a {b: *a}", "its own anchor"),
+        ("[" * 20_000, "nested"),
+        ("!!python/object/apply:os.getcwd []", "constructor"),
+        ("!!timestamp soon", "correct it"),
+    ],
+)  # fmt: skip
+def test_hostile_yaml_is_refused_in_one_line(text, why):
+    """Aliases without bound, loops, depth, code and values of a wrong type end alike."""
+    with pytest.raises(ConfigError, match=rf"it must be YAML, but .*{why}"):
+        parse_yaml(text, "it must be YAML")
+
+
+def test_aliases_of_an_ordinary_document_are_kept():
+    """Only their expansion is bounded."""
+    assert parse_yaml("{a: &x {w: 1}, b: *x}", "") == {"a": {"w": 1}, "b": {"w": 1}}
+
+
+@pytest.mark.parametrize(
+    "text", ["3", "[-1]", "[1.5]", "[true]", "[[1]]", "{}", "[", "[" * 50_000, "[99999999999999999999]"]
+)
+def test_a_note_that_is_no_shape_is_refused(text):
+    """A shape is a list of sizes."""
+    with pytest.raises(CorruptFileError, match=r"m\.safetensors must"):
+        parse_shape(text, "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    "error", [IndexError("i"), MemoryError(), RecursionError(), ZeroDivisionError("z"), EOFError()]
+)
+def test_every_error_inside_the_block_becomes_ours(error):
+    """No list of exception classes can be complete."""
+    with pytest.raises(CorruptFileError, match=r"f must be whole, but .*; copy it again"), reading("f", "whole"):
+        raise error
