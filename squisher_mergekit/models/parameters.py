@@ -13,7 +13,8 @@ from squisher_mergekit.errors import NamingError
 from squisher_mergekit.models.adapters import disk_names
 from squisher_mergekit.models.checkpoint_names import CheckpointNames, ParameterInfo, of_model
 
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+DDP = "module."
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def unwrapped(name: str) -> str:
@@ -23,10 +24,10 @@ def unwrapped(name: str) -> str:
         >>> unwrapped("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
         'encoder.weight'
     """
-    for wrapper in _WRAPPERS[1:]:
+    for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
-    while name.startswith(_WRAPPERS[0]):
-        name = name.removeprefix(_WRAPPERS[0])
+    while name.startswith(DDP):
+        name = name.removeprefix(DDP)
     return name
 
 

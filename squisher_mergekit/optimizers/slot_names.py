@@ -8,7 +8,7 @@ from pathlib import Path
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError
 from squisher_mergekit.models.adapters import adapter_names
 from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointNames, ParameterInfo, checkpoint_names
-from squisher_mergekit.models.parameters import unwrapped
+from squisher_mergekit.models.parameters import DDP, unwrapped
 from squisher_mergekit.models.weights import trained_parameters
 from squisher_mergekit.optimizers.assign_names import assign, divide
 from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import NAME as FSDP_RANK
@@ -161,7 +161,10 @@ def _in_order(state: OptimizerState, model: CheckpointNames | None) -> Sequence[
 def _without_wrappers(names: Sequence[str], model: CheckpointNames | None, folders: Folders) -> list[str]:
     """Strip the prefixes of torch.compile, DDP and FSDP from names that the model and the weights do not have."""
     known = {*(model.first if model is not None else ()), *folders.weights.infos}
-    return [name if name in known else unwrapped(name) for name in names]
+    if known or all(name.startswith(DDP) for name in names):
+        return [name if name in known else unwrapped(name) for name in names]
+    # A module of the user's can have DDP's name, so that some names alone begin with it.
+    return [DDP * name.startswith(DDP) + unwrapped(name) for name in names]
 
 
 def _by_name(

@@ -357,7 +357,7 @@ def _indexed(index: Path) -> list[str]:
         raise CorruptFileError(f"{index} must be an index with a weight_map, found {weight_map!r:.50}; copy it again")
     for name in weight_map.values():
         if not is_name(name) or Path(name).name != name:
-            raise CorruptFileError(f"{index} names {name!r:.50}, which is no file beside it; copy the index again")
+            raise CorruptFileError(f"{index} names {name!r:.50}, which is not a file beside it; copy the index again")
     return sorted(set(weight_map.values()))
 
 

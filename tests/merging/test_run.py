@@ -59,8 +59,8 @@ def test_four_merges_in_one_process_hold_nothing_afterwards(
     for i in range(4):
         _run_merge(config, tmp_path / f"out{i}")
         held.append(_held(tmp_path))
-    # Both models' Fishers are open during a merge, so the count can find them.
-    assert (inside[0][0] >= 2, inside[0][1] >= 2) == (True, True)
+    # Both models' Fishers are open during a merge, so the count can find them; their tensors are copied, not mapped.
+    assert (inside[0][0] >= 2, inside[0][1]) == (True, 0)
     assert held == [(0, 0)] * 4
 
 

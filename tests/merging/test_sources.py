@@ -69,7 +69,8 @@ def test_another_models_fisher_is_a_warning(
     """A Fisher with the right names, made at other weights, gives a warning that states the difference."""
     pair["models"][1]["parameters"]["fisher"] = str(tmp_path / "m0")
     assert merge(pair, tmp_path / "out").exit_code == 0
-    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    (warning,) = [text for text in warnings if "no digests" not in text]
     assert str(tmp_path / "m1") in warning
     assert "same names, shapes and dtypes, but other values" in warning
 

@@ -208,11 +208,17 @@ def test_a_changed_config_is_read_again(tmp_path):
     assert len(checkpoint_names(tmp_path).parameters) == len(first.parameters) + 9
 
 
+@pytest.mark.parametrize(("content", "words"), [("{", "must be JSON"), ("[]", "must be a mapping in JSON")])
+def test_a_config_that_is_no_mapping_is_refused(content, words, tmp_path):
+    """The message names the file."""
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CorruptFileError, match=rf"config\.json {words}"):
+        checkpoint_names(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "must describe a model"),
-        ("[]", "must describe a model"),
         ('{"model_type": "llama"}', r"has no architecture \[\]"),
         ('{"model_type": "llama", "architectures": ["SomethingElse"]}', r"has no architecture \['SomethingElse'\]"),
         ('{"model_type": "unheard of", "architectures": ["LlamaForCausalLM"]}', "must describe a model"),

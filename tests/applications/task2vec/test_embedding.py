@@ -225,8 +225,8 @@ def test_damaged_files_are_refused(tmp_path):
         return path
 
     refused(NotFoundError, "must be an embedding", format="pt")
-    refused(CorruptFileError, "metadata of an embedding", squisher_task2vec="{")
-    refused(CorruptFileError, "metadata of an embedding", squisher_task2vec="[]")
+    refused(CorruptFileError, "an embedding with metadata", squisher_task2vec="{")
+    refused(CorruptFileError, "an embedding with metadata", squisher_task2vec="[]")
     refused(ConfigError, "format_version 1, found 2", squisher_task2vec=json.dumps(good | {"format_version": 2}))
     refused(CorruptFileError, "per", squisher_task2vec=json.dumps(good | {"per": "layer"}))
     broken = {"w": torch.tensor([1.0, float("inf")])}
