@@ -228,7 +228,7 @@ def _fisher_bytes(tensor: TensorPlan) -> int:
 
 def _mask_bytes(tensor: TensorPlan) -> int:
     """Return the bytes of the masks of ``density``: one byte per entry and model."""
-    return tensor.size * len(tensor.trimmed())
+    return tensor.size * len(tensor.differenced())
 
 
 def _size(count: int) -> str:

@@ -11,7 +11,11 @@ SQUISHER = "squisher"
 UBGM_SQUISHER = "ubgm_squisher"
 METHODS = (SQUISHER, UBGM_SQUISHER)
 # Numbers, for which a list in the YAML is a gradient over the layers.
-GRADIENTS = ("weight", "fisher_scale", "density", "floor", "prior")
+GRADIENTS = ("weight", "fisher_scale", "density", "floor", "prior", "damping")
+
+
+# Structures beyond the diagonal, with their damping.
+DAMPING = {"rows": 0.1, "columns": 0.01, "kron": 0.03}
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class MergeParameter:
 _FACTOR = (1e-30, 1e30)
 # Relative to a tensor's mean F; beyond it, float32 cannot tell the result from the limit.
 _MOST_OF_MEAN = 1e9
+_LEAST_DAMPING = 1e-6  # in units of the mean eigenvalue; float32 cannot solve with less
 
 
 def _number(value: Any, zero: bool, least: float, most: float) -> float:
@@ -99,6 +104,21 @@ def _factor(value: Any) -> float:
     return _number(value, False, *_FACTOR)
 
 
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("a whole number >= 1")
+    return value
+
+
+def _damping(value: Any) -> Any:
+    if value == "auto":
+        return value
+    try:
+        return _number(value, False, _LEAST_DAMPING, _MOST_OF_MEAN)
+    except ValueError as error:
+        raise ValueError(f"auto or {error}") from None
+
+
 def _factor_or_zero(value: Any) -> float:
     return _number(value, True, *_FACTOR)
 
@@ -117,6 +137,11 @@ PARAMETERS = (
     MergeParameter("floor", 0.0, _of_mean, meaning="smallest F, relative to the tensor's mean F"),
     MergeParameter("missing", "error", _one_of("error", "average"), meaning="merge of a tensor without a Fisher"),
     MergeParameter("allow_missing", False, _flag, meaning="write the model without tensors that the merge would lose"),
+    MergeParameter("structure", "diagonal", _one_of("diagonal", *DAMPING), methods=(SQUISHER,), meaning="curvature"),
+    MergeParameter("shares", "fisher", _one_of("fisher", "uniform"), methods=(SQUISHER,), meaning="shares of a matrix"),
+    MergeParameter("block", 128, _count, methods=(SQUISHER,), meaning="rows or columns that are coupled"),
+    MergeParameter("damping", "auto", _damping, methods=(SQUISHER,), meaning="delta of a structure"),
+    MergeParameter("steps", 10, _count, methods=(SQUISHER,), meaning="steps of conjugate gradients of kron"),
     MergeParameter("prior", 0.0, _of_mean, methods=(UBGM_SQUISHER,), meaning="d, relative to the tensor's mean F"),
 )
 

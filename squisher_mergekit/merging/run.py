@@ -17,6 +17,7 @@ from squisher_mergekit.merging.fused import refuse_not_finite
 from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
 from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles
+from squisher_mergekit.models.layouts import MatrixLayout
 
 LOG = logging.getLogger("squisher_mergekit")
 
@@ -59,6 +60,7 @@ class Run:
     Attributes:
         sources: The open Fishers.
         models: Files of each model, by mergekit's reference to it.
+        layouts: Layouts of each model's matrices, where a structure needs them.
         plan: The plan, while the merge is under way.
         preview: The plan as plain data, see :meth:`MergePlan.as_dict`.
     """
@@ -70,6 +72,7 @@ class Run:
         self.allow_missing = allow_missing
         self.sources = FisherSources()
         self.models: dict[Any, ModelFiles] = {}
+        self.layouts: dict[Any, dict[str, MatrixLayout]] = {}
         self.plan: MergePlan | None = None
         self.preview: dict[str, Any] | None = None
         self._lock = threading.Lock()
@@ -111,6 +114,7 @@ class Run:
         """Release the Fishers, their file mappings and the plan; the report and the preview stay."""
         self.sources.close()
         self.models.clear()
+        self.layouts.clear()
         self.plan = None
 
     def record(self, name: str, labels: Sequence[str], outcome: Outcome) -> None:

@@ -9,6 +9,7 @@ from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.parameters import SQUISHER, UBGM_SQUISHER
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles, OpenFisher, find_name
+from squisher_mergekit.models.layouts import MatrixLayout
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors.safetensors import TensorInfo, check_shape
 
@@ -22,6 +23,8 @@ class Settings:
     floor: float = 0.0
     missing: str = "error"
     prior: float = 0.0
+    structure: str = "diagonal"
+    shares: str = "fisher"
 
 
 # Reasons in the coverage of a Fisher for a tensor that no gradient reaches.
@@ -63,7 +66,7 @@ class WeightInput:
         weight: w_i.
         fisher_scale: Factor on the Fisher.
         density: Share of the task vector that is kept; 1 for a base and for weight 0, where it changes nothing.
-        origin: theta_0; None in ``ubgm_squisher``, where the base is an input.
+        origin: theta_0, where the merge needs it; None in ``ubgm_squisher``, where the base is an input.
         is_base: True for the base model.
         vocabulary_axis: Axis of the vocabulary; None if the weight has none.
     """
@@ -127,6 +130,8 @@ class TensorPlan:
         inputs: The models' weights.
         is_buffer: True for a buffer of real numbers, which can have no Fisher and is the weighted mean.
         is_integer: True for integers, which mergekit copies.
+        coupled: True for a matrix that is merged with coupled rows or columns.
+        transposed: True for a matrix ``[in, out]``.
     """
 
     name: str
@@ -144,15 +149,21 @@ class TensorPlan:
         """True for a tensor that mergekit copies: one model alone has it, or its entries are integers."""
         return not self.uses and not self.missing
 
-    def trimmed(self) -> tuple[WeightInput, ...]:
-        """Return the inputs with a density below 1."""
-        return tuple(use.input for use in self.uses if use.input.density < 1)
+    coupled: bool = False
+    transposed: bool = False
+
+    def differenced(self) -> tuple[WeightInput, ...]:
+        """Return the inputs whose difference to the base the merge needs."""
+        merged = tuple(use.input for use in self.uses)
+        if self.coupled:
+            return tuple(item for item in merged if item.weight > 0 and not item.is_base)
+        return tuple(item for item in merged if item.density < 1)
 
     def weights(self) -> list[TensorInfo]:
-        """Return the headers of the weights that the merge reads, theta_0 of ``density`` included."""
+        """Return the headers of the weights that the merge reads, theta_0 included."""
         read = [item.info for item in self.inputs if item.info is not None]
         base = {item.stored for item in self.inputs if item.is_base}
-        origins = [item.origin for item in self.trimmed() if item.origin is not None]
+        origins = [item.origin for item in self.differenced() if item.origin is not None]
         other = {origin.stored: origin.info for origin in origins if origin.stored not in base}
         return read + [info for info in other.values() if info is not None]
 
@@ -171,6 +182,7 @@ def plan_tensor(
     passed_through: bool,
     is_buffer: bool | None = None,
     can_convert: CanConvert,
+    layout: MatrixLayout,
     cache_dir: str | None = None,
     resized: bool = False,
 ) -> TensorPlan:
@@ -186,6 +198,7 @@ def plan_tensor(
         passed_through: True if mergekit copies the tensor, because one model alone has it.
         is_buffer: True for a buffer of the model's class; None if the class is unknown and the Fishers must tell.
         can_convert: Function that returns whether transformers' conversion builds a weight from a Fisher's tensors.
+        layout: Form of the tensor.
         cache_dir: Folder for files from the Hub.
         resized: True if mergekit brings the vocabularies to one size.
 
@@ -214,10 +227,10 @@ def plan_tensor(
     if not any(item.weight > 0 for item in merged):
         raise ConfigError(f"the weights of {name} must not all be 0; give one model a positive weight")
     if method == SQUISHER:
-        _check_base(name, inputs)
+        _check_base(name, inputs, settings)
     uses, missing = [], {}
     for item in inputs:
-        use = _plan_input(method, item, sources, base, can_convert, cache_dir)
+        use = _plan_input(method, item, settings, sources, base, can_convert, cache_dir)
         if isinstance(use, str):
             missing[item.model.label] = use
         else:
@@ -229,11 +242,40 @@ def plan_tensor(
     normalize = settings.normalize
     if normalize == "auto":
         normalize = "none" if all(fisher.config.from_optimizer for fisher in fishers) else "mean"
-    return plan(() if missing else tuple(uses), missing, normalize)
+    planned = plan(() if missing else tuple(uses), missing, normalize)
+    if missing or settings.structure == "diagonal" or layout.embedding or not _is_matrix(inputs):
+        return planned
+    return replace(planned, coupled=True, transposed=layout.transposed)
 
 
-def _check_base(name: str, inputs: Sequence[WeightInput]) -> None:
+def _is_matrix(inputs: Sequence[WeightInput]) -> bool:
+    """Return False if the headers show that a tensor has no rows and columns, or that the base has none like it."""
     for item in inputs:
+        if item.info is not None and len(item.info.shape) != 2:
+            return False
+        if item.is_base or item.weight == 0:
+            continue
+        origin = item.origin
+        if origin is None or origin.load is None or origin.vocabulary_axis is not None:
+            return False
+        if origin.info is not None and item.info is not None and origin.info.shape != item.info.shape:
+            return False
+    return True
+
+
+def _check_base(name: str, inputs: Sequence[WeightInput], settings: Settings) -> None:
+    coupled = settings.structure != "diagonal"
+    for item in inputs:
+        if coupled and item.density < 1:
+            raise ConfigError(
+                f"density of {item.model.label} must be 1 with structure: {settings.structure}, found "
+                f"{item.density:g} for {name}; remove one of the two"
+            )
+        if coupled and item.origin is None and not item.is_base and item.weight > 0:
+            raise ConfigError(
+                f"structure: {settings.structure} needs base_model:, the model that all were trained from, but there "
+                "is none; add it"
+            )
         if item.density < 1 and item.origin is None:
             raise ConfigError(
                 f"density below 1 needs base_model:, the model that all were trained from, whose values replace the "
@@ -273,9 +315,9 @@ def _short_of_rows(shape: Sequence[int], item: WeightInput) -> tuple[int, int] |
 
 
 def _check_origin(item: WeightInput) -> None:
-    """Refuse a base whose weight is missing or has another shape."""
+    """Refuse a base whose weight is missing or has another shape, where ``density`` needs it."""
     origin = item.origin
-    if origin is None:
+    if origin is None or item.density == 1:
         return
     if origin.load is None:
         raise MismatchError(
@@ -298,6 +340,7 @@ def _check_origin(item: WeightInput) -> None:
 def _plan_input(
     method: str,
     item: WeightInput,
+    settings: Settings,
     sources: FisherSources,
     base: Weights | None,
     can_convert: CanConvert,
@@ -307,9 +350,12 @@ def _plan_input(
     label = item.model.label
     names = tuple(name for name in (item.stored, *item.aliases) if name is not None)
     if item.fisher == "none":
-        if method == UBGM_SQUISHER and item.is_base:
+        if (method == UBGM_SQUISHER and item.is_base) or settings.structure != "diagonal":
             return FisherUse(item, None, names[0])
-        raise ConfigError(f"fisher: none is for the base of {UBGM_SQUISHER} alone, found it for {label}; remove it")
+        raise ConfigError(
+            f"fisher: none is for the base of {UBGM_SQUISHER} and for {SQUISHER} with structure: rows, columns or kron "
+            f"alone, found it for {label}; remove it"
+        )
     other = base if base is not None and base.folder != item.model.weights.folder else None
     opened = sources.open(item.fisher, item.model, other, cache_dir, method if item.is_base else None)
     fisher = opened.fisher

@@ -139,12 +139,23 @@ def _by_shape(name: str, ndim: int) -> Role | None:
 def _by_name(infos: Mapping[str, TensorInfo]) -> dict[str, Role]:
     roles: dict[str, Role] = {}
     for name, info in infos.items():
-        role = _by_shape(name, len(info.shape))
-        if role is None:
-            role = "embedding" if _EMBEDDING.search(name) else "output" if _OUTPUT.search(name) else None
+        role = role_by_name(name, len(info.shape))
         if role is not None:
             roles[name] = role
     return roles
+
+
+def role_by_name(name: str, ndim: int) -> Role | None:
+    """Return the role that a weight's name suggests; ordinary matrices have none.
+
+    Example:
+        >>> role_by_name("lm_head.weight", 2)
+        'output'
+    """
+    role = _by_shape(name, ndim)
+    if role is None:
+        role = "embedding" if _EMBEDDING.search(name) else "output" if _OUTPUT.search(name) else None
+    return role
 
 
 def output_parameters(model: nn.Module) -> set[int]:

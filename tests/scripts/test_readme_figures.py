@@ -36,6 +36,7 @@ ALLOWED = {
         "| `floor` | global | `0.0` |",
         "| `prior` | global, `ubgm_squisher` | `0.0` |",
         "| `--alpha` | 0.15 |",
+        "`0.1` (rows), `0.01` (columns), `0.03` (kron)",
     ],
     "value in an example": [
         "`SquisherCallback(beta=0.999)`",

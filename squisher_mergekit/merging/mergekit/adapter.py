@@ -15,6 +15,7 @@ from mergekit.io.tasks import LoaderCache
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import tensor_plan as planning
+from squisher_mergekit.merging.coupling.execution import Structure
 from squisher_mergekit.merging.merge_plan import MergePlan
 from squisher_mergekit.merging.mergekit.lookup import (
     converts,
@@ -30,6 +31,7 @@ from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import ModelFiles, check_stored
 from squisher_mergekit.merging.tensor_plan import FisherUse, Origin, Settings, TensorPlan, WeightInput
+from squisher_mergekit.models.layouts import MatrixLayout, layouts_on_disk
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.models.whole import WholeModel
 from squisher_mergekit.tensors.safetensors import TensorInfo
@@ -99,9 +101,25 @@ def _plan(task: Any, base: ModelReference | None, run: Run, whole: WholeModel) -
         passed_through=task.output_weight.optional and len(inputs) == 1 < len(task.model_order),
         is_buffer=None if whole.buffers is None else task.output_weight.name in whole.buffers,
         can_convert=_can_convert,
+        layout=_layout(task, inputs, run),
         cache_dir=cache_dir,
         resized=hasattr(task.gather_tensors, "gather_tensors"),
     )
+
+
+def _layout(task: Any, inputs: Sequence[WeightInput], run: Run) -> MatrixLayout:
+    """Return the form of a tensor, which only a structure beyond the diagonal needs."""
+    first = next((item for item in inputs if item.stored is not None), None)
+    if not _coupled(task) or first is None:
+        return MatrixLayout()
+    if first.key not in run.layouts:
+        run.layouts[first.key] = layouts_on_disk(first.model.weights)
+    return run.layouts[first.key].get(str(first.stored), MatrixLayout())
+
+
+def _coupled(task: Any) -> bool:
+    given = dict(task.parameters.items())
+    return bool(given.get("structure", "diagonal") != "diagonal")
 
 
 def _with_fishers(task: Any, plan: TensorPlan, base: ModelReference | None, run: Run) -> FisherMergeTask:
@@ -110,12 +128,14 @@ def _with_fishers(task: Any, plan: TensorPlan, base: ModelReference | None, run:
     return FisherMergeTask(
         **(fields | (_uncast(task, plan) if plan.is_integer else {})),
         run=run,
+        curvature=Structure.of(dict(task.parameters.items())) if plan.coupled else None,
+        transposed=plan.transposed,
         requests=tuple(
             [_request(use, plan) for use in plan.uses]
             + [FisherRequest(model=item.key, opened=None, name=plan.name) for item in without]
         ),
-        origins=tuple((item.key, item.origin.load) for item in plan.trimmed() if item.origin is not None),
-        origin_model=(task.base_model or base) if plan.trimmed() else None,
+        origins=tuple((item.key, item.origin.load) for item in plan.differenced() if item.origin is not None),
+        origin_model=(task.base_model or base) if plan.differenced() else None,
     )
 
 
@@ -160,7 +180,9 @@ def _weight_input(task: Any, model: Any, base: Any, run: Run) -> WeightInput | N
     gather, stored = gather_of(task), found.stored
     files = _model_files(model, found.loader, run)
     values, is_base = task.input_parameters[model], model == task.base_model
-    trimmed = values["density"] < 1 and values["weight"] > 0 and not is_base
+    moved = values["weight"] > 0 and not is_base
+    trimmed = moved and values["density"] < 1
+    coupled = moved and _coupled(task)
     return WeightInput(
         key=model,
         model=files,
@@ -171,7 +193,7 @@ def _weight_input(task: Any, model: Any, base: Any, run: Run) -> WeightInput | N
         weight=values["weight"],
         fisher_scale=values["fisher_scale"],
         density=values["density"] if trimmed else 1.0,
-        origin=_origin(task, gather, model, base, run) if trimmed else None,
+        origin=_origin(task, gather, model, base, run) if trimmed or coupled else None,
         is_base=is_base,
         vocabulary_axis=task.output_weight.vocabulary_axis,
     )

@@ -21,9 +21,11 @@ from mergekit.merge_methods.base import (
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import execution, parameters
+from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
 from squisher_mergekit.merging.density import Trim
 from squisher_mergekit.merging.read import LoadedFisher, load_tensor
 from squisher_mergekit.merging.run import Run
+from squisher_mergekit.models.layouts import layout_by_name
 from squisher_mergekit.tensors.safetensors import check_shape
 
 
@@ -34,10 +36,14 @@ class ResolvedFisher:
     Attributes:
         loaded: The tensor and its scale.
         run: The merge that gets the outcome.
+        structure: Structure of the Fishers of this tensor; None for the diagonal.
+        transposed: True for a matrix ``[in, out]``.
     """
 
     loaded: LoadedFisher
     run: Run
+    structure: Structure | None = None
+    transposed: bool = False
 
 
 class _Spec(ParameterSpec):  # type: ignore[misc]
@@ -101,6 +107,7 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         name = group.metadata.name or "the tensor"
         resolved = {e.id: f for e in group.entries if isinstance(f := given["fisher"][e.id], ResolvedFisher)}
         loaded, base = {key: fisher.loaded for key, fisher in resolved.items()}, group.base
+        structure, transposed = _structure(resolved, group, name, given)
         if not resolved:
             group = replace(group, entries=[e for e in group.entries if not self._is_origin_only(e, given)])
             loaded = _from_memory(group, name, given, self.spec.name)
@@ -108,7 +115,11 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         weights = [item.weight for item, entry in zip(inputs, group.entries, strict=True) if self._weighted(entry)]
         if not any(weight > 0 for weight in weights):
             raise ConfigError(f"the weights of {name} must not all be 0; give one model a positive weight")
-        outcome = self._merge(group, inputs, given)
+        if structure is None:
+            outcome = self._merge(group, inputs, given)
+        else:
+            origin = _origin(name, base, loaded)
+            outcome = merge_coupled(origin, inputs, structure, group.entries[0].tensor.dtype, transposed)
         if resolved:
             labels = [str(entry.id) for entry in group.entries if self._weighted(entry)]
             next(iter(resolved.values())).run.record(name, labels, outcome)
@@ -131,6 +142,32 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         others = [item for item, entry in zip(inputs, group.entries, strict=True) if not entry.is_base]
         base = next(item for item, entry in zip(inputs, group.entries, strict=True) if entry.is_base)
         return execution.merge_ubgm(base, others, given["prior"], dtype)
+
+
+def _structure(
+    resolved: Mapping[Any, ResolvedFisher], group: TensorGroup, name: str, given: Mapping[str, Any]
+) -> tuple[Structure | None, bool]:
+    """Return the structure of a tensor's Fishers, and whether the tensor is ``[in, out]``."""
+    if resolved:
+        first = next(iter(resolved.values()))
+        return first.structure, first.transposed
+    ndim = group.entries[0].tensor.ndim
+    if not _is_coupled(given) or ndim != 2 or layout_by_name(name, ndim).embedding:
+        return None, False
+    return Structure.of(given), False
+
+
+def _origin(name: str, base: TensorEntry | None, loaded: Mapping[Any, LoadedFisher]) -> torch.Tensor:
+    """Return theta_0."""
+    origin: torch.Tensor | None = None if base is None else base.tensor
+    if origin is None:
+        origin = next((item.origin for item in loaded.values() if item.origin is not None), None)
+    if origin is None:
+        raise ConfigError(
+            f"a structure beyond the diagonal needs a base, the model that all were trained from, but for {name} none "
+            "is given; give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
+        )
+    return origin
 
 
 def _input(
@@ -167,6 +204,10 @@ def _trim(
     return Trim(origin.to(fisher.device), scores, loaded.density, loaded.rows)
 
 
+def _is_coupled(given: Mapping[str, Any]) -> bool:
+    return bool(given.get("structure", "diagonal") != "diagonal")
+
+
 def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method: str) -> dict[Any, LoadedFisher]:
     """Read the tensor from the mappings of an in-memory call."""
     sources = {entry.id: given["fisher"][entry.id] for entry in group.entries}
@@ -174,7 +215,7 @@ def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method
         if isinstance(source, Mapping):
             continue
         base = next((entry.id for entry in group.entries if entry.is_base), None)
-        if source == "none" and key == base and method == parameters.UBGM_SQUISHER:
+        if source == "none" and ((key == base and method == parameters.UBGM_SQUISHER) or _is_coupled(given)):
             continue
         raise ConfigError(
             f"{method} in memory needs a Fisher for input {key!r}: a mapping name -> tensor, found {source!r}; "

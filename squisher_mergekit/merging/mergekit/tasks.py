@@ -16,6 +16,7 @@ from torch import Tensor
 
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.merging.coupling.execution import Structure
 from squisher_mergekit.merging.density import Rows
 from squisher_mergekit.merging.mergekit.methods import ResolvedFisher
 from squisher_mergekit.merging.read import LoadedFisher, load_tensor
@@ -113,8 +114,10 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
     Attributes:
         run: The merge that this task belongs to.
         requests: Tensors to read, one per model; empty for a tensor that mergekit copies.
-        origins: Model -> task that reads its theta_0, for a density below 1.
-        origin_model: Model whose weights are theta_0, for a density below 1.
+        origins: Model -> task that reads its theta_0, for a density below 1 or coupled rows or columns.
+        origin_model: Model whose weights are theta_0.
+        curvature: Structure of the Fishers; None for the diagonal.
+        transposed: True for a matrix ``[in, out]``.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -124,6 +127,8 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
     # With Task[Any], pydantic would copy each task into a new one.
     origins: tuple[tuple[ModelReference, Task], ...] = ()
     origin_model: ModelReference | None = None
+    curvature: Structure | None = None
+    transposed: bool = False
 
     def arguments(self) -> dict[str, Task[Any]]:
         """Return the tasks that read the weights, theta_0, and the tokenizer of a re-ordered vocabulary."""
@@ -143,7 +148,7 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         parameters = {**self.input_parameters}
         for model, fisher in self._load(tokenizer_info, origins).items():
             if model in tensors:
-                resolved = ResolvedFisher(fisher.to(tensors[model].device), self.run)
+                resolved = ResolvedFisher(fisher.to(tensors[model].device), self.run, self.curvature, self.transposed)
                 parameters[model] = {**parameters[model], "fisher": resolved}
         # The copy is mergekit's plain task with the Fishers in place of their names.
         merged: Tensor | None = ExecuteMergeMethodTask.execute(

@@ -1,0 +1,1 @@
+"""Merges with curvature beyond the diagonal: factors over the rows and columns of matrices."""

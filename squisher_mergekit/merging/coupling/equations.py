@@ -1,0 +1,223 @@
+"""Merges with curvature beyond the diagonal, as pure functions of blocks of matrices.
+
+The Fisher of a matrix is approximated by a factor over its rows, or by the Kronecker product of a factor over its rows
+and one over its columns. A factor follows from the task vector d and the second moment v alone: Adam moves a weight by
+about ``-lr m / sqrt(v)``, so ``d * sqrt(v)`` is about -lr times the sum of the gradients, and its Gram matrix shows
+which rows moved together. The diagonal of the factor comes from v. Factors are block-diagonal, so blocks are
+independent and no matrix of out x out entries exists.
+
+A batch of blocks of rows has the shape ``[count, b, in]``, a batch of tiles ``[rows, columns, b, c]``. Everything is in
+one dtype, float32 or float64, on one device.
+
+Sources: Shampoo (Gupta et al., 2018), K-FAC (Martens and Grosse, 2015) and MaTS (Tam et al., 2024) for the form of the
+factors; factors from d and v are this project's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-37
+
+
+def row_factor(step: Tensor, fisher: Tensor | None) -> Tensor:
+    """Return the factor over the rows of each block, with mean eigenvalue 1: ``L b / tr L``, ``L = S C S``.
+
+    C is the correlation matrix of the rows of ``d * sqrt(v)``; ``S^2`` has the sums of v over the rows, so that the
+    diagonal of L is that of the Fisher. Without a Fisher, ``L = d d^T``. A row of zeros is coupled with no other.
+
+    Args:
+        step: Task vector d, blocks ``[count, b, in]``.
+        fisher: v, shaped alike; None if there is none.
+
+    Returns:
+        Factors ``[count, b, b]``; 0 for a block without a signal.
+
+    Example:
+        >>> row_factor(torch.tensor([[[1.0, 0.0], [2.0, 0.0]]]), torch.ones(1, 2, 2))
+        tensor([[[1., 1.],
+                 [1., 1.]]])
+    """
+    step = step / _largest(step)
+    if fisher is None:
+        moved, power = step, step.square().sum(-1)
+    else:
+        fisher = fisher / _largest(fisher)
+        moved, power = step * fisher.sqrt(), fisher.sum(-1)
+    unit = moved / moved.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+    correlation = (unit @ unit.mT).clamp_(-1, 1)
+    correlation.diagonal(dim1=-2, dim2=-1).fill_(1)
+    mean = power.mean(-1, keepdim=True, dtype=torch.float64).to(power.dtype)
+    scale = (power / torch.where(mean > 0, mean, 1)).sqrt()
+    factor: Tensor = correlation * scale[..., :, None] * scale[..., None, :]
+    return factor
+
+
+def column_factor(step: Tensor, fisher: Tensor | None) -> Tensor:
+    """Return the factor over the columns of each block: :func:`row_factor` of the transposes."""
+    return row_factor(step.mT, None if fisher is None else fisher.mT)
+
+
+def _largest(blocks: Tensor) -> Tensor:
+    """Return the largest absolute entry of each block, or 1 where all are 0."""
+    largest = blocks.abs().amax((-2, -1), keepdim=True)
+    return torch.where(largest > 0, largest, 1)
+
+
+def shares_by_trace(traces: Tensor, rates: Tensor) -> Tensor:
+    """Return each model's share in each block, ``t_i = w_i sum v_i``, divided by the sum over the models.
+
+    Args:
+        traces: Sum of v over the block, ``[models, blocks]``.
+        rates: w_i times the factor on the model's v, up to a common factor, ``[models]``.
+
+    Returns:
+        Shares, shaped like ``traces``; 0 for all models where no block has a signal.
+
+    Example:
+        >>> shares_by_trace(torch.tensor([[4.0, 0.0], [12.0, 0.0]]), torch.ones(2))
+        tensor([[0.2500, 0.0000],
+                [0.7500, 0.0000]])
+    """
+    parts = traces / traces.amax(0).clamp_min(torch.finfo(traces.dtype).tiny) * rates[:, None]
+    total = parts.sum(0)
+    return parts / torch.where(total > 0, total, 1)
+
+
+def couple_rows(
+    thetas: Sequence[Tensor], factors: Sequence[Tensor], shares: Tensor, damping: float
+) -> tuple[Tensor, Tensor]:
+    """Merge blocks of coupled rows: ``W_0 + (sum_i A_i)^-1 sum_i A_i d_i`` with ``A_i = t_i (L_i + delta I)``.
+
+    As the shares t_i sum to 1, this is the mean ``m = sum_i t_i W_i`` and a step,
+    ``m + (sum_i t_i L_i + delta I)^-1 sum_i t_i L_i (W_i - m)``, which needs no base and is exact for equal models.
+
+    Args:
+        thetas: W_i, blocks ``[count, b, in]``.
+        factors: L_i with mean eigenvalue 1, ``[count, b, b]``.
+        shares: t_i in each block, ``[models, count]``, with sum 1 over the models.
+        damping: delta, not negative.
+
+    Returns:
+        The merged blocks, and the mean coefficient ``tr((sum A)^-1 A_i) / b`` of each model and block,
+        ``[models, count]``.
+
+    Example:
+        >>> theta = torch.ones(1, 2, 3)
+        >>> merged, _ = couple_rows([theta, 3 * theta], [torch.eye(2)[None]] * 2, torch.full((2, 1), 0.5), 0.1)
+        >>> merged
+        tensor([[[2., 2., 2.],
+                 [2., 2., 2.]]])
+    """
+    per_block = shares.to(thetas[0].dtype)[..., None, None]
+    mean = sum((t * theta for t, theta in zip(per_block[1:], thetas[1:], strict=True)), start=per_block[0] * thetas[0])
+    parts = [t * factor for t, factor in zip(per_block, factors, strict=True)]
+    total = sum(parts[1:], start=parts[0])
+    total.diagonal(dim1=-2, dim2=-1).add_(damping)
+    pulls = [part @ (theta - mean) for part, theta in zip(parts, thetas, strict=True)]
+    right = [sum(pulls[1:], start=pulls[0])]
+    eye = torch.eye(total.shape[-1], dtype=total.dtype, device=total.device)
+    right += [part + damping * t * eye for part, t in zip(parts, per_block, strict=True)]
+    step, *coefficients = torch.split(_solve(total, torch.cat(right, -1)), [side.shape[-1] for side in right], -1)
+    return mean + step, torch.stack([each.diagonal(dim1=-2, dim2=-1).mean(-1) for each in coefficients])
+
+
+def _solve(matrices: Tensor, right: Tensor) -> Tensor:
+    """Solve symmetric systems; where a matrix is singular, return the solution of least norm."""
+    lower, failed = torch.linalg.cholesky_ex(matrices)
+    if bool(failed.any()):
+        inverse: Tensor = torch.linalg.pinv(matrices, hermitian=True)
+        return inverse @ right
+    return torch.cholesky_solve(right, lower)
+
+
+def couple_tiles(
+    start: Tensor,
+    thetas: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    shares: Tensor,
+    damping: float,
+    steps: int,
+) -> Tensor:
+    """Merge tiles coupled over rows and columns: the minimum of ``sum_i <X - W_i, F_i (X - W_i)>``.
+
+    ``F_i X = t_i (L_i X R_i + delta X)``. Conjugate gradients from ``start``, for each tile apart, preconditioned by
+    ``(sum_i t_i L_i) (x) (sum_i t_i R_i) + delta`` in its eigenbasis.
+
+    Args:
+        start: First X, tiles ``[rows, columns, b, c]``.
+        thetas: W_i, shaped alike.
+        rows: L_i, ``[rows, b, b]``.
+        columns: R_i, ``[columns, c, c]``.
+        shares: t_i, ``[models]``, with sum 1.
+        damping: delta, positive.
+        steps: Number of steps.
+
+    Returns:
+        X after the steps.
+
+    Example:
+        >>> theta, one = torch.ones(1, 1, 2, 2), torch.eye(2)[None]
+        >>> couple_tiles(theta, [theta, 3 * theta], [one, one], [one, one], torch.tensor([0.5, 0.5]), 0.1, steps=1)
+        tensor([[[[2., 2.],
+                  [2., 2.]]]])
+    """
+    shares = shares.to(start.dtype)
+    left = [(t * factor)[:, None] for t, factor in zip(shares, rows, strict=True)]
+    right = [factor[None] for factor in columns]
+
+    def apply(tiles: Sequence[Tensor]) -> Tensor:
+        """Return ``sum_i F_i tiles_i``."""
+        result = torch.zeros_like(start)
+        for t, own_left, own_right, tile in zip(shares, left, right, tiles, strict=True):
+            result += own_left @ tile @ own_right
+            result += damping * t * tile
+        return result
+
+    precondition = _preconditioner(
+        sum(left[1:], start=left[0]),
+        sum((t * factor for t, factor in zip(shares[1:], right[1:], strict=True)), start=shares[0] * right[0]),
+        damping,
+    )
+    values = start.clone()
+    residual = apply([theta - values for theta in thetas])
+    direction = step = precondition(residual)
+    gain = _dot(residual, step)
+    converged = gain * torch.finfo(start.dtype).eps ** 2
+    for _ in range(steps):
+        image = apply([direction] * len(thetas))
+        # Beyond the precision of the residual, steps would only follow rounding errors, and grow.
+        curvature = torch.where(gain > converged, _dot(direction, image), 0)
+        rate = _ratio(gain, curvature, start.dtype)
+        values += rate * direction
+        residual = residual - rate * image
+        step = precondition(residual)
+        last, gain = gain, _dot(residual, step)
+        direction = step + _ratio(gain, last, start.dtype) * direction
+    return values
+
+
+def _preconditioner(left: Tensor, right: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
+    """Return the inverse of ``L (x) R + delta`` for symmetric L and R, as a function of tiles."""
+    (over_rows, rows), (over_columns, columns) = torch.linalg.eigh(left), torch.linalg.eigh(right)
+    values = over_rows.clamp_min(0)[..., :, None] * over_columns.clamp_min(0)[..., None, :] + damping
+
+    def apply(tiles: Tensor) -> Tensor:
+        result: Tensor = rows @ ((rows.mT @ tiles @ columns) / values) @ columns.mT
+        return result
+
+    return apply
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Return the inner product of each pair of tiles."""
+    return (one * other).sum((-2, -1), keepdim=True, dtype=torch.float64)
+
+
+def _ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a quotient, 0 where the denominator is not positive."""
+    return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1), 0).to(dtype)
