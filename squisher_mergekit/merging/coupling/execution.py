@@ -15,6 +15,7 @@ from squisher_mergekit.merging import equations
 from squisher_mergekit.merging.coupling import equations as coupling
 from squisher_mergekit.merging.execution import Input, Outcome, merge_squisher
 from squisher_mergekit.merging.parameters import DAMPING
+from squisher_mergekit.models.weights import check_finite
 
 PANEL = 1 << 22
 
@@ -64,14 +65,12 @@ def merge_coupled(
         The merged matrix.
 
     Raises:
-        ValuesError: A Fisher has NaN, infinite or negative entries.
+        ValuesError: A Fisher has NaN, infinite or negative entries, or a weight is not finite.
     """
     used = [i for i, item in enumerate(inputs) if item.weight > 0]
     if len(used) == 1 or base.ndim != 2 or not base.numel():
         return merge_squisher(inputs, out_dtype)
-    for item in inputs:
-        if item.fisher is not None:
-            check_values(item.fisher, *item.label)
+    _check_inputs(base, inputs)
     over_columns = (structure.kind == "columns") != transposed
     turned = over_columns if structure.kind != "kron" else transposed
     matrices = _Matrices.of(base, [inputs[i] for i in used], turned)
@@ -79,9 +78,22 @@ def merge_coupled(
     merge = _kron if structure.kind == "kron" else _rows
     shares, fell_back = merge(matrices, structure, values)
     spread = dict(zip(used, shares, strict=True))
-    return Outcome(
-        (values.mT if turned else values).contiguous(), [spread.get(i, 0.0) for i in range(len(inputs))], fell_back
+    merged = (values.mT if turned else values).contiguous()
+    all_shares = [spread.get(i, 0.0) for i in range(len(inputs))]
+        (values.mT if turned else values).contiguous(),
+        [spread.get(i, 0.0) for i in range(len(inputs))],
     )
+    return Outcome(merged, all_shares, fell_back, not_finite=(~torch.isfinite(merged)).sum())
+
+
+def _check_inputs(base: Tensor, inputs: Sequence[Input]) -> None:
+    """Refuse entries that no system of equations can have."""
+    for item in inputs:
+        if item.fisher is not None:
+            check_values(item.fisher, *item.label)
+        for tensor, model in ((item.theta, item.model), (base, "the base")):
+            if not bool(torch.isfinite(tensor).all()):
+                check_finite(tensor, item.label[0], model)
 
 
 @dataclass(frozen=True)

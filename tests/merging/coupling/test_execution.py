@@ -151,6 +151,16 @@ def test_an_invalid_fisher_is_refused(value):
         _merge(base, thetas, fishers, Structure("rows", 3), [1.0, 1.0])
 
 
+@pytest.mark.parametrize("kind", REFERENCES)
+@pytest.mark.parametrize("where", ["base", "model"])
+def test_a_weight_that_is_not_finite_is_refused(kind, where):
+    """A NaN in the base or in a model raises, and gives no merged NaN."""
+    base, thetas, fishers = _draw((7, 5), 2)
+    (base if where == "base" else thetas[1])[3, 2] = float("nan")
+    with pytest.raises(ValuesError, match="1 NaN"):
+        _merge(base, thetas, fishers, Structure(kind, 3), [1.0, 1.0])
+
+
 def test_a_vector_is_merged_by_the_diagonal():
     """A tensor with one axis has no rows to couple."""
     base, thetas, fishers = torch.zeros(5), [torch.ones(5), torch.zeros(5)], [torch.ones(5), 3 * torch.ones(5)]
