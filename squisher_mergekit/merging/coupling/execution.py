@@ -80,9 +80,6 @@ def merge_coupled(
     spread = dict(zip(used, shares, strict=True))
     merged = (values.mT if turned else values).contiguous()
     all_shares = [spread.get(i, 0.0) for i in range(len(inputs))]
-        (values.mT if turned else values).contiguous(),
-        [spread.get(i, 0.0) for i in range(len(inputs))],
-    )
     return Outcome(merged, all_shares, fell_back, not_finite=(~torch.isfinite(merged)).sum())
 
 
