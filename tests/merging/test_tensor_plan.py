@@ -31,7 +31,7 @@ def test_weights_all_zero(tmp_path: Path, pair: dict[str, Any]) -> None:
 
 
 def test_fisher_none_outside_a_base(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """`fisher: none` is valid only for the base of UBGM."""
+    """`fisher: none` is valid for the base of UBGM and with a structure, not for a diagonal merge."""
     pair["models"][0]["parameters"]["fisher"] = "none"
     assert_refused(merge(pair, tmp_path / "out"), tmp_path / "out", "base of ubgm_squisher alone")
 
