@@ -280,7 +280,7 @@ class FisherConfig(_Frozen):
 def first_error(error: ValidationError) -> str:
     """Return place, reason and value of the first of pydantic's errors."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith("constrained-"))
     return f"{place}: {first['msg']}, found {_shown(first['input'])}"
 
 

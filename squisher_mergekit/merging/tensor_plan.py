@@ -353,8 +353,8 @@ def _plan_input(
         if (method == UBGM_SQUISHER and item.is_base) or settings.structure != "diagonal":
             return FisherUse(item, None, names[0])
         raise ConfigError(
-            f"fisher: none is for the base of {UBGM_SQUISHER} alone, or for {SQUISHER} with structure: rows, columns or "
-            f"kron, found it for {label}; remove it"
+            f"fisher: none is for the base of {UBGM_SQUISHER} alone, or for {SQUISHER} with structure: rows, columns "
+            f"or kron, found it for {label}; remove it"
         )
     other = base if base is not None and base.folder != item.model.weights.folder else None
     opened = sources.open(item.fisher, item.model, other, cache_dir, method if item.is_base else None)
