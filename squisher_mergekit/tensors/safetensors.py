@@ -237,8 +237,8 @@ def _check_digest(header: SafetensorsHeader, name: str, data: torch.Tensor) -> N
     if found != header.digests[name]:
         raise CorruptFileError(
             f"the bytes of {name} in {header.file} must have the digest {header.digests[name]:.8} that was noted with "
-            f"them, found {found}: they were damaged or exchanged since; copy the file again (squisher extract --no-verify reads them "
-            "unchecked)"
+            f"them, found {found}: they were damaged or exchanged since; copy the file again (squisher extract "
+            "--no-verify reads them unchecked)"
         )
 
 
