@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -104,6 +104,16 @@ def check_values(tensor: torch.Tensor, name: str, location: str) -> None:
     low, high = torch.aminmax(tensor)
     if not (low.item() >= 0 and high.item() < float("inf")):
         refuse_invalid(count_invalid(tensor), tensor.numel(), name, location)
+
+
+def has_signal(infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> bool:
+    """Return True if an entry of some tensors is not 0; the smallest tensors are read first and nearly always suffice.
+
+    Args:
+        infos: Name -> header.
+        read: Function that reads a tensor.
+    """
+    return any(bool(read(name).any()) for name in sorted(infos, key=lambda name: infos[name].nbytes))
 
 
 def zeros_refusal(location: str) -> str:

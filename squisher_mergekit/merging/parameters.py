@@ -12,8 +12,6 @@ UBGM_SQUISHER = "ubgm_squisher"
 METHODS = (SQUISHER, UBGM_SQUISHER)
 # Numbers, for which a list in the YAML is a gradient over the layers.
 GRADIENTS = ("weight", "fisher_scale", "density", "floor", "prior", "damping")
-
-
 # Structures beyond the diagonal, with their damping.
 DAMPING = {"rows": 0.1, "columns": 0.01, "kron": 0.03}
 
@@ -149,6 +147,16 @@ PARAMETERS = (
 def of_method(method: str) -> tuple[MergeParameter, ...]:
     """Return the parameters of a method."""
     return tuple(parameter for parameter in PARAMETERS if method in parameter.methods)
+
+
+def is_coupled(given: Mapping[str, Any]) -> bool:
+    """Return True if the parameters of a merge ask for a structure beyond the diagonal.
+
+    Example:
+        >>> is_coupled({"structure": "rows"}), is_coupled({"prior": 0.0})
+        (True, False)
+    """
+    return bool(given.get("structure", "diagonal") != "diagonal")
 
 
 def no_signal(method: str) -> str:

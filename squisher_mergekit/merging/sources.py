@@ -12,6 +12,7 @@ from squisher_mergekit.errors import MismatchError, NotFoundError, UnsupportedSt
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.fisher.values import has_signal
 from squisher_mergekit.fisher.write import has_fisher
 from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.models.fingerprint import difference
@@ -217,10 +218,7 @@ def _check(fisher: Fisher, model: ModelFiles) -> str | None:
             f"the names of a Fisher must be those of the weights, but {len(unknown)} of {len(fisher)} in "
             f"{fisher.location} are not in {model.label}, {unknown[0]} among them; give the Fisher of this model"
         )
-    # From the smallest tensor on: nearly always it settles the question.
-    if len(fisher) and not any(
-        fisher[name].any() for name in sorted(fisher, key=lambda name: fisher.info(name).nbytes)
-    ):
+    if len(fisher) and not has_signal({name: fisher.info(name) for name in fisher}, fisher.__getitem__):
         raise ValuesError(
             f"the Fisher for {model.label} must have positive entries, but {fisher.location} is 0 everywhere; give a "
             "checkpoint saved after the first optimizer step"

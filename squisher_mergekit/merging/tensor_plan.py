@@ -24,7 +24,6 @@ class Settings:
     missing: str = "error"
     prior: float = 0.0
     structure: str = "diagonal"
-    shares: str = "fisher"
 
 
 # Reasons in the coverage of a Fisher for a tensor that no gradient reaches.
@@ -143,14 +142,13 @@ class TensorPlan:
     inputs: tuple[WeightInput, ...]
     is_buffer: bool = False
     is_integer: bool = False
+    coupled: bool = False
+    transposed: bool = False
 
     @property
     def is_copied(self) -> bool:
         """True for a tensor that mergekit copies: one model alone has it, or its entries are integers."""
         return not self.uses and not self.missing
-
-    coupled: bool = False
-    transposed: bool = False
 
     def differenced(self) -> tuple[WeightInput, ...]:
         """Return the inputs whose difference to the base the merge needs."""

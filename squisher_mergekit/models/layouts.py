@@ -1,4 +1,4 @@
-"""MatrixLayout of matrices: tokens as rows, and the order of the axes."""
+"""Layouts of matrices: tokens as rows, and the order of the axes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from squisher_mergekit.models.weights import Weights
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """MatrixLayout of a weight.
+    """Layout of one matrix.
 
     Attributes:
         embedding: True if each row is a token's or a position's.

@@ -200,9 +200,7 @@ def _no_assignment(
                     )
                 return MismatchError(
                     f"{parameter.name} has shape {list(parameter.shape)} in the model, but {list(shape)} in "
-                    f"{location}; give the --model that was trained. If embeddings were resized since then, extract "
-                    "from a checkpoint with the weights before that (squisher extract CHECKPOINT -o DIR), merge with "
-                    "fisher: DIR; new rows then count as unseen (F = 0)"
+                    f"{location}; give the --model that was trained"
                 )
     why = "they fit by none of the rules known"
     if sum(sizes) > len(parameters):

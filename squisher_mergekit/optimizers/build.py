@@ -6,7 +6,7 @@ from squisher_mergekit.errors import MismatchError, ValuesError
 from squisher_mergekit.fisher.files import tied_aliases
 from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.fisher.values import zeros_refusal
+from squisher_mergekit.fisher.values import has_signal, zeros_refusal
 from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointNames
 from squisher_mergekit.models.convert import MomentStore, store_moments
 from squisher_mergekit.models.weights import Weights
@@ -69,13 +69,12 @@ def _refuse_lost(store: MomentStore, folders: Folders) -> None:
 
 
 def _refuse_zeros(store: MomentStore) -> None:
-    """Refuse second moments that are all 0; the first entry above 0 ends the search, from the smallest tensor on.
+    """Refuse second moments that are all 0.
 
     Raises:
         ValuesError: All entries are 0.
     """
-    names = sorted(store.infos, key=lambda name: store.infos[name].nbytes)
-    if names and not any(bool(store.read(name).count_nonzero()) for name in names):
+    if store.infos and not has_signal(store.infos, store.read):
         raise ValuesError(zeros_refusal(store.location))
 
 

@@ -188,7 +188,7 @@ def link(source: Path, target: Path, scratch: Path) -> None:
 
 
 def _is_copy(source: Path, target: Path) -> bool:
-    """Return True if a file is the link or copy that :func:`_link` makes."""
+    """Return True if a file is the link or copy that :func:`link` makes."""
     try:
         ours, theirs = source.stat(), target.stat()
     except OSError:

@@ -19,7 +19,6 @@ _STATUSES = {
     301: ("the repository was moved or renamed", "give its new name"),
     307: ("the repository was moved or renamed", "give its new name"),
     308: ("the repository was moved or renamed", "give its new name"),
-    403: ("the token lacks the right", "take a token with access, or ask for access"),
     429: ("too many requests", "wait some minutes, or log in by hf auth login"),
 }
 

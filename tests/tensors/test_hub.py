@@ -1,9 +1,11 @@
 """Ids of models on the Hub."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from squisher_mergekit.errors import ConfigError, NotFoundError
-from squisher_mergekit.tensors.hub import download_model, refuse_offline, split_revision
+from squisher_mergekit.errors import ConfigError, NotFoundError, RefusedError
+from squisher_mergekit.tensors.hub import download_model, explained, refuse_offline, split_revision
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,15 @@ def test_offline_work_that_needs_the_hub_is_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="an upload needs the Hub, but HF_HUB_OFFLINE is set"):
         refuse_offline("an upload")
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(301, "moved or renamed"), (403, "token with the right"), (429, "too many requests"), (503, "fails with 503")],
+)
+def test_each_answer_of_the_hub_has_its_own_cause(status, words):
+    """A moved repository, a missing right, too many requests and a failing server are told apart in one line."""
+    error = RuntimeError("no")
+    error.response = SimpleNamespace(status_code=status)
+    with pytest.raises(RefusedError, match=words), explained("a push", "org/name"):
+        raise error

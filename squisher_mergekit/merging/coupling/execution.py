@@ -88,9 +88,10 @@ def _check_inputs(base: Tensor, inputs: Sequence[Input]) -> None:
     for item in inputs:
         if item.fisher is not None:
             check_values(item.fisher, *item.label)
-        for tensor, model in ((item.theta, item.model), (base, "the base")):
-            if not bool(torch.isfinite(tensor).all()):
-                check_finite(tensor, item.label[0], model)
+    name = inputs[0].label[0]
+    for tensor, model in ((base, "the base"), *((item.theta, item.model) for item in inputs)):
+        if not bool(torch.isfinite(tensor).all()):
+            check_finite(tensor, name, model)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from squisher_mergekit.merging.mergekit.lookup import (
     weight_converts,
 )
 from squisher_mergekit.merging.mergekit.tasks import FisherMergeTask, FisherRequest
-from squisher_mergekit.merging.parameters import SQUISHER
+from squisher_mergekit.merging.parameters import SQUISHER, is_coupled
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import ModelFiles, check_stored
 from squisher_mergekit.merging.tensor_plan import FisherUse, Origin, Settings, TensorPlan, WeightInput
@@ -79,7 +79,7 @@ def names_of(tasks: Sequence[Any]) -> dict[str | None, set[str]]:
     """Return the names that a filter can match: those of each model's weights, and under None those of all."""
     names: dict[str | None, set[str]] = {None: set()}
     for task in tasks:
-        gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+        gather = gather_of(task)
         for model in task.model_order:
             found = gather.weight_info[model].name if hasattr(gather, "weight_info") else task.output_weight.name
             names.setdefault(str(model), set()).add(found)
@@ -110,16 +110,11 @@ def _plan(task: Any, base: ModelReference | None, run: Run, whole: WholeModel) -
 def _layout(task: Any, inputs: Sequence[WeightInput], run: Run) -> MatrixLayout:
     """Return the form of a tensor, which only a structure beyond the diagonal needs."""
     first = next((item for item in inputs if item.stored is not None), None)
-    if not _coupled(task) or first is None:
+    if not is_coupled(dict(task.parameters.items())) or first is None:
         return MatrixLayout()
     if first.key not in run.layouts:
         run.layouts[first.key] = layouts_on_disk(first.model.weights)
     return run.layouts[first.key].get(str(first.stored), MatrixLayout())
-
-
-def _coupled(task: Any) -> bool:
-    given = dict(task.parameters.items())
-    return bool(given.get("structure", "diagonal") != "diagonal")
 
 
 def _with_fishers(task: Any, plan: TensorPlan, base: ModelReference | None, run: Run) -> FisherMergeTask:
@@ -182,7 +177,7 @@ def _weight_input(task: Any, model: Any, base: Any, run: Run) -> WeightInput | N
     values, is_base = task.input_parameters[model], model == task.base_model
     moved = values["weight"] > 0 and not is_base
     trimmed = moved and values["density"] < 1
-    coupled = moved and _coupled(task)
+    coupled = moved and is_coupled(dict(task.parameters.items()))
     return WeightInput(
         key=model,
         model=files,

@@ -50,13 +50,7 @@ def read_config(text: str) -> Any:
         document.refuse_misspelt_method(method)
         cure = f"use mergekit-yaml for {method}" if method else "add it"
         raise ConfigError(f"merge_method must be {' or '.join(METHODS)} here, found {method}; {cure}")
-    document.check_document(parsed, MergeConfiguration)
-    try:
-        return MergeConfiguration.model_validate(parsed)
-    except SquisherError:
-        raise
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise document.refuse_unreadable(error) from error
+    return MergeConfiguration.model_validate(parsed)  # checked by the hook into this class
 
 
 def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = False, **options: Any) -> dict[str, Any]:
@@ -120,11 +114,9 @@ def run_config(
     from mergekit.card import generate_card
     from mergekit.merge import run_merge
 
-    from squisher_mergekit.merging.mergekit.document import resolve_models
     from squisher_mergekit.merging.report import bare_card, provenance
     from squisher_mergekit.merging.run import Run
 
-    resolve_models(config)
     with Run(config.merge_method, options.quiet, strict, allow_missing) as run, mergekit_errors():
         given = _options_of(run, options.model_copy(update={"write_model_card": False}))
         run_merge(config, str(folder), given, config_source=text)

@@ -108,7 +108,7 @@ def _is_schema(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def refuse_unreadable(error: Exception) -> ConfigError:
+def unreadable(error: Exception) -> ConfigError:
     """Return the one-line error for a document that mergekit cannot read."""
     text = str(error)
     if isinstance(error, ValidationError):

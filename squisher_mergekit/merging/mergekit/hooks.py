@@ -239,7 +239,7 @@ def _extend_schema(schema: Any) -> None:
         try:
             return validate(cls, obj, **options)
         except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise document.refuse_unreadable(error) from None
+            raise document.unreadable(error) from None
 
     schema.model_validate = classmethod(model_validate)  # type: ignore[arg-type]
 
@@ -345,7 +345,7 @@ def _atomic_output(universe: Any) -> Iterator[None]:
     from mergekit.io.tasks import TensorWriterTask
 
     from squisher_mergekit.merging.mergekit.tasks import TrackedWriterTask
-    from squisher_mergekit.merging.rollback import output_folder
+    from squisher_mergekit.merging.output_folder import output_folder
 
     with contextlib.ExitStack() as stack:
         for i, task in enumerate(universe.tasks):

@@ -152,7 +152,7 @@ def _structure(
         first = next(iter(resolved.values()))
         return first.structure, first.transposed
     ndim = group.entries[0].tensor.ndim
-    if not _is_coupled(given) or ndim != 2 or layout_by_name(name, ndim).embedding:
+    if not parameters.is_coupled(given) or ndim != 2 or layout_by_name(name, ndim).embedding:
         return None, False
     return Structure.of(given), False
 
@@ -204,10 +204,6 @@ def _trim(
     return Trim(origin.to(fisher.device), scores, loaded.density, loaded.rows)
 
 
-def _is_coupled(given: Mapping[str, Any]) -> bool:
-    return bool(given.get("structure", "diagonal") != "diagonal")
-
-
 def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method: str) -> dict[Any, LoadedFisher]:
     """Read the tensor from the mappings of an in-memory call."""
     sources = {entry.id: given["fisher"][entry.id] for entry in group.entries}
@@ -215,7 +211,7 @@ def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method
         if isinstance(source, Mapping):
             continue
         base = next((entry.id for entry in group.entries if entry.is_base), None)
-        if source == "none" and ((key == base and method == parameters.UBGM_SQUISHER) or _is_coupled(given)):
+        if source == "none" and ((key == base and method == parameters.UBGM_SQUISHER) or parameters.is_coupled(given)):
             continue
         raise ConfigError(
             f"{method} in memory needs a Fisher for input {key!r}: a mapping name -> tensor, found {source!r}; "

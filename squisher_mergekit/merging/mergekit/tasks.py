@@ -19,8 +19,8 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.coupling.execution import Structure
 from squisher_mergekit.merging.density import Rows
 from squisher_mergekit.merging.mergekit.methods import ResolvedFisher
+from squisher_mergekit.merging.output_folder import OutputFolder
 from squisher_mergekit.merging.read import LoadedFisher, load_tensor
-from squisher_mergekit.merging.rollback import OutputFolder
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import OpenFisher
 from squisher_mergekit.models.weights import check_finite

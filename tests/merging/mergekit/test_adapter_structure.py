@@ -68,8 +68,8 @@ def _config(root: Path, kind: str, **parameters: Any) -> dict[str, Any]:
     }
 
 
-def _wanted(structure: str, name: str, weights: list[Tensors], fishers: list[Tensors] | None, **settings: Any):
-    base, *thetas = (model[settings.get("own", name)].double() for model in weights)
+def _wanted(structure: str, name: str, weights: list[Tensors], fishers: list[Tensors] | None):
+    base, *thetas = (model[name].double() for model in weights)
     known = None if fishers is None else [model[name].double() for model in fishers[1:]]
     reference = REFERENCES[structure]
     return reference(base, thetas, known, WEIGHTS, 7, DAMPING[structure])

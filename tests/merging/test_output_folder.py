@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from squisher_mergekit.errors import OutputError
-from squisher_mergekit.merging.rollback import output_folder
+from squisher_mergekit.merging.output_folder import output_folder
 from tests.merging.reference import (
     assert_refused,
     give_fisher,
