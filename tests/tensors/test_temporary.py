@@ -11,9 +11,11 @@ import pytest
 from squisher_mergekit.tensors.temporary import remove_stale, temporary_folder
 
 _HOLD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from squisher_mergekit.tensors.temporary import ENDINGS, cleaned_up_at_signals, temporary_folder
+for ending in ENDINGS:
+    signal.signal(ending, signal.SIG_DFL)  # a shell starts a background job with some of them ignored
 with cleaned_up_at_signals(ENDINGS), temporary_folder(Path(sys.argv[1]), "out") as folder:
     (folder / "part").touch()
     print("ready", flush=True)
