@@ -103,7 +103,7 @@ def load_fisher(
             check_headers(fisher, Weights(tuned.folder, "adapter_model") if adapter else tuned)
         return fisher
     layout, location = layouts.of(path) if path.is_file() else _state_in(path)
-    return build_fisher(layout.read(location, verify), tuned, before, _read_names(names))
+    return build_fisher(layout.load(location, verify), tuned, before, _read_names(names))
 
 
 def extract(

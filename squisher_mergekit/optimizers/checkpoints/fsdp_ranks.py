@@ -51,6 +51,8 @@ def read(file: Path, verify: bool) -> RawState:
             if not is_state(state):
                 raise CorruptFileError(f"{files[rank]} must hold an optimizer's state_dict, found none; copy it again")
         states.append(_joined(loaded, files[min(files)]))
+    if not states:
+        raise NotFoundError(f"{folder} must hold the files of each rank, but has none; give another folder")
     return RawState(file, tuple(states), layout="accelerate-fsdp", verify=checksums.verify)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from squisher_mergekit.errors import NamingError
 from squisher_mergekit.optimizers.checkpoints import dcp, deepspeed, deepspeed_universal, fsdp_ranks, torch_save
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
+from squisher_mergekit.tensors.input_files import reading
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ class Layout:
     find: Callable[[Path], Path | None]
     read: Callable[[Path, bool], RawState]
     files: re.Pattern[str]
+
+    def load(self, location: Path, verify: bool) -> RawState:
+        """Read the state; an error of another library becomes one of this package.
+
+        Raises:
+            RefusedError: The state cannot be read safely, or is damaged.
+        """
+        with reading(location, "a whole optimizer state"):
+            return self.read(location, verify)
 
 
 _LAST = Layout("a file of torch.save", torch_save.find, torch_save.read, re.compile(".*"))
