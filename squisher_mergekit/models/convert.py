@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.parameters import describe
-from squisher_mergekit.tensors.lazy import MaybeLazy, parts, read, unverified
+from squisher_mergekit.tensors.lazy import MaybeLazy, in_memory, read, unverified
 from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore
 
 
@@ -35,7 +35,7 @@ class MomentStore:
         conversions: Name on disk -> origin of the tensor.
         infos: Name on disk -> header of the tensor.
         checkpoint_names: The model's names; None if the names in memory are those on disk.
-        verify: Function that verifies the checksum of a mapped tensor's bytes.
+        verify: Function that returns a mapped tensor in memory, with its checksum verified.
     """
 
     location: str
@@ -43,7 +43,7 @@ class MomentStore:
     conversions: Mapping[str, Conversion]
     infos: Mapping[str, TensorInfo]
     checkpoint_names: CheckpointNames | None
-    verify: Callable[[Tensor], None]
+    verify: Callable[[Tensor], Tensor]
     # The last conversion, as callers read the many experts of one packed tensor one after another.
     _last: dict[tuple[str, ...], Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -60,19 +60,7 @@ class MomentStore:
         return converted[origin.key]
 
     def _moment(self, name: str) -> Tensor:
-        stored = self.moments[name]
-        for part in parts(stored):
-            self.verify(part)
-        tensor = read(stored)
-        if self.verify is unverified or not any(_shares(tensor, part) for part in parts(stored)):
-            return tensor
-        # A copy: the file may be truncated while the caller computes, and a mapped page would then stop the process.
-        return tensor.clone()
-
-
-def _shares(tensor: Tensor, part: Tensor) -> bool:
-    """Return True if two tensors share their memory."""
-    return tensor.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+        return read(in_memory(self.moments[name], self.verify))
 
 
 def store_moments(
@@ -80,7 +68,7 @@ def store_moments(
     moments: Mapping[str, MaybeLazy],
     checkpoint_names: CheckpointNames | None,
     weights: Collection[str],
-    verify: Callable[[Tensor], None] = unverified,
+    verify: Callable[[Tensor], Tensor] = unverified,
 ) -> MomentStore:
     """Store second moments under their names on disk.
 
@@ -89,7 +77,7 @@ def store_moments(
         moments: Name in memory -> second moment.
         checkpoint_names: The model's names; None if the names in memory are those on disk.
         weights: Names in the weights, if known: of the names of a tied tensor, the one found there is taken.
-        verify: Function that verifies the checksum of a mapped tensor's bytes.
+        verify: Function that returns a mapped tensor in memory, with its checksum verified.
     """
     conversions, infos = {}, {}
     if checkpoint_names is None:

@@ -5,6 +5,7 @@ Every reader opens its file by :func:`open_input`, parses JSON and YAML here, an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -62,7 +63,9 @@ def brief(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, TypeError | AttributeError | LookupError):  # their texts alone say little
         text = f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:200] or type(error).__name__
+    text = " ".join(text.split())
+    # torch puts its advice about weights_only before the reason.
+    return (text.partition("WeightsUnpickler error: ")[2] or text)[:200] or type(error).__name__
 
 
 def open_input(file: Path) -> BinaryIO:
@@ -82,6 +85,27 @@ def open_input(file: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def file_state(stream: BinaryIO) -> tuple[int, int, int]:
+    """Return inode, size and time of change of an open file, which reveal that it was changed or replaced."""
+    found = os.fstat(stream.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def refuse_irregular(folder: Path) -> None:
+    """Refuse a folder with a FIFO, a socket or a device among its files; to open one could wait forever.
+
+    Raises:
+        CorruptFileError: An entry is neither a file nor a folder, nor a link to one.
+    """
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        with contextlib.suppress(OSError):  # a broken link is a missing file
+            mode = entry.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise CorruptFileError(
+                    f"{entry} must be a regular file, found {_kind(mode)}; remove it, or give a file"
+                )
 
 
 def _kind(mode: int) -> str:

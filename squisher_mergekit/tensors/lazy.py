@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -122,5 +122,32 @@ def parts(stored: MaybeLazy) -> Sequence[Tensor]:
     return (stored,) if isinstance(stored, Tensor) else stored.parts
 
 
-def unverified(tensor: Tensor) -> None:
-    """Accept a tensor without a checksum: the file has none, or the caller asked for no verification."""
+def unverified(tensor: Tensor) -> Tensor:
+    """Return a tensor that is in memory already, or has no checksum."""
+    return tensor
+
+
+def in_memory(stored: MaybeLazy, copied: Callable[[Tensor], Tensor]) -> MaybeLazy:
+    """Return a tensor whose parts are in memory; of a flat buffer, only the slices in use.
+
+    Args:
+        stored: A tensor, or a lazy one.
+        copied: Function that returns a mapped tensor in memory.
+
+    Example:
+        >>> in_memory(Slices(((torch.arange(5.0), 3, 2),), torch.Size([2])), torch.clone).slices
+        ((tensor([3., 4.]), 0, 2),)
+    """
+    if isinstance(stored, Tensor):
+        return copied(stored)
+    if isinstance(stored, Slices):
+        slices = ((copied(flat[start : start + length]), 0, length) for flat, start, length in stored.slices)
+        return Slices(tuple(slices), stored.shape)
+    if not is_dataclass(stored):
+        return stored
+    values = {field.name: getattr(stored, field.name) for field in fields(stored)}
+    changes: dict[str, Any] = {name: copied(value) for name, value in values.items() if isinstance(value, Tensor)}
+    for name, value in values.items():
+        if isinstance(value, tuple) and value and all(isinstance(item, Tensor) for item in value):
+            changes[name] = tuple(map(copied, value))
+    return replace(stored, **changes)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from squisher_mergekit.errors import CorruptFileError, MismatchError, UnsupportedStateError
 from squisher_mergekit.tensors.dtypes import DTYPES, dtype_refusal
-from squisher_mergekit.tensors.input_files import is_name, open_input, read_mapping, reading
+from squisher_mergekit.tensors.input_files import file_state, is_name, open_input, read_mapping, reading
 
 DIGEST = ".crc32"  # ending of the note in a header with the digest of a tensor
 _LONGEST = 100_000_000  # bytes of a header, as the format allows
@@ -203,7 +202,7 @@ def _read_bytes(header: SafetensorsHeader, name: str) -> torch.Tensor:
     data = torch.empty(end - begin, dtype=torch.uint8)
     left = memoryview(data.numpy().data).cast("B") if end > begin else memoryview(b"")
     with reading(header.file, "a whole safetensors file that nobody changes"), open_input(header.file) as stream:
-        if _state(stream) != header.state:
+        if file_state(stream) != header.state:
             raise ValueError(f"it has changed since its header was read, so {name} cannot be read")
         stream.seek(header.start + begin)
         while left:
@@ -254,7 +253,7 @@ def read_header(file: Path) -> SafetensorsHeader:
         CorruptFileError: The file is truncated or no safetensors file.
     """
     with reading(file, "a whole safetensors file"), open_input(file) as stream:
-        state = _state(stream)
+        state = file_state(stream)
         size = state[1]
         (length,) = struct.unpack("<Q", stream.read(8))
         if length > min(size - 8, _LONGEST):
@@ -274,12 +273,6 @@ def read_header(file: Path) -> SafetensorsHeader:
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes where its header promises {8 + length + end}")
     return SafetensorsHeader(file, entries, metadata, 8 + length, state)
-
-
-def _state(stream: BinaryIO) -> tuple[int, int, int]:
-    """Return inode, size and time of change of an open file, which reveal that it was changed or replaced."""
-    found = os.fstat(stream.fileno())
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _offsets(name: str, entry: Any) -> tuple[int, int]:

@@ -28,8 +28,8 @@ def cut(buffers: Sequence[Tensor], start: int, length: int) -> Iterator[tuple[Te
         >>> [(begin, size) for _, begin, size in cut([torch.zeros(3), torch.zeros(5)], 2, 4)]
         [(2, 1), (0, 3)]
     """
-    if any(buffer.ndim != 1 or buffer.dtype != buffers[0].dtype for buffer in buffers):
-        raise ValueError("flat buffers of one type")
+    if any(buffer.ndim != 1 or buffer.dtype != buffers[0].dtype or buffer.is_complex() for buffer in buffers):
+        raise ValueError("flat buffers of one real type")
     for buffer in buffers:
         count = min(length, buffer.numel() - start)
         if count > 0:
@@ -86,7 +86,7 @@ def verify_masters(masters: Mapping[str, Slices], weights: Mapping[str, Tensor],
             continue
         positions, values = master.sample(_PROBE)
         saved = weight.reshape(-1)[positions] if weight.shape == master.shape else None
-        if saved is None or not torch.equal(values.to(saved.dtype), saved):
+        if saved is None or values.is_complex() or not torch.equal(values.to(saved.dtype), saved):
             raise MismatchError(
                 f"the buffers in {location} must hold the weights in float32, but the copy of {name} is not its "
                 "weights, so its second moment is not certain either; give the --model of the same step (for a "

@@ -21,7 +21,7 @@ class RawState:
         model: Model saved with the state: name -> tensor; None if there is none.
         layout: Name of the layout for the metadata; None where the folder tells it.
         known: Further metadata, by the keys of ``fisher_config.json``.
-        verify: Function that verifies the checksum of a mapped tensor's bytes.
+        verify: Function that returns a mapped tensor in memory, with its checksum verified.
         masters: Float32 weights cut from the trainer's flat buffers: the cuts are verified against the weights.
     """
 
@@ -30,5 +30,5 @@ class RawState:
     model: Mapping[str, Tensor] | None = None
     layout: str | None = None
     known: Mapping[str, Any] = field(default_factory=dict)
-    verify: Callable[[Tensor], None] = unverified
+    verify: Callable[[Tensor], Tensor] = unverified
     masters: Mapping[str, Slices] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 import io
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import ArchiveRecord, Checksums, check_archive
-from squisher_mergekit.tensors.input_files import open_input
+from squisher_mergekit.tensors.input_files import brief, open_input
 
 _ZIP = b"PK\x03\x04"
 
@@ -133,7 +134,7 @@ def load(path: Path, checksums: Checksums | None = None) -> Any:
             # Before torch reads anything: a compressed pickle of a megabyte can expand to gigabytes.
             records = check_archive(stream) if archive else {}
         with torch.serialization.safe_globals(_STAND_INS):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            loaded = _torch_load(path, mmap=archive)
         if archive and checksums is not None:
             checksums.add(path, records, loaded)
     except pickle.UnpicklingError as error:
@@ -145,6 +146,13 @@ def load(path: Path, checksums: Checksums | None = None) -> Any:
     except Exception as error:
         raise _corrupt(path, error) from None
     return loaded
+
+
+def _torch_load(source: Any, mmap: bool = False) -> Any:
+    """Call ``torch.load`` without its warnings, about pickle protocols and classes of old files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 class _Region(io.RawIOBase):
@@ -190,7 +198,7 @@ def load_part(path: Path, start: int, length: int) -> Any:
         CorruptFileError: The file is too short, or the part is damaged or was not written by ``torch.save``.
     """
     with _part(path, start, length) as (stream, _):
-        return torch.load(stream, map_location="cpu", weights_only=True)
+        return _torch_load(stream)
 
 
 def read_part(path: Path, start: int, length: int, into: Tensor, verify: bool) -> None:
@@ -209,7 +217,7 @@ def read_part(path: Path, start: int, length: int, into: Tensor, verify: bool) -
     """
     with _part(path, start, length) as (stream, records):
         with torch.serialization.skip_data():
-            described = torch.load(stream, map_location="cpu", weights_only=True)
+            described = _torch_load(stream)
         if not isinstance(described, Tensor) or described.shape != into.shape or described.dtype != into.dtype:
             raise CorruptFileError(
                 f"{path} must hold a part of shape {list(into.shape)} at byte {start}, as its index says, "
@@ -334,9 +342,9 @@ def _refusal(path: Path, needed: Sequence[str]) -> UnsafeFileError | Unsupported
 def _corrupt(path: Path | str, error: Exception) -> CorruptFileError:
     if isinstance(error, CorruptFileError):
         return error if str(path) in str(error) else CorruptFileError(f"{path}: {error}; copy it again")
-    brief = (" ".join(str(error).split()) or type(error).__name__)[:120]
     return CorruptFileError(
-        f"{path} must be a whole file that torch.save wrote, but it is truncated or damaged ({brief}); copy it again"
+        f"{path} must be a whole file that torch.save wrote, but it is truncated or damaged ({brief(error):.120}); "
+        "copy it again"
     )
 
 

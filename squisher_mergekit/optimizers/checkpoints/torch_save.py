@@ -82,7 +82,7 @@ def read(file: Path, verify: bool) -> RawState:
 
 
 def content(
-    loaded: Any, file: Path, more: Sequence[Any] = (), verify: Callable[[Tensor], None] = unverified
+    loaded: Any, file: Path, more: Sequence[Any] = (), verify: Callable[[Tensor], Tensor] = unverified
 ) -> RawState:
     """Find the optimizers' states and the model in loaded objects.
 
@@ -90,7 +90,7 @@ def content(
         loaded: Content of the file.
         file: The file, for messages.
         more: Content of the files of further optimizers of the same model.
-        verify: Function that verifies the checksum of a tensor's bytes.
+        verify: Function that returns a mapped tensor in memory, with its checksum verified.
 
     Raises:
         UnsupportedStateError: The objects hold no optimizer's state.

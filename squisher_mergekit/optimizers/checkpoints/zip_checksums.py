@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError
+from squisher_mergekit.tensors.input_files import file_state, open_input, reading
 
 _MOST_PICKLE = 1 << 29  # bytes; tensors are stored outside the pickle
+_SMALL = 64  # bytes of a tensor that is copied into memory at once, such as a step
+_BLOCK = 1 << 24  # bytes of a record verified at a time
 _LOCAL = struct.Struct("<4s22xHH")  # a local header: signature, ..., lengths of the name and of the extra field
 
 
@@ -34,36 +37,25 @@ class ArchiveRecord:
     size: int
     crc: int
 
-    def check(self, tensor: Tensor, path: Path) -> None:
-        """Verify the checksum of a tensor's storage.
-
-        Raises:
-            CorruptFileError: Size or checksum differ.
-        """
-        if tensor.untyped_storage().nbytes() != self.size:
-            raise CorruptFileError(
-                f"{self.name} in {path} must have {self.size} bytes, but the pickle claims "
-                f"{tensor.untyped_storage().nbytes()}; copy it again"
-            )
-        self.check_bytes(_bytes(tensor), path)
-
     def check_bytes(self, data: Any, path: Path) -> None:
         """Verify the checksum of bytes in memory.
 
         Raises:
             CorruptFileError: The checksum differs.
         """
-        if zlib.crc32(data) != self.crc:
+        self.check_crc(zlib.crc32(data), path)
+
+    def check_crc(self, found: int, path: Path) -> None:
+        """Compare a checksum with that of the archive.
+
+        Raises:
+            CorruptFileError: The checksum differs.
+        """
+        if found != self.crc:
             raise CorruptFileError(
                 f"the bytes of {self.name} in {path} do not have the checksum that was saved with them: they were "
                 "damaged since; copy the file again (--no-verify reads them as they are)"
             )
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """Return all bytes of a tensor's storage, without a copy."""
-    storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-    return storage.numpy()
 
 
 def check_archive(stream: BinaryIO) -> dict[str, ArchiveRecord]:
@@ -97,38 +89,71 @@ def check_archive(stream: BinaryIO) -> dict[str, ArchiveRecord]:
     return records
 
 
+@dataclass(frozen=True)
+class _MappedFile:
+    """Archive whose tensors are mapped.
+
+    Attributes:
+        path: The archive.
+        state: Its inode, size and time of change when it was mapped.
+    """
+
+    path: Path
+    state: tuple[int, int, int]
+
+    def read(self, offset: int, length: int) -> Tensor:
+        """Return bytes of the archive, copied into memory.
+
+        Raises:
+            CorruptFileError: The archive has changed since it was mapped.
+        """
+        data = torch.empty(length, dtype=torch.uint8)
+        left = memoryview(data.numpy().data).cast("B") if length else memoryview(b"")
+        with reading(self.path, "a whole file that nobody changes"), open_input(self.path) as stream:
+            if file_state(stream) != self.state:
+                raise ValueError("it has changed since it was opened")
+            stream.seek(offset)
+            while left:
+                count = stream.readinto(left)  # type: ignore[attr-defined]
+                if not count:
+                    raise ValueError("it became shorter")
+                left = left[count:]
+        return data
+
+
 class Checksums:
-    """Registry of mapped archives: it knows which record's bytes a tensor uses, and verifies them.
+    """Registry of mapped archives: it finds the record behind a tensor, verifies it, and copies it into memory.
+
+    No entry of a mapped tensor is read through the mapping: a page behind the end of a file that was truncated
+    meanwhile would stop the process by a bus error.
 
     Args:
-        wanted: False to register and verify nothing.
+        wanted: False to verify nothing.
 
     Example:
         >>> Checksums(wanted=True).verify(torch.ones(3))  # of no archive, so there is no checksum
+        tensor([1., 1., 1.])
     """
 
     def __init__(self, wanted: bool) -> None:
         self._wanted = wanted
-        self._files: dict[Path, int] = {}
         self._starts: list[int] = []
-        self._records: list[tuple[ArchiveRecord, Path]] = []
+        self._records: list[tuple[ArchiveRecord, _MappedFile]] = []
         self._verified: set[int] = set()
 
     def add(self, path: Path, records: Mapping[str, ArchiveRecord], loaded: Any) -> None:
-        """Register an archive.
+        """Register an archive, and copy its small tensors, such as steps, into memory.
 
         Args:
             path: The archive.
             records: Name -> record, from its directory.
-            loaded: The object that ``torch.load`` made from the archive, memory-mapped.
+            loaded: The object that ``torch.load`` made from the archive, memory-mapped; changed in place.
 
         Raises:
             CorruptFileError: A tensor's storage is not exactly one record, so the sizes in the pickle are false.
         """
-        self._files[path] = path.stat().st_size
-        if not self._wanted:
-            return
-        sizes = {s.data_ptr(): s.nbytes() for s in map(Tensor.untyped_storage, tensors_in(loaded)) if s.nbytes()}
+        tensors = list(tensors_in(loaded))
+        sizes = {s.data_ptr(): s.nbytes() for s in map(Tensor.untyped_storage, tensors) if s.nbytes()}
         data = {record.offset: record for name, record in records.items() if "/data/" in name and record.size}
         if not sizes:
             return
@@ -142,30 +167,46 @@ class Checksums:
             raise CorruptFileError(
                 f"the tensors in {path} must each be one record of its archive, but their sizes differ; copy it again"
             )
+        with open_input(path) as stream:
+            file = _MappedFile(path, file_state(stream))
         pairs = [*zip(self._starts, self._records, strict=True)]
-        pairs += [(pointer, (record, path)) for pointer, record in found.items() if record is not None]
+        pairs += [(pointer, (record, file)) for pointer, record in found.items() if record is not None]
         pairs.sort(key=lambda pair: pair[0])
         self._starts, self._records = [start for start, _ in pairs], [record for _, record in pairs]
+        for tensor in tensors:
+            if tensor.untyped_storage().nbytes() <= _SMALL:
+                tensor.data = self.verify(tensor).data
 
-    def verify(self, tensor: Tensor) -> None:
-        """Verify the checksum of a tensor's storage, the first time that this storage is read.
+    def verify(self, tensor: Tensor) -> Tensor:
+        """Return a mapped tensor in memory; verify the checksum of its storage, the first time that it is read.
+
+        Args:
+            tensor: A tensor of an archive, or a view of one; any other is returned unchanged.
 
         Raises:
-            CorruptFileError: The checksum differs, or a file has become shorter.
+            CorruptFileError: The checksum differs, or a file has changed.
         """
-        for path, size in self._files.items():
-            # Touching a mapped page behind the end of a file would stop the process.
-            if not path.is_file() or path.stat().st_size < size:
-                raise CorruptFileError(f"{path} must stay as it is while it is read, but it became shorter; copy it")
         if not tensor.numel():
-            return
+            return tensor
         start = tensor.untyped_storage().data_ptr()
         number = bisect_right(self._starts, start) - 1
-        if number < 0 or self._starts[number] != start or start in self._verified:
-            return
-        record, path = self._records[number]
-        record.check(tensor, path)
+        if number < 0 or self._starts[number] != start:
+            return tensor
+        record, file = self._records[number]
+        first = tensor.storage_offset() * tensor.itemsize
+        spans = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        length = (1 + sum(spans)) * tensor.itemsize
+        whole, unchecked = length == record.size, self._wanted and start not in self._verified
+        if unchecked and not whole:
+            crc = 0
+            for block in range(0, record.size, _BLOCK):
+                crc = zlib.crc32(file.read(record.offset + block, min(_BLOCK, record.size - block)).numpy(), crc)
+            record.check_crc(crc, file.path)
+        data = file.read(record.offset + first, length)
+        if unchecked and whole:
+            record.check_crc(zlib.crc32(data.numpy()), file.path)
         self._verified.add(start)
+        return torch.as_strided(data.view(tensor.dtype), tensor.shape, tensor.stride())
 
 
 def tensors_in(loaded: Any) -> Iterator[Tensor]:

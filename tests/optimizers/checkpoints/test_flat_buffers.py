@@ -55,3 +55,12 @@ def test_lengths_may_differ_by_padding_alone():
     for lengths in ((3, 4, 4), (5, 4, 4), (4, 2, 4)):
         with pytest.raises(ValueError, match="length of v"):
             check_lengths(weights, [{"v": torch.zeros(n)} for n in lengths])
+
+
+def test_complex_buffers_are_refused():
+    """A complex buffer is no buffer of squares, and is refused without a warning of torch."""
+    with pytest.raises(ValueError, match="one real type"):
+        list(cut([torch.zeros(5, dtype=torch.complex64)], 1, 2))
+    master = Slices(((torch.zeros(6, dtype=torch.complex128), 0, 6),), torch.Size([2, 3]))
+    with pytest.raises(MismatchError, match="w is not its weights"):
+        verify_masters({"w": master}, {"w": torch.zeros(2, 3)}, Path("step"))

@@ -144,3 +144,26 @@ def test_optimizers_of_projections_are_refused_by_name(tmp_path, module, name):
             new.writestr(entry, data)
     with pytest.raises(UnsupportedStateError, match=f"{name} keeps that of a projection"):
         load(tmp_path / "optimizer.pt")
+
+
+@pytest.mark.parametrize("protocol", [0, 4, 34])
+def test_torch_does_not_warn_of_a_damaged_file(tmp_path, protocol):
+    """A plain pickle of any protocol, known or not, is refused without a warning of torch beside the message."""
+    content = pickle.dumps(_state(), min(protocol, 5))
+    (tmp_path / "optimizer.pt").write_bytes(bytes([0x80, protocol]) + content[2:] if protocol else content)
+    with pytest.raises((CorruptFileError, UnsafeFileError), match=r"optimizer\.pt") as caught:
+        load(tmp_path / "optimizer.pt")
+    assert "In PyTorch 2.6" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("record", ["data.pkl", "version", "data/0"])
+def test_a_compressed_record_is_refused(tmp_path, method, record):
+    """An archive with any record compressed, by any method, is refused before it expands."""
+    torch.save(_state(), tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "x.pt", "w") as packed:
+        for info in plain.infolist():
+            chosen = method if info.filename.endswith("/" + record) else zipfile.ZIP_STORED
+            packed.writestr(info.filename, plain.read(info.filename), compress_type=chosen)
+    with pytest.raises(CorruptFileError, match="must be stored as it is"):
+        load(tmp_path / "x.pt")

@@ -1,5 +1,7 @@
 """Flipped bytes in a zip archive of torch, which torch.load does not detect."""
 
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -81,3 +83,22 @@ def test_compressed_records_are_refused(tmp_path):
             new.writestr(name, old.read(name))
     with (tmp_path / "y.pt").open("rb") as stream, pytest.raises(CorruptFileError, match="not compressed"):
         check_archive(stream)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("moment", ["before", "between"])
+def test_a_file_cut_while_it_is_mapped_stops_no_process(tmp_path, moment, verify):
+    """A file that is truncated after it was opened is refused, where a mapped page would be a bus error."""
+    folder = copy("trainer_llama_decay", tmp_path)
+    lines = [
+        "import os, sys",
+        "from squisher_mergekit import load_fisher",
+        f"fisher = load_fisher({str(folder)!r}, verify={verify})",
+        "names = sorted(fisher)",
+        f"_ = [fisher[name] for name in names if {moment == 'between'} and fisher.info(name).nbytes < 1000]",
+        f"os.truncate({str(folder / 'optimizer.pt')!r}, 100)",
+        "fisher[names[-1]]",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 1, done.returncode
+    assert "optimizer.pt must be a whole file that nobody changes, but it has changed" in done.stderr
