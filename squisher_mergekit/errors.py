@@ -37,13 +37,15 @@ class RefusedError(SquisherError, click.ClickException, ValueError):
     """An input is refused.
 
     Args:
-        message: Requirement, place, found, cure. Line breaks become spaces, other control characters are escaped.
+        message: Requirement, place, found, cure. Line breaks become spaces, other control characters are escaped, and
+            the middle of a message of more than 4,000 characters is left out.
     """
 
     def __init__(self, message: str) -> None:
         # Names in files of others may hold control sequences of a terminal, or text that no terminal can print.
         printable = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
-        super().__init__("".join(printable))
+        text = "".join(printable)
+        super().__init__(text if len(text) <= 4000 else f"{text[:3000]} ... {text[-900:]}")
 
 
 class NotFoundError(RefusedError):

@@ -224,8 +224,8 @@ def read_mask(source: str | Path) -> Mask:
     notes = safetensors_notes(file)
     if notes.get("format") != _FORMAT or notes.get("version") != str(_VERSION):
         raise CorruptFileError(
-            f"{file} must be a mask of version {_VERSION}, but it says format {notes.get('format')}, version "
-            f"{notes.get('version')}; make it with squisher mask select or squisher prune"
+            f"{file} must be a mask of version {_VERSION}, but it says format {notes.get('format')!s:.50}, version "
+            f"{notes.get('version')!s:.50}; make it with squisher mask select or squisher prune"
         )
     metadata = parse_json(notes.get(_METADATA, "{}"), file, "a whole mask", "make it again")
     if not isinstance(metadata, dict):

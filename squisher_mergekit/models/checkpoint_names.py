@@ -45,7 +45,7 @@ LAYER_NORM = "torch.nn.LayerNorm"
 NAMES_CURE = "--names FILE with one name a line, line i for the optimizer's parameter i"
 # Limits of a config, above all published models.
 _COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|blocks|experts)$")
-_MOST_LAYERS, _MOST_LABELS, _MOST_MODULES = 10_000, 1_000_000, 100_000
+MOST_LAYERS, _MOST_LABELS, _MOST_MODULES = 10_000, 1_000_000, 100_000
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
@@ -104,7 +104,7 @@ def meta_model(folder: Path) -> nn.Module:
     """
     import transformers
 
-    _check_counts(read_mapping(folder / "config.json"), folder / "config.json")
+    check_config(folder)
     try:
         model = model_of_config(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # a config can make a model's constructor raise nearly anything
@@ -135,6 +135,15 @@ def model_of_config(config: Any) -> nn.Module:
     return model
 
 
+def check_config(folder: Path) -> None:
+    """Refuse a ``config.json`` that is no mapping, or of a model that would take hours to build.
+
+    Raises:
+        CorruptFileError: The file is damaged, or a count in it is negative or too large.
+    """
+    _check_counts(read_mapping(folder / "config.json"), folder / "config.json")
+
+
 def _check_counts(config: Mapping[str, Any], file: Path) -> None:
     """Refuse a config with more layers or experts than any model has, which would take hours to build.
 
@@ -144,11 +153,14 @@ def _check_counts(config: Mapping[str, Any], file: Path) -> None:
     for key, value in config.items():
         if isinstance(value, dict):
             _check_counts(value, file)
-        most = _MOST_LABELS if key == "num_labels" else _MOST_LAYERS if _COUNT.search(key) else None
+        most = _MOST_LABELS if key == "num_labels" else MOST_LAYERS if _COUNT.search(key) else None
         numbers = value if isinstance(value, list) else [value]
-        if most and any(isinstance(number, int | float) and number > most for number in numbers):
+        # Other keys have negative numbers, such as vision_feature_layer: -2.
+        least = 0 if key == "num_hidden_layers" else -float("inf")
+        if most and any(isinstance(number, int | float) and not least <= number <= most for number in numbers):
+            bound = f"from 0 to {most}" if least == 0 else f"of at most {most}"
             raise CorruptFileError(
-                f"{file} must describe a model that can be built, with {key} of at most {most}, found {value!r:.50}; "
+                f"{file} must describe a model that can be built, with {key} {bound}, found {value!r:.50}; "
                 "correct it, or copy the config.json of the model again"
             )
 

@@ -20,12 +20,12 @@ from squisher_mergekit.errors import (
     RefusedError,
     ValuesError,
 )
-from squisher_mergekit.models.checkpoint_names import CheckpointNames, meta_model, of_model
+from squisher_mergekit.models.checkpoint_names import CheckpointNames, check_config, meta_model, of_model
 from squisher_mergekit.models.fingerprint import fingerprint_of
 from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.folder_moves import is_new
-from squisher_mergekit.tensors.input_files import brief, read_mapping
+from squisher_mergekit.tensors.input_files import brief, read_mapping, refuse_irregular
 from squisher_mergekit.tensors.safetensors import (
     SafetensorsHeader,
     SafetensorsStore,
@@ -143,11 +143,12 @@ def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
 
     Raises:
         NotFoundError: The source has no such weights.
-        CorruptFileError: A file is truncated, or a shard is missing.
+        CorruptFileError: A file is truncated, a shard is missing, or an entry of the folder is a FIFO or a device.
     """
     folder = Path(source).expanduser()
     if not folder.exists():
         folder = hub.download_model(str(source), option)
+    refuse_irregular(folder)
     weights = Weights(folder)
     if not folder.is_dir() or not weights.files:
         raise NotFoundError(
@@ -156,6 +157,17 @@ def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
         )
     _ = weights.headers  # a truncated file is refused here, not at the first read
     return weights
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse the folder of a model that other libraries would wait for, build for hours, or fail to parse.
+
+    Raises:
+        CorruptFileError: An entry is a FIFO or a device, or ``config.json`` is damaged or of an impossible model.
+    """
+    refuse_irregular(folder)
+    if (folder / "config.json").is_file():
+        check_config(folder)
 
 
 def check_finite(tensor: Tensor, name: str, model: str) -> None:
@@ -174,18 +186,19 @@ def check_finite(tensor: Tensor, name: str, model: str) -> None:
 
 
 def refuse_damaged(folder: Path, error: Exception) -> NoReturn:
-    """Refuse weights that safetensors could not open, naming the file where the folder is local.
+    """Refuse weights that mergekit could not open, naming the file where the folder is local.
 
     Args:
         folder: Folder of the weights, or a Hub id.
-        error: The error of safetensors.
+        error: The error of mergekit, safetensors or torch.
 
     Raises:
         CorruptFileError: Always.
     """
     _ = Weights(folder).headers
     raise CorruptFileError(
-        f"the weights of {folder} must be whole safetensors files, but {brief(error)}; copy or download them again"
+        f"the weights of {folder} must be whole files of safetensors or torch.save, but {brief(error)}; copy or "
+        "download them again"
     ) from error
 
 

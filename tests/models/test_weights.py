@@ -1,6 +1,7 @@
 """Weights on disk, and changed copies of a model."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.fits import check_fits
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import fingerprint
-from squisher_mergekit.models.weights import check_alike, open_weights, write_changed
+from squisher_mergekit.models.weights import check_alike, check_folder, open_weights, write_changed
 from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests import hub_server
 from tests.estimators.models import make
@@ -167,3 +168,30 @@ def test_the_index_is_kept(saved, tmp_path):
     write_changed(open_weights(saved), tmp_path / "out", lambda _, tensor: tensor)
     index = "model.safetensors.index.json"
     assert json.loads((tmp_path / "out" / index).read_text()) == json.loads((saved / index).read_text())
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "model-00009-of-00009.safetensors", "vocab.txt"])
+def test_a_fifo_in_a_model_is_refused(saved, name):
+    """A FIFO among the files of a model is refused at once, whatever its name."""
+    os.mkfifo(saved / name)
+    with pytest.raises(CorruptFileError, match=f"{name} must be a regular file, found a FIFO"):
+        open_weights(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 40_000_000}, "num_hidden_layers from 0 to 10000, found 40000000"),
+        ({"num_hidden_layers": -7}, "from 0 to 10000, found -7"),
+        ({"text_config": {"n_routed_experts": 9e8}}, "n_routed_experts of at most 10000"),
+        ({"depths": [2, 1_000_000, 2]}, "depths of at most 10000"),
+    ],
+)
+def test_an_impossible_model_is_refused(saved, changes, words):
+    """A config that no model has is refused before anything is built of it; other negative numbers are valid."""
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -2}))
+    check_folder(saved)
+    (saved / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CorruptFileError, match=words):
+        check_folder(saved)

@@ -141,8 +141,8 @@ class Difference:
         notes = safetensors_notes(file)
         if (notes.get("format"), notes.get("version")) != (_FORMAT, _VERSION):
             raise CorruptFileError(
-                f"{file} must be a difference of version {_VERSION}, but it says format {notes.get('format')}, version "
-                f"{notes.get('version')}; make it with squisher mask reset"
+                f"{file} must be a difference of version {_VERSION}, but it says format "
+                f"{notes.get('format')!s:.50}, version {notes.get('version')!s:.50}; make it with squisher mask reset"
             )
         self.file, self._store = file, SafetensorsStore([file], str(file))
         with reading(file, "a whole difference", "make it again"):

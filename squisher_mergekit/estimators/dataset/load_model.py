@@ -13,6 +13,7 @@ from torch import nn
 
 from squisher_mergekit.errors import MismatchError, NotFoundError, RefusedError
 from squisher_mergekit.estimators.tasks import DataTask
+from squisher_mergekit.models.weights import check_folder
 
 _AUTO_CLASSES: dict[DataTask, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -43,6 +44,8 @@ def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, A
         bars.disable_progress_bar()
     try:
         base = _base_of(model)
+        for folder in filter(None, (model, base)):
+            check_folder(Path(folder))
         loaded, info = getattr(transformers, _AUTO_CLASSES[task]).from_pretrained(
             base or model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )

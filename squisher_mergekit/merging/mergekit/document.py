@@ -17,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.merging.parameters import METHODS, PARAMETERS, Block
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
+from squisher_mergekit.models.checkpoint_names import MOST_LAYERS
+from squisher_mergekit.models.weights import check_folder
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.tensors.input_files import parse_yaml
 
@@ -221,14 +223,30 @@ def resolve_models(config: Any) -> None:
         NotFoundError: A path does not exist, or holds no model.
     """
     for place, owner, attribute in _references(config):
+        _check_range(owner, place)
         reference = getattr(owner, attribute)
         check_path(reference.model.path, place, "a model's folder or a Hub id")
         if reference.lora is not None:
             check_path(reference.lora.path, place, "the folder of a LoRA after the +, or a Hub id")
         path = _model_folder(Path(reference.model.path), place)
+        check_folder(path or Path(reference.model.path))
         if path is not None:
             model = reference.model.model_copy(update={"path": str(path)})
             setattr(owner, attribute, reference.model_copy(update={"model": model}))
+
+
+def _check_range(source: Any, place: str) -> None:
+    """Refuse a range of more layers than any model has, which mergekit would list one by one.
+
+    Raises:
+        ConfigError: The range ends beyond the limit.
+    """
+    last = max(getattr(source, "layer_range", None) or (0,))
+    if last > MOST_LAYERS:
+        raise ConfigError(
+            f"the layer_range beside {place} must end at the last layer of the model, at most {MOST_LAYERS}, found "
+            f"{last}; correct it"
+        )
 
 
 def _model_folder(folder: Path, place: str) -> Path | None:

@@ -19,12 +19,13 @@ import importlib
 import inspect
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from squisher_mergekit.errors import UnsupportedMergekitError
+from squisher_mergekit.errors import SquisherError, UnsupportedMergekitError
 from squisher_mergekit.merging.parameters import METHODS, SQUISHER, check_blocks, check_filters
 
 SUPPORTED = ">=0.1.5,<0.2"
@@ -293,20 +294,22 @@ def _extend_tasks(adapter: ModuleType) -> None:
 
 
 def _refuse_damaged_weights(loader_cache: Any) -> None:
-    """Turn safetensors' error for a damaged file, for which mergekit prints a traceback, into one line."""
+    """Turn any error for a damaged file of weights, for which mergekit prints a traceback, into one line."""
     get = need(loader_cache, "get", "model")
     if getattr(get, _DONE, False):
         return
 
     @functools.wraps(get)
     def get_whole(self: Any, model: Any) -> Any:
-        from safetensors import SafetensorError
-
         from squisher_mergekit.models.weights import refuse_damaged
 
         try:
-            return get(self, model)
-        except SafetensorError as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, about the protocols of pickles
+                return get(self, model)
+        except SquisherError:
+            raise
+        except Exception as error:  # a damaged file can make safetensors, torch and mergekit raise nearly anything
             refuse_damaged(Path(str(model.model.path)), error)
 
     setattr(get_whole, _DONE, True)

@@ -19,6 +19,7 @@ from squisher_mergekit.applications.fish_mask.difference import (
 )
 from squisher_mergekit.applications.fish_mask.files import reset_files
 from squisher_mergekit.applications.fish_mask.patching import apply_files, patched, remove_files
+from squisher_mergekit.applications.masks import read_mask
 from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError
 from squisher_mergekit.models.weights import open_weights
 from squisher_mergekit.tensors.safetensors import MemoryStore
@@ -234,3 +235,15 @@ def test_places_are_not_repeated_in_memory():
     tensor = torch.zeros(13)
     bits_of(tensor)[3] = np.float32(1).view(np.int32)
     assert tensor[3] == 1
+
+
+@pytest.mark.parametrize("note", ["{" * 90_000, "x\n" * 5_000])
+@pytest.mark.parametrize("read", [read_difference, read_mask])
+def test_a_long_note_makes_no_long_message(tmp_path, read, note):
+    """Masks and differences with any text as their format are refused in one short line."""
+    file = tmp_path / "x.safetensors"
+    save_file({"w": torch.zeros(3, dtype=torch.uint8)}, file, metadata={"format": note, "version": note})
+    with pytest.raises(CorruptFileError, match="it says format") as caught:
+        read(file)
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)

@@ -195,3 +195,12 @@ def test_other_methods_keep_what_they_ignore(tmp_path: Path, pair: dict[str, Any
     pair |= {"merge_method": "linear", "base_mode": "x", "parameters": {}}
     assert merge(pair, tmp_path / "out").exit_code == 0
     assert not document.is_ours(yaml.safe_load("{merge_method: linear, note: squish}"))
+
+
+@pytest.mark.parametrize("last", [70_000, 5 * 10**9])
+def test_a_range_beyond_any_model(tmp_path: Path, last: int) -> None:
+    """A range of layers that no model has is refused at once, where mergekit would list the layers one by one."""
+    sources = [{"model": name, "layer_range": [3, last]} for name in ("org/a", "org/b")]
+    config = MergeConfiguration.model_validate({"merge_method": "squisher", "slices": [{"sources": sources}]})
+    with pytest.raises(ConfigError, match=rf"layer_range beside slices\[0\].*found {last}"):
+        document.resolve_models(config)

@@ -1,5 +1,6 @@
 """Registration of the methods with mergekit for any order of imports."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,12 +8,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.merging.reference import assert_within, give_fisher, largest, llama, merge, squisher_reference
+from tests.merging.reference import (
+    assert_refused,
+    assert_within,
+    give_fisher,
+    largest,
+    llama,
+    merge,
+    squisher_reference,
+)
 
 ORDERS = [
     "import squisher_mergekit.merging.mergekit.methods as own, mergekit.merge_methods as stock",
@@ -93,3 +103,37 @@ def test_mergekit_multi(tmp_path: Path) -> None:
         thetas: list[Tensor] = [between[name], weights[2][name]]
         reference = squisher_reference(thetas, [fishers[0][name], fishers[2][name]], [1.0, 1.0])
         assert_within(tensor, reference, largest(thetas))
+
+
+def _evil_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cposix\nmkdir\n(S'ran'\ntR.")
+
+
+def _cut_pickle(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    os.truncate(folder / "pytorch_model.bin", 3000)
+
+
+def _fifo_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors.index.json")
+
+
+def _nested_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a":' * 60_000)
+
+
+@pytest.mark.parametrize("damage", [_evil_pickle, _cut_pickle, _fifo_index, _nested_config])
+def test_a_damaged_model_is_refused_by_stock_commands(tmp_path: Path, damage: Any, monkeypatch: Any) -> None:
+    """mergekit-yaml refuses a model that it cannot read in one line, and leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("ab"):
+        give_fisher(tmp_path / name, llama(tmp_path / name, seed), seed)
+    damage(tmp_path / "b")
+    models = [{"model": str(tmp_path / name)} for name in "ab"]
+    config = {"merge_method": "squisher", "dtype": "float32", "models": models}
+    assert_refused(merge(config, tmp_path / "out"), tmp_path / "out", str(tmp_path / "b"))
+    assert not (tmp_path / "ran").exists()
