@@ -16,15 +16,15 @@ PATH = click.Path(path_type=Path)
 
 
 class OutputFile(click.Path):
-    """Path of a file to write; with ``-``, standard output, other text goes to standard error."""
+    """Path of a file to write, by one process; with ``-``, standard output, other text goes to standard error."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path."""
-        from squisher_mergekit.tensors.atomic import is_standard_output, text_on_standard_error
+        from squisher_mergekit.tensors.atomic import is_standard_output, one_writer, text_on_standard_error
 
         path = Path(str(super().convert(value, param, ctx)))
-        if ctx is not None and not ctx.resilient_parsing and is_standard_output(path):
-            ctx.with_resource(text_on_standard_error())
+        if ctx is not None and not ctx.resilient_parsing:
+            ctx.with_resource(text_on_standard_error() if is_standard_output(path) else one_writer(path))
         return path
 
 

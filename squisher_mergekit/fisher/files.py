@@ -81,7 +81,7 @@ def _check_digests(headers: Mapping[Path, SafetensorsHeader]) -> None:
         if lacking is not None:
             raise CorruptFileError(
                 f"{header.file} must have a digest of each tensor, but lacks that of {lacking}; copy the file again "
-                "(squisher extract --no-verify reads it unchecked)"
+                "(squisher extract FISHER --no-verify -o OUT accepts it, and notes new digests)"
             )
     if without:
         LOG.warning(

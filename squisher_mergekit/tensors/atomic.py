@@ -44,6 +44,8 @@ STANDARD_OUTPUT = "-"
 # Seconds to wait for the process that reads a pipe.
 _READER_DELAY = 10
 _data_stream: list[BinaryIO] = []
+# State of the files of :func:`one_writer` when their blocks began.
+_before: dict[Path, tuple[int, int, int] | None] = {}
 
 
 @contextlib.contextmanager
@@ -116,7 +118,8 @@ def written_file(file: Path, new: bool = False) -> Iterator[Path]:
         new: The file must not exist.
 
     Raises:
-        OutputError: The file cannot be written, or ``new`` and it exists.
+        OutputError: The file cannot be written, ``new`` and it exists, or another process has written it meanwhile
+            (since :func:`one_writer` began, if the call is inside such a block).
     """
     with output_errors(file, "file"):
         if _is_stream(file):
@@ -126,13 +129,56 @@ def written_file(file: Path, new: bool = False) -> Iterator[Path]:
                     shutil.copyfileobj(source, stream)
             return
         target = Path(os.path.realpath(file))
+        before = _before.get(target, _stamp(target))
         with _made_folders(target.parent):
             inside = os.access(target.parent, os.W_OK | os.X_OK) or not target.is_file()
             place = target.parent if inside else Path(tempfile.gettempdir())
             with temporary_folder(place, target.name) as scratch:
                 yield scratch / target.name
                 sync(scratch / target.name)
-                _put_file(scratch / target.name, target, new)
+                with _locked_folder(target.parent):
+                    if not new and _stamp(target) != before:
+                        raise OutputError(
+                            f"{target} must have one writer, but another process has written it meanwhile; choose "
+                            "another file"
+                        )
+                    _put_file(scratch / target.name, target, new)
+                if target in _before:
+                    _before[target] = _stamp(target)
+
+
+@contextlib.contextmanager
+def one_writer(file: Path) -> Iterator[None]:
+    """Let :func:`written_file` refuse a file that another process makes or changes from now to the end of the block."""
+    target = Path(os.path.realpath(file))
+    _before[target] = _stamp(target)
+    try:
+        yield
+    finally:
+        _before.pop(target, None)
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """Return inode, size and time of change of a file, which reveal that it was changed; None if there is none."""
+    try:
+        state = file.stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Exclude other processes that put a file into a folder, where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -237,7 +237,7 @@ def _check_digest(header: SafetensorsHeader, name: str, data: torch.Tensor) -> N
         raise CorruptFileError(
             f"the bytes of {name} in {header.file} must have the digest {header.digests[name]:.8} that was noted with "
             f"them, found {found}: they were damaged or exchanged since; copy the file again (squisher extract "
-            "--no-verify reads them unchecked)"
+            "FISHER --no-verify -o OUT accepts them, and notes new digests)"
         )
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from squisher_mergekit.applications import scores
 from squisher_mergekit.applications.fish_mask.files import reset_files, select_files
 from squisher_mergekit.applications.masks import read_mask
 from squisher_mergekit.cli.mask import command
@@ -135,3 +136,22 @@ def test_help_teaches_without_importing():
         assert "squisher mask " in result.output.partition("Example:")[2]
     code = "import sys, squisher_mergekit.cli.mask; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("option", ["-o", "--json"])
+def test_two_runs_into_one_file_do_not_both_succeed(tmp_path, pair, option, monkeypatch):
+    """A run whose output another run wrote since its start is refused, and the other's file stays."""
+    file, other = tmp_path / "a", tmp_path / "b"
+    outputs = {"-o": other, "--json": other} | {option: file}
+    draw = scores.random_score
+
+    def meanwhile(*arguments):
+        file.write_text("theirs", encoding="utf-8")
+        return draw(*arguments)
+
+    monkeypatch.setattr(scores, "random_score", meanwhile)
+    options = [item for given in outputs.items() for item in given]
+    result = _run("select", pair.tuned, "--score", "random", "--keep", "0.3", "--quiet", *options)
+    assert result.exit_code == 1, result.output
+    assert "must have one writer" in result.output
+    assert file.read_text(encoding="utf-8") == "theirs"

@@ -9,7 +9,7 @@ import pytest
 
 from squisher_mergekit.errors import OutputError
 from squisher_mergekit.tensors import atomic
-from squisher_mergekit.tensors.atomic import write_json, write_whole, written_beside, written_file
+from squisher_mergekit.tensors.atomic import one_writer, write_json, write_whole, written_beside, written_file
 
 
 def test_an_error_leaves_the_folder_unchanged(tmp_path):
@@ -124,3 +124,35 @@ def test_of_two_writers_one_succeeds(tmp_path):
         write("slow", lambda: write("fast", lambda: None))
     assert (tmp_path / "out" / "name").read_text() == "fast"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("older", [None, b"older"])
+def test_a_file_that_another_process_wrote_meanwhile_is_kept(tmp_path, older):
+    """The second of two runs with one output file fails, whether the file is new or replaces an older one."""
+    file = tmp_path / "report.json"
+    if older is not None:
+        file.write_bytes(older)
+    with one_writer(file):
+        write_whole(file, b"first")
+        write_whole(file, b"again")  # this process may write it twice
+        (tmp_path / "theirs").write_bytes(b"theirs")
+        (tmp_path / "theirs").replace(file)
+        with pytest.raises(OutputError, match="report.json must have one writer"):
+            write_whole(file, b"ours")
+    assert file.read_bytes() == b"theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    write_whole(file, b"later")
+    assert file.read_bytes() == b"later"
+
+
+def test_a_file_that_appears_while_another_is_written_is_kept(tmp_path):
+    """A file of another process that appears during the writing is not replaced."""
+
+    def race():
+        with written_file(tmp_path / "mask.safetensors") as temporary:
+            temporary.write_bytes(b"ours")
+            (tmp_path / "mask.safetensors").write_bytes(b"theirs")
+
+    with pytest.raises(OutputError, match="another process has written it meanwhile"):
+        race()
+    assert (tmp_path / "mask.safetensors").read_bytes() == b"theirs"

@@ -54,7 +54,7 @@ class ArchiveRecord:
         if found != self.crc:
             raise CorruptFileError(
                 f"the bytes of {self.name} in {path} do not have the checksum that was saved with them: they were "
-                "damaged since; copy the file again (--no-verify reads them as they are)"
+                "damaged since; copy the file again (squisher extract --no-verify reads them as they are)"
             )
 
 
@@ -193,18 +193,18 @@ class Checksums:
         if number < 0 or self._starts[number] != start:
             return tensor
         record, file = self._records[number]
-        first = tensor.storage_offset() * tensor.itemsize
+        first = int(tensor.storage_offset()) * tensor.itemsize
         spans = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        length = (1 + sum(spans)) * tensor.itemsize
+        length = int(1 + sum(spans)) * tensor.itemsize
         whole, unchecked = length == record.size, self._wanted and start not in self._verified
         if unchecked and not whole:
             crc = 0
             for block in range(0, record.size, _BLOCK):
-                crc = zlib.crc32(file.read(record.offset + block, min(_BLOCK, record.size - block)).numpy(), crc)
+                crc = zlib.crc32(file.read(record.offset + block, min(_BLOCK, record.size - block)).numpy().data, crc)
             record.check_crc(crc, file.path)
         data = file.read(record.offset + first, length)
         if unchecked and whole:
-            record.check_crc(zlib.crc32(data.numpy()), file.path)
+            record.check_crc(zlib.crc32(data.numpy().data), file.path)
         self._verified.add(start)
         return torch.as_strided(data.view(tensor.dtype), tensor.shape, tensor.stride())
 
