@@ -137,7 +137,7 @@ def test_a_file_that_another_process_wrote_meanwhile_is_kept(tmp_path, older):
         write_whole(file, b"again")  # this process may write it twice
         (tmp_path / "theirs").write_bytes(b"theirs")
         (tmp_path / "theirs").replace(file)
-        with pytest.raises(OutputError, match="report.json must have one writer"):
+        with pytest.raises(OutputError, match=r"report\.json must have one writer"):
             write_whole(file, b"ours")
     assert file.read_bytes() == b"theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
