@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from squisher_mergekit.errors import OutputError
+from squisher_mergekit.tensors.temporary import is_temporary
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_OUTPUT = {*_FULL, errno.EROFS, errno.EFBIG}
@@ -37,7 +38,13 @@ def output_errors(out: Path, noun: str) -> Iterator[None]:
             raise
         cure = "free space, or choose" if number in _FULL else "choose"
         reason = os.strerror(number) if number else str(error)
-        raise OutputError(f"the output cannot be written to {out}: {reason}; {cure} another {noun}") from error
+        raise OutputError(f"the output cannot be written to {_final(out)}: {reason}; {cure} another {noun}") from error
+
+
+def _final(out: Path) -> Path:
+    """Return the final name of an output inside a temporary folder, and any other path unchanged."""
+    scratch = next((folder for folder in out.parents if is_temporary(folder)), None)
+    return out if scratch is None else scratch.parent / out.relative_to(scratch)
 
 
 def _number(error: Exception) -> int | None:

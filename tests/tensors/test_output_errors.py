@@ -35,3 +35,11 @@ def test_a_file_in_the_way(tmp_path):
     said = r"file/out: Not a directory; choose another folder"
     with pytest.raises(OutputError, match=said), output_errors(tmp_path / "file" / "out", "folder"):
         (tmp_path / "file" / "out").mkdir()
+
+
+@pytest.mark.parametrize("scratch", [".merged.0a1b2c3d.squisher", ".x.y.ffffffff.squisher"])
+def test_the_final_name_is_named(tmp_path, scratch):
+    """The message has the name that the user gave, not that of a temporary folder."""
+    out = tmp_path / scratch / "merged"
+    with pytest.raises(OutputError, match=f"written to {tmp_path}/merged: "), output_errors(out, "folder"):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
