@@ -130,8 +130,11 @@ def model_of_config(config: Any) -> nn.Module:
     model_class = getattr(transformers, names[0], None) if names else None
     if model_class is None:
         raise ValueError(f"transformers {transformers.__version__} has no architecture {names}")
+    config = copy.deepcopy(config)
+    if isinstance(config.dtype, str):  # mergekit sets a name, which constructors of layers do not take
+        config.dtype = getattr(torch, config.dtype, None)
     with torch.device("meta"), _bounded_modules():
-        model: nn.Module = model_class(copy.deepcopy(config))
+        model: nn.Module = model_class(config)
     return model
 
 

@@ -56,6 +56,14 @@ def test_computed_buffers_are_ignored() -> None:
     assert not model.is_ignored("v_head.summary.bias")
 
 
+@pytest.mark.parametrize("name", ["ApertusForCausalLM", "GPTNeoXForCausalLM"])
+def test_a_dtype_by_name_is_taken(name: str) -> None:
+    """mergekit writes ``dtype:`` as a string into the config, which constructors of layers do not take."""
+    config = getattr(transformers, name).config_class(**SMALL, architectures=[name])
+    config.dtype = "float32"
+    assert loadable(config) is not None
+
+
 def test_a_class_that_cannot_be_built() -> None:
     """An architecture that transformers does not have gives None, and runs no code."""
     assert loadable(transformers.LlamaConfig(**SMALL, architectures=["NobodysForCausalLM"])) is None
