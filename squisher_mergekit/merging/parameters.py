@@ -1,6 +1,7 @@
 """Parameters of the two merge methods: names, defaults, accepted values, places in the YAML."""
 
 import difflib
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -184,12 +185,13 @@ class Block:
     settings: Mapping[str, Any]
 
 
-def check_blocks(method: str, blocks: Iterable[Block]) -> None:
+def check_blocks(method: str, blocks: Iterable[Block], layers: bool = True) -> None:
     """Refuse keys and values that mergekit accepts silently.
 
     Args:
         method: Name of the merge method.
         blocks: All ``parameters:`` blocks of the configuration.
+        layers: False for single files, which have no layers that a gradient could run over.
 
     Raises:
         ConfigError: A key is unknown or in the wrong place, or a value is not accepted.
@@ -205,7 +207,8 @@ def check_blocks(method: str, blocks: Iterable[Block]) -> None:
                 raise ConfigError(
                     f"{place} must be under the top-level parameters: {key} is one value for all models; move it there"
                 )
-            for value in _values(setting, place, gradient=key in GRADIENTS):
+            longest = 0 if key not in GRADIENTS else sys.maxsize if layers else 1
+            for value in _values(setting, place, longest):
                 try:
                     parameter.validate(value)
                 except ConfigError as error:
@@ -221,23 +224,23 @@ def _unknown(method: str, key: str, place: str, known: Mapping[str, MergeParamet
     return f"{place}: {method} has no parameter {key!r}; {hint}"
 
 
-def _values(setting: Any, place: str, gradient: bool) -> Iterator[Any]:
-    """Yield the scalars of a setting: a scalar, a gradient over the layers, or filters with either."""
+def _values(setting: Any, place: str, longest: int) -> Iterator[Any]:
+    """Yield the scalars of a setting: a scalar, a gradient of at most ``longest`` scalars, or filters with either."""
     if hasattr(setting, "value") and hasattr(setting, "filter"):
-        yield from _values(setting.value, place, gradient)
+        yield from _values(setting.value, place, longest)
     elif isinstance(setting, Mapping) and "value" in setting:
-        yield from _values(setting["value"], place, gradient)
+        yield from _values(setting["value"], place, longest)
     elif isinstance(setting, list | tuple):
         if not setting:
             raise ConfigError(f"{place} must not be empty, found []; give a value, or remove the key")
         scalars = [item for item in setting if not hasattr(item, "filter") and not isinstance(item, Mapping)]
-        if scalars and not gradient:
+        if len(scalars) > longest:
             raise ConfigError(
                 f"{place} must be one value, found the list {scalars!r}, which mergekit reads as a gradient over the "
-                "layers; give each model its own parameters"
+                "layers; give one value, or one for each filter"
             )
         for item in setting:
-            yield from _values(item, place, gradient)
+            yield from _values(item, place, longest)
     else:
         yield setting
 
@@ -256,11 +259,17 @@ def check_filters(blocks: Iterable[Block], names: Mapping[str | None, Collection
         known = names.get(block.model) or names[None]
         for key, setting in block.settings.items():
             left = set(known)
+            unconditional = False
             for wanted in _filters(setting):
-                matched = set(left) if wanted in (None, "*") else {name for name in left if wanted in name}
-                if not matched and wanted not in (None, "*"):
+                if unconditional:
+                    raise ConfigError(
+                        f"{block.place}.{key}: the entry after the one for all tensors never applies; put that one last"
+                    )
+                unconditional = wanted in (None, "", "*")
+                matched = left if unconditional else {name for name in left if wanted in name}
+                if not matched and not unconditional:
                     raise ConfigError(_unmatched(f"{block.place}.{key}", wanted, known))
-                left -= matched
+                left = left - matched
 
 
 def _filters(setting: Any) -> Iterator[Any]:

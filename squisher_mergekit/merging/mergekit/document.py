@@ -5,6 +5,7 @@ documents for the methods of this package are validated.
 """
 
 import difflib
+import importlib.resources
 import logging
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ LOG = logging.getLogger("squisher_mergekit")
 # mergekit-multi reads the name of each of its documents, and removes it before it reads the rest.
 _FURTHER_KEYS = ("name",)
 _PARAMETER_NAMES = tuple(parameter.name for parameter in PARAMETERS)
+_OUTPUT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
 
 
 def is_ours(document: Any) -> bool:
@@ -38,16 +41,57 @@ def is_ours(document: Any) -> bool:
 
 
 def check_document(document: Mapping[str, Any], schema: type[BaseModel]) -> None:
-    """Refuse keys that mergekit would ignore, and empty lists.
+    """Refuse keys that mergekit would ignore, empty lists, and values that mergekit refuses late.
 
     Args:
         document: The parsed YAML.
         schema: mergekit's class for it.
 
     Raises:
-        ConfigError: A key is unknown or in the wrong place, or a list is empty.
+        ConfigError: A key is unknown or in the wrong place, a list is empty, or a value is none of those possible.
     """
     _check_mapping(document, (schema,), "", _FURTHER_KEYS)
+    for key in ("dtype", "out_dtype"):
+        name = document.get(key)
+        if isinstance(name, str) and name.removeprefix("torch.") not in _OUTPUT_DTYPES:
+            raise ConfigError(
+                f"{key} must be one of {', '.join(_OUTPUT_DTYPES)}, found {name!r}{_meant(name, _OUTPUT_DTYPES)}"
+            )
+    _check_chat_template(document.get("chat_template"))
+    _check_listed_once(document.get("models"))
+
+
+def _check_chat_template(template: Any) -> None:
+    """Refuse a chat template that mergekit refuses after the merge."""
+    if not isinstance(template, str) or template in ("", "auto") or (len(template) >= 20 and "{" in template):
+        return
+    from mergekit._data import chat_templates
+
+    files = importlib.resources.files(chat_templates).iterdir()
+    known = sorted(file.name.removesuffix(".jinja") for file in files if file.name.endswith(".jinja"))
+    if template not in known:
+        raise ConfigError(
+            f"chat_template must be auto, one of {', '.join(known)}, or the text of a template, found "
+            f"{template!r:.60}{_meant(template, known)}"
+        )
+
+
+def _check_listed_once(models: Any) -> None:
+    """Refuse a model that is listed twice."""
+    places: dict[str, int] = {}
+    for i, item in enumerate(models if isinstance(models, list) else ()):
+        name = item.get("model") if isinstance(item, Mapping) else None
+        if isinstance(name, str) and places.setdefault(name, i) != i:
+            raise ConfigError(
+                f"models must list each model once, but models[{places[name]}] and models[{i}] are both {name}; remove "
+                "one, and give the other their common weight"
+            )
+
+
+def _meant(found: str, choices: Sequence[str]) -> str:
+    """Return the end of a message: the choice that a misspelt value is close to."""
+    nearest = difflib.get_close_matches(found, choices, n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def _check_value(value: Any, annotation: Any, place: str) -> None:
@@ -85,8 +129,7 @@ def _unknown_key(key: str, place: str, fields: list[str]) -> str:
     start = f"{place or 'the configuration'} has no key {key!r}, which mergekit would ignore"
     if key in _PARAMETER_NAMES and "parameters" in fields:
         return f"{start}; write parameters: {{{key}: ...}} there"
-    nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
-    return f"{start}; " + (f"did you mean {nearest[0]}?" if nearest else f"valid are {', '.join(fields)}")
+    return start + (_meant(key, fields) or f"; valid are {', '.join(fields)}")
 
 
 def _options(annotation: Any) -> Iterator[Any]:
@@ -233,6 +276,28 @@ def resolve_models(config: Any) -> None:
         if path is not None:
             model = reference.model.model_copy(update={"path": str(path)})
             setattr(owner, attribute, reference.model_copy(update={"model": model}))
+    _check_tokenizers(config)
+
+
+def _check_tokenizers(config: Any) -> None:
+    """Refuse a tokenizer's source that is misspelt, and local models without the tokenizer that the merge reads."""
+    key = "tokenizer.source" if config.tokenizer else "tokenizer_source"
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    if source is None:
+        return
+    if not isinstance(source, str):
+        path = source.model.path
+        meant = "" if Path(path).exists() else _meant(path, ("union", "base"))
+        if meant:
+            raise ConfigError(f"{key} must be union, base or a model, found {path!r}{meant}")
+        check_path(path, key, "union, base, a model's folder or a Hub id")
+    for model in config.referenced_models():
+        folder = Path(model.model.path)
+        if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
+            raise NotFoundError(
+                f"{key} needs the tokenizer of every model, but {folder} has none; copy tokenizer.json and "
+                f"tokenizer_config.json there, or remove {key.split('.')[0]}:"
+            )
 
 
 def _check_range(source: Any, place: str) -> None:

@@ -203,7 +203,7 @@ def _extend_raw(module: ModuleType) -> None:
         from squisher_mergekit.merging.mergekit.document import blocks_of, check_path
 
         blocks = list(blocks_of(config))
-        check_blocks(config.merge_method, blocks)
+        check_blocks(config.merge_method, blocks, layers=False)
         for i, item in enumerate(config.models):
             check_path(item.model, f"models[{i}].model", "a file of weights", local=True)
         listed = {item.model for item in config.models}
@@ -253,15 +253,22 @@ def _is_registered(method: Any) -> bool:
 
 
 def _extend_merge(module: ModuleType) -> None:
-    run_merge = need(module, "run_merge", "merge_config", "out_path", "options")
+    run_merge = need(module, "run_merge", "merge_config", "out_path", "options", "config_source")
+    signature = inspect.signature(run_merge)
 
     @functools.wraps(run_merge)
-    def run_with_models(merge_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if merge_config.merge_method in METHODS:
-            from squisher_mergekit.merging.mergekit.document import resolve_models
+    def run_with_models(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs).arguments
+        if bound["merge_config"].merge_method not in METHODS:
+            return run_merge(**bound)
+        from squisher_mergekit.merging.mergekit.commands import mergekit_errors
+        from squisher_mergekit.merging.mergekit.document import read_yaml, resolve_models
 
-            resolve_models(merge_config)
-        return run_merge(merge_config, *args, **kwargs)
+        if bound.get("config_source") is not None:
+            read_yaml(bound["config_source"])
+        resolve_models(bound["merge_config"])
+        with mergekit_errors():
+            return run_merge(**bound)
 
     module.run_merge = run_with_models  # type: ignore[attr-defined]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
@@ -188,6 +189,67 @@ def test_mergekit_pytorch_names_its_missing_file(tmp_path: Path) -> None:
 
     config = {"merge_method": "squisher", "models": [{"model": str(tmp_path / "a.safetensors")}]}
     assert_refused(merge_raw(tmp_path, config), tmp_path / "out", "models[0].model", "a.safetensors")
+
+
+@pytest.mark.parametrize("first", [{"value": 1.0}, {"filter": "*", "value": 0.2}, {"filter": "", "value": 0.2}])
+def test_an_entry_behind_one_for_all_tensors(tmp_path: Path, pair: dict[str, Any], first: dict[str, Any]) -> None:
+    """An entry that follows one without a filter never applies, whether it has a filter itself or not."""
+    pair["models"][0]["parameters"]["weight"] = [first, {"value": 0.5}]
+    assert_config_refused(tmp_path, pair, "models[0].parameters.weight", "never applies")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": "fp16"}, ["dtype must be one of", "'fp16'"]),
+        ({"dtype": "int64"}, ["dtype must be one of", "'int64'"]),
+        ({"out_dtype": "torch.bfloat61"}, ["out_dtype must be one of", "did you mean bfloat16?"]),
+        ({"chat_template": "lama3"}, ["chat_template must be", "did you mean llama3?"]),
+        ({"chat_template": "a text without a placeholder"}, ["chat_template must be", "alpaca, chatml"]),
+        ({"tokenizer": {"source": "unoin"}}, ["tokenizer.source must be", "did you mean union?"]),
+        ({"tokenizer_source": "./nowhere"}, ["tokenizer_source must be", "there is no nowhere"]),
+        ({"tokenizer": {"source": "union"}}, ["tokenizer.source needs the tokenizer of every model", "tokenizer.json"]),
+    ],
+)
+def test_values_that_mergekit_refuses_late_or_never(
+    tmp_path: Path, pair: dict[str, Any], changes: dict[str, Any], words: list[str]
+) -> None:
+    """Stock ``mergekit-yaml`` refuses a wrong choice in one line with the valid ones, before it merges."""
+    assert_config_refused(tmp_path, pair | changes, *words)
+
+
+@pytest.mark.parametrize("template", ["auto", "chatml", "{{ messages }} with a text"])
+def test_valid_chat_templates(template: str) -> None:
+    """A known name and the text of a template pass."""
+    document.check_document(HEAD | {"chat_template": template, "dtype": "torch.bfloat16"}, MergeConfiguration)
+
+
+def test_a_model_that_is_listed_twice(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """The refusal names both places."""
+    pair["models"].append({"model": pair["models"][0]["model"]})
+    assert_config_refused(tmp_path, pair, "models[0] and models[2] are both")
+
+
+@pytest.mark.parametrize("line", ["dtype: float64", "parameters: {normalize: l2, normalize: none}"])
+def test_stock_commands_refuse_a_key_that_stands_twice(tmp_path: Path, pair: dict[str, Any], line: str) -> None:
+    """``mergekit-yaml`` hands over its text, so that repetitions are seen."""
+    from mergekit.scripts.run_yaml import main
+
+    pair.pop("parameters")
+    (tmp_path / "twice.yml").write_text(yaml.safe_dump(pair | {"dtype": "float32"}) + line + "\n")
+    result = CliRunner().invoke(main, [str(tmp_path / "twice.yml"), str(tmp_path / "out"), "--no-copy-tokenizer"])
+    assert_refused(result, tmp_path / "out", "stands twice in one mapping")
+
+
+def test_single_files_have_no_layers_for_a_gradient(tmp_path: Path) -> None:
+    """``mergekit-pytorch`` would take the first value of a gradient."""
+    from tests.merging.models import nets
+    from tests.merging.reference import merge_raw
+
+    nets(tmp_path, 2)
+    models = [{"model": str(tmp_path / f"n{i}" / "net.safetensors")} for i in range(2)]
+    config = {"merge_method": "squisher", "models": models, "parameters": {"weight": [0.1, 0.9]}}
+    assert_refused(merge_raw(tmp_path, config), tmp_path / "out", "parameters.weight must be one value")
 
 
 def test_other_methods_keep_what_they_ignore(tmp_path: Path, pair: dict[str, Any]) -> None:
