@@ -24,11 +24,22 @@ Scaling = Literal["raw", "debiased", "per_example"]
 # Ranges of the numbers: products and quotients of them with entries of a float32 tensor stay finite.
 _LEAST, _MOST = 1e-307, 1e200
 _MOST_COUNT = 10**15
-Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=_MOST_COUNT)]
-BatchSize = Annotated[float, Field(gt=0, le=_MOST_COUNT, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, le=_MOST, allow_inf_nan=False)]
+
+
+def _number(value: Any) -> Any:
+    """Refuse a flag or a text in the place of a number, which pydantic would convert."""
+    if isinstance(value, bool | str):
+        raise ValueError("must be a number")
+    return value
+
+
+_Number = BeforeValidator(_number)
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _Number]
+Count = Annotated[int, Field(ge=0, le=_MOST_COUNT), _Number]
+BatchSize = Annotated[float, Field(gt=0, le=_MOST_COUNT, allow_inf_nan=False), _Number]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _Number]
+NotNegative = Annotated[float, Field(ge=0, le=_MOST, allow_inf_nan=False), _Number]
+Flag = Annotated[bool, Field(strict=True)]
 
 T = TypeVar("T")
 
@@ -55,7 +66,7 @@ def _unless_infinite(value: Any) -> Any:
     return None if value == math.inf else value
 
 
-MomentValue = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_check_moment)]
+MomentValue = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_check_moment), _Number]
 
 
 class _Frozen(BaseModel):
@@ -79,8 +90,8 @@ class OptimizerInfo(_Frozen):
 
     class_: str | None = Field(default=None, alias="class")
     beta2: Decay | dict[str, Decay] | None = None
-    decoupled_weight_decay: bool | None = None
-    amsgrad: bool | None = None
+    decoupled_weight_decay: Flag | None = None
+    amsgrad: Flag | None = None
     max_grad_norm: Annotated[NotNegative | None, BeforeValidator(_unless_infinite)] = None
     initial_accumulator_value: NotNegative | None = None
 
@@ -153,7 +164,7 @@ class FisherConfig(_Frozen):
     parameters: Literal["model", "adapter"] = "model"
     optimizer: OptimizerInfo | None = None
     steps: Count | dict[str, Count] | None = None
-    bias_corrected: bool | None = None
+    bias_corrected: Flag | None = None
     examples_per_step: BatchSize | None = None
     tokens_per_step: BatchSize | None = None
     clipped_share: Share | None = None
@@ -278,10 +289,18 @@ class FisherConfig(_Frozen):
 
 
 def first_error(error: ValidationError) -> str:
-    """Return place, reason and value of the first of pydantic's errors."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith("constrained-"))
+    """Return place, reason and value of the first of pydantic's errors; of those of a union, of the deepest."""
+    errors = error.errors(include_url=False)
+    field = len(errors[0]["loc"]) - 1
+    same = [each for each in errors if each["loc"][:field] == errors[0]["loc"][:field]]
+    first = max(same, key=lambda each: len([part for part in each["loc"] if not _is_type(part)]))
+    place = ".".join(str(part) for part in first["loc"] if not _is_type(part))
     return f"{place}: {first['msg']}, found {_shown(first['input'])}"
+
+
+def _is_type(part: str | int) -> bool:
+    """Return True for a part of pydantic's places that names a type of a union."""
+    return str(part).startswith(("constrained-", "dict[", "function-", "lax-or-strict["))
 
 
 def _shown(value: Any) -> str:

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, UnsupportedStateError, ValuesError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.encoded import EncodedStore
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.values import zeros_refusal
 from squisher_mergekit.fisher.write import BASENAME
+from squisher_mergekit.tensors.dtypes import FLOAT8
 from squisher_mergekit.tensors.folder_moves import settled
 from squisher_mergekit.tensors.safetensors import (
     SafetensorsHeader,
@@ -54,7 +55,10 @@ def read_fisher(source: Path, verify: bool = True) -> Fisher:
     codes = set(config.encoding.values()) - {"float32", "float64", "bfloat16"}
     unknown = codes - set(compact.NAMES)
     if unknown:
-        raise ConfigError(f"{folder} is encoded as {', '.join(sorted(unknown))}, which this version cannot decode")
+        raise ConfigError(
+            f"{folder} is encoded as {', '.join(sorted(unknown))}, which this version cannot decode; "
+            "upgrade squisher-mergekit, or extract it again"
+        )
     if config.from_optimizer and config.mean == 0:
         raise ValuesError(zeros_refusal(str(folder)))
     headers = {file: read_header(file) for file in files}
@@ -65,6 +69,11 @@ def read_fisher(source: Path, verify: bool = True) -> Fisher:
         notes = {key: value for header in headers.values() for key, value in header.metadata.items()}
         store = EncodedStore(store, config.encoding, notes)
     for name, info in store.infos.items():
+        if info.dtype in FLOAT8:
+            raise UnsupportedStateError(
+                f"a Fisher must be float32 or bfloat16, but {name} in {source} is "
+                f"{str(info.dtype).removeprefix('torch.')}, in which small entries are 0; extract it again"
+            )
         if not info.dtype.is_floating_point:
             raise CorruptFileError(
                 f"a Fisher must hold floats, but {name} in {source} is {str(info.dtype).removeprefix('torch.')} and "

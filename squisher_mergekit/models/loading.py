@@ -55,6 +55,17 @@ class LoadableModel:
         """Return the first key of the tied tensors that a key belongs to; the key itself if it is not tied."""
         return self._first.get(key, key)
 
+    def is_tied(self, name: str) -> bool:
+        """Return True if the key of a tensor on disk is tied to another key, from whose tensor loading can fill it."""
+        firsts = list(self._first.values())
+        keys = self.fills([name])[name].keys
+        return bool(keys) and all(firsts.count(self._first[key]) > 1 for key in keys)
+
+    def is_copy(self, name: str) -> bool:
+        """Return True for a tensor on disk whose key another tensor fills, as the keys are tied."""
+        keys = self.fills([name])[name].keys
+        return bool(keys) and all(self._first[key] != key for key in keys)
+
     def needed(self) -> dict[str, int]:
         """Return the keys that loading must fill, tied ones once, with the number of entries of each."""
         patterns = getattr(self.module, "_keys_to_ignore_on_load_missing", None) or ()

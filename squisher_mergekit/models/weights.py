@@ -62,6 +62,7 @@ class Weights:
         single = path.is_file()
         self.folder = path.parent if single else path
         self.basename = basename
+        self.pickled = (path,) if single else tuple(sorted(path.glob("pytorch_model*.bin")))
         if single:
             self.__dict__["files"] = (path,) if path.suffix == ".safetensors" else ()
         if store is not None:
@@ -122,6 +123,13 @@ class Weights:
         except RefusedError:
             return None
 
+    @cached_property
+    def stored_dtypes(self) -> Mapping[str, tuple[torch.dtype, int]]:
+        """Name on disk -> dtype and number of axes; those of pickled weights if there are no safetensors."""
+        if self.files or not self.pickled:
+            return {name: (info.dtype, len(info.shape)) for name, info in self.infos.items()}
+        return {name: found for file in self.pickled for name, found in _pickled_dtypes(file).items()}
+
     def read(self, name: str) -> Tensor:
         """Return one tensor; it must not be written to."""
         return self.store.read(name)
@@ -132,6 +140,16 @@ class Weights:
         changed.__dict__.pop("outline", None)
         changed.__dict__["store"] = store
         return changed
+
+
+def _pickled_dtypes(file: Path) -> dict[str, tuple[torch.dtype, int]]:
+    """Return name -> dtype and number of axes of pickled weights, unread; nothing if the file is no mapping."""
+    try:
+        loaded = torch.load(file, map_location="meta", weights_only=True)
+    except Exception:  # mergekit reads the file by its own rules, and reports the damage
+        return {}
+    tensors = loaded.items() if isinstance(loaded, dict) else ()
+    return {name: (tensor.dtype, tensor.ndim) for name, tensor in tensors if isinstance(tensor, Tensor)}
 
 
 def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
@@ -179,6 +197,13 @@ def check_finite(tensor: Tensor, name: str, model: str) -> None:
     counts = {"NaN": int(tensor.isnan().sum()), "infinite": int(tensor.isinf().sum())}
     found = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     if found:
+        if tensor.dtype == torch.float16 and not counts["NaN"]:
+            most = torch.finfo(tensor.dtype).max
+            raise ValuesError(
+                f"weights must be finite, but {name} of {model or 'a model'} has {found} of {tensor.numel()} entries "
+                f"in float16, which ends at {most:g}; give dtype: bfloat16 or float32, or a checkpoint from before "
+                "training broke"
+            )
         raise ValuesError(
             f"weights must be finite, but {name} of {model or 'a model'} has {found} of {tensor.numel()} entries; give "
             "a checkpoint from before training broke"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from squisher_mergekit.models.loading import FilledKeys, LoadableModel
 
 _SHOWN = 3
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class ReadFiles:
         read: Names that the merge reads.
         converts: Function that returns whether transformers converts a tensor of that name to one that the merge reads.
         is_base: True for the base of ``ubgm_squisher``.
+        unties: Function that returns whether a tensor is not tied to another one in the model itself.
     """
 
     label: str
@@ -26,6 +28,7 @@ class ReadFiles:
     read: frozenset[str]
     converts: Callable[[str], bool] = lambda name: False
     is_base: bool = False
+    unties: Callable[[str], bool] = lambda name: False
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ class Gaps:
                 f"({names_text(tuple(self.unfilled))}){origin}"
             )
         return f"the merge must write every tensor of the model, but {'; '.join(parts)}"
+
+    def prefix_cure(self) -> str | None:
+        """Return the cure where a wrapper's prefix hides all tensors of the models; None where there is none."""
+        names = [name for group in self.dropped.values() for name in group]
+        prefix = next((each for each in _WRAPPERS if names and all(name.startswith(each) for name in names)), None)
+        if prefix is None:
+            return None
+        return f"save the models without the wrapper whose prefix is {prefix}, by save_pretrained of the model inside"
 
     def lost(self) -> list[str]:
         """Return the names of the tensors that are lost."""
@@ -187,7 +198,10 @@ def _is_lost(
     if not found.keys:
         # A base may have heads that the models trained from it have not.
         return not files.is_base and not model.is_ignored(name)
-    return any(model.first_of_tied(key) not in whole for key in found.keys)
+    if any(model.first_of_tied(key) not in whole for key in found.keys):
+        return True
+    # A second copy of a tied tensor is no loss, unless the model that has it does not tie it.
+    return not files.is_base and model.is_copy(name) and files.unties(name)
 
 
 def _template(name: str) -> str:

@@ -4,7 +4,7 @@ With :mod:`.hooks`, which imports it when a merge by our methods is planned, the
 name and load weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.io.tasks import LoaderCache
 
-from squisher_mergekit.errors import ConfigError, MismatchError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import tensor_plan as planning
 from squisher_mergekit.merging.coupling.execution import Structure
@@ -73,6 +73,16 @@ def add_fishers(
     except BaseException:
         run.close()
         raise
+
+
+def check_models(models: Iterable[ModelReference]) -> None:
+    """Refuse models whose weights are quantised: their tensors have other names, which a plan would miss first.
+
+    Raises:
+        UnsupportedStateError: A weight is stored as float8, or as packed integers.
+    """
+    for model in models:
+        check_stored(Weights(Path(LoaderCache().get(model).index.base_path)), str(model))
 
 
 def names_of(tasks: Sequence[Any]) -> dict[str | None, set[str]]:
@@ -238,12 +248,24 @@ def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
             adapter=model.lora is not None,
             convertible=lambda: not single and converts(model_type(model)),
         )
-        check_stored(run.models[model])
+        check_stored(weights, str(model))
     return run.models[model]
 
 
 def _refuse_two_versions(weights: Weights, loader: Any) -> None:
-    """Refuse a folder of which transformers loads a single file, and mergekit the shards of an index."""
+    """Refuse a folder of which transformers loads a single file, and mergekit the shards of an index.
+
+    Raises:
+        MismatchError: The folder has both forms.
+        CorruptFileError: The index names a shard that lacks the tensor.
+    """
+    for name, file in loader.index.tensor_paths.items() if weights.files else ():
+        header = weights.headers.get(weights.folder / file)
+        if header is not None and name not in header.infos:
+            raise CorruptFileError(
+                f"the index of {weights.folder} must name the shard of each tensor, but {file} has no {name}; copy the "
+                "index and the shards again"
+            )
     loaded = {shard.filename for shard in loader.index.shards}
     ours = {file.name for file in weights.files}
     if ours and loaded != ours:

@@ -20,7 +20,7 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
 from squisher_mergekit.errors import ConfigError, MismatchError, SquisherError
-from squisher_mergekit.merging.mergekit.lookup import converts_to, find_weight, gather_of, load_task
+from squisher_mergekit.merging.mergekit.lookup import converts_to, find_weight, gather_of, load_task, model_config
 from squisher_mergekit.merging.parameters import UBGM_SQUISHER
 from squisher_mergekit.models.loading import LoadableModel, loadable
 from squisher_mergekit.models.weights import Weights
@@ -49,7 +49,10 @@ def plan_whole(planner: Any, plan: Callable[[Any], Any]) -> WholeModel:
         MismatchError: The merge would lose tensors, or a model lacks one.
     """
     config = planner.config
+    _check_modules(planner)
     models = None if config.modules or config.slices else config.models
+    if getattr(planner.out_model_config, "quantization_config", None):
+        del planner.out_model_config.quantization_config  # the weights are not quantised: loading would do it again
     model = loadable(planner.out_model_config)
     allowed = getattr(getattr(planner.options, "run", None), "allow_missing", False)
     allowed = allowed or (config.parameters or {}).get("allow_missing") is True
@@ -73,6 +76,17 @@ def plan_whole(planner: Any, plan: Callable[[Any], Any]) -> WholeModel:
     return _accepted(planner, found, allowed)
 
 
+def _check_modules(planner: Any) -> None:
+    """Refuse a name under ``modules:`` that is no module of the architecture."""
+    known = list(planner.arch_info.modules)
+    for name in planner.config.modules or ():
+        if name not in known:
+            raise ConfigError(
+                f"modules.{name} must be a module of the architecture, of which there is {', '.join(known)}; correct "
+                "the name, or list the models under models:"
+            )
+
+
 def _accepted(planner: Any, found: WholeModel, allowed: bool) -> WholeModel:
     """Return the model if it is whole, or if the user allows that it is not.
 
@@ -89,7 +103,9 @@ def _accepted(planner: Any, found: WholeModel, allowed: bool) -> WholeModel:
     if not found.gaps:
         return found
     if not allowed:
-        raise MismatchError(f"{found.gaps.message()}; write the model without them by {_ALLOW}")
+        raise MismatchError(
+            f"{found.gaps.message()}; {found.gaps.prefix_cure() or f'write the model without them by {_ALLOW}'}"
+        )
     LOG.warning("%s; written without them, as allowed", found.gaps.message())
     return replace(found, gaps=replace(found.gaps, sizes=_sizes(planner, found.gaps.lost())))
 
@@ -135,7 +151,33 @@ def _examine(planner: Any, model: LoadableModel | None, sliced: bool = False) ->
                 f"mergekit asks for {asked}, which no model has and {model.class_name} does not need: left out"
             )
     parts = [] if model is None or sliced else missing_parts(files, model)
-    return WholeModel(gaps, buffers, tuple(notes), (*reading.lacking, *parts))
+    if model is not None:
+        notes += _untie(planner.out_model_config, model, reading)
+    return WholeModel(gaps, buffers, tuple(notes), (*reading.lacking, *_not_tied(reading), *parts))
+
+
+def _not_tied(reading: "_Reading") -> list[tuple[str, str]]:
+    """Return the pairs of a model and a tensor that mergekit would take from another one, which is not tied to it."""
+    return [(str(each), name) for each, names in reading.tied.items() for name in names if _unties(each, name)]
+
+
+def _untie(config: Any, model: LoadableModel, reading: "_Reading") -> list[str]:
+    """Write into the output's config that its head is not tied, if that of one of the models is not.
+
+    Returns:
+        A note on the change; nothing if there is none.
+    """
+    parts = [part for part in (config, config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
+    heads = [name for name in reading.written if model.is_copy(name)]
+    for each in reading.models if parts and heads else ():
+        other = model_config(each)
+        if all(getattr(part, "tie_word_embeddings", False) for part in (other, other.get_text_config())):
+            continue
+        if any(_unties(each, name) for name in heads):
+            for part in parts:
+                part.tie_word_embeddings = False
+            return [f"{each} does not tie {names_text(heads)}, so the config of the result does not either"]
+    return []
 
 
 class _Reading:
@@ -144,10 +186,14 @@ class _Reading:
     Attributes:
         asked: Names of required tensors that no model has.
         lacking: Pairs of a model and a required tensor that other models have.
+        tied: Model -> tensors that are read under the name of a tied one.
+        written: Names of the tensors that the plan writes.
     """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.written: list[str] = []
+        self.tied: dict[ModelReference, list[str]] = defaultdict(list)
         self.lacking: list[tuple[str, str]] = []
         self._read: dict[ModelReference, set[str]] = defaultdict(set)
         self._built: dict[ModelReference, set[str]] = defaultdict(set)
@@ -172,7 +218,15 @@ class _Reading:
             if place is not None:
                 names = place.aliases if place.stored is None else (place.stored,)
                 (self._built if place.stored is None else self._read)[each].update(names)
+                if place.tied:
+                    self.tied[each].append(_name(task, each))
+        self.written.append(weight.name)
         return True
+
+    @property
+    def models(self) -> Collection[ModelReference]:
+        """The merged models."""
+        return self._read.keys()
 
     def files(self) -> list[ReadFiles]:
         """Return the files of each model, with the tensors that are read."""
@@ -183,6 +237,7 @@ class _Reading:
                 frozenset(names),
                 functools.partial(_converts_to_any, each, frozenset(self._built[each])),
                 each in self._bases,
+                functools.partial(_unties, each),
             )
             for each, names in self._read.items()
         ]
@@ -190,6 +245,17 @@ class _Reading:
 
 def _converts_to_any(model: ModelReference, targets: frozenset[str], name: str) -> bool:
     return converts_to(model, name, targets)
+
+
+@functools.cache
+def _own_class(model: ModelReference) -> LoadableModel | None:
+    return loadable(model_config(model))
+
+
+def _unties(model: ModelReference, name: str) -> bool:
+    """Return True if a model's own config does not tie a tensor to another one."""
+    own = _own_class(model)
+    return own is not None and not own.is_tied(name)
 
 
 def _name(task: Any, model: ModelReference) -> str:

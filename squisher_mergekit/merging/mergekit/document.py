@@ -19,7 +19,8 @@ from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.merging.parameters import METHODS, PARAMETERS, Block
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
 from squisher_mergekit.models.checkpoint_names import MOST_LAYERS
-from squisher_mergekit.models.weights import check_folder
+from squisher_mergekit.models.weights import Weights, check_folder
+from squisher_mergekit.models.whole import names_text
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.tensors.input_files import parse_yaml
 
@@ -59,6 +60,26 @@ def check_document(document: Mapping[str, Any], schema: type[BaseModel]) -> None
             )
     _check_chat_template(document.get("chat_template"))
     _check_listed_once(document.get("models"))
+    for place, layers in _layer_ranges(document):
+        whole = isinstance(layers, list | tuple) and len(layers) == 2 and all(type(each) is int for each in layers)
+        if whole and not 0 <= layers[0] < layers[1]:
+            raise ConfigError(
+                f"{place} must be [first, end] with 0 <= first < end (the layer end is left out), found {list(layers)}"
+            )
+
+
+def _layer_ranges(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield place and value of each ``layer_range`` of a document."""
+    modules = document.get("modules")
+    further = modules.items() if isinstance(modules, Mapping) else ()
+    parts = {"": document} | {f"modules.{name}.": part for name, part in further}
+    for prefix, part in parts.items():
+        pieces = part.get("slices") if isinstance(part, Mapping) else None
+        for i, piece in enumerate(pieces if isinstance(pieces, list) else ()):
+            sources = piece.get("sources") if isinstance(piece, Mapping) else None
+            for j, source in enumerate(sources if isinstance(sources, list) else ()):
+                if isinstance(source, Mapping):
+                    yield f"{prefix}slices[{i}].sources[{j}].layer_range", source.get("layer_range")
 
 
 def _check_chat_template(template: Any) -> None:
@@ -320,7 +341,10 @@ def _model_folder(folder: Path, place: str) -> Path | None:
     Raises:
         NotFoundError: The path holds no model.
     """
-    if not folder.exists() or (folder / "config.json").is_file():
+    if not folder.exists():
+        return None
+    if (folder / "config.json").is_file():
+        _check_model(folder, place)
         return None
     if folder.is_file():
         cure = f"give its folder {folder.parent}, or merge single files by mergekit-pytorch"
@@ -338,6 +362,26 @@ def _model_folder(folder: Path, place: str) -> Path | None:
         )
     LOG.warning("%s: %s is the folder of a run; taking its last checkpoint, %s", place, folder, steps[0])
     return steps[0]
+
+
+def _check_model(folder: Path, place: str) -> None:
+    """Refuse a folder that mergekit cannot read as a model: without weights, or without the name of the class.
+
+    Raises:
+        NotFoundError: The folder has no weights in a form that mergekit reads.
+        ConfigError: The config names no class.
+    """
+    if not any(any(folder.glob(f"*{ending}")) for ending in (".safetensors", ".bin", ".index.json")):
+        found = names_text(sorted(path.name for path in folder.iterdir()))
+        raise NotFoundError(
+            f"{place} must have weights as model.safetensors or pytorch_model.bin, but {folder} has {found} alone; "
+            "save the model by save_pretrained"
+        )
+    if not (Weights(folder).config or {}).get("architectures"):
+        raise ConfigError(
+            f"{place} must name the class of the model, but {folder / 'config.json'} has no architectures; save the "
+            "model by save_pretrained, or add it to the file, as in its base"
+        )
 
 
 def check_path(path: str, place: str, wanted: str, local: bool = False) -> None:

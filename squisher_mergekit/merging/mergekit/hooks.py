@@ -168,12 +168,13 @@ def _extend_planner(plan_module: ModuleType) -> None:
         if config.merge_method not in METHODS:
             plan(self)
             return
-        from squisher_mergekit.merging.mergekit.adapter import add_fishers, names_of
+        from squisher_mergekit.merging.mergekit.adapter import add_fishers, check_models, names_of
         from squisher_mergekit.merging.mergekit.complete import plan_whole
         from squisher_mergekit.merging.mergekit.document import blocks_of
 
         blocks = list(blocks_of(config))
         check_blocks(config.merge_method, blocks)
+        check_models(config.referenced_models())
         whole = plan_whole(self, plan)
         tasks, dtype = [task for _, task in self._tensors], config.out_dtype or config.dtype
         check_filters(blocks, names_of(tasks))

@@ -18,11 +18,13 @@ class FoundWeight:
         loader: mergekit's loader of the model's files.
         stored: Name in the files; None if the weight is built from other tensors when it is read.
         aliases: Other names of the same tensor.
+        tied: True if the files have the weight only under the name of a tensor that it can be tied to.
     """
 
     loader: Any
     stored: str | None
     aliases: tuple[str, ...]
+    tied: bool = False
 
 
 def find_weight(task: Any, model: ModelReference) -> FoundWeight | None:
@@ -36,8 +38,9 @@ def find_weight(task: Any, model: ModelReference) -> FoundWeight | None:
     if stored is None and not weight_converts(model, loader, names):
         return None
     # A tied name belongs to another tensor, which replaces this one: the Fisher is that tensor's.
-    aliases = names if stored is None or stored in names else ()
-    return FoundWeight(loader, stored, tuple(name for name in aliases if name != stored))
+    tied = stored is not None and stored not in names
+    aliases = () if tied else tuple(name for name in names if name != stored)
+    return FoundWeight(loader, stored, aliases, tied)
 
 
 def gather_of(task: Any) -> Any:
@@ -70,8 +73,13 @@ def raw_loader(model: str) -> Any:
 @functools.cache
 def model_type(model: Any) -> str | None:
     """Return the ``model_type`` of a model's config."""
-    found: str | None = model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
+    found: str | None = model_config(model).model_type
     return found
+
+
+def model_config(model: Any) -> Any:
+    """Return the config of a model."""
+    return model.config(trust_remote_code=LoaderCache().trust_remote_code)
 
 
 @functools.cache
