@@ -13,6 +13,9 @@ from squisher_mergekit.cli.options import HELP_OPTIONS, allow_missing_option, js
 @allow_missing_option
 @json_option
 @click.option("--transformers-cache", type=str, default=None, help="Folder for models and Fishers from the Hub.")
+@click.option(
+    "--lora-merge-cache", type=str, default=None, help="Folder in which mergekit adds LoRAs to copies of models."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Let transformers run the code of a model (dangerous).")
 @click.option("--allow-crimes", is_flag=True, help="Allow models of different architectures.")
 def command(
@@ -21,6 +24,7 @@ def command(
     allow_missing: bool,
     json_file: Path | None,
     transformers_cache: str | None,
+    lora_merge_cache: str | None,
     trust_remote_code: bool,
     allow_crimes: bool,
 ) -> None:
@@ -44,6 +48,7 @@ def command(
         strict=strict,
         allow_missing=allow_missing,
         transformers_cache=transformers_cache,
+        lora_merge_cache=lora_merge_cache,
         trust_remote_code=trust_remote_code,
         allow_crimes=allow_crimes,
     )

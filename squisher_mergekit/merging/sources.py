@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from squisher_mergekit.errors import MismatchError, NotFoundError, UnsupportedStateError, ValuesError
+from squisher_mergekit.errors import MismatchError, NotFoundError, ValuesError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
@@ -19,13 +17,9 @@ from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.optimizers.load import find_source, find_state, load_fisher
-from squisher_mergekit.tensors.dtypes import FLOAT8
 
 # mergekit writes it beside every merged model.
 _MERGE_FILE = "mergekit_config.yml"
-_SMALL_INTEGERS = (torch.int8, torch.uint8, torch.int32)
-# Last parts of the names of weights that are stored as integers, by several quantisers.
-_PACKED = ("weight", "weight_packed", "_blocks")
 
 
 @dataclass(frozen=True)
@@ -189,26 +183,6 @@ def _cure(model: ModelFiles, base_of: str | None) -> str:
     if model.repo is not None:
         return "give the model fisher: PATH or fisher: org/name@revision, or publish one there with squisher push"
     return "give the model fisher: PATH, or train with the optimizer state saved"
-
-
-def check_stored(weights: Weights, label: str) -> None:
-    """Refuse a model whose weights are quantised, from its headers and its config.
-
-    Args:
-        weights: The weights; pickled ones are opened for their dtypes.
-        label: Name of the model in the configuration.
-
-    Raises:
-        UnsupportedStateError: A weight is stored as float8, or as packed integers.
-    """
-    quantised = bool((weights.config or {}).get("quantization_config"))
-    for name, (dtype, axes) in weights.stored_dtypes.items():
-        packed = axes > 1 and not dtype.is_floating_point
-        if dtype in FLOAT8 or (packed and (name.endswith(_PACKED) or (quantised and dtype in _SMALL_INTEGERS))):
-            raise UnsupportedStateError(
-                f"weights of a merge must be float32, float16 or bfloat16, but {name} of {label} is stored as "
-                f"{str(dtype).removeprefix('torch.')}; merge the model before it was quantised"
-            )
 
 
 def _check(fisher: Fisher, model: ModelFiles) -> str | None:

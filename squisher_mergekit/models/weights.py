@@ -18,12 +18,14 @@ from squisher_mergekit.errors import (
     MismatchError,
     NotFoundError,
     RefusedError,
+    UnsupportedStateError,
     ValuesError,
 )
 from squisher_mergekit.models.checkpoint_names import CheckpointNames, check_config, meta_model, of_model
 from squisher_mergekit.models.fingerprint import fingerprint_of
 from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.tensors.dtypes import FLOAT8
 from squisher_mergekit.tensors.folder_moves import is_new
 from squisher_mergekit.tensors.input_files import brief, read_mapping, refuse_irregular
 from squisher_mergekit.tensors.safetensors import (
@@ -37,6 +39,9 @@ from squisher_mergekit.tensors.safetensors import (
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 BASENAME = "model"
+_SMALL_INTEGERS = (torch.int8, torch.uint8, torch.int32)
+# Ends of the names of weights that are stored as integers, by several quantisers.
+_PACKED = ("weight", "weight_packed", "_blocks")
 # Files of a trainer whose endings are those of a model's own files.
 _TRAINER_FILES = {"trainer_state.json", "fisher_config.json", "fisher.safetensors.index.json", "all_results.json"}
 
@@ -208,6 +213,26 @@ def check_finite(tensor: Tensor, name: str, model: str) -> None:
             f"weights must be finite, but {name} of {model or 'a model'} has {found} of {tensor.numel()} entries; give "
             "a checkpoint from before training broke"
         )
+
+
+def refuse_quantised(weights: Weights, label: str) -> None:
+    """Refuse a model whose weights are quantised, from its headers and its config.
+
+    Args:
+        weights: The weights; pickled ones are opened for their dtypes.
+        label: Name of the model, for the message.
+
+    Raises:
+        UnsupportedStateError: A weight is stored as float8, or as packed integers.
+    """
+    quantised = bool((weights.config or {}).get("quantization_config"))
+    for name, (dtype, axes) in weights.stored_dtypes.items():
+        packed = axes > 1 and not dtype.is_floating_point
+        if dtype in FLOAT8 or (packed and (name.endswith(_PACKED) or (quantised and dtype in _SMALL_INTEGERS))):
+            raise UnsupportedStateError(
+                f"weights must be float32, float16 or bfloat16, but {name} of {label} is stored as "
+                f"{str(dtype).removeprefix('torch.')}; take the model before it was quantised"
+            )
 
 
 def refuse_damaged(folder: Path, error: Exception) -> NoReturn:

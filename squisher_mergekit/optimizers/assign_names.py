@@ -15,6 +15,7 @@ from squisher_mergekit.models.decay_groups import AXES_RULES, DECAY_RULES, Rule,
 from squisher_mergekit.tensors.safetensors import resized_rows
 
 Names = list[list[str | None]]
+_MOST_SHOWN = 8
 
 
 def assign(
@@ -200,7 +201,7 @@ def _no_assignment(
                     )
                 return MismatchError(
                     f"{parameter.name} has shape {list(parameter.shape)} in the model, but {list(shape)} in "
-                    f"{location}; give the --model that was trained"
+                    f"{location}; give the --model that was trained, or {NAMES_CURE}"
                 )
     why = "they fit by none of the rules known"
     if sum(sizes) > len(parameters):
@@ -220,7 +221,14 @@ def _cure(base_helps: bool) -> str:
 
 
 def _shown(groups: Sequence[Sequence[Any]]) -> str:
-    return " + ".join(str(len(group)) for group in groups)
+    """Return the sizes of the groups, of many the first.
+
+    Example:
+        >>> _shown(["ab", "c"]), _shown(["a"] * 21)
+        ('2 + 1', '1 + 1 + 1 + 1 + ... (21 groups)')
+    """
+    sizes = [str(len(group)) for group in groups]
+    return " + ".join(sizes if len(sizes) <= _MOST_SHOWN else [*sizes[:4], f"... ({len(sizes)} groups)"])
 
 
 def _flat(groups: Sequence[Sequence[Any]]) -> Iterator[Any]:

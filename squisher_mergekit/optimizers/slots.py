@@ -174,6 +174,8 @@ def _steps(value: Any, location: str) -> int | None:
     if value is None:
         return None
     try:
+        if isinstance(value, bool | str):
+            raise TypeError
         steps = float(value.reshape(()) if isinstance(value, Tensor) else value)
         if not (steps >= 0 and steps == int(steps)):
             raise ValueError

@@ -58,7 +58,7 @@ def test_computed_buffers_are_ignored() -> None:
 
 @pytest.mark.parametrize("name", ["ApertusForCausalLM", "GPTNeoXForCausalLM"])
 def test_a_dtype_by_name_is_taken(name: str) -> None:
-    """mergekit writes ``dtype:`` as a string into the config, which constructors of layers do not take."""
+    """Mergekit writes ``dtype:`` as a string into the config, which constructors of layers do not take."""
     config = getattr(transformers, name).config_class(**SMALL, architectures=[name])
     config.dtype = "float32"
     assert loadable(config) is not None

@@ -20,7 +20,7 @@ from squisher_mergekit.fisher.fits import check_fits
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.input_axes import axes_on_disk
 from squisher_mergekit.models.roles import roles_on_disk
-from squisher_mergekit.models.weights import Weights, check_out, open_weights, write_changed
+from squisher_mergekit.models.weights import Weights, check_out, open_weights, refuse_quantised, write_changed
 from squisher_mergekit.optimizers.load import load_fisher
 from squisher_mergekit.tensors.atomic import scratch_beside
 
@@ -103,6 +103,7 @@ def _plan(recipe: PruningRecipe, weights: Weights) -> SelectionPlan:
                 f"weights must be of 16 bits or more, but {name} in {weights.folder} is {weights.infos[name].dtype}, "
                 "whose values depend on separate scales; prune the model before it is quantized"
             )
+    refuse_quantised(weights, str(weights.folder))
     return plan
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from squisher_mergekit.errors import MismatchError, NotFoundError, RefusedError
 from squisher_mergekit.estimators.tasks import DataTask
-from squisher_mergekit.models.weights import check_folder
+from squisher_mergekit.models.weights import Weights, check_finite, check_folder, refuse_quantised
 
 _AUTO_CLASSES: dict[DataTask, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -40,12 +40,15 @@ def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, A
     import transformers
 
     bars = transformers.utils.logging
+    verbosity = bars.get_verbosity()
+    bars.set_verbosity_error()  # its table of new weights has many lines, of which the error needs one
     if not progress:
         bars.disable_progress_bar()
     try:
         base = _base_of(model)
         for folder in filter(None, (model, base)):
             check_folder(Path(folder))
+        refuse_quantised(Weights(Path(base or model).expanduser()), base or model)
         loaded, info = getattr(transformers, _AUTO_CLASSES[task]).from_pretrained(
             base or model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
@@ -53,6 +56,9 @@ def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, A
         if base is not None:
             loaded, new = _with_adapter(loaded, model, new)
         _refuse_new_weights(new, model, task)
+        _refuse_encoder(loaded.config, model, task)
+        for name, parameter in loaded.named_parameters():
+            check_finite(parameter, name, model)
         tokenizer = _tokenizer(model, base)
     except RefusedError:
         raise
@@ -63,6 +69,7 @@ def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, A
         ) from error
     finally:
         bars.enable_progress_bar()
+        bars.set_verbosity(verbosity)
     if getattr(loaded.config, "pad_token_id", None) is None:
         # Without a padding token a classifier cannot find the end of a text; batches pad with the same token.
         pads = tokenizer.pad_token_id
@@ -112,6 +119,21 @@ def _refuse_new_weights(new: set[str], model: str, task: DataTask) -> None:
             f"every weight of a model for {task} must come from its files, but {model} lacks {len(new)}, newly "
             f"initialised at random: {', '.join(sorted(new)[:3])}; give the fine-tuned model, or the --task it was "
             "trained for"
+        )
+
+
+def _refuse_encoder(config: Any, model: str, task: DataTask) -> None:
+    """Refuse an encoder as a causal language model: it sees the tokens that it would have to predict.
+
+    Raises:
+        MismatchError: The model is one.
+    """
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    if task == "causal-lm" and type(config) in MODEL_FOR_MASKED_LM_MAPPING and config.is_decoder is False:
+        raise MismatchError(
+            f"a model for {task} must not see the tokens after each one, but {model} is an encoder "
+            f"({type(config).__name__} without is_decoder); give --task masked-lm, or a decoder"
         )
 
 

@@ -29,11 +29,11 @@ from squisher_mergekit.merging.mergekit.lookup import (
 from squisher_mergekit.merging.mergekit.tasks import FisherMergeTask, FisherRequest
 from squisher_mergekit.merging.parameters import SQUISHER, is_coupled
 from squisher_mergekit.merging.run import Run
-from squisher_mergekit.merging.sources import ModelFiles, check_stored
+from squisher_mergekit.merging.sources import ModelFiles
 from squisher_mergekit.merging.tensor_plan import FisherUse, Origin, Settings, TensorPlan, WeightInput
 from squisher_mergekit.models.layouts import MatrixLayout, layouts_on_disk
-from squisher_mergekit.models.weights import Weights
-from squisher_mergekit.models.whole import WholeModel
+from squisher_mergekit.models.weights import Weights, refuse_quantised
+from squisher_mergekit.models.whole import WholeModel, names_text
 from squisher_mergekit.tensors.safetensors import TensorInfo
 
 
@@ -82,7 +82,23 @@ def check_models(models: Iterable[ModelReference]) -> None:
         UnsupportedStateError: A weight is stored as float8, or as packed integers.
     """
     for model in models:
-        check_stored(Weights(Path(LoaderCache().get(model).index.base_path)), str(model))
+        refuse_quantised(Weights(Path(LoaderCache().get(model).index.base_path)), str(model))
+
+
+def check_same_names(files: Sequence[str]) -> None:
+    """Refuse single files of which one lacks a tensor of another.
+
+    Raises:
+        MismatchError: A tensor is missing.
+    """
+    names = {file: set(raw_loader(file).index.tensor_paths) for file in files}
+    for file, found in names.items():
+        lacking = sorted(set().union(*names.values()) - found)
+        if lacking:
+            raise MismatchError(
+                f"every file must have the same tensors, but {file} lacks {names_text(lacking)}; give "
+                "--tensor-intersection to leave them out, or --tensor-union to copy them from the others"
+            )
 
 
 def names_of(tasks: Sequence[Any]) -> dict[str | None, set[str]]:
@@ -248,7 +264,7 @@ def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
             adapter=model.lora is not None,
             convertible=lambda: not single and converts(model_type(model)),
         )
-        check_stored(weights, str(model))
+        refuse_quantised(weights, str(model))
     return run.models[model]
 
 

@@ -1,4 +1,4 @@
-"""Validation of a whole merge document: keys at every level, empty lists, filters, models that exist.
+"""Validation of a whole merge document: keys at every level, empty lists, choices, filters.
 
 The valid keys are the fields of mergekit's own classes, so that a key of a newer mergekit is known at once. Only
 documents for the methods of this package are validated.
@@ -6,30 +6,21 @@ documents for the methods of this package are validated.
 
 import difflib
 import importlib.resources
-import logging
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from squisher_mergekit.errors import ConfigError, NotFoundError
+from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.merging.parameters import METHODS, PARAMETERS, Block
-from squisher_mergekit.models.adapters import ADAPTER_CONFIG
-from squisher_mergekit.models.checkpoint_names import MOST_LAYERS
-from squisher_mergekit.models.weights import Weights, check_folder
-from squisher_mergekit.models.whole import names_text
-from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.tensors.input_files import parse_yaml
 
-LOG = logging.getLogger("squisher_mergekit")
 # mergekit-multi reads the name of each of its documents, and removes it before it reads the rest.
 _FURTHER_KEYS = ("name",)
 _PARAMETER_NAMES = tuple(parameter.name for parameter in PARAMETERS)
 _OUTPUT_DTYPES = ("float32", "float16", "bfloat16", "float64")
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
 
 
 def is_ours(document: Any) -> bool:
@@ -56,7 +47,7 @@ def check_document(document: Mapping[str, Any], schema: type[BaseModel]) -> None
         name = document.get(key)
         if isinstance(name, str) and name.removeprefix("torch.") not in _OUTPUT_DTYPES:
             raise ConfigError(
-                f"{key} must be one of {', '.join(_OUTPUT_DTYPES)}, found {name!r}{_meant(name, _OUTPUT_DTYPES)}"
+                f"{key} must be one of {', '.join(_OUTPUT_DTYPES)}, found {name!r}{meant(name, _OUTPUT_DTYPES)}"
             )
     _check_chat_template(document.get("chat_template"))
     _check_listed_once(document.get("models"))
@@ -93,7 +84,7 @@ def _check_chat_template(template: Any) -> None:
     if template not in known:
         raise ConfigError(
             f"chat_template must be auto, one of {', '.join(known)}, or the text of a template, found "
-            f"{template!r:.60}{_meant(template, known)}"
+            f"{template!r:.60}{meant(template, known)}"
         )
 
 
@@ -109,7 +100,7 @@ def _check_listed_once(models: Any) -> None:
             )
 
 
-def _meant(found: str, choices: Sequence[str]) -> str:
+def meant(found: str, choices: Sequence[str]) -> str:
     """Return the end of a message: the choice that a misspelt value is close to."""
     nearest = difflib.get_close_matches(found, choices, n=1, cutoff=0.6)
     return f"; did you mean {nearest[0]}?" if nearest else ""
@@ -150,7 +141,7 @@ def _unknown_key(key: str, place: str, fields: list[str]) -> str:
     start = f"{place or 'the configuration'} has no key {key!r}, which mergekit would ignore"
     if key in _PARAMETER_NAMES and "parameters" in fields:
         return f"{start}; write parameters: {{{key}: ...}} there"
-    return start + (_meant(key, fields) or f"; valid are {', '.join(fields)}")
+    return start + (meant(key, fields) or f"; valid are {', '.join(fields)}")
 
 
 def _options(annotation: Any) -> Iterator[Any]:
@@ -238,7 +229,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def blocks_of(config: Any) -> Iterator[Block]:
     """Yield the ``parameters:`` blocks of a configuration, of ``mergekit-yaml`` or of ``mergekit-pytorch``."""
-    for prefix, part in _parts(config):
+    for prefix, part in parts_of(config):
         yield from _block(f"{prefix}parameters", None, part.parameters)
         for i, item in enumerate(part.models or []):
             yield from _block(f"{prefix}models[{i}].parameters", item.model, item.parameters)
@@ -253,160 +244,8 @@ def _block(place: str, model: Any, settings: Any) -> Iterator[Block]:
         yield Block(place, None if model is None else str(model), settings)
 
 
-# ---- models
-
-
-def _parts(config: Any) -> Iterator[tuple[str, Any]]:
+def parts_of(config: Any) -> Iterator[tuple[str, Any]]:
     """Yield the parts of a configuration that list models: itself and its modules, each with its place."""
     yield "", config
     for name, part in (getattr(config, "modules", None) or {}).items():
         yield f"modules.{name}.", part
-
-
-def _references(config: Any) -> Iterator[tuple[str, Any, str]]:
-    """Yield place, owner and attribute of each model that a configuration names."""
-    if config.base_model is not None:
-        yield "base_model", config, "base_model"
-    for prefix, part in _parts(config):
-        for i, item in enumerate(part.models or []):
-            yield f"{prefix}models[{i}].model", item, "model"
-        for i, piece in enumerate(getattr(part, "slices", None) or []):
-            if piece.base_model is not None:
-                yield f"{prefix}slices[{i}].base_model", piece, "base_model"
-            for j, source in enumerate(piece.sources):
-                yield f"{prefix}slices[{i}].sources[{j}].model", source, "model"
-
-
-def resolve_models(config: Any) -> None:
-    """Refuse local models that do not exist, and replace the folder of a run by its last checkpoint.
-
-    Args:
-        config: mergekit's ``MergeConfiguration``; changed in place.
-
-    Raises:
-        NotFoundError: A path does not exist, or holds no model.
-    """
-    for place, owner, attribute in _references(config):
-        _check_range(owner, place)
-        reference = getattr(owner, attribute)
-        check_path(reference.model.path, place, "a model's folder or a Hub id")
-        if reference.lora is not None:
-            check_path(reference.lora.path, place, "the folder of a LoRA after the +, or a Hub id")
-        path = _model_folder(Path(reference.model.path), place)
-        check_folder(path or Path(reference.model.path))
-        if path is not None:
-            model = reference.model.model_copy(update={"path": str(path)})
-            setattr(owner, attribute, reference.model_copy(update={"model": model}))
-    _check_tokenizers(config)
-
-
-def _check_tokenizers(config: Any) -> None:
-    """Refuse a tokenizer's source that is misspelt, and local models without the tokenizer that the merge reads."""
-    key = "tokenizer.source" if config.tokenizer else "tokenizer_source"
-    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
-    if source is None:
-        return
-    if not isinstance(source, str):
-        path = source.model.path
-        meant = "" if Path(path).exists() else _meant(path, ("union", "base"))
-        if meant:
-            raise ConfigError(f"{key} must be union, base or a model, found {path!r}{meant}")
-        check_path(path, key, "union, base, a model's folder or a Hub id")
-    for model in config.referenced_models():
-        folder = Path(model.model.path)
-        if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
-            raise NotFoundError(
-                f"{key} needs the tokenizer of every model, but {folder} has none; copy tokenizer.json and "
-                f"tokenizer_config.json there, or remove {key.split('.')[0]}:"
-            )
-
-
-def _check_range(source: Any, place: str) -> None:
-    """Refuse a range of more layers than any model has, which mergekit would list one by one.
-
-    Raises:
-        ConfigError: The range ends beyond the limit.
-    """
-    last = max(getattr(source, "layer_range", None) or (0,))
-    if last > MOST_LAYERS:
-        raise ConfigError(
-            f"the layer_range beside {place} must end at the last layer of the model, at most {MOST_LAYERS}, found "
-            f"{last}; correct it"
-        )
-
-
-def _model_folder(folder: Path, place: str) -> Path | None:
-    """Return the checkpoint that stands for the folder of a run; None for a model or a Hub id.
-
-    Raises:
-        NotFoundError: The path holds no model.
-    """
-    if not folder.exists():
-        return None
-    if (folder / "config.json").is_file():
-        _check_model(folder, place)
-        return None
-    if folder.is_file():
-        cure = f"give its folder {folder.parent}, or merge single files by mergekit-pytorch"
-        raise NotFoundError(f"{place} must be a model's folder, but {folder} is a file; {cure}")
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise NotFoundError(
-            f"{place} must be a model's folder, but {folder} is a LoRA adapter; write BASE+{folder}, or merge the "
-            "adapter_model.safetensors files by mergekit-pytorch"
-        )
-    steps = [path for path in steps_in(folder).values() if (path / "config.json").is_file()]
-    if not steps:
-        raise NotFoundError(
-            f"{place} must be a model's folder, but {folder} has no config.json, and no checkpoint-N with one; give "
-            "the folder that save_pretrained wrote"
-        )
-    LOG.warning("%s: %s is the folder of a run; taking its last checkpoint, %s", place, folder, steps[0])
-    return steps[0]
-
-
-def _check_model(folder: Path, place: str) -> None:
-    """Refuse a folder that mergekit cannot read as a model: without weights, or without the name of the class.
-
-    Raises:
-        NotFoundError: The folder has no weights in a form that mergekit reads.
-        ConfigError: The config names no class.
-    """
-    if not any(any(folder.glob(f"*{ending}")) for ending in (".safetensors", ".bin", ".index.json")):
-        found = names_text(sorted(path.name for path in folder.iterdir()))
-        raise NotFoundError(
-            f"{place} must have weights as model.safetensors or pytorch_model.bin, but {folder} has {found} alone; "
-            "save the model by save_pretrained"
-        )
-    if not (Weights(folder).config or {}).get("architectures"):
-        raise ConfigError(
-            f"{place} must name the class of the model, but {folder / 'config.json'} has no architectures; save the "
-            "model by save_pretrained, or add it to the file, as in its base"
-        )
-
-
-def check_path(path: str, place: str, wanted: str, local: bool = False) -> None:
-    """Refuse a local path that does not exist; unless ``local``, ``org/name`` and ``name`` can be on the Hub.
-
-    Raises:
-        NotFoundError: The path does not exist.
-    """
-    if Path(path).exists() or not (local or path.startswith(("/", ".", "~")) or path.count("/") > 1):
-        return
-    expanded = Path(path).expanduser()
-    if expanded.exists():
-        raise NotFoundError(f"{place} must not begin with ~, which mergekit does not expand; write {expanded}")
-    raise NotFoundError(f"{place} must be {wanted}, but {describe_missing(expanded)}; correct the path")
-
-
-def describe_missing(path: Path) -> str:
-    """Describe a path that does not exist: its first missing part, and the neighbour of the nearest name."""
-    absent = path
-    while absent.parent not in (absent, Path()) and not absent.parent.exists():
-        absent = absent.parent
-    text = f"there is no {path}" + (f" (nor {absent})" if absent != path else "")
-    if absent.parent.is_dir():
-        nearest = difflib.get_close_matches(
-            absent.name, sorted(entry.name for entry in absent.parent.iterdir()), n=1, cutoff=0.6
-        )
-        text += f"; did you mean {absent.parent / nearest[0]}?" if nearest else ""
-    return text

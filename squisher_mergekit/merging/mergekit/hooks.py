@@ -191,7 +191,7 @@ def _listed_models(part: Any) -> set[Any]:
 
 
 def _extend_raw(module: ModuleType) -> None:
-    plan_flat_merge = need(module, "plan_flat_merge", "config", "options")
+    plan_flat_merge = need(module, "plan_flat_merge", "config", "options", "tensor_union", "tensor_intersection")
     signature = inspect.signature(plan_flat_merge)
 
     @functools.wraps(plan_flat_merge)
@@ -200,8 +200,10 @@ def _extend_raw(module: ModuleType) -> None:
         config, options = bound["config"], bound["options"]
         if config.merge_method not in METHODS:
             return plan_flat_merge(**bound)
-        from squisher_mergekit.merging.mergekit.adapter import add_fishers, names_of
-        from squisher_mergekit.merging.mergekit.document import blocks_of, check_path
+        from squisher_mergekit.merging.mergekit.adapter import add_fishers, check_same_names, names_of
+        from squisher_mergekit.merging.mergekit.commands import mergekit_errors
+        from squisher_mergekit.merging.mergekit.document import blocks_of
+        from squisher_mergekit.merging.mergekit.model_folders import check_path
 
         blocks = list(blocks_of(config))
         check_blocks(config.merge_method, blocks, layers=False)
@@ -211,7 +213,10 @@ def _extend_raw(module: ModuleType) -> None:
         if config.merge_method == SQUISHER and config.base_model not in listed:
             # mergekit would sum the base.
             bound["config"] = config.model_copy(update={"base_model": None})
-        *saves, finalize = plan_flat_merge(**bound)
+        if not (bound["tensor_union"] or bound["tensor_intersection"]):
+            check_same_names([item.model for item in config.models])
+        with mergekit_errors():
+            *saves, finalize = plan_flat_merge(**bound)
         merges, base = [save.tensor_task for save in saves], _raw_reference(config.base_model)
         check_filters(blocks, names_of(merges))
         merges = add_fishers(merges, config.merge_method, options, config.out_dtype or config.dtype, base)
@@ -263,11 +268,13 @@ def _extend_merge(module: ModuleType) -> None:
         if bound["merge_config"].merge_method not in METHODS:
             return run_merge(**bound)
         from squisher_mergekit.merging.mergekit.commands import mergekit_errors
-        from squisher_mergekit.merging.mergekit.document import read_yaml, resolve_models
+        from squisher_mergekit.merging.mergekit.document import read_yaml
+        from squisher_mergekit.merging.mergekit.model_folders import check_adapters, resolve_models
 
         if bound.get("config_source") is not None:
             read_yaml(bound["config_source"])
         resolve_models(bound["merge_config"])
+        check_adapters(bound["merge_config"], bound["options"].lora_merge_cache)
         with mergekit_errors():
             return run_merge(**bound)
 

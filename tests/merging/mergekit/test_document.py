@@ -1,6 +1,5 @@
 """The whole document of a merge is validated, for the methods of this package alone."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
-from squisher_mergekit.errors import ConfigError, NotFoundError
-from squisher_mergekit.merging.mergekit import document
-from tests.merging.reference import assert_config_refused, assert_refused, merge, merged
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.merging.mergekit import document, model_folders
+from tests.merging.reference import assert_config_refused, assert_refused, merge
 
 SOURCE = {"model": "a", "layer_range": [0, 2]}
 HEAD: dict[str, Any] = {"merge_method": "squisher", "models": [{"model": "a"}, {"model": "b"}]}
@@ -117,59 +116,6 @@ def test_no_mapping(text: str) -> None:
         document.read_yaml(text)
 
 
-def test_a_path_that_does_not_exist(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A mistyped folder is named with its place and the neighbour of the nearest name, not asked for on the Hub."""
-    pair["models"][1]["model"] = str(tmp_path / "mm1")
-    assert_config_refused(tmp_path, pair, "models[1].model", f"there is no {tmp_path / 'mm1'}", "did you mean", "m1?")
-
-
-def test_a_base_path_that_does_not_exist(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A missing parent folder is named as well."""
-    pair["base_model"] = str(tmp_path / "no" / "such" / "base")
-    assert_config_refused(tmp_path, pair, "base_model", f"nor {tmp_path / 'no'}")
-
-
-def test_a_file_where_a_folder_is_wanted(tmp_path: Path, pair: dict[str, Any]) -> None:
-    """A single file is for another command of mergekit, which is named."""
-    pair["models"][0]["model"] = str(tmp_path / "m0" / "model.safetensors")
-    assert_config_refused(tmp_path, pair, "models[0].model must be a model's folder", "mergekit-pytorch")
-
-
-def test_the_folder_of_a_run_is_its_last_checkpoint(
-    tmp_path: Path, pair: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    """A run's folder merges as its last checkpoint, and a warning says so."""
-    reference = merged(pair, tmp_path / "plain")
-    run = tmp_path / "run"
-    run.mkdir()
-    (tmp_path / "m0").rename(run / "checkpoint-7")
-    (run / "checkpoint-3").mkdir()
-    pair["models"][0]["model"] = str(run)
-    with caplog.at_level(logging.WARNING, "squisher_mergekit"):
-        found = merged(pair, tmp_path / "out")
-    assert all((found[name] == reference[name]).all() for name in reference)
-    assert any("taking its last checkpoint" in record.message for record in caplog.records)
-
-
-@pytest.mark.parametrize(("file", "word"), [("adapter_config.json", "LoRA adapter"), ("notes.txt", "no config.json")])
-def test_a_folder_without_a_model(tmp_path: Path, file: str, word: str) -> None:
-    """The folder of an adapter, and one of anything else, are refused with the cure."""
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / file).write_text("{}", encoding="utf-8")
-    config = MergeConfiguration.model_validate({"merge_method": "squisher", "models": [{"model": str(tmp_path / "x")}]})
-    with pytest.raises(NotFoundError, match=word):
-        document.resolve_models(config)
-
-
-def test_hub_ids_are_left_to_the_hub() -> None:
-    """A name or org/name that is no local path is not refused before the Hub was asked."""
-    config = MergeConfiguration.model_validate(
-        {"merge_method": "squisher", "models": [{"model": "org/name@main"}, {"model": "gpt2"}]}
-    )
-    document.resolve_models(config)
-    assert [str(item.model) for item in config.models or []] == ["org/name@main", "gpt2"]
-
-
 @pytest.mark.parametrize("wanted", ["self_atn", "model.layers.9.", "*.mlp"])
 def test_a_filter_that_matches_no_tensor(tmp_path: Path, pair: dict[str, Any], wanted: str) -> None:
     """A filter is a part of a name; one that decides about no tensor is refused with its place."""
@@ -181,14 +127,6 @@ def test_a_filter_behind_one_that_takes_its_tensors(tmp_path: Path, pair: dict[s
     """The first filter that matches applies; one that never applies is refused."""
     pair["parameters"]["floor"] = [{"filter": "mlp", "value": 0.1}, {"filter": "mlp.up_proj", "value": 0.2}]
     assert_config_refused(tmp_path, pair, "parameters.floor", "'mlp.up_proj' never applies")
-
-
-def test_mergekit_pytorch_names_its_missing_file(tmp_path: Path) -> None:
-    """A missing file is named with its place, not with mergekit's traceback."""
-    from tests.merging.reference import merge_raw
-
-    config = {"merge_method": "squisher", "models": [{"model": str(tmp_path / "a.safetensors")}]}
-    assert_refused(merge_raw(tmp_path, config), tmp_path / "out", "models[0].model", "a.safetensors")
 
 
 @pytest.mark.parametrize("first", [{"value": 1.0}, {"filter": "*", "value": 0.2}, {"filter": "", "value": 0.2}])
@@ -205,10 +143,8 @@ def test_an_entry_behind_one_for_all_tensors(tmp_path: Path, pair: dict[str, Any
         ({"dtype": "int64"}, ["dtype must be one of", "'int64'"]),
         ({"out_dtype": "torch.bfloat61"}, ["out_dtype must be one of", "did you mean bfloat16?"]),
         ({"chat_template": "lama3"}, ["chat_template must be", "did you mean llama3?"]),
+        ({"slices": [{"sources": [{"model": "a", "layer_range": [2, 2]}]}]}, ["layer_range must be [first, end]"]),
         ({"chat_template": "a text without a placeholder"}, ["chat_template must be", "alpaca, chatml"]),
-        ({"tokenizer": {"source": "unoin"}}, ["tokenizer.source must be", "did you mean union?"]),
-        ({"tokenizer_source": "./nowhere"}, ["tokenizer_source must be", "there is no nowhere"]),
-        ({"tokenizer": {"source": "union"}}, ["tokenizer.source needs the tokenizer of every model", "tokenizer.json"]),
     ],
 )
 def test_values_that_mergekit_refuses_late_or_never(
@@ -265,4 +201,4 @@ def test_a_range_beyond_any_model(tmp_path: Path, last: int) -> None:
     sources = [{"model": name, "layer_range": [3, last]} for name in ("org/a", "org/b")]
     config = MergeConfiguration.model_validate({"merge_method": "squisher", "slices": [{"sources": sources}]})
     with pytest.raises(ConfigError, match=rf"layer_range beside slices\[0\].*found {last}"):
-        document.resolve_models(config)
+        model_folders.resolve_models(config)

@@ -1,0 +1,126 @@
+"""Models that a merge document names are folders with a model, checkpoints of runs, or models on the Hub."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mergekit.config import MergeConfiguration
+
+from squisher_mergekit.errors import NotFoundError
+from squisher_mergekit.merging.mergekit import model_folders
+from tests.merging.reference import assert_config_refused, assert_refused, merged
+
+
+def test_a_path_that_does_not_exist(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A mistyped folder is named with its place and the neighbour of the nearest name, not asked for on the Hub."""
+    pair["models"][1]["model"] = str(tmp_path / "mm1")
+    assert_config_refused(tmp_path, pair, "models[1].model", f"there is no {tmp_path / 'mm1'}", "did you mean", "m1?")
+
+
+def test_a_base_path_that_does_not_exist(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A missing parent folder is named as well."""
+    pair["base_model"] = str(tmp_path / "no" / "such" / "base")
+    assert_config_refused(tmp_path, pair, "base_model", f"nor {tmp_path / 'no'}")
+
+
+def test_a_file_where_a_folder_is_wanted(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A single file is for another command of mergekit, which is named."""
+    pair["models"][0]["model"] = str(tmp_path / "m0" / "model.safetensors")
+    assert_config_refused(tmp_path, pair, "models[0].model must be a model's folder", "mergekit-pytorch")
+
+
+def test_the_folder_of_a_run_is_its_last_checkpoint(
+    tmp_path: Path, pair: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run's folder merges as its last checkpoint, and a warning says so."""
+    reference = merged(pair, tmp_path / "plain")
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "m0").rename(run / "checkpoint-7")
+    (run / "checkpoint-3").mkdir()
+    pair["models"][0]["model"] = str(run)
+    with caplog.at_level(logging.WARNING, "squisher_mergekit"):
+        found = merged(pair, tmp_path / "out")
+    assert all((found[name] == reference[name]).all() for name in reference)
+    assert any("taking its last checkpoint" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(("file", "word"), [("adapter_config.json", "LoRA adapter"), ("notes.txt", "no config.json")])
+def test_a_folder_without_a_model(tmp_path: Path, file: str, word: str) -> None:
+    """The folder of an adapter, and one of anything else, are refused with the cure."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / file).write_text("{}", encoding="utf-8")
+    config = MergeConfiguration.model_validate({"merge_method": "squisher", "models": [{"model": str(tmp_path / "x")}]})
+    with pytest.raises(NotFoundError, match=word):
+        model_folders.resolve_models(config)
+
+
+def test_hub_ids_are_left_to_the_hub() -> None:
+    """A name or org/name that is no local path is not refused before the Hub was asked."""
+    config = MergeConfiguration.model_validate(
+        {"merge_method": "squisher", "models": [{"model": "org/name@main"}, {"model": "gpt2"}]}
+    )
+    model_folders.resolve_models(config)
+    assert [str(item.model) for item in config.models or []] == ["org/name@main", "gpt2"]
+
+
+def test_mergekit_pytorch_names_its_missing_file(tmp_path: Path) -> None:
+    """A missing file is named with its place, not with mergekit's traceback."""
+    from tests.merging.reference import merge_raw
+
+    config = {"merge_method": "squisher", "models": [{"model": str(tmp_path / "a.safetensors")}]}
+    assert_refused(merge_raw(tmp_path, config), tmp_path / "out", "models[0].model", "a.safetensors")
+
+
+def test_files_that_lack_a_tensor_of_another(tmp_path: Path) -> None:
+    """``mergekit-pytorch`` names the file and the tensor, and its own two flags as the cure."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.merging.models import nets
+    from tests.merging.reference import merge_raw
+
+    nets(tmp_path, 2)
+    files = [tmp_path / f"n{i}" / "net.safetensors" for i in range(2)]
+    save_file({n: t for n, t in load_file(files[1]).items() if n != "stem.bias"}, files[1])
+    config = {"merge_method": "squisher", "models": [{"model": str(file)} for file in files]}
+    assert_refused(merge_raw(tmp_path, config), tmp_path / "out", str(files[1]), "stem.bias", "--tensor-intersection")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokenizer": {"source": "unoin"}}, ["tokenizer.source must be", "did you mean union?"]),
+        ({"tokenizer_source": "bse"}, ["tokenizer_source must be", "did you mean base?"]),
+        ({"tokenizer_source": "./nowhere"}, ["tokenizer_source must be", "there is no nowhere"]),
+        ({"tokenizer": {"source": "union"}}, ["tokenizer.source needs the tokenizer of every model", "tokenizer.json"]),
+    ],
+)
+def test_a_tokenizer_that_is_not_there(
+    tmp_path: Path, pair: dict[str, Any], changes: dict[str, Any], words: list[str]
+) -> None:
+    """The source is a known word or a model, and every local model has a tokenizer."""
+    assert_config_refused(tmp_path, pair | changes, *words)
+
+
+def test_a_lora_without_a_folder_for_the_model_with_it(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """Mergekit's option is named as the cure."""
+    (tmp_path / "lora").mkdir()
+    pair["models"][1]["model"] += f"+{tmp_path / 'lora'}"
+    assert_config_refused(tmp_path, pair, "--lora-merge-cache DIR")
+
+
+def test_a_config_without_a_class(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """The name of the class is what the plan of the whole model rests on."""
+    file = tmp_path / "m1" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": None}))
+    assert_config_refused(tmp_path, pair, "models[1].model must name the class", "has no architectures")
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "tf_model.h5"])
+def test_weights_in_a_form_that_mergekit_does_not_read(tmp_path: Path, pair: dict[str, Any], name: str) -> None:
+    """The refusal lists the files that are there."""
+    (tmp_path / "m0" / "model.safetensors").rename(tmp_path / "m0" / name)
+    (tmp_path / "m0" / "fisher.safetensors").unlink()
+    assert_config_refused(tmp_path, pair, "models[0].model must have weights as model.safetensors", name)
