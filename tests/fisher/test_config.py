@@ -159,3 +159,27 @@ def test_the_short_form_of_values_is_equal(values):
     short = per_parameter(values)
     assert {name: of_parameter(short, name) for name in values} == values
     assert of_parameter(per_parameter({"a": 4, "b": 4}), "anything") == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"steps": "1200"}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"steps": {"default": 3, "head.weight": True}}, "steps.head.weight"),
+        ({"steps": {"default": -3}}, "steps.default"),
+        ({"optimizer": {"beta2": "0.999"}}, "optimizer.beta2"),
+        ({"optimizer": {"beta2": {"w": 1.0}}}, "optimizer.beta2.w"),
+        ({"mean": True}, "mean"),
+        ({"bias_corrected": "false"}, "bias_corrected"),
+        ({"optimizer": {"amsgrad": 1}}, "optimizer.amsgrad"),
+    ],
+)
+def test_flags_and_texts_are_no_numbers(tmp_path, changes, place):
+    """A value of another type is not converted, and the message names the innermost place."""
+    given = json.loads(_squisher().to_json())
+    optimizer = given["optimizer"] | changes.get("optimizer", {})
+    file = tmp_path / "fisher_config.json"
+    file.write_text(json.dumps(given | changes | {"optimizer": optimizer}))
+    with pytest.raises(ConfigError, match=rf"but {place}: .*extract it again"):
+        FisherConfig.from_file(file)

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from squisher_mergekit import load_fisher
-from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, ValuesError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, UnsupportedStateError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
@@ -245,3 +245,12 @@ def test_save_copies_an_opened_fisher(tmp_path):
     compact = read_fisher(tmp_path / "compact")
     assert compact.save(tmp_path / "plain").encoding == {"default": "float32"}
     _assert_same(read_fisher(tmp_path / "plain"), {name: compact[name].float() for name in compact})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_fisher_in_float8_is_refused(tmp_path, dtype):
+    """Squared gradients are below the smallest number of float8, so that most entries would be 0."""
+    save_file({"w": torch.ones(3).to(dtype)}, tmp_path / "fisher.safetensors")
+    (tmp_path / "fisher_config.json").write_text(FisherConfig(statistic="mean").to_json())
+    with pytest.raises(UnsupportedStateError, match=r"w in .* is float8"):
+        read_fisher(tmp_path)

@@ -8,12 +8,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError
+from squisher_mergekit.errors import (
+    ConfigError,
+    CorruptFileError,
+    MismatchError,
+    NotFoundError,
+    UnsupportedStateError,
+    ValuesError,
+)
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.fits import check_fits
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.fingerprint import fingerprint
-from squisher_mergekit.models.weights import check_alike, check_folder, open_weights, write_changed
+from squisher_mergekit.models.weights import (
+    Weights,
+    check_alike,
+    check_finite,
+    check_folder,
+    open_weights,
+    refuse_quantised,
+    write_changed,
+)
 from squisher_mergekit.tensors.safetensors import MemoryStore
 from tests import hub_server
 from tests.estimators.models import make
@@ -195,3 +210,38 @@ def test_an_impossible_model_is_refused(saved, changes, words):
     (saved / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(CorruptFileError, match=words):
         check_folder(saved)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize(
+    ("name", "tensor", "quantised"),
+    [
+        ("block.up.weight", torch.ones(2, 3).to(torch.float8_e5m2), False),
+        ("block.up.qweight", torch.ones(2, 3, dtype=torch.int32), False),
+        ("experts.up_proj_blocks", torch.ones(2, 3, dtype=torch.uint8), False),
+        ("block.up.codes", torch.ones(2, 3, dtype=torch.uint8), True),
+    ],
+)
+def test_quantised_weights_are_refused(tmp_path, name, tensor, quantised, pickled):
+    """The dtypes in the headers, of pickled weights in the pickle, and the config tell that weights are quantised."""
+    if pickled:
+        torch.save({name: tensor}, tmp_path / "pytorch_model.bin")
+    else:
+        save_file({name: tensor}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"bits": 4}} if quantised else {}))
+    with pytest.raises(UnsupportedStateError, match=rf"{name} of model is stored as .*before it was quantised"):
+        refuse_quantised(Weights(tmp_path), "model")
+
+
+@pytest.mark.parametrize("name", ["embeddings.position_ids", "norm.num_batches_tracked"])
+def test_integer_buffers_are_no_quantised_weights(tmp_path, name):
+    """Tables and counters of integers are as they always were."""
+    tensors = {name: torch.ones(1, 7, dtype=torch.int64), "up.weight": torch.ones(2, 3, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    refuse_quantised(Weights(tmp_path), "model")
+
+
+def test_an_overflow_of_float16_is_no_broken_training():
+    """The message for infinite entries in float16 names another dtype as the cure."""
+    with pytest.raises(ValuesError, match="in float16, which ends at 65504; give dtype: bfloat16"):
+        check_finite(torch.tensor([1.0, 1e6]).half(), "w", "model")

@@ -300,7 +300,7 @@ def test_similar_and_empty_states_are_refused(state, group, words):
         parse(content({"state": {0: state} if state else {}, "param_groups": [{**group, "params": [0]}]}, FILE))
 
 
-@pytest.mark.parametrize("step", [float("nan"), 2.5, -1, torch.ones(2), "three"])
+@pytest.mark.parametrize("step", [float("nan"), 2.5, -1, torch.ones(2), "three", "3", True])
 def test_a_step_that_is_no_count_is_refused(step):
     """A step that is no whole number is refused as damaged, because the bias correction depends on it."""
     state = {"exp_avg": _M, "exp_avg_sq": _V, "step": step}

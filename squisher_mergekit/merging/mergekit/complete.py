@@ -82,7 +82,7 @@ def _check_modules(planner: Any) -> None:
     for name in planner.config.modules or ():
         if name not in known:
             raise ConfigError(
-                f"modules.{name} must be a module of the architecture, of which there is {', '.join(known)}; correct "
+                f"modules.{name} must be a module of the architecture, which has {', '.join(known)}; correct "
                 "the name, or list the models under models:"
             )
 

@@ -176,3 +176,12 @@ def test_a_layer_can_be_left_out_of_a_fisher_if_it_is_ignored(tmp_path):
     assert report.ignored["bert.encoder.layer.1.output.dense.weight"] == r"matches layer\.1\.output"
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert config.architectures == ["BertForSequenceClassification"]
+
+
+def test_packed_integers_are_refused(tmp_path):
+    """Weights of 8-bit integers are not left alone in silence."""
+    (tmp_path / "model").mkdir()
+    tensors = {"up.weight": torch.ones(4, 4, dtype=torch.int8), "down.weight": torch.ones(4, 4)}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UnsupportedStateError, match=r"up.weight of .* is stored as int8"):
+        prune_files(tmp_path / "model", None, tmp_path / "out", 0.5, score="magnitude")

@@ -4,9 +4,11 @@ import json
 
 import peft
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from squisher_mergekit.errors import MismatchError, NotFoundError
+from squisher_mergekit.errors import MismatchError, NotFoundError, UnsupportedStateError, ValuesError
 from squisher_mergekit.estimators.dataset.load_model import load_model
 from tests.estimators.dataset.makers import bert_tokenizer
 
@@ -71,3 +73,36 @@ def test_code_of_a_model_is_neither_run_nor_offered(build, task, tmp_path, monke
     with pytest.raises(NotFoundError, match="needs code of its own, which is never run"):
         load_model(str(folder), task, False)
     assert not (tmp_path / "ran").exists()
+
+
+def _bert():
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
+
+
+@pytest.mark.parametrize("build", [_headless_roberta, _bert])
+def test_an_encoder_is_no_causal_language_model(build, tmp_path):
+    """An encoder sees the tokens that it would predict; the same model as a decoder is loaded."""
+    model = build()
+    folder = _saved(model, tmp_path / "encoder")
+    with pytest.raises(MismatchError, match=r"is an encoder .*--task masked-lm"):
+        load_model(folder, "causal-lm", False)
+    model.config.is_decoder = True
+    assert load_model(_saved(model, tmp_path / "decoder"), "causal-lm", False)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (lambda t: t.to(torch.float8_e4m3fn), UnsupportedStateError, "stored as float8"),
+        (lambda t: t.to(torch.int8), UnsupportedStateError, "stored as int8"),
+        (lambda t: t * float("nan"), ValuesError, "q_proj.weight of .* has 144 NaN"),
+    ],
+)
+def test_weights_without_a_gradient_are_refused(change, kind, words, tmp_path):
+    """Quantised and not finite weights have no Fisher; transformers would load them without a word."""
+    folder = _saved(_headless_qwen(), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {n: change(t) if n.endswith("q_proj.weight") else t for n, t in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(kind, match=words):
+        load_model(folder, "causal-lm", False)

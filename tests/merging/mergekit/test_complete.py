@@ -217,3 +217,83 @@ def test_a_base_may_have_further_heads(tmp_path: Path) -> None:
         "models": [entry(tmp_path, 1), entry(tmp_path, 2)],
     }
     assert "classifier.weight" not in merged(config, tmp_path / "out")
+
+
+def _tied_and_not(root: Path, name: str, **settings: Any) -> None:
+    """Write a model with tied embeddings and one without, each with a Fisher."""
+    cls = getattr(transformers, name)
+    for i, tied in enumerate((True, False)):
+        torch.manual_seed(i)
+        config = cls.config_class(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, **settings)
+        config.tie_word_embeddings = tied
+        cls(config).save_pretrained(root / f"m{i}")
+    _change(root, lambda tensors: tensors)
+
+
+@pytest.mark.parametrize("name", ["OPTForCausalLM", "SmolLM3ForCausalLM"])
+def test_the_head_of_an_untied_model_is_not_lost(tmp_path: Path, name: str) -> None:
+    """The config that ties leaves no place for it: refused; with the other model's config it is merged."""
+    changes = {"ffn_dim": 12, "word_embed_proj_dim": 8} if name[:3] == "OPT" else {"num_key_value_heads": 1}
+    _tied_and_not(tmp_path, name, intermediate_size=12, pad_token_id=0, **changes)
+    result = merge(_config(tmp_path, base_model=str(tmp_path / "m0")), tmp_path / "out")
+    assert_refused(result, tmp_path / "out", str(tmp_path / "m1"), "lm_head.weight")
+    assert "lm_head.weight" in merged(_config(tmp_path, base_model=str(tmp_path / "m1")), tmp_path / "out")
+
+
+def test_the_config_of_a_merge_with_an_untied_head_does_not_tie(tmp_path: Path) -> None:
+    """Where mergekit writes the head, loaders must not replace it by the embedding."""
+    for i, tied in enumerate((True, False)):
+        give_fisher(tmp_path / f"m{i}", llama(tmp_path / f"m{i}", i, tie_word_embeddings=tied), i)
+    result = merged(_config(tmp_path, base_model=str(tmp_path / "m0")), tmp_path / "out")
+    assert not torch.equal(result["lm_head.weight"], result["model.embed_tokens.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("model", [0, 1])
+def test_an_embedding_does_not_stand_for_a_head_that_is_not_tied(tmp_path: Path, model: int) -> None:
+    """Mergekit reads a missing head from the embedding, also where the model's own config does not tie them."""
+    models_with_fishers(tmp_path, 2)
+    _change(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"}, (model,))
+    result = merge(_config(tmp_path), tmp_path / "out")
+    assert_refused(result, tmp_path / "out", "must have the tensor lm_head.weight", f"m{model} has not")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_the_prefix_of_a_wrapper_is_the_cure(tmp_path: Path, prefix: str) -> None:
+    """A model saved inside its wrapper has other names for all tensors."""
+    models_with_fishers(tmp_path, 2)
+    _change(tmp_path, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
+    assert_refused(merge(_config(tmp_path), tmp_path / "out"), tmp_path / "out", f"wrapper whose prefix is {prefix}")
+
+
+@pytest.mark.parametrize("name", ["text_decoder", "defualt"])
+def test_a_module_that_the_architecture_does_not_have(tmp_path: Path, name: str) -> None:
+    """The refusal lists the modules."""
+    models_with_fishers(tmp_path, 2)
+    config = _config(tmp_path)
+    config["modules"] = {name: {"models": config.pop("models")}}
+    assert_refused(merge(config, tmp_path / "out"), tmp_path / "out", f"modules.{name} must be", "which has default")
+
+
+def test_an_index_that_names_the_wrong_shard(tmp_path: Path) -> None:
+    """A tensor that is not in the shard of the index is refused while planning."""
+    models_with_fishers(tmp_path, 2)
+    folder = tmp_path / "m1"
+    tensors = load_file(folder / FILE)
+    (folder / FILE).unlink()
+    shards = {f"model-0000{k + 1}-of-00002.safetensors": dict(list(tensors.items())[k::2]) for k in range(2)}
+    for file, part in shards.items():
+        save_file(part, folder / file, {"format": "pt"})
+    places = {name: file for file, part in shards.items() for name in part}
+    places["lm_head.weight"] = next(file for file in shards if file != places["lm_head.weight"])
+    (folder / f"{FILE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert_refused(merge(_config(tmp_path), tmp_path / "out"), tmp_path / "out", "has no lm_head.weight", "index of")
+
+
+def test_a_config_of_dequantised_weights_asks_for_no_quantisation(tmp_path: Path) -> None:
+    """A left-over ``quantization_config`` would quantise the result when it is loaded."""
+    models_with_fishers(tmp_path, 2)
+    file = tmp_path / "m0" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    merged(_config(tmp_path, base_model=str(tmp_path / "m0")), tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
