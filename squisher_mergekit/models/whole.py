@@ -176,10 +176,34 @@ def missing_parts(models: Sequence[ReadFiles], model: LoadableModel) -> list[tup
                 parts.setdefault(key, {}).setdefault(each.label, set()).add(name)
     return [
         (label, name)
-        for by_model in parts.values()
+        for key, by_model in parts.items()
+        for known in [set().union(*by_model.values())]
         for label, names in by_model.items()
-        for name in sorted(set().union(*by_model.values()) - names, key=_natural)
+        for name in sorted((known | _series(known, model.shapes[key][:1])) - names, key=_natural)
     ]
+
+
+def _series(names: Collection[str], length: tuple[int, ...]) -> set[str]:
+    """Return the names of all tensors that are stacked to one, of which some are given.
+
+    Args:
+        names: Names on disk of some parts, which differ in one number.
+        length: Size of the first axis of the whole; empty for a number.
+
+    Example:
+        >>> sorted(_series({"experts.0.up", "experts.1.up"}, (3,)) - {"experts.0.up", "experts.1.up"})
+        ['experts.2.up']
+    """
+    split = [name.split(".") for name in names]
+    widths = {len(parts) for parts in split}
+    if len(widths) != 1 or not length:
+        return set()
+    varying = [i for i in range(widths.pop()) if len({p[i] for p in split}) > 1 and all(p[i].isdigit() for p in split)]
+    if len(varying) != 1 or max(int(parts[varying[0]]) for parts in split) >= length[0]:
+        return set()
+    return {
+        ".".join([*parts[: varying[0]], str(i), *parts[varying[0] + 1 :]]) for parts in split for i in range(length[0])
+    }
 
 
 def _filled(written: Collection[str], fills: Mapping[str, FilledKeys], model: LoadableModel | None) -> set[str]:

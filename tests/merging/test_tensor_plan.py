@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 
+from squisher_mergekit.cli.merge import command as merge_command
 from tests.merging.models import base_and_models, base_without_norm, density_config
 from tests.merging.reference import (
     assert_config_refused,
@@ -112,3 +115,30 @@ def test_embeddings_that_grew_after_training(tmp_path: Path, tied: bool) -> None
         padded[: len(grown[name])] = grown[name]
         reference = squisher_reference(thetas, [padded, fishers[1][name]], [1.0, 1.0])
         assert_within(tensor, reference, largest(thetas))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("model.embed_tokens.weight", 35), ("lm_head.weight", 30), ("model.layers.0.mlp.up_proj.weight", -1)],
+)
+def test_rows_that_no_vocabulary_gained_are_refused(tmp_path: Path, pair: dict[str, Any], name: str, rows: int) -> None:
+    """A Fisher with more rows than the vocabulary, or one row short elsewhere, belongs to another model."""
+    weights = llama(tmp_path / "m0", 0)
+    fisher = {each: torch.ones_like(tensor) for each, tensor in weights.items()}
+    size = rows if rows > 0 else len(fisher[name]) + rows
+    fisher[name] = torch.ones(size, *fisher[name].shape[1:])
+    store_fisher(tmp_path / "m0", fisher)
+    assert_config_refused(tmp_path, pair, name, "must have the weight's shape")
+
+
+def test_strict_refuses_embeddings_that_grew(tmp_path: Path) -> None:
+    """Under ``--strict`` the warning about new rows is an error, also where no fingerprint tells."""
+    weights = [llama(tmp_path / f"m{i}", i) for i in range(2)]
+    for i, tensors in enumerate(weights):
+        short = {name: torch.ones_like(t)[: 27 if t.shape[0] == 29 else None] for name, t in tensors.items()}
+        store_fisher(tmp_path / f"m{i}", short)
+    config = {"merge_method": "squisher", "models": [{"model": str(tmp_path / f"m{i}")} for i in range(2)]}
+    file = tmp_path / "c.yml"
+    file.write_text(yaml.safe_dump(config))
+    result = CliRunner().invoke(merge_command, [str(file), str(tmp_path / "out"), "--strict", "--no-copy-tokenizer"])
+    assert_refused(result, tmp_path / "out", "count as unseen (F = 0)", "without --strict")

@@ -1,5 +1,6 @@
 """Tensors that a merge loses, told from names alone."""
 
+import pytest
 import transformers
 
 from squisher_mergekit.models.loading import loadable
@@ -40,6 +41,14 @@ def test_an_expert_that_one_model_lacks():
     """The model without the part is named."""
     files = [ReadFiles("a", frozenset(EXPERTS), frozenset()), ReadFiles("b", frozenset(EXPERTS[1:]), frozenset())]
     assert missing_parts(files, _model()) == [("b", EXPERTS[0])]
+
+
+@pytest.mark.parametrize("lost", [[EXPERTS[5]], EXPERTS[6:]])
+def test_an_expert_that_all_models_lack(lost):
+    """The first axis of the packed tensor tells the number of its parts."""
+    left = frozenset(EXPERTS) - set(lost)
+    files = [ReadFiles(label, left, frozenset()) for label in "ab"]
+    assert sorted(missing_parts(files, _model())) == sorted((label, name) for label in "ab" for name in lost)
 
 
 def test_without_a_class_the_files_decide():
