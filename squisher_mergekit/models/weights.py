@@ -227,12 +227,28 @@ def refuse_quantised(weights: Weights, label: str) -> None:
     """
     quantised = bool((weights.config or {}).get("quantization_config"))
     for name, (dtype, axes) in weights.stored_dtypes.items():
+        refuse_float8(dtype, name, label)
         packed = axes > 1 and not dtype.is_floating_point
-        if dtype in FLOAT8 or (packed and (name.endswith(_PACKED) or (quantised and dtype in _SMALL_INTEGERS))):
-            raise UnsupportedStateError(
-                f"weights must be float32, float16 or bfloat16, but {name} of {label} is stored as "
-                f"{str(dtype).removeprefix('torch.')}; take the model before it was quantised"
-            )
+        if packed and (name.endswith(_PACKED) or (quantised and dtype in _SMALL_INTEGERS)):
+            raise UnsupportedStateError(_quantised(dtype, name, label))
+
+
+def refuse_float8(dtype: torch.dtype, name: str, label: str) -> None:
+    """Refuse a weight in float8, whose values depend on separate scales.
+
+    Raises:
+        UnsupportedStateError: The dtype is a float8.
+    """
+    if dtype in FLOAT8:
+        raise UnsupportedStateError(_quantised(dtype, name, label))
+
+
+def _quantised(dtype: torch.dtype, name: str, label: str) -> str:
+    """Return the message for a quantised weight."""
+    return (
+        f"weights must be float32, float16 or bfloat16, but {name} of {label} is stored as "
+        f"{str(dtype).removeprefix('torch.')}; take the model before it was quantised"
+    )
 
 
 def refuse_damaged(folder: Path, error: Exception) -> NoReturn:

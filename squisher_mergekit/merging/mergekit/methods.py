@@ -26,6 +26,7 @@ from squisher_mergekit.merging.density import Trim
 from squisher_mergekit.merging.read import LoadedFisher, load_tensor
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.models.layouts import layout_by_name
+from squisher_mergekit.models.weights import refuse_float8
 from squisher_mergekit.tensors.safetensors import check_shape
 
 
@@ -174,6 +175,7 @@ def _input(
     entry: TensorEntry, name: str, loaded: LoadedFisher, weight: float, base: TensorEntry | None
 ) -> execution.Input:
     fisher = loaded.tensor
+    refuse_float8(entry.tensor.dtype, name, str(entry.id))
     if fisher is not None:
         check_shape(name, tuple(fisher.shape), tuple(entry.tensor.shape), loaded.location)
         fisher = fisher.to(entry.tensor.device)

@@ -8,7 +8,7 @@ import torch
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.merge_methods.base import TensorGroup
 
-from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
+from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.mergekit.methods import SQUISHER, ResolvedFisher
@@ -95,6 +95,15 @@ def test_buffers_and_modules() -> None:
     result = merge_state_dicts(modules, "squisher", parameters={"fisher": fishers})
     assert result["num_batches_tracked"].dtype == torch.int64
     assert not result["weight"].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_refused_in_memory(dtype: torch.dtype) -> None:
+    """A state dict in float8 is refused by name."""
+    weights, fishers = _models(2)
+    weights = [each | {"encoder.weight": each["encoder.weight"].to(dtype)} for each in weights]
+    with pytest.raises(UnsupportedStateError, match=r"encoder\.weight of 0 is stored as float8"):
+        merge_state_dicts(weights, "squisher", parameters={"fisher": fishers})
 
 
 def test_refusals() -> None:
