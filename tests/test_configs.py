@@ -43,7 +43,7 @@ def test_a_config_is_planned(config: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(command, [str(config)])
     assert result.exit_code == 0, result.output
-    assert "nothing falls back" in result.output
+    assert "all needed Fishers are complete" in result.output
     assert result.output.count("covers 100.0%") == len({*_models(config)})
 
 

@@ -152,7 +152,8 @@ def preview_text(preview: dict[str, Any]) -> str:
         share = model["covered"] / max(model["entries"], 1)
         lines += [f"  {model['model']}", f"    {describe_model(model)}", f"    covers {share:.1%} of the entries"]
     fallbacks = preview["fallbacks"]
-    lines.append(f"  {len(fallbacks)} tensors fall back to the weighted mean" if fallbacks else "  nothing falls back")
+    lacking = f"{len(fallbacks)} tensors lack a Fisher and are the weighted mean"
+    lines.append(f"  {lacking}" if fallbacks else "  all needed Fishers are complete")
     lines += [f"    {name}: {why}" for name, why in list(fallbacks.items())[:20]]
     lines += [f"    ... and {len(fallbacks) - 20} more"] if len(fallbacks) > 20 else []
     lines.append(f"  entries with {no_signal(preview['method'])}")
