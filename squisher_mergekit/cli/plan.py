@@ -31,8 +31,8 @@ def command(
     """Check the merge in CONFIG, and show a preview.
 
     The preview gives, for each model, the source of its Fisher, optimizer, steps, beta2, scale and coverage; then the
-    tensors that lack a Fisher and are the weighted mean, with the reason, the bytes to read, and an estimate of memory. The
-    command reads the headers of tensors only, and writes no model.
+    tensors that lack a Fisher and are the weighted mean, with the reason, the bytes to read, and an estimate of memory.
+    The command reads the headers of tensors only, and writes no model.
 
     \b
     Example:
