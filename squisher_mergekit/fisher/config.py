@@ -128,6 +128,37 @@ class Coverage(_Frozen):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+class FactorsInfo(_Frozen):
+    """Factors over rows and columns of matrices, beside the diagonal; an unknown value is None.
+
+    Args:
+        source: Origin of the factors: ``optimizer`` (a state of Shampoo or SOAP), ``recorded`` during training from
+            gradients of batches, or ``estimated`` from data.
+        statistic: ``ema`` (moving average), ``sum`` or ``mean`` of ``G G^T`` and ``G^T G``.
+        rows: Names of the matrices with a factor over their rows.
+        columns: Names of the matrices with a factor over their columns.
+        form: ``full`` blocks, or ``low_rank`` for vectors and a level.
+        decay: Decay of a moving average.
+        every: Number of optimizer steps per recorded gradient.
+        steps: Number of gradients behind a factor.
+        initial: Multiple of the identity that a factor began with.
+        num_examples: Number of examples behind an estimate.
+        error: Relative error of the stored factors against those before compression, in the Frobenius norm.
+    """
+
+    source: Literal["optimizer", "recorded", "estimated"]
+    statistic: Statistic
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    form: Literal["full", "low_rank"] = "full"
+    decay: Decay | None = None
+    every: Count | None = None
+    steps: Count | None = None
+    initial: NotNegative | None = None
+    num_examples: Count | None = None
+    error: NotNegative | None = None
+
+
 class FisherConfig(_Frozen):
     """Metadata of a Fisher (``fisher_config.json``); an unknown value is None.
 
@@ -151,6 +182,7 @@ class FisherConfig(_Frozen):
         source: The files that the Fisher comes from.
         coverage: The tensors with and without a Fisher.
         weights_fingerprint: Digest of the weights at which the Fisher was made.
+        factors: The factors beside the diagonal; None if there are none.
 
     Example:
         >>> config = FisherConfig(estimator="squisher", statistic="ema", steps=1, optimizer={"beta2": 0.999})
@@ -177,6 +209,7 @@ class FisherConfig(_Frozen):
     source: SourceInfo = Field(default_factory=SourceInfo)
     coverage: Coverage = Field(default_factory=Coverage)
     weights_fingerprint: str | None = None
+    factors: FactorsInfo | None = None
 
     @property
     def from_optimizer(self) -> bool:
@@ -255,8 +288,13 @@ class FisherConfig(_Frozen):
         return 1.0 / (1.0 - float(beta2) ** steps)
 
     def to_json(self) -> str:
-        """Return the text of ``fisher_config.json``, with all keys; unknown values are ``null``."""
+        """Return the text of ``fisher_config.json``, with all keys; unknown values are ``null``.
+
+        ``factors`` is written only if there are factors, so that earlier versions read all other files.
+        """
         data = self.model_dump(mode="json", by_alias=True)
+        if self.factors is None:
+            del data["factors"]
         if self.optimizer is not None and self.optimizer.initial_accumulator_value is None:
             del data["optimizer"]["initial_accumulator_value"]
         return json.dumps(data, indent=2) + "\n"

@@ -10,6 +10,7 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundErro
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.encoded import EncodedStore
+from squisher_mergekit.fisher.factors.mapping import read_factors, split_store
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.values import zeros_refusal
 from squisher_mergekit.fisher.write import BASENAME
@@ -18,7 +19,6 @@ from squisher_mergekit.tensors.folder_moves import settled
 from squisher_mergekit.tensors.safetensors import (
     SafetensorsHeader,
     SafetensorsStore,
-    TensorStore,
     read_header,
     safetensors_files,
 )
@@ -38,7 +38,8 @@ def read_fisher(source: Path, verify: bool = True) -> Fisher:
 
     Raises:
         NotFoundError: ``fisher.safetensors`` or ``fisher_config.json`` is missing.
-        CorruptFileError: A file is truncated or not safetensors, or a part of a compact tensor is missing.
+        CorruptFileError: A file is truncated or not safetensors, or a part of a compact tensor or a factor is missing.
+        MismatchError: The shape of a factor does not fit its matrix.
         ConfigError: A value in the metadata does not fit, or this version does not know an encoding.
         ValuesError: The metadata say that all entries of an accumulator are 0.
     """
@@ -64,7 +65,7 @@ def read_fisher(source: Path, verify: bool = True) -> Fisher:
     headers = {file: read_header(file) for file in files}
     if verify:
         _check_digests(headers)
-    store: TensorStore = SafetensorsStore(files, str(source), headers, verify)
+    store, factor_store = split_store(SafetensorsStore(files, str(source), headers, verify), config)
     if codes:
         notes = {key: value for header in headers.values() for key, value in header.metadata.items()}
         store = EncodedStore(store, config.encoding, notes)
@@ -79,7 +80,8 @@ def read_fisher(source: Path, verify: bool = True) -> Fisher:
                 f"a Fisher must hold floats, but {name} in {source} is {str(info.dtype).removeprefix('torch.')} and "
                 "encoded as none of the compact forms; copy fisher_config.json again"
             )
-    return Fisher(store, config, tied_aliases(config))
+    factors = read_factors(factor_store, config, {name: info.shape for name, info in store.infos.items()})
+    return Fisher(store, config, tied_aliases(config), factors)
 
 
 def _check_digests(headers: Mapping[Path, SafetensorsHeader]) -> None:

@@ -102,7 +102,7 @@ def with_hub_location(fisher: Fisher, path: Path) -> Fisher:
     if path.parts[-2] != "snapshots" or not kind.startswith("models--"):
         return fisher
     repo = kind.removeprefix("models--").replace("--", "/", 1)
-    return Fisher(_Relocated(fisher, f"{repo}@{commit}"), fisher.config, fisher.aliases)
+    return Fisher(_Relocated(fisher, f"{repo}@{commit}"), fisher.config, fisher.aliases, fisher.factors)
 
 
 class _Relocated:

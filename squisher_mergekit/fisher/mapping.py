@@ -9,6 +9,7 @@ import torch
 
 from squisher_mergekit.fisher.compact import Compression
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
+from squisher_mergekit.fisher.factors.mapping import Factors, no_factors
 from squisher_mergekit.fisher.values import Moments
 from squisher_mergekit.fisher.write import to_dtype, write_fisher
 from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore
@@ -25,6 +26,7 @@ class Fisher(Mapping[str, torch.Tensor]):
         store: The tensors: a mapping in memory, or a store that reads them.
         config: The metadata.
         aliases: Alias -> name in the store.
+        factors: Factors over rows and columns of matrices; None if there are none. They are no entries of the mapping.
 
     Example:
         >>> config = FisherConfig(estimator="squisher", statistic="ema", steps=1, optimizer={"beta2": 0.75})
@@ -37,9 +39,11 @@ class Fisher(Mapping[str, torch.Tensor]):
         store: TensorStore | Mapping[str, torch.Tensor],
         config: FisherConfig,
         aliases: Mapping[str, str] | None = None,
+        factors: Factors | None = None,
     ) -> None:
         self._store: TensorStore = MemoryStore(store) if isinstance(store, Mapping) else store
-        self.config = config
+        self.factors = factors or no_factors()
+        self.config = config.model_copy(update={"factors": self.factors.info})
         self.aliases = dict(aliases or {})
         self._moments: dict[Scaling, tuple[float, float]] = {}
 
@@ -142,12 +146,16 @@ class Fisher(Mapping[str, torch.Tensor]):
         """
         return write_fisher(self, Path(path).expanduser(), to_dtype(dtype or torch.float32), compress=compress)
 
+    def with_factors(self, factors: Factors) -> Fisher:
+        """Return the same Fisher with other factors."""
+        return Fisher(self._store, self.config, self.aliases, factors)
+
     def without_initial_value(self) -> Fisher:
         """Return the same Fisher less the optimizer's initial accumulator value (Adagrad's)."""
         assert self.config.optimizer is not None
         optimizer = self.config.optimizer.model_copy(update={"initial_accumulator_value": None})
         config = self.config.model_copy(update={"optimizer": optimizer})
-        return Fisher(WithoutInitialValue(self), config, self.aliases)
+        return Fisher(WithoutInitialValue(self), config, self.aliases, self.factors)
 
     def moments(self, scaling: Scaling = "debiased") -> tuple[float, float]:
         """Return the mean and L2 norm over all entries, from the metadata or else summed once in float64.

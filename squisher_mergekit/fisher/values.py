@@ -10,6 +10,7 @@ import torch
 
 from squisher_mergekit.errors import ValuesError
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
+from squisher_mergekit.fisher.factors.mapping import Factors
 from squisher_mergekit.tensors.safetensors import TensorInfo
 
 
@@ -17,6 +18,7 @@ class DiagonalFisher(Protocol):
     """Fisher as its writer and its statistics see it; :class:`~squisher_mergekit.Fisher` is one."""
 
     config: FisherConfig
+    factors: Factors
 
     @property
     def location(self) -> str:

@@ -13,6 +13,7 @@ from squisher_mergekit.errors import ConfigError, ValuesError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, Coverage, FisherConfig, in_range
 from squisher_mergekit.fisher.encoded import parts_of, shape_note
+from squisher_mergekit.fisher.factors.encode import FactorWriter
 from squisher_mergekit.fisher.values import DiagonalFisher, Moments, zeros_refusal
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.folder_moves import Existing, recover, settled
@@ -89,7 +90,7 @@ def write_fisher(
             every entry to 4 % and 40 %, and zeros exactly; ``rank1`` keeps the row and column means of matrices.
             Tensors that would not get smaller stay whole; ``encoding`` names them. Adagrad's initial value is
             subtracted first, because the error relative to it could exceed F; ``initial_accumulator_value`` is then
-            null.
+            null. Factors are bfloat16 with ``log8``, and of low rank with ``log4`` and ``rank1``.
         existing: ``keep`` or ``replace`` (see :func:`~squisher_mergekit.tensors.atomic.written_beside`).
 
     Returns:
@@ -109,7 +110,8 @@ def write_fisher(
     moments = Moments()
     with written_beside(out, existing, fisher_files) as folder:
         names = progress or list(fisher)
-        shards, whole = _write_shards(fisher, folder, dtype, names, shard_bytes, moments, compress)
+        factors = FactorWriter(fisher.factors, dtype, compress)
+        shards, whole = _write_shards(fisher, folder, dtype, names, shard_bytes, moments, compress, factors)
         if moments.count and not moments.total and fisher.config.from_optimizer:
             raise ValuesError(zeros_refusal(fisher.location))
         config = fisher.config.model_copy(
@@ -118,6 +120,7 @@ def write_fisher(
                 "norm": in_range(moments.norm),
                 "encoding": _encoding(str(dtype).removeprefix("torch."), compress, whole, len(fisher)),
                 "coverage": Coverage(**{"with": len(fisher)}, without=fisher.config.coverage.without),
+                "factors": factors.info,
             }
         )
         _name_shards(folder, shards)
@@ -140,38 +143,48 @@ def _write_shards(
     shard_bytes: int,
     moments: Moments,
     compress: str | None,
+    factors: FactorWriter,
 ) -> tuple[list[dict[str, int]], list[str]]:
-    """Write the shards, one tensor at a time.
+    """Write the shards, one tensor at a time, and the factors after the diagonal.
 
     Returns:
         The sizes of the tensors in each shard, and the names of the tensors that stay whole.
     """
     # Twice the parts: each has a digest as well.
     room = header_room(list(fisher), parts=2 if compress is None else 5 if compress in compact.CODES else 4)
+    room += header_room(factors.names, parts=2)
     writer = SafetensorsWriter(folder / "0.safetensors", room, digests=True)
     shards, whole = [writer.sizes], []
     with ExitStack() as stack:
         stack.enter_context(writer)
+
+        def writer_for(nbytes: int) -> SafetensorsWriter:
+            """Return the writer of the present shard, or of a new one where the present shard is full."""
+            nonlocal writer
+            if writer.nbytes and writer.nbytes + nbytes > shard_bytes:
+                stack.close()
+                file = folder / f"{len(shards)}.safetensors"
+                writer = stack.enter_context(SafetensorsWriter(file, room, digests=True))
+                shards.append(writer.sizes)
+            return writer
+
         for name in names:
             parts = None if compress is None else parts_of(fisher, name, compress, dtype)
             tensors = parts or {"": fisher[name]}
             nbytes = sum(tensor.numel() * (tensor.dtype if parts else dtype).itemsize for tensor in tensors.values())
-            if writer.nbytes and writer.nbytes + nbytes > shard_bytes:
-                stack.close()
-                writer = stack.enter_context(
-                    SafetensorsWriter(folder / f"{len(shards)}.safetensors", room, digests=True)
-                )
-                shards.append(writer.sizes)
+            shard = writer_for(nbytes)
             if parts and compress:
                 shape = fisher.info(name).shape
                 moments.add(fisher, name, tensor=compact.decode(parts, compress, shape))
                 if compress in compact.CODES:
-                    writer.note(f"{name}.shape", shape_note(shape))
+                    shard.note(f"{name}.shape", shape_note(shape))
             else:
                 moments.add(fisher, name, tensor=tensors[""])
                 whole.append(name)
             for suffix, tensor in tensors.items():
-                writer.add(name + suffix, tensor, None if parts else dtype)
+                shard.add(name + suffix, tensor, None if parts else dtype)
+        for stored, tensor in factors.tensors():
+            writer_for(tensor.numel() * tensor.itemsize).add(stored, tensor)
     return shards, whole
 
 
