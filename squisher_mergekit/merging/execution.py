@@ -36,7 +36,7 @@ class Input:
     ``theta``: its weight. ``fisher``: its raw Fisher, shaped alike, or None where every model has none (UBGM's base
     may have none on its own). ``weight``: w_i. ``scale``: factor on the Fisher. ``label``: name for messages, such as
     ``layers.0.weight in /models/a/optimizer.pt``. ``trim``: which entries of theta give way to the base's. ``model``:
-    name of the model for messages.
+    name of the model for messages. ``factors``: recorded factors over rows and columns, None for a side without.
     """
 
     theta: Tensor
@@ -46,6 +46,7 @@ class Input:
     label: tuple[str, str] = ("", "")
     trim: Trim | None = None
     model: str = ""
+    factors: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 @dataclass

@@ -106,7 +106,23 @@ class MergePlan:
                 f"{len(copied)} tensors are copied, as one model alone has them or they are integers "
                 f"({names_text(copied)})"
             )
-        return notes
+        return notes + self._factor_notes()
+
+    def _factor_notes(self) -> list[str]:
+        """Return one line for each model with recorded factors: the matrices that take them."""
+        coupled = [tensor for tensor in self.tensors if tensor.coupled]
+        taken: dict[str, list[str]] = {}
+        sources: dict[str, set[str]] = {}
+        for tensor in coupled:
+            for use in tensor.uses:
+                if use.sides and use.opened is not None and (info := use.opened.fisher.factors.info):
+                    taken.setdefault(use.input.model.label, []).append(tensor.name)
+                    sources.setdefault(use.input.model.label, set()).add(info.source)
+        return [
+            f"{len(names)} of {len(coupled)} coupled matrices of {label} use factors of its Fisher "
+            f"({', '.join(sorted(sources[label]))}; {names_text(names)}); factors that it lacks follow from d and v"
+            for label, names in taken.items()
+        ]
 
     def whole_size(self) -> dict[str, int]:
         """Return the number of tensors and entries of the whole model, lost ones included."""
@@ -224,6 +240,7 @@ def _fisher_bytes(tensor: TensorPlan) -> int:
         if use.opened is not None:
             fisher = use.opened.fisher
             total += 4 * tensor.size if use.converted else fisher.info(use.name).nbytes
+            total += sum(fisher.factors.side(side).nbytes(use.name) for side in use.sides)
     return total
 
 

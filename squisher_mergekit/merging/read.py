@@ -1,7 +1,7 @@
 """One tensor of a Fisher, read at the scale of a merge."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
+from squisher_mergekit.fisher.factors.mapping import SIDES, Side
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.merging.coupling.recorded import read_side
 from squisher_mergekit.merging.density import Rows
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
@@ -27,6 +29,7 @@ class LoadedFisher:
         scores: The tensor before the floor, for a density below 1; None if it is the same.
         origin: theta_0, for a density below 1; None if the base is an input itself.
         rows: Rows of a re-ordered vocabulary, for a density below 1.
+        factors: Recorded factors over the rows and over the columns; None for a side without.
     """
 
     name: str
@@ -37,6 +40,7 @@ class LoadedFisher:
     scores: Tensor | None = None
     origin: Tensor | None = None
     rows: Rows | None = None
+    factors: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def to(self, device: torch.device) -> "LoadedFisher":
         """Return the same with all tensors on a device."""
@@ -49,7 +53,9 @@ class LoadedFisher:
         if self.rows is not None:
             shared, unbased, axis = self.rows
             rows = Rows(shared.to(device), unbased.to(device), axis)
-        return replace(self, tensor=moved(self.tensor), scores=moved(self.scores), origin=moved(self.origin), rows=rows)
+        tensors = {"tensor": moved(self.tensor), "scores": moved(self.scores), "origin": moved(self.origin)}
+        factors = (moved(self.factors[0]), moved(self.factors[1]))
+        return replace(self, **tensors, rows=rows, factors=factors)
 
     def padded(self, axis: int, size: int) -> "LoadedFisher":
         """Return the same with rows of 0 added along an axis, up to a size."""
@@ -72,6 +78,7 @@ def load_tensor(
     floor: float,
     fisher_scale: float,
     density: float = 1.0,
+    sides: Sequence[Side] = (),
 ) -> LoadedFisher:
     """Read one tensor of a Fisher.
 
@@ -86,6 +93,7 @@ def load_tensor(
         floor: Smallest F, relative to the mean over the tensor.
         fisher_scale: Factor on this model's Fisher.
         density: Share of this model's task vector that is kept.
+        sides: Sides whose recorded factors the merge needs, where there are some.
 
     Returns:
         The tensor and its factor.
@@ -116,4 +124,5 @@ def load_tensor(
     if floor > 0 and tensor.numel():
         scores = tensor if density < 1 else None
         tensor = tensor.clamp_min(floor * tensor.mean(dtype=torch.float64).item())
-    return LoadedFisher(stored, fisher.location, tensor, scale, density, scores)
+    rows, columns = (read_side(fisher, stored, side) if side in sides else None for side in SIDES)
+    return LoadedFisher(stored, fisher.location, tensor, scale, density, scores, factors=(rows, columns))

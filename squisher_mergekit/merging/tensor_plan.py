@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.config import Scaling
+from squisher_mergekit.fisher.factors.mapping import Side
 from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.merging.coupling.recorded import recorded_sides, sides_of
 from squisher_mergekit.merging.parameters import SQUISHER, UBGM_SQUISHER
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles, OpenFisher, find_name
 from squisher_mergekit.models.layouts import MatrixLayout
@@ -24,6 +26,7 @@ class Settings:
     missing: str = "error"
     prior: float = 0.0
     structure: str = "diagonal"
+    block: int = 128
 
 
 # Reasons in the coverage of a Fisher for a tensor that no gradient reaches.
@@ -94,6 +97,7 @@ class FisherUse:
         name: Name of the tensor.
         converted: True if transformers' checkpoint conversion builds the tensor from others of the Fisher.
         padding: Axis and size to which rows of F = 0 are added: vocabulary entries added after training.
+        sides: Sides of the stored matrix whose recorded factors the merge takes.
     """
 
     input: WeightInput
@@ -101,6 +105,7 @@ class FisherUse:
     name: str
     converted: bool = False
     padding: tuple[int, int] | None = None
+    sides: tuple[Side, ...] = ()
 
     @property
     def warning(self) -> str | None:
@@ -243,7 +248,16 @@ def plan_tensor(
     planned = plan(() if missing else tuple(uses), missing, normalize)
     if missing or settings.structure == "diagonal" or layout.embedding or not _is_matrix(inputs):
         return planned
-    return replace(planned, coupled=True, transposed=layout.transposed)
+    sides = sides_of(settings.structure, layout.transposed)
+    with_factors = tuple(_with_recorded(use, sides, settings.block) for use in planned.uses)
+    return replace(planned, uses=with_factors, coupled=True, transposed=layout.transposed)
+
+
+def _with_recorded(use: FisherUse, sides: tuple[Side, ...], block: int) -> FisherUse:
+    """Return the use of a Fisher with its recorded factors, if it has some; models of weight 0 need none."""
+    if use.opened is None or use.converted or use.padding is not None or not use.input.weight:
+        return use
+    return replace(use, sides=recorded_sides(use.opened.fisher, use.name, sides, block))
 
 
 def _is_matrix(inputs: Sequence[WeightInput]) -> bool:

@@ -233,11 +233,8 @@ def _check_shape(factors: SideFactors, name: str, store: TensorStore) -> None:
     size, found = factors.size(name), [list(store.infos[part].shape) for part in factors.parts(name)]
     first = found[0]
     fits = len(first) == 3 and tuple(first[:2]) == block_shape(size, first[1])[:2]
-    if len(found) == 1:
-        fits = fits and first[1] == first[2]
-    else:
-        fits = fits and found[1] == first[:1] and first[2] <= first[1]
-    if not fits:
+    whole = len(found) == 1
+    if not (fits and (first[1] == first[2] if whole else found[1] == first[:1] and first[2] <= first[1])):
         blocks = block_shape(size, first[1] if len(first) == 3 and first[1] > 0 else size)
         raise MismatchError(
             f"the factor {name}.{factors.side} of {size} {factors.side} must have a shape such as {list(blocks)}, but "

@@ -13,6 +13,7 @@ from torch import Tensor
 from squisher_mergekit.fisher.values import check_values
 from squisher_mergekit.merging import equations
 from squisher_mergekit.merging.coupling import equations as coupling
+from squisher_mergekit.merging.coupling.recorded import level_of, normalised, rows_of
 from squisher_mergekit.merging.execution import Input, Outcome, merge_squisher
 from squisher_mergekit.merging.parameters import DAMPING
 from squisher_mergekit.models.weights import check_finite
@@ -73,7 +74,7 @@ def merge_coupled(
     _check_inputs(base, inputs)
     over_columns = (structure.kind == "columns") != transposed
     turned = over_columns if structure.kind != "kron" else transposed
-    matrices = _Matrices.of(base, [inputs[i] for i in used], turned)
+    matrices = _Matrices.of(base, [inputs[i] for i in used], turned, structure.block)
     values = torch.empty(matrices.shape, dtype=out_dtype, device=base.device)
     merge = _kron if structure.kind == "kron" else _rows
     shares, fell_back = merge(matrices, structure, values)
@@ -104,15 +105,20 @@ class _Matrices:
     weights: tuple[float, ...]
     scales: tuple[float, ...]
     work: torch.dtype
+    # Recorded factors over the rows and over the columns, one a model: row -> its row in its block.
+    recorded: tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]
 
     @classmethod
-    def of(cls, base: Tensor, inputs: Sequence[Input], turned: bool) -> _Matrices:
+    def of(cls, base: Tensor, inputs: Sequence[Input], turned: bool, block: int) -> _Matrices:
         thetas, fishers = tuple(item.theta.detach() for item in inputs), tuple(item.fisher for item in inputs)
         work = torch.float32
         for tensor in (base, *thetas, *fishers):
             work = work if tensor is None else torch.promote_types(work, tensor.dtype)
         weights, scales = tuple(item.weight for item in inputs), tuple(item.scale for item in inputs)
-        matrices = cls(base.detach(), thetas, fishers, weights, scales, work)
+        rows, columns = (
+            tuple(rows_of(item.factors[axis], base.shape[axis], block, work) for item in inputs) for axis in (0, 1)
+        )
+        matrices = cls(base.detach(), thetas, fishers, weights, scales, work, (rows, columns))
         return matrices.turned if turned else matrices
 
     @property
@@ -122,11 +128,13 @@ class _Matrices:
     @property
     def turned(self) -> _Matrices:
         """The transposes."""
-        return self._each(lambda matrix: matrix.mT)
+        return replace(self._each(lambda matrix: matrix.mT), recorded=self.recorded[::-1])
 
     def part(self, *where: slice) -> _Matrices:
         """Return a part, in the dtype of the arithmetic."""
-        return self._each(lambda matrix: matrix[where].to(self.work))
+        rows, columns = self.recorded
+        recorded = tuple(None if factor is None else factor[where[0]] for factor in rows), columns
+        return replace(self._each(lambda matrix: matrix[where].to(self.work)), recorded=recorded)
 
     def blocks(self, height: int) -> _Matrices:
         """Return the blocks of ``height`` rows, as batches ``[count, height, in]``."""
@@ -163,9 +171,25 @@ class _Matrices:
         return torch.where(blank, mean, found), blank
 
     def row_factors(self) -> list[Tensor]:
-        """Return each model's factors over the rows of the blocks."""
-        pairs = zip(self.thetas, self.fishers, strict=True)
-        return [coupling.row_factor(theta - self.base, fisher) for theta, fisher in pairs]
+        """Return each model's factors over the rows of the blocks: the recorded ones, else those of d and v."""
+        height = self.base.shape[-2]
+        return [
+            coupling.row_factor(theta - self.base, fisher)
+            if recorded is None
+            else normalised(_blocks(recorded, height))
+            for theta, fisher, recorded in zip(self.thetas, self.fishers, self.recorded[0], strict=True)
+        ]
+
+    def row_levels(self) -> list[Tensor]:
+        """Return the mean eigenvalue of each model's factors before :meth:`row_factors` divides them by it."""
+        height, levels = self.base.shape[-2], []
+        for theta, fisher, recorded in zip(self.thetas, self.fishers, self.recorded[0], strict=True):
+            if recorded is None:
+                power = (theta - self.base).square() if fisher is None else fisher
+                levels.append(power.sum((-2, -1), dtype=torch.float64) / height)
+            else:
+                levels.append(level_of(_blocks(recorded, height)))
+        return levels
 
 
 def _panels(size: int, block: int, entries: int) -> Iterator[tuple[slice, int]]:
@@ -223,10 +247,7 @@ def _factors(matrices: _Matrices, block: int) -> Tensor:
     levels = torch.zeros(count, rows, dtype=torch.float64, device=device)
     for where, height in _panels(rows, block, columns):
         blocks = matrices.part(where).blocks(height)
-        for i, factor in enumerate(blocks.row_factors()):
-            fisher = blocks.fishers[i]
-            power = (blocks.thetas[i] - blocks.base).square() if fisher is None else fisher
-            level = power.sum((-2, -1), dtype=torch.float64) / height
+        for i, (factor, level) in enumerate(zip(blocks.row_factors(), blocks.row_levels(), strict=True)):
             factors[i, where, :height] = factor.reshape(-1, height)
             levels[i, where] = level.repeat_interleave(height)
     mean = levels.mean(-1, keepdim=True)

@@ -183,6 +183,7 @@ def _request(use: FisherUse, plan: TensorPlan) -> FisherRequest:
         density=use.input.density,
         model_type=model_type(use.input.key) if use.converted else None,
         padding=use.padding,
+        sides=use.sides,
     )
 
 

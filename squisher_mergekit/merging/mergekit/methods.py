@@ -19,9 +19,11 @@ from mergekit.merge_methods.base import (
 )
 
 from squisher_mergekit.errors import ConfigError, MismatchError
+from squisher_mergekit.fisher.factors.mapping import Side
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import execution, parameters
 from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
+from squisher_mergekit.merging.coupling.recorded import recorded_sides, sides_of
 from squisher_mergekit.merging.density import Trim
 from squisher_mergekit.merging.read import LoadedFisher, load_tensor
 from squisher_mergekit.merging.run import Run
@@ -181,7 +183,10 @@ def _input(
         fisher = fisher.to(entry.tensor.device)
     label = (loaded.name or name, loaded.location)
     trim = None if fisher is None or entry.is_base else _trim(entry, name, loaded, fisher, base)
-    return execution.Input(entry.tensor, fisher, weight, loaded.scale, label, trim, str(entry.id))
+    rows, columns = (None if factor is None else factor.to(entry.tensor.device) for factor in loaded.factors)
+    return execution.Input(
+        entry.tensor, fisher, weight, loaded.scale, label, trim, str(entry.id), factors=(rows, columns)
+    )
 
 
 def _trim(
@@ -223,9 +228,13 @@ def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method
     squishers = all(fisher.config.from_optimizer for fisher in estimated)
     normalize = given["normalize"] if given["normalize"] != "auto" else "none" if squishers else "mean"
     loaded, missing = {}, []
+    coupled = sides_of(given["structure"], False) if parameters.is_coupled(given) else ()
     for key, source in sources.items():
         if isinstance(source, Mapping) and name not in source:
             missing.append(key)
+        sides: tuple[Side, ...] = ()
+        if coupled and isinstance(source, Fisher) and name in source:
+            sides = recorded_sides(source, source.resolve(name) or name, coupled, given["block"])
         loaded[key] = load_tensor(
             source if isinstance(source, Mapping) and name in source else None,
             name,
@@ -234,6 +243,7 @@ def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method
             floor=given["floor"],
             fisher_scale=given["fisher_scale"][key],
             density=given["density"][key],
+            sides=sides,
         )
     if missing and given["missing"] == "error":
         raise MismatchError(

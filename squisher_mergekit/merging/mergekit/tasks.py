@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
+from squisher_mergekit.fisher.factors.mapping import Side
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.coupling.execution import Structure
 from squisher_mergekit.merging.density import Rows
@@ -41,6 +42,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
         density: Share of the task vector that is kept.
         model_type: Architecture whose checkpoint conversion builds the tensor; None if the Fisher has the tensor.
         padding: Axis and size to which rows of F = 0 are added.
+        sides: Sides whose recorded factors are read.
     """
 
     model: ModelReference
@@ -53,6 +55,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
     density: float = 1.0
     model_type: str | None = None
     padding: tuple[int, int] | None = None
+    sides: tuple[Side, ...] = ()
 
     def load(self) -> LoadedFisher:
         """Read the tensor.
@@ -71,6 +74,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
             floor=self.floor,
             fisher_scale=self.fisher_scale,
             density=self.density,
+            sides=self.sides,
         )
         return loaded if self.padding is None else loaded.padded(*self.padding)
 
