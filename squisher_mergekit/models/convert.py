@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.models.checkpoint_names import CheckpointNames
@@ -103,6 +104,37 @@ def store_moments(
             size *= length
         infos[name] = TensorInfo(shape, dtype, size)
     return MomentStore(location, moments, conversions, infos, checkpoint_names, verify)
+
+
+def unchanged_matrices(names: CheckpointNames | None, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Return name in memory -> name on disk of the matrices that are saved as they are: no part, transpose or order.
+
+    Args:
+        names: The model's names; None if the names in memory are those on disk.
+        stored: Name on disk -> shape of the tensors asked for.
+    """
+    matrices = {name: shape for name, shape in stored.items() if len(shape) == 2}
+    if names is None:
+        return {name: name for name in matrices}
+    other = {saved: alias for alias, saved in names.aliases.items() if alias in matrices}
+    found = {}
+    for key, sources in names.sources.items():
+        name = key if key in matrices else other.get(key)
+        if name is not None and len(sources) == 1 and _is_unchanged(names, sources[0], key, matrices[name]):
+            found[sources[0]] = name
+    return found
+
+
+def _is_unchanged(names: CheckpointNames, source: str, key: str, shape: tuple[int, ...]) -> bool:
+    """Return True if the conversion moves no entry of a matrix; views of two vectors stand for the matrix."""
+    if source == key and names.shapes[key] == shape:
+        return True
+    indices = (torch.arange(shape[0])[:, None].expand(shape), torch.arange(shape[1]).expand(shape))
+    moved = [names.convert({source: index}).get(key) for index in indices]
+    return all(
+        after is not None and after.shape == shape and torch.equal(after, before)
+        for after, before in zip(moved, indices, strict=True)
+    )
 
 
 def disk_store(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[TensorStore, Mapping[str, str], bool]:

@@ -28,16 +28,27 @@ def input_axes(model: nn.Module, checkpoint_names: CheckpointNames, shapes: Shap
     Returns:
         Name on disk -> axis; None where the axis is not known.
     """
-    owners = {
-        f"{path}.{name}" if path else name: module
-        for path, module in model.named_modules()
-        for name in module._parameters
-    }
+    owners = _owners(model)
     axes = {}
     for name, shape in shapes.items():
         sources = checkpoint_names.sources.get(checkpoint_names.aliases.get(name, name), ())
         axes[name] = _of_module(owners.get(sources[0]) if sources else None, shape)
     return axes
+
+
+def axes_in_memory(model: nn.Module, shapes: Shapes) -> dict[str, int | None]:
+    """Return the input axis of parameters, see :func:`input_axes`.
+
+    Args:
+        model: The model, unwrapped.
+        shapes: Name in memory -> shape of the parameters asked for.
+
+    Example:
+        >>> axes_in_memory(nn.Linear(2, 3), {"weight": (3, 2)})
+        {'weight': 1}
+    """
+    owners = _owners(model)
+    return {name: _of_module(owners.get(name), shape) for name, shape in shapes.items()}
 
 
 def axes_on_disk(weights: Weights, shapes: Shapes) -> dict[str, int | None]:
@@ -50,6 +61,15 @@ def axes_on_disk(weights: Weights, shapes: Shapes) -> dict[str, int | None]:
     if weights.outline is None:
         return {name: _by_shape(shape) for name, shape in shapes.items()}
     return input_axes(*weights.outline, shapes)
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    """Return name in memory -> module that owns the parameter."""
+    return {
+        f"{path}.{name}" if path else name: module
+        for path, module in model.named_modules()
+        for name in module._parameters
+    }
 
 
 def _of_module(module: nn.Module | None, shape: tuple[int, ...]) -> int | None:

@@ -12,11 +12,13 @@ from squisher_mergekit.errors import SquisherError, UnsupportedStateError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.files import read_fisher
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import has_fisher, to_dtype
 from squisher_mergekit.models.parameters import unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.live import TrainingInfo, unwrap_optimizer
 from squisher_mergekit.optimizers.load import find_state, load_fisher
 from squisher_mergekit.tensors.sharded import rank
+from squisher_mergekit.training.factors import GradientFactors, check_arguments
 from squisher_mergekit.training.gradients import GradientSquares, gradient_norm
 from squisher_mergekit.training.writing import (
     attempt,
@@ -71,9 +73,14 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             from rounded values.
         loss_reduction: Reduction of the loss over the examples; the models of transformers take the mean.
         datum: Unit of the loss to record: ``example`` or ``token``.
+        factors: ``rows``, ``columns`` or ``kron`` (both): factors of the gradients of matrices, recorded beside the
+            Fisher for merges with that ``structure`` (see :class:`GradientFactors`); None records none.
+        every: Number of optimizer steps per recorded gradient of the factors.
+        block: Number of consecutive rows or columns in a block of the factors.
+        factor_beta: Decay of the factors per recorded gradient.
 
     Raises:
-        ConfigError: ``dtype``, ``compress`` or ``beta`` is out of range.
+        ConfigError: ``dtype``, ``compress``, ``beta`` or an argument of the factors is out of range.
 
     Example:
         >>> callback = SquisherCallback(dtype="bfloat16")
@@ -90,6 +97,10 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         beta: float | None = None,
         loss_reduction: str | None = "mean",
         datum: str | None = None,
+        factors: str | None = None,
+        every: int = 10,
+        block: int = 128,
+        factor_beta: float = 0.95,
     ) -> None:
         self.every_save = every_save
         self.at_end = at_end
@@ -100,6 +111,8 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         self.loss_reduction = loss_reduction
         self.datum = datum
         self.squares: GradientSquares | None = None
+        self.gradient_factors: GradientFactors | None = None
+        self._factor_settings = (factors, every, block, factor_beta)
         self._keeps_moment = True
         self._clipping = ClippingMonitor()
         self._written: tuple[int, Path] | None = None  # step and folder of the last Fisher
@@ -108,6 +121,8 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         compact.check_name(compress)
         if beta is not None:
             GradientSquares(nn.Module(), beta)  # raises for a wrong decay before training begins
+        if factors is not None:
+            check_arguments(factors, every, block, factor_beta)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise for an optimizer without second moment; load the state of a resumed checkpoint."""
@@ -125,6 +140,15 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         seen = None if uses_fsdp1(model) or uses_deepspeed(model, optimizer) else args.max_grad_norm or 0.0
         self._clipping = ClippingMonitor(seen)
         self.squares = GradientSquares(model, self.beta) if self.beta is not None else None
+        factors, *settings = self._factor_settings
+        self.gradient_factors = None
+        if factors is not None:
+            if uses_deepspeed(model, optimizer):
+                raise UnsupportedStateError(
+                    "factors need the whole gradient of each matrix, but DeepSpeed keeps gradients in flat buffers; "
+                    "train with DDP or in one process, or give no factors="
+                )
+            self.gradient_factors = GradientFactors(model, factors, *settings)
         if state.global_step:
             attempt(
                 "the clipping and the average of the resumed checkpoint were not loaded",
@@ -136,6 +160,8 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         norm = self._clipping.watch(kwargs["model"])
         if self.squares is not None:
             self.squares.update(norm)
+        if self.gradient_factors is not None and rank() == 0:
+            self.gradient_factors.update(norm, state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the Fisher into the checkpoint."""
@@ -173,7 +199,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             ema = out / EMA_FOLDER
             wrote = attempt(
                 f"no moving average could be written to {ema}",
-                lambda: squares.write(ema, weights, info, self.dtype, self.compress),
+                lambda: squares.write(ema, weights, info, self.dtype, self.compress, self._attach),
             )
             done = done and wrote
         return done
@@ -182,7 +208,9 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         self, out: Path, weights: Path | None, info: TrainingInfo, model: nn.Module, optimizer: Any
     ) -> None:
         if not uses_deepspeed(model, optimizer):
-            write_squisher(model, [optimizer], out, weights, info, self.dtype, self.compress, warn=not self._warned)
+            write_squisher(
+                model, [optimizer], out, weights, info, self.dtype, self.compress, not self._warned, self._attach
+            )
             self._warned = True
         elif weights is None:
             raise UnsupportedStateError(
@@ -190,6 +218,10 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             )
         elif rank() == 0:
             write_saved(weights, out, info, self.dtype, self.compress)
+
+    def _attach(self, fisher: Fisher) -> Fisher:
+        """Return a Fisher with the recorded factors, if some are recorded."""
+        return fisher if self.gradient_factors is None else self.gradient_factors.attach(fisher)
 
     def _training_info(self, args: Any, state: Any, model: nn.Module) -> TrainingInfo:
         tokens = getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False)
@@ -211,6 +243,8 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             self._clipping.resume(FisherConfig.from_file(configs[0]).clipped_share, state.global_step)
         if self.squares is not None:
             self.squares.load_fisher(read_fisher(folder / EMA_FOLDER))
+        if self.gradient_factors is not None:
+            self.gradient_factors.load_fisher(read_fisher(configs[0].parent if configs else folder))
 
 
 class ClippingMonitor:

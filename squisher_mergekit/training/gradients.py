@@ -22,7 +22,7 @@ from squisher_mergekit.optimizers.slots import OptimizerSlot
 from squisher_mergekit.tensors.lazy import MaybeLazy
 from squisher_mergekit.tensors.safetensors import check_shape
 from squisher_mergekit.tensors.sharded import OnRankZero, distributed_like, is_sharded, rank
-from squisher_mergekit.training.writing import replace_fisher
+from squisher_mergekit.training.writing import Attach, replace_fisher
 
 
 class GradientSquares:
@@ -145,12 +145,23 @@ class GradientSquares:
         return read_fisher(folder) if rank() == 0 else None
 
     def write(
-        self, out: Path, weights: Path | None, info: TrainingInfo, dtype: torch.dtype, compress: str | None
+        self,
+        out: Path,
+        weights: Path | None,
+        info: TrainingInfo,
+        dtype: torch.dtype,
+        compress: str | None,
+        attach: Attach | None = None,
     ) -> None:
-        """Write the average; :meth:`save` with its arguments resolved."""
+        """Write the average, with factors if ``attach`` adds some; :meth:`save` with its arguments resolved."""
         on_rank_zero = OnRankZero()
         stored = {name: on_rank_zero.add(t) if is_sharded(t) else t for name, t in self.squares.items()}
-        on_rank_zero.run(lambda: replace_fisher(self._fisher(stored, weights, info), out, dtype, compress))
+
+        def work() -> None:
+            fisher = self._fisher(stored, weights, info)
+            replace_fisher(fisher if attach is None else attach(fisher), out, dtype, compress)
+
+        on_rank_zero.run(work)
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``beta``, and ``steps`` and ``squares`` by names in memory; sharded tensors stay sharded."""

@@ -19,6 +19,7 @@ from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.sharded import OnRankZero, rank
 
 LOG = logging.getLogger("squisher_mergekit")
+Attach = Callable[[Fisher], Fisher]
 
 
 def save_squisher(
@@ -88,6 +89,7 @@ def write_squisher(
     dtype: torch.dtype,
     compress: str | None,
     warn: bool = True,
+    attach: Attach | None = None,
 ) -> None:
     """Write the second moments of optimizers; :func:`save_squisher` with its arguments resolved.
 
@@ -100,6 +102,7 @@ def write_squisher(
         dtype: Dtype of the file: float32 or bfloat16.
         compress: Compression of the file, as for :func:`~squisher_mergekit.extract`.
         warn: Log defects of the second moments.
+        attach: Function that adds recorded factors to the Fisher; None if there are none.
 
     Raises:
         RefusedError: As for :func:`save_squisher`.
@@ -110,7 +113,7 @@ def write_squisher(
 
     def work() -> None:
         fisher, slots = squisher_of(model, bare, states, weights, info)
-        replace_fisher(fisher, out, dtype, compress)
+        replace_fisher(fisher if attach is None else attach(fisher), out, dtype, compress)
         for warning in warnings_of(slots, out) if warn else ():
             LOG.warning("%s: %s", out, warning)
 
