@@ -14,6 +14,7 @@ from squisher_mergekit.optimizers.checkpoints.flat_buffers import verify_masters
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import STEP, Folders, find_folders, previous_weights
 from squisher_mergekit.optimizers.metadata import LOG, make_config, make_coverage, warnings_of
+from squisher_mergekit.optimizers.preconditioners.attach import factors_of
 from squisher_mergekit.optimizers.slot_names import name_slots
 from squisher_mergekit.optimizers.slots import OptimizerSlot, parse
 from squisher_mergekit.optimizers.swap_check import of_another_run, swapped_names
@@ -46,7 +47,7 @@ def build_fisher(raw: RawState, model: Weights | None, base: Weights | None, nam
     coverage = make_coverage(slots, store, checkpoint_names, weights.infos)
     adapter = folders.adapter is not None
     config = make_config(raw, slots, store, coverage, folders.config.config, folders.beside.fingerprint, adapter)
-    fisher = Fisher(store, config, tied_aliases(config))
+    fisher = Fisher(store, config, tied_aliases(config), factors_of(slots, store))
     check_headers(fisher, weights)
     if folders.given is not None and folders.given is not weights:
         check_headers(fisher, folders.given)

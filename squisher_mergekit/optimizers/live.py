@@ -20,6 +20,7 @@ from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.ivon import cut, is_flat
 from squisher_mergekit.optimizers.metadata import make_config, make_coverage
+from squisher_mergekit.optimizers.preconditioners.attach import factors_of
 from squisher_mergekit.optimizers.slots import OptimizerSlot, parse
 from squisher_mergekit.tensors.lazy import MaybeLazy, parts, read
 from squisher_mergekit.tensors.safetensors import check_shape
@@ -236,7 +237,7 @@ def fisher_of(
     config = make_config(raw, slots, store, coverage, None, fingerprint, described.adapter is not None)
     source = SourceInfo(layout=LAYOUT, versions=_versions())
     config = info.note(config.model_copy(update={"source": source}))
-    fisher = Fisher(store, config, tied_aliases(config))
+    fisher = Fisher(store, config, tied_aliases(config), factors_of(slots, store))
     if weights is not None:
         check_headers(fisher, weights)
     return fisher

@@ -150,7 +150,7 @@ def _reason(
         return "made of several parameters, of which not all were stepped"
     lacking = [slots[source].lacking for source in sources if source in slots and slots[source].lacking]
     if lacking:
-        return "its optimizer keeps no second moment (Muon, SGD)"
+        return "its optimizer keeps no second moment of it (Muon, SGD, SOAP of a convolution)"
     if any(source in slots for source in sources):
         return "never stepped (frozen or unused)"
     return "not given to the optimizer (frozen)"

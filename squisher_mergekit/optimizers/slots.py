@@ -14,6 +14,7 @@ from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.safe_pickle import QuantizedStandIn
 from squisher_mergekit.optimizers.encodings import Blockwise, Packed, RowsAndColumns
+from squisher_mergekit.optimizers.preconditioners.recognise import Preconditioned, preconditioned
 from squisher_mergekit.optimizers.second_moments import Moment, ivon, moment_of, nothing_kept, unwrapped_state
 from squisher_mergekit.tensors.lazy import MaybeLazy, parts, read
 
@@ -35,6 +36,8 @@ class OptimizerSlot:
         lacking: Reason why the optimizer keeps no second moment of this parameter; None otherwise.
         flat: Second moments of the whole group in one flat tensor, cut once the shapes are known (IVON).
         momentum: Mean gradient; None unless it is stored unfactored.
+        factors: Factors over the rows and over the columns (Shampoo, SOAP); None for a side without.
+        initial: Multiple of the identity that the factors began with.
     """
 
     index: int | str
@@ -46,6 +49,8 @@ class OptimizerSlot:
     lacking: str | None = None
     flat: Tensor | None = None
     momentum: MaybeLazy | None = None
+    factors: tuple[Tensor | None, Tensor | None] = (None, None)
+    initial: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,11 +151,14 @@ def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, An
     location = f"{file} (parameter {index})"
     state = unwrapped_state(state)
     try:
+        coupled = preconditioned(state, group, location)
+        if coupled is not None:
+            return _preconditioned_slot(index, name, coupled, state, group, location)
         moment = moment_of(state, group, location)
     except NothingKeptError as error:
         shapes = [tuple(value.shape) for value in state.values() if isinstance(value, Tensor) and value.ndim]
         return OptimizerSlot(index, name, shape=shapes[0] if shapes else None, lacking=str(error))
-    except UnsupportedStateError:
+    except (UnsupportedStateError, CorruptFileError):
         raise
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CorruptFileError(
@@ -163,6 +171,30 @@ def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, An
     momentum = state.get("exp_avg")
     kept = _is_float(momentum) and tuple(momentum.shape) == tuple(tensor.shape)
     return OptimizerSlot(index, name, moment, tensor, steps, tuple(tensor.shape), momentum=momentum if kept else None)
+
+
+def _preconditioned_slot(
+    index: int | str,
+    name: str | None,
+    found: Preconditioned,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    location: str,
+) -> OptimizerSlot:
+    """Return the slot of Shampoo or SOAP; one without a second moment where only the eigenbasis has it."""
+    if found.tensor is None:
+        why = (
+            "a Fisher needs the mean squared gradient of each weight, but Shampoo and SOAP keep that of a tensor with "
+            f"{len(found.shape)} axes, or with merged axes, in another basis ({location}); take AdamW for it"
+        )
+        return OptimizerSlot(index, name, shape=found.shape, lacking=why)
+    recorded = _steps(state.get("step", group.get("step")), location)
+    steps = None if recorded is None else recorded + found.steps_before
+    if steps is not None and steps <= 0:
+        return OptimizerSlot(index, name)
+    return OptimizerSlot(
+        index, name, found.moment, found.tensor, steps, found.shape, factors=found.factors, initial=found.initial
+    )
 
 
 def _steps(value: Any, location: str) -> int | None:

@@ -139,7 +139,7 @@ def factors_in_memory(
     tensors = {f"{name}.{side}": tensor for side, some in factors.items() for name, tensor in some.items()}
     names = {side: tuple(factors.get(side, {})) for side in SIDES}
     known = info.model_copy(update=names)
-    return _arrange(MemoryStore(tensors, location), known, shapes)
+    return factors_over(MemoryStore(tensors, location), known, shapes)
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,16 @@ def read_factors(store: TensorStore, config: FisherConfig, shapes: Mapping[str, 
                 f"a factor must be float32 or bfloat16, but {stored} in {store.location} is "
                 f"{str(info.dtype).removeprefix('torch.')}; {CURE}"
             )
-    return _arrange(store, config.factors, shapes)
+    return factors_over(store, config.factors, shapes)
 
 
-def _arrange(store: TensorStore, info: FactorsInfo, shapes: Mapping[str, Sequence[int]]) -> Factors:
-    """Return checked factors.
+def factors_over(store: TensorStore, info: FactorsInfo, shapes: Mapping[str, Sequence[int]]) -> Factors:
+    """Return the factors in a store, after a check of their shapes.
+
+    Args:
+        store: The tensors, ``NAME.SIDE``.
+        info: The metadata, with the names.
+        shapes: Name -> shape of the matrix.
 
     Raises:
         MismatchError: A factor is of no matrix, or its shape does not fit it.

@@ -1,0 +1,1 @@
+"""Preconditioners of Shampoo and SOAP: recognition in an optimizer's state, and the factors of a Fisher."""
