@@ -79,6 +79,12 @@ class _Task(click.Choice):  # type: ignore[type-arg]
     show_default=True,
     help="Examples between checkpoints in OUT.partial.safetensors; the same command resumes from it. 0: none.",
 )
+@choice_option(
+    "--factors",
+    ["rows", "columns", "kron"],
+    "Also estimate factors of each matrix, for merges with that structure; kron: both sides.",
+)
+@click.option("--block", type=COUNT, default=128, show_default=True, help="Rows or columns of a block of the factors.")
 @click.option("--shard", is_flag=True, help="Shard the model over the processes (FSDP2).")
 @report_options
 def command(
@@ -102,6 +108,8 @@ def command(
     dtype: str,
     precision: str,
     save_every: int,
+    factors: str | None,
+    block: int,
     shard: bool,
     quiet: bool,
     json_file: Path | None,
@@ -124,7 +132,7 @@ def command(
 
     import torch
 
-    from squisher_mergekit.cli.output import config_lines, size_of, write_report
+    from squisher_mergekit.cli.output import config_lines, factor_lines, size_of, write_report
     from squisher_mergekit.estimators.dataset.run import Request, estimate_from
 
     request = Request(
@@ -142,6 +150,8 @@ def command(
         split,
         seed,
         precision,  # type: ignore[arg-type]
+        factors,
+        block,
     )
     fisher = estimate_from(
         request, out, dtype=getattr(torch, dtype), save_every=save_every, sharded=shard, progress=not quiet
@@ -149,6 +159,6 @@ def command(
     if fisher is None:  # rank 0 reports
         return
     click.echo(f"{model} -> {out}")
-    for line in config_lines(fisher.config, size_of(fisher)):
+    for line in (*config_lines(fisher.config, size_of(fisher)), *factor_lines(fisher)):
         click.echo(line)
     write_report(json_file, {"model": model, "out": str(out), "config": json.loads(fisher.config.to_json())})

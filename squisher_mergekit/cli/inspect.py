@@ -43,7 +43,14 @@ def command(
     import json
     from dataclasses import asdict
 
-    from squisher_mergekit.cli.output import config_lines, progress_bar, size_of, write_picture, write_report
+    from squisher_mergekit.cli.output import (
+        config_lines,
+        factor_lines,
+        progress_bar,
+        size_of,
+        write_picture,
+        write_report,
+    )
     from squisher_mergekit.fisher.summary import known_scaling, summarize
     from squisher_mergekit.optimizers.load import load_fisher
 
@@ -55,7 +62,7 @@ def command(
     click.echo(fisher)
     for line in config_lines(opened.config, f"{len(opened)} tensors, {summary.entries:,} entries, {size_of(opened)}"):
         click.echo(line)
-    for line in lines(summary):
+    for line in (*factor_lines(opened), *lines(summary)):
         click.echo(line)
     if plot is not None:
         write_picture(plot, histogram(summary, fisher))

@@ -81,6 +81,25 @@ def config_lines(config: FisherConfig, size: str) -> Iterator[str]:
         yield from name_lines(names, _SHOWN, "    ", "listed under coverage in the metadata")
 
 
+def factor_lines(fisher: Fisher) -> Iterator[str]:
+    """Yield a line about the factors of a Fisher: matrices, blocks, origin, size and error; nothing without factors."""
+    from squisher_mergekit.fisher.summary import human_bytes
+
+    factors, info = fisher.factors, fisher.factors.info
+    if info is None or not factors:
+        return
+    widths = {side.shape(name)[1] for side in (factors.rows, factors.columns) for name in side}
+    blocks = str(max(widths)) if len(widths) == 1 else f"{min(widths)} to {max(widths)}"
+    details = [f"over {len(factors.rows)} x rows and {len(factors.columns)} x columns in blocks of {blocks}"]
+    details.append(f"{info.source} {info.statistic}")
+    numbers = {"decay": info.decay, "every": info.every, "steps": info.steps, "examples": info.num_examples}
+    details += [f"{key} {value:g}" for key, value in numbers.items() if value is not None]
+    details.append(f"{human_bytes(factors.nbytes)}, {info.form.replace('_', ' ')}")
+    if info.error is not None:
+        details.append(f"relative error {info.error:.2%} (Frobenius)")
+    yield from pairs([("factors", ", ".join(details))])
+
+
 def size_of(fisher: Fisher) -> str:
     """Return the bytes of a Fisher and their encodings, in words."""
     from squisher_mergekit.fisher.summary import human_bytes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.estimators.cuda_graph import graphs_for
+from squisher_mergekit.estimators.factors import attach_sums, make_factor_sums
 from squisher_mergekit.estimators.output_gradients import Labels, batch_seed
 from squisher_mergekit.estimators.per_example.accumulate import (
     Accumulators,
@@ -39,7 +40,7 @@ from squisher_mergekit.fisher.files import TIED
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.convert import disk_store
 from squisher_mergekit.models.parameters import memory_names, unwrap_model
-from squisher_mergekit.tensors.sharded import OnRankZero, distributed_like, gathered, is_sharded
+from squisher_mergekit.tensors.sharded import OnRankZero, distributed_like, gathered, is_sharded, sum_over_processes
 
 
 class FisherAccumulator:
@@ -58,6 +59,8 @@ class FisherAccumulator:
         datum: See there.
         offload: See there.
         cuda_graph: See there.
+        factors: See there.
+        block: See there.
 
     Attributes:
         model: The model without wrappers.
@@ -91,6 +94,8 @@ class FisherAccumulator:
         *,
         offload: bool = False,
         cuda_graph: bool = True,
+        factors: str | None = None,
+        block: int = 128,
     ) -> None:
         check_labels(labels, grouping)
         check_task(task, datum)
@@ -102,9 +107,11 @@ class FisherAccumulator:
         self._host = torch.device("cpu") if offload else None
         self.accumulators = zero_accumulators(parameters, self._host)
         self._host_sums = HostSums(parameters[0].device) if offload else None
-        self._graphs = graphs_for(parameters) if cuda_graph and grouping == "example" and not offload else None
+        graphs = cuda_graph and grouping == "example" and not offload and factors is None
+        self._graphs = graphs_for(parameters) if graphs else None
         names = memory_names(self.model)
         self.names = {parameter: names[id(parameter)] for parameter in self.accumulators}
+        self._factors = make_factor_sums(self.model, self.names, factors, block)
         self.batches = 0
         self._count: Tensor | int = 0
         self._labels, self._grouping, self._num_samples, self._datum = labels, grouping, num_samples, datum
@@ -141,7 +148,7 @@ class FisherAccumulator:
             if self._grouping == "batch":
                 outputs = run_model(self.model, batch, self._task, self._forward)
                 output_gradients = self._output_gradients(outputs, batch_seed(self._seed, number), counts)
-                accumulate_joint(self.accumulators, outputs, output_gradients, self._host_sums)
+                accumulate_joint(self.accumulators, outputs, output_gradients, self._host_sums, self._factors)
                 added = self._size_of(outputs)
             else:
                 added = self._add_per_example(batch, number, counts)
@@ -221,7 +228,7 @@ class FisherAccumulator:
             reached: set[nn.Parameter] = set()
             output_gradients = self._output_gradients(outputs, draw, counts)
             used_directly = accumulate_batch(
-                accumulators, tape, outputs, output_gradients, others, reached=reached, host_sums=self._host_sums
+                accumulators, tape, outputs, output_gradients, others, None, reached, self._host_sums, self._factors
             )
         return outputs, (reached - known.verified) | set(used_directly)
 
@@ -306,7 +313,9 @@ class FisherAccumulator:
             return
         for parameter, total in self.accumulators.items():
             if not is_sharded(total):  # sharded ones already are sums over all processes
-                _sum_over_processes(total, parameter.device)
+                sum_over_processes(total, parameter.device)
+        for parameter, _, total in self._factors or ():
+            sum_over_processes(total, parameter.device)
         device = next(iter(self.accumulators)).device
         count = torch.as_tensor(self._count, dtype=torch.int64, device=device).clone()
         dist.all_reduce(count)
@@ -314,7 +323,7 @@ class FisherAccumulator:
 
     def reset(self) -> None:
         """Set the accumulators to zero, on ranks whose sums rank 0 has after :meth:`reduce`."""
-        for total in self.accumulators.values():
+        for total in self.named_sums().values():
             if not is_sharded(total):
                 total.zero_()
         self._count = 0
@@ -322,12 +331,17 @@ class FisherAccumulator:
     def divide(self) -> None:
         """Divide the sums by the number of examples."""
         examples = self.examples
-        for total in self.accumulators.values():
+        for total in self.named_sums().values():
             total /= examples
 
     def named_accumulators(self) -> dict[str, Tensor]:
         """Return name in memory -> accumulator."""
         return {self.names[p]: total for p, total in self.accumulators.items()}
+
+    def named_sums(self) -> dict[str, Tensor]:
+        """Return name -> running sum: the accumulators, and the sums of factors as ``NAME.SIDE``."""
+        factors = {f"{self.names[p]}.{side}": total for p, side, total in self._factors or ()}
+        return self.named_accumulators() | factors
 
     def restore(self, read: Callable[[str], Tensor], examples: int = 0) -> None:
         """Load the accumulators of a checkpoint; sharded ones take this rank's shard.
@@ -336,7 +350,7 @@ class FisherAccumulator:
             read: Function from a name in memory to its whole accumulator.
             examples: Number of examples in the accumulators.
         """
-        for name, total in self.named_accumulators().items():
+        for name, total in self.named_sums().items():
             total.copy_(distributed_like(read(name), total, total.dtype))
         self._restored, self._count = True, examples
 
@@ -379,12 +393,7 @@ class FisherAccumulator:
             steps=steps,
             optimizer=optimizer,
         )
-        return Fisher(store, config, aliases)
-
-
-def _sum_over_processes(total: Tensor, device: torch.device) -> None:
-    """Sum a tensor over all processes, on the device that they communicate by."""
-    part = total.to(device)
-    dist.all_reduce(part)
-    if part is not total:
-        total.copy_(part)
+        fisher = Fisher(store, config, aliases)
+        if self._factors is None:
+            return fisher
+        return attach_sums(fisher, self.model, self.names, self._factors, statistic, num_examples)

@@ -32,6 +32,8 @@ def estimate_fisher(
     distributed: bool = False,
     offload: bool = False,
     cuda_graph: bool = True,
+    factors: str | None = None,
+    block: int = 128,
 ) -> Fisher:
     """Estimate the diagonal Fisher of a model's trainable parameters.
 
@@ -74,6 +76,9 @@ def estimate_fisher(
             parameter, and copies as many to the host for each batch.
         cuda_graph: Replay batches of a shape seen before as a CUDA graph, where launches take longer than their
             kernels; False: run every batch eagerly.
+        factors: ``rows``, ``columns`` or ``kron`` (both): sums of ``G_n G_n^T`` and ``G_n^T G_n`` beside the diagonal,
+            of the same gradients, for merges with that ``structure``; for the matrices of linear layers. None: none.
+        block: Number of consecutive rows (or columns) in a block of the factors.
 
     Returns:
         The Fisher in float32 (float64 for a float64 model), under the parameter names of the saved model.
@@ -107,6 +112,8 @@ def estimate_fisher(
         datum,
         offload=offload,
         cuda_graph=cuda_graph,
+        factors=factors,
+        block=block,
     )
     for batch in batches:
         accumulator.add(batch)

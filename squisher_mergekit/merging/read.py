@@ -53,9 +53,9 @@ class LoadedFisher:
         if self.rows is not None:
             shared, unbased, axis = self.rows
             rows = Rows(shared.to(device), unbased.to(device), axis)
-        tensors = {"tensor": moved(self.tensor), "scores": moved(self.scores), "origin": moved(self.origin)}
+        tensor, scores, origin = moved(self.tensor), moved(self.scores), moved(self.origin)
         factors = (moved(self.factors[0]), moved(self.factors[1]))
-        return replace(self, **tensors, rows=rows, factors=factors)
+        return replace(self, tensor=tensor, scores=scores, origin=origin, rows=rows, factors=factors)
 
     def padded(self, axis: int, size: int) -> "LoadedFisher":
         """Return the same with rows of 0 added along an axis, up to a size."""

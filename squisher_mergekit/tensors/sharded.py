@@ -44,6 +44,14 @@ def distributed_like(tensor: Tensor, like: Any, dtype: torch.dtype) -> Tensor:
     return distributed
 
 
+def sum_over_processes(total: Tensor, device: torch.device) -> None:
+    """Sum a tensor over all processes in place, on the device that they communicate by."""
+    part = total.to(device)
+    dist.all_reduce(part)
+    if part is not total:
+        total.copy_(part)
+
+
 def sharded_modules(model: nn.Module) -> list[Any]:
     """Return the modules whose parameters FSDP2 shards."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a module that was not imported shards nothing

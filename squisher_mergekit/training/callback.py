@@ -140,7 +140,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         seen = None if uses_fsdp1(model) or uses_deepspeed(model, optimizer) else args.max_grad_norm or 0.0
         self._clipping = ClippingMonitor(seen)
         self.squares = GradientSquares(model, self.beta) if self.beta is not None else None
-        factors, *settings = self._factor_settings
+        factors, every, block, factor_beta = self._factor_settings
         self.gradient_factors = None
         if factors is not None:
             if uses_deepspeed(model, optimizer):
@@ -148,7 +148,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
                     "factors need the whole gradient of each matrix, but DeepSpeed keeps gradients in flat buffers; "
                     "train with DDP or in one process, or give no factors="
                 )
-            self.gradient_factors = GradientFactors(model, factors, *settings)
+            self.gradient_factors = GradientFactors(model, factors, every, block, factor_beta)
         if state.global_step:
             attempt(
                 "the clipping and the average of the resumed checkpoint were not loaded",

@@ -9,17 +9,16 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.fisher.config import FactorsInfo
 from squisher_mergekit.fisher.factors.blocks import block_shape, second_moments
-from squisher_mergekit.fisher.factors.mapping import SIDES, Side, factors_in_memory
-from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.models.convert import unchanged_matrices
-from squisher_mergekit.models.layouts import layouts_in_memory
-from squisher_mergekit.models.parameters import (
-    describe,
-    parameters_of,
-    unwrap_model,
-    uses_deepspeed,
-    uses_fsdp1,
+from squisher_mergekit.fisher.factors.mapping import SIDES, Side
+from squisher_mergekit.fisher.factors.sides import (
+    attach,
+    check_count,
+    check_settings,
+    names_on_disk,
+    sides_in_memory,
 )
+from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.models.parameters import parameters_of, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.tensors.sharded import is_sharded
 from squisher_mergekit.training.gradients import gradient_norm
 
@@ -69,12 +68,7 @@ class GradientFactors:
         self.steps = 0
         self.moments: dict[Side, dict[str, Tensor]] = {"rows": {}, "columns": {}}
         self._seen = 0
-        layouts = layouts_in_memory(unwrap_model(model))
-        self._sides: dict[str, tuple[Side, ...]] = {}
-        for name, layout in layouts.items():
-            if not layout.embedding:
-                turned: Side = "columns" if (factors == "columns") != layout.transposed else "rows"
-                self._sides[name] = SIDES if factors == "kron" else (turned,)
+        self._sides = sides_in_memory(model, factors)
         self._parameters = parameters_of(model)
 
     @torch.no_grad()
@@ -111,14 +105,8 @@ class GradientFactors:
         if not self.steps:
             LOG.warning("no factors were recorded: no step had gradients; give a smaller every=, or train longer")
             return fisher
-        shapes = {name: fisher.info(name).shape for name in fisher}
-        names = self._names_on_disk(fisher)
-        stored: dict[Side, dict[str, Tensor]] = {
-            side: {names[name]: factor.to("cpu", torch.float32) for name, factor in some.items() if name in names}
-            for side, some in self.moments.items()
-        }
         info = FactorsInfo(source="recorded", statistic="ema", decay=self.beta, every=self.every, steps=self.steps)
-        return fisher.with_factors(factors_in_memory(stored, info, shapes, "the recorded gradients"))
+        return attach(self.model, fisher, self.moments, info)
 
     def load_fisher(self, fisher: Fisher) -> None:
         """Continue from the factors of a saved Fisher.
@@ -134,7 +122,7 @@ class GradientFactors:
                 f"{found}; give those settings"
             )
         loaded: dict[Side, dict[str, Tensor]] = {"rows": {}, "columns": {}}
-        for name, stored in self._names_on_disk(fisher).items():
+        for name, stored in names_on_disk(self.model, fisher).items():
             for side in self._sides.get(name, ()):
                 if stored not in fisher.factors.side(side):
                     continue
@@ -149,13 +137,6 @@ class GradientFactors:
                 loaded[side][name] = factor.to(parameter.device, dtype, copy=True)
         self.moments, self.steps = loaded, info.steps or 0
 
-    def _names_on_disk(self, fisher: Fisher) -> dict[str, str]:
-        """Return name in memory -> name in a Fisher of the matrices that are saved as they are."""
-        described = describe(self.model, set(fisher))
-        if described.adapter is not None:
-            return {name: key for name, key in described.adapter.items() if key in fisher}
-        return unchanged_matrices(described.checkpoint_names, {name: fisher.info(name).shape for name in fisher})
-
 
 def check_arguments(factors: str, every: int, block: int, beta: float) -> None:
     """Refuse arguments of :class:`GradientFactors` that are out of their range.
@@ -163,10 +144,7 @@ def check_arguments(factors: str, every: int, block: int, beta: float) -> None:
     Raises:
         ConfigError: An argument is out of its range.
     """
-    if factors not in ("rows", "columns", "kron"):
-        raise ConfigError(f"factors must be rows, columns or kron, found {factors!r}")
-    for name, value in (("every", every), ("block", block)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} of factors must be a whole number >= 1, found {value!r}")
+    check_settings(factors, block)
+    check_count("every", every)
     if not 0 < beta < 1:
         raise ConfigError(f"beta of factors must be between 0 and 1, found {beta}")

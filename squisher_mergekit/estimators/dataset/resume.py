@@ -70,9 +70,7 @@ class EstimateCheckpoint:
         """Write the checkpoint on rank 0; all processes must call this, after :meth:`FisherAccumulator.reduce`."""
         on_rank_zero, examples = OnRankZero(), accumulator.examples
         note = json.dumps({"request": dict(self.request), "batches": batches, "examples": examples})
-        named = {
-            name: on_rank_zero.add(t) if is_sharded(t) else t for name, t in accumulator.named_accumulators().items()
-        }
+        named = {name: on_rank_zero.add(t) if is_sharded(t) else t for name, t in accumulator.named_sums().items()}
 
         def work() -> None:
             room = header_room([*named, note])

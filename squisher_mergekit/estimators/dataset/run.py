@@ -49,6 +49,8 @@ class Request:
         columns: Column names by key (``text``, ``pair``, ``target``, ``label``); None: the usual names.
         split: Split of a dataset on the Hub.
         seed: Seed of drawn labels and masks.
+        factors: See :func:`~squisher_mergekit.estimate_fisher`, as for ``block``.
+        block: See there.
         precision: ``fp32``, or ``bf16`` for forward and backward passes in bfloat16. Squares are float32 either way.
     """
 
@@ -66,6 +68,8 @@ class Request:
     split: str = "train"
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    factors: str | None = None
+    block: int = 128
 
 
 def estimate_from(
@@ -157,6 +161,8 @@ def _checkpoint_request(
         "rows": _digest(rows),
     }
     del fields["data"], fields["split"]
+    if request.factors is None:  # checkpoints of earlier versions have neither
+        del fields["factors"], fields["block"]
     return fields
 
 
@@ -178,6 +184,8 @@ def _accumulator(request: Request, model: nn.Module) -> FisherAccumulator:
         request.task,
         seed=request.seed,
         datum=request.datum,
+        factors=request.factors,
+        block=request.block,
     )
 
 

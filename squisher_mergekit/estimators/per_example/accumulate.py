@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from squisher_mergekit.estimators.per_example.factor_sums import FactorSums
 from squisher_mergekit.estimators.per_example.host_sums import HostSums
 from squisher_mergekit.estimators.per_example.layer_kinds import rule_of
 from squisher_mergekit.estimators.per_example.linear_embedding import add_outer, outer_square
@@ -48,6 +49,7 @@ def accumulate_batch(
     failures: Failures | None = None,
     reached: set[nn.Parameter] | None = None,
     host_sums: HostSums | None = None,
+    factor_sums: FactorSums | None = None,
 ) -> list[nn.Parameter]:
     """Add the squares of a batch's per-example gradients, for each output gradient.
 
@@ -63,6 +65,7 @@ def accumulate_batch(
         failures: Collects the error of each parameter whose rule fails; without it the error is raised.
         reached: Collects the parameters that received a gradient, also those without an accumulator.
         host_sums: Adds to accumulators in host memory; without it the host waits for each addition.
+        factor_sums: Sums of the factors; None if there are none.
 
     Returns:
         The parameters of ``uncalled`` that the outputs depend on.
@@ -74,6 +77,8 @@ def accumulate_batch(
             reached.add(parameter)
         if parameter not in accumulators:
             return
+        if factor_sums is not None:
+            factor_sums.add(parameter, uses, tape.size)
         total = accumulators[parameter]
         with _recording_failure(parameter, failures), _local_accumulator(total, parameter, host_sums) as local:
             b = None if is_sharded(accumulators[parameter]) else outer_square(uses, tape.size)
@@ -148,6 +153,7 @@ def accumulate_joint(
     outputs: Outputs,
     output_gradients: Iterable[Tensor],
     host_sums: HostSums | None = None,
+    factor_sums: FactorSums | None = None,
 ) -> None:
     """Add the square of a batch's summed gradient, for each output gradient."""
     parameters = list(accumulators)
@@ -156,6 +162,8 @@ def accumulate_joint(
             parameters, gradients(outputs.values, parameters, output_gradient, retain_graph=not last), strict=True
         ):
             if gradient is not None:
+                if factor_sums is not None:
+                    factor_sums.add_gradients(parameter, gradient[None])
                 with _local_accumulator(accumulators[parameter], parameter, host_sums) as local:
                     local += gradient.to(local.dtype).square_()
 

@@ -137,7 +137,7 @@ def factors_in_memory(
         MismatchError: A factor is of no matrix, or its shape does not fit it.
     """
     tensors = {f"{name}.{side}": tensor for side, some in factors.items() for name, tensor in some.items()}
-    names = {side: tuple(factors.get(side, {})) for side in SIDES}
+    names: dict[str, tuple[str, ...]] = {side: tuple(factors.get(side, {})) for side in SIDES}
     known = info.model_copy(update=names)
     return factors_over(MemoryStore(tensors, location), known, shapes)
 

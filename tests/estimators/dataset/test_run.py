@@ -57,11 +57,11 @@ def _stop_after(monkeypatch, batches):
     monkeypatch.setattr(run.FisherAccumulator, "add", counted)
 
 
-def _interrupted(saved, out, batches, monkeypatch):
+def _interrupted(saved, out, batches, monkeypatch, **changes):
     with monkeypatch.context() as patch:
         _stop_after(patch, batches)
         with pytest.raises(KeyboardInterrupt):
-            estimate_from(_request(saved), out, save_every=9)
+            estimate_from(_request(saved, **changes), out, save_every=9)
 
 
 def _close(found, expected):
@@ -83,6 +83,17 @@ def test_an_interrupted_estimate_resumes_to_the_bit(saved, tmp_path, monkeypatch
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     assert again.config == whole.config
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_factors_resume_to_the_bit(saved, tmp_path, monkeypatch):
+    """An interrupted estimate with factors continues to the factors of one that was not interrupted."""
+    whole = estimate_from(_request(saved, factors="kron", block=5), tmp_path / "whole")
+    _interrupted(saved, tmp_path / "out", 7, monkeypatch, factors="kron", block=5)
+    again = estimate_from(_request(saved, factors="kron", block=5), tmp_path / "out", save_every=9)
+    assert whole.factors.names
+    for side in ("rows", "columns"):
+        for name, factor in whole.factors.side(side).items():
+            assert torch.equal(factor, again.factors.side(side)[name])
 
 
 @pytest.mark.parametrize(
