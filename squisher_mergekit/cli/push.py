@@ -82,6 +82,11 @@ def cost_lines(prepared: Prepared) -> Iterator[str]:
 
     codes = ", ".join(sorted(set(prepared.config.encoding.values())))
     yield from pairs([("size", f"{human_bytes(prepared.before)} -> {human_bytes(prepared.after)} ({codes})")])
+    info = prepared.config.factors
+    if prepared.factors is not None and info is not None:
+        before, after = map(human_bytes, prepared.factors)
+        error = "" if info.error is None else f", relative error {info.error:.2%} (Frobenius)"
+        yield from pairs([("factors", f"{before} -> {after} ({info.form.replace('_', ' ')}){error}")])
     agreement = prepared.agreement
     if agreement is None:
         yield from pairs([("cost", "none: every entry is published as it is")])

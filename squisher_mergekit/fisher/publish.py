@@ -38,10 +38,11 @@ class Prepared:
     Args:
         folder: The folder of the files.
         config: The metadata in the files.
-        before: Bytes of the tensors before compression.
+        before: Bytes of the tensors before compression, factors included.
         after: Bytes of the files.
         agreement: The agreement of the original (A) with the compressed Fisher (B); None if nothing changed.
         sample: Number of entries behind the agreement's rank correlation and factor.
+        factors: Bytes of the factors before and after compression; None without factors.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Prepared:
     after: int
     agreement: Agreement | None
     sample: int
+    factors: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,19 +123,25 @@ def prepare(fisher: Fisher, out: Path, compress: str | None = None, progress: It
         ConfigError: ``compress`` is unknown.
         ValuesError: An entry is NaN, infinite or negative.
     """
-    before = sum(fisher.info(name).nbytes for name in fisher)
+    before = sum(fisher.info(name).nbytes for name in fisher) + fisher.factors.nbytes
     code = compress or ("none" if is_compressed(fisher.config) else COMPRESS)
     source = _portable_folder(fisher)
     if code == "none" and source is not None:
-        return Prepared(source, fisher.config, before, _size(source), None, 0)
+        return Prepared(source, fisher.config, before, _size(source), None, 0, _factor_bytes(fisher, fisher))
     write_fisher(fisher, out, torch.float32, progress, compress=None if code == "none" else code)
     written = read_fisher(out)
+    factors = _factor_bytes(fisher, written)
     if code == "none":
-        return Prepared(out, written.config, before, _size(out), None, 0)
+        return Prepared(out, written.config, before, _size(out), None, 0, factors)
     # Not raw: the compact Fisher lacks Adagrad's initial value.
     scaling = common_scaling(fisher, written)
     comparison = compare(fisher, written, scaling=scaling, sample=_SAMPLE, whole=False)
-    return Prepared(out, written.config, before, _size(out), comparison.over_all, comparison.sample)
+    return Prepared(out, written.config, before, _size(out), comparison.over_all, comparison.sample, factors)
+
+
+def _factor_bytes(before: Fisher, after: Fisher) -> tuple[int, int] | None:
+    """Return the bytes of the factors of two Fishers; None without factors."""
+    return (before.factors.nbytes, after.factors.nbytes) if before.factors else None
 
 
 def publish(
