@@ -132,7 +132,7 @@ def command(
 
     import torch
 
-    from squisher_mergekit.cli.output import config_lines, factor_lines, size_of, write_report
+    from squisher_mergekit.cli.output import config_lines, factors_text, size_of, write_report
     from squisher_mergekit.estimators.dataset.run import Request, estimate_from
 
     request = Request(
@@ -159,6 +159,6 @@ def command(
     if fisher is None:  # rank 0 reports
         return
     click.echo(f"{model} -> {out}")
-    for line in (*config_lines(fisher.config, size_of(fisher)), *factor_lines(fisher)):
+    for line in config_lines(fisher.config, size_of(fisher), factors_text(fisher)):
         click.echo(line)
     write_report(json_file, {"model": model, "out": str(out), "config": json.loads(fisher.config.to_json())})

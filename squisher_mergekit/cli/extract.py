@@ -63,7 +63,7 @@ def command(
 
     import torch
 
-    from squisher_mergekit.cli.output import config_lines, factor_lines, size_of, write_report
+    from squisher_mergekit.cli.output import config_lines, factors_text, size_of, write_report
     from squisher_mergekit.optimizers.load import extract
 
     fisher = extract(
@@ -81,7 +81,7 @@ def command(
     )
     click.echo(f"{checkpoint} -> {out}")
     size_line = f"{len(fisher)} tensors, {size_of(fisher)}"
-    for line in (*config_lines(fisher.config, size_line), *factor_lines(fisher)):
+    for line in config_lines(fisher.config, size_line, factors_text(fisher)):
         click.echo(line)
     size = sum(fisher.info(name).nbytes for name in fisher)
     report = {"checkpoint": checkpoint, "out": str(out), "bytes": size}

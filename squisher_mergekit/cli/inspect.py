@@ -45,7 +45,7 @@ def command(
 
     from squisher_mergekit.cli.output import (
         config_lines,
-        factor_lines,
+        factors_text,
         progress_bar,
         size_of,
         write_picture,
@@ -60,9 +60,10 @@ def command(
     opened = load_fisher(fisher, model, base, names)
     summary = summarize(opened, progress_bar(opened, "Reading", quiet), known_scaling(opened))
     click.echo(fisher)
-    for line in config_lines(opened.config, f"{len(opened)} tensors, {summary.entries:,} entries, {size_of(opened)}"):
+    size = f"{len(opened)} tensors, {summary.entries:,} entries, {size_of(opened)}"
+    for line in config_lines(opened.config, size, factors_text(opened)):
         click.echo(line)
-    for line in (*factor_lines(opened), *lines(summary)):
+    for line in lines(summary):
         click.echo(line)
     if plot is not None:
         write_picture(plot, histogram(summary, fisher))

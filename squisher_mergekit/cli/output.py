@@ -51,12 +51,13 @@ def write_picture(file: Path, png: bytes) -> None:
     write_whole(file, png)
 
 
-def config_lines(config: FisherConfig, size: str) -> Iterator[str]:
+def config_lines(config: FisherConfig, size: str, factors: str = "") -> Iterator[str]:
     """Yield the kind, source, optimizer, steps, size and coverage of a Fisher as lines.
 
     Args:
         config: The metadata.
         size: Number of tensors and bytes, in words.
+        factors: Factors, in words; empty if there are none.
     """
     optimizer, source = config.optimizer, config.source
     rows = [("kind", " ".join(filter(None, (config.estimator, config.statistic, f"of the {config.parameters}"))))]
@@ -73,6 +74,8 @@ def config_lines(config: FisherConfig, size: str) -> Iterator[str]:
         rows.append(("debiased", f"mean {config.mean:.3g}, norm {config.norm:.3g}"))
     without = config.coverage.without
     rows.append(("size", size))
+    if factors:
+        rows.append(("factors", factors))
     rows.append(("coverage", f"{config.coverage.with_} tensors with a Fisher, {len(without)} without"))
     yield from pairs(rows)
     for reason in dict.fromkeys(without.values()):
@@ -81,23 +84,23 @@ def config_lines(config: FisherConfig, size: str) -> Iterator[str]:
         yield from name_lines(names, _SHOWN, "    ", "listed under coverage in the metadata")
 
 
-def factor_lines(fisher: Fisher) -> Iterator[str]:
-    """Yield a line about the factors of a Fisher: matrices, blocks, origin, size and error; nothing without factors."""
+def factors_text(fisher: Fisher) -> str:
+    """Return the factors of a Fisher in words: matrices, blocks, origin, size and error; empty without factors."""
     from squisher_mergekit.fisher.summary import human_bytes
 
     factors, info = fisher.factors, fisher.factors.info
     if info is None or not factors:
-        return
+        return ""
     widths = {side.shape(name)[1] for side in (factors.rows, factors.columns) for name in side}
     blocks = str(max(widths)) if len(widths) == 1 else f"{min(widths)} to {max(widths)}"
-    details = [f"over {len(factors.rows)} x rows and {len(factors.columns)} x columns in blocks of {blocks}"]
+    details = [f"rows of {len(factors.rows)} and columns of {len(factors.columns)} matrices in blocks of {blocks}"]
     details.append(f"{info.source} {info.statistic}")
     numbers = {"decay": info.decay, "every": info.every, "steps": info.steps, "examples": info.num_examples}
     details += [f"{key} {value:g}" for key, value in numbers.items() if value is not None]
     details.append(f"{human_bytes(factors.nbytes)}, {info.form.replace('_', ' ')}")
     if info.error is not None:
         details.append(f"relative error {info.error:.2%} (Frobenius)")
-    yield from pairs([("factors", ", ".join(details))])
+    return ", ".join(details)
 
 
 def size_of(fisher: Fisher) -> str:

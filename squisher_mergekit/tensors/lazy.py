@@ -150,4 +150,6 @@ def in_memory(stored: MaybeLazy, copied: Callable[[Tensor], Tensor]) -> MaybeLaz
     for name, value in values.items():
         if isinstance(value, tuple) and value and all(isinstance(item, Tensor) for item in value):
             changes[name] = tuple(map(copied, value))
+        elif is_dataclass(value) and not isinstance(value, type):
+            changes[name] = in_memory(value, copied)
     return replace(stored, **changes)

@@ -27,7 +27,7 @@ class _FactorStore:
 
     location: str
     matrices: Mapping[str, Tensor]
-    verify: Callable[[Tensor], None]
+    verify: Callable[[Tensor], Tensor]
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
@@ -39,8 +39,7 @@ class _FactorStore:
 
     def read(self, name: str) -> Tensor:
         """Return one factor."""
-        factor = self.matrices[name]
-        self.verify(factor)
+        factor = self.verify(self.matrices[name])
         return factor.detach().to("cpu", _dtype(factor), copy=True)[None]
 
 

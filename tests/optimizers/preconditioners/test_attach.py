@@ -37,7 +37,7 @@ def test_extract_and_inspect_show_the_factors(tmp_path, kind):
     assert done.exit_code == 0, done.output
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--quiet"])
     for output in (done.output, shown.output):
-        assert "over 2 x rows and 2 x columns in blocks of 7 to 13, optimizer" in output
+        assert "rows of 2 and columns of 2 matrices in blocks of 7 to 13, optimizer" in output
     fisher = load_fisher(tmp_path / "out")
     assert list(fisher) == list(NAMES)
     before = load_fisher(FIXTURES / kind / "optimizer.pt", names=NAMES)

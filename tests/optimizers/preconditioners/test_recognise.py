@@ -135,3 +135,18 @@ def test_a_damaged_factor_is_refused(tmp_path, damage):
     state["GG"][0] = damage
     with pytest.raises(CorruptFileError, match="must be a square matrix"):
         load_fisher(_save(tmp_path / "optimizer.pt", state), names=["w"])
+
+
+@pytest.mark.parametrize(("kind", "name"), [("soap", "2.weight"), ("shampoo", "0.weight")])
+def test_a_flipped_bit_in_a_factor_is_noticed(tmp_path, kind, name):
+    """The checksums of the file are verified for the diagonal and for the factor."""
+    content = bytearray((FIXTURES / kind / "optimizer.pt").read_bytes())
+    factor = load_file(FIXTURES / kind / "truth.safetensors")[f"{name}.columns"].numpy().tobytes()
+    content[content.index(factor) + len(factor) // 2] ^= 1
+    file = tmp_path / "optimizer.pt"
+    file.write_bytes(content)
+    fisher = load_fisher(file, names=NAMES)
+    with pytest.raises(CorruptFileError):
+        fisher[name]
+    with pytest.raises(CorruptFileError):
+        fisher.factors.columns[name]
