@@ -7,6 +7,7 @@ import pytest
 import torch
 from mergekit.merge_methods import merge_state_dicts
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from squisher_mergekit.fisher.config import FactorsInfo, FisherConfig
 from squisher_mergekit.fisher.factors.blocks import diagonal_blocks
@@ -168,6 +169,44 @@ def test_a_factor_of_another_scale_changes_nothing(tmp_path: Path) -> None:
     second = merged(_config(tmp_path, "rows", 6), tmp_path / "second")
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_a_conv1d_take_the_factor_of_its_columns(tmp_path: Path) -> None:
+    """GPT-2 keeps [in, out], so that its outputs are the columns of the stored tensor."""
+    weights, known = [], []
+    name = "transformer.h.0.mlp.c_fc.weight"
+    for i in range(3):
+        torch.manual_seed(i)
+        config = GPT2Config(n_embd=10, n_head=2, n_layer=1, n_inner=13, vocab_size=19, n_positions=11)
+        model = GPT2LMHeadModel(config)
+        model.save_pretrained(tmp_path / f"m{i}")
+        weights.append({n: t.detach() for n, t in model.state_dict().items() if n != "lm_head.weight"})
+        if i:
+            generator = torch.Generator().manual_seed(i)
+            fisher = {n: torch.rand(t.shape, generator=generator) * 1e-7 for n, t in weights[i].items()}
+            whole = _draw(13, generator)
+            factors = factors_in_memory({"columns": {name: diagonal_blocks(whole, 6)}}, INFO, {name: (10, 13)})
+            metadata = FisherConfig(estimator="squisher", statistic="mean")
+            write_fisher(Fisher(fisher, metadata, factors=factors), tmp_path / f"m{i}")
+            known.append(({name: fisher[name].T}, {"rows": {name: whole}}))
+    found = merged(_config(tmp_path, "rows", 3), tmp_path / "out")
+    turned = [{name: state[name].T} for state in weights]
+    wanted = _dense("rows", name, turned, known, 3).T
+    torch.testing.assert_close(found[name].double(), wanted, rtol=0, atol=2e-4)
+
+
+def test_slices_take_the_factors_of_the_models_own_layer(tmp_path: Path) -> None:
+    """A sliced layer has the factors of its number in the model, wherever it ends up."""
+    weights, known = _family(tmp_path, 4)
+    sources = [
+        {"model": str(tmp_path / f"m{i}"), "layer_range": [1, 2], "parameters": {"weight": weight}}
+        for i, weight in enumerate(WEIGHTS, start=1)
+    ]
+    config = _config(tmp_path, "columns", 4) | {"slices": [{"sources": sources}]}
+    del config["models"]
+    found = merged(config, tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]
+    wanted = _dense("columns", "model.layers.1.mlp.up_proj.weight", weights, known, 4)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-4)
 
 
 def test_the_plan_names_the_matrices(tmp_path: Path) -> None:
