@@ -41,19 +41,20 @@ def row_factor(step: Tensor, fisher: Tensor | None) -> Tensor:
         tensor([[[1., 1.],
                  [1., 1.]]])
     """
-    step = step / _largest(step)
+    largest = _largest(step)
     if fisher is None:
-        moved, power = step, step.square().sum(-1)
+        moved = step / largest
+        power = moved.square().sum(-1)
     else:
-        fisher = fisher / _largest(fisher)
-        moved, power = step * fisher.sqrt(), fisher.sum(-1)
-    unit = moved / moved.norm(dim=-1, keepdim=True).clamp_min(_TINY)
-    correlation = (unit @ unit.mT).clamp_(-1, 1)
+        power = fisher.sum(-1)
+        moved = (fisher / _positive(power)[..., None]).sqrt_().mul_(step).div_(largest)
+    correlation = moved @ moved.mT
+    norms = correlation.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY).rsqrt()
+    correlation.mul_(norms[..., :, None]).mul_(norms[..., None, :]).clamp_(-1, 1)
     correlation.diagonal(dim1=-2, dim2=-1).fill_(1)
     mean = power.mean(-1, keepdim=True, dtype=torch.float64).to(power.dtype)
-    scale = (power / torch.where(mean > 0, mean, 1)).sqrt()
-    factor: Tensor = correlation * scale[..., :, None] * scale[..., None, :]
-    return factor
+    scale = (power / _positive(mean)).sqrt()
+    return correlation.mul_(scale[..., :, None]).mul_(scale[..., None, :])
 
 
 def column_factor(step: Tensor, fisher: Tensor | None) -> Tensor:
@@ -63,8 +64,13 @@ def column_factor(step: Tensor, fisher: Tensor | None) -> Tensor:
 
 def _largest(blocks: Tensor) -> Tensor:
     """Return the largest absolute entry of each block, or 1 where all are 0."""
-    largest = blocks.abs().amax((-2, -1), keepdim=True)
-    return torch.where(largest > 0, largest, 1)
+    largest = torch.maximum(blocks.amax((-2, -1), keepdim=True), -blocks.amin((-2, -1), keepdim=True))
+    return _positive(largest)
+
+
+def _positive(values: Tensor) -> Tensor:
+    """Return values with 1 in place of 0, to divide by."""
+    return torch.where(values > 0, values, 1)
 
 
 def shares_by_trace(traces: Tensor, rates: Tensor) -> Tensor:
@@ -84,7 +90,7 @@ def shares_by_trace(traces: Tensor, rates: Tensor) -> Tensor:
     """
     parts = traces / traces.amax(0).clamp_min(torch.finfo(traces.dtype).tiny) * rates[:, None]
     total = parts.sum(0)
-    return parts / torch.where(total > 0, total, 1)
+    return parts / _positive(total)
 
 
 def couple_rows(
@@ -92,8 +98,10 @@ def couple_rows(
 ) -> tuple[Tensor, Tensor]:
     """Merge blocks of coupled rows: ``W_0 + (sum_i A_i)^-1 sum_i A_i d_i`` with ``A_i = t_i (L_i + delta I)``.
 
-    As the shares t_i sum to 1, this is the mean ``m = sum_i t_i W_i`` and a step,
-    ``m + (sum_i t_i L_i + delta I)^-1 sum_i t_i L_i (W_i - m)``, which needs no base and is exact for equal models.
+    As the shares t_i sum to 1, the mean coefficients ``C_i = (sum_i A_i)^-1 A_i`` sum to the identity. So the merge needs
+    no base and is exact for equal models: ``W_M + sum_(i < M) C_i (W_i - W_M)``, with
+    ``C_i = t_i (I - sum_j K_j) + K_i`` and ``K_i = (sum_i A_i)^-1 t_i (L_i - L_M)``. No system has more columns than a
+    block has rows.
 
     Args:
         thetas: W_i, blocks ``[count, b, in]``.
@@ -112,17 +120,28 @@ def couple_rows(
         tensor([[[2., 2., 2.],
                  [2., 2., 2.]]])
     """
-    per_block = shares.to(thetas[0].dtype)[..., None, None]
-    mean = sum((t * theta for t, theta in zip(per_block[1:], thetas[1:], strict=True)), start=per_block[0] * thetas[0])
-    parts = [t * factor for t, factor in zip(per_block, factors, strict=True)]
-    total = sum(parts[1:], start=parts[0])
+    *others, last = thetas
+    per_block = list(shares.to(last.dtype)[..., None, None])
+    total = mean_factor(factors, per_block)
     total.diagonal(dim1=-2, dim2=-1).add_(damping)
-    pulls = [part @ (theta - mean) for part, theta in zip(parts, thetas, strict=True)]
-    right = [sum(pulls[1:], start=pulls[0])]
-    eye = torch.eye(total.shape[-1], dtype=total.dtype, device=total.device)
-    right += [part + damping * t * eye for part, t in zip(parts, per_block, strict=True)]
-    step, *coefficients = torch.split(_solve(total, torch.cat(right, -1)), [side.shape[-1] for side in right], -1)
-    return mean + step, torch.stack([each.diagonal(dim1=-2, dim2=-1).mean(-1) for each in coefficients])
+    pulls = [(factor - factors[-1]).mul_(t) for factor, t in zip(factors[:-1], per_block[:-1], strict=True)]
+    pulls = list(_solve(total, torch.cat(pulls, -1)).split(total.shape[-1], -1)) if others else []
+    free = -sum(pulls, start=torch.zeros_like(total))
+    free.diagonal(dim1=-2, dim2=-1).add_(1)
+    merged, traces = last, []
+    for theta, t, pull in zip(others, per_block[:-1], pulls, strict=True):
+        coefficient = torch.addcmul(pull, free, t)
+        merged = torch.baddbmm(merged, coefficient, theta - last)
+        traces.append(coefficient.diagonal(dim1=-2, dim2=-1).mean(-1))
+    return merged, torch.stack([*traces, 1 - sum(traces, start=torch.zeros_like(total[:, 0, 0]))])
+
+
+def mean_factor(factors: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:
+    """Return ``sum_i t_i L_i``, a new tensor; each share is shaped to multiply a factor."""
+    mean = factors[0] * shares[0]
+    for factor, share in zip(factors[1:], shares[1:], strict=True):
+        mean.addcmul_(factor, share)
+    return mean
 
 
 def _solve(matrices: Tensor, right: Tensor) -> Tensor:
