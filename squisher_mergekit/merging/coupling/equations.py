@@ -15,7 +15,8 @@ factors; factors from d and v are this project's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -153,11 +154,35 @@ def _solve(matrices: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right, lower)
 
 
+@dataclass(frozen=True)
+class Side:
+    """Factors over one side of tiles, rows or columns, and the eigenbasis of their mean.
+
+    Attributes:
+        factors: L_i, ``[models, count, b, b]``.
+        values: Eigenvalues of ``L = sum_i t_i L_i``, ``[count, b]``.
+        vectors: Eigenvectors of L, ``[count, b, b]``.
+        differences: ``L_i - L_M`` in the eigenbasis, for all models but the last, ``[models - 1, count, b, b]``.
+    """
+
+    factors: Tensor
+    values: Tensor
+    vectors: Tensor
+    differences: Tensor
+
+    @classmethod
+    def of(cls, factors: Tensor, shares: Tensor) -> Side:
+        """Return the side of factors L_i with the shares t_i, ``[models]``, of sum 1."""
+        values, vectors = torch.linalg.eigh(mean_factor(list(factors), list(shares.to(factors.dtype))))
+        differences = vectors.mT @ (factors[:-1] - factors[-1]) @ vectors
+        return cls(factors, values.clamp_min_(0), vectors, differences)
+
+
 def couple_tiles(
     start: Tensor,
     thetas: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    columns: Sequence[Tensor],
+    rows: Side,
+    columns: Side,
     shares: Tensor,
     damping: float,
     steps: int,
@@ -165,13 +190,15 @@ def couple_tiles(
     """Merge tiles coupled over rows and columns: the minimum of ``sum_i <X - W_i, F_i (X - W_i)>``.
 
     ``F_i X = t_i (L_i X R_i + delta X)``. Conjugate gradients from ``start``, for each tile apart, preconditioned by
-    ``(sum_i t_i L_i) (x) (sum_i t_i R_i) + delta`` in its eigenbasis.
+    ``P = L (x) R + delta``, with the means ``L = sum_i t_i L_i`` and ``R = sum_i t_i R_i``. The steps are in the
+    eigenbases of L and R, where P is diagonal. As ``sum_i t_i (L_i - L) = 0``, the last model drops out of
+    ``sum_i F_i = P + sum_(i < M) t_i (L_i - L) (x) (R_i - R_M)``.
 
     Args:
         start: First X, tiles ``[rows, columns, b, c]``.
         thetas: W_i, shaped alike.
-        rows: L_i, ``[rows, b, b]``.
-        columns: R_i, ``[columns, c, c]``.
+        rows: L_i, a factor for each row of tiles.
+        columns: R_i, a factor for each column of tiles.
         shares: t_i, ``[models]``, with sum 1.
         damping: delta, positive.
         steps: Number of steps.
@@ -180,61 +207,52 @@ def couple_tiles(
         X after the steps.
 
     Example:
-        >>> theta, one = torch.ones(1, 1, 2, 2), torch.eye(2)[None]
-        >>> couple_tiles(theta, [theta, 3 * theta], [one, one], [one, one], torch.tensor([0.5, 0.5]), 0.1, steps=1)
+        >>> theta, half = torch.ones(1, 1, 2, 2), torch.tensor([0.5, 0.5])
+        >>> side = Side.of(torch.eye(2).expand(2, 1, 2, 2), half)
+        >>> couple_tiles(theta, [theta, 3 * theta], side, side, half, damping=0.1, steps=1)
         tensor([[[[2., 2.],
                   [2., 2.]]]])
     """
-    shares = shares.to(start.dtype)
-    left = [(t * factor)[:, None] for t, factor in zip(shares, rows, strict=True)]
-    right = [factor[None] for factor in columns]
-
-    def apply(tiles: Sequence[Tensor]) -> Tensor:
-        """Return ``sum_i F_i tiles_i``."""
-        result = torch.zeros_like(start)
-        for t, own_left, own_right, tile in zip(shares, left, right, tiles, strict=True):
-            result += own_left @ tile @ own_right
-            result += damping * t * tile
-        return result
-
-    precondition = _preconditioner(
-        sum(left[1:], start=left[0]),
-        sum((t * factor for t, factor in zip(shares[1:], right[1:], strict=True)), start=shares[0] * right[0]),
-        damping,
-    )
-    values = start.clone()
-    residual = apply([theta - values for theta in thetas])
-    direction = step = precondition(residual)
-    gain = _dot(residual, step)
+    rates = shares.to(start.dtype)
+    weighted = rates[:-1, None, None, None] * rows.differences
+    over_rows = (weighted - rates[:-1, None, None, None] * weighted.sum(0))[:, :, None]
+    over_columns = columns.differences[:, None]
+    left, right = rows.vectors[:, None], columns.vectors[None]
+    diagonal = rows.values[:, None, :, None] * columns.values[None, :, None, :] + damping
+    residual = left.mT @ _first_residual(start, thetas, rows, columns, rates, damping) @ right
+    values, step = torch.zeros_like(residual), residual / diagonal
+    direction, gain = step.clone(), _dot(residual, step)
     converged = gain * torch.finfo(start.dtype).eps ** 2
     for _ in range(steps):
-        image = apply([direction] * len(thetas))
+        image = diagonal * direction
+        for one, other in zip(over_rows, over_columns, strict=True):
+            image += (one @ direction) @ other
         # Beyond the precision of the residual, steps would only follow rounding errors, and grow.
         curvature = torch.where(gain > converged, _dot(direction, image), 0)
         rate = _ratio(gain, curvature, start.dtype)
-        values += rate * direction
-        residual = residual - rate * image
-        step = precondition(residual)
+        values.addcmul_(direction, rate)
+        residual.addcmul_(image, rate, value=-1)
+        torch.div(residual, diagonal, out=step)
         last, gain = gain, _dot(residual, step)
-        direction = step + _ratio(gain, last, start.dtype) * direction
-    return values
+        direction.mul_(_ratio(gain, last, start.dtype)).add_(step)
+    return start + left @ values @ right.mT
 
 
-def _preconditioner(left: Tensor, right: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """Return the inverse of ``L (x) R + delta`` for symmetric L and R, as a function of tiles."""
-    (over_rows, rows), (over_columns, columns) = torch.linalg.eigh(left), torch.linalg.eigh(right)
-    values = over_rows.clamp_min(0)[..., :, None] * over_columns.clamp_min(0)[..., None, :] + damping
-
-    def apply(tiles: Tensor) -> Tensor:
-        result: Tensor = rows @ ((rows.mT @ tiles @ columns) / values) @ columns.mT
-        return result
-
-    return apply
+def _first_residual(
+    start: Tensor, thetas: Sequence[Tensor], rows: Side, columns: Side, rates: Tensor, damping: float
+) -> Tensor:
+    """Return ``sum_i F_i (W_i - X)``."""
+    result = torch.zeros_like(start, memory_format=torch.contiguous_format)
+    for t, left, right, theta in zip(rates, rows.factors, columns.factors, thetas, strict=True):
+        step = (theta - start).mul_(t)
+        result += (left[:, None] @ step) @ right[None]
+        result.add_(step, alpha=damping)
+    return result
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     """Return the inner product of each pair of tiles."""
-    return (one * other).sum((-2, -1), keepdim=True, dtype=torch.float64)
+    return (one * other).sum(-1, keepdim=True).sum(-2, keepdim=True, dtype=torch.float64)
 
 
 def _ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:

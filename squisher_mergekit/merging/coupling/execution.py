@@ -17,7 +17,9 @@ from squisher_mergekit.merging.execution import Input, Outcome, merge_squisher
 from squisher_mergekit.merging.parameters import DAMPING
 from squisher_mergekit.models.weights import check_finite
 
-PANEL = 1 << 22
+# Entries of a matrix in work at a time: on a CPU a panel of all models stays in the cache.
+PANEL = 1 << 18
+ACCELERATOR_PANEL = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,14 @@ def merge_coupled(
     over_columns = (structure.kind == "columns") != transposed
     turned = over_columns if structure.kind != "kron" else transposed
     matrices = _Matrices.of(base, [inputs[i] for i in used], turned)
-    values = torch.empty(matrices.shape, dtype=out_dtype, device=base.device)
+    merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
+    values = merged.mT if turned else merged
     merge = _kron if structure.kind == "kron" else _rows
     shares, fell_back = merge(matrices, structure, values)
     spread = dict(zip(used, shares, strict=True))
-    merged = (values.mT if turned else values).contiguous()
     all_shares = [spread.get(i, 0.0) for i in range(len(inputs))]
-    return Outcome(merged, all_shares, fell_back, not_finite=(~torch.isfinite(merged)).sum())
+    not_finite = 0 if _is_finite(merged) else (~torch.isfinite(merged)).sum()
+    return Outcome(merged, all_shares, fell_back, not_finite=not_finite)
 
 
 def _check_inputs(base: Tensor, inputs: Sequence[Input]) -> None:
@@ -90,8 +93,14 @@ def _check_inputs(base: Tensor, inputs: Sequence[Input]) -> None:
             check_values(item.fisher, *item.label)
     name = inputs[0].label[0]
     for tensor, model in ((base, "the base"), *((item.theta, item.model) for item in inputs)):
-        if not bool(torch.isfinite(tensor).all()):
+        if not _is_finite(tensor):
             check_finite(tensor, name, model)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return True if all entries are finite; one pass, without a mask."""
+    low, high = torch.aminmax(tensor)
+    return bool((low > -math.inf) & (high < math.inf))
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,7 @@ class _Matrices:
         mean = (rates / rates.sum())[:, None].expand(-1, len(self.base))
         if len(known) < len(self.fishers):
             return mean, torch.zeros(len(self.base), dtype=torch.bool, device=rates.device)
-        traces = torch.stack([fisher.sum((-2, -1), dtype=torch.float64) for fisher in known])
+        traces = torch.stack([_sums(fisher) for fisher in known])
         blank = traces.sum(0) == 0
         scales = torch.tensor(equations.relative(self.scales), dtype=torch.float64, device=rates.device)
         found = mean if uniform else coupling.shares_by_trace(traces, rates / rates.max() * scales)
@@ -168,10 +177,10 @@ class _Matrices:
         return [coupling.row_factor(theta - self.base, fisher) for theta, fisher in pairs]
 
 
-def _panels(size: int, block: int, entries: int) -> Iterator[tuple[slice, int]]:
+def _panels(size: int, block: int, entries: int, device: torch.device) -> Iterator[tuple[slice, int]]:
     """Yield the rows of each panel and the height of its blocks; all blocks of a panel have one height."""
-    block = min(block, size)
-    at_once, start = max(PANEL // max(block * entries, 1), 1), 0
+    block, panel = min(block, size), PANEL if device.type == "cpu" else ACCELERATOR_PANEL
+    at_once, start = max(panel // max(block * entries, 1), 1), 0
     while start < size:
         height = min(block, size - start)
         count = min(at_once, (size - start) // height) if height == block else 1
@@ -183,11 +192,11 @@ def _rows(matrices: _Matrices, structure: Structure, values: Tensor) -> tuple[li
     """Merge with coupled rows into ``values``; return mean coefficients and the number of entries without signal."""
     rows, columns = matrices.shape
     total, blanks = torch.zeros(len(matrices.thetas), dtype=torch.float64, device=values.device), []
-    for where, height in _panels(rows, structure.block, columns):
+    for where, height in _panels(rows, structure.block, columns, values.device):
         blocks = matrices.part(where).blocks(height)
         shares, blank = blocks.shares(structure.uniform)
         merged, coefficients = coupling.couple_rows(blocks.thetas, blocks.row_factors(), shares, structure.damping)
-        values[where] = merged.reshape(-1, columns).to(values.dtype)
+        values[where] = merged.reshape(-1, columns)
         total += coefficients.sum(-1, dtype=torch.float64) * height
         blanks.append(blank.sum() * (height * columns))
     return list(total / rows), torch.stack(blanks).sum()
@@ -197,44 +206,77 @@ def _kron(matrices: _Matrices, structure: Structure, values: Tensor) -> tuple[li
     """Merge with Kronecker factors into ``values``; return the shares and the number of entries without signal."""
     rows, columns = matrices.shape
     shares, blank = matrices.blocks(rows).shares(structure.uniform)
-    over_rows, over_columns = _factors(matrices, structure.block), _factors(matrices.turned, structure.block)
-    for where, height in _panels(rows, structure.block, structure.block):
-        for across, width in _panels(columns, structure.block, where.stop - where.start):
+    over_rows = _WholeSide.of(matrices, structure.block, shares[:, 0])
+    over_columns = _WholeSide.of(matrices.turned, structure.block, shares[:, 0])
+    for where, height in _panels(rows, structure.block, structure.block, values.device):
+        left = over_rows.part(where, height)
+        for across, width in _panels(columns, structure.block, where.stop - where.start, values.device):
             part = matrices.part(where, across)
-            tiles = part.tiles(height, width)
+            tiles, right = part.tiles(height, width), over_columns.part(across, width)
             merged = coupling.couple_tiles(
-                _diagonal(tiles),
-                tiles.thetas,
-                [_blocks(factor[where], height) for factor in over_rows],
-                [_blocks(factor[across], width) for factor in over_columns],
-                shares[:, 0],
-                structure.damping,
-                structure.steps,
+                _diagonal(tiles), tiles.thetas, left, right, shares[:, 0], structure.damping, structure.steps
             )
-            values[where, across] = merged.transpose(1, 2).reshape(part.shape).to(values.dtype)
+            values[where, across] = merged.transpose(1, 2).reshape(part.shape)
     return list(shares[:, 0]), blank.sum() * math.prod(matrices.shape)
 
 
+@dataclass(frozen=True)
+class _WholeSide:
+    """Side of a whole matrix: each row of a tensor here is a row of the factor of its block, up to the block's size."""
+
+    factors: Tensor
+    values: Tensor
+    vectors: Tensor
+    differences: Tensor
+
+    @classmethod
+    def of(cls, matrices: _Matrices, block: int, shares: Tensor) -> _WholeSide:
+        """Return the side over the rows; each model's factors have mean eigenvalue 1 over the matrix."""
+        factors = _factors(matrices, block)
+        found = cls(factors, factors.new_zeros(factors.shape[1]), *map(torch.zeros_like, (factors[0], factors[1:])))
+        for where, height in _panels(len(found.values), block, block, factors.device):
+            side = coupling.Side.of(_blocks(factors[:, where], height), shares)
+            found.values[where] = side.values.flatten()
+            found.vectors[where, :height] = side.vectors.flatten(0, 1)
+            found.differences[:, where, :height] = side.differences.flatten(1, 2)
+        return found
+
+    def part(self, where: slice, height: int) -> coupling.Side:
+        """Return the side of the blocks of some rows."""
+        return coupling.Side(
+            _blocks(self.factors[:, where], height),
+            self.values[where].reshape(-1, height),
+            _blocks(self.vectors[where], height),
+            _blocks(self.differences[:, where], height),
+        )
+
+
 def _factors(matrices: _Matrices, block: int) -> Tensor:
-    """Return each model's factor over the rows, of mean eigenvalue 1 over the matrix: row -> its row in its block."""
+    """Return each model's factor over the rows, ``[models, rows, block]``."""
     rows, columns = matrices.shape
     count, device = len(matrices.thetas), matrices.base.device
     factors = torch.zeros(count, rows, min(block, rows), dtype=matrices.work, device=device)
     levels = torch.zeros(count, rows, dtype=torch.float64, device=device)
-    for where, height in _panels(rows, block, columns):
+    for where, height in _panels(rows, block, columns, device):
         blocks = matrices.part(where).blocks(height)
         for i, factor in enumerate(blocks.row_factors()):
             fisher = blocks.fishers[i]
             power = (blocks.thetas[i] - blocks.base).square() if fisher is None else fisher
-            level = power.sum((-2, -1), dtype=torch.float64) / height
+            level = _sums(power) / height
             factors[i, where, :height] = factor.reshape(-1, height)
             levels[i, where] = level.repeat_interleave(height)
     mean = levels.mean(-1, keepdim=True)
-    return factors * (levels / torch.where(mean > 0, mean, 1)).to(matrices.work)[..., None]
+    return factors.mul_((levels / torch.where(mean > 0, mean, 1)).to(matrices.work)[..., None])
 
 
 def _blocks(factor: Tensor, height: int) -> Tensor:
-    return factor[:, :height].reshape(-1, height, height)
+    """Return the factors of the blocks, ``[..., count, height, height]``."""
+    return factor[..., :height].unflatten(-2, (-1, height))
+
+
+def _sums(blocks: Tensor) -> Tensor:
+    """Return the sum over each block, in float64."""
+    return blocks.sum(-1).sum(-1, dtype=torch.float64)
 
 
 def _diagonal(part: _Matrices) -> Tensor:
