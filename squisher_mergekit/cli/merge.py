@@ -37,11 +37,14 @@ def command(
     """
     if not is_new(out):
         raise ConfigError(f"OUT must be a new or an empty folder, but {out} is not; choose another or remove it")
+    reported = json_file is not None or plot is not None or not merge_options.quiet
     merge_options.apply_global_options()
     text = read_text(config)
     parsed = read_config(text)
     with written_beside(out.absolute()) as folder:
-        run = run_config(parsed, text, folder, merge_options, strict=strict, allow_missing=allow_missing)
+        run = run_config(
+            parsed, text, folder, merge_options, strict=strict, allow_missing=allow_missing, reported=reported
+        )
     report = run.report()
     if not merge_options.quiet:
         click.echo(report_text(report))

@@ -15,8 +15,9 @@ factors; factors from d and v are this project's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ def row_factor(step: Tensor, fisher: Tensor | None) -> Tensor:
         power = fisher.sum(-1)
         moved = (fisher / _positive(power)[..., None]).sqrt_().mul_(step).div_(largest)
     correlation = moved @ moved.mT
-    norms = correlation.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY).rsqrt()
-    correlation.mul_(norms[..., :, None]).mul_(norms[..., None, :]).clamp_(-1, 1)
+    norms = correlation.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY).sqrt()
+    correlation.div_(norms[..., :, None]).div_(norms[..., None, :]).clamp_(-1, 1)
     correlation.diagonal(dim1=-2, dim2=-1).fill_(1)
     mean = power.mean(-1, keepdim=True, dtype=torch.float64).to(power.dtype)
     scale = (power / _positive(mean)).sqrt()
@@ -126,7 +127,7 @@ def couple_rows(
     total = mean_factor(factors, per_block)
     total.diagonal(dim1=-2, dim2=-1).add_(damping)
     pulls = [(factor - factors[-1]).mul_(t) for factor, t in zip(factors[:-1], per_block[:-1], strict=True)]
-    pulls = list(_solve(total, torch.cat(pulls, -1)).split(total.shape[-1], -1)) if others else []
+    pulls = list(torch.split(_solve(total, torch.cat(pulls, -1)), total.shape[-1], -1)) if others else []
     free = -sum(pulls, start=torch.zeros_like(total))
     free.diagonal(dim1=-2, dim2=-1).add_(1)
     merged, traces = last, []
@@ -143,6 +144,20 @@ def mean_factor(factors: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:
     for factor, share in zip(factors[1:], shares[1:], strict=True):
         mean.addcmul_(factor, share)
     return mean
+
+
+def row_fishers(factors: Sequence[Tensor], shares: Tensor, damping: float) -> list[Callable[[Tensor], Tensor]]:
+    """Return ``X -> t_i (L_i X + delta X)`` for each model, with the arguments of :func:`couple_rows`."""
+    rates = shares.to(factors[0].dtype)[..., None, None]
+    pairs = zip(rates, factors, strict=True)
+    return [partial(_fisher_product, t=t, left=factor, right=None, damping=damping) for t, factor in pairs]
+
+
+def _fisher_product(blocks: Tensor, t: Tensor, left: Tensor, right: Tensor | None, damping: float) -> Tensor:
+    image = left @ blocks
+    if right is not None:
+        image = image @ right
+    return image.add_(blocks, alpha=damping).mul_(t)
 
 
 def _solve(matrices: Tensor, right: Tensor) -> Tensor:
@@ -219,7 +234,11 @@ def couple_tiles(
     over_columns = columns.differences[:, None]
     left, right = rows.vectors[:, None], columns.vectors[None]
     diagonal = rows.values[:, None, :, None] * columns.values[None, :, None, :] + damping
-    residual = left.mT @ _first_residual(start, thetas, rows, columns, rates, damping) @ right
+    fishers = tile_fishers(rows, columns, shares, damping)
+    residual = sum(
+        (fisher(theta - start) for fisher, theta in zip(fishers, thetas, strict=True)), start=torch.zeros_like(start)
+    )
+    residual = left.mT @ residual @ right
     values, step = torch.zeros_like(residual), residual / diagonal
     direction, gain = step.clone(), _dot(residual, step)
     converged = gain * torch.finfo(start.dtype).eps ** 2
@@ -238,16 +257,13 @@ def couple_tiles(
     return start + left @ values @ right.mT
 
 
-def _first_residual(
-    start: Tensor, thetas: Sequence[Tensor], rows: Side, columns: Side, rates: Tensor, damping: float
-) -> Tensor:
-    """Return ``sum_i F_i (W_i - X)``."""
-    result = torch.zeros_like(start, memory_format=torch.contiguous_format)
-    for t, left, right, theta in zip(rates, rows.factors, columns.factors, thetas, strict=True):
-        step = (theta - start).mul_(t)
-        result += (left[:, None] @ step) @ right[None]
-        result.add_(step, alpha=damping)
-    return result
+def tile_fishers(rows: Side, columns: Side, shares: Tensor, damping: float) -> list[Callable[[Tensor], Tensor]]:
+    """Return ``X -> t_i (L_i X R_i + delta X)`` for each model, with the arguments of :func:`couple_tiles`."""
+    sides = zip(shares.to(rows.factors.dtype), rows.factors, columns.factors, strict=True)
+    return [
+        partial(_fisher_product, t=t, left=left[:, None], right=right[None], damping=damping)
+        for t, left, right in sides
+    ]
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from squisher_mergekit.fisher.values import check_values
 from squisher_mergekit.merging import equations
 from squisher_mergekit.merging.coupling import equations as coupling
+from squisher_mergekit.merging.coupling.report import StepReport, rank_sums, step_figures
 from squisher_mergekit.merging.execution import Input, Outcome, merge_squisher
 from squisher_mergekit.merging.parameters import DAMPING
 from squisher_mergekit.models.weights import check_finite
@@ -50,8 +51,20 @@ class Structure:
         return cls(kind, given["block"], damping, given["steps"], given["shares"] == "uniform")
 
 
+@dataclass
+class CoupledOutcome(Outcome):
+    """Merged matrix; ``report``: figures of the merged step, or None."""
+
+    report: StepReport | None = None
+
+
 def merge_coupled(
-    base: Tensor, inputs: Sequence[Input], structure: Structure, out_dtype: torch.dtype, transposed: bool = False
+    base: Tensor,
+    inputs: Sequence[Input],
+    structure: Structure,
+    out_dtype: torch.dtype,
+    transposed: bool = False,
+    reported: bool = False,
 ) -> Outcome:
     """Merge one matrix with coupled rows, columns or both.
 
@@ -62,6 +75,7 @@ def merge_coupled(
         structure: The curvature.
         out_dtype: dtype of the result; the arithmetic is in float32, or float64 if an input is.
         transposed: True for a matrix ``[in, out]``, as GPT-2's Conv1D keeps it.
+        reported: True to compute the figures of the report, which takes two more products a model (kron: four).
 
     Returns:
         The merged matrix.
@@ -79,11 +93,25 @@ def merge_coupled(
     merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
     values = merged.mT if turned else merged
     merge = _kron if structure.kind == "kron" else _rows
-    shares, fell_back = merge(matrices, structure, values)
-    spread = dict(zip(used, shares, strict=True))
+    found = merge(matrices, structure, values, reported)
+    spread = dict(zip(used, found.shares, strict=True))
     all_shares = [spread.get(i, 0.0) for i in range(len(inputs))]
     not_finite = 0 if _is_finite(merged) else (~torch.isfinite(merged)).sum()
-    return Outcome(merged, all_shares, fell_back, not_finite=not_finite)
+    report = found.report(tuple(used)) if reported else None
+    return CoupledOutcome(merged, all_shares, found.fell_back, not_finite=not_finite, report=report)
+
+
+@dataclass
+class _Found:
+    """Results beside the merged matrix: mean coefficients, entries without a signal, figures of each panel, ranks."""
+
+    shares: list[float | Tensor]
+    fell_back: Tensor
+    figures: list[Tensor]
+    ranks: dict[str, Tensor]
+
+    def report(self, models: tuple[int, ...]) -> StepReport:
+        return StepReport(torch.cat(self.figures, -1), self.ranks, models)
 
 
 def _check_inputs(base: Tensor, inputs: Sequence[Input]) -> None:
@@ -133,6 +161,11 @@ class _Matrices:
         """The transposes."""
         return self._each(lambda matrix: matrix.mT)
 
+    @property
+    def steps(self) -> Iterator[Tensor]:
+        """The task vectors, one at a time."""
+        return (theta - self.base for theta in self.thetas)
+
     def part(self, *where: slice) -> _Matrices:
         """Return a part, in the dtype of the arithmetic."""
         return self._each(lambda matrix: matrix[where].to(self.work))
@@ -173,8 +206,7 @@ class _Matrices:
 
     def row_factors(self) -> list[Tensor]:
         """Return each model's factors over the rows of the blocks."""
-        pairs = zip(self.thetas, self.fishers, strict=True)
-        return [coupling.row_factor(theta - self.base, fisher) for theta, fisher in pairs]
+        return [coupling.row_factor(step, fisher) for step, fisher in zip(self.steps, self.fishers, strict=True)]
 
 
 def _panels(size: int, block: int, entries: int, device: torch.device) -> Iterator[tuple[slice, int]]:
@@ -188,36 +220,50 @@ def _panels(size: int, block: int, entries: int, device: torch.device) -> Iterat
         start += count * height
 
 
-def _rows(matrices: _Matrices, structure: Structure, values: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Merge with coupled rows into ``values``; return mean coefficients and the number of entries without signal."""
+def _rows(matrices: _Matrices, structure: Structure, values: Tensor, reported: bool) -> _Found:
+    """Merge with coupled rows into ``values``."""
     rows, columns = matrices.shape
     total, blanks = torch.zeros(len(matrices.thetas), dtype=torch.float64, device=values.device), []
+    figures, ranks = [], []
     for where, height in _panels(rows, structure.block, columns, values.device):
         blocks = matrices.part(where).blocks(height)
         shares, blank = blocks.shares(structure.uniform)
-        merged, coefficients = coupling.couple_rows(blocks.thetas, blocks.row_factors(), shares, structure.damping)
+        factors = blocks.row_factors()
+        merged, coefficients = coupling.couple_rows(blocks.thetas, factors, shares, structure.damping)
         values[where] = merged.reshape(-1, columns)
         total += coefficients.sum(-1, dtype=torch.float64) * height
         blanks.append(blank.sum() * (height * columns))
-    return list(total / rows), torch.stack(blanks).sum()
+        if reported:
+            fishers = coupling.row_fishers(factors, shares, structure.damping)
+            figures.append(step_figures(merged - blocks.base, blocks.steps, fishers))
+            ranks.append(rank_sums(factors))
+    side = {structure.kind: torch.stack(ranks).sum(0)} if reported else {}
+    return _Found(list(total / rows), torch.stack(blanks).sum(), figures, side)
 
 
-def _kron(matrices: _Matrices, structure: Structure, values: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Merge with Kronecker factors into ``values``; return the shares and the number of entries without signal."""
+def _kron(matrices: _Matrices, structure: Structure, values: Tensor, reported: bool) -> _Found:
+    """Merge with Kronecker factors into ``values``."""
     rows, columns = matrices.shape
-    shares, blank = matrices.blocks(rows).shares(structure.uniform)
-    over_rows = _WholeSide.of(matrices, structure.block, shares[:, 0])
-    over_columns = _WholeSide.of(matrices.turned, structure.block, shares[:, 0])
+    all_shares, blank = matrices.blocks(rows).shares(structure.uniform)
+    shares, figures = all_shares[:, 0], []
+    over_rows = _WholeSide.of(matrices, structure.block, shares)
+    over_columns = _WholeSide.of(matrices.turned, structure.block, shares)
     for where, height in _panels(rows, structure.block, structure.block, values.device):
-        left = over_rows.part(where, height)
+        left, of_rows = over_rows.part(where, height), []
         for across, width in _panels(columns, structure.block, where.stop - where.start, values.device):
             part = matrices.part(where, across)
             tiles, right = part.tiles(height, width), over_columns.part(across, width)
             merged = coupling.couple_tiles(
-                _diagonal(tiles), tiles.thetas, left, right, shares[:, 0], structure.damping, structure.steps
+                _diagonal(tiles), tiles.thetas, left, right, shares, structure.damping, structure.steps
             )
             values[where, across] = merged.transpose(1, 2).reshape(part.shape)
-    return list(shares[:, 0]), blank.sum() * math.prod(matrices.shape)
+            if reported:
+                fishers = coupling.tile_fishers(left, right, shares, structure.damping)
+                of_rows.append(step_figures(merged - tiles.base, tiles.steps, fishers).sum(-1))
+        figures += [torch.stack(of_rows).sum(0)] if reported else []
+    sides = {"rows": over_rows, "columns": over_columns} if reported else {}
+    ranks = {name: side.ranks(structure.block) for name, side in sides.items()}
+    return _Found(list(shares), blank.sum() * math.prod(matrices.shape), figures, ranks)
 
 
 @dataclass(frozen=True)
@@ -250,6 +296,11 @@ class _WholeSide:
             _blocks(self.differences[:, where], height),
         )
 
+    def ranks(self, block: int) -> Tensor:
+        """Return :func:`rank_sums` of the blocks."""
+        panels = _panels(len(self.values), block, block, self.values.device)
+        return torch.stack([rank_sums(list(_blocks(self.factors[:, where], size))) for where, size in panels]).sum(0)
+
 
 def _factors(matrices: _Matrices, block: int) -> Tensor:
     """Return each model's factor over the rows, ``[models, rows, block]``."""
@@ -271,7 +322,7 @@ def _factors(matrices: _Matrices, block: int) -> Tensor:
 
 def _blocks(factor: Tensor, height: int) -> Tensor:
     """Return the factors of the blocks, ``[..., count, height, height]``."""
-    return factor[..., :height].unflatten(-2, (-1, height))
+    return factor[..., :height].reshape(*factor.shape[:-2], -1, height, height)
 
 
 def _sums(blocks: Tensor) -> Tensor:
