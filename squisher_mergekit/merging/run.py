@@ -157,7 +157,11 @@ class Run:
         With ``reported``, ``structure`` is the report of the coupled matrices, see :func:`structure_report`.
         """
         kinds = {kind: totals.report() for kind, totals in sorted(self._kinds.items())}
-        plan = {key: self.preview[key] for key in ("tensors", "whole", "lost", "notes")} if self.preview else {}
+        plan = (
+            {key: self.preview[key] for key in ("tensors", "whole", "lost", "uncoupled", "notes")}
+            if self.preview
+            else {}
+        )
         structure = {"structure": structure_report(self._steps)} if self._steps else {}
         return {"method": self.method, **self._all.report(), **plan, "kinds": kinds, **structure}
 

@@ -100,10 +100,9 @@ def couple_rows(
 ) -> tuple[Tensor, Tensor]:
     """Merge blocks of coupled rows: ``W_0 + (sum_i A_i)^-1 sum_i A_i d_i`` with ``A_i = t_i (L_i + delta I)``.
 
-    As the shares t_i sum to 1, the mean coefficients ``C_i = (sum_i A_i)^-1 A_i`` sum to the identity. So the merge needs
-    no base and is exact for equal models: ``W_M + sum_(i < M) C_i (W_i - W_M)``, with
-    ``C_i = t_i (I - sum_j K_j) + K_i`` and ``K_i = (sum_i A_i)^-1 t_i (L_i - L_M)``. No system has more columns than a
-    block has rows.
+    As the shares t_i sum to 1, the coefficients ``C_i = (sum_i A_i)^-1 A_i`` sum to the identity. So the merge needs no
+    base and is exact for equal models: ``W_M + sum_(i < M) C_i (W_i - W_M)``, with
+    ``C_i = t_i (I - sum_j K_j) + K_i`` and ``K_i = (sum_i A_i)^-1 t_i (L_i - L_M)``.
 
     Args:
         thetas: W_i, blocks ``[count, b, in]``.

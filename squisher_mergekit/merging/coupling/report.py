@@ -29,8 +29,8 @@ class StepReport:
     """Figures of one coupled matrix.
 
     Attributes:
-        figures: ``<s, F_i d_i>``, ``<d_i, F_i d_i>`` and ``<W - W_i, F_i (W - W_i)>``, ``[3, models, blocks]``, for blocks
-            of rows (of columns if only columns are coupled).
+        figures: ``<s, F_i d_i>``, ``<d_i, F_i d_i>`` and ``<W - W_i, F_i (W - W_i)>``, ``[3, models, blocks]``, for
+            blocks of rows (of columns if only columns are coupled).
         ranks: Side, ``rows`` or ``columns``, -> :func:`rank_sums` over its blocks, ``[3, models]``.
         models: Positions of the models among the inputs of the merge.
     """
@@ -177,7 +177,8 @@ def structure_lines(report: Mapping[str, Any], columns: Mapping[str, str]) -> li
     worst = max(conflicts, key=lambda layer: conflicts[layer])
     lines = [
         f"merged step of {len(report['tensors'])} coupled matrices: {by_model(report['share'], '.1%')}",
-        f"  conflict {report['conflict']:.1%}, by layer {min(conflicts.values()):.1%} to {conflicts[worst]:.1%} ({worst})",
+        f"  conflict {report['conflict']:.1%}, by layer {min(conflicts.values()):.1%} to {conflicts[worst]:.1%} "
+        f"({worst})",
     ]
     for side, ranks in report["effective_rank"].items():
         lines.append(f"  effective rank over {side}: {by_model(ranks, '.1f')}, of {report['of'][side]:.0f}")
