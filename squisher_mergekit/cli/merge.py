@@ -53,6 +53,8 @@ def command(
     text = read_text(config)
     parsed = read_config(text)
     if plot is not None:
+        if (parsed.parameters or {}).get("structure", "diagonal") == "diagonal":
+            raise ConfigError("--plot needs structure: rows, columns or kron, but the merge is diagonal; leave it out")
         from squisher_mergekit.cli.plots import merged_steps  # refuses before any work if matplotlib is missing
     with written_beside(out.absolute()) as folder:
         run = run_config(
@@ -62,9 +64,5 @@ def command(
     if not merge_options.quiet:
         click.echo(report_text(report))
     if plot is not None:
-        if "structure" not in report:
-            raise ConfigError(
-                "--plot needs a merge with structure: rows, columns or kron, but no tensor is coupled; leave it out"
-            )
         write_picture(plot, merged_steps(report["structure"], str(config)))
     write_report(json_file, {**report, "plan": run.preview})

@@ -119,7 +119,8 @@ class MergePlan:
             )
         for reason in dict.fromkeys(uncoupled.values()):
             names = [name for name, why in uncoupled.items() if why == reason]
-            notes.append(f"merged by the diagonal, as {reason}: {len(names)} tensors ({names_text(names)})")
+            count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+            notes.append(f"merged by the diagonal, as {reason}: {count} ({names_text(names)})")
         return notes
 
     def whole_size(self) -> dict[str, int]:
