@@ -8,7 +8,13 @@ import click
 from squisher_mergekit.cli.options import HELP_OPTIONS, allow_missing_option, json_option, plot_option, strict_option
 from squisher_mergekit.cli.output import write_picture, write_report
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.merging.mergekit.commands import help_class, merge_options, read_config, run_config
+from squisher_mergekit.merging.mergekit.commands import (
+    asks_for_structure,
+    help_class,
+    merge_options,
+    read_config,
+    run_config,
+)
 from squisher_mergekit.merging.report import report_text
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.folder_moves import is_new
@@ -53,7 +59,7 @@ def command(
     text = read_text(config)
     parsed = read_config(text)
     if plot is not None:
-        if (parsed.parameters or {}).get("structure", "diagonal") == "diagonal":
+        if not asks_for_structure(parsed):
             raise ConfigError("--plot needs structure: rows, columns or kron, but the merge is diagonal; leave it out")
         from squisher_mergekit.cli.plots import merged_steps  # refuses before any work if matplotlib is missing
     with written_beside(out.absolute()) as folder:
@@ -63,6 +69,6 @@ def command(
     report = run.report()
     if not merge_options.quiet:
         click.echo(report_text(report))
-    if plot is not None:
+    if plot is not None and "structure" in report:  # with one model, no tensor is coupled
         write_picture(plot, merged_steps(report["structure"], str(config)))
     write_report(json_file, {**report, "plan": run.preview})

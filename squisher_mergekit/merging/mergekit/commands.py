@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squisher_mergekit.errors import ConfigError, SquisherError
-from squisher_mergekit.merging.parameters import METHODS
+from squisher_mergekit.merging.parameters import METHODS, is_coupled
 from squisher_mergekit.tensors.input_files import brief
 
 if TYPE_CHECKING:
@@ -51,6 +51,13 @@ def read_config(text: str) -> Any:
         cure = f"use mergekit-yaml for {method}" if method else "add it"
         raise ConfigError(f"merge_method must be {' or '.join(METHODS)} here, found {method}; {cure}")
     return MergeConfiguration.model_validate(parsed)  # checked by the hook into this class
+
+
+def asks_for_structure(config: Any) -> bool:
+    """Return True if a ``parameters:`` block of a configuration has a structure beyond the diagonal."""
+    from squisher_mergekit.merging.mergekit.document import blocks_of
+
+    return any(is_coupled(block.settings) for block in blocks_of(config))
 
 
 def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = False, **options: Any) -> dict[str, Any]:

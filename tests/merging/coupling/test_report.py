@@ -135,12 +135,13 @@ def test_a_matrix_without_a_step_is_reported(known):
 
 
 def test_layers_sum_their_matrices():
-    """Layers of one name are together; an unnumbered tensor is a layer of its own."""
+    """Layers stand by number with their matrices together; an unnumbered tensor is a layer of its own."""
     base, thetas, fishers = _draw((9, 5), 2)
-    outcomes = [_outcome(base * i, [t * i for t in thetas], fishers, Structure("rows", 4), [1, 1]) for i in (1, 2, 3)]
-    names = ["h.0.mlp.c_fc.weight", "h.0.attn.c_proj.weight", "lm_head.weight"]
+    factors = (1, 2, 3, 4)
+    outcomes = [_outcome(base * i, [t * i for t in thetas], fishers, Structure("rows", 4), [1, 1]) for i in factors]
+    names = ["h.0.mlp.c_fc.weight", "h.0.attn.c_proj.weight", "h.10.mlp.c_fc.weight", "lm_head.weight"]
     report = structure_report({n: (["a", "b"], o.report) for n, o in zip(names, outcomes, strict=True)})
-    assert list(report["layers"]) == ["h.0", "lm_head"]
+    assert list(report["layers"]) == ["h.0", "h.10", "lm_head"]
     sums = sum(outcome.report.figures.sum((1, 2)) for outcome in outcomes[:2])
     assert report["layers"]["h.0"]["conflict"] == pytest.approx(float(sums[2] / sums[1]))
 
