@@ -1,8 +1,10 @@
 """Time whole merges with a structure on random Llamas, relative to the plain squisher, and compute larger models.
 
 The commands take turns in one run, each on one thread, because only ratios within a run are meaningful on a shared
-machine. The structures read a third model, the base. Anonymous memory excludes mapped files. The report ends with the
-multiplications of merges that are too large for this machine, from their shapes.
+machine. The structures read a third model, the base. ``squisher merge`` also computes the report of the structure.
+Anonymous memory excludes mapped files. A merge of the largest matrix alone, in a process of its own, shows its memory
+without that of the output. The report ends with the operations of merges that are too large for this machine, computed
+from their shapes.
 """
 
 from __future__ import annotations
@@ -24,6 +26,21 @@ PLAIN = "squisher"
 CPU_GOALS = {"rows": 2.0, "columns": 2.0, "kron": 10.0}  # times squisher
 MEMORY_GOAL = 4.0  # matrices of the largest weight in float32, beyond squisher
 BLOCK, STEPS = 128, 10
+REPORTED = ", report"
+MATRIX = """
+import sys
+import torch
+from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
+from squisher_mergekit.merging.execution import Input, merge_squisher
+kind, *shape = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(1)
+base, *thetas = (torch.randn(shape, dtype=torch.bfloat16) for _ in range(3))
+inputs = [Input(theta, torch.rand(shape)) for theta in thetas]
+if kind == "squisher":
+    merge_squisher(inputs, torch.bfloat16)
+else:
+    merge_coupled(base, inputs, Structure(kind, steps=2), torch.bfloat16)
+"""
 H100 = 30e12  # float32 operations a second: about half of the peak without tensor cores
 # hidden, intermediate, layers, vocabulary, width of keys and values
 LARGE = {"Llama-2 7B": (4096, 11008, 32, 32000, 4096), "Llama-2 70B": (8192, 28672, 80, 32000, 1024)}
@@ -52,7 +69,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"size of the Llama (default: {default})")
     parser.add_argument("--kinds", nargs="+", default=list(CPU_GOALS), choices=list(CPU_GOALS))
     parser.add_argument("--repeat", type=int, default=2, help="number of rounds; each runs every command once")
-    parser.add_argument("--report", action="store_true", help="run `squisher merge`, with its report, instead")
     parser.add_argument("--json", type=Path, help="JSON file for all samples")
     parser.set_defaults(dtype="bfloat16", fisher_dtype="float32", shards=4, made_on="cpu")
     return parser.parse_args(arguments)
@@ -62,16 +78,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def commands(work: Path, options: argparse.Namespace) -> dict[str, list[str]]:
-    """Return a mapping from structures to commands, each of which writes to ``work/out``."""
+    """Return a mapping from names to commands, each of which writes to ``work/out``."""
     found = {}
-    for kind in (PLAIN, *options.kinds):
+    for name in (PLAIN, *(f"{kind}{end}" for kind in options.kinds for end in ("", REPORTED))):
+        kind = name.removesuffix(REPORTED)
         config = work / f"structure_{kind}.yml"
         config.write_text(json.dumps(merge_config(kind, work)))  # JSON is YAML
-        programs = [["squisher", "merge"]] if options.report else [["mergekit-yaml"]]
-        program, *verb = programs[0]
-        out = work / "out" / "merged"
-        arguments = [*verb, str(config), str(out), "--no-write-model-card", "--no-copy-tokenizer"]
-        found[kind] = [str(Path(sys.executable).with_name(program)), *arguments]
+        program = ["squisher", "merge"] if name.endswith(REPORTED) else ["mergekit-yaml"]
+        paths = [str(config), str(work / "out" / "merged")]
+        begin = [str(Path(sys.executable).with_name(program[0])), *program[1:], *paths]
+        found[name] = [*begin, "--no-write-model-card", "--no-copy-tokenizer"]
     return found
 
 
@@ -87,20 +103,21 @@ def bench(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Run every command once a round; return all samples and the computed costs."""
     samples: dict[str, list[dict[str, float]]] = {}
     for number in range(options.repeat):
-        for kind, command in commands(work, options).items():
-            print(f"round {number + 1} of {options.repeat}: {kind} ...", file=sys.stderr, flush=True)
+        for name, command in commands(work, options).items():
+            print(f"round {number + 1} of {options.repeat}: {name} ...", file=sys.stderr, flush=True)
             with output_folder(work):
-                samples.setdefault(kind, []).append(run_measured(command).figures())
+                samples.setdefault(name, []).append(run_measured(command).figures())
+    largest = [max(options.vocab, options.intermediate), options.hidden]
     shapes = list(coupled_shapes(options.hidden, options.intermediate, options.layers, options.vocab, options.hidden))
     rates = {kind: rate(kind, shapes, samples) for kind in options.kinds}
     return {
         "recipe": recipe(options),
         "parameters": parameters(options),
-        "largest": max(options.vocab, options.intermediate) * options.hidden,
+        "largest": largest,
         "block": BLOCK,
         "steps": STEPS,
-        "report": options.report,
         "samples": samples,
+        "matrices": {kind: matrices_beyond_plain(kind, largest) for kind in options.kinds},
         "rates": rates,
         "h100": H100,
         "large_models": LARGE_MODELS,
@@ -109,6 +126,14 @@ def bench(work: Path, options: argparse.Namespace) -> dict[str, Any]:
             for name, sizes in LARGE.items()
         },
     }
+
+
+def matrices_beyond_plain(kind: str, shape: list[int]) -> float:
+    """Return the peak memory of a merge of one matrix beyond that of the plain merge, in float32 matrices."""
+    peaks = [
+        run_measured([sys.executable, "-c", MATRIX, name, *map(str, shape)]).anonymous_gb for name in (kind, PLAIN)
+    ]
+    return (peaks[0] - peaks[1]) * 1e9 / (4 * shape[0] * shape[1])
 
 
 # ---- the computed costs
@@ -154,7 +179,7 @@ def cost(kind: str, shapes: list[tuple[int, int, int]], core_rate: float) -> dic
 
 def least(samples: dict[str, list[dict[str, float]]], kind: str, key: str) -> float:
     """Return the minimum of a figure over the rounds."""
-    return min(run[key] for run in samples[kind])
+    return float(min(run[key] for run in samples[kind]))
 
 
 # ---- the report
@@ -163,16 +188,16 @@ def least(samples: dict[str, list[dict[str, float]]], kind: str, key: str) -> fl
 def lines(report: dict[str, Any]) -> list[str]:
     """Return the figures of each structure, with a verdict on each goal, and the computed costs."""
     samples, found = report["samples"], []
-    for kind, runs in samples.items():
-        cpu, memory = (least(samples, kind, key) for key in ("cpu_s", "anonymous_gb"))
+    for name, runs in samples.items():
+        cpu, memory = (least(samples, name, key) for key in ("cpu_s", "anonymous_gb"))
         ratio = cpu / least(samples, PLAIN, "cpu_s")
-        matrices = extra_matrices(report, kind)
-        text = f"{kind:<9} CPU {cpu:6.1f} s (median {statistics.median(run['cpu_s'] for run in runs):.1f}), "
-        text += f"{ratio:5.2f} x squisher, anonymous {memory:.2f} GB, {matrices:+.1f} matrices"
-        if kind in CPU_GOALS:
-            text += f"; CPU <= {CPU_GOALS[kind]:g} x {verdict(ratio <= CPU_GOALS[kind])}"
-            text += f", memory <= {MEMORY_GOAL:g} matrices {verdict(matrices <= MEMORY_GOAL)}"
-            text += f"; {report['rates'][kind] / 1e9:.0f} GFLOP/s"
+        median = statistics.median(run["cpu_s"] for run in runs)
+        text = f"{name:<16} CPU {cpu:6.1f} s (median {median:.1f}), {ratio:5.2f} x squisher, anonymous {memory:.2f} GB"
+        if name in CPU_GOALS:
+            matrices = report["matrices"][name]
+            text += f"; CPU <= {CPU_GOALS[name]:g} x {verdict(ratio <= CPU_GOALS[name])}, largest matrix "
+            text += f"{matrices:.1f} matrices <= {MEMORY_GOAL:g} {verdict(matrices <= MEMORY_GOAL)}"
+            text += f"; {report['rates'][name] / 1e9:.0f} GFLOP/s"
         found.append(text)
     for name, kinds in report["large"].items():
         for kind, one in kinds.items():
@@ -181,13 +206,6 @@ def lines(report: dict[str, Any]) -> list[str]:
                 f"{one['h100_s']:.1f} s on an H100 at {H100 / 1e12:.0f} TFLOP/s"
             )
     return found
-
-
-def extra_matrices(report: dict[str, Any], kind: str) -> float:
-    """Return the anonymous memory beyond the plain merge, in float32 copies of the largest weight."""
-    samples = report["samples"]
-    extra = least(samples, kind, "anonymous_gb") - least(samples, PLAIN, "anonymous_gb")
-    return extra * 1e9 / (4 * report["largest"])
 
 
 if __name__ == "__main__":

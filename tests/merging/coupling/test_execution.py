@@ -192,12 +192,10 @@ def test_an_accelerator_moves_no_tensor(kind, known, monkeypatch):
 @pytest.mark.parametrize("kind", REFERENCES)
 def test_a_device_gives_the_merge_of_the_cpu(kind, device):
     """The panels of an accelerator are larger than those of a CPU."""
-    base, thetas, fishers = (
-        torch.stack(each).float() if isinstance(each, list) else each for each in _draw((70, 50), 3)
-    )
-    inputs = [Input(theta.to(device), fisher.to(device)) for theta, fisher in zip(thetas, fishers, strict=True)]
+    base, thetas, fishers = _draw((70, 50), 3)
+    inputs = [Input(t.float().to(device), f.float().to(device)) for t, f in zip(thetas, fishers, strict=True)]
     found = merge_coupled(base.float().to(device), inputs, Structure(kind, 16), torch.float32)
-    wanted = _merge(base, list(thetas.double()), list(fishers.double()), Structure(kind, 16), [1.0] * 3)
+    wanted = _merge(base, thetas, fishers, Structure(kind, 16), [1.0] * 3)
     torch.testing.assert_close(found.values.cpu().double(), wanted.values, rtol=0, atol=1e-3)
 
 
