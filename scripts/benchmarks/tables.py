@@ -267,9 +267,9 @@ def structures(measured: Measured) -> list[Table]:
     note = (
         f"Two random Llamas of {report['parameters'] / 1e6:.0f} million weights in {report['recipe']['dtype']} and a "
         f"base, Fishers in {report['recipe']['fisher_dtype']}, blocks of {report['block']}, {report['steps']} steps, "
-        f"one thread; the minimum of {rounds} round{'s' if rounds > 1 else ''} in turns. The last column is the peak of "
-        f"anonymous memory beyond `squisher` when the largest weight, {tall} x {wide}, is merged alone, in copies of "
-        "it in float32."
+        f"one thread; the minimum of {rounds} round{'s' if rounds > 1 else ''} in turns. The last column is the peak "
+        f"of anonymous memory beyond `squisher` when the largest weight, {tall} x {wide}, is merged alone, in copies "
+        "of it in float32."
     )
     columns = ["CPU s", "times `squisher`", "anonymous GB", "largest weights"]
     first = Table("**Merging with a structure.** Whole commands", columns, rows, [note])
@@ -289,8 +289,8 @@ def _large_structures(report: Mapping[str, Any]) -> Table:
     note = (
         f"Computed from the shapes, for {report['large_models']} models and blocks of {report['block']}: matrix "
         "products, systems and eigendecompositions beyond a plain merge, without reading and writing. The rate of a "
-        f"core is that of the run above, element-wise operations included: {rates} GFLOP/s. The rate of an H100 is assumed: "
-        f"{report['h100'] / 1e12:.0f} TFLOP/s, about half of its peak in float32 without tensor cores."
+        f"core is that of the run above, element-wise operations included: {rates} GFLOP/s. The rate of an H100 is "
+        f"assumed: {report['h100'] / 1e12:.0f} TFLOP/s, about half of its peak in float32 without tensor cores."
     )
     columns = ["FLOP", "two of these cores", "an H100"]
     return Table("**Larger models.** Cost of a structure, on paper", columns, rows, [note])

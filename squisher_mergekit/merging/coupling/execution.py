@@ -327,7 +327,7 @@ def _blocks(factor: Tensor, height: int) -> Tensor:
 
 def _sums(blocks: Tensor) -> Tensor:
     """Return the sum over each block, in float64."""
-    return blocks.sum(-1).sum(-1, dtype=torch.float64)
+    return blocks.sum(-1, dtype=torch.promote_types(blocks.dtype, torch.float32)).sum(-1, dtype=torch.float64)
 
 
 def _diagonal(part: _Matrices) -> Tensor:

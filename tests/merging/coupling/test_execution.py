@@ -59,6 +59,19 @@ def test_a_transposed_matrix_gives_the_transpose(kind):
 
 
 @pytest.mark.parametrize("kind", REFERENCES)
+def test_narrow_fishers_are_summed_in_float32(kind):
+    """Fishers in bfloat16 give the merge of the same numbers in float32."""
+    base, thetas, fishers = _draw((7, 300), 3)
+    narrow = [fisher.bfloat16() for fisher in fishers]
+    results = []
+    for known in (narrow, [fisher.float() for fisher in narrow]):
+        inputs = [Input(theta.float(), fisher) for theta, fisher in zip(thetas, known, strict=True)]
+        results.append(merge_coupled(base.float(), inputs, Structure(kind, 3), torch.float32))
+    assert torch.equal(results[0].values, results[1].values)
+    assert list(map(float, results[0].shares)) == list(map(float, results[1].shares))
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
 def test_panels_change_nothing(kind, monkeypatch):
     """A matrix merged in many panels equals the matrix merged in one."""
     base, thetas, fishers = _draw((17, 11), 3)
