@@ -13,7 +13,7 @@ With the task vectors ``d_i = W_i - W_0``, the merged step ``s = W - W_0`` and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -96,27 +96,26 @@ def rank_sums(factors: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass
-class _Totals:
-    """Sums of figures over some matrices; models are named."""
+class _StepTotals:
+    """Sums of the figures of some matrices, by the name of the model; ``ranks``: side -> model -> :func:`rank_sums`."""
 
-    pulls: dict[str, float]
+    pulls: dict[str, float] = field(default_factory=dict)
     sizes: float = 0.0
     misfits: float = 0.0
+    ranks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, parts: Iterable[tuple[Sequence[str], StepReport]]) -> tuple[_Totals, dict[str, dict[str, list[float]]]]:
-        totals, ranks = cls({}), dict[str, dict[str, list[float]]]()
-        for labels, one in parts:
-            pulls, sizes, misfits = one.figures.sum(-1).tolist()
-            totals.sizes += sum(sizes)
-            totals.misfits += sum(misfits)
-            for place, pull in zip(one.models, pulls, strict=True):
-                totals.pulls[labels[place]] = totals.pulls.get(labels[place], 0.0) + pull
-            for side, sums in one.ranks.items():
-                for place, added in zip(one.models, sums.T.tolist(), strict=True):
-                    known = ranks.setdefault(side, {}).get(labels[place], [0.0] * 3)
-                    ranks[side][labels[place]] = [a + b for a, b in zip(known, added, strict=True)]
-        return totals, ranks
+    def add(self, labels: Sequence[str], one: StepReport) -> None:
+        """Add the figures of one matrix."""
+        pulls, sizes, misfits = one.figures.sum(-1).tolist()
+        self.sizes += sum(sizes)
+        self.misfits += sum(misfits)
+        for place, pull in zip(one.models, pulls, strict=True):
+            self.pulls[labels[place]] = self.pulls.get(labels[place], 0.0) + pull
+        for side, sums in one.ranks.items():
+            of_side = self.ranks.setdefault(side, {})
+            for place, added in zip(one.models, sums.T.tolist(), strict=True):
+                known = of_side.get(labels[place], [0.0] * 3)
+                of_side[labels[place]] = [a + b for a, b in zip(known, added, strict=True)]
 
 
 def structure_report(reports: Mapping[str, tuple[Sequence[str], StepReport]]) -> dict[str, Any]:
@@ -145,17 +144,20 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 
 def _summary(parts: Iterable[tuple[Sequence[str], StepReport]]) -> dict[str, Any]:
-    totals, ranks = _Totals.of(parts)
+    totals = _StepTotals()
+    for labels, one in parts:
+        totals.add(labels, one)
     total = sum(totals.pulls.values())
     return {
         "share": {label: pull / total if total > 0 else 0.0 for label, pull in totals.pulls.items()},
         "conflict": totals.misfits / totals.sizes if totals.sizes > 0 else 0.0,
         "effective_rank": {
             side: {label: rank / rows if rows else 0.0 for label, (rank, _, rows) in sums.items()}
-            for side, sums in ranks.items()
+            for side, sums in totals.ranks.items()
         },
         "of": {
-            side: max(size / rows if rows else 0.0 for _, size, rows in sums.values()) for side, sums in ranks.items()
+            side: max(size / rows if rows else 0.0 for _, size, rows in sums.values())
+            for side, sums in totals.ranks.items()
         },
     }
 
