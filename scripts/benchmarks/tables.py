@@ -263,11 +263,12 @@ def structures(measured: Measured) -> list[Table]:
         known = kind in report["matrices"] and not comma
         beyond = f"{max(report['matrices'][kind], 0):.1f}" if known else ""
         rows.append((label, [f"{one['cpu_s']:.1f}", f"{times:.2f}", f"{one['anonymous_gb']:.2f}", beyond]))
-    rounds, (tall, wide) = len(report["samples"]["squisher"]), report["largest"]
+    rounds, (tall, wide) = min(map(len, report["samples"].values())), report["largest"]
     note = (
         f"Two random Llamas of {report['parameters'] / 1e6:.0f} million weights in {report['recipe']['dtype']} and a "
         f"base, Fishers in {report['recipe']['fisher_dtype']}, blocks of {report['block']}, {report['steps']} steps, "
-        f"one thread; the minimum of {rounds} round{'s' if rounds > 1 else ''} in turns. The last column is the peak "
+        f"one thread; the minimum of {rounds} round{'s' if rounds > 1 else ''} in turns, with `squisher` before each "
+        "structure. The last column is the peak "
         f"of anonymous memory beyond `squisher` when the largest weight, {tall} x {wide}, is merged alone, in copies "
         "of it in float32."
     )
