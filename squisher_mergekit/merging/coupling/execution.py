@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ from squisher_mergekit.merging.coupling import equations as coupling
 from squisher_mergekit.merging.coupling.report import StepReport, rank_sums, step_figures
 from squisher_mergekit.merging.execution import Input, Outcome, merge_squisher
 from squisher_mergekit.merging.parameters import DAMPING
+from squisher_mergekit.merging.pool import map_parts
 from squisher_mergekit.models.weights import check_finite
+
+P = TypeVar("P")
+R = TypeVar("R")
 
 # Entries of a matrix in work at a time: on a CPU a panel of all models stays in the cache.
 PANEL = 1 << 18
@@ -209,58 +213,82 @@ class _Matrices:
         return [coupling.row_factor(step, fisher) for step, fisher in zip(self.steps, self.fishers, strict=True)]
 
 
-def _panels(size: int, block: int, entries: int, device: torch.device) -> Iterator[tuple[slice, int]]:
-    """Yield the rows of each panel and the height of its blocks; all blocks of a panel have one height."""
-    block, panel = min(block, size), PANEL if device.type == "cpu" else ACCELERATOR_PANEL
-    at_once, start = max(panel // max(block * entries, 1), 1), 0
+@dataclass(frozen=True)
+class _Panel:
+    """Rows in work at a time, in blocks of one height."""
+
+    where: slice
+    height: int
+
+
+def _panels(size: int, block: int, entries: int, device: torch.device) -> Iterator[_Panel]:
+    """Yield the panels of ``size`` rows with ``entries`` entries each."""
+    block, most = min(block, size), PANEL if device.type == "cpu" else ACCELERATOR_PANEL
+    at_once, start = max(most // max(block * entries, 1), 1), 0
     while start < size:
         height = min(block, size - start)
         count = min(at_once, (size - start) // height) if height == block else 1
-        yield slice(start, start + count * height), height
+        yield _Panel(slice(start, start + count * height), height)
         start += count * height
+
+
+def _map(function: Callable[[P], R], panels: Iterable[P], matrices: _Matrices) -> list[R]:
+    """Run a function on the panels of a matrix: on a CPU by workers of one thread each."""
+    if matrices.base.device.type != "cpu":
+        return [function(panel) for panel in panels]
+    return map_parts(function, panels, matrices.base.numel())
 
 
 def _rows(matrices: _Matrices, structure: Structure, values: Tensor, reported: bool) -> _Found:
     """Merge with coupled rows into ``values``."""
     rows, columns = matrices.shape
-    total, blanks = torch.zeros(len(matrices.thetas), dtype=torch.float64, device=values.device), []
-    figures, ranks = [], []
-    for where, height in _panels(rows, structure.block, columns, values.device):
-        blocks = matrices.part(where).blocks(height)
+
+    def merge(panel: _Panel) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        blocks = matrices.part(panel.where).blocks(panel.height)
         shares, blank = blocks.shares(structure.uniform)
         factors = blocks.row_factors()
         merged, coefficients = coupling.couple_rows(blocks.thetas, factors, shares, structure.damping)
-        values[where] = merged.reshape(-1, columns)
-        total += coefficients.sum(-1, dtype=torch.float64) * height
-        blanks.append(blank.sum() * (height * columns))
-        if reported:
-            fishers = coupling.row_fishers(factors, shares, structure.damping)
-            figures.append(step_figures(merged - blocks.base, blocks.steps, fishers))
-            ranks.append(rank_sums(factors))
+        values[panel.where] = merged.reshape(-1, columns)
+        total = coefficients.sum(-1, dtype=torch.float64) * panel.height
+        fell_back = blank.sum() * (panel.height * columns)
+        if not reported:
+            return total, fell_back, None, None
+        fishers = coupling.row_fishers(factors, shares, structure.damping)
+        return total, fell_back, step_figures(merged - blocks.base, blocks.steps, fishers), rank_sums(factors)
+
+    found = _map(merge, _panels(rows, structure.block, columns, values.device), matrices)
+    totals, blanks, figures, ranks = zip(*found, strict=True)
     side = {structure.kind: torch.stack(ranks).sum(0)} if reported else {}
-    return _Found(list(total / rows), torch.stack(blanks).sum(), figures, side)
+    shares = list(torch.stack(totals).sum(0) / rows)
+    return _Found(shares, torch.stack(blanks).sum(), list(figures) if reported else [], side)
 
 
 def _kron(matrices: _Matrices, structure: Structure, values: Tensor, reported: bool) -> _Found:
     """Merge with Kronecker factors into ``values``."""
     rows, columns = matrices.shape
     all_shares, blank = matrices.blocks(rows).shares(structure.uniform)
-    shares, figures = all_shares[:, 0], []
+    shares = all_shares[:, 0]
     over_rows = _WholeSide.of(matrices, structure.block, shares)
     over_columns = _WholeSide.of(matrices.turned, structure.block, shares)
-    for where, height in _panels(rows, structure.block, structure.block, values.device):
-        left, of_rows = over_rows.part(where, height), []
-        for across, width in _panels(columns, structure.block, where.stop - where.start, values.device):
-            part = matrices.part(where, across)
-            tiles, right = part.tiles(height, width), over_columns.part(across, width)
-            merged = coupling.couple_tiles(
-                _diagonal(tiles), tiles.thetas, left, right, shares, structure.damping, structure.steps
-            )
-            values[where, across] = merged.transpose(1, 2).reshape(part.shape)
-            if reported:
-                fishers = coupling.tile_fishers(left, right, shares, structure.damping)
-                of_rows.append(step_figures(merged - tiles.base, tiles.steps, fishers).sum(-1))
-        figures += [torch.stack(of_rows).sum(0)] if reported else []
+
+    def merge(tile: tuple[_Panel, _Panel]) -> Tensor:
+        down, across = tile
+        part = matrices.part(down.where, across.where)
+        tiles, left, right = part.tiles(down.height, across.height), over_rows.part(down), over_columns.part(across)
+        merged = coupling.couple_tiles(
+            _diagonal(tiles), tiles.thetas, left, right, shares, structure.damping, structure.steps
+        )
+        values[down.where, across.where] = merged.transpose(1, 2).reshape(part.shape)
+        if not reported:
+            return merged.new_zeros(0)
+        fishers = coupling.tile_fishers(left, right, shares, structure.damping)
+        return step_figures(merged - tiles.base, tiles.steps, fishers).sum(-1)
+
+    figures = []
+    for down in _panels(rows, structure.block, structure.block, values.device):
+        wide = _panels(columns, structure.block, down.where.stop - down.where.start, values.device)
+        found = _map(merge, [(down, across) for across in wide], matrices)
+        figures += [torch.stack(found).sum(0)] if reported else []
     sides = {"rows": over_rows, "columns": over_columns} if reported else {}
     ranks = {name: side.ranks(structure.block) for name, side in sides.items()}
     return _Found(list(shares), blank.sum() * math.prod(matrices.shape), figures, ranks)
@@ -280,15 +308,20 @@ class _WholeSide:
         """Return the side over the rows; each model's factors have mean eigenvalue 1 over the matrix."""
         factors = _factors(matrices, block)
         found = cls(factors, factors.new_zeros(factors.shape[1]), *map(torch.zeros_like, (factors[0], factors[1:])))
-        for where, height in _panels(len(found.values), block, block, factors.device):
+
+        def fill(panel: _Panel) -> None:
+            where, height = panel.where, panel.height
             side = coupling.Side.of(_blocks(factors[:, where], height), shares)
             found.values[where] = side.values.flatten()
             found.vectors[where, :height] = side.vectors.flatten(0, 1)
             found.differences[:, where, :height] = side.differences.flatten(1, 2)
+
+        _map(fill, _panels(len(found.values), block, block, factors.device), matrices)
         return found
 
-    def part(self, where: slice, height: int) -> coupling.Side:
-        """Return the side of the blocks of some rows."""
+    def part(self, panel: _Panel) -> coupling.Side:
+        """Return the side of the blocks of a panel."""
+        where, height = panel.where, panel.height
         return coupling.Side(
             _blocks(self.factors[:, where], height),
             self.values[where].reshape(-1, height),
@@ -299,7 +332,7 @@ class _WholeSide:
     def ranks(self, block: int) -> Tensor:
         """Return :func:`rank_sums` of the blocks."""
         panels = _panels(len(self.values), block, block, self.values.device)
-        return torch.stack([rank_sums(list(_blocks(self.factors[:, where], size))) for where, size in panels]).sum(0)
+        return torch.stack([rank_sums(list(self.part(panel).factors)) for panel in panels]).sum(0)
 
 
 def _factors(matrices: _Matrices, block: int) -> Tensor:
@@ -308,14 +341,17 @@ def _factors(matrices: _Matrices, block: int) -> Tensor:
     count, device = len(matrices.thetas), matrices.base.device
     factors = torch.zeros(count, rows, min(block, rows), dtype=matrices.work, device=device)
     levels = torch.zeros(count, rows, dtype=torch.float64, device=device)
-    for where, height in _panels(rows, block, columns, device):
+
+    def fill(panel: _Panel) -> None:
+        where, height = panel.where, panel.height
         blocks = matrices.part(where).blocks(height)
         for i, factor in enumerate(blocks.row_factors()):
             fisher = blocks.fishers[i]
             power = (blocks.thetas[i] - blocks.base).square() if fisher is None else fisher
-            level = _sums(power) / height
             factors[i, where, :height] = factor.reshape(-1, height)
-            levels[i, where] = level.repeat_interleave(height)
+            levels[i, where] = (_sums(power) / height).repeat_interleave(height)
+
+    _map(fill, _panels(rows, block, columns, device), matrices)
     mean = levels.mean(-1, keepdim=True)
     return factors.mul_((levels / torch.where(mean > 0, mean, 1)).to(matrices.work)[..., None])
 

@@ -177,6 +177,22 @@ def test_a_weight_that_is_not_finite_is_refused(kind, where):
         _merge(base, thetas, fishers, Structure(kind, 3), [1.0, 1.0])
 
 
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_the_number_of_threads_changes_nothing(kind):
+    """Panels are merged by workers of one thread each, to the same bits."""
+    base, thetas, fishers = _draw((230, 190), 3)
+    inputs = [Input(t.float(), f.float()) for t, f in zip(thetas, fishers, strict=True)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(merge_coupled(base.float(), inputs, Structure(kind, 16), torch.float32, reported=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0].values, results[1].values)
+    assert torch.equal(results[0].report.figures, results[1].report.figures)
+
+
 class _OneDevice(TorchFunctionMode):
     """Mode that fails when an operation mixes devices, as on a GPU but not on the device `meta`."""
 
