@@ -363,6 +363,7 @@ TABLES: Mapping[str, Callable[[Measured], list[Table]]] = {
     "bench_fisher_memory": fisher_memory,
     "bench_applications": applications,
     "bench_merge": merges,
+    "bench_structure": structures,
     "bench_average": averages,
     "bench_setup": setup,
 }

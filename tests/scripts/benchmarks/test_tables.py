@@ -221,6 +221,7 @@ TINY_MERGE = ["--hidden=36", "--layers=2", "--intermediate=47", "--vocab=61", "-
         ("fisher", ["--models", "mlp", "--repeat", "1"], "| **ours, exact** |"),
         ("applications", ["--size", "tiny"], "| `mask reset --keep 0.5` |"),
         ("merge", TINY_MERGE, "| `ties`, density 0.2 |"),
+        ("structure", [*TINY_MERGE[:4], "--repeat=1", "--kinds", "rows"], "| `rows`, `mergekit-yaml` |"),
         ("average", ["--steps", "2", "--repeat", "1", "--shares", "0.5"], "| 2 steps |"),
     ],
 )
