@@ -243,6 +243,72 @@ def merges(measured: Measured) -> list[Table]:
     ]
 
 
+# ---- bench_structure
+
+PROGRAMS = {"": "`mergekit-yaml`", ", report": "`squisher merge`, with the report"}
+
+
+def structures(measured: Measured) -> list[Table]:
+    """Return CPU time and memory of merges with a structure, and the computed costs of larger models."""
+    (report,) = measured
+    low = {
+        name: {key: min(run[key] for run in runs) for key in ("cpu_s", "anonymous_gb")}
+        for name, runs in report["samples"].items()
+    }
+    rows = []
+    for name, one in low.items():
+        kind, comma, _ = name.partition(",")
+        label = f"`{kind}`, {PROGRAMS[name.removeprefix(kind)]}" if kind in report["rates"] else f"`{kind}`"
+        times = one["cpu_s"] / low["squisher"]["cpu_s"]
+        known = kind in report["matrices"] and not comma
+        beyond = f"{max(report['matrices'][kind], 0):.1f}" if known else ""
+        rows.append((label, [f"{one['cpu_s']:.1f}", f"{times:.2f}", f"{one['anonymous_gb']:.2f}", beyond]))
+    rounds, (tall, wide) = min(map(len, report["samples"].values())), report["largest"]
+    note = (
+        f"Two random Llamas of {report['parameters'] / 1e6:.0f} million weights in {report['recipe']['dtype']} and a "
+        f"base, Fishers in {report['recipe']['fisher_dtype']}, blocks of {report['block']}, {report['steps']} steps, "
+        f"one thread; the minimum of {rounds} round{'s' if rounds > 1 else ''} in turns, with `squisher` before each "
+        "structure. The last column is the peak "
+        f"of anonymous memory beyond `squisher` when the largest weight, {tall} x {wide}, is merged alone, in copies "
+        "of it in float32."
+    )
+    columns = ["CPU s", "times `squisher`", "anonymous GB", "largest weights"]
+    first = Table("**Merging with a structure.** Whole commands", columns, rows, [note])
+    return [first, _large_structures(report)]
+
+
+def _large_structures(report: Mapping[str, Any]) -> Table:
+    rows = [
+        (
+            f"{model}, `{kind}`",
+            [f"{one['flop']:.1e}", _duration(one["two_cores_s"]), _duration(one["h100_s"])],
+        )
+        for model, kinds in report["large"].items()
+        for kind, one in kinds.items()
+    ]
+    rates = ", ".join(f"{rate / 1e9:.0f} (`{kind}`)" for kind, rate in report["rates"].items())
+    note = (
+        f"Computed from the shapes, for {report['large_models']} models and blocks of {report['block']}: matrix "
+        "products, systems and eigendecompositions beyond a plain merge, without reading and writing. The rate of a "
+        f"core is that of the run above, element-wise operations included: {rates} GFLOP/s. The rate of an H100 is "
+        f"assumed: {report['h100'] / 1e12:.0f} TFLOP/s, about half of its peak in float32 without tensor cores."
+    )
+    columns = ["FLOP", "two of these cores", "an H100"]
+    return Table("**Larger models.** Cost of a structure, on paper", columns, rows, [note])
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours.
+
+    Example:
+        >>> _duration(3.21), _duration(300), _duration(9000)
+        ('3.2 s', '5 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 # ---- bench_average
 
 
@@ -297,6 +363,7 @@ TABLES: Mapping[str, Callable[[Measured], list[Table]]] = {
     "bench_fisher_memory": fisher_memory,
     "bench_applications": applications,
     "bench_merge": merges,
+    "bench_structure": structures,
     "bench_average": averages,
     "bench_setup": setup,
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -96,6 +98,45 @@ def scatter(comparison: compare.Comparison, a: str, b: str) -> bytes:
     axes.set_title(
         "\n".join([f"A: {_tail(a)}", f"B: {_tail(b)}", *_captions(comparison)]), fontsize="medium", loc="left"
     )
+    return png(figure)
+
+
+def merged_steps(report: Mapping[str, Any], title: str) -> bytes:
+    """Draw the share of each model in the merged step of each layer, and the conflict beside it.
+
+    Args:
+        report: Report of :func:`~squisher_mergekit.merging.coupling.report.structure_report`.
+        title: Title of the picture.
+
+    Returns:
+        The PNG file.
+    """
+    layers, labels = list(report["layers"]), list(report["share"])
+    figure = Figure(figsize=(9, 2.2 + 0.22 * len(layers) + 0.2 * len(labels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    for place, label in enumerate(labels):
+        shares = [report["layers"][layer]["share"].get(label, 0.0) for layer in layers]
+        # A negative share is drawn to the left of 0.
+        before = [
+            sum(
+                value
+                for other in labels[:place]
+                if (value := report["layers"][layer]["share"].get(other, 0.0)) * share > 0
+            )
+            for layer, share in zip(layers, shares, strict=True)
+        ]
+        left.barh(layers, shares, left=before, height=_HEIGHT, color=f"C{place % 10}", label=_tail(label))
+    left.set_xlabel("share of the merged step")
+    right.barh(layers, [report["layers"][layer]["conflict"] for layer in layers], height=_HEIGHT, color="0.5")
+    right.set_xlabel("conflict (0: none, 1: models cancel out)")
+    left.invert_yaxis()
+    left.tick_params(axis="y", labelsize="small")
+    for axes in (left, right):
+        axes.grid(axis="x", linewidth=0.3)
+        axes.spines[["right", "top"]].set_visible(False)
+    figure.legend(loc="outside lower center", fontsize="small")
+    figure.suptitle(_tail(title), fontsize="medium")
     return png(figure)
 
 

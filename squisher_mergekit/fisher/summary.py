@@ -186,3 +186,15 @@ def kind_of(name: str) -> str:
     if first is None:
         inner = inner[-2:] if len(inner) > 2 else inner[-1:]
     return ".".join(inner) or name
+
+
+def layer_of(name: str) -> str:
+    """Return the layer of a parameter: its name up to the first index, or its module if there is none.
+
+    Example:
+        >>> layer_of("model.layers.3.mlp.up_proj.weight"), layer_of("lm_head.weight")
+        ('model.layers.3', 'lm_head')
+    """
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[:-1] or parts) if first is None else ".".join(parts[: first + 1])

@@ -94,8 +94,12 @@ class MergePlan:
             if tensor.missing and not tensor.is_buffer
         }
 
+    def uncoupled(self) -> dict[str, str]:
+        """Return tensor -> reason why a structure leaves it to the diagonal."""
+        return {tensor.name: tensor.uncoupled for tensor in self.tensors if tensor.uncoupled}
+
     def notes(self) -> list[str]:
-        """Return one line each about buffers, copied tensors, and tensors that mergekit does not list."""
+        """Return one line each about buffers, copied tensors, tensors that mergekit does not list, and a structure."""
         buffers = [tensor.name for tensor in self.tensors if tensor.is_buffer]
         copied = [tensor.name for tensor in self.tensors if tensor.is_copied]
         notes = list(self.whole.notes)
@@ -106,6 +110,17 @@ class MergePlan:
                 f"{len(copied)} tensors are copied, as one model alone has them or they are integers "
                 f"({names_text(copied)})"
             )
+        coupled = [tensor.name for tensor in self.tensors if tensor.coupled]
+        uncoupled = self.uncoupled()
+        if coupled or uncoupled:
+            structure = next(t.settings.structure for t in self.tensors if t.coupled or t.uncoupled)
+            notes.append(
+                f"structure: {structure} couples {len(coupled)} tensors and leaves {len(uncoupled)} to the diagonal"
+            )
+        for reason in dict.fromkeys(uncoupled.values()):
+            names = [name for name, why in uncoupled.items() if why == reason]
+            count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+            notes.append(f"merged by the diagonal, as {reason}: {count} ({names_text(names)})")
         return notes + self._factor_notes()
 
     def _factor_notes(self) -> list[str]:
@@ -154,6 +169,7 @@ class MergePlan:
             "lost": self.whole.gaps.lost(),
             "models": self.models(),
             "fallbacks": self.fallbacks(),
+            "uncoupled": self.uncoupled(),
             "notes": self.notes(),
             "warnings": self.warnings(),
             "bytes_to_read": self.bytes_to_read(),
@@ -196,7 +212,8 @@ def size_text(preview: dict[str, Any]) -> str:
 def _describe(use: FisherUse, tensor: TensorPlan) -> dict[str, Any]:
     summary = _blank(use.input)
     if use.opened is None:
-        return summary | {"fisher": "none (F = 0)"}
+        alone = tensor.settings.structure != "diagonal"
+        return summary | {"fisher": "none (structure from the task vectors alone)" if alone else "none (F = 0)"}
     fisher, config = use.opened.fisher, use.opened.fisher.config
     optimizer = config.optimizer
     factor = fisher.factor(use.name, tensor.settings.scaling) if not use.converted else None

@@ -3,6 +3,7 @@
 from pathlib import PurePath
 from typing import Any
 
+from squisher_mergekit.merging.coupling.report import structure_lines
 from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.models.whole import names_text
@@ -39,6 +40,8 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
     lines += [row(kind, entry) for kind, entry in kinds[:rows]]
     if len(kinds) > rows:
         lines.append(f"... and {len(kinds) - rows} more kinds of layer (--json FILE has all)")
+    if "structure" in report:
+        lines += structure_lines(report["structure"], dict(zip(labels, columns, strict=True)))
     return "\n".join(lines)
 
 

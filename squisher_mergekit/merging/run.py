@@ -12,6 +12,8 @@ from torch import Tensor
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.summary import kind_of
 from squisher_mergekit.fisher.values import refuse_invalid
+from squisher_mergekit.merging.coupling.execution import CoupledOutcome
+from squisher_mergekit.merging.coupling.report import StepReport, structure_report
 from squisher_mergekit.merging.execution import Outcome
 from squisher_mergekit.merging.fused import refuse_not_finite
 from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
@@ -56,6 +58,7 @@ class Run:
         quiet: Write no log lines below warnings.
         strict: Refuse a Fisher made at other weights, instead of a warning.
         allow_missing: Write the model without tensors that the merge would lose, with a warning.
+        reported: Compute the figures of a structure as well, for a report that somebody reads.
 
     Attributes:
         sources: The open Fishers.
@@ -65,11 +68,19 @@ class Run:
         preview: The plan as plain data, see :meth:`MergePlan.as_dict`.
     """
 
-    def __init__(self, method: str, quiet: bool = False, strict: bool = False, allow_missing: bool = False) -> None:
+    def __init__(
+        self,
+        method: str,
+        quiet: bool = False,
+        strict: bool = False,
+        allow_missing: bool = False,
+        reported: bool = False,
+    ) -> None:
         self.method = method
         self.quiet = quiet
         self.strict = strict
         self.allow_missing = allow_missing
+        self.reported = reported
         self.sources = FisherSources()
         self.models: dict[Any, ModelFiles] = {}
         self.layouts: dict[Any, dict[str, MatrixLayout]] = {}
@@ -78,6 +89,7 @@ class Run:
         self._lock = threading.Lock()
         self._all = _Totals()
         self._kinds: dict[str, _Totals] = {}
+        self._steps: dict[str, tuple[Sequence[str], StepReport]] = {}
         self._pending: list[tuple[Tensor, int, tuple[str, str]]] = []
         self._not_finite: list[tuple[str, int | Tensor]] = []
 
@@ -123,6 +135,8 @@ class Run:
         with self._lock:
             self._all.add(size, labels, outcome)
             self._kinds.setdefault(kind_of(name), _Totals()).add(size, labels, outcome)
+            if isinstance(outcome, CoupledOutcome) and outcome.report is not None:
+                self._steps[name] = labels, outcome.report
             self._pending += outcome.pending
             self._not_finite.append((name, outcome.not_finite))
 
@@ -138,10 +152,18 @@ class Run:
             refuse_not_finite(name, count)
 
     def report(self) -> dict[str, Any]:
-        """Return shares of entries and mean effective weights, overall and per kind of layer."""
+        """Return shares of entries and mean effective weights, overall and per kind of layer.
+
+        With ``reported``, ``structure`` is the report of the coupled matrices, see :func:`structure_report`.
+        """
         kinds = {kind: totals.report() for kind, totals in sorted(self._kinds.items())}
-        plan = {key: self.preview[key] for key in ("tensors", "whole", "lost", "notes")} if self.preview else {}
-        return {"method": self.method, **self._all.report(), **plan, "kinds": kinds}
+        plan = (
+            {key: self.preview[key] for key in ("tensors", "whole", "lost", "uncoupled", "notes")}
+            if self.preview
+            else {}
+        )
+        structure = {"structure": structure_report(self._steps)} if self._steps else {}
+        return {"method": self.method, **self._all.report(), **plan, "kinds": kinds, **structure}
 
     def log(self, message: str) -> None:
         """Write one log line, unless quiet; the logger's level is the same before and after."""

@@ -135,6 +135,7 @@ class TensorPlan:
         is_buffer: True for a buffer of real numbers, which can have no Fisher and is the weighted mean.
         is_integer: True for integers, which mergekit copies.
         coupled: True for a matrix that is merged with coupled rows or columns.
+        uncoupled: Reason why a structure leaves the tensor to the diagonal; empty if none does.
         transposed: True for a matrix ``[in, out]``.
     """
 
@@ -148,6 +149,7 @@ class TensorPlan:
     is_buffer: bool = False
     is_integer: bool = False
     coupled: bool = False
+    uncoupled: str = ""
     transposed: bool = False
 
     @property
@@ -246,8 +248,11 @@ def plan_tensor(
     if normalize == "auto":
         normalize = "none" if all(fisher.config.from_optimizer for fisher in fishers) else "mean"
     planned = plan(() if missing else tuple(uses), missing, normalize)
-    if missing or settings.structure == "diagonal" or layout.embedding or not _is_matrix(inputs):
+    if missing or settings.structure == "diagonal":
         return planned
+    reason = "an embedding, whose rows are tokens" if layout.embedding else _reason_to_uncouple(inputs)
+    if reason:
+        return replace(planned, uncoupled=reason)
     sides = sides_of(settings.structure, layout.transposed)
     with_factors = tuple(_with_recorded(use, sides, settings.block) for use in planned.uses)
     return replace(planned, uses=with_factors, coupled=True, transposed=layout.transposed)
@@ -260,19 +265,21 @@ def _with_recorded(use: FisherUse, sides: tuple[Side, ...], block: int) -> Fishe
     return replace(use, sides=recorded_sides(use.opened.fisher, use.name, sides, block))
 
 
-def _is_matrix(inputs: Sequence[WeightInput]) -> bool:
-    """Return False if the headers show that a tensor has no rows and columns, or that the base has none like it."""
+def _reason_to_uncouple(inputs: Sequence[WeightInput]) -> str:
+    """Return the reason why no structure fits a tensor, as far as headers show it; empty if one fits."""
     for item in inputs:
         if item.info is not None and len(item.info.shape) != 2:
-            return False
+            return "no matrix"
         if item.is_base or item.weight == 0:
             continue
         origin = item.origin
-        if origin is None or origin.load is None or origin.vocabulary_axis is not None:
-            return False
+        if origin is None or origin.load is None:
+            return "not in the base"
+        if origin.vocabulary_axis is not None:
+            return "re-ordered by tokenizer:"
         if origin.info is not None and item.info is not None and origin.info.shape != item.info.shape:
-            return False
-    return True
+            return "of another shape in the base"
+    return ""
 
 
 def _check_base(name: str, inputs: Sequence[WeightInput], settings: Settings) -> None:

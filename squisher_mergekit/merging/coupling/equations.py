@@ -16,6 +16,8 @@ factors; factors from d and v are this project's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,19 +43,20 @@ def row_factor(step: Tensor, fisher: Tensor | None) -> Tensor:
         tensor([[[1., 1.],
                  [1., 1.]]])
     """
-    step = step / _largest(step)
+    largest = _largest(step)
     if fisher is None:
-        moved, power = step, step.square().sum(-1)
+        moved = step / largest
+        power = moved.square().sum(-1)
     else:
-        fisher = fisher / _largest(fisher)
-        moved, power = step * fisher.sqrt(), fisher.sum(-1)
-    unit = moved / moved.norm(dim=-1, keepdim=True).clamp_min(_TINY)
-    correlation = (unit @ unit.mT).clamp_(-1, 1)
+        power = fisher.sum(-1)
+        moved = (fisher / _positive(power)[..., None]).sqrt_().mul_(step).div_(largest)
+    correlation = moved @ moved.mT
+    norms = correlation.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY).sqrt()
+    correlation.div_(norms[..., :, None]).div_(norms[..., None, :]).clamp_(-1, 1)
     correlation.diagonal(dim1=-2, dim2=-1).fill_(1)
     mean = power.mean(-1, keepdim=True, dtype=torch.float64).to(power.dtype)
-    scale = (power / torch.where(mean > 0, mean, 1)).sqrt()
-    factor: Tensor = correlation * scale[..., :, None] * scale[..., None, :]
-    return factor
+    scale = (power / _positive(mean)).sqrt()
+    return correlation.mul_(scale[..., :, None]).mul_(scale[..., None, :])
 
 
 def column_factor(step: Tensor, fisher: Tensor | None) -> Tensor:
@@ -63,8 +66,13 @@ def column_factor(step: Tensor, fisher: Tensor | None) -> Tensor:
 
 def _largest(blocks: Tensor) -> Tensor:
     """Return the largest absolute entry of each block, or 1 where all are 0."""
-    largest = blocks.abs().amax((-2, -1), keepdim=True)
-    return torch.where(largest > 0, largest, 1)
+    largest = torch.maximum(blocks.amax((-2, -1), keepdim=True), -blocks.amin((-2, -1), keepdim=True))
+    return _positive(largest)
+
+
+def _positive(values: Tensor) -> Tensor:
+    """Return values with 1 in place of 0, to divide by."""
+    return torch.where(values > 0, values, 1)
 
 
 def shares_by_trace(traces: Tensor, rates: Tensor) -> Tensor:
@@ -84,7 +92,7 @@ def shares_by_trace(traces: Tensor, rates: Tensor) -> Tensor:
     """
     parts = traces / traces.amax(0).clamp_min(torch.finfo(traces.dtype).tiny) * rates[:, None]
     total = parts.sum(0)
-    return parts / torch.where(total > 0, total, 1)
+    return parts / _positive(total)
 
 
 def couple_rows(
@@ -92,8 +100,9 @@ def couple_rows(
 ) -> tuple[Tensor, Tensor]:
     """Merge blocks of coupled rows: ``W_0 + (sum_i A_i)^-1 sum_i A_i d_i`` with ``A_i = t_i (L_i + delta I)``.
 
-    As the shares t_i sum to 1, this is the mean ``m = sum_i t_i W_i`` and a step,
-    ``m + (sum_i t_i L_i + delta I)^-1 sum_i t_i L_i (W_i - m)``, which needs no base and is exact for equal models.
+    As the shares t_i sum to 1, the coefficients ``C_i = (sum_i A_i)^-1 A_i`` sum to the identity. So the merge needs no
+    base and is exact for equal models: ``W_M + sum_(i < M) C_i (W_i - W_M)``, with
+    ``C_i = t_i (I - sum_j K_j) + K_i`` and ``K_i = (sum_i A_i)^-1 t_i (L_i - L_M)``.
 
     Args:
         thetas: W_i, blocks ``[count, b, in]``.
@@ -112,17 +121,42 @@ def couple_rows(
         tensor([[[2., 2., 2.],
                  [2., 2., 2.]]])
     """
-    per_block = shares.to(thetas[0].dtype)[..., None, None]
-    mean = sum((t * theta for t, theta in zip(per_block[1:], thetas[1:], strict=True)), start=per_block[0] * thetas[0])
-    parts = [t * factor for t, factor in zip(per_block, factors, strict=True)]
-    total = sum(parts[1:], start=parts[0])
+    *others, last = thetas
+    per_block = list(shares.to(last.dtype)[..., None, None])
+    total = mean_factor(factors, per_block)
     total.diagonal(dim1=-2, dim2=-1).add_(damping)
-    pulls = [part @ (theta - mean) for part, theta in zip(parts, thetas, strict=True)]
-    right = [sum(pulls[1:], start=pulls[0])]
-    eye = torch.eye(total.shape[-1], dtype=total.dtype, device=total.device)
-    right += [part + damping * t * eye for part, t in zip(parts, per_block, strict=True)]
-    step, *coefficients = torch.split(_solve(total, torch.cat(right, -1)), [side.shape[-1] for side in right], -1)
-    return mean + step, torch.stack([each.diagonal(dim1=-2, dim2=-1).mean(-1) for each in coefficients])
+    pulls = [(factor - factors[-1]).mul_(t) for factor, t in zip(factors[:-1], per_block[:-1], strict=True)]
+    pulls = list(torch.split(_solve(total, torch.cat(pulls, -1)), total.shape[-1], -1)) if others else []
+    free = -sum(pulls, start=torch.zeros_like(total))
+    free.diagonal(dim1=-2, dim2=-1).add_(1)
+    merged, traces = last, []
+    for theta, t, pull in zip(others, per_block[:-1], pulls, strict=True):
+        coefficient = torch.addcmul(pull, free, t)
+        merged = torch.baddbmm(merged, coefficient, theta - last)
+        traces.append(coefficient.diagonal(dim1=-2, dim2=-1).mean(-1))
+    return merged, torch.stack([*traces, 1 - sum(traces, start=torch.zeros_like(total[:, 0, 0]))])
+
+
+def mean_factor(factors: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:
+    """Return ``sum_i t_i L_i``, a new tensor; each share is shaped to multiply a factor."""
+    mean = factors[0] * shares[0]
+    for factor, share in zip(factors[1:], shares[1:], strict=True):
+        mean.addcmul_(factor, share)
+    return mean
+
+
+def row_fishers(factors: Sequence[Tensor], shares: Tensor, damping: float) -> list[Callable[[Tensor], Tensor]]:
+    """Return ``X -> t_i (L_i X + delta X)`` for each model, with the arguments of :func:`couple_rows`."""
+    rates = shares.to(factors[0].dtype)[..., None, None]
+    pairs = zip(rates, factors, strict=True)
+    return [partial(_fisher_product, t=t, left=factor, right=None, damping=damping) for t, factor in pairs]
+
+
+def _fisher_product(blocks: Tensor, t: Tensor, left: Tensor, right: Tensor | None, damping: float) -> Tensor:
+    image = left @ blocks
+    if right is not None:
+        image = image @ right
+    return image.add_(blocks, alpha=damping).mul_(t)
 
 
 def _solve(matrices: Tensor, right: Tensor) -> Tensor:
@@ -134,11 +168,35 @@ def _solve(matrices: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right, lower)
 
 
+@dataclass(frozen=True)
+class Side:
+    """Factors over one side of tiles, rows or columns, and the eigenbasis of their mean.
+
+    Attributes:
+        factors: L_i, ``[models, count, b, b]``.
+        values: Eigenvalues of ``L = sum_i t_i L_i``, ``[count, b]``.
+        vectors: Eigenvectors of L, ``[count, b, b]``.
+        differences: ``L_i - L_M`` in the eigenbasis, for all models but the last, ``[models - 1, count, b, b]``.
+    """
+
+    factors: Tensor
+    values: Tensor
+    vectors: Tensor
+    differences: Tensor
+
+    @classmethod
+    def of(cls, factors: Tensor, shares: Tensor) -> Side:
+        """Return the side of factors L_i with the shares t_i, ``[models]``, of sum 1."""
+        values, vectors = torch.linalg.eigh(mean_factor(list(factors), list(shares.to(factors.dtype))))
+        differences = vectors.mT @ (factors[:-1] - factors[-1]) @ vectors
+        return cls(factors, values.clamp_min_(0), vectors, differences)
+
+
 def couple_tiles(
     start: Tensor,
     thetas: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    columns: Sequence[Tensor],
+    rows: Side,
+    columns: Side,
     shares: Tensor,
     damping: float,
     steps: int,
@@ -146,13 +204,15 @@ def couple_tiles(
     """Merge tiles coupled over rows and columns: the minimum of ``sum_i <X - W_i, F_i (X - W_i)>``.
 
     ``F_i X = t_i (L_i X R_i + delta X)``. Conjugate gradients from ``start``, for each tile apart, preconditioned by
-    ``(sum_i t_i L_i) (x) (sum_i t_i R_i) + delta`` in its eigenbasis.
+    ``P = L (x) R + delta``, with the means ``L = sum_i t_i L_i`` and ``R = sum_i t_i R_i``. The steps are in the
+    eigenbases of L and R, where P is diagonal. As ``sum_i t_i (L_i - L) = 0``, the last model drops out of
+    ``sum_i F_i = P + sum_(i < M) t_i (L_i - L) (x) (R_i - R_M)``.
 
     Args:
         start: First X, tiles ``[rows, columns, b, c]``.
         thetas: W_i, shaped alike.
-        rows: L_i, ``[rows, b, b]``.
-        columns: R_i, ``[columns, c, c]``.
+        rows: L_i, a factor for each row of tiles.
+        columns: R_i, a factor for each column of tiles.
         shares: t_i, ``[models]``, with sum 1.
         damping: delta, positive.
         steps: Number of steps.
@@ -161,61 +221,53 @@ def couple_tiles(
         X after the steps.
 
     Example:
-        >>> theta, one = torch.ones(1, 1, 2, 2), torch.eye(2)[None]
-        >>> couple_tiles(theta, [theta, 3 * theta], [one, one], [one, one], torch.tensor([0.5, 0.5]), 0.1, steps=1)
+        >>> theta, half = torch.ones(1, 1, 2, 2), torch.tensor([0.5, 0.5])
+        >>> side = Side.of(torch.eye(2).expand(2, 1, 2, 2), half)
+        >>> couple_tiles(theta, [theta, 3 * theta], side, side, half, damping=0.1, steps=1)
         tensor([[[[2., 2.],
                   [2., 2.]]]])
     """
-    shares = shares.to(start.dtype)
-    left = [(t * factor)[:, None] for t, factor in zip(shares, rows, strict=True)]
-    right = [factor[None] for factor in columns]
-
-    def apply(tiles: Sequence[Tensor]) -> Tensor:
-        """Return ``sum_i F_i tiles_i``."""
-        result = torch.zeros_like(start)
-        for t, own_left, own_right, tile in zip(shares, left, right, tiles, strict=True):
-            result += own_left @ tile @ own_right
-            result += damping * t * tile
-        return result
-
-    precondition = _preconditioner(
-        sum(left[1:], start=left[0]),
-        sum((t * factor for t, factor in zip(shares[1:], right[1:], strict=True)), start=shares[0] * right[0]),
-        damping,
+    rates = shares.to(start.dtype)
+    weighted = rates[:-1, None, None, None] * rows.differences
+    over_rows = (weighted - rates[:-1, None, None, None] * weighted.sum(0))[:, :, None]
+    over_columns = columns.differences[:, None]
+    left, right = rows.vectors[:, None], columns.vectors[None]
+    diagonal = rows.values[:, None, :, None] * columns.values[None, :, None, :] + damping
+    fishers = tile_fishers(rows, columns, shares, damping)
+    residual = sum(
+        (fisher(theta - start) for fisher, theta in zip(fishers, thetas, strict=True)), start=torch.zeros_like(start)
     )
-    values = start.clone()
-    residual = apply([theta - values for theta in thetas])
-    direction = step = precondition(residual)
-    gain = _dot(residual, step)
+    residual = left.mT @ residual @ right
+    values, step = torch.zeros_like(residual), residual / diagonal
+    direction, gain = step.clone(), _dot(residual, step)
     converged = gain * torch.finfo(start.dtype).eps ** 2
     for _ in range(steps):
-        image = apply([direction] * len(thetas))
+        image = diagonal * direction
+        for one, other in zip(over_rows, over_columns, strict=True):
+            image += (one @ direction) @ other
         # Beyond the precision of the residual, steps would only follow rounding errors, and grow.
         curvature = torch.where(gain > converged, _dot(direction, image), 0)
         rate = _ratio(gain, curvature, start.dtype)
-        values += rate * direction
-        residual = residual - rate * image
-        step = precondition(residual)
+        values.addcmul_(direction, rate)
+        residual.addcmul_(image, rate, value=-1)
+        torch.div(residual, diagonal, out=step)
         last, gain = gain, _dot(residual, step)
-        direction = step + _ratio(gain, last, start.dtype) * direction
-    return values
+        direction.mul_(_ratio(gain, last, start.dtype)).add_(step)
+    return start + left @ values @ right.mT
 
 
-def _preconditioner(left: Tensor, right: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """Return the inverse of ``L (x) R + delta`` for symmetric L and R, as a function of tiles."""
-    (over_rows, rows), (over_columns, columns) = torch.linalg.eigh(left), torch.linalg.eigh(right)
-    values = over_rows.clamp_min(0)[..., :, None] * over_columns.clamp_min(0)[..., None, :] + damping
-
-    def apply(tiles: Tensor) -> Tensor:
-        result: Tensor = rows @ ((rows.mT @ tiles @ columns) / values) @ columns.mT
-        return result
-
-    return apply
+def tile_fishers(rows: Side, columns: Side, shares: Tensor, damping: float) -> list[Callable[[Tensor], Tensor]]:
+    """Return ``X -> t_i (L_i X R_i + delta X)`` for each model, with the arguments of :func:`couple_tiles`."""
+    sides = zip(shares.to(rows.factors.dtype), rows.factors, columns.factors, strict=True)
+    return [
+        partial(_fisher_product, t=t, left=left[:, None], right=right[None], damping=damping)
+        for t, left, right in sides
+    ]
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     """Return the inner product of each pair of tiles."""
-    return (one * other).sum((-2, -1), keepdim=True, dtype=torch.float64)
+    return (one * other).sum(-1, keepdim=True).sum(-2, keepdim=True, dtype=torch.float64)
 
 
 def _ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,18 @@ from squisher_mergekit.fisher.values import check_values
 from squisher_mergekit.merging import equations
 from squisher_mergekit.merging.coupling import equations as coupling
 from squisher_mergekit.merging.coupling.recorded import level_of, normalised, rows_of
+from squisher_mergekit.merging.coupling.report import StepReport, rank_sums, step_figures
 from squisher_mergekit.merging.execution import Input, Outcome, merge_squisher
 from squisher_mergekit.merging.parameters import DAMPING
+from squisher_mergekit.merging.pool import map_parts
 from squisher_mergekit.models.weights import check_finite
 
-PANEL = 1 << 22
+P = TypeVar("P")
+R = TypeVar("R")
+
+# Entries of a matrix in work at a time: on a CPU a panel of all models stays in the cache.
+PANEL = 1 << 18
+ACCELERATOR_PANEL = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,20 @@ class Structure:
         return cls(kind, given["block"], damping, given["steps"], given["shares"] == "uniform")
 
 
+@dataclass
+class CoupledOutcome(Outcome):
+    """Merged matrix; ``report``: figures of the merged step, or None."""
+
+    report: StepReport | None = None
+
+
 def merge_coupled(
-    base: Tensor, inputs: Sequence[Input], structure: Structure, out_dtype: torch.dtype, transposed: bool = False
+    base: Tensor,
+    inputs: Sequence[Input],
+    structure: Structure,
+    out_dtype: torch.dtype,
+    transposed: bool = False,
+    reported: bool = False,
 ) -> Outcome:
     """Merge one matrix with coupled rows, columns or both.
 
@@ -61,6 +80,7 @@ def merge_coupled(
         structure: The curvature.
         out_dtype: dtype of the result; the arithmetic is in float32, or float64 if an input is.
         transposed: True for a matrix ``[in, out]``, as GPT-2's Conv1D keeps it.
+        reported: True to compute the figures of the report, which takes two more products a model (kron: four).
 
     Returns:
         The merged matrix.
@@ -75,13 +95,28 @@ def merge_coupled(
     over_columns = (structure.kind == "columns") != transposed
     turned = over_columns if structure.kind != "kron" else transposed
     matrices = _Matrices.of(base, [inputs[i] for i in used], turned, structure.block)
-    values = torch.empty(matrices.shape, dtype=out_dtype, device=base.device)
+    merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
+    values = merged.mT if turned else merged
     merge = _kron if structure.kind == "kron" else _rows
-    shares, fell_back = merge(matrices, structure, values)
-    spread = dict(zip(used, shares, strict=True))
-    merged = (values.mT if turned else values).contiguous()
+    found = merge(matrices, structure, values, reported)
+    spread = dict(zip(used, found.shares, strict=True))
     all_shares = [spread.get(i, 0.0) for i in range(len(inputs))]
-    return Outcome(merged, all_shares, fell_back, not_finite=(~torch.isfinite(merged)).sum())
+    not_finite = 0 if _is_finite(merged) else (~torch.isfinite(merged)).sum()
+    report = found.report(tuple(used)) if reported else None
+    return CoupledOutcome(merged, all_shares, found.fell_back, not_finite=not_finite, report=report)
+
+
+@dataclass
+class _Found:
+    """Results beside the merged matrix: mean coefficients, entries without a signal, figures of each panel, ranks."""
+
+    shares: list[float | Tensor]
+    fell_back: Tensor
+    figures: list[Tensor]
+    ranks: dict[str, Tensor]
+
+    def report(self, models: tuple[int, ...]) -> StepReport:
+        return StepReport(torch.cat(self.figures, -1), self.ranks, models)
 
 
 def _check_inputs(base: Tensor, inputs: Sequence[Input]) -> None:
@@ -91,8 +126,14 @@ def _check_inputs(base: Tensor, inputs: Sequence[Input]) -> None:
             check_values(item.fisher, *item.label)
     name = inputs[0].label[0]
     for tensor, model in ((base, "the base"), *((item.theta, item.model) for item in inputs)):
-        if not bool(torch.isfinite(tensor).all()):
+        if not _is_finite(tensor):
             check_finite(tensor, name, model)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return True if all entries are finite; one pass, without a mask."""
+    low, high = torch.aminmax(tensor)
+    return bool((low > -math.inf) & (high < math.inf))
 
 
 @dataclass(frozen=True)
@@ -130,6 +171,11 @@ class _Matrices:
         """The transposes."""
         return replace(self._each(lambda matrix: matrix.mT), recorded=self.recorded[::-1])
 
+    @property
+    def steps(self) -> Iterator[Tensor]:
+        """The task vectors, one at a time."""
+        return (theta - self.base for theta in self.thetas)
+
     def part(self, *where: slice) -> _Matrices:
         """Return a part, in the dtype of the arithmetic."""
         rows, columns = self.recorded
@@ -164,7 +210,7 @@ class _Matrices:
         mean = (rates / rates.sum())[:, None].expand(-1, len(self.base))
         if len(known) < len(self.fishers):
             return mean, torch.zeros(len(self.base), dtype=torch.bool, device=rates.device)
-        traces = torch.stack([fisher.sum((-2, -1), dtype=torch.float64) for fisher in known])
+        traces = torch.stack([_sums(fisher) for fisher in known])
         blank = traces.sum(0) == 0
         scales = torch.tensor(equations.relative(self.scales), dtype=torch.float64, device=rates.device)
         found = mean if uniform else coupling.shares_by_trace(traces, rates / rates.max() * scales)
@@ -174,88 +220,171 @@ class _Matrices:
         """Return each model's factors over the rows of the blocks: the recorded ones, else those of d and v."""
         height = self.base.shape[-2]
         return [
-            coupling.row_factor(theta - self.base, fisher)
-            if recorded is None
-            else normalised(_blocks(recorded, height))
-            for theta, fisher, recorded in zip(self.thetas, self.fishers, self.recorded[0], strict=True)
+            coupling.row_factor(step, fisher) if recorded is None else normalised(_blocks(recorded, height))
+            for step, fisher, recorded in zip(self.steps, self.fishers, self.recorded[0], strict=True)
         ]
 
     def row_levels(self) -> list[Tensor]:
         """Return the mean eigenvalue of each model's factors before :meth:`row_factors` divides them by it."""
         height, levels = self.base.shape[-2], []
-        for theta, fisher, recorded in zip(self.thetas, self.fishers, self.recorded[0], strict=True):
+        for step, fisher, recorded in zip(self.steps, self.fishers, self.recorded[0], strict=True):
             if recorded is None:
-                power = (theta - self.base).square() if fisher is None else fisher
-                levels.append(power.sum((-2, -1), dtype=torch.float64) / height)
+                power = step.square() if fisher is None else fisher
+                levels.append(_sums(power) / height)
             else:
                 levels.append(level_of(_blocks(recorded, height)))
         return levels
 
 
-def _panels(size: int, block: int, entries: int) -> Iterator[tuple[slice, int]]:
-    """Yield the rows of each panel and the height of its blocks; all blocks of a panel have one height."""
-    block = min(block, size)
-    at_once, start = max(PANEL // max(block * entries, 1), 1), 0
+@dataclass(frozen=True)
+class _Panel:
+    """Rows in work at a time, in blocks of one height."""
+
+    where: slice
+    height: int
+
+
+def _panels(size: int, block: int, entries: int, device: torch.device) -> Iterator[_Panel]:
+    """Yield the panels of ``size`` rows with ``entries`` entries each."""
+    block, most = min(block, size), PANEL if device.type == "cpu" else ACCELERATOR_PANEL
+    at_once, start = max(most // max(block * entries, 1), 1), 0
     while start < size:
         height = min(block, size - start)
         count = min(at_once, (size - start) // height) if height == block else 1
-        yield slice(start, start + count * height), height
+        yield _Panel(slice(start, start + count * height), height)
         start += count * height
 
 
-def _rows(matrices: _Matrices, structure: Structure, values: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Merge with coupled rows into ``values``; return mean coefficients and the number of entries without signal."""
+def _map(function: Callable[[P], R], panels: Iterable[P], matrices: _Matrices) -> list[R]:
+    """Run a function on the panels of a matrix: on a CPU by workers of one thread each."""
+    if matrices.base.device.type != "cpu":
+        return [function(panel) for panel in panels]
+    return map_parts(function, panels, matrices.base.numel())
+
+
+def _rows(matrices: _Matrices, structure: Structure, values: Tensor, reported: bool) -> _Found:
+    """Merge with coupled rows into ``values``."""
     rows, columns = matrices.shape
-    total, blanks = torch.zeros(len(matrices.thetas), dtype=torch.float64, device=values.device), []
-    for where, height in _panels(rows, structure.block, columns):
-        blocks = matrices.part(where).blocks(height)
+
+    def merge(panel: _Panel) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        blocks = matrices.part(panel.where).blocks(panel.height)
         shares, blank = blocks.shares(structure.uniform)
-        merged, coefficients = coupling.couple_rows(blocks.thetas, blocks.row_factors(), shares, structure.damping)
-        values[where] = merged.reshape(-1, columns).to(values.dtype)
-        total += coefficients.sum(-1, dtype=torch.float64) * height
-        blanks.append(blank.sum() * (height * columns))
-    return list(total / rows), torch.stack(blanks).sum()
+        factors = blocks.row_factors()
+        merged, coefficients = coupling.couple_rows(blocks.thetas, factors, shares, structure.damping)
+        values[panel.where] = merged.reshape(-1, columns)
+        total = coefficients.sum(-1, dtype=torch.float64) * panel.height
+        fell_back = blank.sum() * (panel.height * columns)
+        if not reported:
+            return total, fell_back, None, None
+        fishers = coupling.row_fishers(factors, shares, structure.damping)
+        return total, fell_back, step_figures(merged - blocks.base, blocks.steps, fishers), rank_sums(factors)
+
+    found = _map(merge, _panels(rows, structure.block, columns, values.device), matrices)
+    totals, blanks, figures, ranks = zip(*found, strict=True)
+    side = {structure.kind: torch.stack(ranks).sum(0)} if reported else {}
+    shares = list(torch.stack(totals).sum(0) / rows)
+    return _Found(shares, torch.stack(blanks).sum(), list(figures) if reported else [], side)
 
 
-def _kron(matrices: _Matrices, structure: Structure, values: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Merge with Kronecker factors into ``values``; return the shares and the number of entries without signal."""
+def _kron(matrices: _Matrices, structure: Structure, values: Tensor, reported: bool) -> _Found:
+    """Merge with Kronecker factors into ``values``."""
     rows, columns = matrices.shape
-    shares, blank = matrices.blocks(rows).shares(structure.uniform)
-    over_rows, over_columns = _factors(matrices, structure.block), _factors(matrices.turned, structure.block)
-    for where, height in _panels(rows, structure.block, structure.block):
-        for across, width in _panels(columns, structure.block, where.stop - where.start):
-            part = matrices.part(where, across)
-            tiles = part.tiles(height, width)
-            merged = coupling.couple_tiles(
-                _diagonal(tiles),
-                tiles.thetas,
-                [_blocks(factor[where], height) for factor in over_rows],
-                [_blocks(factor[across], width) for factor in over_columns],
-                shares[:, 0],
-                structure.damping,
-                structure.steps,
-            )
-            values[where, across] = merged.transpose(1, 2).reshape(part.shape).to(values.dtype)
-    return list(shares[:, 0]), blank.sum() * math.prod(matrices.shape)
+    all_shares, blank = matrices.blocks(rows).shares(structure.uniform)
+    shares = all_shares[:, 0]
+    over_rows = _WholeSide.of(matrices, structure.block, shares)
+    over_columns = _WholeSide.of(matrices.turned, structure.block, shares)
+
+    def merge(tile: tuple[_Panel, _Panel]) -> Tensor:
+        down, across = tile
+        part = matrices.part(down.where, across.where)
+        tiles, left, right = part.tiles(down.height, across.height), over_rows.part(down), over_columns.part(across)
+        merged = coupling.couple_tiles(
+            _diagonal(tiles), tiles.thetas, left, right, shares, structure.damping, structure.steps
+        )
+        values[down.where, across.where] = merged.transpose(1, 2).reshape(part.shape)
+        if not reported:
+            return merged.new_zeros(0)
+        fishers = coupling.tile_fishers(left, right, shares, structure.damping)
+        return step_figures(merged - tiles.base, tiles.steps, fishers).sum(-1)
+
+    figures = []
+    for down in _panels(rows, structure.block, structure.block, values.device):
+        wide = _panels(columns, structure.block, down.where.stop - down.where.start, values.device)
+        found = _map(merge, [(down, across) for across in wide], matrices)
+        figures += [torch.stack(found).sum(0)] if reported else []
+    sides = {"rows": over_rows, "columns": over_columns} if reported else {}
+    ranks = {name: side.ranks(structure.block) for name, side in sides.items()}
+    return _Found(list(shares), blank.sum() * math.prod(matrices.shape), figures, ranks)
+
+
+@dataclass(frozen=True)
+class _WholeSide:
+    """Side of a whole matrix: each row of a tensor here is a row of the factor of its block, up to the block's size."""
+
+    factors: Tensor
+    values: Tensor
+    vectors: Tensor
+    differences: Tensor
+
+    @classmethod
+    def of(cls, matrices: _Matrices, block: int, shares: Tensor) -> _WholeSide:
+        """Return the side over the rows; each model's factors have mean eigenvalue 1 over the matrix."""
+        factors = _factors(matrices, block)
+        found = cls(factors, factors.new_zeros(factors.shape[1]), *map(torch.zeros_like, (factors[0], factors[1:])))
+
+        def fill(panel: _Panel) -> None:
+            where, height = panel.where, panel.height
+            side = coupling.Side.of(_blocks(factors[:, where], height), shares)
+            found.values[where] = side.values.flatten()
+            found.vectors[where, :height] = side.vectors.flatten(0, 1)
+            found.differences[:, where, :height] = side.differences.flatten(1, 2)
+
+        _map(fill, _panels(len(found.values), block, block, factors.device), matrices)
+        return found
+
+    def part(self, panel: _Panel) -> coupling.Side:
+        """Return the side of the blocks of a panel."""
+        where, height = panel.where, panel.height
+        return coupling.Side(
+            _blocks(self.factors[:, where], height),
+            self.values[where].reshape(-1, height),
+            _blocks(self.vectors[where], height),
+            _blocks(self.differences[:, where], height),
+        )
+
+    def ranks(self, block: int) -> Tensor:
+        """Return :func:`rank_sums` of the blocks."""
+        panels = _panels(len(self.values), block, block, self.values.device)
+        return torch.stack([rank_sums(list(self.part(panel).factors)) for panel in panels]).sum(0)
 
 
 def _factors(matrices: _Matrices, block: int) -> Tensor:
-    """Return each model's factor over the rows, of mean eigenvalue 1 over the matrix: row -> its row in its block."""
+    """Return each model's factor over the rows, ``[models, rows, block]``."""
     rows, columns = matrices.shape
     count, device = len(matrices.thetas), matrices.base.device
     factors = torch.zeros(count, rows, min(block, rows), dtype=matrices.work, device=device)
     levels = torch.zeros(count, rows, dtype=torch.float64, device=device)
-    for where, height in _panels(rows, block, columns):
+
+    def fill(panel: _Panel) -> None:
+        where, height = panel.where, panel.height
         blocks = matrices.part(where).blocks(height)
         for i, (factor, level) in enumerate(zip(blocks.row_factors(), blocks.row_levels(), strict=True)):
             factors[i, where, :height] = factor.reshape(-1, height)
             levels[i, where] = level.repeat_interleave(height)
+
+    _map(fill, _panels(rows, block, columns, device), matrices)
     mean = levels.mean(-1, keepdim=True)
-    return factors * (levels / torch.where(mean > 0, mean, 1)).to(matrices.work)[..., None]
+    return factors.mul_((levels / torch.where(mean > 0, mean, 1)).to(matrices.work)[..., None])
 
 
 def _blocks(factor: Tensor, height: int) -> Tensor:
-    return factor[:, :height].reshape(-1, height, height)
+    """Return the factors of the blocks, ``[..., count, height, height]``."""
+    return factor[..., :height].reshape(*factor.shape[:-2], -1, height, height)
+
+
+def _sums(blocks: Tensor) -> Tensor:
+    """Return the sum over each block, in float64."""
+    return blocks.sum(-1, dtype=torch.promote_types(blocks.dtype, torch.float32)).sum(-1, dtype=torch.float64)
 
 
 def _diagonal(part: _Matrices) -> Tensor:

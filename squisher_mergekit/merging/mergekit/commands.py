@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squisher_mergekit.errors import ConfigError, SquisherError
-from squisher_mergekit.merging.parameters import METHODS
+from squisher_mergekit.merging.parameters import METHODS, is_coupled
 from squisher_mergekit.tensors.input_files import brief
 
 if TYPE_CHECKING:
@@ -53,6 +53,13 @@ def read_config(text: str) -> Any:
     return MergeConfiguration.model_validate(parsed)  # checked by the hook into this class
 
 
+def asks_for_structure(config: Any) -> bool:
+    """Return True if a ``parameters:`` block of a configuration has a structure beyond the diagonal."""
+    from squisher_mergekit.merging.mergekit.document import blocks_of
+
+    return any(is_coupled(block.settings) for block in blocks_of(config))
+
+
 def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = False, **options: Any) -> dict[str, Any]:
     """Plan a merge as ``mergekit-yaml`` does, and stop there.
 
@@ -94,7 +101,14 @@ def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = Fals
 
 
 def run_config(
-    config: Any, text: str, folder: Path, options: Any, *, strict: bool = False, allow_missing: bool = False
+    config: Any,
+    text: str,
+    folder: Path,
+    options: Any,
+    *,
+    strict: bool = False,
+    allow_missing: bool = False,
+    reported: bool = False,
 ) -> "Run":
     """Merge as ``mergekit-yaml`` does, and write a model card that needs no network.
 
@@ -105,6 +119,7 @@ def run_config(
         options: mergekit's ``MergeOptions``.
         strict: Refuse a Fisher made at other weights.
         allow_missing: Go on without tensors that the merge would lose.
+        reported: Compute the figures of a structure as well.
 
     Returns:
         The closed run, with its report and preview.
@@ -118,7 +133,7 @@ def run_config(
     from squisher_mergekit.merging.report import bare_card, provenance
     from squisher_mergekit.merging.run import Run
 
-    with Run(config.merge_method, options.quiet, strict, allow_missing) as run, mergekit_errors():
+    with Run(config.merge_method, options.quiet, strict, allow_missing, reported) as run, mergekit_errors():
         given = _options_of(run, options.model_copy(update={"write_model_card": False}))
         run_merge(config, str(folder), given, config_source=text)
     if options.write_model_card:

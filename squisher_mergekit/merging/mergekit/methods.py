@@ -122,7 +122,8 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
             outcome = self._merge(group, inputs, given)
         else:
             origin = _origin(name, base, loaded)
-            outcome = merge_coupled(origin, inputs, structure, group.entries[0].tensor.dtype, transposed)
+            reported, dtype = any(fisher.run.reported for fisher in resolved.values()), group.entries[0].tensor.dtype
+            outcome = merge_coupled(origin, inputs, structure, dtype, transposed, reported)
         if resolved:
             labels = [str(entry.id) for entry in group.entries if self._weighted(entry)]
             next(iter(resolved.values())).run.record(name, labels, outcome)

@@ -73,3 +73,46 @@ def kron(base: Tensor, thetas: Tensors, fishers: Tensors | None, weights: Sequen
 
 
 REFERENCES = {"rows": rows, "columns": columns, "kron": kron}
+
+
+def fishers_of(kind: str, base: Tensor, thetas: Tensors, fishers: Tensors | None, weights, block: int, damping: float):
+    """Return each model's F_i over all entries, row by row, as the dense matrix of the merge."""
+    if kind == "columns":
+        turned = None if fishers is None else [fisher.T for fisher in fishers]
+        return fishers_of("rows", base.T, [theta.T for theta in thetas], turned, weights, block, damping)
+    known = fishers or [torch.ones_like(base)] * len(thetas)
+    tall, wide = base.shape
+    found = []
+    for i, theta in enumerate(thetas):
+        step, fisher = theta - base, None if fishers is None else fishers[i]
+        rates = torch.zeros(tall, dtype=torch.float64)
+        left, height = torch.zeros(tall, tall, dtype=torch.float64), block if kind == "rows" else tall
+        for low in range(0, tall, height):
+            part = slice(low, low + height)
+            traces = [w * float(each[part].sum()) for w, each in zip(weights, known, strict=True)]
+            if fishers is None or sum(traces) == 0:
+                traces = list(weights)
+            rates[part] = traces[i] / sum(traces)
+            if kind == "rows":
+                left[part, part] = factor(step[part], None if fisher is None else fisher[part], block)
+        right = torch.eye(wide, dtype=torch.float64)
+        if kind == "kron":
+            left, right = factor(step, fisher, block), factor(step.T, None if fisher is None else fisher.T, block)
+        whole = torch.kron(left, right) + damping * torch.eye(base.numel(), dtype=torch.float64)
+        found.append(torch.kron(torch.diag(rates), torch.eye(wide, dtype=torch.float64)) @ whole)
+    return found
+
+
+def step_report(kind: str, base: Tensor, merged: Tensor, thetas: Tensors, fishers, weights, block: int, damping: float):
+    """Return the shares of the merged step and the conflict, from dense Fishers."""
+    dense = fishers_of(kind, base, thetas, fishers, weights, block, damping)
+
+    def flat(tensor: Tensor) -> Tensor:
+        return (tensor.T if kind == "columns" else tensor).flatten()
+
+    step, task_vectors = flat(merged - base), [flat(theta - base) for theta in thetas]
+    pairs = list(zip(dense, task_vectors, strict=True))
+    pulls = [float(step @ fisher @ task_vector) for fisher, task_vector in pairs]
+    misfit = sum(float((step - task_vector) @ fisher @ (step - task_vector)) for fisher, task_vector in pairs)
+    size = sum(float(task_vector @ fisher @ task_vector) for fisher, task_vector in pairs)
+    return [pull / sum(pulls) for pull in pulls], misfit / size

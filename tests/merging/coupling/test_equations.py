@@ -3,6 +3,7 @@
 import torch
 
 from squisher_mergekit.merging.coupling.equations import (
+    Side,
     column_factor,
     couple_rows,
     couple_tiles,
@@ -61,9 +62,9 @@ def test_singular_rows_take_the_solution_of_least_norm():
 def test_more_steps_come_closer():
     """Conjugate gradients reduce the distance to the minimum."""
     thetas = [_blocks(1, 1, 5, 7, seed=i) for i in range(3)]
-    left = [row_factor(theta[0], None) for theta in thetas]
-    right = [column_factor(theta[0], None) for theta in thetas]
     shares = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    left = Side.of(torch.stack([row_factor(theta[0], None) for theta in thetas]), shares)
+    right = Side.of(torch.stack([column_factor(theta[0], None) for theta in thetas]), shares)
     found = [couple_tiles(thetas[0], thetas, left, right, shares, 0.03, steps) for steps in (1, 4, 16, 64)]
     distances = [float((each - found[-1]).norm()) for each in found[:-1]]
     assert distances == sorted(distances, reverse=True)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from squisher_mergekit.errors import ValuesError
+from squisher_mergekit.merging.coupling import equations
 from squisher_mergekit.merging.coupling import execution as coupled
 from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
 from squisher_mergekit.merging.execution import Input, merge_squisher
@@ -53,6 +56,19 @@ def test_a_transposed_matrix_gives_the_transpose(kind):
     structure, weights = Structure(kind, 3), WEIGHTS[:3]
     plain, turned = (_merge(base, thetas, fishers, structure, weights, transposed=t) for t in (False, True))
     torch.testing.assert_close(turned.values.T, plain.values, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_narrow_fishers_are_summed_in_float32(kind):
+    """Fishers in bfloat16 give the merge of the same numbers in float32."""
+    base, thetas, fishers = _draw((7, 300), 3)
+    narrow = [fisher.bfloat16() for fisher in fishers]
+    results = []
+    for known in (narrow, [fisher.float() for fisher in narrow]):
+        inputs = [Input(theta.float(), fisher) for theta, fisher in zip(thetas, known, strict=True)]
+        results.append(merge_coupled(base.float(), inputs, Structure(kind, 3), torch.float32))
+    assert torch.equal(results[0].values, results[1].values)
+    assert list(map(float, results[0].shares)) == list(map(float, results[1].shares))
 
 
 @pytest.mark.parametrize("kind", REFERENCES)
@@ -159,6 +175,57 @@ def test_a_weight_that_is_not_finite_is_refused(kind, where):
     (base if where == "base" else thetas[1])[3, 2] = float("nan")
     with pytest.raises(ValuesError, match="1 NaN"):
         _merge(base, thetas, fishers, Structure(kind, 3), [1.0, 1.0])
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_the_number_of_threads_changes_nothing(kind):
+    """Panels are merged by workers of one thread each, to the same bits."""
+    base, thetas, fishers = _draw((230, 190), 3)
+    inputs = [Input(t.float(), f.float()) for t, f in zip(thetas, fishers, strict=True)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(merge_coupled(base.float(), inputs, Structure(kind, 16), torch.float32, reported=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0].values, results[1].values)
+    assert torch.equal(results[0].report.figures, results[1].report.figures)
+
+
+class _OneDevice(TorchFunctionMode):
+    """Mode that fails when an operation mixes devices, as on a GPU but not on the device `meta`."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor) and value.ndim]
+        assert len({tensor.device for tensor in tensors}) <= 1, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+@pytest.mark.parametrize("known", [True, False])
+def test_an_accelerator_moves_no_tensor(kind, known, monkeypatch):
+    """All intermediate results are on the device of the weights, in panels of its size, also those of the report."""
+    seen = torch.empty(300, 200, device="meta", dtype=torch.bfloat16)
+    fisher = torch.empty(300, 200, device="meta") if known else None
+    # The device has no values to look at.
+    monkeypatch.setattr(coupled, "_check_inputs", lambda base, inputs: None)
+    monkeypatch.setattr(coupled, "_is_finite", lambda tensor: True)
+    monkeypatch.setattr(equations, "_solve", lambda matrices, right: matrices @ right)
+    with _OneDevice():
+        outcome = merge_coupled(seen, [Input(seen, fisher)] * 3, Structure(kind), torch.bfloat16, reported=True)
+    assert (outcome.values.device.type, outcome.values.dtype) == ("meta", torch.bfloat16)
+    assert outcome.report.figures.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_a_device_gives_the_merge_of_the_cpu(kind, device):
+    """The panels of an accelerator are larger than those of a CPU."""
+    base, thetas, fishers = _draw((70, 50), 3)
+    inputs = [Input(t.float().to(device), f.float().to(device)) for t, f in zip(thetas, fishers, strict=True)]
+    found = merge_coupled(base.float().to(device), inputs, Structure(kind, 16), torch.float32)
+    wanted = _merge(base, thetas, fishers, Structure(kind, 16), [1.0] * 3)
+    torch.testing.assert_close(found.values.cpu().double(), wanted.values, rtol=0, atol=1e-3)
 
 
 def test_a_vector_is_merged_by_the_diagonal():

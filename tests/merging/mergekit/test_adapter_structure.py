@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from squisher_mergekit.models.fingerprint import fingerprint
 from tests.merging.coupling.reference import REFERENCES
-from tests.merging.models import EMBEDDING, entry
+from tests.merging.models import EMBEDDING, entry, word_tokenizer
 from tests.merging.reference import (
     Tensors,
     assert_config_refused,
@@ -176,6 +176,43 @@ def test_a_plan_counts_the_base(tmp_path: Path) -> None:
     _family(tmp_path)
     plain, coupled = (preview_of(tmp_path, _config(tmp_path, kind)) for kind in ("diagonal", "rows"))
     assert coupled["bytes_to_read"]["weights"] > plain["bytes_to_read"]["weights"]
+
+
+def test_a_plan_names_tensors_that_stay_diagonal_with_the_reason(tmp_path: Path) -> None:
+    """Vectors, the embedding, and a matrix that the base lacks."""
+    _family(tmp_path)
+    file = tmp_path / "m0" / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != UP}, file, {"format": "pt"})
+    preview = preview_of(tmp_path, _config(tmp_path, "columns"))
+    assert preview["uncoupled"][UP] == "not in the base"
+    assert preview["uncoupled"][EMBEDDING] == "an embedding, whose rows are tokens"
+    assert preview["uncoupled"]["model.norm.weight"] == "no matrix"
+    assert "structure: columns couples 21 tensors and leaves 9 to the diagonal" in preview["text"]
+    assert f"merged by the diagonal, as not in the base: 1 tensor ({UP})" in preview["text"]
+    assert preview_of(tmp_path, _config(tmp_path, "diagonal"))["uncoupled"] == {}
+
+
+def test_a_plan_names_matrices_that_a_new_vocabulary_re_orders(tmp_path: Path) -> None:
+    """With `tokenizer: {source: union}` the head stays diagonal; plan and report say why."""
+    words = (["red", "green"], ["red", "blue", "pink"], ["pink", "green"])
+    for i, own in enumerate(words):
+        tensors = llama(tmp_path / f"m{i}", i, vocab_size=len(own) + 1)
+        _give(tmp_path / f"m{i}", tensors, i)
+        word_tokenizer(tmp_path / f"m{i}", own)
+    config = _config(tmp_path, "kron") | {"tokenizer": {"source": "union"}}
+    preview = preview_of(tmp_path, config)
+    assert preview["uncoupled"]["lm_head.weight"] == "re-ordered by tokenizer:"
+    assert UP not in preview["uncoupled"]
+    assert merged(config, tmp_path / "out")
+
+
+def test_a_plan_says_that_there_is_no_fisher(tmp_path: Path) -> None:
+    """`fisher: none` is no F of 0 here."""
+    _family(tmp_path)
+    config = _config(tmp_path, "rows")
+    for model in config["models"]:
+        model["parameters"]["fisher"] = "none"
+    assert "structure from the task vectors alone" in preview_of(tmp_path, config)["text"]
 
 
 def test_a_structure_without_a_base_is_refused(tmp_path: Path) -> None:

@@ -124,6 +124,38 @@ def test_merges_are_compared_with_linear_by_their_minimum():
     assert "the minimum of 2 rounds" in table.notes[0]
 
 
+def test_structures_are_compared_with_squisher_and_computed_for_larger_models():
+    """Times are relative to the plain merge of the run; only merges without a report have a memory of their own."""
+    cost = {"flop": 9.5e13, "two_cores_s": 1546.0, "h100_s": 3.17}
+    first, second = benchmarks.structures(
+        [
+            {
+                "recipe": {"dtype": "bfloat16", "fisher_dtype": "float32"},
+                "parameters": 297e6,
+                "largest": [31, 17],
+                "block": 128,
+                "steps": 10,
+                "samples": {
+                    name: [{"cpu_s": seconds, "anonymous_gb": 1.0}, {"cpu_s": 99.0, "anonymous_gb": 2.0}]
+                    for name, seconds in (("squisher", 8.0), ("kron", 52.0), ("kron, report", 60.0))
+                },
+                "matrices": {"kron": 0.71},
+                "rates": {"kron": 31e9},
+                "h100": 30e12,
+                "large_models": 3,
+                "large": {"Llama-2 7B": {"kron": cost}},
+            }
+        ]
+    )
+    assert first.rows == [
+        ("`squisher`", ["8.0", "1.00", "1.00", ""]),
+        ("`kron`, `mergekit-yaml`", ["52.0", "6.50", "1.00", "0.7"]),
+        ("`kron`, `squisher merge`, with the report", ["60.0", "7.50", "1.00", ""]),
+    ]
+    assert second.rows == [("Llama-2 7B, `kron`", ["9.5e+13", "26 min", "3.2 s"])]
+    assert "31 (`kron`) GFLOP/s" in second.notes[0]
+
+
 def test_an_average_adds_a_share():
     """The table has one row for each length of run."""
     runs = [{"steps": 40, "rounds": 3, "plain_s": 10.0, "added": {"0.05": 0.114}}]
@@ -189,6 +221,7 @@ TINY_MERGE = ["--hidden=36", "--layers=2", "--intermediate=47", "--vocab=61", "-
         ("fisher", ["--models", "mlp", "--repeat", "1"], "| **ours, exact** |"),
         ("applications", ["--size", "tiny"], "| `mask reset --keep 0.5` |"),
         ("merge", TINY_MERGE, "| `ties`, density 0.2 |"),
+        ("structure", [*TINY_MERGE[:4], "--repeat=1", "--kinds", "rows"], "| `rows`, `mergekit-yaml` |"),
         ("average", ["--steps", "2", "--repeat", "1", "--shares", "0.5"], "| 2 steps |"),
     ],
 )

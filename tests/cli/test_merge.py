@@ -1,0 +1,59 @@
+"""``squisher merge`` as a command: the report of a structure, its picture."""
+
+import json
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from squisher_mergekit.cli.main import main
+from tests.merging.models import EMBEDDING, base_and_models
+
+
+def _merge(root, kind, *flags):
+    """Merge two models by a structure; return the result of the command."""
+    base_and_models(root, 3)
+    config = {
+        "merge_method": "squisher",
+        "base_model": str(root / "m0"),
+        "models": [{"model": str(root / f"m{i}")} for i in (1, 2)],
+        "parameters": {"structure": kind, "block": 6},
+    }
+    file = root / "merge.yml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = ["merge", str(file), str(root / "out"), "--no-copy-tokenizer", *flags]
+    return CliRunner().invoke(main, command)
+
+
+@pytest.mark.parametrize("kind", ["columns", "kron"])
+def test_the_report_has_the_structure_by_layer_and_tensor(tmp_path, kind):
+    """JSON has all, the terminal a summary; the embedding stands under its reason."""
+    result = _merge(tmp_path, kind, "--json", str(tmp_path / "report.json"))
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    found = report["structure"]
+    assert list(found["layers"]) == ["lm_head", *(f"model.layers.{i}" for i in range(3))]
+    assert len(found["tensors"]) == 22
+    assert EMBEDDING not in found["tensors"]
+    assert report["uncoupled"][EMBEDDING] == "an embedding, whose rows are tokens"
+    for one in (found, *found["layers"].values(), *found["tensors"].values()):
+        assert sum(one["share"].values()) == pytest.approx(1)
+        assert one["conflict"] > 0
+    assert "merged step of 22 coupled matrices: A " in result.output
+    assert "merged by the diagonal, as no matrix: 7 tensors" in result.output
+
+
+def test_a_picture_of_the_structure(tmp_path):
+    """--plot writes a PNG, also under --quiet, where nothing is printed."""
+    result = _merge(tmp_path, "rows", "--quiet", "--plot", str(tmp_path / "steps.png"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+    assert "merged step" not in result.output
+
+
+def test_a_picture_without_a_structure_is_refused(tmp_path):
+    """A diagonal merge has no figures to draw; nothing is written."""
+    result = _merge(tmp_path, "diagonal", "--plot", str(tmp_path / "steps.png"))
+    assert result.exit_code == 1
+    assert "--plot needs structure: rows, columns or kron" in result.output
+    assert not (tmp_path / "out").exists()
