@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +21,7 @@ from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
 from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles
 from squisher_mergekit.models.layouts import MatrixLayout
+from squisher_mergekit.models.weights import Weights
 
 LOG = logging.getLogger("squisher_mergekit")
 
@@ -62,6 +64,7 @@ class Run:
 
     Attributes:
         sources: The open Fishers.
+        opened: Weights whose headers are read, by folder.
         models: Files of each model, by mergekit's reference to it.
         layouts: Layouts of each model's matrices, where a structure needs them.
         plan: The plan, while the merge is under way.
@@ -82,6 +85,7 @@ class Run:
         self.allow_missing = allow_missing
         self.reported = reported
         self.sources = FisherSources()
+        self.opened: dict[Path, Weights] = {}
         self.models: dict[Any, ModelFiles] = {}
         self.layouts: dict[Any, dict[str, MatrixLayout]] = {}
         self.plan: MergePlan | None = None
@@ -125,6 +129,7 @@ class Run:
     def close(self) -> None:
         """Release the Fishers, their file mappings and the plan; the report and the preview stay."""
         self.sources.close()
+        self.opened.clear()
         self.models.clear()
         self.layouts.clear()
         self.plan = None

@@ -4,8 +4,9 @@ With :mod:`.hooks`, which imports it when a merge by our methods is planned, the
 name and load weights.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def add_fishers(
     dtype: str | None,
     base: ModelReference | None = None,
     whole: WholeModel | None = None,
+    opened: Mapping[Path, Weights] = MappingProxyType({}),
 ) -> list[FisherMergeTask]:
     """Plan a merge, refuse what headers show to be wrong, and add the Fishers to its tasks.
 
@@ -54,6 +56,7 @@ def add_fishers(
         dtype: Name of the output's dtype; None for that of the weights.
         base: Base model of a merge of single files, which mergekit does not know.
         whole: The merged model; None for single files, which have no class.
+        opened: Folder -> weights that are open already.
 
     Returns:
         The tasks that read the Fishers as well.
@@ -63,6 +66,7 @@ def add_fishers(
     """
     run = getattr(options, "run", None) or Run(method, options.quiet)
     whole = whole or WholeModel()
+    run.opened.update(opened)
     try:
         plans = [_plan(task, task.base_model or base, run, whole) for task in tasks]
         width = dtype_from_name(dtype).itemsize if dtype else 4
@@ -75,14 +79,20 @@ def add_fishers(
         raise
 
 
-def check_models(models: Iterable[ModelReference]) -> None:
+def check_models(models: Iterable[ModelReference]) -> dict[Path, Weights]:
     """Refuse models whose weights are quantised: their tensors have other names, which a plan would miss first.
+
+    Returns:
+        Folder -> weights, with the headers that are read by then.
 
     Raises:
         UnsupportedStateError: A weight is stored as float8, or as packed integers.
     """
+    opened: dict[Path, Weights] = {}
     for model in models:
-        refuse_quantised(Weights(Path(LoaderCache().get(model).index.base_path)), str(model))
+        folder = Path(LoaderCache().get(model).index.base_path)
+        refuse_quantised(opened.setdefault(folder, Weights(folder)), str(model))
+    return opened
 
 
 def check_same_names(files: Sequence[str]) -> None:
@@ -254,7 +264,8 @@ def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
     if model not in run.models:
         local = Path(model.model.path)
         single = local.is_file()
-        weights = Weights(local if single else Path(loader.index.base_path))
+        folder = local if single else Path(loader.index.base_path)
+        weights = run.opened.get(folder) or Weights(folder)
         if not single:
             _refuse_two_versions(weights, loader)
         run.models[model] = ModelFiles(

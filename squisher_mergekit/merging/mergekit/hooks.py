@@ -174,11 +174,11 @@ def _extend_planner(plan_module: ModuleType) -> None:
 
         blocks = list(blocks_of(config))
         check_blocks(config.merge_method, blocks)
-        check_models(config.referenced_models())
+        opened = check_models(config.referenced_models())
         whole = plan_whole(self, plan)
         tasks, dtype = [task for _, task in self._tensors], config.out_dtype or config.dtype
         check_filters(blocks, names_of(tasks))
-        tasks = add_fishers(tasks, config.merge_method, self.options, dtype, whole=whole)
+        tasks = add_fishers(tasks, config.merge_method, self.options, dtype, whole=whole, opened=opened)
         self._tensors = [(task.output_weight, task) for task in tasks]
 
     planner.normalize_config, planner._plan = normalize_config, plan_with_fishers
