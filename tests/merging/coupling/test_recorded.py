@@ -57,7 +57,7 @@ def _config(root: Path, kind: str, block: int, **parameters: Any) -> dict[str, A
     return {
         "merge_method": "squisher",
         "base_model": str(root / "m0"),
-        "dtype": "float32",
+        "dtype": "float64",
         "models": models,
         "parameters": settings,
     }
@@ -118,7 +118,7 @@ def _assert_merged(found: Tensors, kind: str, weights: list[Tensors], known: Any
     assert coupled
     for name in coupled:
         wanted = _dense(kind, name, weights, known, block)
-        torch.testing.assert_close(found[name].double(), wanted, rtol=0, atol=2e-4)
+        torch.testing.assert_close(found[name].double(), wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "kron"])
@@ -152,7 +152,7 @@ def test_in_memory_as_from_files(tmp_path: Path) -> None:
         },
     )
     for name, tensor in merged(config, tmp_path / "out").items():
-        torch.testing.assert_close(states[name], tensor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(states[name], tensor.float(), rtol=0, atol=1e-5)
 
 
 def test_a_factor_of_another_scale_changes_nothing(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_rows_of_a_conv1d_take_the_factor_of_its_columns(tmp_path: Path) -> None
     found = merged(_config(tmp_path, "rows", 3), tmp_path / "out")
     turned = [{name: state[name].T} for state in weights]
     wanted = _dense("rows", name, turned, known, 3).T
-    torch.testing.assert_close(found[name].double(), wanted, rtol=0, atol=2e-4)
+    torch.testing.assert_close(found[name].double(), wanted, rtol=0, atol=1e-6)
 
 
 def test_slices_take_the_factors_of_the_models_own_layer(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_slices_take_the_factors_of_the_models_own_layer(tmp_path: Path) -> None
     del config["models"]
     found = merged(config, tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]
     wanted = _dense("columns", "model.layers.1.mlp.up_proj.weight", weights, known, 4)
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-4)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6)
 
 
 def test_the_plan_names_the_matrices(tmp_path: Path) -> None:
