@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 
 from scripts.demo_tasks.assets import ENCODER, fetch, unpack_model
 from scripts.experiments import texts
-from scripts.experiments.runner import WORK, cached, key
+from scripts.experiments.runner import WORK, cached, cpu_seconds, key
 from squisher_mergekit import save_squisher
 
 HEAD = ("bert.pooler.", "classifier.")
@@ -83,7 +83,7 @@ def fine_tune(recipe: Recipe, work: Path) -> Path:
 
     Returns:
         A folder with ``final`` and a ``step-N`` for each of ``keep_at``, each with weights and Squisher, and
-        ``log.json`` with the loss of each step and the share of clipped steps.
+        ``log.json`` with the loss of each step, the share of clipped steps and the CPU time.
     """
     return cached(work / "models" / recipe.key, lambda folder: train(recipe, work, folder))
 
@@ -121,7 +121,7 @@ def train(
     if recipe.frozen_words:
         model.get_input_embeddings().requires_grad_(False)
     optimizer = optimizer_class(groups(model, recipe), betas=(0.9, recipe.beta2))
-    losses, clipped = [], 0
+    losses, clipped, began = [], 0, cpu_seconds()
     for step, batch in enumerate(batches(recipe.parts().train, recipe, recipe.steps), 1):
         loss = model(**batch).loss
         loss.backward()
@@ -137,7 +137,8 @@ def train(
             model.save_pretrained(place)
             facts = {"examples_per_step": recipe.batch, "max_grad_norm": recipe.clip, "clipped_share": clipped / step}
             save_squisher(model, optimizer, place, loss_reduction="mean", datum="example", **facts)
-    (folder / "log.json").write_text(json.dumps({"losses": losses, "clipped_share": clipped / recipe.steps}))
+    log = {"losses": losses, "clipped_share": clipped / recipe.steps, "cpu_seconds": round(cpu_seconds() - began, 2)}
+    (folder / "log.json").write_text(json.dumps(log))
 
 
 def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ PerTask = dict[str, float]
 
 def cell(settings: Settings, work: Path) -> Result:
     """Fine-tune, merge and score for one seed."""
-    recipes = {task: _recipe(settings, number, task) for number, task in enumerate(settings["tasks"])}
+    recipes = {task: task_recipe(settings, number, task) for number, task in enumerate(settings["tasks"])}
     folders = {task: encoder.fine_tune(recipe, work) for task, recipe in recipes.items()}
     final = Models({task: folder / "final" for task, folder in folders.items()}, recipes, settings["fisher_texts"])
     validation = {
@@ -88,7 +88,8 @@ def _stopped(
     return {"steps": steps, **early.rows(chosen, EARLY_ROWS)}
 
 
-def _recipe(settings: Settings, number: int, task: str) -> Recipe:
+def task_recipe(settings: Settings, number: int, task: str) -> Recipe:
+    """Return the recipe of a task's model; the number of the task draws its head where heads start apart."""
     given = {name: settings[name] for name in ("steps", "layers", "length", "train", "validation", "test")}
     seed = settings["seed"]
     head_seed = seed if settings["heads"] == "equal" else seed + 1000 * (number + 1)
@@ -128,25 +129,25 @@ class Models:
     def __init__(self, folders: Mapping[str, Path], recipes: Mapping[str, Recipe], fisher_texts: int) -> None:
         self.parts = {task: recipe.parts() for task, recipe in recipes.items()}
         self.models: dict[str, nn.Module] = {task: encoder.load(folder) for task, folder in folders.items()}
-        self._trunks = [_trunk(folder) for folder in folders.values()]
-        self._squishers = [load_fisher(folder) for folder in folders.values()]
+        self.trunks = [_trunk(folder) for folder in folders.values()]
+        self.squishers = [load_fisher(folder) for folder in folders.values()]
         self._recipes, self._texts = recipes, fisher_texts
         self._fishers: list[Fisher] = []
 
     def merged(self, kind: str, normalize: str = "none") -> dict[str, Tensor]:
         """Return the merged weights of a row: ``linear``, ``squisher``, ``fisher`` or ``control``."""
         if kind == "linear":
-            return merge_state_dicts(self._trunks, "linear", parameters={"weight": 1.0})
+            return merge_state_dicts(self.trunks, "linear", parameters={"weight": 1.0})
         if kind == "fisher":
             fishers = self._estimated()
         else:
-            fishers = self._squishers if kind == "squisher" else self._squishers[1:] + self._squishers[:1]
-        return merge_state_dicts(self._trunks, "squisher", parameters={"fisher": fishers, "normalize": normalize})
+            fishers = self.squishers if kind == "squisher" else self.squishers[1:] + self.squishers[:1]
+        return merge_state_dicts(self.trunks, "squisher", parameters={"fisher": fishers, "normalize": normalize})
 
     def score(self, trunk: Mapping[str, Tensor] | None, part: str = "test") -> PerTask:
         """Return the accuracy in % on each task, with the task's head on a trunk (None: the task's own)."""
         found = {}
-        for task, own in zip(self.models, self._trunks, strict=True):
+        for task, own in zip(self.models, self.trunks, strict=True):
             model = encoder.with_weights(self.models[task], own if trunk is None else trunk, head=False)
             found[task] = _accuracy(model, self._recipes[task], self.parts[task], part)
         return found
@@ -158,7 +159,7 @@ class Models:
 
     def _estimated(self) -> list[Fisher]:
         if not self._fishers:
-            for (task, model), own in zip(self.models.items(), self._trunks, strict=True):
+            for (task, model), own in zip(self.models.items(), self.trunks, strict=True):
                 encoder.with_weights(model, own)
                 self._fishers.append(
                     empirical_fisher(model, self.parts[task].train[: self._texts], self._recipes[task].length)

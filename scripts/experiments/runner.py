@@ -27,6 +27,7 @@ Settings = Mapping[str, Any]
 Result = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 WORK = ROOT / ".experiments"
+TIMINGS = "timings"  # key of a result for seconds, which are kept beside the result because they do not repeat
 _PACKAGES = ("torch", "transformers", "mergekit", "squisher-mergekit")
 
 
@@ -65,6 +66,9 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=WORK, help="folder of finished cells and trained models")
     parser.add_argument("--fresh", action="store_true", help="ignore the finished cells of an earlier run")
     parser.add_argument(
+        "--finished", action="store_true", help="run no cell; write the results of the cells that are finished"
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="run all cells again in an empty folder and compare them with --out, to the digit; write nothing",
@@ -83,9 +87,11 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     try:
         if options.check:
             return check(experiment, tier, out, options.work)
-        report = run(experiment, tier, options.work, fresh=options.fresh)
+        report = run(experiment, tier, options.work, fresh=options.fresh, finished=options.finished)
     finally:
         log.setLevel(level)
+    if not report["cells"]:
+        parser.error(f"--finished needs a finished cell of {experiment.name} below {options.work}, found none")
     write_json(out, report)
     print(f"{experiment.name}: {len(report['cells'])} cells, {report['cpu_seconds']:.0f} CPU-s -> {out}")
     return 0
@@ -108,7 +114,15 @@ def check(experiment: Experiment, tier: str, kept: Path, work: Path) -> int:
     return int(bool(differ))
 
 
-def run(experiment: Experiment, tier: str, work: Path, *, fresh: bool = False, quiet: bool = False) -> Result:
+def run(
+    experiment: Experiment,
+    tier: str,
+    work: Path,
+    *,
+    fresh: bool = False,
+    quiet: bool = False,
+    finished: bool = False,
+) -> Result:
     """Run the cells of a tier that have no kept result, and return the report.
 
     Args:
@@ -117,6 +131,7 @@ def run(experiment: Experiment, tier: str, work: Path, *, fresh: bool = False, q
         work: Folder of finished cells and trained models.
         fresh: If True, ignore the finished cells of an earlier run.
         quiet: If True, draw no progress bar.
+        finished: If True, run no cell, and leave those without a result out.
     """
     kept = work / "cells" / experiment.name
     if fresh:
@@ -125,17 +140,21 @@ def run(experiment: Experiment, tier: str, work: Path, *, fresh: bool = False, q
     settings = experiment.full if tier == "full" else experiment.quick
     for one in tqdm(settings, desc=experiment.name, unit="cell", disable=quiet):
         file = kept / f"{_digest(experiment, one)}.json"
+        if not file.is_file() and finished:
+            continue
         if not file.is_file():
             wall, cpu = time.perf_counter(), cpu_seconds()
             result = experiment.cell(one, work)
             spent = {"cpu_seconds": round(cpu_seconds() - cpu, 2), "seconds": round(time.perf_counter() - wall, 2)}
-            write_json(file, {"settings": dict(one), "result": result} | spent)
+            measured = {TIMINGS: result.pop(TIMINGS)} if TIMINGS in result else {}
+            write_json(file, {"settings": dict(one), "result": result} | spent | measured)
         cells.append(json.loads(file.read_text(encoding="utf-8")))
     return {
         "experiment": experiment.name,
         "about": experiment.about,
         "tier": tier,
         "revision": experiment.revision,
+        "planned": len(settings),
         "versions": versions(),
         "cpu_seconds": round(sum(cell["cpu_seconds"] for cell in cells), 2),
         "cells": cells,

@@ -124,7 +124,7 @@ def test_heads_start_separately_or_equal():
     """
     recipes = {
         heads: [
-            [merging._recipe(one, number, task) for number, task in enumerate(one["tasks"])]
+            [merging.task_recipe(one, number, task) for number, task in enumerate(one["tasks"])]
             for one in merging.EXPERIMENT.full
             if one["heads"] == heads
         ]

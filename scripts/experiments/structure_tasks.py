@@ -1,0 +1,48 @@
+"""Six text tasks over one base, with heads of their own, for the experiments on structures."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from scripts.experiments import encoder
+from scripts.experiments.merging import HEADS, TASKS, task_recipe
+from scripts.experiments.merging import Models as TaskModels
+from scripts.experiments.runner import Settings
+from scripts.experiments.structure_merges import Models
+
+SEEDS = (31, 32, 33, 34, 35)
+FULL: dict[str, Any] = {
+    "tasks": TASKS,
+    "steps": 40,
+    "keep_at": (),
+    "layers": 6,
+    "length": 32,
+    "train": 640,
+    "validation": 60,
+    "test": 200,
+}
+QUICK = {**FULL, "tasks": TASKS[:2], "steps": 4, "layers": 1, "test": 40}
+FULL_CELLS = [{"seed": seed, "heads": heads, **FULL} for seed in SEEDS for heads in HEADS]
+QUICK_CELLS = [{"seed": 0, "heads": "equal", **QUICK}]
+
+
+def trained(settings: Settings, work: Path) -> tuple[TaskModels, Models, float]:
+    """Return the models of a seed, fine-tuned on the first call, and the CPU time of their fine-tuning."""
+    recipes = {task: task_recipe(settings, number, task) for number, task in enumerate(settings["tasks"])}
+    folders = {task: encoder.fine_tune(recipe, work) for task, recipe in recipes.items()}
+    tasks = TaskModels({task: folder / "final" for task, folder in folders.items()}, recipes, 0)
+    seconds = sum(json.loads((folder / "log.json").read_text())["cpu_seconds"] for folder in folders.values())
+    names = list(recipes)
+    weights = dict(zip(names, tasks.trunks, strict=True))
+    fishers = dict(zip(names, tasks.squishers, strict=True))
+    base = published(work, settings["layers"])
+    return tasks, Models(base, weights, fishers, tasks.score), round(seconds, 2)
+
+
+def published(work: Path, layers: int) -> Mapping[str, Tensor]:
+    """Return the weights of the published encoder that are merged."""
+    model = encoder.load(encoder.encoder(work), layers=layers)
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if not name.startswith(encoder.HEAD)}
