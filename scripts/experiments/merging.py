@@ -152,6 +152,10 @@ class Models:
             found[task] = _accuracy(model, self._recipes[task], self.parts[task], part)
         return found
 
+    def length(self, task: str) -> int:
+        """Return the largest number of tokens of a task's texts."""
+        return self._recipes[task].length
+
     def rows(self, normalize: Mapping[str, str], rows: Sequence[str] | Mapping[str, Any]) -> dict[str, PerTask]:
         """Return the accuracy of each row."""
         how = {**normalize, "control": normalize["squisher"]}

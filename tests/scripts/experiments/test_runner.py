@@ -31,6 +31,39 @@ def test_a_stopped_run_resumes(tmp_path):
     assert strip[4] == ({"seed": 4}, {"square": 16})
 
 
+def test_seconds_stand_beside_the_result(tmp_path, capsys):
+    """Seconds of a result do not count in a check, which compares digits, and are in the report."""
+    times = iter(range(9))
+
+    def cell(settings, work):
+        return {"one": 1, runner.TIMINGS: {"merge": next(times)}}
+
+    experiment = runner.Experiment("timed", "Timed.", cell, full=[{"seed": 0}], quick=[])
+    out = tmp_path / "timed.json"
+    command = ["--full", "--work", str(tmp_path / "work"), "--out", str(out)]
+    runner.main(experiment, command)
+    (found,) = json.loads(out.read_text())["cells"]
+    assert (found["result"], found["timings"]) == ({"one": 1}, {"merge": 0})
+    assert runner.main(experiment, [*command, "--check"]) == 0
+
+
+def test_finished_cells_are_written_without_a_run(tmp_path, capsys):
+    """With --finished no cell runs, and the report has the finished ones with the number that is planned."""
+    calls, out = [], tmp_path / "squares.json"
+    with pytest.raises(RuntimeError, match="killed"):
+        runner.run(_experiment(calls, fails=[2]), "full", tmp_path / "work", quiet=True)
+    command = ["--full", "--finished", "--work", str(tmp_path / "work"), "--out", str(out)]
+    assert runner.main(_experiment(calls), command) == 0
+    assert calls == [0, 1, 2]
+    report = json.loads(out.read_text())
+    assert [cell["settings"]["seed"] for cell in report["cells"]] == [0, 1]
+    assert report["planned"] == 5
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        runner.main(_experiment(calls), [*command[:2], "--work", str(tmp_path / "empty"), "--out", str(out)])
+    assert "needs a finished cell of squares" in capsys.readouterr().err
+
+
 def test_another_revision_or_version_reuses_nothing(tmp_path, monkeypatch):
     """A result of another revision or of another torch is not reused."""
     calls = []
