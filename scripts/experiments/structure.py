@@ -35,11 +35,16 @@ Decided before a reported seed was looked at:
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from scripts.experiments import structure_tasks
+from scripts.experiments import structure_report, structure_tasks
+from scripts.experiments.merging import HEADS
 from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, main
-from scripts.experiments.structure_merges import compared, rows
+from scripts.experiments.structure_merges import ROWS, compared, rows
+from scripts.experiments.structure_report import Cell
+from scripts.experiments.tables import Table
 
 
 def cell(settings: Settings, work: Path) -> Result:
@@ -57,6 +62,31 @@ EXPERIMENT = Experiment(
     full=structure_tasks.FULL_CELLS,
     quick=structure_tasks.QUICK_CELLS,
 )
+
+
+def groups(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
+    """Return the cells of each start of the heads that has any."""
+    found = {heads: structure_report.cells_of(report, heads=heads) for heads in HEADS}
+    return {heads: cells for heads, cells in found.items() if cells}
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """Return a table for each start of the heads."""
+    found = []
+    for heads, cells in groups(report).items():
+        count = structure_report.seeds(cells, report, len(HEADS))
+        title = (
+            f"**Six tasks with a structure, {HEADS[heads]}.** Accuracy in %, mean ± standard deviation over {count}, "
+            f"{cells[0]['settings']['test']} held-out texts a task"
+        )
+        found.append(structure_report.compared(cells, title))
+    return found
+
+
+def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the picture of mean accuracies by row."""
+    found = {HEADS[heads]: cells for heads, cells in groups(report).items()}
+    return {"structure.png": structure_report.picture(found, list(ROWS))}
 
 
 if __name__ == "__main__":

@@ -202,11 +202,13 @@ class Trial:
     Attributes:
         options: the options.
         weights: the merged weights.
+        seconds: CPU time of the merge; one that only moves along lambda counts as the whole merge.
         accuracy: mean accuracy on the validation texts; None for a row without a choice.
     """
 
     options: dict[str, Any]
     weights: Weights
+    seconds: float
     accuracy: float | None = None
 
 
@@ -231,20 +233,15 @@ class Search:
                     trial = self._try(options)
                     self.best = trial if (trial.accuracy or 0) > (self.best.accuracy or 0) else self.best
 
-    @property
-    def seconds(self) -> float:
-        """CPU time of the merge with the best options; a merge that only moves along lambda counts as a whole."""
-        return self._seconds[_unscaled(self.best.options)]
-
     def _try(self, options: dict[str, Any]) -> Trial:
         began, key = cpu_seconds(), _unscaled(options)
         weights = self._row.make(self._models, **options)
         self._seconds[key] = round(max(self._seconds.get(key, 0.0), cpu_seconds() - began), 2)
         if not options:
-            return Trial(options, weights)
+            return Trial(options, weights, self._seconds[key])
         accuracy = round(mean(self._models.score(weights, "validation")), 4)
         self.tried[shown(options)] = accuracy
-        return Trial(options, weights, accuracy)
+        return Trial(options, weights, self._seconds[key], accuracy)
 
 
 def shown(options: Options) -> str:
@@ -267,8 +264,9 @@ def compared(models: Models, table: Mapping[str, Row]) -> Result:
     chosen, searched, seconds = {}, {}, {}
     for name, row in table.items():
         found = Search(models, row)
-        seconds[name] = found.seconds
+        seconds[name] = found.best.seconds
         if row.untuned:
+            seconds[row.untuned] = found.first.seconds
             test[row.untuned] = models.score(found.first.weights, "test")
         same = row.untuned and found.best is found.first
         test[name] = test[row.untuned] if same else models.score(found.best.weights, "test")

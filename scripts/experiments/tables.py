@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from scipy.stats import t as student
+
 
 @dataclass(frozen=True)
 class Table:
@@ -52,3 +54,20 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     """
     mean = sum(values) / len(values)
     return mean, (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
+
+
+def difference(values: Sequence[float], digits: int = 1) -> str:
+    """Return the mean of paired differences and the half width of its 95 % t interval as text, with a sign.
+
+    Example:
+        >>> difference([1.0, 2.0, 3.0])
+        '+2.0 ± 2.5'
+        >>> difference([-0.5])
+        '-0.5'
+    """
+    mean, deviation = spread(values)
+    text = f"{round(mean, digits) + 0.0:+.{digits}f}"
+    if len(values) < 2:
+        return text
+    half = float(student.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
+    return f"{text} ± {half:.{digits}f}"

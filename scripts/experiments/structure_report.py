@@ -1,0 +1,121 @@
+"""Tables, findings and pictures of the experiments on structures."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scripts.experiments import drawing
+from scripts.experiments.structure_merges import ROWS, STRUCTURES, mean, shown
+from scripts.experiments.tables import Table, difference, mean_sd, spread
+
+Cell = Mapping[str, Any]
+RIVALS = ("ties", "ota", "masked", "diagonal")
+NAMES = {
+    "ties": "tuned `ties`",
+    "ota": "OTA-merge",
+    "masked": "the masked diagonal",
+    "diagonal": "the diagonal",
+    "linear": "the plain average",
+}
+
+
+def cells_of(report: Mapping[str, Any], **settings: Any) -> list[Cell]:
+    """Return the cells with some settings."""
+    return [one for one in report["cells"] if all(one["settings"].get(key) == value for key, value in settings.items())]
+
+
+def means(cells: Sequence[Cell], row: str) -> list[float]:
+    """Return the mean of a row over the tasks, for each cell."""
+    return [mean(one["result"]["test"][row]) for one in cells]
+
+
+def less(cells: Sequence[Cell], row: str, other: str) -> list[float]:
+    """Return the points of a row above another, for each cell."""
+    return [a - b for a, b in zip(means(cells, row), means(cells, other), strict=True)]
+
+
+def seeds(cells: Sequence[Cell], report: Mapping[str, Any], groups: int) -> str:
+    """Return the number of seeds as text, with the number planned while some are missing."""
+    planned = report.get("planned", len(report["cells"])) // groups
+    count = len(cells)
+    return f"{count} seed{'s' if count != 1 else ''}" + ("" if count == planned else f" of {planned} planned")
+
+
+def compared(cells: Sequence[Cell], title: str, labels: Mapping[str, str] = ROWS) -> Table:
+    """Return the table of means, worst tasks, paired differences and cost of each row, with the findings below."""
+    rows = []
+    for row, label in labels.items():
+        if row not in cells[0]["result"]["test"]:
+            continue
+        worst = [min(one["result"]["test"][row].values()) for one in cells]
+        gaps = [
+            "" if row in ("single", other) else difference(less(cells, row, other)) for other in ("ties", "diagonal")
+        ]
+        rows.append((label, [mean_sd(means(cells, row)), mean_sd(worst), *gaps, _cost(cells, row)]))
+    columns = ["mean", "worst task", "less tuned `ties`", "less the diagonal", "CPU-s of a merge"]
+    return Table(title, columns, rows, [*findings(cells), chosen(cells)])
+
+
+def _cost(cells: Sequence[Cell], row: str) -> str:
+    """Return the CPU seconds of one merge, mean over the cells that have them."""
+    found = [one["timings"]["merge"][row] for one in cells if row in one["timings"]["merge"]]
+    return f"{spread(found)[0]:.1f}" if found else ""
+
+
+def findings(cells: Sequence[Cell], kinds: Sequence[str] = STRUCTURES) -> list[str]:
+    """Return one sentence for each structure with its defaults: against the best rival of the table, and its gap."""
+    known = [rival for rival in RIVALS if rival in cells[0]["result"]["test"]]
+    best = max(known, key=lambda rival: spread(means(cells, rival))[0])
+    lines = []
+    for kind in kinds:
+        gaps = less(cells, kind, best)
+        verdict = _verdict(gaps)
+        single = difference(less(cells, kind, "single"))
+        tuned = f"{kind}-tuned"
+        by_tuning = (
+            f"; tuning adds {difference(less(cells, tuned, kind))}" if tuned in cells[0]["result"]["test"] else ""
+        )
+        lines.append(
+            f"`{kind}` with its defaults {verdict} {NAMES[best]}, the best without a structure: {difference(gaps)} "
+            f"points, above 0 in {sum(gap > 0 for gap in gaps)} of {len(gaps)}, and {single} to the single models"
+            f"{by_tuning}."
+        )
+    return [" ".join(lines)]
+
+
+def _verdict(gaps: Sequence[float]) -> str:
+    """Return the verb that the differences allow: above or below on every seed, or neither."""
+    if all(gap > 0 for gap in gaps):
+        return "is above"
+    return "is below" if all(gap < 0 for gap in gaps) else "cannot be told from"
+
+
+def chosen(cells: Sequence[Cell]) -> str:
+    """Return the choices of each tuned row, seed by seed."""
+    lines = [
+        f"{ROWS[row].removesuffix(', tuned')} {'; '.join(shown(one['result']['chosen'][row]) for one in cells)}"
+        for row in cells[0]["result"]["chosen"]
+    ]
+    return (
+        f"Chosen on the validation texts, seed by seed: {' | '.join(lines)}. Differences: 95 % t intervals over seeds."
+    )
+
+
+def picture(groups: Mapping[str, Sequence[Cell]], rows: Sequence[str], labels: Mapping[str, str] = ROWS) -> bytes:
+    """Return the picture of mean accuracies, one panel for each group, with the values of the seeds as points."""
+    figure = drawing.new(9, 0.6 + 0.24 * len(rows))
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, (title, cells) in zip(panels, groups.items(), strict=True):
+        for place, row in enumerate(rows):
+            values = means(cells, row)
+            average, deviation = spread(values)
+            axes.plot(values, [place] * len(values), "|", color="0.6", markersize=7)
+            filled = "0.2" if row in STRUCTURES else "white"
+            axes.errorbar(average, place, xerr=deviation, fmt="o", color="0.2", markerfacecolor=filled, markersize=5)
+        axes.set_title(title, fontsize=9)
+        axes.set_yticks(range(len(rows)), [labels[row].replace("`", "") for row in rows], fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+    panels[0].invert_yaxis()
+    figure.supxlabel("mean accuracy on held-out texts (%)", fontsize=8)
+    return drawing.png(figure)
