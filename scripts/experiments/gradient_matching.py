@@ -33,7 +33,7 @@ from scripts.experiments.runner import Experiment, Result, Settings, main
 from scripts.experiments.tables import Table, mean_sd
 from squisher_mergekit import Fisher, load_fisher
 
-_LENGTH = 32
+LENGTH = 32
 ALPHAS = (1.0, 0.75, 0.5, 0.25)
 PRIORS = (0.0, 0.1, 1.0)
 ROWS = {
@@ -81,25 +81,25 @@ def _mean(found: Mapping[str, float]) -> float:
     return sum(found.values()) / len(found)
 
 
+def domain_recipes(settings: Settings) -> dict[str, Recipe]:
+    """Return the recipe of the base, and from there of each domain."""
+    common = {"seed": settings["seed"], "labels": 2, "layers": settings["layers"], "length": LENGTH, "validation": 100}
+    base = Recipe(settings["base"], steps=settings["base_steps"], train=960, **common)
+    return {
+        "base": base,
+        **{
+            domain: Recipe(domain, steps=steps, train=16 * steps, test=test, lr=5e-5, start=base.key, **common)
+            for domain, (steps, test) in settings["domains"].items()
+        },
+    }
+
+
 class Models:
     """Base and models of one seed, with their Squishers and Fishers."""
 
     def __init__(self, settings: Settings, work: Path) -> None:
-        common = {
-            "seed": settings["seed"],
-            "labels": 2,
-            "layers": settings["layers"],
-            "length": _LENGTH,
-            "validation": 100,
-        }
-        base = Recipe(settings["base"], steps=settings["base_steps"], train=960, **common)
-        folders = {"base": encoder.fine_tune(base, work) / "final"}
-        recipes = {"base": base}
-        for domain, (steps, test) in settings["domains"].items():
-            recipes[domain] = Recipe(
-                domain, steps=steps, train=16 * steps, test=test, lr=5e-5, start=base.key, **common
-            )
-            folders[domain] = encoder.fine_tune(recipes[domain], work) / "final"
+        recipes = domain_recipes(settings)
+        folders = {name: encoder.fine_tune(recipe, work) / "final" for name, recipe in recipes.items()}
         self.parts = {domain: recipe.parts() for domain, recipe in recipes.items() if domain != "base"}
         self._weights = {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
         self._texts = {name: recipe.train for name, recipe in recipes.items()}
@@ -140,7 +140,7 @@ class Models:
         """Return the accuracy of one model on each domain, in %."""
         encoder.with_weights(self._model, weights)
         return {
-            domain: encoder.accuracy(self._model, getattr(parts, part), _LENGTH) for domain, parts in self.parts.items()
+            domain: encoder.accuracy(self._model, getattr(parts, part), LENGTH) for domain, parts in self.parts.items()
         }
 
     def score_single(self) -> PerDomain:
@@ -148,11 +148,11 @@ class Models:
         found = {}
         for domain, parts in self.parts.items():
             encoder.with_weights(self._model, self._weights[domain])
-            found[domain] = encoder.accuracy(self._model, parts.test, _LENGTH)
+            found[domain] = encoder.accuracy(self._model, parts.test, LENGTH)
         return found
 
 
-_FULL: dict[str, Any] = {
+FULL: dict[str, Any] = {
     "base": "movies",
     "base_steps": 60,
     # Domain -> steps of fine-tuning, and number of test texts.
@@ -160,8 +160,8 @@ _FULL: dict[str, Any] = {
     "layers": 6,
     "fisher_texts": 128,
 }
-_QUICK = {
-    **_FULL,
+QUICK = {
+    **FULL,
     "base_steps": 4,
     "domains": {"products": (4, 40), "yelp": (2, 20)},
     "layers": 1,
@@ -171,8 +171,8 @@ EXPERIMENT = Experiment(
     "gradient_matching",
     "Gradient matching of four sentiment domains over a common base.",
     cell,
-    full=[{"seed": seed, **_FULL} for seed in range(3)],
-    quick=[{"seed": 0, **_QUICK}],
+    full=[{"seed": seed, **FULL} for seed in range(3)],
+    quick=[{"seed": 0, **QUICK}],
 )
 
 

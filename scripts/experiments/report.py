@@ -37,6 +37,10 @@ EXPERIMENTS = (
     "forgetting",
     "cost",
     "questions",
+    "structure",
+    "structure_controls",
+    "structure_counts",
+    "structure_domains",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
 GAIN, SETUP = "gain", "setup"

@@ -17,13 +17,17 @@ Decided before a reported seed was looked at:
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from scripts.experiments import encoder, structure_factors, structure_tasks
+from scripts.experiments import encoder, structure_factors, structure_merges, structure_report, structure_tasks
+from scripts.experiments.merging import HEADS
 from scripts.experiments.merging import Models as TaskModels
 from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, cpu_seconds, main
 from scripts.experiments.structure_merges import STRUCTURES, Models, Weights, structured
+from scripts.experiments.structure_report import Cell, less, means
+from scripts.experiments.tables import Table, difference, mean_sd
 
 TEXTS = 128
 ROWS = {
@@ -95,6 +99,62 @@ EXPERIMENT = Experiment(
     full=structure_tasks.FULL_CELLS,
     quick=structure_tasks.QUICK_CELLS,
 )
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """Return a table for each start of the heads, next to the rows of ``structure`` for the same cells."""
+    found = []
+    for heads in HEADS:
+        cells = paired(report, structure_report.results("structure"), heads)
+        if cells:
+            count = structure_report.seeds(cells, report, len(HEADS))
+            title = (
+                f"**Sources and controls of the factors, {HEADS[heads]}.** Mean accuracy over the tasks in %, mean ± "
+                f"standard deviation over {count}"
+            )
+            found.append(_table(title, cells))
+    return found
+
+
+def paired(report: Mapping[str, Any], main_report: Mapping[str, Any] | None, heads: str) -> list[Cell]:
+    """Return the cells with a start of the heads, each with the rows of ``structure`` for the same settings."""
+    others = {
+        one["settings"]["seed"]: one for one in structure_report.cells_of(main_report or {"cells": []}, heads=heads)
+    }
+    return [
+        {**one, "result": {"test": {**others[seed]["result"]["test"], **one["result"]["test"]}}}
+        for one in structure_report.cells_of(report, heads=heads)
+        if (seed := one["settings"]["seed"]) in others
+    ]
+
+
+def _table(title: str, cells: list[Cell]) -> Table:
+    labels = {key: structure_merges.ROWS[key] for key in ("single", "linear", "diagonal", *STRUCTURES)} | ROWS
+    body = []
+    for row, label in labels.items():
+        own = row.partition("-")[0]
+        gap = difference(less(cells, row, own)) if own in STRUCTURES and own != row else ""
+        body.append((label, [mean_sd(means(cells, row)), gap, difference(less(cells, row, "linear"))]))
+    columns = ["mean", "less the free structure", "less the plain average"]
+    return Table(title, columns, body, [" ".join(_notes(cells))])
+
+
+def _notes(cells: list[Cell]) -> list[str]:
+    """Return one sentence for each structure on its controls and on v, and one on the references."""
+    lines = []
+    for kind in STRUCTURES:
+        worst = [name for name in ("next", "rotated") if min(less(cells, kind, f"{kind}-{name}")) <= 0]
+        verdict = f"no, at least one control ({', '.join(worst)}) is as good" if worst else "yes, on every seed"
+        gain = difference(less(cells, kind, f"{kind}-d"))
+        lines.append(f"`{kind}`: do the controls lose? {verdict}; v adds {gain} to the structure from d alone.")
+    for row in ("regmean", "kfac"):
+        lines.append(f"`kron` less {ROWS[row]}: {difference(less(cells, 'kron', row))}.")
+    return lines
+
+
+def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return no picture: the table has all."""
+    return {}
 
 
 if __name__ == "__main__":

@@ -9,3 +9,96 @@ Decided before a reported seed was looked at:
   defaults of the package. ``ties`` and the diagonal merge are tuned as in ``structure``, on the tasks of the count.
 * Differences to the better of ``ties`` and the diagonal merge are taken seed by seed, with t intervals of 95 %.
 """
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scripts.experiments import drawing, structure_report, structure_tasks
+from scripts.experiments.merging import HEADS, TASKS
+from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, main
+from scripts.experiments.structure_merges import ROWS, STRUCTURES, Row, compared, rows, structured
+from scripts.experiments.structure_report import Cell
+from scripts.experiments.tables import Table, mean_sd, spread
+
+COUNTS, ALL = (2, 3, 4), len(TASKS)
+SHOWN = ("single", "linear", "ties", "diagonal", *STRUCTURES)
+RIVALS = ("ties", "diagonal")
+
+
+def cell(settings: Settings, work: Path) -> Result:
+    """Merge the first tasks of the list, and score, for one seed and one start of the heads."""
+    _, models, training = structure_tasks.trained(settings, work)
+    tuned = rows(len(models.weights))
+    plain = {kind: Row(lambda given, kind=kind: structured(given, kind)) for kind in STRUCTURES}
+    result = compared(models, {name: tuned[name] for name in ("linear", *RIVALS)} | plain)
+    result[TIMINGS]["training"] = training
+    return result
+
+
+def _cells(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{**settings, "tasks": TASKS[:count]} for count in COUNTS]
+
+
+EXPERIMENT = Experiment(
+    "structure_counts",
+    "Merges of two, three, four and six models with a structure.",
+    cell,
+    full=[one for settings in structure_tasks.FULL_CELLS for one in _cells(settings)],
+    quick=structure_tasks.QUICK_CELLS,
+)
+
+
+def by_count(report: Mapping[str, Any], heads: str, six: Mapping[str, Any] | None) -> dict[int, list[Cell]]:
+    """Return the cells of each count of models; those of six are in the report of ``structure``."""
+    found: dict[int, list[Cell]] = {}
+    for source in (report, six or {"cells": []}):
+        for one in structure_report.cells_of(source, heads=heads):
+            found.setdefault(len(one["settings"]["tasks"]), []).append(one)
+    return dict(sorted(found.items()))
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """Return a table for each start of the heads: a column for each count of models."""
+    six = structure_report.results("structure")
+    found = {heads: by_count(report, heads, six) for heads in HEADS}
+    return [_table(heads, groups) for heads, groups in found.items() if groups]
+
+
+def _table(heads: str, groups: Mapping[int, list[Cell]]) -> Table:
+    body = [(ROWS[row], [mean_sd(structure_report.means(cells, row)) for cells in groups.values()]) for row in SHOWN]
+    columns = [f"{count} models, {structure_report.number(cells)}" for count, cells in groups.items()]
+    title = (
+        f"**Number of models, {HEADS[heads]}.** Mean accuracy over the tasks in %, mean ± standard deviation over seeds"
+    )
+    notes = [
+        f"{count} models: {' '.join(structure_report.findings(cells, rivals=RIVALS))}"
+        for count, cells in groups.items()
+    ]
+    return Table(title, columns, body, notes)
+
+
+def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the picture of mean accuracies by count, one panel for each start of the heads."""
+    six = structure_report.results("structure")
+    figure = drawing.new(8, 3.4)
+    panels = figure.subplots(1, len(HEADS), sharey=True)
+    for axes, heads in zip(panels, HEADS, strict=True):
+        groups = by_count(report, heads, six)
+        for row, mark in zip(SHOWN, "_s^oxDv", strict=True):
+            found = [structure_report.means(cells, row) for cells in groups.values()]
+            averages = [spread(values)[0] for values in found]
+            axes.plot(list(groups), averages, marker=mark, color="0.2", linewidth=0.8, label=ROWS[row].replace("`", ""))
+        axes.set_xticks(list(groups))
+        axes.set_title(HEADS[heads], fontsize=9)
+        axes.set_xlabel("models", fontsize=8)
+        axes.grid(axis="y", color="0.9")
+    panels[0].set_ylabel("mean accuracy (%)")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return {"structure_counts.png": drawing.png(figure)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT))

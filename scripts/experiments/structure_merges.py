@@ -51,15 +51,6 @@ class Models:
     fishers: Mapping[str, Mapping[str, Tensor]]
     score: Callable[[Weights | None, str], Scores]
 
-    def of(self, names: Sequence[str]) -> "Models":
-        """Return some of the models, with the scores of their tasks."""
-
-        def score(weights: Weights | None, part: str) -> Scores:
-            return {name: value for name, value in self.score(weights, part).items() if name in names}
-
-        chosen = [{name: group[name] for name in names} for group in (self.weights, self.fishers)]
-        return Models(self.base, *chosen, score)
-
 
 def mean(found: Mapping[str, float]) -> float:
     """Return the mean of the scores of the tasks."""

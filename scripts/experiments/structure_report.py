@@ -1,9 +1,11 @@
 """Tables, findings and pictures of the experiments on structures."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.experiments import drawing
+from scripts.experiments.runner import RESULTS
 from scripts.experiments.structure_merges import ROWS, STRUCTURES, mean, shown
 from scripts.experiments.tables import Table, difference, mean_sd, spread
 
@@ -36,8 +38,18 @@ def less(cells: Sequence[Cell], row: str, other: str) -> list[float]:
 def seeds(cells: Sequence[Cell], report: Mapping[str, Any], groups: int) -> str:
     """Return the number of seeds as text, with the number planned while some are missing."""
     planned = report.get("planned", len(report["cells"])) // groups
-    count = len(cells)
-    return f"{count} seed{'s' if count != 1 else ''}" + ("" if count == planned else f" of {planned} planned")
+    return number(cells) + ("" if len(cells) == planned else f" of {planned} planned")
+
+
+def number(cells: Sequence[Cell]) -> str:
+    """Return the number of seeds as text."""
+    return f"{len(cells)} seed{'s' if len(cells) != 1 else ''}"
+
+
+def results(name: str) -> Any:
+    """Return the report of another experiment, or None if it has not been run."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def compared(cells: Sequence[Cell], title: str, labels: Mapping[str, str] = ROWS) -> Table:
@@ -52,7 +64,7 @@ def compared(cells: Sequence[Cell], title: str, labels: Mapping[str, str] = ROWS
         ]
         rows.append((label, [mean_sd(means(cells, row)), mean_sd(worst), *gaps, _cost(cells, row)]))
     columns = ["mean", "worst task", "less tuned `ties`", "less the diagonal", "CPU-s of a merge"]
-    return Table(title, columns, rows, [*findings(cells), chosen(cells)])
+    return Table(title, columns, rows, [" ".join(findings(cells)), chosen(cells)])
 
 
 def _cost(cells: Sequence[Cell], row: str) -> str:
@@ -61,12 +73,11 @@ def _cost(cells: Sequence[Cell], row: str) -> str:
     return f"{spread(found)[0]:.1f}" if found else ""
 
 
-def findings(cells: Sequence[Cell], kinds: Sequence[str] = STRUCTURES) -> list[str]:
-    """Return one sentence for each structure with its defaults: against the best rival of the table, and its gap."""
-    known = [rival for rival in RIVALS if rival in cells[0]["result"]["test"]]
-    best = max(known, key=lambda rival: spread(means(cells, rival))[0])
+def findings(cells: Sequence[Cell], rivals: Sequence[str] = RIVALS) -> list[str]:
+    """Return one sentence for each structure with its defaults: against the best of the rivals, and its gap."""
+    best = max(rivals, key=lambda rival: spread(means(cells, rival))[0])
     lines = []
-    for kind in kinds:
+    for kind in STRUCTURES:
         gaps = less(cells, kind, best)
         verdict = _verdict(gaps)
         single = difference(less(cells, kind, "single"))
@@ -79,7 +90,7 @@ def findings(cells: Sequence[Cell], kinds: Sequence[str] = STRUCTURES) -> list[s
             f"points, above 0 in {sum(gap > 0 for gap in gaps)} of {len(gaps)}, and {single} to the single models"
             f"{by_tuning}."
         )
-    return [" ".join(lines)]
+    return lines
 
 
 def _verdict(gaps: Sequence[float]) -> str:

@@ -100,9 +100,3 @@ def test_every_row_of_the_tables_has_a_merge():
     made = merges.rows(6)
     keys = {*made, *(row.untuned for row in made.values() if row.untuned), "single"}
     assert keys == set(merges.ROWS)
-
-
-def test_a_part_of_the_models_has_the_scores_of_its_tasks():
-    """Some of the models are scored on their own tasks alone."""
-    part = few_models(3).of(["c", "a"])
-    assert (list(part.weights), part.score(None, "test")) == (["c", "a"], {"a": 50.0, "c": 50.0})

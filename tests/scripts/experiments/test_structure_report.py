@@ -43,7 +43,7 @@ def test_a_table_has_means_worst_tasks_and_paired_differences():
 @pytest.mark.parametrize(("shift", "verdict"), [(0.0, "is above"), (-30.0, "cannot be told from")])
 def test_findings_say_what_the_seeds_allow(shift, verdict):
     """A structure is compared with the best other merge; seeds that disagree decide nothing."""
-    (text,) = structure_report.findings(structure_report.cells_of(_report(kron=shift), heads="apart"))
+    text = " ".join(structure_report.findings(structure_report.cells_of(_report(kron=shift), heads="apart")))
     assert f"`kron` with its defaults {verdict} the masked diagonal, the best without a structure" in text
     assert "`rows` with its defaults is below the masked diagonal" in text
     assert "-1.0 ± 0.0 points, above 0 in 0 of 2" in text
