@@ -38,9 +38,6 @@ EXPERIMENTS = (
     "cost",
     "questions",
     "structure",
-    "structure_controls",
-    "structure_counts",
-    "structure_domains",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
 GAIN, SETUP = "gain", "setup"
