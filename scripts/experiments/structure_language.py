@@ -1,17 +1,131 @@
 """Merges of a generative model with a structure: four text tasks as prompts, and the loss on general text.
 
-The model is SmolLM2-135M-Instruct, dequantised from four bits; its last ten of thirty layers are fine-tuned on each task
-and merged, all else is frozen, so that the hidden states below are computed once. A text of a task stands in a prompt
-that ends with a question, and the answer is one word for each class: the class with the most likely first token of its
-word counts. Training maximises the likelihood of that token among all tokens.
+The model is SmolLM2-135M-Instruct, dequantised from four bits; its last ten of thirty layers are fine-tuned on each
+task and merged, all else is frozen, so that the hidden states below are computed once. A text of a task stands in a
+prompt that ends with a question, and the answer is one word for each class: the class with the most likely first token
+of its word counts. Training maximises the likelihood of that token among all tokens.
 
 Decided before a reported seed was looked at:
 
-* Tasks tweets, bbc, newsgroups, spam; 320 training texts each, 40 steps of 8, prompts of at most 48 tokens, AdamW with a
-  learning rate of 1e-4, gradients clipped at 1. 60 validation texts and 200 test texts a task. There is no head, so all
-  models share their outputs.
+* Tasks tweets, bbc, newsgroups, spam; 320 training texts each, 40 steps of 8, prompts of at most 48 tokens, AdamW with
+  a learning rate of 1e-4, gradients clipped at 1. 60 validation texts and 200 test texts a task. There is no head, so
+  all models share their outputs.
 * Rows and searches are those of ``structure``, chosen by the mean accuracy on the validation texts alone.
 * Language-model loss (nats a token) on 100 sentences of newspaper editorials, which belong to no task, for each row and
   for the model before its fine-tuning, so that forgetting shows. Nothing is chosen by it.
 * Seeds 31, 32 and 33. A seed draws texts and order; there is no dropout.
 """
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from scripts.experiments import language, structure_report
+from scripts.experiments.language import Recipe
+from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, main
+from scripts.experiments.structure_merges import ROWS, Models, Scores, Weights, compared, rows
+from scripts.experiments.tables import Table, mean_sd
+from squisher_mergekit import load_fisher
+
+LOSS = "loss"
+
+
+def cell(settings: Settings, work: Path) -> Result:
+    """Fine-tune, search, merge and score for one seed."""
+    given = {name: settings[name] for name in ("seed", "steps", "train", "validation", "test", "layers", "length")}
+    recipes = {task: Recipe(task, **given) for task in settings["tasks"]}
+    bottom, top = language.split(work, settings["layers"])
+    base, folders, parts = language.layers_of(top), {}, {}
+    for task, recipe in recipes.items():
+        own = recipe.parts()
+        found = {
+            part: language.states(bottom, *language.prompts_of(recipe, getattr(own, part), work))
+            for part in ("train", "validation", "test")
+        }
+        folders[task] = language.fine_tune(recipe, top, base, found.pop("train"), work)
+        parts[task] = found
+    other = language.general(settings["general"], settings["length"], settings["seed"], work)
+    elsewhere = language.states(bottom, other, None)
+    first = {task: language.answers(task, work) for task in recipes}
+    weights = {task: load_file(folder / "model.safetensors") for task, folder in folders.items()}
+
+    def score(merged: Weights | None, part: str) -> Scores:
+        found = {}
+        for task, own in weights.items():
+            language.load(top, own if merged is None else merged)
+            found[task] = language.accuracy(top, parts[task][part], first[task])
+        return found
+
+    def measured(merged: Weights | None) -> Scores:
+        found = score(merged, "test")
+        losses = []
+        for own in weights.values() if merged is None else [merged]:
+            language.load(top, own)
+            losses.append(language.loss(top, elsewhere))
+        return {**found, LOSS: round(sum(losses) / len(losses), 6)}
+
+    models = Models(base, weights, {task: load_fisher(folder) for task, folder in folders.items()}, score)
+    result = separated(compared(models, rows(len(weights)), measured), measured(base))
+    seconds = [json.loads((folder / "log.json").read_text())["cpu_seconds"] for folder in folders.values()]
+    result[TIMINGS]["training"] = round(sum(seconds), 2)
+    return result
+
+
+def separated(result: Result, base: Scores) -> Result:
+    """Return a result with the scores of the base, and the losses apart from the accuracies."""
+    test = {**result["test"], "base": base}
+    losses = {row: found[LOSS] for row, found in test.items()}
+    accuracies = {row: {task: value for task, value in found.items() if task != LOSS} for row, found in test.items()}
+    return {**result, "test": accuracies, LOSS: losses}
+
+
+_FULL: dict[str, Any] = {
+    "tasks": tuple(language.PROMPTS),
+    "steps": 40,
+    "train": 320,
+    "validation": 60,
+    "test": 200,
+    "layers": 10,
+    "length": 48,
+    "general": 100,
+}
+_QUICK = {**_FULL, "tasks": ("tweets", "spam"), "steps": 4, "train": 32, "validation": 10, "test": 20, "layers": 2}
+EXPERIMENT = Experiment(
+    "structure_language",
+    "Merges of a generative model with a structure.",
+    cell,
+    full=[{"seed": seed, **_FULL} for seed in (31, 32, 33)],
+    quick=[{"seed": 0, **_QUICK, "general": 8}],
+)
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """Return the table of accuracies, and the one of losses on general text."""
+    cells = report["cells"]
+    count = structure_report.seeds(cells, report, 1)
+    title = f"**Four tasks as prompts of a generative model.** Accuracy in %, mean ± standard deviation over {count}"
+    labels = {"base": "the model before its fine-tuning", **ROWS}
+    losses = {row: [one["result"][LOSS][row] for one in cells] for row in labels}
+    changes = {row: [a - b for a, b in zip(values, losses["base"], strict=True)] for row, values in losses.items()}
+    body = [(label, [mean_sd(losses[row], 3), mean_sd(changes[row], 3)]) for row, label in labels.items()]
+    general = (
+        f"**Loss on general text**, nats a token, {cells[0]['settings']['general']} sentences of editorials, {count}"
+    )
+    return [
+        structure_report.compared(cells, title, labels),
+        Table(general, ["loss", "more than before fine-tuning"], body),
+    ]
+
+
+def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the picture of mean accuracies by row."""
+    groups = {"four tasks as prompts": report["cells"]}
+    return {"structure_language.png": structure_report.picture(groups, list(ROWS))}
+
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT))
