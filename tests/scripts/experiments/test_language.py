@@ -100,7 +100,7 @@ def test_prompts_end_with_the_question(monkeypatch):
     )
     recipe = language.Recipe("spam", 0, length=20)
     prompts, targets = language.prompts_of(recipe, [("abcdefgh", 1), ("x", 0)], None)
-    assert ["".join(map(chr, prompt)) for prompt in prompts] == ["abcde\nKind of mail:", "x\nKind of mail:"]
+    assert ["".join(map(chr, prompt)) for prompt in prompts] == ["abcdef\nKind of mail:", "x\nKind of mail:"]
     assert targets == [ord(" "), ord(" ")]
 
 
