@@ -79,7 +79,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             f"**Six tasks with a structure, {HEADS[heads]}.** Accuracy in %, mean ± standard deviation over {count}, "
             f"{cells[0]['settings']['test']} held-out texts a task"
         )
-        found.append(structure_report.compared(cells, title))
+        found.append(structure_report.compared(cells, title, notes=structure_report.rest(report, EXPERIMENT.name)))
     return found
 
 

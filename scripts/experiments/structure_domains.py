@@ -79,7 +79,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         "**Four sentiment domains with one head and a structure.** Accuracy in %, mean ± standard deviation over "
         f"{structure_report.seeds(cells, report, 1)}; held-out texts: {texts}"
     )
-    return [structure_report.compared(cells, title)]
+    return [structure_report.compared(cells, title, notes=structure_report.rest(report, EXPERIMENT.name))]
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:

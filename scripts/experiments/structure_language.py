@@ -116,7 +116,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         f"**Loss on general text**, nats a token, {cells[0]['settings']['general']} sentences of editorials, {count}"
     )
     return [
-        structure_report.compared(cells, title, labels),
+        structure_report.compared(cells, title, labels, notes=structure_report.rest(report, EXPERIMENT.name)),
         Table(general, ["loss", "more than before fine-tuning"], body),
     ]
 

@@ -11,6 +11,7 @@ from scripts.experiments.tables import Table, difference, mean_sd, spread
 
 Cell = Mapping[str, Any]
 RIVALS = ("ties", "ota", "masked", "diagonal")
+FEW = 3  # with fewer seeds, a finding is a first one
 NAMES = {
     "ties": "tuned `ties`",
     "ota": "OTA-merge",
@@ -41,6 +42,13 @@ def seeds(cells: Sequence[Cell], report: Mapping[str, Any], groups: int) -> str:
     return number(cells) + ("" if len(cells) == planned else f" of {planned} planned")
 
 
+def rest(report: Mapping[str, Any], name: str) -> list[str]:
+    """Return a note with the command that runs the missing cells, if there are any."""
+    missing = report.get("planned", len(report["cells"])) - len(report["cells"])
+    command = f"python -m scripts.experiments.{name} --full"
+    return [f"Unfinished: {missing} cells are missing, which `{command}` runs."] if missing else []
+
+
 def number(cells: Sequence[Cell]) -> str:
     """Return the number of seeds as text."""
     return f"{len(cells)} seed{'s' if len(cells) != 1 else ''}"
@@ -52,7 +60,7 @@ def results(name: str) -> Any:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def compared(cells: Sequence[Cell], title: str, labels: Mapping[str, str] = ROWS) -> Table:
+def compared(cells: Sequence[Cell], title: str, labels: Mapping[str, str] = ROWS, notes: Sequence[str] = ()) -> Table:
     """Return the table of means, worst tasks, paired differences and cost of each row, with the findings below."""
     rows = []
     for row, label in labels.items():
@@ -64,7 +72,7 @@ def compared(cells: Sequence[Cell], title: str, labels: Mapping[str, str] = ROWS
         ]
         rows.append((label, [mean_sd(means(cells, row)), mean_sd(worst), *gaps, _cost(cells, row)]))
     columns = ["mean", "worst task", "less tuned `ties`", "less the diagonal", "CPU-s of a merge"]
-    return Table(title, columns, rows, [" ".join(findings(cells)), chosen(cells)])
+    return Table(title, columns, rows, [" ".join(findings(cells)), chosen(cells), training(cells), *notes])
 
 
 def _cost(cells: Sequence[Cell], row: str) -> str:
@@ -95,9 +103,10 @@ def findings(cells: Sequence[Cell], rivals: Sequence[str] = RIVALS) -> list[str]
 
 def _verdict(gaps: Sequence[float]) -> str:
     """Return the verb that the differences allow: above or below on every seed, or neither."""
+    verb = "is" if len(gaps) >= FEW else "is so far"
     if all(gap > 0 for gap in gaps):
-        return "is above"
-    return "is below" if all(gap < 0 for gap in gaps) else "cannot be told from"
+        return f"{verb} above"
+    return f"{verb} below" if all(gap < 0 for gap in gaps) else "cannot be told from"
 
 
 def chosen(cells: Sequence[Cell]) -> str:
@@ -109,6 +118,12 @@ def chosen(cells: Sequence[Cell]) -> str:
     return (
         f"Chosen on the validation texts, seed by seed: {' | '.join(lines)}. Differences: 95 % t intervals over seeds."
     )
+
+
+def training(cells: Sequence[Cell]) -> str:
+    """Return the CPU time of fine-tuning, which experiments share."""
+    found = spread([one["timings"]["training"] for one in cells])[0]
+    return f"Fine-tuning the models of a seed takes {found:.0f} CPU-s, once for all experiments that use them."
 
 
 def picture(groups: Mapping[str, Sequence[Cell]], rows: Sequence[str], labels: Mapping[str, str] = ROWS) -> bytes:

@@ -37,23 +37,37 @@ def test_a_table_has_means_worst_tasks_and_paired_differences():
     assert rows[ROWS["single"]][2:] == ["", "", ""]
     assert list(rows) == list(ROWS.values())
     assert equal.rows == apart.rows
-    assert "`ties` density 0.05, lambda 1; density 0.1, lambda 1" in apart.notes[-1]
+    assert "`ties` density 0.05, lambda 1; density 0.1, lambda 1" in apart.notes[1]
+    assert apart.notes[2] == "Fine-tuning the models of a seed takes 5 CPU-s, once for all experiments that use them."
+    assert len(apart.notes) == 3
 
 
-@pytest.mark.parametrize(("shift", "verdict"), [(0.0, "is above"), (-30.0, "cannot be told from")])
+@pytest.mark.parametrize(("shift", "verdict"), [(0.0, "is so far above"), (-30.0, "cannot be told from")])
 def test_findings_say_what_the_seeds_allow(shift, verdict):
     """A structure is compared with the best other merge; seeds that disagree decide nothing."""
     text = " ".join(structure_report.findings(structure_report.cells_of(_report(kron=shift), heads="apart")))
     assert f"`kron` with its defaults {verdict} the masked diagonal, the best without a structure" in text
-    assert "`rows` with its defaults is below the masked diagonal" in text
+    assert "`rows` with its defaults is so far below the masked diagonal" in text
     assert "-1.0 ± 0.0 points, above 0 in 0 of 2" in text
     assert "tuning adds +2.0 ± 0.0" in text
 
 
+def test_three_seeds_make_a_finding():
+    """With three seeds that agree, a structure is above or below without reserve."""
+    cells = structure_report.cells_of(_report(seeds=3), heads="apart")
+    text = " ".join(structure_report.findings(cells))
+    assert "`kron` with its defaults is above the masked diagonal" in text
+    assert "`rows` with its defaults is below the masked diagonal" in text
+
+
 def test_missing_seeds_are_stated():
-    """The title has the number of seeds, and of the planned ones while some are missing."""
+    """The title has the number of seeds, and of the planned ones while some are missing; a note has the command."""
+    few = structure.tables(_report(seeds=1, planned=10))[0]
+    assert (
+        few.notes[-1] == "Unfinished: 8 cells are missing, which `python -m scripts.experiments.structure --full` runs."
+    )
     assert "over 2 seeds, 200 held-out" in structure.tables(_report())[0].title
-    assert "over 1 seed of 5 planned, 200 held-out" in structure.tables(_report(seeds=1, planned=10))[0].title
+    assert "over 1 seed of 5 planned, 200 held-out" in few.title
 
 
 def test_a_single_seed_has_no_interval():
