@@ -10,7 +10,7 @@ Decided before a reported seed was looked at:
 * Seeds 31 to 35, each with heads apart and equal, as in ``merging``. Earlier trials on other seeds (0 to 9 and 21) made
   the formulas and the defaults of the package; none of their models is used here.
 * Choices are made for each seed by the mean accuracy on 60 validation texts a task, test texts are read once. Of equal
-  choices the first counts; in each list the default of the package, or of mergekit, comes first. A search with two
+  choices the first counts; for a structure and ``normalize`` that is the default of the package. A search with two
   parameters takes one at a time, the second at the best value of the first.
 
   ================== ===================================================================================

@@ -1,4 +1,4 @@
-"""Sources and controls of the structures: what the factors of ``structure`` are made of, on the same models.
+"""Sources and controls of the structures: ablations of the factors of ``structure`` on the same models.
 
 The models, texts and scores are those of ``structure``: six text tasks, heads apart and equal, seeds 31 to 35.
 

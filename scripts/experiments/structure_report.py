@@ -106,7 +106,7 @@ def _verdict(gaps: Sequence[float]) -> str:
     verb = "is" if len(gaps) >= FEW else "is so far"
     if all(gap > 0 for gap in gaps):
         return f"{verb} above"
-    return f"{verb} below" if all(gap < 0 for gap in gaps) else "cannot be told from"
+    return f"{verb} below" if all(gap < 0 for gap in gaps) else "is on some seeds above, on some not above,"
 
 
 def chosen(cells: Sequence[Cell]) -> str:
