@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.experiments import drawing
+from scripts.experiments import drawing, structure_merges
 from scripts.experiments.runner import RESULTS
 from scripts.experiments.structure_merges import ROWS, STRUCTURES, mean, shown
 from scripts.experiments.tables import Table, difference, mean_sd, spread
@@ -72,7 +72,9 @@ def compared(cells: Sequence[Cell], title: str, labels: Mapping[str, str] = ROWS
         ]
         rows.append((label, [mean_sd(means(cells, row)), mean_sd(worst), *gaps, _cost(cells, row)]))
     columns = ["mean", "worst task", "less tuned `ties`", "less the diagonal", "CPU-s of a merge"]
-    return Table(title, columns, rows, [" ".join(findings(cells)), chosen(cells), training(cells), *notes])
+    return Table(
+        title, columns, rows, [" ".join(findings(cells)), chosen(cells), *on_edge(cells), training(cells), *notes]
+    )
 
 
 def _cost(cells: Sequence[Cell], row: str) -> str:
@@ -118,6 +120,20 @@ def chosen(cells: Sequence[Cell]) -> str:
     return (
         f"Chosen on the validation texts, seed by seed: {' | '.join(lines)}. Differences: 95 % t intervals over seeds."
     )
+
+
+def on_edge(cells: Sequence[Cell]) -> list[str]:
+    """Return a note on the choices at an end of their lists, except a block as large as the matrix."""
+    models = len(cells[0]["result"]["test"]["single"])
+    lists = {name: row.lists for name, row in structure_merges.rows(models).items()}
+    found = []
+    for row, choice in cells[0]["result"]["chosen"].items():
+        for option in choice:
+            values = [value for value in lists[row][option] if not isinstance(value, str)]
+            ends = {min(values), max(values)} - ({max(values)} if option == "block" else set()) if values else set()
+            count = sum(one["result"]["chosen"][row][option] in ends for one in cells)
+            found += [f"{ROWS[row].removesuffix(', tuned')} {option} {count} of {len(cells)}"] if count else []
+    return [f"At an end of the list, so that a better value may be outside: {'; '.join(found)}."] if found else []
 
 
 def training(cells: Sequence[Cell]) -> str:
