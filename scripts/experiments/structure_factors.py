@@ -1,6 +1,6 @@
 """Merges of linear layers by given factors: rotated ones as a control, and factors that need data as references."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from scripts.experiments.structure_merges import DAMPING, Models, Weights, diagonal, linear
-from squisher_mergekit.merging.coupling.equations import couple_rows, couple_tiles, row_factor, shares_by_trace
+from squisher_mergekit.merging.coupling.equations import (
+    Side,
+    couple_rows,
+    couple_tiles,
+    row_factor,
+    shares_by_trace,
+)
 
 BLOCK, STEPS = 128, 10
 Change = Callable[[str, str, Tensor], Tensor]
@@ -80,15 +86,14 @@ def _kron(models: Models, name: str, start: Tensor, change: Change) -> Tensor:
         )
     thetas, squares, _ = _sides(models, name, False)
     traces = torch.stack([square.sum(dtype=torch.float64) for square in squares.values()])
-    tiles = couple_tiles(
-        _tiles(start),
-        [_tiles(theta) for theta in thetas.values()],
-        *sides,
-        traces / traces.sum(),
-        DAMPING["kron"],
-        STEPS,
-    )
+    tiles = _coupled(_tiles(start), [_tiles(theta) for theta in thetas.values()], sides, traces / traces.sum())
     return tiles.transpose(1, 2).reshape(start.shape).contiguous()
+
+
+def _coupled(start: Tensor, thetas: Sequence[Tensor], sides: Sequence[Sequence[Tensor]], shares: Tensor) -> Tensor:
+    """Merge tiles by the factors of both sides."""
+    rows, columns = (Side.of(torch.stack(list(factors)), shares) for factors in sides)
+    return couple_tiles(start, thetas, rows, columns, shares, DAMPING["kron"], STEPS)
 
 
 def _levelled(step: Tensor, square: Tensor) -> Tensor:
@@ -189,8 +194,7 @@ def kfac(models: Models, found: Mapping[str, Moments]) -> Weights:
         rows, columns = ([_unit(pair[side])[None] for pair in factors] for side in (1, 0))
         thetas = [weights[name][None, None] for weights in models.weights.values()]
         start = result[name][None, None]
-        merged = couple_tiles(start, thetas, rows, columns, traces / traces.sum(), DAMPING["kron"], STEPS)
-        result[name] = merged[0, 0]
+        result[name] = _coupled(start, thetas, [rows, columns], traces / traces.sum())[0, 0]
     return result
 
 
