@@ -20,6 +20,7 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.encodings import RowsAndColumns
 from squisher_mergekit.optimizers.second_moments import Moment
+from squisher_mergekit.tensors.input_files import reading
 from squisher_mergekit.tensors.lazy import MaybeLazy
 
 # Keys of the factors of Shampoo: of pytorch_optimizer, and of torch_optimizer.
@@ -120,13 +121,14 @@ def preconditioned(state: Mapping[str, Any], group: Mapping[str, Any], location:
 
     Raises:
         UnsupportedStateError: The factors are not those of the gradients.
-        CorruptFileError: The factors do not fit each other.
+        CorruptFileError: The factors do not fit each other, or a setting is missing or has a wrong type.
     """
-    if set(state) >= _SOAP and isinstance(state["GG"], list):
-        return _soap(state, group, location)
-    for prefix in _SHAMPOO:
-        if f"{prefix}0" in state and f"inv_{prefix}0" in state:
-            return _shampoo(state, group, prefix, location)
+    with reading(location, "a whole state of Shampoo or SOAP", "save it again"):
+        if set(state) >= _SOAP and isinstance(state["GG"], list):
+            return _soap(state, group, location)
+        for prefix in _SHAMPOO:
+            if f"{prefix}0" in state and f"inv_{prefix}0" in state:
+                return _shampoo(state, group, prefix, location)
     return None
 
 

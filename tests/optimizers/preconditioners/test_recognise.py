@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from squisher_mergekit import load_fisher
-from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
+from squisher_mergekit.errors import CorruptFileError, SquisherError, UnsupportedStateError
 from tests.optimizers.preconditioners.runs import BETA2, FIXTURES, KINDS, NAMES, STEPS
 
 
@@ -150,3 +150,28 @@ def test_a_flipped_bit_in_a_factor_is_noticed(tmp_path, kind, name):
         fisher[name]
     with pytest.raises(CorruptFileError):
         fisher.factors.columns[name]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"betas": ()},
+        {"betas": ("x", "y")},
+        {"betas": (0.9, float("nan"))},
+        {"betas": (0.9, 3.0)},
+        {"shampoo_beta": float("nan")},
+        {"shampoo_beta": "0.9"},
+        {"shampoo_beta": [0.9]},
+    ],
+    ids=str,
+)
+def test_a_damaged_setting_is_refused_in_one_line(tmp_path, settings):
+    """A decay that is missing, no number or out of range gives no Fisher."""
+    state = _reference_soap([torch.randn(3, 4)])
+    if "betas" in settings:
+        state.pop("shampoo_beta")
+    else:
+        state |= settings
+    with pytest.raises(SquisherError) as found:
+        load_fisher(_save(tmp_path / "optimizer.pt", state, **settings), names=["w"])
+    assert "\n" not in str(found.value)
