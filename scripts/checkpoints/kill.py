@@ -24,10 +24,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scripts.checkpoints.kill_verbs import Verb, make_world, verbs
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STATES = ("new", "empty", "existing")
@@ -60,131 +62,21 @@ class Operations:
         if self.count == self.at:
             os.kill(os.getpid(), self.signal)
 
+    def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that counts one operation before each call."""
+
+        def counted(*arguments: Any) -> Any:
+            self.tick()
+            return function(*arguments)
+
+        return counted
+
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Count an operation that Python reports."""
         if self.folder is not None and event.startswith(_OPERATIONS):
             named = any(isinstance(item, str | Path) and self.folder in str(item) for item in arguments)
             if named or event in ("os.link", "os.rename"):
                 self.tick()
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A verb, and its treatment of an older output.
-
-    Attributes:
-        run: Function that writes the output.
-        is_file: The output is a file, so that no empty folder can be in its place.
-        older: Function that makes an older output; None if the verb refuses each.
-        replaces: The new output replaces the older one.
-        entry: Files that make an output; the others of a folder are judged only together with these. Empty for all.
-    """
-
-    run: Callable[[Path], Any]
-    is_file: bool = False
-    older: Callable[[Path], Any] | None = None
-    replaces: bool = False
-    entry: tuple[str, ...] = ()
-
-
-def make_world(folder: Path) -> None:
-    """Make a base, two trained models with optimizer state and Fisher, a mask and a difference."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from squisher_mergekit import save_squisher
-    from squisher_mergekit.applications.fish_mask.files import reset_files, select_files
-    from tests.small_models import word_tokenizer
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=32, tie_word_embeddings=False,
-    )  # fmt: skip
-    base = LlamaForCausalLM(config)
-    base.save_pretrained(folder / "base")
-    for number in (1, 2):
-        model = LlamaForCausalLM.from_pretrained(folder / "base")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for _ in range(2):
-            ids = torch.randint(64, (2, 8))
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        place = folder / f"m{number}"
-        model.save_pretrained(place)
-        torch.save(optimizer.state_dict(), place / "optimizer.pt")
-        save_squisher(model, optimizer, folder / f"f{number}", weights=place, examples_per_step=2)
-        save_squisher(model, optimizer, place)
-    word_tokenizer().save_pretrained(folder / "m1")
-    (folder / "rows.jsonl").write_text('{"text": "the cat sat on a mat"}\n' * 6, encoding="utf-8")
-    lines = [f"- model: {folder}/m{n}\n  parameters: {{fisher: {folder}/f{n}}}\n" for n in (1, 2)]
-    text = f"merge_method: squisher\nmodels:\n{''.join(lines)}dtype: float32\nbase_model: {folder}/m1\n"
-    (folder / "merge.yml").write_text(text, encoding="utf-8")
-    select_files(folder / "m1", None, folder / "mask.safetensors", 0.1, score="random")
-    reset_files(folder / "m1", folder / "base", folder / "reset", mask=folder / "mask.safetensors")
-    shutil.copytree(folder / "m1", folder / "other")
-
-
-def verbs(world: Path) -> dict[str, Verb]:
-    """Return the verbs by name."""
-    from squisher_mergekit.cli.main import main
-    from squisher_mergekit.fisher.files import read_fisher
-    from squisher_mergekit.training.writing import copy_fisher, replace_fisher
-
-    model, base, fisher = world / "m1", world / "base", world / "f1"
-
-    def cli(*arguments: object) -> Callable[[Path], Any]:
-        return lambda out: main([str(out if item is OUT else item) for item in arguments], standalone_mode=False)
-
-    def stock(out: Path) -> None:
-        from mergekit.scripts.run_yaml import main as mergekit_yaml
-
-        mergekit_yaml([str(world / "merge.yml"), str(out), "--no-copy-tokenizer", "--quiet"], standalone_mode=False)
-
-    def note(out: Path) -> None:
-        out.mkdir()
-        (out / "model.safetensors").write_bytes((world / "m2" / "model.safetensors").read_bytes())
-
-    def sharded(out: Path) -> None:
-        from squisher_mergekit.fisher.write import write_fisher
-
-        write_fisher(read_fisher(world / "f2"), out, shard_bytes=4000)
-
-    def text(out: Path) -> None:
-        out.write_text("older", encoding="utf-8")
-
-    files = ("fisher.safetensors", "fisher.safetensors.index.json")
-    difference = world / "reset" / "difference.safetensors"
-    return {
-        "extract": Verb(cli("extract", model, "-o", OUT), older=note, entry=files),
-        "estimate": Verb(
-            cli("estimate", model, "--task", "causal-lm", "--data", world / "rows.jsonl", "--batch-size", 2,
-                "--save-every", 2, "-o", OUT), older=note, entry=files
-        ),
-        "prune": Verb(cli("prune", model, "--fisher", fisher, "--sparsity", "0.5", "-o", OUT)),
-        "mask select": Verb(
-            cli("mask", "select", model, "--keep", "0.1", "--score", "random", "-o", OUT), True, text, True
-        ),
-        "mask reset": Verb(
-            cli("mask", "reset", model, "--base", base, "--keep", "0.1", "--score", "movement", "-o", OUT)
-        ),
-        "mask apply": Verb(cli("mask", "apply", base, "--difference", difference, "-o", OUT)),
-        "mask remove": Verb(cli("mask", "remove", world / "reset", "--difference", difference, "-o", OUT)),
-        "task2vec embed": Verb(cli("task2vec", "embed", f"a={fisher}", f"b={world / 'f2'}", "-o", OUT), older=note),
-        "task2vec file": Verb(cli("task2vec", "embed", f"a={fisher}", "-o", OUT), is_file=True),
-        "merge": Verb(cli("merge", world / "merge.yml", OUT, "--no-copy-tokenizer", "--quiet")),
-        "mergekit-yaml": Verb(stock, older=note, replaces=True, entry=("model.safetensors",)),
-        "inspect --json": Verb(cli("inspect", fisher, "--json", OUT), True, text, True),
-        "compare --json": Verb(cli("compare", fisher, world / "f2", "--json", OUT), True, text, True),
-        "replace_fisher": Verb(
-            lambda out: replace_fisher(read_fisher(fisher), out), older=sharded, replaces=True, entry=files
-        ),
-        "copy_fisher": Verb(lambda out: copy_fisher(fisher, out), older=sharded, replaces=True, entry=files),
-    }  # fmt: skip
-
-
-OUT = object()
 
 
 def contents(out: Path) -> Contents:
@@ -273,9 +165,99 @@ def judge(verb: Verb, now: Contents, before: Contents, whole: Contents) -> str |
     entries = verb.entry or tuple(whole)
     made = [name for name in now if name in entries and now[name] != before.get(name)]
     # mergekit itself writes the config after the tensors.
-    judged = {name: whole[name] for name in entries} if verb.entry == ("model.safetensors",) else whole
+    alone: Iterable[str] = made if verb.separate else entries if verb.entry == ("model.safetensors",) else whole
+    judged = {name: whole[name] for name in alone}
     complete = all(now.get(name) == digest for name, digest in judged.items())
     return FAILURES[0] if made and not complete else None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Uninterrupted run of a verb.
+
+    Attributes:
+        before: Contents of OUT before it.
+        whole: Contents after it.
+        operations: Number of its file operations.
+    """
+
+    before: Contents
+    whole: Contents
+    operations: int
+
+
+def counted_operations() -> Operations:
+    """Return the counter of this process's file operations, hooked into Python and into the writer of tensors."""
+    from squisher_mergekit.tensors.writer import SafetensorsWriter
+
+    operations = Operations()
+    sys.addaudithook(operations.hook)
+    os.fsync = operations.before(os.fsync)
+    SafetensorsWriter._write = operations.before(SafetensorsWriter._write)  # type: ignore[method-assign]
+    return operations
+
+
+def cases_of(known: Mapping[str, Verb]) -> list[tuple[str, str]]:
+    """Return the pairs of a verb and a state of OUT that make sense."""
+    return [
+        (name, state)
+        for name, verb in known.items()
+        for state in STATES
+        if not (verb.is_file and state == "empty") and not (state == "existing" and verb.older is None)
+    ]
+
+
+def uninterrupted(verb: Verb, state: str, place: Path, operations: Operations) -> Expected:
+    """Run a verb to its end."""
+    out = prepare(verb, state, place)
+    before = contents(out)
+    operations.folder, operations.count = str(place), 0
+    with Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        verb.run(out)
+    operations.folder = None
+    if left_over(place):
+        print(f"an uninterrupted run leaves {left_over(place)}")
+    return Expected(before, contents(out), operations.count)
+
+
+def trial(
+    verb: Verb, state: str, place: Path, expected: Expected, operations: Operations, chance: random.Random
+) -> tuple[Counter[str], str]:
+    """Kill a verb before one operation, run it again, and return the counts and a description of the kill."""
+    out = prepare(verb, state, place)
+    ending, at = chance.choice(SIGNALS), chance.randint(1, expected.operations)
+
+    def run(at: int | None) -> None:
+        operations.folder, operations.count = str(place), 0
+        operations.at, operations.signal = at, ending
+        died_early(operations, lambda: verb.run(out))()
+
+    status = forked(lambda: run(at))
+    now, left = contents(out), left_over(place)
+    row = Counter(trials=1, killed=int(status == -ending))
+    failure = judge(verb, now, expected.before, expected.whole)
+    if failure:
+        row[failure] += 1
+    if ending != signal.SIGKILL and left:
+        row[FAILURES[2]] += 1
+    if now == expected.whole and not verb.replaces:
+        row["complete"] += 1
+    else:
+        forked(lambda: run(None))
+        if contents(out) != expected.whole or left_over(place):
+            row[FAILURES[3]] += 1
+    told = f"OUT {state}, {ending.name} before operation {at} of {expected.operations} ({status})"
+    return row, f"{told}; before {sorted(expected.before)}, now {sorted(now)}, left {left}"
+
+
+def print_table(table: Mapping[str, Counter[str]]) -> Counter[str]:
+    """Print the counts of each verb and their sum; return the sum."""
+    columns = ("trials", "killed", "complete", *FAILURES)
+    print("verb".ljust(16), *(column.rjust(max(len(column), 6)) for column in columns))
+    total: Counter[str] = sum(table.values(), Counter())
+    for name, row in [*table.items(), ("all", total)]:
+        print(name.ljust(16), *(str(row[column]).rjust(max(len(column), 6)) for column in columns))
+    return total
 
 
 def main() -> int:
@@ -284,78 +266,27 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    chance = random.Random(options.seed)
+    chance, begin = random.Random(options.seed), time.monotonic()
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0
-    from squisher_mergekit.tensors.writer import SafetensorsWriter
-
-    operations, begin = Operations(), time.monotonic()
-    sys.addaudithook(operations.hook)
-    synced, written = os.fsync, SafetensorsWriter._write
-    os.fsync = lambda descriptor: (operations.tick(), synced(descriptor))[1]
-    SafetensorsWriter._write = lambda self, *rest: (operations.tick(), written(self, *rest))[1]  # type: ignore[method-assign]
+    operations = counted_operations()
     table: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory(prefix="squisher-kill-") as folder:
         root = Path(folder).resolve()
         make_world(root)
-        known = verbs(root)
-        cases = [
-            (name, state)
-            for name, verb in known.items()
-            for state in STATES
-            if not (verb.is_file and state == "empty") and not (state == "existing" and verb.older is None)
-        ]
-        expected: dict[tuple[str, str], tuple[Contents, Contents, int]] = {}
-        for name, state in cases:
-            out = prepare(known[name], state, root / "trial")
-            before = contents(out)
-            operations.folder, operations.count = str(root / "trial"), 0
-            with Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-                known[name].run(out)
-            operations.folder = None
-            expected[name, state] = before, contents(out), operations.count
-            if left_over(root / "trial"):
-                print(f"{name}: an uninterrupted run leaves {left_over(root / 'trial')}")
+        known, place = verbs(root), root / "trial"
+        cases = cases_of(known)
+        expected = {case: uninterrupted(known[case[0]], case[1], place, operations) for case in cases}
         print(f"{len(cases)} cases, {time.monotonic() - begin:.0f} s", flush=True)
         for number in range(options.trials):
             name, state = cases[number % len(cases)]
-            verb, (before, whole, count) = known[name], expected[name, state]
-            out = prepare(verb, state, root / "trial")
-            ending, at = chance.choice(SIGNALS), chance.randint(1, count)
-
-            def run(verb: Verb = verb, out: Path = out, at: int | None = at, ending: int = ending) -> None:
-                operations.folder, operations.count = str(root / "trial"), 0
-                operations.at, operations.signal = at, ending
-                died_early(operations, lambda: verb.run(out))()
-
-            status = forked(run)
-            row = table.setdefault(name, Counter())
-            row["trials"] += 1
-            row["killed"] += status == -ending
-            now, found = contents(out), []
-            failure = judge(verb, now, before, whole)
-            if failure:
-                found.append(failure)
-            if ending != signal.SIGKILL and left_over(root / "trial"):
-                found.append(FAILURES[2])
-            complete = now == whole and not verb.replaces
-            if complete:
-                row["complete"] += 1
-            else:
-                forked(lambda run=run: run(at=None))  # type: ignore[misc]
-                if contents(out) != whole or left_over(root / "trial"):
-                    found.append(FAILURES[3])
-            row.update(found)
-            if found:
-                print(f"{name}, OUT {state}, {ending.name} before operation {at} of {count} ({status}): {found}")
-                print(f"   before {sorted(before)}, now {sorted(now)}, left {left_over(root / 'trial')}", flush=True)
-    columns = ("trials", "killed", "complete", *FAILURES)
+            row, told = trial(known[name], state, place, expected[name, state], operations, chance)
+            table.setdefault(name, Counter()).update(row)
+            if failures := [failure for failure in FAILURES if row[failure]]:
+                print(f"{name}: {failures}: {told}", flush=True)
     print(f"seed {options.seed}, {time.monotonic() - begin:.0f} s")
-    print("verb".ljust(16), *(column.rjust(max(len(column), 6)) for column in columns))
-    total: Counter[str] = sum(table.values(), Counter())
-    for name, row in [*table.items(), ("all", total)]:
-        print(name.ljust(16), *(str(row[column]).rjust(max(len(column), 6)) for column in columns))
+    total = print_table(table)
     return int(any(total[failure] for failure in FAILURES))
 
 
