@@ -270,6 +270,7 @@ def main() -> int:
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with SIGINT ignored
     operations = counted_operations()
     table: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory(prefix="squisher-kill-") as folder:
