@@ -35,8 +35,9 @@ from squisher_mergekit.tensors.folder_moves import (
     put_folder,
     recover,
     sync,
-    tensor_stamps,
+    tensor_states,
 )
+from squisher_mergekit.tensors.input_files import FileState, file_state
 from squisher_mergekit.tensors.output_errors import output_errors
 from squisher_mergekit.tensors.temporary import temporary_folder
 
@@ -45,7 +46,7 @@ STANDARD_OUTPUT = "-"
 _READER_DELAY = 10
 _data_stream: list[BinaryIO] = []
 # State of the files of :func:`one_writer` when their blocks began.
-_before: dict[Path, tuple[int, int, int] | None] = {}
+_before: dict[Path, FileState | None] = {}
 
 
 @contextlib.contextmanager
@@ -70,7 +71,7 @@ def written_beside(
     target = Path(os.path.realpath(out))
     with output_errors(out, "folder"), _made_folders(target.parent):
         recover(target)
-        before = tensor_stamps(target)
+        before = tensor_states(target)
         with temporary_folder(place_beside(target), target.name) as scratch:
             folder = scratch / target.name
             folder.mkdir()
@@ -129,7 +130,7 @@ def written_file(file: Path, new: bool = False) -> Iterator[Path]:
                     shutil.copyfileobj(source, stream)
             return
         target = Path(os.path.realpath(file))
-        before = _before.get(target, _stamp(target))
+        before = _before.get(target, _state_if_any(target))
         with _made_folders(target.parent):
             inside = os.access(target.parent, os.W_OK | os.X_OK) or not target.is_file()
             place = target.parent if inside else Path(tempfile.gettempdir())
@@ -137,34 +138,33 @@ def written_file(file: Path, new: bool = False) -> Iterator[Path]:
                 yield scratch / target.name
                 sync(scratch / target.name)
                 with _locked_folder(target.parent):
-                    if not new and _stamp(target) != before:
+                    if not new and _state_if_any(target) != before:
                         raise OutputError(
                             f"{target} must have one writer, but another process has written it meanwhile; choose "
                             "another file"
                         )
                     _put_file(scratch / target.name, target, new)
                 if target in _before:
-                    _before[target] = _stamp(target)
+                    _before[target] = _state_if_any(target)
 
 
 @contextlib.contextmanager
 def one_writer(file: Path) -> Iterator[None]:
     """Let :func:`written_file` refuse a file that another process makes or changes from now to the end of the block."""
     target = Path(os.path.realpath(file))
-    _before[target] = _stamp(target)
+    _before[target] = _state_if_any(target)
     try:
         yield
     finally:
         _before.pop(target, None)
 
 
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """Return inode, size and time of change of a file, which reveal that it was changed; None if there is none."""
+def _state_if_any(file: Path) -> FileState | None:
+    """Return the state of a file; None if there is none."""
     try:
-        state = file.stat()
+        return file_state(file)
     except OSError:
         return None
-    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 @contextlib.contextmanager

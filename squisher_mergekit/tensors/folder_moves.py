@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from squisher_mergekit.errors import OutputError
+from squisher_mergekit.tensors.input_files import FileState, file_state
 from squisher_mergekit.tensors.temporary import cleaned_up, is_temporary, remove_stale, temporary_folder
 
 Existing = Literal["refuse", "keep", "replace"]
@@ -197,18 +198,17 @@ def _is_copy(source: Path, target: Path) -> bool:
     return os.path.samestat(ours, theirs) or same
 
 
-def tensor_stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+def tensor_states(folder: Path) -> dict[str, FileState]:
     """Return the state of the files with tensors in a folder."""
     if not folder.is_dir():
         return {}
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-    states = {path.name: path.stat() for path in files if path.is_file()}
-    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states.items()}
+    return {path.name: file_state(path) for path in files if path.is_file()}
 
 
-def check_unchanged(out: Path, before: dict[str, tuple[int, int, int]]) -> None:
+def check_unchanged(out: Path, before: dict[str, FileState]) -> None:
     """Raise if another process has written tensors into a folder since it was looked at."""
-    changed = sorted(name for name, stamp in tensor_stamps(out).items() if before.get(name) != stamp)
+    changed = sorted(name for name, state in tensor_states(out).items() if before.get(name) != state)
     if changed:
         raise OutputError(
             f"{out} must have one writer, but another process has written {changed[0]} meanwhile; choose another folder"

@@ -21,6 +21,7 @@ MOST_JSON = 200_000_000  # bytes; the history of a long run is the largest JSON 
 MOST_YAML = 2_000_000  # bytes; PyYAML needs about ten seconds for each million
 _MOST_NODES = 200_000  # values in a YAML document with its aliases expanded
 _COPY = "copy it again"
+FileState = tuple[int, int, int]  # inode, size, time of change
 
 
 @contextmanager
@@ -87,10 +88,37 @@ def open_input(file: Path) -> BinaryIO:
         raise
 
 
-def file_state(stream: BinaryIO) -> tuple[int, int, int]:
-    """Return inode, size and time of change of an open file, which reveal that it was changed or replaced."""
-    found = os.fstat(stream.fileno())
+def file_state(file: Path | BinaryIO) -> FileState:
+    """Return inode, size and time of change of a file, open or not, which reveal that it was changed or replaced."""
+    found = file.stat() if isinstance(file, Path) else os.fstat(file.fileno())
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def read_into(buffer: memoryview, file: Path, offset: int, state: FileState, required: str) -> None:
+    """Fill a buffer with the bytes of a file from an offset on.
+
+    A copy is safe where a mapping is not: a page behind the end of a file that was truncated meanwhile would stop the
+    process by a bus error.
+
+    Args:
+        buffer: The bytes to fill.
+        file: The file.
+        offset: Offset of the first byte.
+        state: State of the file when its header was read.
+        required: Noun phrase of the required content, for the message.
+
+    Raises:
+        CorruptFileError: The file has changed since then.
+    """
+    with reading(file, required), open_input(file) as stream:
+        if file_state(stream) != state:
+            raise ValueError("it has changed since its header was read")
+        stream.seek(offset)
+        while buffer:
+            count = stream.readinto(buffer)  # type: ignore[attr-defined]
+            if not count:
+                raise ValueError("it became shorter")
+            buffer = buffer[count:]
 
 
 def refuse_irregular(folder: Path) -> None:

@@ -17,7 +17,15 @@ import torch
 
 from squisher_mergekit.errors import CorruptFileError, MismatchError, UnsupportedStateError
 from squisher_mergekit.tensors.dtypes import DTYPES, dtype_refusal
-from squisher_mergekit.tensors.input_files import file_state, is_name, open_input, read_mapping, reading
+from squisher_mergekit.tensors.input_files import (
+    FileState,
+    file_state,
+    is_name,
+    open_input,
+    read_into,
+    read_mapping,
+    reading,
+)
 
 DIGEST = ".crc32"  # ending of the note in a header with the digest of a tensor
 _LONGEST = 100_000_000  # bytes of a header, as the format allows
@@ -119,7 +127,7 @@ class SafetensorsHeader:
     entries: Mapping[str, Mapping[str, Any]]
     metadata: Mapping[str, str]
     start: int
-    state: tuple[int, int, int]
+    state: FileState
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
@@ -200,16 +208,8 @@ def _read_bytes(header: SafetensorsHeader, name: str) -> torch.Tensor:
     """Return the bytes of a tensor."""
     begin, end = header.entries[name]["data_offsets"]
     data = torch.empty(end - begin, dtype=torch.uint8)
-    left = memoryview(data.numpy().data).cast("B") if end > begin else memoryview(b"")
-    with reading(header.file, "a whole safetensors file that nobody changes"), open_input(header.file) as stream:
-        if file_state(stream) != header.state:
-            raise ValueError(f"it has changed since its header was read, so {name} cannot be read")
-        stream.seek(header.start + begin)
-        while left:
-            count = stream.readinto(left)  # type: ignore[attr-defined]
-            if not count:
-                raise ValueError(f"it ends inside {name}")
-            left = left[count:]
+    required = f"a whole safetensors file that nobody changes while {name} is read"
+    read_into(data.numpy().data, header.file, header.start + begin, header.state, required)
     return data
 
 

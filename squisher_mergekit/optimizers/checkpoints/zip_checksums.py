@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError
-from squisher_mergekit.tensors.input_files import file_state, open_input, reading
+from squisher_mergekit.tensors.input_files import FileState, file_state, read_into
 
 _MOST_PICKLE = 1 << 29  # bytes; tensors are stored outside the pickle
 _SMALL = 64  # bytes of a tensor that is copied into memory at once, such as a step
@@ -99,7 +99,7 @@ class _MappedFile:
     """
 
     path: Path
-    state: tuple[int, int, int]
+    state: FileState
 
     def read(self, offset: int, length: int) -> Tensor:
         """Return bytes of the archive, copied into memory.
@@ -108,16 +108,7 @@ class _MappedFile:
             CorruptFileError: The archive has changed since it was mapped.
         """
         data = torch.empty(length, dtype=torch.uint8)
-        left = memoryview(data.numpy().data).cast("B") if length else memoryview(b"")
-        with reading(self.path, "a whole file that nobody changes"), open_input(self.path) as stream:
-            if file_state(stream) != self.state:
-                raise ValueError("it has changed since it was opened")
-            stream.seek(offset)
-            while left:
-                count = stream.readinto(left)  # type: ignore[attr-defined]
-                if not count:
-                    raise ValueError("it became shorter")
-                left = left[count:]
+        read_into(data.numpy().data, self.path, offset, self.state, "a whole file that nobody changes")
         return data
 
 
@@ -167,8 +158,7 @@ class Checksums:
             raise CorruptFileError(
                 f"the tensors in {path} must each be one record of its archive, but their sizes differ; copy it again"
             )
-        with open_input(path) as stream:
-            file = _MappedFile(path, file_state(stream))
+        file = _MappedFile(path, file_state(path))
         pairs = [*zip(self._starts, self._records, strict=True)]
         pairs += [(pointer, (record, file)) for pointer, record in found.items() if record is not None]
         pairs.sort(key=lambda pair: pair[0])
