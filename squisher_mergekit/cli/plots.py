@@ -115,18 +115,14 @@ def merged_steps(report: Mapping[str, Any], title: str) -> bytes:
     figure = Figure(figsize=(9, 2.2 + 0.22 * len(layers) + 0.2 * len(labels)), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    ends = {negative: [0.0] * len(layers) for negative in (False, True)}
     for place, label in enumerate(labels):
         shares = [report["layers"][layer]["share"].get(label, 0.0) for layer in layers]
         # A negative share is drawn to the left of 0.
-        before = [
-            sum(
-                value
-                for other in labels[:place]
-                if (value := report["layers"][layer]["share"].get(other, 0.0)) * share > 0
-            )
-            for layer, share in zip(layers, shares, strict=True)
-        ]
-        left.barh(layers, shares, left=before, height=_HEIGHT, color=f"C{place % 10}", label=_tail(label))
+        starts = [ends[share < 0][row] for row, share in enumerate(shares)]
+        left.barh(layers, shares, left=starts, height=_HEIGHT, color=f"C{place % 10}", label=_tail(label))
+        for row, share in enumerate(shares):
+            ends[share < 0][row] += share
     left.set_xlabel("share of the merged step")
     right.barh(layers, [report["layers"][layer]["conflict"] for layer in layers], height=_HEIGHT, color="0.5")
     right.set_xlabel("conflict (0: none, 1: models cancel out)")

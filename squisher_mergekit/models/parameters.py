@@ -14,7 +14,7 @@ from squisher_mergekit.models.adapters import disk_names
 from squisher_mergekit.models.checkpoint_names import CheckpointNames, ParameterInfo, of_model
 
 DDP = "module."
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def unwrapped(name: str) -> str:
@@ -24,7 +24,7 @@ def unwrapped(name: str) -> str:
         >>> unwrapped("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
         'encoder.weight'
     """
-    for wrapper in _WRAPPERS:
+    for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     while name.startswith(DDP):
         name = name.removeprefix(DDP)

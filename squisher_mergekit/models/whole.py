@@ -5,9 +5,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from squisher_mergekit.models.loading import FilledKeys, LoadableModel
+from squisher_mergekit.models.parameters import DDP, WRAPPERS
 
 _SHOWN = 3
-_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
+_PREFIXES = (*WRAPPERS, DDP, "base_model.model.")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Gaps:
     def prefix_cure(self) -> str | None:
         """Return the cure where a wrapper's prefix hides all tensors of the models; None where there is none."""
         names = [name for group in self.dropped.values() for name in group]
-        prefix = next((each for each in _WRAPPERS if names and all(name.startswith(each) for name in names)), None)
+        prefix = next((each for each in _PREFIXES if names and all(name.startswith(each) for name in names)), None)
         if prefix is None:
             return None
         return f"save the models without the wrapper whose prefix is {prefix}, by save_pretrained of the model inside"

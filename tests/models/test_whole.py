@@ -30,7 +30,7 @@ def test_packed_experts_lose_nothing():
 
 
 def test_an_expert_that_is_not_written():
-    """Of experts that keep their own names, a part that is not written is lost."""
+    """A part that is not written is lost where experts keep their own names."""
     model = _model()
     rest = [key for key in model.needed() if key not in PACKED]
     files = ReadFiles("a", frozenset([*rest, *EXPERTS]), frozenset([*rest, *EXPERTS[:-1]]))

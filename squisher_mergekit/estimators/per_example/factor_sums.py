@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from squisher_mergekit.estimators.per_example.layer_kinds import exact, rule_of
 from squisher_mergekit.estimators.per_example.linear_embedding import chunk_of, factors, products
 from squisher_mergekit.estimators.per_example.tape import Uses
-from squisher_mergekit.fisher.factors.blocks import block_shape
+from squisher_mergekit.fisher.factors.blocks import block_shape, second_moments
 from squisher_mergekit.fisher.factors.mapping import SIDES, Side
 
 Sums = dict[nn.Parameter, Tensor]
@@ -77,8 +77,6 @@ class FactorSums:
                 continue
             total = sums[parameter]
             matrices = gradients if side == "rows" else gradients.mT
-            blocks, width, _ = total.shape
-            room = blocks * width - matrices.shape[1]
-            padded = torch.nn.functional.pad(matrices.to(total.dtype), (0, 0, 0, room))
-            wide = padded.reshape(len(padded), blocks, width, -1).permute(1, 2, 0, 3).reshape(blocks, width, -1)
-            total.baddbmm_(wide, wide.mT)
+            # One product over all examples: their columns stand side by side.
+            wide = matrices.to(total.dtype).transpose(0, 1).flatten(1)
+            total.add_(second_moments(wide, self.block))

@@ -265,7 +265,10 @@ def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
         local = Path(model.model.path)
         single = local.is_file()
         folder = local if single else Path(loader.index.base_path)
-        weights = run.opened.get(folder) or Weights(folder)
+        weights = run.opened.get(folder)
+        if weights is None:  # of a single file, or of no mergekit-yaml
+            weights = Weights(folder)
+            refuse_quantised(weights, str(model))
         if not single:
             _refuse_two_versions(weights, loader)
         run.models[model] = ModelFiles(
@@ -276,7 +279,6 @@ def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
             adapter=model.lora is not None,
             convertible=lambda: not single and converts(model_type(model)),
         )
-        refuse_quantised(weights, str(model))
     return run.models[model]
 
 

@@ -51,26 +51,6 @@ def check_document(document: Mapping[str, Any], schema: type[BaseModel]) -> None
             )
     _check_chat_template(document.get("chat_template"))
     _check_listed_once(document.get("models"))
-    for place, layers in _layer_ranges(document):
-        whole = isinstance(layers, list | tuple) and len(layers) == 2 and all(type(each) is int for each in layers)
-        if whole and not 0 <= layers[0] < layers[1]:
-            raise ConfigError(
-                f"{place} must be [first, end] with 0 <= first < end (the layer end is left out), found {list(layers)}"
-            )
-
-
-def _layer_ranges(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield place and value of each ``layer_range`` of a document."""
-    modules = document.get("modules")
-    further = modules.items() if isinstance(modules, Mapping) else ()
-    parts = {"": document} | {f"modules.{name}.": part for name, part in further}
-    for prefix, part in parts.items():
-        pieces = part.get("slices") if isinstance(part, Mapping) else None
-        for i, piece in enumerate(pieces if isinstance(pieces, list) else ()):
-            sources = piece.get("sources") if isinstance(piece, Mapping) else None
-            for j, source in enumerate(sources if isinstance(sources, list) else ()):
-                if isinstance(source, Mapping):
-                    yield f"{prefix}slices[{i}].sources[{j}].layer_range", source.get("layer_range")
 
 
 def _check_chat_template(template: Any) -> None:

@@ -78,16 +78,16 @@ def _check_tokenizers(config: Any) -> None:
 
 
 def _check_range(source: Any, place: str) -> None:
-    """Refuse a range of more layers than any model has, which mergekit would list one by one.
+    """Refuse layers that no model has, which mergekit would list one by one, and a range without layers.
 
     Raises:
-        ConfigError: The range ends beyond the limit.
+        ConfigError: The range is empty, begins before the first layer, or ends beyond the limit.
     """
-    last = max(getattr(source, "layer_range", None) or (0,))
-    if last > MOST_LAYERS:
+    layers = getattr(source, "layer_range", None)
+    if layers is not None and not 0 <= layers[0] < layers[1] <= MOST_LAYERS:
         raise ConfigError(
-            f"the layer_range beside {place} must end at the last layer of the model, at most {MOST_LAYERS}, found "
-            f"{last}; correct it"
+            f"{place.removesuffix('model')}layer_range must be [first, end] with 0 <= first < end <= {MOST_LAYERS} "
+            f"(the layer end is left out), found {list(layers)}"
         )
 
 

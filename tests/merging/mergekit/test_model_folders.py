@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from mergekit.config import MergeConfiguration
 
-from squisher_mergekit.errors import NotFoundError
+from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.merging.mergekit import model_folders
 from tests.merging.reference import assert_config_refused, assert_refused, merged
 
@@ -124,3 +124,15 @@ def test_weights_in_a_form_that_mergekit_does_not_read(tmp_path: Path, pair: dic
     (tmp_path / "m0" / "model.safetensors").rename(tmp_path / "m0" / name)
     (tmp_path / "m0" / "fisher.safetensors").unlink()
     assert_config_refused(tmp_path, pair, "models[0].model must have weights as model.safetensors", name)
+
+
+@pytest.mark.parametrize("layers", [(3, 70_000), (3, 5 * 10**9), (2, 2), (3, 1), (-1, 2)])
+def test_a_range_of_layers_that_no_model_has(layers: tuple[int, int]) -> None:
+    """A range without layers, or beyond any model, is refused at once; mergekit would list the layers one by one."""
+    sources = [{"model": name, "layer_range": layers} for name in ("org/a", "org/b")]
+    config = MergeConfiguration.model_validate({"merge_method": "squisher", "slices": [{"sources": sources}]})
+    with pytest.raises(ConfigError) as found:
+        model_folders.resolve_models(config)
+    wanted = "slices[0].sources[0].layer_range must be [first, end] with 0 <= first < end <= 10000"
+    assert str(found.value).startswith(wanted)
+    assert str(found.value).endswith(f"found {list(layers)}")
