@@ -14,22 +14,20 @@ trials count as unchecked.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import os
 import random
 import resource
-import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from scripts.checkpoints import fuzz
 from scripts.checkpoints.damage import BYTES, MARKER
+from scripts.checkpoints.fuzz_targets import Target, make_targets, refused
 
 HOSTILE: tuple[Any, ...] = (
     None, True, -1, 0, 1, 3, 10**400, 1 << 63, 1 << 70, 1e308, -1e308, 1e-320, 3.5, float("nan"), float("inf"),
@@ -54,191 +52,6 @@ YAML_BOMBS = (
     "- - - - -\n",
     "~",
 )
-
-
-class Target:
-    """Input of one kind, with the function that reads it.
-
-    Attributes:
-        name: Name for the report.
-        folder: Folder of the input.
-        files: Files that are damaged.
-        read: Function that reads everything, and raises an AssertionError if the content is wrong.
-        verified: True if the reader must notice every changed byte of a tensor.
-    """
-
-    def __init__(self, name: str, folder: Path, read: Callable[[Path], None], verified: bool, pattern: str) -> None:
-        self.name, self.folder, self.read, self.verified = name, folder, read, verified
-        self.files = sorted(path for path in folder.rglob("*") if path.is_file() and path.match(pattern))
-        self.contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    def restore(self) -> None:
-        """Write the folder's files as they were."""
-        shutil.rmtree(self.folder)
-        for path, content in self.contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-
-
-# ---- the inputs
-
-
-def make_targets(root: Path) -> list[Target]:
-    """Write one input of every kind, and return them with their readers."""
-    import torch
-    from safetensors.torch import load_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from squisher_mergekit.applications.fish_mask.difference import (
-        DifferenceMetadata,
-        read_difference,
-        write_difference,
-    )
-    from squisher_mergekit.applications.masks import Mask, read_mask, write_mask
-    from squisher_mergekit.applications.task2vec.embedding import embed, read_embedding, write_embedding
-    from squisher_mergekit.fisher.config import FisherConfig
-    from squisher_mergekit.fisher.mapping import Fisher
-    from squisher_mergekit.fisher.write import write_fisher
-    from squisher_mergekit.models.weights import Weights, open_weights
-    from squisher_mergekit.optimizers.load import load_fisher
-
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=32, tie_word_embeddings=False,
-    )  # fmt: skip
-    for number, name in enumerate(("a", "b")):
-        torch.manual_seed(number)
-        LlamaForCausalLM(config).save_pretrained(root / "models" / name)
-    weights = load_file(root / "models/a/model.safetensors")
-    metadata = FisherConfig(
-        estimator="squisher", statistic="ema", steps=7, optimizer={"beta2": 0.99}, examples_per_step=4
-    )
-    fisher = Fisher({name: torch.rand_like(tensor) * 1e-6 for name, tensor in weights.items()}, metadata)
-    truth = {}
-
-    def read_fisher(folder: Path) -> None:
-        found = load_fisher(folder, model=root / "models/a")
-        for name in found:
-            tensor = found[name]
-            if not torch.equal(tensor, truth[folder.name][name]):
-                raise AssertionError(f"{name} differs")
-            for scaling in ("debiased", "per_example"):
-                with contextlib.suppress(_refused()):
-                    if not torch.isfinite(found.scaled(name, scaling)).all():
-                        raise AssertionError(f"{name} is not finite at scaling {scaling}")
-        with contextlib.suppress(_refused()):
-            mean, norm = found.moments()
-            if not (0 <= mean < float("inf") and 0 <= norm < float("inf")):
-                raise AssertionError(f"mean {mean}, norm {norm}")
-
-    targets = []
-    for name, options in (
-        ("fisher", {}), ("fisher-sharded", {"shard_bytes": 4000}), ("fisher-log8", {"compress": "log8"}),
-        ("fisher-log4", {"compress": "log4"}), ("fisher-rank1", {"compress": "rank1"}),
-    ):  # fmt: skip
-        folder = root / "fishers" / name
-        write_fisher(fisher, folder, **options)
-        opened = load_fisher(folder)
-        truth[name] = {key: opened[key] for key in opened}
-        targets.append(Target(name, folder, read_fisher, True, "*"))
-
-    masks = {name: torch.rand(tensor.shape) > 0.7 for name, tensor in weights.items()}
-    masks["model.norm.weight"] = torch.ones(16, dtype=torch.bool)
-    (root / "mask").mkdir()
-    write_mask(Mask(masks, {"score": "random"}), root / "mask/mask.safetensors")
-
-    def read_masks(folder: Path) -> None:
-        found = read_mask(folder)
-        found.check(Weights(root / "models/a").infos, "a")
-        for name in found:
-            if not torch.equal(found[name], masks[name]):
-                raise AssertionError(f"{name} differs")
-
-    targets.append(Target("mask", root / "mask", read_masks, False, "*"))
-
-    (root / "difference").mkdir()
-    tuned, base = Weights(root / "models/a"), Weights(root / "models/b")
-    write_difference(tuned, base, root / "difference/difference.safetensors", DifferenceMetadata(tuned="{}", base="{}"))
-
-    def read_differences(folder: Path) -> None:
-        found = read_difference(folder)
-        for name in tuned.infos:
-            if found.changes(name) and not torch.equal(found.put(name, tuned.read(name), "base", "a"), base.read(name)):
-                raise AssertionError(f"{name} differs")
-        for name in found.whole("base"):
-            found.read_whole(name, "base")
-
-    targets.append(Target("difference", root / "difference", read_differences, False, "*"))
-
-    write_embedding(embed(fisher, name="a"), root / "embedding/a.safetensors")
-
-    def read_embeddings(folder: Path) -> None:
-        for tensor in read_embedding(folder / "a.safetensors").tensors.values():
-            if not torch.isfinite(tensor).all():
-                raise AssertionError("an embedding is not finite")
-
-    targets.append(Target("embedding", root / "embedding", read_embeddings, False, "*"))
-
-    def read_model(folder: Path) -> None:
-        found = open_weights(folder)
-        _ = found.fingerprint, found.config, found.outline
-        for name in found.infos:
-            if name not in weights or not torch.equal(found.read(name), weights[name]):
-                raise AssertionError(f"{name} differs")
-
-    shutil.copytree(root / "models/a", root / "model")
-    targets.append(Target("model", root / "model", read_model, False, "*"))
-
-    (root / "yaml").mkdir()
-    (root / "yaml/merge.yml").write_text(json.dumps(_merge(root)))
-    targets.append(Target("yaml", root / "yaml", lambda folder: _run("plan", folder / "merge.yml"), True, "*"))
-
-    shutil.copytree(root / "models/b", root / "merge/b")
-    shutil.copytree(root / "fishers/fisher", root / "merge/fb")
-    (root / "merge/merge.yml").write_text(json.dumps(_merge(root, root / "merge/b", root / "merge/fb")))
-
-    def merge(folder: Path) -> None:
-        out = root / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        _run("merge", folder / "merge.yml", out, "--no-copy-tokenizer", "--quiet")
-        for name, tensor in load_file(out / "model.safetensors").items():
-            if not torch.isfinite(tensor).all():
-                raise AssertionError(f"NaN in {name} of a merge that succeeded")
-
-    targets.append(Target("merge", root / "merge", merge, False, "*"))
-    return targets
-
-
-def _merge(root: Path, second: Path | None = None, fisher: Path | None = None) -> dict[str, Any]:
-    """Return the configuration of a small merge."""
-    models = [
-        (root / "models/a", root / "fishers/fisher"),
-        (second or root / "models/b", fisher or root / "fishers/fisher-log8"),
-    ]
-    return {
-        "merge_method": "squisher",
-        "base_model": str(models[0][0]),
-        "dtype": "float32",
-        "models": [
-            {"model": str(model), "parameters": {"weight": 0.5, "fisher": str(path), "fisher_scale": 1.0}}
-            for model, path in models
-        ],
-        "parameters": {"normalize": "mean", "floor": 0.01, "scaling": "debiased", "missing": "error"},
-    }
-
-
-def _run(verb: str, *arguments: Path | str) -> None:
-    """Run a command in this process; its refusals are raised."""
-    from squisher_mergekit.cli.main import main
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        main.main([verb, *map(str, arguments)], standalone_mode=False)
-
-
-def _refused() -> type[Exception]:
-    from click import ClickException
-
-    return ClickException
 
 
 # ---- the damage
@@ -363,7 +176,7 @@ def judge(target: Target, unchecked: bool) -> str:
     """Read a damaged input, and return the outcome."""
     try:
         target.read(target.folder)
-    except _refused() as error:
+    except refused() as error:
         if "\n" in error.format_message():
             raise AssertionError(f"an error of several lines: {error!s:.300}") from error
         return "refused"
