@@ -83,7 +83,7 @@ def make_targets(root: Path) -> list[Target]:
 
 
 def fisher_targets(world: World) -> list[Target]:
-    """Write the Fisher in each form."""
+    """Write the Fisher in each form, in one with factors."""
     import torch
 
     from squisher_mergekit.fisher.write import write_fisher
@@ -101,22 +101,49 @@ def fisher_targets(world: World) -> list[Target]:
                 with contextlib.suppress(refused()):
                     if not torch.isfinite(found.scaled(name, scaling)).all():
                         raise AssertionError(f"{name} is not finite at scaling {scaling}")
+        for stored, factor in factors_by_name(found).items():
+            if not torch.equal(factor, truth[folder.name][stored]):
+                raise AssertionError(f"{stored} differs")
         with contextlib.suppress(refused()):
             mean, norm = found.moments()
             if not (0 <= mean < float("inf") and 0 <= norm < float("inf")):
                 raise AssertionError(f"mean {mean}, norm {norm}")
 
+    with_factors = world.fisher.with_factors(draw_factors(world))
     targets = []
-    for name, options in (
-        ("fisher", {}), ("fisher-sharded", {"shard_bytes": 4000}), ("fisher-log8", {"compress": "log8"}),
-        ("fisher-log4", {"compress": "log4"}), ("fisher-rank1", {"compress": "rank1"}),
+    for name, fisher, options in (
+        ("fisher", world.fisher, {}), ("fisher-sharded", world.fisher, {"shard_bytes": 4000}),
+        ("fisher-log8", world.fisher, {"compress": "log8"}), ("fisher-log4", world.fisher, {"compress": "log4"}),
+        ("fisher-rank1", world.fisher, {"compress": "rank1"}), ("fisher-factors", with_factors, {}),
     ):  # fmt: skip
         folder = world.root / "fishers" / name
-        write_fisher(world.fisher, folder, **options)
+        write_fisher(fisher, folder, **options)
         opened = load_fisher(folder)
-        truth[name] = {key: opened[key] for key in opened}
+        truth[name] = {key: opened[key] for key in opened} | factors_by_name(opened)
         targets.append(Target(name, folder, read, True, "*"))
     return targets
+
+
+def draw_factors(world: World) -> Any:
+    """Return factors over both sides of the matrices, in blocks."""
+    import torch
+
+    from squisher_mergekit.fisher.config import FactorsInfo
+    from squisher_mergekit.fisher.factors.blocks import second_moments
+    from squisher_mergekit.fisher.factors.mapping import factors_in_memory
+
+    matrices = {name: torch.randn_like(tensor) for name, tensor in world.weights.items() if tensor.ndim == 2}
+    rows = {name: second_moments(matrix, 8) for name, matrix in matrices.items()}
+    columns = {name: second_moments(matrix.mT, 8) for name, matrix in matrices.items()}
+    shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    return factors_in_memory(
+        {"rows": rows, "columns": columns}, FactorsInfo(source="recorded", statistic="ema"), shapes
+    )
+
+
+def factors_by_name(fisher: Any) -> dict[str, Any]:
+    """Return ``NAME.SIDE`` -> factor."""
+    return {f"{name}.{s}": f for s in ("rows", "columns") for name, f in fisher.factors.side(s).items()}
 
 
 def mask_target(world: World) -> Target:
