@@ -9,12 +9,12 @@ from mergekit.merge_methods import merge_state_dicts
 from torch import Tensor
 
 from scripts.experiments.runner import TIMINGS, Result, cpu_seconds
+from squisher_mergekit.merging.parameters import DAMPING
 
 Weights = Mapping[str, Tensor]
 Scores = dict[str, float]
 Options = Mapping[str, Any]
 STRUCTURES = ("rows", "columns", "kron")
-DAMPING = {"rows": 0.1, "columns": 0.01, "kron": 0.03}
 SHARES, LAMBDAS = (0.1, 0.05, 0.2), (1.0, 0.7, 1.5)
 MASKED = {"share": SHARES, "lambda": LAMBDAS}
 ROWS = {

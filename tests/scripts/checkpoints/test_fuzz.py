@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.scripts.commands import run
+from tests.scripts.commands import plant, run
 
 
 @pytest.mark.slow
@@ -21,15 +21,11 @@ def test_300_damaged_checkpoints_are_read_right_or_refused(tmp_path):
 @pytest.mark.slow
 def test_a_reader_that_errs_is_found(tmp_path):
     """A reader that ignores checksums fails in the same trials, because flipped bytes pass."""
-    # Trials run in other processes, so a module that Python imports at its start plants the fault.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'squisher_mergekit.optimizers.checkpoints.safe_pickle':\n"
-        "            from squisher_mergekit.optimizers.checkpoints import zip_checksums\n"
-        "            zip_checksums.ArchiveRecord.check_crc = lambda *_: None\n"
-        "sys.meta_path.insert(0, Finder())\n"
+    plant(
+        tmp_path,
+        "squisher_mergekit.optimizers.checkpoints.safe_pickle",
+        "from squisher_mergekit.optimizers.checkpoints import zip_checksums",
+        "zip_checksums.ArchiveRecord.check_crc = lambda *_: None",
     )
     trials = ["-n", "150", "--only", "plain_ad", "--processes", "1"]
     done = run("checkpoints.fuzz", *trials, PYTHONPATH=str(tmp_path))

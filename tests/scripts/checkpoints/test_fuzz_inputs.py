@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.scripts.commands import run
+from tests.scripts.commands import plant, run
 
 
 @pytest.mark.slow
@@ -21,15 +21,11 @@ def test_300_damaged_inputs_are_read_right_or_refused(tmp_path):
 @pytest.mark.slow
 def test_a_reader_that_errs_is_found(tmp_path):
     """Without digests, damaged Fishers pass as right ones, and the fuzzer says so."""
-    # Trials run in other processes, so a module that Python imports at its start plants the fault.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'squisher_mergekit.fisher.files':\n"
-        "            from squisher_mergekit.tensors import safetensors\n"
-        "            safetensors._check_digest = lambda *_: None\n"
-        "sys.meta_path.insert(0, Finder())\n"
+    plant(
+        tmp_path,
+        "squisher_mergekit.fisher.files",
+        "from squisher_mergekit.tensors import safetensors",
+        "safetensors._check_digest = lambda *_: None",
     )
     trials = ["-n", "150", "--only", "fisher", "--processes", "1"]
     done = run("checkpoints.fuzz_inputs", *trials, PYTHONPATH=str(tmp_path))
