@@ -1,20 +1,19 @@
 """Merges of linear layers by given factors: rotated ones as a control, and factors that need data as references."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scripts.experiments.structure_merges import DAMPING, Models, Weights, diagonal, linear
-from squisher_mergekit.merging.coupling.equations import (
-    Side,
-    couple_rows,
-    couple_tiles,
-    row_factor,
-    shares_by_trace,
-)
+from scripts.experiments.structure_merges import Models, Weights, linear, structured
+from squisher_mergekit import Fisher
+from squisher_mergekit.fisher.config import FactorsInfo, FisherConfig
+from squisher_mergekit.fisher.factors.mapping import SIDES, factors_in_memory
+from squisher_mergekit.merging.coupling import equations as coupling
+from squisher_mergekit.merging.parameters import DAMPING
 
 BLOCK, STEPS = 128, 10
 Change = Callable[[str, str, Tensor], Tensor]
@@ -34,77 +33,27 @@ def by_factors(models: Models, structure: str, change: Change) -> Weights:
         structure: ``rows``, ``columns`` or ``kron``.
         change: Function from a model, a tensor and factors ``[blocks, b, b]`` to the factors to use.
     """
-    found = dict(diagonal(models))
-    for name in matrices(models):
-        if structure == "kron":
-            found[name] = _kron(models, name, found[name], change)
-        else:
-            found[name] = _rows(models, name, change, turned=structure == "columns")
-    return found
+    sides = SIDES if structure == "kron" else (structure,)
+    fishers = {}
+    for model, squares in models.fishers.items():
+        changed: dict[Any, dict[str, Tensor]] = {side: {} for side in sides}
+        for side, factors in changed.items():
+            for name in matrices(models):
+                factors[name] = change(model, f"{name} {side}", _factor(models, model, name, side))
+        shapes = {name: tuple(square.shape) for name, square in squares.items()}
+        given = factors_in_memory(changed, FactorsInfo(source="estimated", statistic="mean"), shapes)
+        metadata = FisherConfig(estimator="squisher", statistic="mean")
+        fishers[model] = Fisher(dict(squares), metadata, factors=given)
+    return structured(replace(models, fishers=fishers), structure)
 
 
-def _sides(models: Models, name: str, turned: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Return weights, second moments and base of a matrix, transposed if ``turned``."""
-    thetas = {model: weights[name] for model, weights in models.weights.items()}
-    squares = {model: fisher[name] for model, fisher in models.fishers.items()}
-    if not turned:
-        return thetas, squares, models.base[name]
-    return _transposed(thetas), _transposed(squares), models.base[name].mT
-
-
-def _transposed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor.mT for key, tensor in tensors.items()}
-
-
-def _blocks(matrix: Tensor) -> Tensor:
-    return matrix.reshape(-1, min(BLOCK, len(matrix)), matrix.shape[-1])
-
-
-def _rows(models: Models, name: str, change: Change, *, turned: bool) -> Tensor:
-    thetas, squares, origin = _sides(models, name, turned)
-    kind = "columns" if turned else "rows"
-    factors = [
-        change(model, f"{name} {kind}", row_factor(_blocks(theta - origin), _blocks(squares[model])))
-        for model, theta in thetas.items()
-    ]
-    traces = torch.stack([_blocks(square).sum((-2, -1), dtype=torch.float64) for square in squares.values()])
-    shares = shares_by_trace(traces, torch.ones(len(traces), dtype=torch.float64))
-    merged, _ = couple_rows([_blocks(theta) for theta in thetas.values()], factors, shares, DAMPING[kind])
-    matrix = merged.reshape(origin.shape)
-    return (matrix.mT if turned else matrix).contiguous()
-
-
-def _kron(models: Models, name: str, start: Tensor, change: Change) -> Tensor:
-    sides = []
-    for turned, kind in ((False, "rows"), (True, "columns")):
-        thetas, squares, origin = _sides(models, name, turned)
-        sides.append(
-            [
-                change(model, f"{name} {kind}", _levelled(theta - origin, squares[model]))
-                for model, theta in thetas.items()
-            ]
-        )
-    thetas, squares, _ = _sides(models, name, False)
-    traces = torch.stack([square.sum(dtype=torch.float64) for square in squares.values()])
-    tiles = _coupled(_tiles(start), [_tiles(theta) for theta in thetas.values()], sides, traces / traces.sum())
-    return tiles.transpose(1, 2).reshape(start.shape).contiguous()
-
-
-def _coupled(start: Tensor, thetas: Sequence[Tensor], sides: Sequence[Sequence[Tensor]], shares: Tensor) -> Tensor:
-    """Merge tiles by the factors of both sides."""
-    rows, columns = (Side.of(torch.stack(list(factors)), shares) for factors in sides)
-    return couple_tiles(start, thetas, rows, columns, shares, DAMPING["kron"], STEPS)
-
-
-def _levelled(step: Tensor, square: Tensor) -> Tensor:
-    """Return factors of blocks of rows, of mean eigenvalue 1 over the matrix."""
-    levels = _blocks(square).sum((-2, -1), dtype=torch.float64)
-    return row_factor(_blocks(step), _blocks(square)) * (levels / levels.mean()).float()[:, None, None]
-
-
-def _tiles(matrix: Tensor) -> Tensor:
-    height, width = (min(BLOCK, side) for side in matrix.shape)
-    return matrix.reshape(len(matrix) // height, height, -1, width).transpose(1, 2)
+def _factor(models: Models, model: str, name: str, side: str) -> Tensor:
+    """Return the factors of a matrix that follow from d and v, with the levels of v over its blocks."""
+    step, square = models.weights[model][name] - models.base[name], models.fishers[model][name]
+    step, square = (part.mT if side == "columns" else part for part in (step, square))
+    steps, squares = (part.reshape(-1, min(BLOCK, len(part)), part.shape[-1]) for part in (step, square))
+    levels = squares.sum((-2, -1), dtype=torch.float64)
+    return coupling.row_factor(steps, squares) * (levels / levels.mean()).float()[:, None, None]
 
 
 def rotation(seed: int) -> Change:
@@ -194,7 +143,10 @@ def kfac(models: Models, found: Mapping[str, Moments]) -> Weights:
         rows, columns = ([_unit(pair[side])[None] for pair in factors] for side in (1, 0))
         thetas = [weights[name][None, None] for weights in models.weights.values()]
         start = result[name][None, None]
-        result[name] = _coupled(start, thetas, [rows, columns], traces / traces.sum())[0, 0]
+        shares = traces / traces.sum()
+        over_rows, over_columns = (coupling.Side.of(torch.stack(side), shares) for side in (rows, columns))
+        merged = coupling.couple_tiles(start, thetas, over_rows, over_columns, shares, DAMPING["kron"], STEPS)
+        result[name] = merged[0, 0]
     return result
 
 

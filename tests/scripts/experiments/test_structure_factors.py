@@ -6,6 +6,7 @@ from torch import nn
 
 from scripts.experiments import structure_factors as factors
 from scripts.experiments import structure_merges as merges
+from squisher_mergekit.merging.coupling.equations import row_factor
 from tests.scripts.experiments.structure_models import few_models
 
 
@@ -21,7 +22,7 @@ def test_unchanged_factors_give_the_packages_merge(structure):
 
 def test_a_rotation_keeps_eigenvalues_and_changes_the_merge():
     """A rotated factor has the same eigenvalues, other entries, and gives another merge."""
-    factor = factors.row_factor(torch.randn(2, 6, 9), torch.rand(2, 6, 9))
+    factor = row_factor(torch.randn(2, 6, 9), torch.rand(2, 6, 9))
     turned = factors.rotation(3)("a", "w", factor)
     torch.testing.assert_close(torch.linalg.eigvalsh(turned), torch.linalg.eigvalsh(factor), rtol=1e-3, atol=1e-4)
     assert (turned - factor).abs().max() > 0.1
