@@ -248,13 +248,16 @@ def plan_tensor(
     if normalize == "auto":
         normalize = "none" if all(fisher.config.from_optimizer for fisher in fishers) else "mean"
     planned = plan(() if missing else tuple(uses), missing, normalize)
-    if missing or settings.structure == "diagonal":
-        return planned
-    reason = "an embedding, whose rows are tokens" if layout.embedding else _reason_to_uncouple(inputs)
+    return planned if missing or settings.structure == "diagonal" else _with_structure(planned, layout)
+
+
+def _with_structure(planned: TensorPlan, layout: MatrixLayout) -> TensorPlan:
+    """Return the plan of a coupled tensor with its recorded factors, or with the reason why it is not coupled."""
+    reason = "an embedding, whose rows are tokens" if layout.embedding else _reason_to_uncouple(planned.inputs)
     if reason:
         return replace(planned, uncoupled=reason)
-    sides = sides_of(settings.structure, layout.transposed)
-    with_factors = tuple(_with_recorded(use, sides, settings.block) for use in planned.uses)
+    sides, block = sides_of(planned.settings.structure, layout.transposed), planned.settings.block
+    with_factors = tuple(_with_recorded(use, sides, block) for use in planned.uses)
     return replace(planned, uses=with_factors, coupled=True, transposed=layout.transposed)
 
 
