@@ -60,6 +60,24 @@ class LazyGroup(click.Group):
         with cleaned_up_at_signals(ENDINGS):
             return super().main(*args, **kwargs)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; an error of the operating system about a path becomes one line.
+
+        Raises:
+            RefusedError: A path cannot be read.
+        """
+        from squisher_mergekit.errors import RefusedError
+
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.filename is None:  # such as the end of the pipe that reads the output, which click knows
+                raise
+            raise RefusedError(
+                f"every path must be one that can be read, but {error.filename!s:.200}: {error.strerror}; give another "
+                "path, or allow its use"
+            ) from error
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands, in the order of the help."""
         return list(VERBS)

@@ -17,6 +17,7 @@ from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.optimizers.load import find_source, find_state, load_fisher
+from squisher_mergekit.tensors.input_files import exists
 
 # mergekit writes it beside every merged model.
 _MERGE_FILE = "mergekit_config.yml"
@@ -142,7 +143,7 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None, base_of:
     """
     if value != "auto":
         path = Path(value).expanduser()
-        return path if path.exists() else hub.download_fisher(value, cache_dir)
+        return path if exists(path) else hub.download_fisher(value, cache_dir)
     if model.adapter:
         raise NotFoundError(
             f"{model.label} is a model with a LoRA applied, whose Fisher must be named: the second moments of the "

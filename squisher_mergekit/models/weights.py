@@ -27,7 +27,7 @@ from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.dtypes import FLOAT8
 from squisher_mergekit.tensors.folder_moves import is_new
-from squisher_mergekit.tensors.input_files import brief, read_mapping, refuse_irregular
+from squisher_mergekit.tensors.input_files import brief, exists, read_mapping, refuse_irregular
 from squisher_mergekit.tensors.safetensors import (
     SafetensorsHeader,
     SafetensorsStore,
@@ -169,7 +169,7 @@ def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
         CorruptFileError: A file is truncated, a shard is missing, or an entry of the folder is a FIFO or a device.
     """
     folder = Path(source).expanduser()
-    if not folder.exists():
+    if not exists(folder):
         folder = hub.download_model(str(source), option)
     refuse_irregular(folder)
     weights = Weights(folder)

@@ -19,6 +19,7 @@ from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.tensors.hub import download as download_files
 from squisher_mergekit.tensors.hub import split_revision
+from squisher_mergekit.tensors.input_files import exists
 
 LOG = logging.getLogger("squisher_mergekit")
 _STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]
@@ -91,7 +92,7 @@ def load_fisher(
         squisher_mergekit.errors.NotFoundError: a Fisher must be a file, a folder or a Hub id org/name[@revision], ...
     """
     path = Path(source).expanduser()
-    if not path.exists():
+    if not exists(path):
         path = download(str(source))
     tuned, before = _weights(model, "--model"), _weights(base, "--base")
     if path.is_dir():
@@ -166,7 +167,7 @@ def _weights(given: str | Path | Weights | None, option: str) -> Weights | None:
     if given is None or isinstance(given, Weights):
         return given
     path = Path(given).expanduser()
-    if not path.exists():
+    if not exists(path):
         raise NotFoundError(
             f"{option} must be a local folder with weights or their config.json, but there is no {path}"
         )

@@ -88,6 +88,19 @@ def open_input(file: Path) -> BinaryIO:
         raise
 
 
+def exists(path: Path) -> bool:
+    """Return True if a path that a user gave exists; False as well if no file system can have it, as it is too long.
+
+    Example:
+        >>> exists(Path()), exists(Path("x" * 5000))
+        (True, False)
+    """
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def file_state(file: Path | BinaryIO) -> FileState:
     """Return inode, size and time of change of a file, open or not, which reveal that it was changed or replaced."""
     found = file.stat() if isinstance(file, Path) else os.fstat(file.fileno())

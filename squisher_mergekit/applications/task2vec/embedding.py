@@ -20,7 +20,7 @@ from squisher_mergekit.fisher.values import Moments, check_values
 from squisher_mergekit.optimizers.load import load_fisher
 from squisher_mergekit.tensors.atomic import written_beside, written_file
 from squisher_mergekit.tensors.folder_moves import recover
-from squisher_mergekit.tensors.input_files import reading
+from squisher_mergekit.tensors.input_files import exists, reading
 from squisher_mergekit.tensors.safetensors import SafetensorsStore, read_header, safetensors_notes
 
 Per = Literal["row", "tensor", "entry"]
@@ -163,7 +163,7 @@ def default_name(location: str) -> str:
         >>> default_name("runs/movies/fisher.safetensors"), default_name("org/movies@main")
         ('movies', 'movies')
     """
-    path = Path(location.partition("@")[0] if not Path(location).exists() else location)
+    path = Path(location.partition("@")[0] if not exists(Path(location)) else location)
     path = path.parent if path.suffix in (".safetensors", ".json", ".pt", ".bin") else path
     return path.resolve().name
 
@@ -207,7 +207,7 @@ def split_name(source: str) -> tuple[str | None, str]:
         (('movies', 'runs/7/checkpoint-50'), (None, 'runs/7'))
     """
     name, sign, path = source.partition("=")
-    return (name, path) if sign and not Path(source).exists() else (None, source)
+    return (name, path) if sign and not exists(Path(source)) else (None, source)
 
 
 def _excluded(fisher: Fisher, with_vectors: bool, exclude: Sequence[str]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import check_free, write_fisher
 from squisher_mergekit.models.fingerprint import fingerprint
+from squisher_mergekit.tensors.input_files import exists
 from squisher_mergekit.tensors.sharded import OnRankZero
 
 Rows = Sequence[Mapping[str, Any]]
@@ -212,7 +213,7 @@ def _write_fisher(
     accumulator.divide()
     on_rank_zero = OnRankZero()
     fisher = accumulator.fisher(on_rank_zero, statistic="mean", num_examples=accumulator.examples)
-    name = None if Path(request.model).expanduser().exists() else request.model
+    name = None if exists(Path(request.model).expanduser()) else request.model
     fisher.config = fisher.config.model_copy(
         update={"weights_fingerprint": weights_fingerprint, "source": SourceInfo(layout="estimate", model=name)}
     )

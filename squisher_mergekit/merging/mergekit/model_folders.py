@@ -13,9 +13,11 @@ from squisher_mergekit.models.checkpoint_names import MOST_LAYERS
 from squisher_mergekit.models.weights import Weights, check_folder
 from squisher_mergekit.models.whole import names_text
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
+from squisher_mergekit.tensors.input_files import exists
 
 LOG = logging.getLogger("squisher_mergekit")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
+_LONGEST_ID = 300  # letters of org/name@revision; the Hub allows 96 each for the first two
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
 
 
@@ -64,7 +66,7 @@ def _check_tokenizers(config: Any) -> None:
         return
     if not isinstance(source, str):
         path = source.model.path
-        hint = "" if Path(path).exists() else meant(path, ("union", "base"))
+        hint = "" if exists(Path(path)) else meant(path, ("union", "base"))
         if hint:
             raise ConfigError(f"{key} must be union, base or a model, found {path!r}{hint}")
         check_path(path, key, "union, base, a model's folder or a Hub id")
@@ -97,7 +99,7 @@ def _model_folder(folder: Path, place: str) -> Path | None:
     Raises:
         NotFoundError: The path holds no model.
     """
-    if not folder.exists():
+    if not exists(folder):
         return None
     if (folder / "config.json").is_file():
         _check_model(folder, place)
@@ -160,10 +162,11 @@ def check_path(path: str, place: str, wanted: str, local: bool = False) -> None:
     Raises:
         NotFoundError: The path does not exist.
     """
-    if Path(path).exists() or not (local or path.startswith(("/", ".", "~")) or path.count("/") > 1):
+    on_hub = len(path) <= _LONGEST_ID and path.count("/") < 2 and not path.startswith(("/", ".", "~"))
+    if exists(Path(path)) or (on_hub and not local):
         return
     expanded = Path(path).expanduser()
-    if expanded.exists():
+    if exists(expanded):
         raise NotFoundError(f"{place} must not begin with ~, which mergekit does not expand; write {expanded}")
     raise NotFoundError(f"{place} must be {wanted}, but {describe_missing(expanded)}; correct the path")
 
@@ -171,7 +174,7 @@ def check_path(path: str, place: str, wanted: str, local: bool = False) -> None:
 def describe_missing(path: Path) -> str:
     """Describe a path that does not exist: its first missing part, and the neighbour of the nearest name."""
     absent = path
-    while absent.parent not in (absent, Path()) and not absent.parent.exists():
+    while absent.parent not in (absent, Path()) and not exists(absent.parent):
         absent = absent.parent
     text = f"there is no {path}" + (f" (nor {absent})" if absent != path else "")
     if absent.parent.is_dir():

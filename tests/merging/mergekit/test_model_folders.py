@@ -19,6 +19,19 @@ def test_a_path_that_does_not_exist(tmp_path: Path, pair: dict[str, Any]) -> Non
     assert_config_refused(tmp_path, pair, "models[1].model", f"there is no {tmp_path / 'mm1'}", "did you mean", "m1?")
 
 
+@pytest.mark.parametrize("path", ["x" * 5000, f"/tmp/{'x' * 5000}/a", "/tmp" + "/a" * 3000])
+@pytest.mark.parametrize("key", ["model", "base_model", "fisher"])
+def test_a_path_that_no_file_system_can_have(tmp_path: Path, pair: dict[str, Any], key: str, path: str) -> None:
+    """A path that is too long is refused as one that does not exist, by mergekit's own command too."""
+    if key == "base_model":
+        pair[key] = path
+    elif key == "model":
+        pair["models"][1][key] = path
+    else:
+        pair["models"][1]["parameters"] = {key: path}
+    assert_config_refused(tmp_path, pair, path[:50])
+
+
 def test_a_base_path_that_does_not_exist(tmp_path: Path, pair: dict[str, Any]) -> None:
     """A missing parent folder is named as well."""
     pair["base_model"] = str(tmp_path / "no" / "such" / "base")
