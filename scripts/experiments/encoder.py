@@ -5,7 +5,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from scripts.demo_tasks.assets import ENCODER, fetch, unpack_model
 from scripts.experiments import texts
 from scripts.experiments.runner import WORK, cached, cpu_seconds, key
 from squisher_mergekit import save_squisher
+from squisher_mergekit.training import GradientFactors
 
 HEAD = ("bert.pooler.", "classifier.")
 """Prefixes of a task's head. The encoder was trained on means of tokens, so its pooler starts unused; fine-tuning makes
 it the first layer of each task's head, although its name begins with ``bert.``."""
+RECORDED = "recorded"
 Row = tuple[str, int]
 
 
@@ -47,6 +49,7 @@ class Recipe:
         start: key of the recipe whose model is the start, or None for the published encoder.
         keep_at: further steps after which the model is kept.
         head_seed: seed of the new classifier, or None for ``seed``.
+        factors_every: optimizer steps per recorded gradient of the factors of a structure, or 0 to record none.
     """
 
     data: str
@@ -67,6 +70,7 @@ class Recipe:
     start: str | None = None
     keep_at: tuple[int, ...] = ()
     head_seed: int | None = None
+    factors_every: int = 0
 
     @property
     def key(self) -> str:
@@ -83,7 +87,8 @@ def fine_tune(recipe: Recipe, work: Path) -> Path:
 
     Returns:
         A folder with ``final`` and a ``step-N`` for each of ``keep_at``, each with weights and Squisher, and
-        ``log.json`` with the loss of each step, the share of clipped steps and the CPU time.
+        ``log.json`` with the loss of each step, the share of clipped steps and the CPU time. ``final/recorded`` has the
+        Squisher with recorded factors, if the recipe asks for them.
     """
     return cached(work / "models" / recipe.key, lambda folder: train(recipe, work, folder))
 
@@ -121,6 +126,7 @@ def train(
     if recipe.frozen_words:
         model.get_input_embeddings().requires_grad_(False)
     optimizer = optimizer_class(groups(model, recipe), betas=(0.9, recipe.beta2))
+    factors = GradientFactors(model, "kron", recipe.factors_every) if recipe.factors_every else None
     losses, clipped, began = [], 0, cpu_seconds()
     for step, batch in enumerate(batches(recipe.parts().train, recipe, recipe.steps), 1):
         loss = model(**batch).loss
@@ -129,6 +135,8 @@ def train(
         clipped += int(norm > recipe.clip)
         if watch is not None:
             watch(step, model)
+        if factors is not None:
+            factors.update(norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -136,7 +144,9 @@ def train(
             place = folder / ("final" if step == recipe.steps else f"step-{step}")
             model.save_pretrained(place)
             facts = {"examples_per_step": recipe.batch, "max_grad_norm": recipe.clip, "clipped_share": clipped / step}
-            save_squisher(model, optimizer, place, loss_reduction="mean", datum="example", **facts)
+            fisher = save_squisher(model, optimizer, place, loss_reduction="mean", datum="example", **facts)
+            if factors is not None and fisher is not None and step == recipe.steps:
+                factors.attach(fisher).save(place / RECORDED)
     log = {"losses": losses, "clipped_share": clipped / recipe.steps, "cpu_seconds": round(cpu_seconds() - began, 2)}
     (folder / "log.json").write_text(json.dumps(log))
 
@@ -183,6 +193,12 @@ def in_order(rows: Sequence[Row], length: int, size: int) -> Iterator[dict[str, 
         yield encode(ordered[start : start + size], length)
 
 
+@lru_cache(maxsize=32)
+def _encoded(rows: tuple[Row, ...], length: int) -> list[dict[str, Tensor]]:
+    """Return the batches to score; experiments score many merges on the same texts."""
+    return list(in_order(rows, length, 50))
+
+
 def encode(rows: Iterable[Row], length: int) -> dict[str, Tensor]:
     """Return a batch for a model, padded to its longest text."""
     chosen = list(rows)
@@ -197,9 +213,9 @@ def accuracy(model: nn.Module, rows: Sequence[Row], length: int = 40, classes: i
     """Return the accuracy of a model in %, among the first ``classes`` outputs."""
     model.eval()
     right = 0
-    for batch in in_order(rows, length, 50):
-        labels = batch.pop("labels")
-        right += int((model(**batch).logits[:, :classes].argmax(-1) == labels).sum())
+    for batch in _encoded(tuple(rows), length):
+        given = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        right += int((model(**given).logits[:, :classes].argmax(-1) == batch["labels"]).sum())
     return 100 * right / len(rows)
 
 

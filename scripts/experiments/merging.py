@@ -93,7 +93,8 @@ def task_recipe(settings: Settings, number: int, task: str) -> Recipe:
     given = {name: settings[name] for name in ("steps", "layers", "length", "train", "validation", "test")}
     seed = settings["seed"]
     head_seed = seed if settings["heads"] == "equal" else seed + 1000 * (number + 1)
-    return Recipe(task, seed, keep_at=tuple(settings["keep_at"]), head_seed=head_seed, **given)
+    recorded = settings.get("factors_every", 0)
+    return Recipe(task, seed, keep_at=tuple(settings["keep_at"]), head_seed=head_seed, factors_every=recorded, **given)
 
 
 def _place(step: int, recipe: Recipe) -> str:

@@ -1,10 +1,12 @@
 """Sources and controls of the structures: ablations of the factors of ``structure`` on the same models.
 
-The models, texts and scores are those of ``structure``: six text tasks, heads apart and equal, seeds 31 to 35.
+The models, texts and scores are those of ``structure``: six text tasks, heads apart and equal, seeds 41 to 45.
 
 Decided before a reported seed was looked at:
 
 * Nothing is chosen. Each structure has the defaults of the package (block 128; damping 0.1, 0.01 and 0.03; 10 steps).
+* *Recorded*: factors of the gradients, recorded at every fourth of the 40 steps of the fine-tuning in blocks of 128,
+  in place of those from d and v.
 * *From d alone*: ``fisher: none`` for all models, so that the factors come from the task vectors without v.
 * *Another's v*: each model has the v of the next model, with its own task vector.
 * *Rotated*: the factors of each model are turned by a random rotation in each block, with the seed of the cell. They
@@ -18,6 +20,7 @@ Decided before a reported seed was looked at:
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,11 @@ from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, cp
 from scripts.experiments.structure_merges import STRUCTURES, Models, Weights, structured
 from scripts.experiments.structure_report import Cell, less, means
 from scripts.experiments.tables import Table, difference, mean_sd
+from squisher_mergekit import Fisher
 
 TEXTS = 128
 ROWS = {
+    **{f"{kind}-recorded": f"`structure: {kind}`, recorded factors" for kind in STRUCTURES},
     **{f"{kind}-d": f"`structure: {kind}`, from d alone" for kind in STRUCTURES},
     **{f"{kind}-next": f"control: `structure: {kind}`, another's v" for kind in STRUCTURES},
     **{f"{kind}-rotated": f"control: `structure: {kind}`, rotated factors" for kind in STRUCTURES},
@@ -43,7 +48,8 @@ def cell(settings: Settings, work: Path) -> Result:
     """Merge by each source and control, and score, for one seed and one start of the heads."""
     tasks, models, training = structure_tasks.trained(settings, work)
     test, seconds = {}, {}
-    for row, make in _merges(tasks, models, settings["seed"]).items():
+    recorded = structure_tasks.recorded(settings, work)
+    for row, make in _merges(tasks, models, recorded, settings["seed"]).items():
         began = cpu_seconds()
         weights = make()
         seconds[row] = round(cpu_seconds() - began, 2)
@@ -51,9 +57,11 @@ def cell(settings: Settings, work: Path) -> Result:
     return {"test": test, TIMINGS: {"merge": seconds, "training": training}}
 
 
-def _merges(tasks: TaskModels, models: Models, seed: int) -> dict[str, Callable[[], Weights]]:
+def _merges(
+    tasks: TaskModels, models: Models, recorded: Mapping[str, Fisher], seed: int
+) -> dict[str, Callable[[], Weights]]:
     """Return the merge of each row."""
-    swapped = another(models)
+    swapped, with_factors = another(models), replace(models, fishers=recorded)
     kept: list[dict[str, structure_factors.Moments]] = []
 
     def data() -> dict[str, structure_factors.Moments]:
@@ -62,6 +70,7 @@ def _merges(tasks: TaskModels, models: Models, seed: int) -> dict[str, Callable[
         return kept[0]
 
     return {
+        **{f"{kind}-recorded": (lambda kind=kind: structured(with_factors, kind)) for kind in STRUCTURES},
         **{f"{kind}-d": (lambda kind=kind: structured(models, kind, use_v=False)) for kind in STRUCTURES},
         **{f"{kind}-next": (lambda kind=kind: structured(swapped, kind)) for kind in STRUCTURES},
         **{
@@ -140,13 +149,17 @@ def _table(title: str, cells: list[Cell]) -> Table:
 
 
 def _notes(cells: list[Cell]) -> list[str]:
-    """Return one sentence for each structure on its controls and on v, and one on the references."""
+    """Return one sentence for each structure on its controls, v and recorded factors, and one on the references."""
     lines = []
     for kind in STRUCTURES:
         worst = [name for name in ("next", "rotated") if min(less(cells, kind, f"{kind}-{name}")) <= 0]
         verdict = f"no, at least one control ({', '.join(worst)}) is as good" if worst else "yes, on every seed"
         gain = difference(less(cells, kind, f"{kind}-d"))
-        lines.append(f"`{kind}`: do the controls lose? {verdict}; v adds {gain} to the structure from d alone.")
+        recorded = difference(less(cells, f"{kind}-recorded", kind))
+        lines.append(
+            f"`{kind}`: do the controls lose? {verdict}; v adds {gain} to the structure from d alone; recorded factors "
+            f"add {recorded} to it."
+        )
     for row in ("regmean", "kfac"):
         lines.append(f"`kron` less {ROWS[row]}: {difference(less(cells, 'kron', row))}.")
     return lines

@@ -9,7 +9,6 @@ from mergekit.merge_methods import merge_state_dicts
 from torch import Tensor
 
 from scripts.experiments.runner import TIMINGS, Result, cpu_seconds
-from squisher_mergekit.merging.parameters import DAMPING
 
 Weights = Mapping[str, Tensor]
 Scores = dict[str, float]
@@ -137,13 +136,12 @@ class Row:
 
 
 def _scaled(make: Callable[..., Weights]) -> Callable[..., Weights]:
-    """Return a merge with an option ``lambda``; a search repeats the merge itself only where another option changes."""
+    """Return a merge with an option ``lambda``; a search merges once for each value of the other options."""
     kept: dict[str, Weights] = {}
 
     def scaled(models: Models, **options: Any) -> Weights:
         scale, key = options.pop("lambda"), repr((id(models), options))
         if key not in kept:
-            kept.clear()
             kept[key] = make(models, **options)
         return moved(models, kept[key], scale)
 
@@ -170,10 +168,8 @@ def rows(count: int, widest: int = 1536) -> dict[str, Row]:
         return Row(_scaled(lambda models, share: masked(models, share, power)), MASKED)
 
     def by_structure(kind: str) -> Row:
-        usual = DAMPING[kind]
         blocks = (128, 32, 384) if kind == "kron" else (128, 32, 384, widest)
-        lists = {"block": blocks, "damping": (usual, usual / 10, usual * 10)}
-        return Row(lambda models, **options: structured(models, kind, **options), lists, untuned=kind)
+        return Row(lambda models, block: structured(models, kind, block=block), {"block": blocks}, untuned=kind)
 
     return {
         "linear": Row(linear),

@@ -12,8 +12,9 @@ from scripts.experiments.merging import HEADS, TASKS, task_recipe
 from scripts.experiments.merging import Models as TaskModels
 from scripts.experiments.runner import Settings
 from scripts.experiments.structure_merges import Models
+from squisher_mergekit import Fisher, load_fisher
 
-SEEDS = (31, 32, 33, 34, 35)
+SEEDS = (41, 42, 43, 44, 45)
 FULL: dict[str, Any] = {
     "tasks": TASKS,
     "steps": 40,
@@ -21,8 +22,9 @@ FULL: dict[str, Any] = {
     "layers": 6,
     "length": 32,
     "train": 640,
-    "validation": 60,
-    "test": 200,
+    "validation": 40,
+    "test": 150,
+    "factors_every": 4,
 }
 QUICK = {**FULL, "tasks": TASKS[:2], "steps": 4, "layers": 1, "test": 40}
 FULL_CELLS = [{"seed": seed, "heads": heads, **FULL} for seed in SEEDS for heads in HEADS]
@@ -40,6 +42,15 @@ def trained(settings: Settings, work: Path) -> tuple[TaskModels, Models, float]:
     fishers = dict(zip(names, tasks.squishers, strict=True))
     base = published(work, settings["layers"])
     return tasks, Models(base, weights, fishers, tasks.score), round(seconds, 2)
+
+
+def recorded(settings: Settings, work: Path) -> dict[str, Fisher]:
+    """Return the Squishers of a seed's models with the factors that were recorded during the fine-tuning."""
+    recipes = {task: task_recipe(settings, number, task) for number, task in enumerate(settings["tasks"])}
+    return {
+        task: load_fisher(encoder.fine_tune(recipe, work) / "final" / encoder.RECORDED)
+        for task, recipe in recipes.items()
+    }
 
 
 def published(work: Path, layers: int) -> Mapping[str, Tensor]:

@@ -16,17 +16,20 @@ from scripts.experiments import (
     structure_report,
     structure_tasks,
 )
+from squisher_mergekit import Fisher
+from squisher_mergekit.fisher.config import FactorsInfo, FisherConfig
+from squisher_mergekit.fisher.factors.mapping import factors_in_memory
 from tests.scripts.experiments.structure_models import few_models
 
 EXPERIMENTS = (structure, structure_controls, structure_counts, structure_domains)
 
 
 def test_the_seeds_are_new():
-    """Every full cell has a seed above 30, each seed the same cells, and no seed is missing."""
+    """Every full cell has a seed above 40, each seed the same cells, and no seed is missing."""
     for module in EXPERIMENTS:
         cells = module.EXPERIMENT.full
         counts = {seed: sum(one["seed"] == seed for one in cells) for seed in structure_tasks.SEEDS}
-        assert sorted(counts) == [31, 32, 33, 34, 35]
+        assert sorted(counts) == [41, 42, 43, 44, 45]
         assert set(counts.values()) == {len(cells) // 5}
 
 
@@ -71,7 +74,13 @@ def test_every_control_is_merged(monkeypatch):
         name: {"x.encoder.a": tuple(torch.cov(torch.randn(128, 300)) for _ in range(2))} for name in models.weights
     }
     monkeypatch.setattr(structure_controls, "from_data", lambda tasks, given: moments)
-    merges = structure_controls._merges(None, models, 3)
+    shapes = {"x.encoder.a": (128, 128)}
+    recorded = {}
+    for name, squares in models.fishers.items():
+        drawn = {side: {"x.encoder.a": torch.cov(torch.randn(128, 300))[None]} for side in ("rows", "columns")}
+        factors = factors_in_memory(drawn, FactorsInfo(source="recorded", statistic="ema", decay=0.9, every=4), shapes)
+        recorded[name] = Fisher(dict(squares), FisherConfig(estimator="squisher", statistic="mean"), factors=factors)
+    merges = structure_controls._merges(None, models, recorded, 3)
     assert set(merges) == set(structure_controls.ROWS)
     found = [make()["x.encoder.a"] for make in merges.values()]
     assert all(not torch.equal(one, other) for n, one in enumerate(found) for other in found[:n])
