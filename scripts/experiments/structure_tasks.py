@@ -23,7 +23,7 @@ FULL: dict[str, Any] = {
     "length": 32,
     "train": 640,
     "validation": 40,
-    "test": 150,
+    "test": 160,
     "factors_every": 4,
 }
 QUICK = {**FULL, "tasks": TASKS[:2], "steps": 4, "layers": 1, "test": 40}
