@@ -14,7 +14,8 @@ from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.safe_pickle import QuantizedStandIn
 from squisher_mergekit.optimizers.encodings import Blockwise, Packed, RowsAndColumns
-from squisher_mergekit.optimizers.preconditioners.recognise import Preconditioned, preconditioned
+from squisher_mergekit.optimizers.preconditioners.recognise import preconditioned
+from squisher_mergekit.optimizers.preconditioners.sums import Preconditioned
 from squisher_mergekit.optimizers.second_moments import Moment, ivon, moment_of, nothing_kept, unwrapped_state
 from squisher_mergekit.tensors.lazy import MaybeLazy, parts, read
 
@@ -38,6 +39,7 @@ class OptimizerSlot:
         momentum: Mean gradient; None unless it is stored unfactored.
         factors: Factors over the rows and over the columns (Shampoo, SOAP); None for a side without.
         initial: Multiple of the identity that the factors began with.
+        of_factors: Kind of the factors; None if it is that of the second moment.
     """
 
     index: int | str
@@ -49,8 +51,9 @@ class OptimizerSlot:
     lacking: str | None = None
     flat: Tensor | None = None
     momentum: MaybeLazy | None = None
-    factors: tuple[Tensor | None, Tensor | None] = (None, None)
+    factors: tuple[MaybeLazy | None, MaybeLazy | None] = (None, None)
     initial: float = 0.0
+    of_factors: Moment | None = None
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,8 @@ def _preconditioned_slot(
     """Return the slot of Shampoo or SOAP; one without a second moment where only the eigenbasis has it."""
     if found.tensor is None:
         why = (
-            "a Fisher needs the mean squared gradient of each weight, but Shampoo and SOAP keep that of a tensor with "
-            f"{len(found.shape)} axes, or with merged axes, in another basis ({location}); take AdamW for it"
+            f"a Fisher needs the mean squared gradient of each weight, but {found.lacking} ({location}, shape "
+            f"{list(found.shape)}); take AdamW for it"
         )
         return OptimizerSlot(index, name, shape=found.shape, lacking=why)
     recorded = _steps(state.get("step", group.get("step")), location)
@@ -193,7 +196,15 @@ def _preconditioned_slot(
     if steps is not None and steps <= 0:
         return OptimizerSlot(index, name)
     return OptimizerSlot(
-        index, name, found.moment, found.tensor, steps, found.shape, factors=found.factors, initial=found.initial
+        index,
+        name,
+        found.moment,
+        found.tensor,
+        steps,
+        found.shape,
+        factors=found.factors,
+        initial=found.initial,
+        of_factors=found.of_factors,
     )
 
 

@@ -77,6 +77,14 @@ def _state_of_processes(*_: Any) -> type[StandIn]:
 
 
 _QUANTIZED = ("subclass_8bit.OptimState8bit", "subclass_4bit.OptimState4bit", "subclass_fp8.OptimStateFp8")
+# Objects in the states of ScalableShampoo, in older and newer versions of pytorch_optimizer.
+_OF_SCALABLE_SHAMPOO = {
+    "shampoo_utils": ("PreConditioner", "BlockPartitioner", "PreConditionerType", "Graft", "SGDGraft", "SQRTNGraft",
+                      "AdaGradGraft", "RMSPropGraft"),
+    "utils.preconditioner": ("PreConditioner",),
+    "utils.partition": ("BlockPartitioner", "PreConditionerType"),
+    "utils.graft": ("Graft", "SGDGraft", "SQRTNGraft", "AdaGradGraft", "RMSPropGraft"),
+}  # fmt: skip
 _STAND_INS: list[Any] = (
     [
         (type(name.rpartition(".")[2], (StandIn,), {}), name)
@@ -99,6 +107,11 @@ _STAND_INS: list[Any] = (
         (ShardedStandIn, "torch.distributed._shard.sharded_tensor.api.ShardedTensor"),
         (_state_of_processes, "builtins.getattr"),
         (_ProcessGroupState, "torch.distributed._shard.sharded_tensor.api.ShardedTensor.ProcessGroupState"),
+    ]
+    + [
+        (type(name, (StandIn,), {}), f"pytorch_optimizer.optimizer.{module}.{name}")
+        for module, names in _OF_SCALABLE_SHAMPOO.items()
+        for name in names
     ]
     + [
         (QuantizedStandIn, f"{home}.{name}")

@@ -12,38 +12,44 @@ from squisher_mergekit.fisher.config import FactorsInfo
 from squisher_mergekit.fisher.factors.mapping import SIDES, Factors, factors_over
 from squisher_mergekit.models.convert import MomentStore, unchanged_matrices
 from squisher_mergekit.optimizers.slots import OptimizerSlot
+from squisher_mergekit.tensors.lazy import MaybeLazy, in_memory, read
 from squisher_mergekit.tensors.safetensors import TensorInfo
 
 
 @dataclass(frozen=True)
 class _FactorStore:
-    """Store of whole factors as one block each, verified and brought to the CPU as they are read.
+    """Store of factors, whole ones as one block each, verified and brought to the CPU as they are read.
 
     Attributes:
         location: File or folder of the state, for messages.
-        matrices: Name -> factor, ``[n, n]``.
+        matrices: Name -> factor, ``[n, n]`` or ``[blocks, b, b]``.
         verify: Function that verifies the checksum of a mapped tensor's bytes.
     """
 
     location: str
-    matrices: Mapping[str, Tensor]
+    matrices: Mapping[str, MaybeLazy]
     verify: Callable[[Tensor], Tensor]
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
         """Name -> header."""
         return {
-            name: TensorInfo((1, *factor.shape), _dtype(factor), factor.numel() * _dtype(factor).itemsize)
+            name: TensorInfo(_in_blocks(factor.shape), _dtype(factor), factor.shape.numel() * _dtype(factor).itemsize)
             for name, factor in self.matrices.items()
         }
 
     def read(self, name: str) -> Tensor:
         """Return one factor."""
-        factor = self.verify(self.matrices[name])
-        return factor.detach().to("cpu", _dtype(factor), copy=True)[None]
+        factor = read(in_memory(self.matrices[name], self.verify)).detach()
+        return factor.to("cpu", _dtype(factor), copy=True).reshape(_in_blocks(factor.shape))
 
 
-def _dtype(factor: Tensor) -> torch.dtype:
+def _in_blocks(shape: torch.Size) -> tuple[int, ...]:
+    """Return the shape of a factor in blocks."""
+    return (1, *shape) if len(shape) == 2 else tuple(shape)
+
+
+def _dtype(factor: MaybeLazy) -> torch.dtype:
     return torch.bfloat16 if factor.dtype == torch.bfloat16 else torch.float32
 
 
@@ -59,7 +65,7 @@ def factors_of(slots: Mapping[str, OptimizerSlot], store: MomentStore) -> Factor
         return None
     shapes = {name: info.shape for name, info in store.infos.items()}
     names = unchanged_matrices(store.checkpoint_names, shapes)
-    matrices: dict[str, Tensor] = {}
+    matrices: dict[str, MaybeLazy] = {}
     taken: dict[str, list[str]] = {side: [] for side in SIDES}
     used = []
     for name, slot in with_factors.items():
@@ -72,7 +78,7 @@ def factors_of(slots: Mapping[str, OptimizerSlot], store: MomentStore) -> Factor
                 taken[side].append(names[name])
     if not used:
         return None
-    kinds = [slot.moment for slot in used if slot.moment is not None]
+    kinds = [kind for slot in used if (kind := slot.of_factors or slot.moment) is not None]
     decays, steps, initial = {kind.decay for kind in kinds}, {slot.steps for slot in used}, used[0].initial
     info = FactorsInfo(
         source="optimizer",

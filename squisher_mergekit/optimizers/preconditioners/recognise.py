@@ -10,105 +10,23 @@ Sources: Shampoo (Gupta et al., 2018), SOAP (Vyas et al., 2024).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
-from squisher_mergekit.optimizers.encodings import RowsAndColumns
+from squisher_mergekit.optimizers.preconditioners.scalable import KEYS, scalable_shampoo
+from squisher_mergekit.optimizers.preconditioners.sums import FromSums, Preconditioned, Sums, square_matrix
 from squisher_mergekit.optimizers.second_moments import Moment
 from squisher_mergekit.tensors.input_files import reading
-from squisher_mergekit.tensors.lazy import MaybeLazy
 
 # Keys of the factors of Shampoo: of pytorch_optimizer, and of torch_optimizer.
 _SHAMPOO = ("pre_cond_", "precond_")
 _SOAP = {"exp_avg", "exp_avg_sq", "GG", "Q"}
 _TRACES = 1e-2  # relative difference of two sums of the same squares, in other orders
 _CURE = "train with SquisherCallback(factors=...), or estimate a Fisher from data"
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums of a squared gradient for each row or each column of a matrix.
-
-    Attributes:
-        stored: A factor, or a matrix of squares in a basis that keeps the sums.
-        axis: 0 for a sum per row, 1 for a sum per column.
-        is_factor: True for a factor, whose diagonal has the sums.
-        initial: Multiple of the identity that a factor began with.
-    """
-
-    stored: Tensor
-    axis: int
-    is_factor: bool = True
-    initial: float = 0.0
-
-    def read(self) -> Tensor:
-        """Return the sums, float32."""
-        wide = self.stored.to(torch.float32)
-        return (wide.diagonal() - self.initial).clamp_min(0) if self.is_factor else wide.sum(1 - self.axis)
-
-
-@dataclass(frozen=True)
-class FromSums:
-    """Second moment of a matrix from its sums, ``v_ij = rows_i columns_j / sum(rows)``; of a vector, its rows.
-
-    Attributes:
-        rows: Sum per row.
-        columns: Sum per column; None for a vector.
-        shape: Shape of the parameter.
-
-    Example:
-        >>> rows, columns = Sums(torch.diag(torch.tensor([1.0, 3.0])), 0), Sums(torch.diag(torch.tensor([2.0, 2.0])), 1)
-        >>> FromSums(rows, columns, torch.Size([2, 2])).read()
-        tensor([[0.5000, 0.5000],
-                [1.5000, 1.5000]])
-    """
-
-    rows: Sums
-    columns: Sums | None
-    shape: torch.Size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the entries."""
-        return torch.float32
-
-    @property
-    def parts(self) -> Sequence[Tensor]:
-        """The stored tensors."""
-        return (self.rows.stored,) if self.columns is None else (self.rows.stored, self.columns.stored)
-
-    def read(self) -> Tensor:
-        """Return the second moment."""
-        if self.columns is None:
-            return self.rows.read()
-        height, width = self.shape
-        return RowsAndColumns(self.rows.read() / width, self.columns.read() / height).read()
-
-
-@dataclass(frozen=True)
-class Preconditioned:
-    """State of one parameter in Shampoo or SOAP.
-
-    Attributes:
-        moment: Kind of the second moment; its decay and statistic are those of the factors.
-        tensor: The second moment; None if the state has none in the basis of the weights.
-        factors: Factors over the rows and over the columns; None for an axis without one.
-        shape: Shape of the parameter.
-        steps_before: Number of gradients behind the second moment, less the recorded number of steps.
-        initial: Multiple of the identity that the factors began with.
-    """
-
-    moment: Moment
-    tensor: MaybeLazy | None
-    factors: tuple[Tensor | None, Tensor | None]
-    shape: tuple[int, ...]
-    steps_before: int = 0
-    initial: float = 0.0
 
 
 def preconditioned(state: Mapping[str, Any], group: Mapping[str, Any], location: str) -> Preconditioned | None:
@@ -124,6 +42,8 @@ def preconditioned(state: Mapping[str, Any], group: Mapping[str, Any], location:
         CorruptFileError: The factors do not fit each other, or a setting is missing or has a wrong type.
     """
     with reading(location, "a whole state of Shampoo or SOAP", "save it again"):
+        if set(state) >= KEYS:
+            return scalable_shampoo(state, group, location)
         if set(state) >= _SOAP and isinstance(state["GG"], list):
             return _soap(state, group, location)
         for prefix in _SHAMPOO:
@@ -134,7 +54,7 @@ def preconditioned(state: Mapping[str, Any], group: Mapping[str, Any], location:
 
 def _soap(state: Mapping[str, Any], group: Mapping[str, Any], location: str) -> Preconditioned:
     """Read SOAP: moving averages ``GG``, one an axis, an empty list for an axis that is not preconditioned."""
-    found: list[Tensor | None] = [_factor(each, location) if len(each) else None for each in state["GG"]]
+    found: list[Tensor | None] = [square_matrix(each, location) if len(each) else None for each in state["GG"]]
     squares = state["exp_avg_sq"]
     if type(squares) is not Tensor or not squares.is_floating_point():
         raise CorruptFileError(f"exp_avg_sq of {location} must be a plain tensor of floats; save it again")
@@ -175,7 +95,7 @@ def _shampoo(state: Mapping[str, Any], group: Mapping[str, Any], prefix: str, lo
             f"preconditioned ones into them ({location}); {_CURE}"
         )
     count = sum(key.startswith(prefix) for key in state)
-    found = [_factor(state.get(f"{prefix}{axis}"), location) for axis in range(count)]
+    found = [square_matrix(state.get(f"{prefix}{axis}"), location) for axis in range(count)]
     shape = tuple(len(factor) for factor in found)
     initial = float(group.get("matrix_eps", group.get("epsilon", 0.0)))
     coupled = not group.get("weight_decouple", False) and bool(group.get("weight_decay"))
@@ -193,19 +113,3 @@ def _shampoo(state: Mapping[str, Any], group: Mapping[str, Any], prefix: str, lo
         )
     rows, columns = (Sums(factor, axis, initial=initial) for axis, factor in enumerate(found))
     return Preconditioned(moment, FromSums(rows, columns, size), (found[0], found[1]), shape, initial=initial)
-
-
-def _factor(value: Any, location: str) -> Tensor:
-    """Return a factor.
-
-    Raises:
-        CorruptFileError: The value is no square matrix of floats with bytes of its own.
-    """
-    square = type(value) is Tensor and value.is_floating_point() and value.ndim == 2 and len(value) == value.shape[1]
-    if not square or value.numel() * value.itemsize > value.untyped_storage().nbytes():
-        found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise CorruptFileError(
-            f"a factor of {location} must be a square matrix of floats, found {found}; save it again"
-        )
-    matrix: Tensor = value
-    return matrix

@@ -5,7 +5,9 @@ the sums of squared gradients per row and per column that the diagonal must have
 ``NAME.column_sums``).
 """
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,6 +21,12 @@ KINDS = {
     "soap_one_side": ("SOAP", {"betas": (0.9, BETA2), "max_precondition_dim": 8}),
     "soap_vectors": ("SOAP", {"betas": (0.9, BETA2), "precondition_1d": True, "shampoo_beta": 0.8}),
     "shampoo": ("Shampoo", {"matrix_eps": 1e-3}),
+    "scalable": ("ScalableShampoo", {"betas": (0.9, BETA2), "block_size": 5, "matrix_eps": 1e-3}),
+    "scalable_rmsprop": ("ScalableShampoo", {"betas": (0.9, BETA2), "block_size": 8, "graft_type": 3}),
+    "scalable_adagrad": (
+        "ScalableShampoo",
+        {"betas": (0.9, BETA2), "block_size": 64, "graft_type": 2, "shape_interpretation": False},
+    ),
 }
 
 
@@ -41,6 +49,24 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS
     return gradients
 
 
+def live_factors(state: Any) -> list[torch.Tensor]:
+    """Return the factors over rows and columns of a matrix from the state in memory, ``[n, n]`` or in blocks."""
+    if "pre_conditioner" not in state:
+        return list(state["GG"] if "GG" in state else [state["pre_cond_0"], state["pre_cond_1"]])
+    kept = state["pre_conditioner"]
+    shape, width = kept.original_shape, max(len(each) for each in kept.statistics)
+    blocks = [-(-size // width) for size in shape]
+    found = [torch.zeros(count, min(width, size), min(width, size)) for count, size in zip(blocks, shape, strict=True)]
+    tiles = iter(kept.statistics)
+    for block in itertools.product(*map(range, blocks)):
+        for _ in range(kept.rank - 2):
+            next(tiles)  # the factor over an axis of size 1
+        for place, factor in zip(block, found, strict=True):
+            tile = next(tiles)
+            factor[place, : len(tile), : len(tile)] += tile
+    return found
+
+
 def write(kind: str, out: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Run an optimizer of pytorch_optimizer and save its state and the truth."""
     import pytorch_optimizer
@@ -54,12 +80,10 @@ def write(kind: str, out: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
     truth = {}
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim == 2:
-            state = optimizer.state[parameter]
-            live = state["GG"] if "GG" in state else [state["pre_cond_0"], state["pre_cond_1"]]
-            for side, factor in zip(("rows", "columns"), live, strict=True):
+            for side, factor in zip(("rows", "columns"), live_factors(optimizer.state[parameter]), strict=True):
                 if len(factor):
                     truth[f"{parameter_name}.{side}"] = factor.clone()
-        decay = None if kind == "shampoo" else settings.get("shampoo_beta", BETA2)
+        decay = None if kind in ("shampoo", "scalable_adagrad") else settings.get("shampoo_beta", BETA2)
         total = torch.zeros_like(parameter, dtype=torch.float64)
         for gradient in gradients[parameter_name]:
             square = gradient.double().square()
