@@ -19,6 +19,7 @@ ARROWS = {
     "optimizers": {"fisher", "models", "tensors", *FLOOR},
     "estimators": {"fisher", "models", "tensors", *FLOOR},
     "merging": {"optimizers", "estimators", "fisher", "models", "tensors", *FLOOR},
+    "recipes": {"merging", "optimizers", "estimators", "fisher", "models", "tensors", *FLOOR},
     "applications": {"optimizers", "estimators", "fisher", "models", "tensors", *FLOOR},
     "training": {"applications", "optimizers", "estimators", "fisher", "models", "tensors", *FLOOR},
 }

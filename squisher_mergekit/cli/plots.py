@@ -136,6 +136,33 @@ def merged_steps(report: Mapping[str, Any], title: str) -> bytes:
     return png(figure)
 
 
+def sweep_scores(scores: Mapping[str, float], best: str | None, lower: bool) -> bytes:
+    """Draw the score of each point of a sweep, the best one filled.
+
+    Args:
+        scores: Label of a point -> score.
+        best: Label of the best point.
+        lower: True if the lowest score is the best.
+
+    Returns:
+        The PNG file.
+    """
+    figure = Figure(figsize=(8, 1.4 + 0.26 * len(scores)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    labels = [name.replace(",", ", ") for name in scores]
+    axes.hlines(range(len(scores)), min(scores.values()), list(scores.values()), color="0.8", linewidth=1)
+    filled = ["0.15" if name == best else "white" for name in scores]
+    axes.scatter(list(scores.values()), range(len(scores)), c=filled, edgecolors="0.15", zorder=3)
+    axes.set_yticks(range(len(scores)), [_tail(text) for text in labels], fontsize="small")
+    axes.set_ylim(len(scores) - 0.5, -0.5)
+    axes.set_xlabel(f"score ({'lower' if lower else 'higher'} is better; filled: the best)")
+    axes.grid(axis="x", linewidth=0.3)
+    axes.spines[["right", "top", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return png(figure)
+
+
 def _window(histogram: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """Return the square part of a histogram with all of its entries, and its first and last index."""
     filled = (histogram.sum(0) + histogram.sum(1)).nonzero()

@@ -61,6 +61,7 @@ class Run:
         strict: Refuse a Fisher made at other weights, instead of a warning.
         allow_missing: Write the model without tensors that the merge would lose, with a warning.
         reported: Compute the figures of a structure as well, for a report that somebody reads.
+        sources: Open Fishers to share with other runs, which the caller closes; by default those of this run.
 
     Attributes:
         sources: The open Fishers.
@@ -78,13 +79,15 @@ class Run:
         strict: bool = False,
         allow_missing: bool = False,
         reported: bool = False,
+        sources: FisherSources | None = None,
     ) -> None:
         self.method = method
         self.quiet = quiet
         self.strict = strict
         self.allow_missing = allow_missing
         self.reported = reported
-        self.sources = FisherSources()
+        self.sources = FisherSources() if sources is None else sources
+        self._owns_sources = sources is None
         self.opened: dict[Path, Weights] = {}
         self.models: dict[Any, ModelFiles] = {}
         self.layouts: dict[Any, dict[str, MatrixLayout]] = {}
@@ -128,7 +131,8 @@ class Run:
 
     def close(self) -> None:
         """Release the Fishers, their file mappings and the plan; the report and the preview stay."""
-        self.sources.close()
+        if self._owns_sources:
+            self.sources.close()
         self.opened.clear()
         self.models.clear()
         self.layouts.clear()

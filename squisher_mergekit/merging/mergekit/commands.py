@@ -3,7 +3,7 @@
 mergekit is imported inside the functions: it takes seconds, and ``squisher --help`` must not wait for it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import click
 
     from squisher_mergekit.merging.run import Run
+    from squisher_mergekit.merging.sources import FisherSources
 
 
 def help_class() -> "type[click.Command]":
@@ -42,15 +43,33 @@ def read_config(text: str) -> Any:
     """
     from mergekit.config import MergeConfiguration
 
+    return MergeConfiguration.model_validate(read_document(text))  # checked by the hook into this class
+
+
+def read_document(text: str) -> dict[str, Any]:
+    """Parse the YAML of a merge by a method of this package.
+
+    Raises:
+        ConfigError: The text is no YAML of a merge, or is for another merge method.
+    """
     from squisher_mergekit.merging.mergekit import document
 
-    parsed = document.read_yaml(text)
+    parsed: dict[str, Any] = document.read_yaml(text)
     method = parsed.get("merge_method")
     if method not in METHODS:
         document.refuse_misspelt_method(method)
         cure = f"use mergekit-yaml for {method}" if method else "add it"
         raise ConfigError(f"merge_method must be {' or '.join(METHODS)} here, found {method}; {cure}")
-    return MergeConfiguration.model_validate(parsed)  # checked by the hook into this class
+    return parsed
+
+
+def model_dtypes(models: Iterable[str]) -> list[str | None]:
+    """Return the dtype that the configuration of each model states; None if it states none."""
+    from mergekit.config import ModelReference
+
+    configs = [ModelReference.model_validate(model).config(trust_remote_code=False) for model in models]
+    dtypes = [getattr(config, "dtype", None) for config in configs]
+    return [None if dtype is None else str(dtype).removeprefix("torch.") for dtype in dtypes]
 
 
 def asks_for_structure(config: Any) -> bool:
@@ -109,6 +128,7 @@ def run_config(
     strict: bool = False,
     allow_missing: bool = False,
     reported: bool = False,
+    sources: "FisherSources | None" = None,
 ) -> "Run":
     """Merge as ``mergekit-yaml`` does, and write a model card that needs no network.
 
@@ -120,6 +140,7 @@ def run_config(
         strict: Refuse a Fisher made at other weights.
         allow_missing: Go on without tensors that the merge would lose.
         reported: Compute the figures of a structure as well.
+        sources: Open Fishers to share with other runs; the caller closes them.
 
     Returns:
         The closed run, with its report and preview.
@@ -133,7 +154,8 @@ def run_config(
     from squisher_mergekit.merging.report import bare_card, provenance
     from squisher_mergekit.merging.run import Run
 
-    with Run(config.merge_method, options.quiet, strict, allow_missing, reported) as run, mergekit_errors():
+    given_run = Run(config.merge_method, options.quiet, strict, allow_missing, reported, sources)
+    with given_run as run, mergekit_errors():
         given = _options_of(run, options.model_copy(update={"write_model_card": False}))
         run_merge(config, str(folder), given, config_source=text)
     if options.write_model_card:

@@ -1,0 +1,47 @@
+"""``squisher new``: draft of a merge configuration."""
+
+from __future__ import annotations
+
+import click
+
+from squisher_mergekit.cli.options import HELP_OPTIONS, choice_option, strict_option
+
+
+@click.command("new", context_settings=HELP_OPTIONS)
+@click.argument("models", nargs=-1, required=True)
+@click.option("--base", default=None, help="Folder or Hub id of the base model.")
+@choice_option("--method", ["squisher", "ubgm_squisher"], "Merge method.", "squisher")
+@choice_option("--structure", ["rows", "columns", "kron"], "Curvature beyond the diagonal; needs --base.")
+@strict_option
+@click.option("--transformers-cache", type=str, default=None, help="Folder for models and Fishers from the Hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Let transformers run the code of a model (dangerous).")
+def command(
+    models: tuple[str, ...],
+    base: str | None,
+    method: str,
+    structure: str | None,
+    strict: bool,
+    transformers_cache: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Draft the configuration of a merge of MODELS, and print it.
+
+    The draft is commented YAML: the optimizer state or Fisher of each model, with its steps, scale and coverage, and
+    the settings that are worth a thought. A merge that `squisher plan` refuses is refused here.
+
+    \b
+    Example:
+        squisher new runs/math runs/code --base base > merge.yml
+    """
+    from squisher_mergekit.recipes.draft import draft
+
+    text = draft(
+        models,
+        base,
+        method,
+        structure,
+        strict=strict,
+        transformers_cache=transformers_cache,
+        trust_remote_code=trust_remote_code,
+    )
+    click.echo(text, nl=False)

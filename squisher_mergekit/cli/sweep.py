@@ -1,0 +1,115 @@
+"""``squisher sweep``: merges over a grid of parameters, scored by the user's own command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from squisher_mergekit.cli.options import HELP_OPTIONS, out_option, strict_option
+from squisher_mergekit.cli.output import progress_bar, write_picture
+from squisher_mergekit.errors import ConfigError, NotFoundError
+from squisher_mergekit.merging.mergekit.commands import help_class, merge_options
+
+PICTURE = "sweep.png"
+
+
+@click.command("sweep", cls=help_class(), context_settings=HELP_OPTIONS)
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("more", nargs=-1, metavar="[NAME=VALUES...]")
+@click.option(
+    "--grid", "axes", multiple=True, required=True, metavar="NAME=VALUES...", help="Parameters and their values."
+)
+@click.option(
+    "--eval", "evaluation", required=True, help="Command that prints a score as its last number; {model} is the folder."
+)
+@out_option("Folder of the table, the picture and the best model; an interrupted sweep continues there.")
+@click.option("--lower", is_flag=True, help="The lowest score is the best, as for a loss.")
+@click.option("--keep-all", is_flag=True, help="Keep all models, not the best alone.")
+@strict_option
+@merge_options
+def command(
+    config: Path,
+    more: tuple[str, ...],
+    axes: tuple[str, ...],
+    evaluation: str,
+    out: Path,
+    lower: bool,
+    keep_all: bool,
+    strict: bool,
+    merge_options: Any,
+) -> None:
+    """Merge the models in CONFIG at each point of a grid, score each merge by a command, and keep the best.
+
+    The command of --eval is yours: it gets the folder of a merged model in the place of {model}, and the last number on
+    its standard output is the score. Score on validation data: the best of several points looks better on the data that
+    chose it than on any other. Test the best model once, on data that no choice has seen.
+
+    OUT has sweep.csv (a line for each point), sweep.png (with matplotlib), and the best model in best, or all in models
+    with --keep-all. The models are merged one after another with the same open Fishers.
+
+    \b
+    Example:
+        squisher sweep merge.yml --grid weight=0.5,1 normalize=none,mean --eval 'python score.py {model}' -o sweep
+    """
+    from squisher_mergekit.merging.mergekit.commands import read_config, read_document, run_config
+    from squisher_mergekit.merging.sources import FisherSources
+    from squisher_mergekit.recipes.grid import check_grid, parse_grid, points, with_point
+    from squisher_mergekit.recipes.sweep import Sweep, command_score, identity
+    from squisher_mergekit.tensors.input_files import read_text
+
+    if "{model}" not in evaluation:
+        raise ConfigError("--eval must name the folder of the model as {model}, but does not; add it")
+    grid = parse_grid((*axes, *more))
+    merge_options.apply_global_options()
+    document = read_document(read_text(config))
+    check_grid(document["merge_method"], grid)
+    configs = {_key(point): with_point(document, point) for point in points(grid)}
+    for text in configs.values():
+        read_config(_yaml(text))
+    every = list(points(grid))
+    sweep = Sweep(out, every, identity(document, grid, evaluation, not lower), not lower, keep_all)
+    sweep.resume()
+    sources = FisherSources()
+
+    def merge(point: Mapping[str, Any], folder: Path) -> None:
+        text = _yaml(configs[_key(point)])
+        run_config(read_config(text), text, folder, merge_options, strict=strict, sources=sources)
+
+    try:
+        sweep.run(
+            merge,
+            lambda model: command_score(evaluation, model),
+            lambda items: progress_bar(items, "sweep", merge_options.quiet, unit="merge"),
+        )
+    finally:
+        sources.close()
+        if sweep.scores:
+            _draw(sweep, out, lower)
+    best = sweep.best
+    assert best is not None
+    click.echo(f"best of {len(every)}: {best.replace(',', ', ')}, score {sweep.scores[best]:g}, in {sweep.place(best)}")
+
+
+def _draw(sweep: Any, out: Path, lower: bool) -> None:
+    """Write the picture, if matplotlib is installed."""
+    try:
+        from squisher_mergekit.cli.plots import sweep_scores
+    except NotFoundError as error:
+        click.echo(f"no {PICTURE}: {error.message}", err=True)
+        return
+    write_picture(out / PICTURE, sweep_scores(sweep.scores, sweep.best, lower))
+
+
+def _key(point: Mapping[str, Any]) -> str:
+    from squisher_mergekit.recipes.grid import label
+
+    return label(point)
+
+
+def _yaml(document: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,129 @@
+"""Draft of a merge configuration: commented YAML that states what the plan found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from squisher_mergekit.merging.merge_plan import describe_model
+from squisher_mergekit.merging.mergekit.commands import model_dtypes, plan_config, read_config
+from squisher_mergekit.merging.parameters import PARAMETERS, SQUISHER, UBGM_SQUISHER
+
+_WIDE = 10**6
+# Settings of all models that a draft states, with a comment on when to change them.
+_HINTS = {
+    "normalize": "mean or l2 levels Fishers of different scales",
+    "missing": "average merges tensors without a Fisher by the weighted mean",
+    "prior": "d of the method, relative to the mean F of a tensor; try 0.01 if the merge overshoots",
+}
+_STRUCTURE_HINTS = {
+    "block": "rows or columns that are coupled; must divide recorded blocks",
+    "damping": "in units of the mean eigenvalue; auto is the default of the structure",
+}
+
+
+def draft(
+    models: Sequence[str],
+    base: str | None = None,
+    method: str = SQUISHER,
+    structure: str | None = None,
+    *,
+    strict: bool = False,
+    **options: Any,
+) -> str:
+    """Plan a merge with the defaults, and return its configuration as commented YAML.
+
+    Args:
+        models: Folders or Hub ids of the models.
+        base: Folder or Hub id of the base model, which ``ubgm_squisher`` and a structure need.
+        method: Name of the merge method.
+        structure: ``rows``, ``columns`` or ``kron``; None for the diagonal.
+        strict: Refuse a Fisher made at other weights.
+        **options: Fields of mergekit's ``MergeOptions``.
+
+    Returns:
+        The text of the configuration, which ``squisher plan`` accepts.
+
+    Raises:
+        RefusedError: ``squisher plan`` would refuse the merge.
+    """
+    document: dict[str, Any] = {"merge_method": method, "models": [{"model": model} for model in models]}
+    if base is not None:
+        document["base_model"] = base
+    if structure is not None:
+        document["parameters"] = {"structure": structure}
+    config = read_config(yaml.safe_dump(document))
+    labels = [str(item.model) for item in config.models]  # a planned configuration lists its slices instead
+    preview = plan_config(config, strict=strict, **options)
+    found = {each["model"]: each for each in preview["models"]}
+    lines = [*_head(len(models), preview), f"merge_method: {method}", *_base_lines(base, method)]
+    lines.append("models:")
+    for model, label in zip(models, labels, strict=True):
+        lines += _model_lines(model, found.get(label))
+    lines += ["parameters:", *_settings(method, structure)]
+    lines += _dtype_lines(model_dtypes(models))
+    return "\n".join(lines) + "\n"
+
+
+def _head(count: int, preview: Mapping[str, Any]) -> list[str]:
+    """Return the comment at the top: the next commands, and the remarks of the plan."""
+    lines = [
+        f"# Fisher-weighted merge of {count} model{'s' if count > 1 else ''}, drafted by squisher new. Next:",
+        "#   squisher plan merge.yml",
+        "#   squisher merge merge.yml merged",
+    ]
+    remarks = [*preview["notes"], *(f"warning: {warning}" for warning in preview["warnings"])]
+    return lines + [f"# {_comment(remark)}" for remark in remarks]
+
+
+def _base_lines(base: str | None, method: str) -> list[str]:
+    if base is not None:
+        return [_entry("base_model", base)]
+    return [] if method == UBGM_SQUISHER else ["# base_model: FOLDER  # needed by ubgm_squisher, density and structure"]
+
+
+def _model_lines(model: str, found: dict[str, Any] | None) -> list[str]:
+    lines = [f"  - {_entry('model', model)}"]
+    if found is not None:
+        share = found["covered"] / max(found["entries"], 1)
+        lines.append(f"    # {_comment(describe_model(found))}; covers {share:.1%} of the entries")
+    return [
+        *lines,
+        "    parameters:",
+        "      fisher: auto  # or a path, a Hub id, or none",
+        "      weight: 1.0  # importance of the model beside its Fisher",
+    ]
+
+
+def _settings(method: str, structure: str | None) -> list[str]:
+    """Return the settings of all models with their defaults."""
+    defaults = {parameter.name: parameter.default for parameter in PARAMETERS if method in parameter.methods}
+    hints = {name: hint for name, hint in _HINTS.items() if name in defaults}
+    lines = [f"  {name}: {defaults[name]}  # {hint}" for name, hint in hints.items()]
+    if structure is not None:
+        lines.append(f"  structure: {structure}  # couples the weights of each matrix")
+        lines += [f"  {name}: {defaults[name]}  # {hint}" for name, hint in _STRUCTURE_HINTS.items()]
+    elif method == SQUISHER:
+        lines.append("  # structure: columns  # couples the weights of each matrix; needs base_model")
+    return lines
+
+
+def _dtype_lines(dtypes: Sequence[str | None]) -> list[str]:
+    """Return the dtype of the output: that of the models, or float32 if they differ."""
+    known = {dtype for dtype in dtypes if dtype is not None}
+    if not known:
+        return ["dtype: float32  # no model states its own"]
+    if len(known) == 1:
+        return [f"dtype: {known.pop()}  # that of the models"]
+    return [f"dtype: float32  # the models have {', '.join(sorted(known))}"]
+
+
+def _entry(key: str, value: str) -> str:
+    """Return a key and a text as one line of YAML."""
+    return yaml.safe_dump({key: value}, width=_WIDE, allow_unicode=True).rstrip("\n")
+
+
+def _comment(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,196 @@
+"""Sweep: merges a grid of parameters, scores each model by a command, and keeps a table and the best model."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from squisher_mergekit.errors import ConfigError, CorruptFileError, RefusedError
+from squisher_mergekit.recipes.grid import label
+from squisher_mergekit.tensors.atomic import write_json, write_whole
+from squisher_mergekit.tensors.input_files import brief, read_text
+
+BEST, MODELS, TABLE, STATE = "best", "models", "sweep.csv", "sweep.json"
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+Merge = Callable[[Mapping[str, Any], Path], None]
+Score = Callable[[Path], float]
+Progress = Callable[[Sequence[Mapping[str, Any]]], Iterable[Mapping[str, Any]]]
+
+
+@dataclass
+class Sweep:
+    """Finished points of a sweep in its folder; an interrupted sweep continues there.
+
+    Attributes:
+        folder: Folder of the sweep.
+        points: Points of the grid.
+        identity: Digest of configuration, grid and command; another sweep cannot continue in the folder.
+        higher: True if the highest score is the best.
+        keep_all: True to keep all models, not the best alone.
+        scores: Label of a point -> score.
+    """
+
+    folder: Path
+    points: Sequence[Mapping[str, Any]]
+    identity: str
+    higher: bool = True
+    keep_all: bool = False
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> str | None:
+        """Label of the best point; of equal ones the first. None before the first point."""
+        if not self.scores:
+            return None
+        return (max if self.higher else min)(self.scores, key=self.scores.__getitem__)
+
+    def resume(self) -> None:
+        """Read the finished points of an earlier run.
+
+        Raises:
+            ConfigError: The folder belongs to another sweep, or has other files.
+            CorruptFileError: The state is damaged.
+        """
+        state = self.folder / STATE
+        if not state.exists():
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise ConfigError(
+                    f"-o must be a new folder or that of a sweep, but {self.folder} has other files; choose another"
+                )
+            return
+        try:
+            kept = json.loads(read_text(state))
+            identity, scores = kept["identity"], {str(key): float(value) for key, value in kept["scores"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptFileError(
+                f"{state} must be the state of a sweep, found {brief(error)}; remove the folder"
+            ) from None
+        if identity != self.identity:
+            raise ConfigError(
+                f"{self.folder} must belong to this sweep, but its configuration, grid or command was another; choose "
+                "another folder, or remove it"
+            )
+        self.scores = scores
+        if self.best is not None and not self.place(self.best).is_dir():
+            raise ConfigError(
+                f"the best model so far must be at {self.place(self.best)}, but is not; remove {self.folder}"
+            )
+
+    def place(self, name: str) -> Path:
+        """Return the folder of a finished point's model."""
+        return self.folder / MODELS / name.replace("/", "_") if self.keep_all else self.folder / BEST
+
+    def run(self, merge: Merge, score: Score, progress: Progress = iter) -> None:
+        """Merge and score the points that are not finished, and keep the table after each.
+
+        Args:
+            merge: Function that merges a point into a folder.
+            score: Function from the folder of a model to its score.
+            progress: Function that yields the points and shows the progress.
+
+        Raises:
+            RefusedError: A merge or the command fails; the finished points are kept.
+        """
+        work = self.folder / ".merging"
+        for point in progress(self.points):
+            name = label(point)
+            if name in self.scores:
+                continue
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(work, ignore_errors=True)
+            made = work / self.place(name).name  # the model card has the name of the folder
+            try:
+                work.mkdir()
+                merge(point, made)
+                self._keep(name, score(made), made)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+            write_json(self.folder / STATE, {"identity": self.identity, "best": self.best, "scores": self.scores})
+            write_whole(self.folder / TABLE, table(self.points, self.scores).encode())
+
+    def _keep(self, name: str, value: float, made: Path) -> None:
+        """Keep a model if it is the best so far, or if all are kept."""
+        before = self.best
+        self.scores[name] = value
+        if self.keep_all or self.best != before:
+            place = self.place(name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            made.rename(place)
+
+
+def identity(document: Mapping[str, Any], grid: Mapping[str, Sequence[Any]], command: str, higher: bool) -> str:
+    """Return the digest by which a folder is known as that of the same sweep."""
+    text = json.dumps([document, grid, command, higher], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def table(points: Sequence[Mapping[str, Any]], scores: Mapping[str, float]) -> str:
+    """Return the scores of the finished points as CSV.
+
+    Example:
+        >>> print(table([{"lambda": 1}, {"lambda": 2}], {"lambda=1": 81.5}), end="")
+        lambda,score
+        1,81.5
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*points[0], "score"])
+    for point in points:
+        if label(point) in scores:
+            writer.writerow([*point.values(), scores[label(point)]])
+    return text.getvalue()
+
+
+def score_of(output: str) -> float | None:
+    """Return the last number in the output of a command; None if there is none, or it is not finite.
+
+    Example:
+        >>> score_of("accuracy on 200 texts: 0.815 (81.5 %)")
+        81.5
+    """
+    numbers = _NUMBER.findall(output)
+    value = float(numbers[-1]) if numbers else math.nan
+    return value if math.isfinite(value) else None
+
+
+def command_score(command: str, model: Path) -> float:
+    """Run an evaluation command on a model, and return the last number on its standard output.
+
+    Args:
+        command: Shell command, with ``{model}`` for the folder of the model.
+        model: The folder.
+
+    Raises:
+        RefusedError: The command fails, or prints no number.
+    """
+    done = subprocess.run(
+        command.replace("{model}", shlex.quote(str(model))),
+        shell=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        raise RefusedError(
+            f"the command of --eval must succeed, but ended with code {done.returncode} for {model}; run it by itself "
+            "on one of the models"
+        )
+    value = score_of(done.stdout)
+    if value is None:
+        raise RefusedError(
+            "the command of --eval must print a score as its last number, but printed "
+            f"{done.stdout.strip()[-80:]!r}; print the score last"
+        )
+    return value

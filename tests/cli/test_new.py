@@ -1,0 +1,27 @@
+"""``squisher new`` as a command."""
+
+import yaml
+from click.testing import CliRunner
+
+from squisher_mergekit.cli.main import main
+from tests.merging.models import base_and_models
+
+
+def test_the_draft_is_printed_and_planned(tmp_path):
+    """Standard output is the YAML alone, and `squisher plan` accepts it."""
+    base_and_models(tmp_path, 3)
+    models = [str(tmp_path / f"m{i}") for i in (1, 2)]
+    done = CliRunner().invoke(main, ["new", *models, "--base", str(tmp_path / "m0"), "--structure", "columns"])
+    assert done.exit_code == 0, done.output
+    assert yaml.safe_load(done.stdout)["parameters"]["structure"] == "columns"
+    (tmp_path / "merge.yml").write_text(done.stdout)
+    planned = CliRunner().invoke(main, ["plan", str(tmp_path / "merge.yml")])
+    assert planned.exit_code == 0, planned.output
+
+
+def test_a_refusal_is_one_line(tmp_path):
+    """A model without a Fisher is refused, and nothing is printed on standard output."""
+    base_and_models(tmp_path, 2)
+    done = CliRunner().invoke(main, ["new", str(tmp_path / "m0"), str(tmp_path / "m1")])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "no Fisher for" in done.stderr

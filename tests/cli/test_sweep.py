@@ -1,0 +1,87 @@
+"""``squisher sweep`` as a command: real merges, a real evaluation command."""
+
+import csv
+import json
+import sys
+
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from squisher_mergekit.cli.main import main
+from squisher_mergekit.merging.sources import FisherSources
+from tests.merging.models import base_and_models
+
+SCORE = f"""{sys.executable} -c "
+import sys
+from safetensors.torch import load_file
+weights = load_file(sys.argv[1] + '/model.safetensors')
+print('the norm is', sum(float(w.square().sum()) for w in weights.values()))" """
+
+
+def _sweep(root, *arguments, command=SCORE):
+    if not (root / "merge.yml").exists():
+        base_and_models(root, 3)
+        document = {
+            "merge_method": "squisher",
+            "base_model": str(root / "m0"),
+            "models": [{"model": str(root / f"m{i}")} for i in (1, 2)],
+            "parameters": {"structure": "rows", "block": 6},
+        }
+        (root / "merge.yml").write_text(yaml.safe_dump(document))
+    given = [str(root / "merge.yml"), "--eval", f"{command} {{model}}", "-o", str(root / "out"), "--no-copy-tokenizer"]
+    return CliRunner().invoke(main, ["sweep", *given, "--quiet", *arguments])
+
+
+def test_the_table_and_the_best_model(tmp_path, monkeypatch):
+    """Each point has a line, the best model is that of its own merge, and each Fisher is opened once."""
+    opened = []
+    read = FisherSources.open
+
+    def count(self, value, model, *rest):
+        before = len(self._opened)
+        found = read(self, value, model, *rest)
+        opened.extend([model.label] * (len(self._opened) - before))
+        return found
+
+    monkeypatch.setattr(FisherSources, "open", count)
+    done = _sweep(tmp_path, "--grid", "damping=0.01,1", "shares=fisher,uniform")
+    assert done.exit_code == 0, done.output
+    assert sorted(opened) == [str(tmp_path / "m1"), str(tmp_path / "m2")]
+    rows = list(csv.DictReader((tmp_path / "out" / "sweep.csv").read_text().splitlines()))
+    assert [(row["damping"], row["shares"]) for row in rows] == [
+        ("0.01", "fisher"), ("0.01", "uniform"), ("1", "fisher"), ("1", "uniform"),
+    ]  # fmt: skip
+    best = max(rows, key=lambda row: float(row["score"]))
+    assert f"best of 4: damping={best['damping']}, shares={best['shares']}" in done.output
+    found = load_file(tmp_path / "out" / "best" / "model.safetensors")
+    assert sum(float(w.square().sum()) for w in found.values()) == float(best["score"])
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    kept = yaml.safe_load((tmp_path / "out" / "best" / "mergekit_config.yml").read_text())
+    assert str(kept["parameters"]["damping"]) == best["damping"]
+    again = _sweep(tmp_path, "--grid", "damping=0.01,1", "shares=fisher,uniform")
+    assert again.output.splitlines()[-1] == done.output.splitlines()[-1]
+
+
+def test_a_failing_command_keeps_the_finished_points(tmp_path):
+    """The error is one line, and the table has the points before it."""
+    command = f"{SCORE} {{model}} && test ! -e {tmp_path}/stop && touch {tmp_path}/stop && echo 3 #"
+    done = _sweep(tmp_path, "--grid", "damping=0.01,1", command=command)
+    assert done.exit_code == 1
+    assert "the command of --eval must succeed" in done.stderr.splitlines()[-1]
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["scores"] == {"damping=0.01": 3.0}
+    assert not (tmp_path / "out" / ".merging").exists()
+
+
+def test_mistakes_are_refused_before_the_first_merge(tmp_path):
+    """A wrong parameter, value, form or command leaves no folder."""
+    for arguments, message in (
+        (["--grid", "dampin=1"], "did you mean damping"),
+        (["--grid", "damping=0.1,x"], "--grid.damping"),
+        (["--grid", "damping"], "NAME=VALUE"),
+        (["--grid", "damping=0.1", "--eval", "echo 3"], "{model}"),
+    ):
+        done = _sweep(tmp_path, *arguments)
+        assert done.exit_code == 1
+        assert message in done.stderr
+        assert not (tmp_path / "out").exists()

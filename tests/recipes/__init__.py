@@ -1,0 +1,1 @@
+"""Tests of the drafts and sweeps of merges."""

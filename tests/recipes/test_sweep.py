@@ -1,0 +1,138 @@
+"""Sweeps: what is kept, how they resume, and how a command gives a score."""
+
+import json
+import sys
+
+import pytest
+
+from squisher_mergekit.errors import ConfigError, CorruptFileError, RefusedError
+from squisher_mergekit.recipes import sweep as module
+from squisher_mergekit.recipes.grid import points
+from squisher_mergekit.recipes.sweep import Sweep, command_score, identity, score_of
+
+POINTS = list(points({"a": (1, 2, 3)}))
+
+
+def _merge(point, folder):
+    folder.mkdir()
+    (folder / "a").write_text(str(point["a"]))
+
+
+def _scores(*values):
+    given = dict(zip("123", values, strict=False))
+    return lambda model: given[(model / "a").read_text()]
+
+
+def test_the_best_model_alone_is_kept(tmp_path):
+    """The folder has the table, the state and the model with the highest score; of equal ones the first."""
+    found = Sweep(tmp_path / "out", POINTS, "x")
+    found.run(_merge, _scores(5.0, 7.0, 7.0))
+    assert found.best == "a=2"
+    assert (tmp_path / "out" / "best" / "a").read_text() == "2"
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["best", "sweep.csv", "sweep.json"]
+    assert (tmp_path / "out" / "sweep.csv").read_text() == "a,score\n1,5.0\n2,7.0\n3,7.0\n"
+
+
+def test_the_lowest_score_can_be_the_best_and_all_be_kept(tmp_path):
+    """With a loss the lowest wins; with keep_all each model has a folder with the name of its point."""
+    found = Sweep(tmp_path / "out", POINTS, "x", higher=False, keep_all=True)
+    found.run(_merge, _scores(5.0, 4.0, 9.0))
+    assert found.place(found.best).name == "a=2"
+    assert sorted(folder.name for folder in (tmp_path / "out" / "models").iterdir()) == ["a=1", "a=2", "a=3"]
+
+
+def test_an_interrupted_sweep_continues(tmp_path):
+    """Finished points are not merged again, and the best of an earlier run stays the best."""
+    first = Sweep(tmp_path / "out", POINTS, "x")
+    with pytest.raises(RefusedError):
+        first.run(_merge, _failing_at("2", _scores(9.0)))
+    assert not (tmp_path / "out" / ".merging").exists()
+    again, merged = Sweep(tmp_path / "out", POINTS, "x"), []
+
+    def merge(point, folder):
+        merged.append(point["a"])
+        _merge(point, folder)
+
+    again.resume()
+    again.run(merge, _scores(0.0, 5.0, 7.0))
+    assert merged == [2, 3]
+    assert (again.best, (tmp_path / "out" / "best" / "a").read_text()) == ("a=1", "1")
+
+
+def _failing_at(name, score):
+    def scored(model):
+        if (model / "a").read_text() == name:
+            raise RefusedError("the command failed; repeat it")
+        return score(model)
+
+    return scored
+
+
+def test_another_folder_is_refused(tmp_path):
+    """A folder of another sweep, or with other files, is not touched."""
+    Sweep(tmp_path / "out", POINTS, "x").run(_merge, _scores(1.0, 2.0, 3.0))
+    with pytest.raises(ConfigError, match="must belong to this sweep"):
+        Sweep(tmp_path / "out", POINTS, "y").resume()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("x")
+    with pytest.raises(ConfigError, match="other files"):
+        Sweep(tmp_path / "mine", POINTS, "x").resume()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"identity": "x"}', '{"identity": "x", "scores": {"a=1": "y"}}'])
+def test_a_damaged_state_is_refused(tmp_path, text):
+    """A state that is no JSON of a sweep is refused in one line."""
+    (tmp_path / module.STATE).write_text(text)
+    with pytest.raises(CorruptFileError, match="state of a sweep"):
+        Sweep(tmp_path, POINTS, "x").resume()
+
+
+def test_a_lost_model_is_noticed(tmp_path):
+    """If the best model is gone, the sweep does not go on as if it were there."""
+    Sweep(tmp_path / "out", POINTS, "x").run(_merge, _scores(1.0, 2.0, 3.0))
+    (tmp_path / "out" / "best" / "a").unlink()
+    (tmp_path / "out" / "best").rmdir()
+    with pytest.raises(ConfigError, match="best model so far"):
+        Sweep(tmp_path / "out", POINTS, "x").resume()
+
+
+def test_the_identity_has_all_that_changes_a_score():
+    """Another configuration, grid, command or direction is another sweep."""
+    given = ({"a": 1}, {"b": (1,)}, "run {model}", True)
+    others = [({"a": 2}, *given[1:]), (given[0], {"b": (2,)}, *given[2:]), (*given[:2], "x", True), (*given[:3], False)]
+    assert len({identity(*given), *(identity(*other) for other in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("output", "score"),
+    [("loss: 2.5e-3\n", 0.0025), ("1 2\n-3", -3.0), ("none", None), ("", None), ("acc .5%", 0.5), ("1e999", None)],
+)
+def test_the_score_is_the_last_number(output, score):
+    """Signs, exponents and units are read; without a finite number there is no score."""
+    assert score_of(output) == score
+
+
+def test_a_command_gets_the_folder(tmp_path):
+    """The folder stands in the place of {model}, also with spaces in its name."""
+    model = tmp_path / "my model"
+    model.mkdir()
+    (model / "n").write_text("17.5")
+    assert (
+        command_score(f"{sys.executable} -c 'import sys; print(open(sys.argv[1] + \"/n\").read())' {{model}}", model)
+        == 17.5
+    )
+
+
+@pytest.mark.parametrize(("command", "message"), [("exit 3", "code 3"), ("echo no score", "last number")])
+def test_a_command_that_gives_no_score_is_refused(tmp_path, command, message):
+    """A failed command, and one that prints no number, are refused in one line."""
+    with pytest.raises(RefusedError, match=message) as found:
+        command_score(command, tmp_path)
+    assert "\n" not in str(found.value)
+
+
+def test_the_state_is_plain_json(tmp_path):
+    """The state names the best point and the score of each."""
+    Sweep(tmp_path / "out", POINTS, "x").run(_merge, _scores(1.0, 3.0, 2.0))
+    state = json.loads((tmp_path / "out" / module.STATE).read_text())
+    assert state == {"identity": "x", "best": "a=2", "scores": {"a=1": 1.0, "a=2": 3.0, "a=3": 2.0}}
