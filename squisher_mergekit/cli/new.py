@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from squisher_mergekit.cli.options import HELP_OPTIONS, choice_option, strict_option
+from squisher_mergekit.cli.options import FILE, HELP_OPTIONS, choice_option, strict_option
 
 
 @click.command("new", context_settings=HELP_OPTIONS)
@@ -12,6 +14,7 @@ from squisher_mergekit.cli.options import HELP_OPTIONS, choice_option, strict_op
 @click.option("--base", default=None, help="Folder or Hub id of the base model.")
 @choice_option("--method", ["squisher", "ubgm_squisher"], "Merge method.", "squisher")
 @choice_option("--structure", ["rows", "columns", "kron"], "Curvature beyond the diagonal; needs --base.")
+@click.option("-o", "--out", type=FILE, default=None, help="File to write; standard output by default.")
 @strict_option
 @click.option("--transformers-cache", type=str, default=None, help="Folder for models and Fishers from the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Let transformers run the code of a model (dangerous).")
@@ -20,20 +23,22 @@ def command(
     base: str | None,
     method: str,
     structure: str | None,
+    out: Path | None,
     strict: bool,
     transformers_cache: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Draft the configuration of a merge of MODELS, and print it.
+    """Draft the configuration of a merge of MODELS.
 
     The draft is commented YAML: the optimizer state or Fisher of each model, with its steps, scale and coverage, and
     the settings that are worth a thought. A merge that `squisher plan` refuses is refused here.
 
     \b
     Example:
-        squisher new runs/math runs/code --base base > merge.yml
+        squisher new runs/math runs/code --base base -o merge.yml
     """
     from squisher_mergekit.recipes.draft import draft
+    from squisher_mergekit.tensors.atomic import write_whole
 
     text = draft(
         models,
@@ -44,4 +49,7 @@ def command(
         transformers_cache=transformers_cache,
         trust_remote_code=trust_remote_code,
     )
-    click.echo(text, nl=False)
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        write_whole(out, text.encode())

@@ -14,7 +14,9 @@ def test_the_draft_is_printed_and_planned(tmp_path):
     done = CliRunner().invoke(main, ["new", *models, "--base", str(tmp_path / "m0"), "--structure", "columns"])
     assert done.exit_code == 0, done.output
     assert yaml.safe_load(done.stdout)["parameters"]["structure"] == "columns"
-    (tmp_path / "merge.yml").write_text(done.stdout)
+    given = [*models, "--base", str(tmp_path / "m0"), "--structure", "columns", "-o", str(tmp_path / "merge.yml")]
+    assert CliRunner().invoke(main, ["new", *given]).stdout == ""
+    assert (tmp_path / "merge.yml").read_text() == done.stdout
     planned = CliRunner().invoke(main, ["plan", str(tmp_path / "merge.yml")])
     assert planned.exit_code == 0, planned.output
 
