@@ -60,7 +60,9 @@ class MergePlan:
     @staticmethod
     def _needs(tensor: TensorPlan, label: str) -> bool:
         """Return True if a model's Fisher must have the tensor."""
-        return not tensor.is_buffer and any(item.model.label == label for item in tensor.inputs)
+        return not (tensor.is_buffer or tensor.is_untouched) and any(
+            item.model.label == label for item in tensor.inputs
+        )
 
     def warnings(self) -> list[str]:
         """Return the warnings about the Fishers, each once."""
@@ -81,7 +83,7 @@ class MergePlan:
                 summary["entries"] += tensor.size
             for item in () if tensor.uses else tensor.inputs:
                 summary = summaries.setdefault(item.model.label, _blank(item))
-                summary["entries"] += tensor.size
+                summary["entries"] += 0 if tensor.is_untouched else tensor.size
         for summary in summaries.values():
             summary["entries"] += sum(self.whole.gaps.absent_entries().values())
         return list(summaries.values())
@@ -101,7 +103,7 @@ class MergePlan:
     def notes(self) -> list[str]:
         """Return one line each about buffers, copied tensors, tensors that mergekit does not list, and a structure."""
         buffers = [tensor.name for tensor in self.tensors if tensor.is_buffer]
-        copied = [tensor.name for tensor in self.tensors if tensor.is_copied]
+        copied = [tensor.name for tensor in self.tensors if tensor.is_copied and not tensor.is_untouched]
         notes = list(self.whole.notes)
         if buffers:
             notes.append(f"{len(buffers)} buffers can have no Fisher and are the weighted mean ({names_text(buffers)})")
@@ -110,6 +112,7 @@ class MergePlan:
                 f"{len(copied)} tensors are copied, as one model alone has them or they are integers "
                 f"({names_text(copied)})"
             )
+        notes += self._lora_notes()
         coupled = [tensor.name for tensor in self.tensors if tensor.coupled]
         uncoupled = self.uncoupled()
         if coupled or uncoupled:
@@ -122,6 +125,25 @@ class MergePlan:
             count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
             notes.append(f"merged by the diagonal, as {reason}: {count} ({names_text(names)})")
         return notes + self._factor_notes()
+
+    def _lora_notes(self) -> list[str]:
+        """Return one line about the weights that no LoRA changes, and one for each model with F of the same kind."""
+        untouched = [tensor.name for tensor in self.tensors if tensor.is_untouched]
+        notes = []
+        if untouched:
+            notes.append(
+                f"{len(untouched)} tensors are copied from the base, as no LoRA changes them ({names_text(untouched)})"
+            )
+        filled: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            for use in tensor.uses:
+                if use.filled:
+                    filled.setdefault(use.input.model.label, []).append(tensor.name)
+        return notes + [
+            f"{len(names)} tensors that the LoRA of {label} left alone and another one changed have the mean of its F "
+            f"over layers of the same kind ({names_text(names)})"
+            for label, names in filled.items()
+        ]
 
     def _factor_notes(self) -> list[str]:
         """Return one line for each model with recorded factors: the matrices that take them."""

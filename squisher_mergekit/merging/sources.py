@@ -1,8 +1,9 @@
 """Fishers of a merge: found by the parameter ``fisher:`` of a model, checked against its weights, closed at the end."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.values import has_signal
 from squisher_mergekit.fisher.write import has_fisher
+from squisher_mergekit.merging.lora.files import LoraFiles
+from squisher_mergekit.merging.lora.filled import ESTIMATORS, FilledFisher
 from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
+from squisher_mergekit.optimizers.lifting.lift import lift
 from squisher_mergekit.optimizers.load import find_source, find_state, load_fisher
 from squisher_mergekit.tensors.input_files import exists
 
@@ -32,7 +36,7 @@ class ModelFiles:
         weights: Headers and fingerprint of its safetensors; empty for pickled weights.
         names: Names of all tensors in its files.
         repo: Id and revision on the Hub; None for a local model.
-        adapter: True for a base with a LoRA applied.
+        lora: Files of the LoRA of a base with a LoRA; None for a plain model.
         convertible: Function that returns whether transformers builds tensors of this model from others at loading; a
             function because the answer takes transformers half a second.
     """
@@ -41,8 +45,27 @@ class ModelFiles:
     weights: Weights
     names: frozenset[str]
     repo: tuple[str, str | None] | None = None
-    adapter: bool = False
+    lora: LoraFiles | None = None
     convertible: Callable[[], bool] = lambda: False
+
+    @cached_property
+    def start(self) -> str:
+        """Fingerprint, or else folder, of the model without its LoRA."""
+        weights = self.weights if self.lora is None else self.lora.base
+        return weights.fingerprint or str(weights.folder.resolve())
+
+
+def is_untouched(inputs: Iterable[tuple[ModelFiles, str | None]]) -> bool:
+    """Return True for a weight that several models have from one base and that no LoRA changes: no F is needed.
+
+    Args:
+        inputs: Each model, and the name of the weight in its files.
+    """
+    pairs = list(inputs)
+    if len(pairs) < 2 or all(model.lora is None for model, _ in pairs):
+        return False
+    kept = all(name is not None and (model.lora is None or model.lora.keeps(name)) for model, name in pairs)
+    return kept and len({model.start for model, _ in pairs}) == 1
 
 
 class OpenFisher:
@@ -52,36 +75,70 @@ class OpenFisher:
         path: File or folder of the Fisher.
         model: The model's weights.
         base: Weights of the base model, which identify frozen parameters.
+        lora: Files of the model's LoRA, of which a Fisher is lifted to the merged weights.
+
+    Attributes:
+        warning: Warning about other weights at which the Fisher was made; None if there is none.
+        changed: Difference of the adapter from the one at which its Fisher was made; None if there is none.
+        fills: Names of the weights whose F is the mean over layers of the same kind.
     """
 
-    def __init__(self, path: Path, model: Weights, base: Weights | None = None) -> None:
+    def __init__(self, path: Path, model: Weights, base: Weights | None = None, lora: LoraFiles | None = None) -> None:
         self.warning: str | None = None
+        self.changed: str | None = None
+        self.fills: frozenset[str] = frozenset()
         self._path = path
         self._folders = model.folder, None if base is None else base.folder
         self._weights: tuple[Weights, Weights | None] | None = (model, base)
+        self._lora = lora
+        self._lora_folders = None if lora is None else (lora.adapter.folder, lora.base.folder)
         self._fisher: Fisher | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # File mappings belong to one process; a copy in another one opens the files itself.
-        return {**self.__dict__, "_fisher": None, "_weights": None}
+        return {**self.__dict__, "_fisher": None, "_weights": None, "_lora": None}
 
     @property
     def fisher(self) -> Fisher:
         """The Fisher; its names are those of the model's weights."""
         if self._fisher is None:
-            self._fisher = hub.with_hub_location(self._read(), self._path)
+            self._fisher = self._read()
         return self._fisher
 
     def close(self) -> None:
         """Release the Fisher, the weights and their file mappings."""
-        self._fisher = self._weights = None
+        self._fisher = self._weights = self._lora = None
 
     def _read(self) -> Fisher:
+        if self._lora is None and self._lora_folders is None:
+            return self._as_found(*(self._weights or self._folders))
+        if self._lora is None and self._lora_folders is not None:
+            adapter, base = self._lora_folders
+            self._lora = LoraFiles(Weights(adapter, "adapter_model"), Weights(base))
+        assert self._lora is not None
+        return self._lifted(self._lora)
+
+    def _as_found(self, model: Weights | Path, base: Weights | Path | None) -> Fisher:
+        """Open a portable Fisher, or the optimizer state of a model."""
         path = self._path
         if path.suffix in (".safetensors", ".json") if path.is_file() else has_fisher(path):
-            return read_fisher(path)
-        model, base = self._weights or self._folders
-        return load_fisher(path, model=model, base=base)
+            found = read_fisher(path)
+        else:
+            found = load_fisher(path, model=model, base=base)
+        return hub.with_hub_location(found, path)
+
+    def _lifted(self, files: LoraFiles) -> Fisher:
+        """Open the Fisher of a base with a LoRA: one of the merged weights, or one of the adapter, which is lifted."""
+        fisher = self._as_found(files.adapter, files.base)
+        if fisher.config.parameters == "adapter":
+            self.changed = difference(fisher.config.weights_fingerprint, files.adapter.fingerprint)
+            fisher = lift(fisher, files.lora, fingerprint=False)
+        if fisher.config.estimator not in ESTIMATORS:
+            return fisher
+        shapes = {name: info.shape for name, info in files.base.infos.items()} or files.lora.names.shapes
+        filled = FilledFisher(fisher, {name: shape for name, shape in shapes.items() if files.keeps(name)})
+        self.fills = filled.fills
+        return filled
 
 
 class FisherSources:
@@ -120,8 +177,8 @@ class FisherSources:
         with self._lock:
             key = (value, model.label, None if base is None else base.folder)
             if key not in self._opened:
-                opened = OpenFisher(locate(value, model, cache_dir, base_of), model.weights, base)
-                opened.warning = _check(opened.fisher, model)
+                opened = OpenFisher(locate(value, model, cache_dir, base_of), model.weights, base, model.lora)
+                opened.warning = _check(opened, model)
                 self._opened[key] = opened
             return self._opened[key]
 
@@ -144,21 +201,17 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None, base_of:
     if value != "auto":
         path = Path(value).expanduser()
         return path if exists(path) else hub.download_fisher(value, cache_dir)
-    if model.adapter:
-        raise NotFoundError(
-            f"{model.label} is a model with a LoRA applied, whose Fisher must be named: the second moments of the "
-            "adapter do not describe the merged weights; give fisher: PATH, made for the merged weights"
-        )
-    folder = model.weights.folder
-    source = find_source(model.weights)
+    weights, repo = (model.weights, model.repo) if model.lora is None else (model.lora.adapter, model.lora.repo)
+    folder = weights.folder
+    source = find_source(weights)
     if source is not None:
         return source
-    if model.repo is not None:
-        downloaded = hub.find_fisher(*model.repo, cache_dir)
+    if repo is not None:
+        downloaded = hub.find_fisher(*repo, cache_dir)
         if isinstance(downloaded, Path):
             return downloaded
         raise NotFoundError(
-            f"no Fisher for {model.label}: of {model.repo[0]} on the Hub, {downloaded}; {_cure(model, base_of)}"
+            f"no Fisher for {model.label}: of {repo[0]} on the Hub, {downloaded}; {_cure(model, base_of)}"
         )
     raise NotFoundError(
         f"no Fisher for {model.label}: {folder} has neither fisher.safetensors nor optimizer state "
@@ -169,6 +222,11 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None, base_of:
 def _cure(model: ModelFiles, base_of: str | None) -> str:
     """Return how a model without a Fisher can take part in a merge."""
     folder = model.weights.folder
+    if model.lora is not None:
+        return (
+            "give the checkpoint-N of the LoRA's run, trained with the optimizer state saved, or give the model "
+            "fisher: PATH, of the adapter or of the merged weights"
+        )
     if base_of == SQUISHER:
         return f"take {model.label} out of models: (as base_model: alone it needs no Fisher), or give it fisher: PATH"
     if base_of is not None:
@@ -186,14 +244,15 @@ def _cure(model: ModelFiles, base_of: str | None) -> str:
     return "give the model fisher: PATH, or train with the optimizer state saved"
 
 
-def _check(fisher: Fisher, model: ModelFiles) -> str | None:
+def _check(opened: OpenFisher, model: ModelFiles) -> str | None:
     """Check a Fisher against the weights; return a warning if it was made at other values of them."""
+    fisher = opened.fisher
     unknown = [name for name in fisher if name not in model.names]
     if fisher.config.parameters == "adapter" and unknown:
         raise MismatchError(
-            f"the Fisher for {model.label} must be of full weights, but {fisher.location} is of a LoRA adapter, whose "
-            "second moments do not describe the merged weights; merge the adapter_model.safetensors files by "
-            f"mergekit-pytorch, or estimate one of the full model: squisher estimate {model.label} --data ... -o DIR"
+            f"the Fisher for {model.label} must be of full weights, but {fisher.location} is of a LoRA adapter; write "
+            "model: BASE+ADAPTER, where it is lifted to the merged weights, or estimate one of the full model: "
+            f"squisher estimate {model.label} --data ... -o DIR"
         )
     if unknown and not model.convertible():
         raise MismatchError(
@@ -205,7 +264,8 @@ def _check(fisher: Fisher, model: ModelFiles) -> str | None:
             f"the Fisher for {model.label} must have positive entries, but {fisher.location} is 0 everywhere; give a "
             "checkpoint saved after the first optimizer step"
         )
-    changed = difference(fisher.config.weights_fingerprint, model.weights.fingerprint)
+    made_at = fisher.config.weights_fingerprint
+    changed = opened.changed or (difference(made_at, model.weights.fingerprint) if made_at else None)
     if not changed:
         return None
     return f"the Fisher for {model.label}, {fisher.location}, was made at other weights: {changed}"

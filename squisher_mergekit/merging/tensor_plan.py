@@ -10,7 +10,7 @@ from squisher_mergekit.fisher.factors.mapping import Side
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.coupling.recorded import recorded_sides, sides_of
 from squisher_mergekit.merging.parameters import SQUISHER, UBGM_SQUISHER
-from squisher_mergekit.merging.sources import FisherSources, ModelFiles, OpenFisher, find_name
+from squisher_mergekit.merging.sources import FisherSources, ModelFiles, OpenFisher, find_name, is_untouched
 from squisher_mergekit.models.layouts import MatrixLayout
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors.safetensors import TensorInfo, check_shape
@@ -98,6 +98,7 @@ class FisherUse:
         converted: True if transformers' checkpoint conversion builds the tensor from others of the Fisher.
         padding: Axis and size to which rows of F = 0 are added: vocabulary entries added after training.
         sides: Sides of the stored matrix whose recorded factors the merge takes.
+        filled: True if F is the mean over layers of the same kind, because the model's LoRA left this one alone.
     """
 
     input: WeightInput
@@ -106,6 +107,7 @@ class FisherUse:
     converted: bool = False
     padding: tuple[int, int] | None = None
     sides: tuple[Side, ...] = ()
+    filled: bool = False
 
     @property
     def warning(self) -> str | None:
@@ -137,6 +139,7 @@ class TensorPlan:
         coupled: True for a matrix that is merged with coupled rows or columns.
         uncoupled: Reason why a structure leaves the tensor to the diagonal; empty if none does.
         transposed: True for a matrix ``[in, out]``.
+        is_untouched: True for a weight of the base that no LoRA changes, which is copied.
     """
 
     name: str
@@ -151,10 +154,11 @@ class TensorPlan:
     coupled: bool = False
     uncoupled: str = ""
     transposed: bool = False
+    is_untouched: bool = False
 
     @property
     def is_copied(self) -> bool:
-        """True for a tensor that mergekit copies: one model alone has it, or its entries are integers."""
+        """True for a tensor that mergekit copies: one model alone has it, no LoRA changes it, or it is of integers."""
         return not self.uses and not self.missing
 
     def differenced(self) -> tuple[WeightInput, ...]:
@@ -225,8 +229,8 @@ def plan_tensor(
 
     if any(item.info is not None and not item.info.dtype.is_floating_point for item in inputs):
         return replace(plan(), is_integer=True)
-    if passed_through:
-        return plan()
+    if passed_through or is_untouched((item.model, item.stored) for item in inputs):
+        return replace(plan(), is_untouched=not passed_through)
     _check_shapes(name, inputs, resized)
     merged = [item for item in inputs if not (method == UBGM_SQUISHER and item.is_base)]
     if not any(item.weight > 0 for item in merged):
@@ -388,7 +392,7 @@ def _plan_input(
             if short is not None:
                 return FisherUse(item, opened, found, padding=short)
             check_shape(f"{names[0]} for {label}", fisher.info(found).shape, item.info.shape, fisher.location)
-        return FisherUse(item, opened, found)
+        return FisherUse(item, opened, found, filled=found in opened.fills)
     for name in names:
         if can_convert(item.key, fisher, name):
             return FisherUse(item, opened, name, converted=True)

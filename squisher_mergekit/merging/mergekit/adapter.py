@@ -17,6 +17,7 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchErro
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import tensor_plan as planning
 from squisher_mergekit.merging.coupling.execution import Structure
+from squisher_mergekit.merging.lora.files import LoraFiles
 from squisher_mergekit.merging.merge_plan import MergePlan
 from squisher_mergekit.merging.mergekit.lookup import (
     converts,
@@ -27,12 +28,14 @@ from squisher_mergekit.merging.mergekit.lookup import (
     raw_loader,
     weight_converts,
 )
+from squisher_mergekit.merging.mergekit.references import AdaptedLoader, AdaptedReference, lora_files
 from squisher_mergekit.merging.mergekit.tasks import FisherMergeTask, FisherRequest
 from squisher_mergekit.merging.parameters import SQUISHER, is_coupled
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import ModelFiles
 from squisher_mergekit.merging.tensor_plan import FisherUse, Origin, Settings, TensorPlan, WeightInput
 from squisher_mergekit.models.layouts import MatrixLayout, layouts_on_disk
+from squisher_mergekit.models.lora import AdaptedWeights
 from squisher_mergekit.models.weights import Weights, refuse_quantised
 from squisher_mergekit.models.whole import WholeModel, names_text
 from squisher_mergekit.tensors.safetensors import TensorInfo
@@ -68,6 +71,10 @@ def add_fishers(
     whole = whole or WholeModel()
     run.opened.update(opened)
     try:
+        for model in {model: None for task in tasks for model in task.model_order}:
+            if isinstance(model, AdaptedReference):
+                _model_files(model, LoaderCache().get(model), run)
+        _check_one_base(run)
         plans = [_plan(task, task.base_model or base, run, whole) for task in tasks]
         width = dtype_from_name(dtype).itemsize if dtype else 4
         plan = MergePlan(method, width, options.out_shard_size, plans, whole)
@@ -161,6 +168,7 @@ def _with_fishers(task: Any, plan: TensorPlan, base: ModelReference | None, run:
         run=run,
         curvature=Structure.of(dict(task.parameters.items())) if plan.coupled else None,
         transposed=plan.transposed,
+        copied=plan.is_untouched,
         requests=tuple(
             [_request(use, plan) for use in plan.uses]
             + [FisherRequest(model=item.key, opened=None, name=plan.name) for item in without]
@@ -265,7 +273,8 @@ def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
         local = Path(model.model.path)
         single = local.is_file()
         folder = local if single else Path(loader.index.base_path)
-        weights = run.opened.get(folder)
+        lora = _lora_files(model, loader)
+        weights = AdaptedWeights(lora.lora) if isinstance(loader, AdaptedLoader) and lora else run.opened.get(folder)
         if weights is None:  # of a single file, or of no mergekit-yaml
             weights = Weights(folder)
             refuse_quantised(weights, str(model))
@@ -276,10 +285,34 @@ def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:
             weights=weights,
             names=frozenset(loader.index.tensor_paths),
             repo=None if local.exists() else (model.model.path, model.model.revision),
-            adapter=model.lora is not None,
+            lora=lora,
             convertible=lambda: not single and converts(model_type(model)),
         )
     return run.models[model]
+
+
+def _lora_files(model: Any, loader: Any) -> LoraFiles | None:
+    """Return the files of a model's LoRA; None for a plain model."""
+    if model.lora is None:
+        return None
+    if isinstance(loader, AdaptedLoader):
+        return loader.files
+    return lora_files(model.model, model.lora, LoaderCache().hf_cache_dir)
+
+
+def _check_one_base(run: Run) -> None:
+    """Refuse LoRAs that were trained from different bases.
+
+    Raises:
+        MismatchError: Two bases differ.
+    """
+    models = [run.models[key] for key in run.models if isinstance(key, AdaptedReference)]
+    other = next((model for model in models if model.start != models[0].start), None)
+    if other is not None and other.lora is not None and models[0].lora is not None:
+        raise MismatchError(
+            f"LoRAs must be of one base, but {models[0].label} is of {models[0].lora.base.folder} and {other.label} of "
+            f"{other.lora.base.folder}, whose weights differ; merge LoRAs of one base"
+        )
 
 
 def _refuse_two_versions(weights: Weights, loader: Any) -> None:

@@ -102,12 +102,11 @@ def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = Fals
     from mergekit.plan import MergePlanner
 
     from squisher_mergekit.merging.mergekit.hooks import need
-    from squisher_mergekit.merging.mergekit.model_folders import check_adapters, resolve_models
+    from squisher_mergekit.merging.mergekit.model_folders import resolve_models
     from squisher_mergekit.merging.run import Run
 
     model_out_config = need(merge, "_model_out_config", "trust_remote_code")
-    resolve_models(config)
-    check_adapters(config, options.get("lora_merge_cache"))
+    resolve_models(config, options.get("lora_merge_cache"))
     with Run(config.merge_method, quiet=True, strict=strict, allow_missing=allow_missing) as run, mergekit_errors():
         given = _options_of(run, MergeOptions(**options, quiet=True))
         architecture = get_architecture_info(config, given)

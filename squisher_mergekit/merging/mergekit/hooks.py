@@ -269,12 +269,11 @@ def _extend_merge(module: ModuleType) -> None:
             return run_merge(**bound)
         from squisher_mergekit.merging.mergekit.commands import mergekit_errors
         from squisher_mergekit.merging.mergekit.document import read_yaml
-        from squisher_mergekit.merging.mergekit.model_folders import check_adapters, resolve_models
+        from squisher_mergekit.merging.mergekit.model_folders import resolve_models
 
         if bound.get("config_source") is not None:
             read_yaml(bound["config_source"])
-        resolve_models(bound["merge_config"])
-        check_adapters(bound["merge_config"], bound["options"].lora_merge_cache)
+        resolve_models(bound["merge_config"], bound["options"].lora_merge_cache)
         with mergekit_errors():
             return run_merge(**bound)
 

@@ -2,18 +2,19 @@
 
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.merging.mergekit.document import meant, parts_of
+from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
 from squisher_mergekit.models.checkpoint_names import MOST_LAYERS
 from squisher_mergekit.models.weights import Weights, check_folder
 from squisher_mergekit.models.whole import names_text
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
-from squisher_mergekit.tensors.input_files import exists
+from squisher_mergekit.tensors.input_files import exists, read_mapping
 
 LOG = logging.getLogger("squisher_mergekit")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -35,11 +36,15 @@ def _references(config: Any) -> Iterator[tuple[str, Any, str]]:
                 yield f"{prefix}slices[{i}].sources[{j}].model", source, "model"
 
 
-def resolve_models(config: Any) -> None:
-    """Refuse local models that do not exist, and replace the folder of a run by its last checkpoint.
+def resolve_models(config: Any, lora_cache: str | None = None) -> None:
+    """Refuse local models that do not exist, and replace runs by their last checkpoint, adapters by base and LoRA.
+
+    A base with a LoRA becomes a reference that adds the LoRA as tensors are read, unless mergekit has a folder for a
+    copy of the whole model. Where all models are LoRAs of one base, it is the base of the merge as well.
 
     Args:
         config: mergekit's ``MergeConfiguration``; changed in place.
+        lora_cache: mergekit's folder for models with a LoRA added; None if it has none.
 
     Raises:
         NotFoundError: A path does not exist, or holds no model.
@@ -48,14 +53,87 @@ def resolve_models(config: Any) -> None:
         _check_range(owner, place)
         reference = getattr(owner, attribute)
         check_path(reference.model.path, place, "a model's folder or a Hub id")
+        if reference.lora is None and (adapter := adapter_in(Path(reference.model.path), place)) is not None:
+            reference = _with_base(reference, adapter, place)
         if reference.lora is not None:
-            check_path(reference.lora.path, place, "the folder of a LoRA after the +, or a Hub id")
+            reference = _with_lora(reference, place, lora_cache)
         path = _model_folder(Path(reference.model.path), place)
         check_folder(path or Path(reference.model.path))
         if path is not None:
             model = reference.model.model_copy(update={"path": str(path)})
-            setattr(owner, attribute, reference.model_copy(update={"model": model}))
+            reference = reference.model_copy(update={"model": model})
+        setattr(owner, attribute, reference)
+    if config.merge_method == SQUISHER and config.base_model is None:
+        config.base_model = _common_base([item.model for item in config.models or []])
     _check_tokenizers(config)
+
+
+def _common_base(models: Sequence[Any]) -> Any:
+    """Return the reference to the base of which all models are LoRAs; None if there is no such base."""
+    from squisher_mergekit.merging.mergekit.references import AdaptedReference
+
+    adapted = [model for model in models if isinstance(model, AdaptedReference)]
+    alike = len(adapted) == len(models) and len({model.model for model in adapted}) == 1
+    return adapted[0].without_lora() if alike else None
+
+
+def _with_base(reference: Any, adapter: Path, place: str) -> Any:
+    """Return the reference to an adapter's base with the adapter.
+
+    Raises:
+        NotFoundError: The adapter's config names no base, or one that does not exist.
+    """
+    named = read_mapping(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise NotFoundError(
+            f"{place} must be a model, but {adapter} is a LoRA adapter whose {ADAPTER_CONFIG} names no base; write "
+            f"BASE+{adapter}"
+        )
+    check_path(named, place, f"the base of the LoRA adapter {adapter} (or write BASE+{adapter})")
+    path, _, revision = named.partition("@") if not exists(Path(named)) else (named, "", "")
+    model = reference.model.model_copy(update={"path": path, "revision": revision or None})
+    lora = reference.model.model_copy(update={"path": str(adapter)})
+    return reference.model_copy(update={"model": model, "lora": lora})
+
+
+def _with_lora(reference: Any, place: str, lora_cache: str | None) -> Any:
+    """Return the reference to a base with the checkpoint of a LoRA that is added as tensors are read.
+
+    Raises:
+        NotFoundError: The LoRA does not exist, or its folder holds none.
+    """
+    from squisher_mergekit.merging.mergekit.references import CACHE_CURE, AdaptedReference
+
+    path = Path(reference.lora.path)
+    check_path(reference.lora.path, place, "the folder of a LoRA after the +, or a Hub id")
+    if lora_cache:
+        return reference
+    adapter = adapter_in(path, place)
+    if adapter is None and exists(path):
+        raise NotFoundError(
+            f"{place} must have the folder of a LoRA after the +, but {path} has no {ADAPTER_CONFIG}; give the folder "
+            f"that peft's save_pretrained wrote, or {CACHE_CURE}"
+        )
+    lora = reference.lora.model_copy(update={"path": str(adapter or path)})
+    return AdaptedReference(model=reference.model, lora=lora, override_architecture=reference.override_architecture)
+
+
+def adapter_in(folder: Path, place: str) -> Path | None:
+    """Return the folder of an adapter: the given one, or the last checkpoint of a run of adapters; None for a model.
+
+    Args:
+        folder: The folder.
+        place: Place in the configuration, for the warning.
+    """
+    if not folder.is_dir() or ((folder / "config.json").is_file() and any(_weights_in(folder))):
+        return None
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    steps = [path for path in steps_in(folder).values() if (path / ADAPTER_CONFIG).is_file()]
+    if not steps:
+        return None
+    LOG.warning("%s: %s is the folder of a run; taking its last checkpoint, %s", place, folder, steps[0])
+    return steps[0]
 
 
 def _check_tokenizers(config: Any) -> None:
@@ -107,11 +185,6 @@ def _model_folder(folder: Path, place: str) -> Path | None:
     if folder.is_file():
         cure = f"give its folder {folder.parent}, or merge single files by mergekit-pytorch"
         raise NotFoundError(f"{place} must be a model's folder, but {folder} is a file; {cure}")
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise NotFoundError(
-            f"{place} must be a model's folder, but {folder} is a LoRA adapter; write BASE+{folder}, or merge the "
-            "adapter_model.safetensors files by mergekit-pytorch"
-        )
     steps = [path for path in steps_in(folder).values() if (path / "config.json").is_file()]
     if not steps:
         raise NotFoundError(
@@ -122,20 +195,6 @@ def _model_folder(folder: Path, place: str) -> Path | None:
     return steps[0]
 
 
-def check_adapters(config: Any, cache: str | None) -> None:
-    """Refuse a model with a LoRA where mergekit has no folder for the model that it makes of both.
-
-    Raises:
-        ConfigError: The folder is missing.
-    """
-    adapted = next((str(model) for model in config.referenced_models() if model.lora is not None), None)
-    if adapted is not None and not cache:
-        raise ConfigError(
-            f"{adapted} is a model with a LoRA, which mergekit adds to a copy of the model in a folder of its own; "
-            "give that folder by --lora-merge-cache DIR"
-        )
-
-
 def _check_model(folder: Path, place: str) -> None:
     """Refuse a folder that mergekit cannot read as a model: without weights, or without the name of the class.
 
@@ -143,7 +202,7 @@ def _check_model(folder: Path, place: str) -> None:
         NotFoundError: The folder has no weights in a form that mergekit reads.
         ConfigError: The config names no class.
     """
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+    if not any(_weights_in(folder)):
         found = names_text(sorted(path.name for path in folder.iterdir() if path.suffix != ".json")) or "config.json"
         raise NotFoundError(
             f"{place} must have weights as model.safetensors or pytorch_model.bin, but {folder} has {found} alone; "
@@ -154,6 +213,12 @@ def _check_model(folder: Path, place: str) -> None:
             f"{place} must name the class of the model, but {folder / 'config.json'} has no architectures; save the "
             "model by save_pretrained, or add it to the file, as in its base"
         )
+
+
+def _weights_in(folder: Path) -> Iterator[Path]:
+    """Yield the files of a model's weights in a folder."""
+    for pattern in _WEIGHTS:
+        yield from (path for path in folder.glob(pattern) if not path.name.startswith("adapter_model."))
 
 
 def check_path(path: str, place: str, wanted: str, local: bool = False) -> None:

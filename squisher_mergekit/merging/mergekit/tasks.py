@@ -122,6 +122,7 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         origin_model: Model whose weights are theta_0.
         curvature: Structure of the Fishers; None for the diagonal.
         transposed: True for a matrix ``[in, out]``.
+        copied: True for a weight that all models have alike from their base.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -133,6 +134,7 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
     origin_model: ModelReference | None = None
     curvature: Structure | None = None
     transposed: bool = False
+    copied: bool = False
 
     def arguments(self) -> dict[str, Task[Any]]:
         """Return the tasks that read the weights, theta_0, and the tokenizer of a re-ordered vocabulary."""
@@ -149,6 +151,10 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         Raises:
             RefusedError: A Fisher cannot be read, or does not fit its weight.
         """
+        if self.copied:
+            tensor = next(iter(tensors.values()))
+            check_finite(tensor, self.output_weight.name, " or ".join(map(str, tensors)))
+            return tensor
         parameters = {**self.input_parameters}
         for model, fisher in self._load(tokenizer_info, origins).items():
             if model in tensors:

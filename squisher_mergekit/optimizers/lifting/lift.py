@@ -19,7 +19,7 @@ ESTIMATOR = "lifted_lora"
 NOT_ADAPTED = "not adapted, kept as in the base"
 
 
-def lift(fisher: Fisher, lora: LoraAdapter) -> Fisher:
+def lift(fisher: Fisher, lora: LoraAdapter, fingerprint: bool = True) -> Fisher:
     """Return the Fisher of the merged weights ``W0 + s B A`` that follows from the Fisher of a LoRA.
 
     Weights that the adapter holds whole (``modules_to_save``, ``bias``) keep their exact second moments; the others are
@@ -28,6 +28,7 @@ def lift(fisher: Fisher, lora: LoraAdapter) -> Fisher:
     Args:
         fisher: The Fisher of the adapter.
         lora: The LoRA over its base; over a base of a ``config.json`` alone the Fisher has no fingerprint.
+        fingerprint: False to leave out the fingerprint of the merged weights, for which each of them is computed.
 
     Returns:
         The Fisher, under the names of the base's weights.
@@ -49,10 +50,10 @@ def lift(fisher: Fisher, lora: LoraAdapter) -> Fisher:
     }
     known = {name: pair for name, pair in means.items() if pair is not None}
     store = RankOneStore(known, whole, fisher.location)
-    return _described(fisher, lora, store)
+    return _described(fisher, lora, store, fingerprint)
 
 
-def _described(fisher: Fisher, lora: LoraAdapter, store: RankOneStore) -> Fisher:
+def _described(fisher: Fisher, lora: LoraAdapter, store: RankOneStore, fingerprint: bool) -> Fisher:
     """Return a lifted Fisher with its metadata."""
     given = fisher.config
     optimizer = given.optimizer and OptimizerInfo.model_validate(
@@ -86,7 +87,7 @@ def _described(fisher: Fisher, lora: LoraAdapter, store: RankOneStore) -> Fisher
             "norm": None,
             "encoding": {"default": "rank1"} | {name: "float32" for name in lora.replaced if name in store.infos},
             "coverage": Coverage.model_validate({"with": len(store.infos), "without": without}),
-            "weights_fingerprint": AdaptedWeights(lora).fingerprint,
+            "weights_fingerprint": AdaptedWeights(lora).fingerprint if fingerprint else None,
         }
     )
     return Fisher(store, config, tied_aliases(config))
