@@ -50,7 +50,13 @@ class MergePlan:
                 f"{covered + len(reasons)}; missing {shown}{more}. Set missing: average to merge those by weighted "
                 "mean, or give a Fisher that has them"
             )
+        apart = next((item.model for tensor in self.tensors for item in tensor.inputs if item.model.lora), None)
         for model in self.models():
+            if model["entries"] and not model["covered"] and apart is not None:
+                raise MismatchError(
+                    "LoRAs must change layers of a common kind, but every tensor that one of them changes lacks a "
+                    f"Fisher in another model ({model['model']}); merge LoRAs of common target_modules"
+                )
             if model["entries"] and not model["covered"]:
                 raise MismatchError(
                     f"the names of a Fisher must be those of the weights, but none of {model['fisher']} fits "
@@ -73,10 +79,15 @@ class MergePlan:
     def models(self) -> list[dict[str, Any]]:
         """Return one summary per model: source of its Fisher, steps, beta2, scale, coverage."""
         summaries: dict[str, dict[str, Any]] = {}
+        described: set[str] = set()
         for tensor in self.tensors:
             for use in tensor.uses:
                 label = use.input.model.label
-                summary = summaries[label] = summaries.get(label) or _describe(use, tensor)
+                if label not in described:
+                    counted = summaries.get(label, {"entries": 0})
+                    summaries[label] = _describe(use, tensor) | {"entries": counted["entries"]}
+                    described.add(label)
+                summary = summaries[label]
                 summary["covered"] += tensor.size
                 low, high = summary["density"] or [1.0, 0.0]
                 summary["density"] = [min(low, use.input.density), max(high, use.input.density)]

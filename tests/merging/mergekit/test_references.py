@@ -19,7 +19,6 @@ from tests.merging.reference import (
     assert_config_refused,
     assert_within,
     largest,
-    merge,
     merged,
     preview_of,
     squisher_reference,
@@ -90,7 +89,7 @@ def test_a_plan_needs_no_copy_of_the_model(tmp_path: Path, form: str) -> None:
     preview = preview_of(tmp_path, config)
     assert [model["estimator"] for model in preview["models"]] == ["lifted_lora"] * 2
     assert [model["covered"] == model["entries"] > 0 for model in preview["models"]] == [True, True]
-    assert "18 tensors are copied from the base, as no LoRA changes them" in preview["text"]
+    assert "24 tensors are copied from the base, as no LoRA changes them" in preview["text"]
     assert sorted(path for path in tmp_path.rglob("*") if path.suffix not in (".yml", ".json")) == [
         path for path in before if path.suffix not in (".yml", ".json")
     ]
@@ -185,7 +184,7 @@ def test_a_named_fisher_is_lifted_where_it_is_of_the_adapter(tmp_path: Path, kin
 
 @pytest.mark.parametrize("structure", ["rows", "columns", "kron"])
 def test_structures_take_the_lifted_fishers(tmp_path: Path, structure: str) -> None:
-    """d = s B A and v lifted: the merge equals that of the merged models with the lifted Fishers on disk."""
+    """The merge equals that of the merged models with the lifted Fishers on disk: d = s B A, and v lifted."""
     _runs(tmp_path, "llama", [{}, {"r": 4}])
     parameters = {"structure": structure, "block": 4}
     found = merged(_config(tmp_path, parameters=parameters), tmp_path / "out")
@@ -249,13 +248,14 @@ def test_the_folder_of_a_run_is_its_last_checkpoint(tmp_path: Path, caplog: pyte
     _runs(tmp_path, "llama", [{}, {}])
     for form in ("BASE+ADAPTER", "ADAPTER"):
         config = _config(tmp_path, form)
-        reference = merged(config, tmp_path / form / "plain")
-        run = tmp_path / form / "run"
+        folder = tmp_path / form.replace("+", "_")
+        reference = merged(config, folder / "plain")
+        run = folder / "run"
         shutil.copytree(tmp_path / "l1" / "adapter", run / "checkpoint-20")
         shutil.copytree(tmp_path / "l0" / "adapter", run / "checkpoint-8")
         config["models"][1]["model"] = config["models"][1]["model"].replace(str(tmp_path / "l1" / "adapter"), str(run))
         with caplog.at_level(logging.WARNING, "squisher_mergekit"):
-            found = merged(config, tmp_path / form / "out")
+            found = merged(config, folder / "out")
         assert all(torch.equal(found[name], reference[name]) for name in reference)
         assert any("taking its last checkpoint" in record.message for record in caplog.records)
         caplog.clear()
@@ -338,5 +338,19 @@ def test_other_target_modules_are_refused_with_the_cure(tmp_path: Path, targets:
     _runs(tmp_path, "llama", [{}, {"target_modules": targets}])
     words = ["must cover every merged tensor", "not adapted, kept as in the base", "missing: average"]
     assert_config_refused(tmp_path, _config(tmp_path), *words)
-    result = merge(_config(tmp_path, parameters={"missing": "average"}), tmp_path / "out")
-    assert result.exit_code == 0, result.output
+    average = _config(tmp_path, parameters={"missing": "average"})
+    assert_config_refused(tmp_path, average, "LoRAs must change layers of a common kind", "common target_modules")
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj"], ["up_proj", "down_proj"]])
+def test_target_modules_in_common_suffice_for_missing_average(tmp_path: Path, targets: list[str]) -> None:
+    """Layers of a kind that one LoRA alone changed are the mean, as asked for; the others take the lifted F."""
+    weights = _runs(tmp_path, "llama", [{}, {"target_modules": targets}])
+    assert_config_refused(tmp_path, _config(tmp_path), "must cover every merged tensor", "missing: average")
+    found = merged(_config(tmp_path, parameters={"missing": "average"}), tmp_path / "out")
+    fishers = [_lifted(tmp_path, i) for i in range(2)]
+    for name in {*fishers[0], *fishers[1]}:
+        thetas = [model[name] for model in weights]
+        both = all(name in fisher for fisher in fishers)
+        parts = [fisher[name] if both else torch.ones(()) for fisher in fishers]
+        assert_within(found[name], squisher_reference(thetas, parts, [1.0, 1.0]), largest(thetas))
