@@ -1,5 +1,6 @@
 """Examples in configs/, loaded and planned."""
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from squisher_mergekit.merging.parameters import METHODS, PARAMETERS
+from tests.adapters import train
 from tests.merging.reference import Tensors, give_fisher, llama
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -31,6 +33,7 @@ def _model(folder: Path, seed: int, fisher: Path | None = None) -> Tensors:
     return weights
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's call
 @pytest.mark.parametrize("config", LOCAL, ids=lambda path: path.stem)
 def test_a_config_is_planned(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`squisher plan` accepts the example with every model covered, if the named folders exist."""
@@ -40,11 +43,25 @@ def test_a_config_is_planned(config: Path, tmp_path: Path, monkeypatch: pytest.M
         _model(tmp_path / "runs" / name / "checkpoint-500", seed)
         if name != "base":
             _model(tmp_path / "models" / name, seed, fisher=tmp_path / "fishers" / name)
+    _adapters(tmp_path, config)
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(command, [str(config)])
     assert result.exit_code == 0, result.output
     assert "all needed Fishers are complete" in result.output
     assert result.output.count("covers 100.0%") == len({*_models(config)})
+
+
+def _adapters(folder: Path, config: Path) -> None:
+    """Make the adapters that a recipe names, and their base."""
+    names = re.findall(r"\badapters/(\w+)/checkpoint-500", config.read_text(encoding="utf-8"))
+    for seed, name in enumerate(dict.fromkeys(names)):
+        train(folder / name, seed=seed)
+        (folder / name / "adapter").rename(folder / name / "checkpoint-500")
+        file = folder / name / "checkpoint-500" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "base"}))
+        shutil.copytree(folder / name / "base", folder / "base", dirs_exist_ok=True)
+        (folder / "adapters").mkdir(exist_ok=True)
+        (folder / name).rename(folder / "adapters" / name)
 
 
 def _models(config: Path) -> list[str]:

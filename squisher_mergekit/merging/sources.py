@@ -65,7 +65,8 @@ def is_untouched(inputs: Iterable[tuple[ModelFiles, str | None]]) -> bool:
     if len(pairs) < 2 or all(model.lora is None for model, _ in pairs):
         return False
     kept = all(name is not None and (model.lora is None or model.lora.keeps(name)) for model, name in pairs)
-    return kept and len({model.start for model, _ in pairs}) == 1
+    # In slices, one output tensor can be made of different layers.
+    return kept and len({(model.start, name) for model, name in pairs}) == 1
 
 
 class OpenFisher:

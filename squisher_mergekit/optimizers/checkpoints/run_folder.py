@@ -54,8 +54,8 @@ def find_folders(location: Path, model: Weights | None, base: Weights | None) ->
     adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
     if model is not None and adapter not in (None, model.folder) and model.infos:
         raise MismatchError(
-            f"{model.folder} holds full weights, but {location} is the state of a LoRA, which says nothing of them; "
-            "merge full fine-tunings or estimate a Fisher from data (to extract the adapter's, name the base as --base)"
+            f"{model.folder} holds full weights, but {location} is the state of a LoRA; in a merge, write model: "
+            "BASE+ADAPTER (squisher extract ADAPTER --base BASE gives its Fisher, and with --lift that of the merged weights)"
         )
     basename = "model" if adapter is None else "adapter_model"
     known = {w.folder.absolute(): w for w in (base, model) if w is not None and w.basename == basename}

@@ -225,6 +225,49 @@ def test_an_adapter_and_a_full_model(tmp_path: Path) -> None:
         assert_within(found[name], reference, largest(thetas))
 
 
+@pytest.mark.parametrize("layers", [(0, 2), (2, 1)])
+def test_slices_of_different_layers_are_not_copied(tmp_path: Path, layers: tuple[int, int]) -> None:
+    """Layers at different places are different weights, even where no LoRA changes them."""
+    _runs(tmp_path, "llama", [{}, {}])
+    names = [item["model"] for item in _config(tmp_path)["models"]]
+    sources = [{"model": name, "layer_range": [i, i + 1]} for name, i in zip(names, layers, strict=True)]
+    config = {"merge_method": "squisher", "slices": [{"sources": sources}], "parameters": {"missing": "average"}}
+    config["base_model"] = str(tmp_path / "base")
+    found, base = merged(config, tmp_path / "out"), load_file(tmp_path / "base" / "model.safetensors")
+    name = "model.layers.{}.mlp.up_proj.weight"
+    thetas = [base[name.format(i)] for i in layers]
+    assert_within(found[name.format(0)], sum(theta.double() for theta in thetas) / 2, largest(thetas))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["shards", "pytorch_model.bin", "bfloat16"])
+def test_bases_in_other_forms(tmp_path: Path, form: str) -> None:
+    """Shards and pickled weights give the tensors of one file; bfloat16 is kept as by peft's own merge."""
+    import transformers
+
+    _runs(tmp_path, "llama", [{}, {}])
+    reference, base = merged(_config(tmp_path), tmp_path / "plain"), tmp_path / "base"
+    if form == "pytorch_model.bin":
+        torch.save(load_file(base / "model.safetensors"), base / form)
+        (base / "model.safetensors").unlink()
+    else:
+        model = transformers.LlamaForCausalLM.from_pretrained(base)
+        shutil.rmtree(base)
+        model = model.bfloat16() if form == "bfloat16" else model
+        model.save_pretrained(base, max_shard_size="5KB" if form == "shards" else "5GB")
+    if form == "bfloat16":
+        reference = merged(_config(tmp_path), tmp_path / "cached", "--lora-merge-cache", str(tmp_path / "cache"))
+    found = merged(_config(tmp_path), tmp_path / "out")
+    assert all(torch.equal(found[name], reference[name]) for name in reference)
+
+
+def test_an_adapter_that_is_not_on_the_hub(tmp_path: Path) -> None:
+    """A name after the + that is no folder is looked up on the Hub, and refused in one line."""
+    _runs(tmp_path, "llama", [{}, {}])
+    config = _config(tmp_path)
+    config["models"][1]["model"] = f"{tmp_path / 'base'}+nobody/adapter"
+    assert_config_refused(tmp_path, config, "a LoRA must be a local folder or on the Hub", "nobody/adapter")
+
+
 def test_gradient_matching_of_adapters(tmp_path: Path) -> None:
     """``ubgm_squisher`` starts from the base, whose Fisher may be none."""
     weights = _runs(tmp_path, "llama", [{}, {}])
