@@ -55,7 +55,7 @@ def find_folders(location: Path, model: Weights | None, base: Weights | None) ->
     if model is not None and adapter not in (None, model.folder) and model.infos:
         raise MismatchError(
             f"{model.folder} holds full weights, but {location} is the state of a LoRA; in a merge, write model: "
-            "BASE+ADAPTER (squisher extract ADAPTER --base BASE gives its Fisher, and with --lift that of the merged weights)"
+            "BASE+ADAPTER, or extract a Fisher of the merged weights by --base BASE --lift"
         )
     basename = "model" if adapter is None else "adapter_model"
     known = {w.folder.absolute(): w for w in (base, model) if w is not None and w.basename == basename}

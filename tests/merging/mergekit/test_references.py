@@ -245,18 +245,22 @@ def test_bases_in_other_forms(tmp_path: Path, form: str) -> None:
     import transformers
 
     _runs(tmp_path, "llama", [{}, {}])
-    reference, base = merged(_config(tmp_path), tmp_path / "plain"), tmp_path / "base"
+    # mergekit keeps the loaders of a process: other files need another folder.
+    other = tmp_path / "other"
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = model.bfloat16() if form == "bfloat16" else model
+    model.save_pretrained(other, max_shard_size="5KB" if form == "shards" else "5GB")
     if form == "pytorch_model.bin":
-        torch.save(load_file(base / "model.safetensors"), base / form)
-        (base / "model.safetensors").unlink()
-    else:
-        model = transformers.LlamaForCausalLM.from_pretrained(base)
-        shutil.rmtree(base)
-        model = model.bfloat16() if form == "bfloat16" else model
-        model.save_pretrained(base, max_shard_size="5KB" if form == "shards" else "5GB")
+        torch.save(load_file(other / "model.safetensors"), other / form)
+        (other / "model.safetensors").unlink()
+    config = _config(tmp_path)
+    changed = json.loads(json.dumps(config).replace(f"{tmp_path / 'base'}+", f"{other}+"))
     if form == "bfloat16":
-        reference = merged(_config(tmp_path), tmp_path / "cached", "--lora-merge-cache", str(tmp_path / "cache"))
-    found = merged(_config(tmp_path), tmp_path / "out")
+        reference = merged(changed, tmp_path / "cached", "--lora-merge-cache", str(tmp_path / "cache"))
+    else:
+        reference = merged(config, tmp_path / "plain")
+    found = merged(changed, tmp_path / "out")
+    assert found["lm_head.weight"].dtype == (torch.bfloat16 if form == "bfloat16" else torch.float32)
     assert all(torch.equal(found[name], reference[name]) for name in reference)
 
 
