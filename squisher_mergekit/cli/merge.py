@@ -13,6 +13,7 @@ from squisher_mergekit.merging.mergekit.commands import (
     help_class,
     merge_options,
     read_config,
+    run_as_adapter,
     run_config,
 )
 from squisher_mergekit.merging.report import report_text
@@ -30,6 +31,12 @@ from squisher_mergekit.tensors.input_files import read_text
     "Draw the merge by layer as PNG: the share of each model in the merged step, and the conflict (structure:)."
 )
 @json_option
+@click.option(
+    "--as-adapter", is_flag=True, help="Of LoRAs of one base: write the merge as an adapter of peft, not a full model."
+)
+@click.option(
+    "--rank", type=click.IntRange(min=1), help="Rank of that adapter.  [default: the sum of the ranks of the LoRAs]"
+)
 @merge_options
 def command(
     config: Path,
@@ -38,6 +45,8 @@ def command(
     allow_missing: bool,
     plot: Path | None,
     json_file: Path | None,
+    as_adapter: bool,
+    rank: int | None,
     merge_options: Any,
 ) -> None:
     """Merge the models in CONFIG into the folder OUT, and print a report.
@@ -46,11 +55,13 @@ def command(
     share of entries without signal in any model and the effective weight of each model, overall and per kind of layer.
     The model card gets a section on the source of each Fisher. With a `structure`, the report also gives the share of
     each model in the merged step, the conflict of the models, and the effective rank of the factors, overall, per layer
-    and per tensor.
+    and per tensor. With --as-adapter, it gives the share of the energy of the change that the rank discards, and the
+    tensor that loses most.
 
     \b
     Example:
         squisher merge merge.yml merged --json report.json
+        squisher merge lora.yml merged-lora --as-adapter --rank 16
     """
     if not is_new(out):
         raise ConfigError(f"OUT must be a new or an empty folder, but {out} is not; choose another or remove it")
@@ -58,15 +69,23 @@ def command(
     merge_options.apply_global_options()
     text = read_text(config)
     parsed = read_config(text)
+    if rank is not None and not as_adapter:
+        raise ConfigError("--rank needs --as-adapter, but the merge is written as a full model; leave one of them out")
     if plot is not None:
         if not asks_for_structure(parsed):
             raise ConfigError("--plot needs structure: rows, columns or kron, but the merge is diagonal; leave it out")
         from squisher_mergekit.cli.plots import merged_steps  # refuses before any work if matplotlib is missing
+    adapter: dict[str, Any] = {}
     with written_beside(out.absolute()) as folder:
-        run = run_config(
-            parsed, text, folder, merge_options, strict=strict, allow_missing=allow_missing, reported=reported
-        )
-    report = run.report()
+        if as_adapter:
+            run, adapter["adapter"] = run_as_adapter(
+                parsed, text, folder, merge_options, rank, strict=strict, allow_missing=allow_missing
+            )
+        else:
+            run = run_config(
+                parsed, text, folder, merge_options, strict=strict, allow_missing=allow_missing, reported=reported
+            )
+    report = run.report() | adapter
     if not merge_options.quiet:
         click.echo(report_text(report))
     if plot is not None and "structure" in report:  # with one model, no tensor is coupled

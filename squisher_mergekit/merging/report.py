@@ -27,6 +27,8 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
             f"  written are {report['tensors']} of {whole['tensors']} tensors; lost are {names_text(report['lost'])}"
         )
     lines += [f"  {note}" for note in report.get("notes", ())]
+    if report.get("adapter"):
+        lines.append(_adapter_line(report["adapter"]))
     lines += [f"  {column} = {label}" for column, label in zip(columns, labels, strict=True)]
     kinds = list(report["kinds"].items())
     width = max([len("effective weight"), *(len(kind) for kind, _ in kinds[:rows])])
@@ -43,6 +45,15 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
     if "structure" in report:
         lines += structure_lines(report["structure"], dict(zip(labels, columns, strict=True)))
     return "\n".join(lines)
+
+
+def _adapter_line(adapter: dict[str, Any]) -> str:
+    """Return one line about an adapter: its rank, and the energy that it discards."""
+    name, worst = max(adapter["modules"].items(), key=lambda item: float(item[1]["discarded"]))
+    return (
+        f"  written as an adapter of rank {adapter['rank']} for {len(adapter['modules'])} tensors, which discards "
+        f"{adapter['discarded']:.2%} of the energy of the change (most of {name}: {worst['discarded']:.2%})"
+    )
 
 
 def provenance(run: Run) -> str:

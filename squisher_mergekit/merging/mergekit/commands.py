@@ -168,6 +168,72 @@ def run_config(
     return run
 
 
+def run_as_adapter(
+    config: Any,
+    text: str,
+    folder: Path,
+    options: Any,
+    rank: int | None,
+    *,
+    strict: bool = False,
+    allow_missing: bool = False,
+) -> tuple["Run", dict[str, Any]]:
+    """Merge LoRAs of one base in float32, and write the change from the base as an adapter of peft.
+
+    Args:
+        config: Configuration of the merge.
+        text: The configuration as YAML.
+        folder: Output folder.
+        options: mergekit's ``MergeOptions``.
+        rank: Rank of the adapter; None for the sum of the ranks.
+        strict: Refuse a Fisher made at other weights.
+        allow_missing: Go on without tensors that the merge would lose.
+
+    Returns:
+        The closed run, and the report of :func:`~squisher_mergekit.models.low_rank.write_adapter`.
+
+    Raises:
+        ConfigError: A model is no LoRA.
+        RefusedError: The merge is refused.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    from squisher_mergekit.merging.mergekit.model_folders import resolve_models
+    from squisher_mergekit.merging.mergekit.references import AdaptedReference
+    from squisher_mergekit.merging.report import bare_card, provenance
+    from squisher_mergekit.models.low_rank import write_adapter
+    from squisher_mergekit.models.weights import Weights
+    from squisher_mergekit.tensors.atomic import scratch_beside
+
+    resolve_models(config)
+    models = [item.model for item in config.models or []]
+    plain = next((model for model in models if not isinstance(model, AdaptedReference)), None)
+    if plain is not None or not models:
+        raise ConfigError(
+            f"--as-adapter needs LoRAs under models:, but {plain or 'there is none'}"
+            f"{' is a full model' if plain else ''}; list LoRAs alone, or leave --as-adapter out"
+        )
+    config.dtype, config.out_dtype = "float32", None
+    changes = {"lora_merge_dtype": "float32", "lora_merge_cache": None, "copy_tokenizer": False}
+    for model in models:
+        LoaderCache.loaders.pop(model, None)  # its W0 may be of another dtype
+    with scratch_beside(folder) as scratch:
+        given = options.model_copy(update={**changes, "write_model_card": False})
+        run = run_config(config, text, scratch / "merged", given, strict=strict, allow_missing=allow_missing)
+        loras = [LoaderCache().get(model).files.lora for model in models]
+        if not loras[0].base.infos:
+            raise ConfigError(
+                f"--as-adapter needs the base as safetensors, but {loras[0].base.folder} has none; save the base by "
+                "save_pretrained"
+            )
+        merged = Weights(scratch / "merged")
+        report = write_adapter(folder, loras, rank, str(models[0].model), merged.read)
+    if options.write_model_card:
+        (folder / "README.md").write_text(bare_card(folder.name, run.method, text) + provenance(run), encoding="utf-8")
+        (folder / "mergekit_config.yml").write_text(text, encoding="utf-8")
+    return run, report
+
+
 def _options_of(run: "Run", options: Any) -> Any:
     """Return mergekit's options with the run added, which the planner finds there."""
     from mergekit.options import MergeOptions
