@@ -267,6 +267,11 @@ def _check(opened: OpenFisher, model: ModelFiles) -> str | None:
         )
     made_at = fisher.config.weights_fingerprint
     changed = opened.changed or (difference(made_at, model.weights.fingerprint) if made_at else None)
+    if not changed and fisher.config.parameters == "adapter":
+        return (
+            f"{model.label} is an adapter alone, so that A and B are merged entry by entry, which needs LoRAs that "
+            "began from one draw of A (one seed); merge LoRAs of other draws by mergekit-yaml and model: BASE+ADAPTER"
+        )
     if not changed:
         return None
     return f"the Fisher for {model.label}, {fisher.location}, was made at other weights: {changed}"

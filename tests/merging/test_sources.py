@@ -1,5 +1,6 @@
 """Missing, unreadable or foreign Fishers: one line, exit code 1, no output folder."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,26 @@ def test_adapters_merge_by_their_own_fishers(tmp_path: Path) -> None:
     for name in names:
         thetas = [tensors[name] for tensors in weights]
         assert_within(found[name], squisher_reference(thetas, [f[name] for f in fishers], [1.0, 1.0]), largest(thetas))
+
+
+@pytest.mark.parametrize("kind", ["lora_A", "lora_embedding_B"])
+def test_a_merge_of_a_and_b_entry_by_entry_is_warned_of(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``mergekit-pytorch`` merges A and B apart; the warning says what that needs, and names the other way."""
+    name, entries = f"base_model.model.layers.1.up_proj.{kind}.weight", []
+    for i in range(2):
+        (tmp_path / f"l{i}").mkdir()
+        file = tmp_path / f"l{i}" / "adapter_model.safetensors"
+        save_file({name: torch.full((3, 4), float(i))}, file, {"format": "pt"})
+        store_fisher(tmp_path / f"f{i}", {name: torch.ones(3, 4)}, fingerprint(file), parameters="adapter")
+        entries.append({"model": str(file), "parameters": {"fisher": str(tmp_path / f"f{i}")}})
+    with caplog.at_level(logging.WARNING, "squisher_mergekit"):
+        result = merge_raw(tmp_path, {"merge_method": "squisher", "models": entries})
+    assert result.exit_code == 0, result.output
+    warned = [record.message for record in caplog.records if "one draw of A" in record.message]
+    assert len(warned) == 2
+    assert all("model: BASE+ADAPTER" in message for message in warned)
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
