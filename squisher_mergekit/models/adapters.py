@@ -94,6 +94,7 @@ def _adapted(folder: Path, model: Any) -> Any:
     with torch.device("meta"), warnings.catch_warnings():
         # peft calls a deprecated function of transformers.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # peft corrects it by itself
         return peft.get_peft_model(model, config)
 
 

@@ -14,7 +14,7 @@ from squisher_mergekit.models.adapters import ADAPTER_CONFIG, adapted_model, dis
 from squisher_mergekit.models.checkpoint_names import CheckpointNames, checkpoint_names
 from squisher_mergekit.models.convert import unchanged_matrices
 from squisher_mergekit.models.fingerprint import fingerprint_of
-from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.models.weights import Weights, refuse_quantised
 from squisher_mergekit.tensors.input_files import read_mapping
 from squisher_mergekit.tensors.safetensors import TensorInfo
 
@@ -75,7 +75,7 @@ class LoraAdapter:
     replaced: Mapping[str, str]
     names: CheckpointNames
 
-    @property
+    @cached_property
     def touched(self) -> frozenset[str]:
         """Names of the base's weights that the adapter changes."""
         return frozenset(self.pairs) | frozenset(self.replaced)
@@ -141,10 +141,11 @@ def read_lora(adapter: Weights, base: Weights) -> LoraAdapter:
 
     Raises:
         NotFoundError: The adapter has no safetensors.
-        UnsupportedStateError: The adapter is no plain LoRA of linear layers from a random draw.
+        UnsupportedStateError: The adapter is no plain LoRA from a random draw, or the base is quantised.
         MismatchError: The shapes of the adapter do not fit the base.
     """
     _refuse_other_kinds(adapter)
+    refuse_quantised(base, str(base.folder))
     if not adapter.infos:
         raise NotFoundError(
             f"an adapter must have its weights in adapter_model.safetensors, but {adapter.folder} has none; save it by "

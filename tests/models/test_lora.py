@@ -52,6 +52,29 @@ def test_the_touched_weights_are_those_that_differ_from_the_base(run, tmp_path):
     assert {key: found.shape(key) for key in found.touched} == {key: base.infos[key].shape for key in found.touched}
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")  # of the training itself
+@pytest.mark.parametrize(("name", "given"), [("gpt2", False), ("llama", True)])
+def test_the_order_of_axes_is_that_of_the_layer(name, given, tmp_path):
+    """A fan_in_fan_out that does not fit the layer is corrected, as by peft."""
+    targets = ["c_attn"] if name == "gpt2" else ["down_proj"]
+    train(tmp_path, name, target_modules=targets, fan_in_fan_out=given)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"fan_in_fan_out": given}))
+    assert {pair.transposed for pair in _read(tmp_path).pairs.values()} == {name == "gpt2"}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_a_quantised_base_is_refused_with_the_cure(dtype, tmp_path):
+    """W0 is needed as real numbers: the model before it was quantised."""
+    train(tmp_path)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(dtype)
+    save_file(tensors, file)
+    with pytest.raises(UnsupportedStateError, match="take the model before it was quantised"):
+        _read(tmp_path)
+
+
 def test_the_base_is_not_written_to(tmp_path):
     """A merged tensor is a new one."""
     train(tmp_path)

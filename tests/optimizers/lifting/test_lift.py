@@ -140,7 +140,7 @@ def test_a_portable_fisher_of_an_adapter_is_lifted_too(code, tmp_path):
 
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
 def test_a_frozen_factor_leaves_one_side_flat(frozen, tmp_path):
-    """Of LoRA-FA, whose A is frozen, the rows are lifted; of a frozen B, the columns."""
+    """With A frozen (LoRA-FA) the rows alone are lifted, with B frozen the columns alone."""
     _, truth = train(tmp_path, frozen=frozen)
     assert all(frozen not in key for key in truth)
     fisher = _lifted(tmp_path)
