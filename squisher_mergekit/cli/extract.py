@@ -31,6 +31,9 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     "Compact form: logarithmic codes (each entry to 4 % or 40 %), or row and column means. Tensors that stay whole "
     "have --dtype.",
 )
+@click.option(
+    "--lift", is_flag=True, help="Of a LoRA: write the Fisher of the merged weights, not of A and B; needs --base."
+)
 @click.option("--no-verify", is_flag=True, help="Skip the checksums in the files.")
 @report_options
 def command(
@@ -43,6 +46,7 @@ def command(
     tokens_per_step: float | None,
     dtype: str,
     compress: str | None,
+    lift: bool,
     no_verify: bool,
     quiet: bool,
     json_file: Path | None,
@@ -58,6 +62,7 @@ def command(
     \b
     Example:
         squisher extract runs/math/checkpoint-500 -o fishers/math
+        squisher extract lora/math/checkpoint-500 --base base --lift -o fishers/math
     """
     import json
 
@@ -78,6 +83,7 @@ def command(
         tokens_per_step=tokens_per_step,
         verify=not no_verify,
         progress=not quiet,
+        lift=lift,
     )
     click.echo(f"{checkpoint} -> {out}")
     size_line = f"{len(fisher)} tensors, {size_of(fisher)}"

@@ -276,10 +276,10 @@ def _rank1(tensor: Tensor) -> dict[str, Tensor]:
         slab = whole[one, some].to(torch.float64)
         row[one, some] = slab.mean(-1)
         col[one] += slab.sum(-2) / rows
-    return {".row": _float32(row).view(*batch, rows), ".col": _float32(col).view(*batch, columns)}
+    return {".row": to_float32(row).view(*batch, rows), ".col": to_float32(col).view(*batch, columns)}
 
 
-def _float32(means: Tensor) -> Tensor:
+def to_float32(means: Tensor) -> Tensor:
     """Round means to float32, and keep positive ones positive."""
     return torch.where(means > 0, means.clamp_min(_SMALLEST), means).to(torch.float32)
 

@@ -16,10 +16,12 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "fisher_config.json"
 
 Estimator = Literal[
-    "squisher", "empirical", "sampled", "exact", "predicted", "joint_empirical", "joint_sampled", "ema_empirical"
-]
+    "squisher", "empirical", "sampled", "exact", "predicted", "joint_empirical", "joint_sampled", "ema_empirical",
+    "lifted_lora", "recorded_lora",
+]  # fmt: skip
 Statistic = Literal["ema", "sum", "mean"]
 Scaling = Literal["raw", "debiased", "per_example"]
+_SQUISHERS = ("squisher", "lifted_lora", "recorded_lora")
 
 # Ranges of the numbers: products and quotients of them with entries of a float32 tensor stay finite.
 _LEAST, _MOST = 1e-307, 1e200
@@ -213,13 +215,13 @@ class FisherConfig(_Frozen):
 
     @property
     def from_optimizer(self) -> bool:
-        """True for an optimizer's accumulator (a Squisher)."""
-        return self.estimator == "squisher"
+        """True for an optimizer's accumulator (a Squisher), and for its like of the merged weights of a LoRA."""
+        return self.estimator in _SQUISHERS
 
     @property
     def of_batches(self) -> bool:
         """True if the squared gradients are those of whole batches (a Squisher, or ``GradientSquares``)."""
-        return self.estimator in ("squisher", "ema_empirical")
+        return self.estimator in (*_SQUISHERS, "ema_empirical")
 
     def steps_of(self, name: str) -> int | None:
         """Return the number of optimizer steps behind the accumulator of one parameter."""

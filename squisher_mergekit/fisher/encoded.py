@@ -11,7 +11,7 @@ import torch
 from squisher_mergekit.errors import CorruptFileError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.values import DiagonalFisher, check_values
-from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore
+from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore, info_of
 
 _CURE = "copy the file again, or extract the Fisher anew"
 
@@ -100,6 +100,42 @@ class EncodedStore:
         return CorruptFileError(
             f"{name} must be kept as {code} in {first} and {second} that fit, but {self.location}: {found}; {_CURE}"
         )
+
+
+class RankOneStore:
+    """Store of tensors known by their row means and column means, and of tensors kept whole.
+
+    Args:
+        means: Name -> row means, shape ``[m]``, and column means, shape ``[n]``, of a matrix; rounded to float32.
+        whole: Name -> tensor.
+        location: Source of the tensors, for messages.
+
+    Example:
+        >>> store = RankOneStore({"w": (torch.tensor([1.0, 3.0]), torch.tensor([2.0]))}, {}, "memory")
+        >>> store.infos["w"].shape, store.read("w")
+        ((2, 1), tensor([[1.],
+                [3.]]))
+    """
+
+    def __init__(
+        self, means: Mapping[str, tuple[torch.Tensor, torch.Tensor]], whole: Mapping[str, torch.Tensor], location: str
+    ) -> None:
+        self.location = location
+        self._means = {name: tuple(map(compact.to_float32, pair)) for name, pair in means.items()}
+        self._whole = dict(whole)
+        self.infos = {name: info_of(tensor) for name, tensor in whole.items()}
+        for name, (row, col) in self._means.items():
+            self.infos[name] = TensorInfo((len(row), len(col)), torch.float32, row.nbytes + col.nbytes)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, in float32."""
+        found = self._means.get(name)
+        return self._whole[name] if found is None else compact.outer_of_means(*found)
+
+    def kept_parts(self, name: str) -> dict[str, torch.Tensor] | None:
+        """Return the means of a tensor by suffix; None for a tensor kept whole."""
+        found = self._means.get(name)
+        return None if found is None else dict(zip(compact.RANK1, found, strict=True))
 
 
 def _rank1_shape(row: TensorInfo, col: TensorInfo) -> tuple[int, ...] | None:

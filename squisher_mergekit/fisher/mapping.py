@@ -9,6 +9,7 @@ import torch
 
 from squisher_mergekit.fisher.compact import Compression
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
+from squisher_mergekit.fisher.encoded import RankOneStore
 from squisher_mergekit.fisher.factors.mapping import Factors, no_factors
 from squisher_mergekit.fisher.values import Moments
 from squisher_mergekit.fisher.write import to_dtype, write_fisher
@@ -83,6 +84,10 @@ class Fisher(Mapping[str, torch.Tensor]):
         if found is None:
             raise KeyError(name)
         return self._store.infos[found]
+
+    def kept_parts(self, name: str) -> dict[str, torch.Tensor] | None:
+        """Return the compact parts in which a tensor is known, by suffix; None for a tensor known entry by entry."""
+        return self._store.kept_parts(name) if isinstance(self._store, RankOneStore) else None
 
     def factor(self, name: str, scaling: Scaling = "debiased") -> float:
         """Return the scale factor of one parameter (see :meth:`FisherConfig.factor`)."""

@@ -35,6 +35,9 @@ class DiagonalFisher(Protocol):
     def info(self, name: str) -> TensorInfo:
         """Return the header of a tensor."""
 
+    def kept_parts(self, name: str) -> dict[str, torch.Tensor] | None:
+        """Return the compact parts in which a tensor is known, by suffix; None for a tensor known entry by entry."""
+
     def factor(self, name: str, scaling: Scaling = "debiased") -> float:
         """Return the scale factor of a parameter."""
 

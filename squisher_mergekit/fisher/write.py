@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -111,14 +111,14 @@ def write_fisher(
     with written_beside(out, existing, fisher_files) as folder:
         names = progress or list(fisher)
         factors = FactorWriter(fisher.factors, dtype, compress)
-        shards, whole = _write_shards(fisher, folder, dtype, names, shard_bytes, moments, compress, factors)
+        shards, codes = _write_shards(fisher, folder, dtype, names, shard_bytes, moments, compress, factors)
         if moments.count and not moments.total and fisher.config.from_optimizer:
             raise ValuesError(zeros_refusal(fisher.location))
         config = fisher.config.model_copy(
             update={
                 "mean": in_range(moments.mean),
                 "norm": in_range(moments.norm),
-                "encoding": _encoding(str(dtype).removeprefix("torch."), compress, whole, len(fisher)),
+                "encoding": _encoding(str(dtype).removeprefix("torch."), compress, codes),
                 "coverage": Coverage(**{"with": len(fisher)}, without=fisher.config.coverage.without),
                 "factors": factors.info,
             }
@@ -128,11 +128,12 @@ def write_fisher(
     return config
 
 
-def _encoding(plain: str, compress: str | None, whole: list[str], count: int) -> dict[str, str]:
+def _encoding(plain: str, compress: str | None, codes: Mapping[str, str | None]) -> dict[str, str]:
     """Return the encoding of each tensor for the metadata."""
-    if compress is None or len(whole) == count:
-        return {"default": plain}
-    return {"default": compress} | dict.fromkeys(whole, plain)
+    used = {code for code in codes.values() if code is not None}
+    default = compress if compress in used else next(iter(used), plain)
+    encodings = {name: code or plain for name, code in codes.items()}
+    return {"default": default} | {name: code for name, code in encodings.items() if code != default}
 
 
 def _write_shards(
@@ -144,17 +145,20 @@ def _write_shards(
     moments: Moments,
     compress: str | None,
     factors: FactorWriter,
-) -> tuple[list[dict[str, int]], list[str]]:
+) -> tuple[list[dict[str, int]], dict[str, str | None]]:
     """Write the shards, one tensor at a time, and the factors after the diagonal.
 
     Returns:
-        The sizes of the tensors in each shard, and the names of the tensors that stay whole.
+        The sizes of the tensors in each shard, and name -> compact form; None for a tensor that stays whole.
     """
     # Twice the parts: each has a digest as well.
-    room = header_room(list(fisher), parts=2 if compress is None else 5 if compress in compact.CODES else 4)
+    kept = any(fisher.kept_parts(name) for name in fisher)
+    parts_each = 5 if compress in compact.CODES else 4 if compress or kept else 2
+    room = header_room(list(fisher), parts=parts_each)
     room += header_room(factors.names, parts=2)
     writer = SafetensorsWriter(folder / "0.safetensors", room, digests=True)
-    shards, whole = [writer.sizes], []
+    shards: list[dict[str, int]] = [writer.sizes]
+    codes: dict[str, str | None] = {}
     with ExitStack() as stack:
         stack.enter_context(writer)
 
@@ -169,23 +173,26 @@ def _write_shards(
             return writer
 
         for name in names:
-            parts = None if compress is None else parts_of(fisher, name, compress, dtype)
+            parts = fisher.kept_parts(name)
+            code = compress if parts is None else "rank1"
+            if parts is None and code is not None:
+                parts = parts_of(fisher, name, code, dtype)
+            codes[name] = code if parts else None
             tensors = parts or {"": fisher[name]}
             nbytes = sum(tensor.numel() * (tensor.dtype if parts else dtype).itemsize for tensor in tensors.values())
             shard = writer_for(nbytes)
-            if parts and compress:
+            if parts and code:
                 shape = fisher.info(name).shape
-                moments.add(fisher, name, tensor=compact.decode(parts, compress, shape))
-                if compress in compact.CODES:
+                moments.add(fisher, name, tensor=compact.decode(parts, code, shape))
+                if code in compact.CODES:
                     shard.note(f"{name}.shape", shape_note(shape))
             else:
                 moments.add(fisher, name, tensor=tensors[""])
-                whole.append(name)
             for suffix, tensor in tensors.items():
                 shard.add(name + suffix, tensor, None if parts else dtype)
         for stored, tensor in factors.tensors():
             writer_for(tensor.numel() * tensor.itemsize).add(stored, tensor)
-    return shards, whole
+    return shards, codes
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:

@@ -36,16 +36,8 @@ def adapter_names(folder: Path, base: Path | None) -> CheckpointNames:
             f"{folder} is the checkpoint of a LoRA or another adapter, whose parameters can be named only with its "
             f"base model{found}; give --base DIR (its config.json is enough)"
         )
-    try:
-        model = _adapted(folder, meta_model(base))
-        on_disk = disk_names(model, model.state_dict())
-    except RefusedError:
-        raise
-    except Exception as error:  # peft raises many classes for a config that does not fit the model
-        raise CorruptFileError(
-            f"{folder} must be an adapter that peft can build over {base}, but {str(error)[:200]}; "
-            "give the --base it was trained on"
-        ) from error
+    model = adapted_model(folder, base)
+    on_disk = disk_names(model, model.state_dict())
     modules = dict(model.named_modules())
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = tuple(ParameterInfo(n, tuple(p.shape), types_around(n, modules)) for n, p in trainable.items())
@@ -71,11 +63,34 @@ def adapter_names(folder: Path, base: Path | None) -> CheckpointNames:
     )
 
 
+def adapted_model(folder: Path, base: Path) -> Any:
+    """Build an adapter over its base model, both without weights.
+
+    Args:
+        folder: Folder of ``adapter_config.json``.
+        base: Folder of the base model's ``config.json``.
+
+    Raises:
+        CorruptFileError: peft cannot build the adapter.
+    """
+    try:
+        return _adapted(folder, meta_model(base))
+    except RefusedError:
+        raise
+    except Exception as error:  # peft raises many classes for a config that does not fit the model
+        raise CorruptFileError(
+            f"{folder} must be an adapter that peft can build over {base}, but {str(error)[:200]}; "
+            "give the --base it was trained on"
+        ) from error
+
+
 def _adapted(folder: Path, model: Any) -> Any:
     import peft
 
     config: Any = peft.PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False  # in inference mode no parameter is trainable
+    if isinstance(config, peft.LoraConfig):
+        config.init_lora_weights = True  # other initial values are computed from weights, which are not here
     with torch.device("meta"), warnings.catch_warnings():
         # peft calls a deprecated function of transformers.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)

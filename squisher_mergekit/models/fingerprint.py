@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from bisect import bisect
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO
+
+import torch
 
 from squisher_mergekit.tensors.safetensors import SafetensorsHeader, read_header, safetensors_files
 
@@ -26,18 +32,25 @@ def fingerprint(folder: Path, basename: str = "model") -> str | None:
     return fingerprint_of(map(read_header, files))
 
 
-def fingerprint_of(headers: Iterable[SafetensorsHeader]) -> str | None:
+def fingerprint_of(
+    headers: Iterable[SafetensorsHeader],
+    changed: Mapping[str, Callable[[str], torch.Tensor]] = MappingProxyType({}),
+) -> str | None:
     """Return the fingerprint of the files with these headers; None if there is no file.
 
     ``fp1:<names, shapes and dtypes>-<sampled bytes>``: two BLAKE2b digests over the tensors in the order of
     their names. Of each tensor eight blocks of 128 bytes are read, evenly spread, the first and last included (all
     of a small tensor); the cost does not grow with the size of the tensors.
+
+    Args:
+        headers: The headers.
+        changed: Name -> function that reads the tensor that stands for the one in the files, of its shape and dtype.
     """
     headers = list(headers)
     if not headers:
         return None
     structure, content = hashlib.blake2b(digest_size=6), hashlib.blake2b(digest_size=12)
-    for name, shape, dtype, sample in sorted(_samples(headers)):
+    for name, shape, dtype, sample in sorted(_samples(headers, changed)):
         structure.update(f"{name}\0{shape}\0{dtype}\0".encode())
         content.update(name.encode() + b"\0" + sample)
     return f"fp1:{structure.hexdigest()}-{content.hexdigest()}"
@@ -52,16 +65,46 @@ def difference(made_at: str | None, used_with: str | None) -> str | None:
     return f"same names, shapes and dtypes, but other values ({made_at} against {used_with})"
 
 
-def _samples(headers: Iterable[SafetensorsHeader]) -> Iterable[tuple[str, list[int], str, bytes]]:
+def _samples(
+    headers: Iterable[SafetensorsHeader], changed: Mapping[str, Callable[[str], torch.Tensor]]
+) -> Iterable[tuple[str, list[int], str, bytes]]:
     for header in headers:
         with header.file.open("rb") as stream:
+            overlay = _Overlay(stream, header, changed)
             for name, entry in header.entries.items():
                 begin, end = entry["data_offsets"]
-                sample = b""
-                for offset in _offsets(end - begin):
-                    stream.seek(header.start + begin + offset)
-                    sample += stream.read(min(_BLOCK, end - begin))
+                sample = b"".join(
+                    overlay.read(begin + offset, min(_BLOCK, end - begin)) for offset in _offsets(end - begin)
+                )
                 yield name, entry["shape"], entry["dtype"], sample
+
+
+class _Overlay:
+    """Bytes of a file, with other bytes in the place of some tensors."""
+
+    def __init__(
+        self, stream: BinaryIO, header: SafetensorsHeader, changed: Mapping[str, Callable[[str], torch.Tensor]]
+    ) -> None:
+        self._stream, self._start, self._changed = stream, header.start, changed
+        entries = {name: header.entries[name]["data_offsets"] for name in changed if name in header.entries}
+        self._places = sorted((begin, end, name) for name, (begin, end) in entries.items())
+        # Two: the last block of a small tensor reaches into the next one.
+        self._bytes = lru_cache(maxsize=2)(self._bytes_of)
+
+    def read(self, begin: int, count: int) -> bytes:
+        """Return the bytes at a place, counted from the first tensor's."""
+        self._stream.seek(self._start + begin)
+        found = bytearray(self._stream.read(count))
+        for first, last, name in self._places[max(bisect(self._places, (begin, 0, "")) - 1, 0) :]:
+            if first >= begin + len(found):
+                break
+            low, high = max(first, begin), min(last, begin + len(found))
+            if low < high:
+                found[low - begin : high - begin] = self._bytes(name)[low - first : high - first].numpy().tobytes()
+        return bytes(found)
+
+    def _bytes_of(self, name: str) -> torch.Tensor:
+        return self._changed[name](name).cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def _offsets(size: int) -> list[int]:

@@ -13,10 +13,12 @@ from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import has_fisher, to_dtype, write_fisher
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
+from squisher_mergekit.models.lora import refuse_other_kinds
 from squisher_mergekit.models.weights import BASENAME, Weights
 from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
+from squisher_mergekit.optimizers.lifting.lift import lift as lift_fisher
 from squisher_mergekit.tensors.hub import download as download_files
 from squisher_mergekit.tensors.hub import split_revision
 from squisher_mergekit.tensors.input_files import exists
@@ -66,6 +68,7 @@ def load_fisher(
     names: str | Path | Sequence[str] | None = None,
     *,
     verify: bool = True,
+    lift: bool = False,
 ) -> Fisher:
     """Open a Fisher; its tensors are read when asked for.
 
@@ -78,9 +81,12 @@ def load_fisher(
         base: The model before training, which shows the frozen parameters; for a LoRA its base model.
         names: One name for each of the optimizer's parameters, in order: a list, or a text file with one name a line.
         verify: Verify the checksums of an optimizer's state, or the digests of a portable Fisher, as tensors are read.
+        lift: Of a LoRA, return the Fisher of the merged weights that follows from that of A and B
+            (:mod:`squisher_mergekit.optimizers.lifting.equations`); ``base`` is needed.
 
     Returns:
-        The Fisher, under the names in ``model.safetensors`` (for a LoRA: in ``adapter_model.safetensors``).
+        The Fisher, under the names in ``model.safetensors`` (for a LoRA without ``lift``: in
+        ``adapter_model.safetensors``).
 
     Raises:
         NotFoundError: The source holds no Fisher and no optimizer state.
@@ -97,6 +103,25 @@ def load_fisher(
     tuned, before = _weights(model, "--model"), _weights(base, "--base")
     if path.is_dir():
         path = _checkpoint_in(path, tuned)
+    if not lift:
+        return _opened(path, tuned, before, names, verify)
+    adapter = _adapter_of(path, tuned)
+    if before is None:
+        raise NotFoundError(
+            f"the Fisher of merged weights needs the base model of the LoRA in {adapter.folder}; give --base DIR"
+        )
+    refuse_other_kinds(adapter)
+    return lift_fisher(_opened(path, tuned, before, names, verify), adapter, before)
+
+
+def _opened(
+    path: Path,
+    tuned: Weights | None,
+    before: Weights | None,
+    names: str | Path | Sequence[str] | None,
+    verify: bool,
+) -> Fisher:
+    """Open the Fisher of a local file or folder."""
     if has_fisher(path) if path.is_dir() else path.suffix in (".safetensors", ".json"):
         fisher = read_fisher(path, verify)
         if tuned is not None:
@@ -105,6 +130,23 @@ def load_fisher(
         return fisher
     layout, location = layouts.of(path) if path.is_file() else _state_in(path)
     return build_fisher(layout.load(location, verify), tuned, before, _read_names(names))
+
+
+def _adapter_of(path: Path, tuned: Weights | None) -> Weights:
+    """Return the weights of the LoRA that a Fisher belongs to.
+
+    Raises:
+        ConfigError: Neither the Fisher's folder nor the model's holds an adapter.
+    """
+    inside = path if path.is_dir() else path.parent
+    folders = [*([] if tuned is None else [tuned.folder]), inside, inside.parent]
+    folder = next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
+    if folder is None:
+        raise ConfigError(
+            f"lift needs a LoRA, but {folders[0]} has no {ADAPTER_CONFIG}; give the adapter's folder as --model, or "
+            "leave out --lift for full weights"
+        )
+    return Weights(folder, "adapter_model")
 
 
 def extract(
@@ -120,6 +162,7 @@ def extract(
     tokens_per_step: float | None = None,
     verify: bool = True,
     progress: bool = False,
+    lift: bool = False,
 ) -> Fisher:
     """Write the Fisher of a source as a portable file.
 
@@ -135,6 +178,7 @@ def extract(
         tokens_per_step: The same in tokens.
         verify: As for :func:`load_fisher`.
         progress: Show a progress bar.
+        lift: As for :func:`load_fisher`. Lifted tensors are kept as row means and column means.
 
     Returns:
         The Fisher as written.
@@ -151,7 +195,7 @@ def extract(
     for key, value in changes.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"{key} must be a positive number, found {value}")
-    fisher = load_fisher(source, model, base, names, verify=verify)
+    fisher = load_fisher(source, model, base, names, verify=verify, lift=lift)
     fisher.config = fisher.config.model_copy(update=changes)
     bar = tqdm(list(fisher), desc="Extracting", unit="tensor", disable=not progress)
     write_fisher(fisher, Path(out), wanted, bar, compress=compress)

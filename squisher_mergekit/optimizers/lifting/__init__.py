@@ -1,0 +1,1 @@
+"""Fishers of merged weights, lifted from the second moments of a LoRA."""

@@ -1,0 +1,123 @@
+"""From the Fisher of a LoRA to one of the merged weights: a lifted Fisher, in row means and column means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import ConfigError
+from squisher_mergekit.fisher.config import Coverage, OptimizerInfo, per_parameter
+from squisher_mergekit.fisher.encoded import RankOneStore
+from squisher_mergekit.fisher.files import TIED, tied_aliases
+from squisher_mergekit.fisher.mapping import Fisher, rescaled
+from squisher_mergekit.fisher.values import check_values
+from squisher_mergekit.models.lora import AdaptedWeights, LoraAdapter, LoraPair, read_lora
+from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.optimizers.lifting.equations import lifted_means
+from squisher_mergekit.tensors.safetensors import check_shape
+
+ESTIMATOR = "lifted_lora"
+NOT_ADAPTED = "not adapted, kept as in the base"
+
+
+def lift(fisher: Fisher, adapter: Weights, base: Weights) -> Fisher:
+    """Return the Fisher of the merged weights ``W0 + s B A`` that follows from the Fisher of a LoRA.
+
+    Weights that the adapter holds whole (``modules_to_save``, ``bias``) keep their exact second moments; the others are
+    lifted by :func:`~.equations.lifted_means`. Values have no bias: those of the adapter's Fisher are debiased first.
+
+    Args:
+        fisher: The Fisher of the adapter.
+        adapter: The adapter's weights, which give A and B.
+        base: The base model; from a folder with its ``config.json`` alone the Fisher has no fingerprint.
+
+    Returns:
+        The Fisher, under the names of the base's weights.
+
+    Raises:
+        RefusedError: The adapter is no plain LoRA, or does not fit its base; an entry is NaN, infinite or negative; or
+            the Fisher does not record the steps or the decay that the debiasing needs.
+    """
+    if fisher.config.parameters != "adapter":
+        raise ConfigError(
+            f"lift needs the Fisher of a LoRA, but {fisher.location} is of full weights already; leave out --lift"
+        )
+    lora = read_lora(adapter, base)
+    means = {name: _means(fisher, lora, name, pair) for name, pair in lora.pairs.items()}
+    whole = {
+        name: _debiased(fisher, held, lora.shape(name)).to(torch.float32)
+        for name, held in lora.replaced.items()
+        if held in fisher
+    }
+    known = {name: pair for name, pair in means.items() if pair is not None}
+    store = RankOneStore(known, whole, fisher.location)
+    return _described(fisher, lora, store)
+
+
+def _described(fisher: Fisher, lora: LoraAdapter, store: RankOneStore) -> Fisher:
+    """Return a lifted Fisher with its metadata."""
+    given = fisher.config
+    optimizer = given.optimizer and OptimizerInfo.model_validate(
+        given.optimizer.model_dump(by_alias=True)
+        | {"initial_accumulator_value": None}
+        | ({} if not isinstance(given.optimizer.beta2, dict) else {"beta2": None})
+    )
+    steps: dict[str, int] = {}
+    for name in store.infos:
+        counts = [given.steps_of(part) for part in _parts(lora, name) if part in fisher]
+        if counts and None not in counts:
+            steps[name] = min(count for count in counts if count is not None)
+    names = lora.base.infos or lora.names.sources
+    without = {alias: f"{TIED}{kept}" for alias, kept in lora.names.aliases.items() if kept in store.infos}
+    without |= {
+        name: fisher.config.coverage.without.get(_parts(lora, name)[0], "no second moment of its factors")
+        if name in lora.touched
+        else NOT_ADAPTED
+        for name in names
+        if name not in store.infos and name not in without
+    }
+    config = given.model_copy(
+        update={
+            "estimator": ESTIMATOR,
+            "statistic": "ema" if given.statistic == "ema" else "mean",
+            "parameters": "model",
+            "optimizer": optimizer,
+            "steps": per_parameter(steps) if len(steps) == len(store.infos) else None,
+            "bias_corrected": True,
+            "mean": None,
+            "norm": None,
+            "encoding": {"default": "rank1"} | {name: "float32" for name in lora.replaced if name in store.infos},
+            "coverage": Coverage.model_validate({"with": len(store.infos), "without": without}),
+            "weights_fingerprint": AdaptedWeights(lora).fingerprint,
+        }
+    )
+    return Fisher(store, config, tied_aliases(config))
+
+
+def _parts(lora: LoraAdapter, name: str) -> tuple[str, ...]:
+    """Return the names in the adapter of the tensors that make a weight."""
+    pair = lora.pairs.get(name)
+    return (lora.replaced[name],) if pair is None else (pair.a, pair.b)
+
+
+def _means(fisher: Fisher, lora: LoraAdapter, name: str, pair: LoraPair) -> tuple[Tensor, Tensor] | None:
+    """Return the row means and column means of a wrapped weight as it is stored; None without second moments."""
+    if pair.a not in fisher and pair.b not in fisher:
+        return None
+    a, b = lora.weights.read(pair.a), lora.weights.read(pair.b)
+    v_a, v_b = (
+        _debiased(fisher, factor, tuple(tensor.shape)) if factor in fisher else None
+        for factor, tensor in ((pair.a, a), (pair.b, b))
+    )
+    row, col = lifted_means(a, b, v_a, v_b, pair.scale)
+    for values in (row, col):
+        check_values(values, name, fisher.location)
+    return (col, row) if pair.transposed else (row, col)
+
+
+def _debiased(fisher: Fisher, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return one tensor of a Fisher as the mean square per step, in float64."""
+    raw = fisher[name]
+    check_shape(name, tuple(raw.shape), shape, fisher.location)
+    check_values(raw, name, fisher.location)
+    return rescaled(raw, fisher.offset(name), fisher.factor(name))
