@@ -2,6 +2,7 @@
 
 import peft
 import torch
+
 from tests.small_models import MODELS
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
@@ -13,7 +14,7 @@ OPTIMIZERS = {
 }
 
 
-def train(folder, name="llama", steps=3, seed=0, learning_rate=1e-3, base=None, frozen=None, optimizer="AdamW", **lora):
+def train(folder, name="llama", steps=3, seed=0, *, base=None, frozen=None, optimizer="AdamW", dtype=None, **lora):
     """Train a LoRA for some steps and save base, adapter and optimizer state as the Trainer does.
 
     Returns:
@@ -21,6 +22,7 @@ def train(folder, name="llama", steps=3, seed=0, learning_rate=1e-3, base=None, 
     """
     torch.manual_seed(11)
     model = MODELS[name]() if base is None else base()
+    model = model if dtype is None else model.to(dtype)
     model.save_pretrained(folder / "base")
     torch.manual_seed(100 + seed)
     adapted = peft.get_peft_model(model, peft.LoraConfig(**(LORA | lora)))
@@ -29,7 +31,7 @@ def train(folder, name="llama", steps=3, seed=0, learning_rate=1e-3, base=None, 
             parameter.requires_grad_(False)
             parameter.data.normal_()
     named = {key: p for key, p in adapted.named_parameters() if p.requires_grad}
-    optimizer = OPTIMIZERS[optimizer](named.values(), lr=learning_rate)
+    optimizer = OPTIMIZERS[optimizer](named.values(), lr=1e-3)
     for step in range(steps):
         torch.manual_seed(1000 * seed + step)
         ids = torch.randint(3, 50, (4, 9))

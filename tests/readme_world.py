@@ -1,14 +1,16 @@
 """Folders and Python names of the examples in README.md files, as small as possible.
 
 ``World.prepare`` makes the folders that a text names: ``runs/NAME`` (a model), ``runs/NAME/checkpoint-N`` (a real
-checkpoint of the Trainer with its optimizer state), ``models/NAME`` (weights alone) and ``fishers/NAME`` (unless the
-text makes it). It also makes ``base``, ``math``, ``code`` and ``bert-base``, and data files ``NAME.jsonl``. A NAME in
-``CLASSIFIERS`` is a BERT with three classes, any other name a Llama.
+checkpoint of the Trainer with its optimizer state), ``adapters/NAME/checkpoint-N`` (the same of a LoRA over ``base``),
+``models/NAME`` (weights alone) and ``fishers/NAME`` (unless the text makes it). It also makes ``base``, ``math``,
+``code`` and ``bert-base``, and data files ``NAME.jsonl``. A NAME in ``CLASSIFIERS`` is a BERT with three classes, any
+other name a Llama.
 """
 
 import json
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,20 @@ def arguments(folder: Path) -> Any:
     )
 
 
+def _train_adapter(base: Path, folder: Path, seed: int) -> None:
+    """Train a LoRA over a base; its config names the base as the folder ``base``."""
+    import peft
+
+    transformers.set_seed(seed)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft's call
+        model = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), lora)
+    transformers.Trainer(model, arguments(folder), train_dataset=rows("llama", seed)).train()
+    config = folder / f"checkpoint-{STEPS}" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "base"}))
+
+
 @dataclass(frozen=True)
 class World:
     """Trained runs in ``root/KIND-NUMBER``; the folders of an example are copies of them."""
@@ -102,6 +118,8 @@ class World:
                 )
                 run.train()
                 run.save_model()
+        for seed in range(2):
+            _train_adapter(root / "llama-base", root / f"lora-{seed}", seed)
         return cls(root)
 
     def prepare(self, folder: Path, text: str) -> None:
@@ -113,6 +131,10 @@ class World:
                 self._copy(
                     self._run(name, numbers) / f"checkpoint-{STEPS}", folder / "runs" / name / f"checkpoint-{step}"
                 )
+        for number, name in enumerate(dict.fromkeys(re.findall(r"\badapters/([\w-]+)", text))):
+            for step in re.findall(rf"\badapters/{name}/checkpoint-(\d+)", text):
+                source = self.root / f"lora-{number % 2}" / f"checkpoint-{STEPS}"
+                self._copy(source, folder / "adapters" / name / f"checkpoint-{step}")
         for name in re.findall(r"\bmodels/([\w-]+)", text):
             self._copy(self._run(name, numbers), folder / "models" / name, weights_only=True)
         made = re.findall(r"(?:-o |extract\([^)\n]*, |\.save\()[\"']?fishers/([\w-]+)", text)

@@ -125,7 +125,7 @@ class AdaptedWeights(Weights):
     @cached_property
     def fingerprint(self) -> str | None:
         """Digest of the merged weights, equal to that of the files that peft writes of them; None without weights."""
-        return fingerprint_of(self.headers.values(), {name: self.read for name in self.lora.touched & set(self.infos)})
+        return fingerprint_of(self.headers.values(), dict.fromkeys(self.lora.touched & set(self.infos), self.read))
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def read_lora(adapter: Weights, base: Weights) -> LoraAdapter:
         UnsupportedStateError: The adapter is no plain LoRA of linear layers from a random draw.
         MismatchError: The shapes of the adapter do not fit the base.
     """
-    refuse_other_kinds(adapter)
+    _refuse_other_kinds(adapter)
     if not adapter.infos:
         raise NotFoundError(
             f"an adapter must have its weights in adapter_model.safetensors, but {adapter.folder} has none; save it by "
@@ -169,13 +169,15 @@ def read_lora(adapter: Weights, base: Weights) -> LoraAdapter:
         factors |= {a, b}
     whole = {}
     for memory, held in on_disk.items():
-        if held in adapter.infos and held not in factors:
+        if held in adapter.infos and ".original_module." in memory:  # of the base, unused
+            factors.add(held)
+        elif held in adapter.infos and held not in factors:
             whole[_replaced_on_disk(memory, str(model.active_adapter), names, base, folder)] = held
-    _check_same_tensors(adapter, factors | set(whole.values()))
+    _check_strangers(adapter, factors | set(whole.values()))
     return LoraAdapter(adapter, base, pairs, whole, names)
 
 
-def refuse_other_kinds(adapter: Weights) -> None:
+def _refuse_other_kinds(adapter: Weights) -> None:
     """Refuse an adapter that is no plain LoRA from a random draw, by its config.
 
     Raises:
@@ -289,13 +291,13 @@ def _check_pair(name: str, pair: LoraPair, adapter: Weights, base: Weights, name
         )
 
 
-def _check_same_tensors(adapter: Weights, used: set[str]) -> None:
-    """Refuse an adapter with tensors that its config does not explain.
+def _check_strangers(adapter: Weights, used: set[str]) -> None:
+    """Refuse an adapter with factors that its config does not explain.
 
     Raises:
-        MismatchError: A tensor belongs to no layer of the base.
+        MismatchError: A factor belongs to no layer of the base.
     """
-    strangers = sorted(set(adapter.infos) - used)
+    strangers = sorted(name for name in adapter.infos if ".lora_" in name and name not in used)
     if strangers:
         raise MismatchError(
             f"the tensors of an adapter must be those of its {ADAPTER_CONFIG} over the base, but {adapter.folder} has "

@@ -13,7 +13,7 @@ from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import has_fisher, to_dtype, write_fisher
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
-from squisher_mergekit.models.lora import refuse_other_kinds
+from squisher_mergekit.models.lora import read_lora
 from squisher_mergekit.models.weights import BASENAME, Weights
 from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
@@ -110,8 +110,8 @@ def load_fisher(
         raise NotFoundError(
             f"the Fisher of merged weights needs the base model of the LoRA in {adapter.folder}; give --base DIR"
         )
-    refuse_other_kinds(adapter)
-    return lift_fisher(_opened(path, tuned, before, names, verify), adapter, before)
+    lora = read_lora(adapter, before)
+    return lift_fisher(_opened(path, tuned, before, names, verify), lora)
 
 
 def _opened(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.fisher.files import read_fisher
+from tests.adapters import train
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
 
@@ -111,3 +112,18 @@ def test_quiet_disables_the_progress_bar(tmp_path):
     quiet = _run(STATES / "plain_adagrad", "-o", tmp_path / "b", "--quiet")
     assert quiet.exit_code == 0
     assert quiet.stderr == ""
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's call
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True, "bias": "lora_only"}], ids=["plain", "rsLoRA"])
+def test_lift_writes_the_fisher_of_the_merged_weights(lora, tmp_path):
+    """With --lift the file is of full weights in row means and column means; without, of the adapter."""
+    train(tmp_path, "qwen2", **lora)
+    options = ["--base", tmp_path / "base", "--quiet"]
+    lifted = _run(tmp_path / "adapter", *options, "--lift", "-o", tmp_path / "lifted")
+    plain = _run(tmp_path / "adapter", *options, "-o", tmp_path / "plain")
+    assert (lifted.exit_code, plain.exit_code) == (0, 0), lifted.output + plain.output
+    assert "lifted_lora ema of the model" in lifted.output
+    weights = set(load_file(tmp_path / "base" / "model.safetensors"))
+    assert set(read_fisher(tmp_path / "lifted")) <= weights
+    assert not set(read_fisher(tmp_path / "plain")) & weights

@@ -15,7 +15,7 @@ from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import ConfigError, CorruptFileError, RefusedError, ValuesError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.config import FisherConfig
-from squisher_mergekit.fisher.encoded import EncodedStore
+from squisher_mergekit.fisher.encoded import EncodedStore, RankOneStore
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.summary import summarize
@@ -355,3 +355,20 @@ def test_a_stock_merge_takes_compact_fishers(tmp_path, code):
         assert torch.equal(results["compact"][name], tensor), name
     planned = CliRunner().invoke(main, ["plan", str(tmp_path / "out" / "compact.yml")])
     assert planned.exit_code == 0, planned.output
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (40, 7)])
+def test_means_are_written_as_they_are_known(shape, tmp_path):
+    """A tensor known by row means and column means keeps them, bit for bit, with any other compact form asked for."""
+    rows, columns = torch.rand(shape[0], dtype=torch.float64), torch.rand(shape[1], dtype=torch.float64)
+    columns *= rows.mean() / columns.mean()
+    store = RankOneStore({"w": (rows, columns)}, {"bias": torch.rand(600)}, "memory")
+    fisher = Fisher(store, FisherConfig(estimator="lifted_lora", statistic="ema", bias_corrected=True))
+    for code in (None, "log8", "rank1"):
+        fisher.save(tmp_path / str(code), compress=code)
+        parts = load_file(tmp_path / str(code) / "fisher.safetensors")
+        assert torch.equal(parts["w.row"], rows.float())
+        assert torch.equal(parts["w.col"], columns.float())
+        read = read_fisher(tmp_path / str(code))
+        assert torch.equal(read["w"], fisher["w"])
+        assert read["bias"].shape == (600,)

@@ -12,14 +12,14 @@ cancel on average, and each rank is a Hutchinson estimate of the row sums of ``E
 
 The estimates of all ranks are averaged.
 
-**Columns.** B is trained and depends on G, so that the right square has no scale without bias. If gradients factor, as
-K-FAC assumes (``E[G_oi G_pi] = H_op c_i``), then ``E[(sum_o B_ok G_oi)^2] = c_i B_k^T H B_k``: for any B, its shape over
-the inputs is that of the columns of ``E[G^2]``. With the norm of column k of B as the scale,
+**Columns.** B is trained and depends on G, so that the right square has no scale without bias. If gradients factor,
+as K-FAC assumes (``E[G_oi G_pi] = H_op c_i``), then ``E[(sum_o B_ok G_oi)^2] = c_i B_k^T H B_k``: for any B, its shape
+over the inputs is that of the columns of ``E[G^2]``. With the norm of column k of B as the scale,
 
     kappa_i = mean over k of v_A[k, i] / (s^2 |B_k|^2)
 
-**Scale.** ``m = sqrt(mean(rho) mean(kappa))`` is the mean of F: rho alone is too large, because A aligns with the gradient
-during training, and the geometric mean has the smaller error between models. Then
+**Scale.** ``m = sqrt(mean(rho) mean(kappa))`` is the mean of F: rho alone is too large, because A aligns with the
+gradient during training, and the geometric mean has the smaller error between models. Then
 
     row = rho m / mean(rho)      col = kappa m / mean(kappa)      F_oi = row_o col_i / m
 
@@ -36,9 +36,9 @@ from torch import Tensor
 def lifted_means(a: Tensor, b: Tensor, v_a: Tensor | None, v_b: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Return the row means and the column means of the Fisher of ``W0 + scale B A``.
 
-    A rank with ``A_k = 0`` is left out of the mean over rho, and one with ``B_k = 0`` out of that over kappa: no gradient
-    passes through it. If A has no signal (frozen as in LoRA-FA, or one step from B = 0), all columns have one mean; if B
-    has none, all rows have one. Without any signal, F is 0.
+    A rank with ``A_k = 0`` is left out of the mean over rho, and one with ``B_k = 0`` out of that over kappa: no
+    gradient passes through it. If A has no signal (frozen as in LoRA-FA, or one step from B = 0), all columns have one
+    mean; if B has none, all rows have one. Without any signal, F is 0.
 
     Args:
         a: A, shape ``[r, in]``.
@@ -48,8 +48,8 @@ def lifted_means(a: Tensor, b: Tensor, v_a: Tensor | None, v_b: Tensor | None, s
         scale: s, ``alpha / r`` or ``alpha / sqrt(r)``; not 0.
 
     Returns:
-        The row means, shape ``[out]``, and the column means, shape ``[in]``, in float64 and units of one squared gradient
-        of W. The means of both are equal.
+        The row means, shape ``[out]``, and the column means, shape ``[in]``, in float64 and units of one squared
+        gradient of W. The means of both are equal.
 
     Example:
         >>> a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]])

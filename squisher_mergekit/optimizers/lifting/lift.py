@@ -11,8 +11,7 @@ from squisher_mergekit.fisher.encoded import RankOneStore
 from squisher_mergekit.fisher.files import TIED, tied_aliases
 from squisher_mergekit.fisher.mapping import Fisher, rescaled
 from squisher_mergekit.fisher.values import check_values
-from squisher_mergekit.models.lora import AdaptedWeights, LoraAdapter, LoraPair, read_lora
-from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.models.lora import AdaptedWeights, LoraAdapter, LoraPair
 from squisher_mergekit.optimizers.lifting.equations import lifted_means
 from squisher_mergekit.tensors.safetensors import check_shape
 
@@ -20,7 +19,7 @@ ESTIMATOR = "lifted_lora"
 NOT_ADAPTED = "not adapted, kept as in the base"
 
 
-def lift(fisher: Fisher, adapter: Weights, base: Weights) -> Fisher:
+def lift(fisher: Fisher, lora: LoraAdapter) -> Fisher:
     """Return the Fisher of the merged weights ``W0 + s B A`` that follows from the Fisher of a LoRA.
 
     Weights that the adapter holds whole (``modules_to_save``, ``bias``) keep their exact second moments; the others are
@@ -28,21 +27,20 @@ def lift(fisher: Fisher, adapter: Weights, base: Weights) -> Fisher:
 
     Args:
         fisher: The Fisher of the adapter.
-        adapter: The adapter's weights, which give A and B.
-        base: The base model; from a folder with its ``config.json`` alone the Fisher has no fingerprint.
+        lora: The LoRA over its base; over a base of a ``config.json`` alone the Fisher has no fingerprint.
 
     Returns:
         The Fisher, under the names of the base's weights.
 
     Raises:
-        RefusedError: The adapter is no plain LoRA, or does not fit its base; an entry is NaN, infinite or negative; or
-            the Fisher does not record the steps or the decay that the debiasing needs.
+        ConfigError: The Fisher is not of an adapter, or does not record the steps or the decay for the debiasing.
+        MismatchError: A tensor of the Fisher does not have the shape of the adapter's.
+        ValuesError: An entry is NaN, infinite or negative.
     """
     if fisher.config.parameters != "adapter":
         raise ConfigError(
             f"lift needs the Fisher of a LoRA, but {fisher.location} is of full weights already; leave out --lift"
         )
-    lora = read_lora(adapter, base)
     means = {name: _means(fisher, lora, name, pair) for name, pair in lora.pairs.items()}
     whole = {
         name: _debiased(fisher, held, lora.shape(name)).to(torch.float32)

@@ -254,7 +254,7 @@ def test_a_base_of_other_shapes_is_refused_in_one_line(tmp_path):
     config = transformers.AutoConfig.from_pretrained(tmp_path / "base")
     config.intermediate_size, config.head_dim = 23, 6
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
-    with pytest.raises(RefusedError, match="give the base|was trained") as raised:
+    with pytest.raises(RefusedError, match=r"trained on") as raised:
         load_fisher(tmp_path / "adapter", base=tmp_path / "other", lift=True)
     assert "\n" not in str(raised.value)
 
