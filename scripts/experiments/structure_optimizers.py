@@ -1,0 +1,175 @@
+"""Merges of six text tasks that SOAP and Shampoo have trained, with the factors that these optimizers keep.
+
+Tasks, texts, steps and base are those of ``structure``; the optimizers are those of pytorch_optimizer. Each fine-tuning
+ends as a trainer's does: weights and ``torch.save`` of the optimizer's state. ``squisher extract`` reads the state.
+
+PROTOCOL
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.experiments import encoder, structure_merges, structure_report, structure_tasks
+from scripts.experiments.encoder import Recipe
+from scripts.experiments.merging import HEADS
+from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, cached, key, main
+from scripts.experiments.structure_merges import STRUCTURES, Models, Row, Weights, compared, structured
+from scripts.experiments.structure_report import Cell
+from scripts.experiments.tables import Table
+from squisher_mergekit import extract
+from squisher_mergekit.fisher.factors.mapping import no_factors
+
+LIBRARY = "pytorch_optimizer"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "SOAP": {"lr": 1e-4},
+    "Shampoo": {"lr": 1e-2, "preconditioning_compute_steps": 13},
+}
+QUICK_OPTIONS = {**OPTIONS, "Shampoo": {**OPTIONS["Shampoo"], "preconditioning_compute_steps": 2}}
+SEEDS, STARTS = (41, 42, 43), ("equal",)
+OPTIMIZER_FACTORS = "optimizer"
+TUNED = ("linear", "ties", "diagonal")
+ROWS = {key: structure_merges.ROWS[key] for key in ("single", *TUNED, *STRUCTURES)} | {
+    f"{kind}-{OPTIMIZER_FACTORS}": f"`structure: {kind}`, the optimizer's factors" for kind in STRUCTURES
+}
+
+
+def cell(settings: Settings, work: Path) -> Result:
+    """Fine-tune by an optimizer, search, merge and score for one seed and one start of the heads."""
+    models, training = trained(settings, work)
+    result = compared(models, rows(len(models.weights)))
+    result[TIMINGS]["training"] = training
+    return result
+
+
+def trained(settings: Settings, work: Path) -> tuple[Models, float]:
+    """Return the models of a seed, fine-tuned on the first call, and the CPU time of their fine-tuning."""
+    library()
+    recipes = {task: replace(recipe, frozen_words=True) for task, recipe in structure_tasks.recipes(settings).items()}
+    optimizer, options = settings["optimizer"], settings["options"]
+    folders = {task: fine_tune(recipe, optimizer, options, work) for task, recipe in recipes.items()}
+    _, models, seconds = structure_tasks.opened(folders, recipes, work)
+    return models, seconds
+
+
+def library() -> Any:
+    """Return pytorch_optimizer.
+
+    Raises:
+        RuntimeError: It is not installed.
+    """
+    try:
+        return importlib.import_module(LIBRARY)
+    except ImportError as error:
+        raise RuntimeError(
+            f"these cells train with {LIBRARY}, which is not installed; pip install {LIBRARY}"
+        ) from error
+
+
+def fine_tune(recipe: Recipe, optimizer: str, options: Mapping[str, Any], work: Path) -> Path:
+    """Fine-tune a model by an optimizer of pytorch_optimizer, or return an earlier result.
+
+    Returns:
+        A folder with ``final``, which has weights and the Fisher that was extracted from the optimizer's state, and
+        ``log.json`` as of :func:`encoder.fine_tune`.
+    """
+
+    def make(folder: Path) -> None:
+        model = encoder.start(recipe, work)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        running = getattr(library(), optimizer)(trained.values(), **options)
+        log = encoder.fit(model, running, recipe)
+        final = folder / "final"
+        model.save_pretrained(final)
+        state = final / "optimizer.pt"
+        torch.save(running.state_dict(), state)
+        extract(final, final, names=list(trained), examples_per_step=recipe.batch)
+        state.unlink()
+        (folder / encoder.LOG).write_text(json.dumps(log))
+
+    return cached(work / "models" / f"{optimizer}-{recipe.data}-{recipe.seed}-{key(recipe.key, options)}", make)
+
+
+def rows(count: int) -> dict[str, Row]:
+    """Return the rows of merges by their keys in ``ROWS``.
+
+    Args:
+        count: Number of models.
+    """
+    tuned = structure_merges.rows(count)
+    return {
+        **{name: tuned[name] for name in TUNED},
+        **{kind: Row(lambda models, kind=kind: free(models, kind)) for kind in STRUCTURES},
+        **{
+            f"{kind}-{OPTIMIZER_FACTORS}": Row(lambda models, kind=kind: structured(models, kind))
+            for kind in STRUCTURES
+        },
+    }
+
+
+def free(models: Models, structure: str) -> Weights:
+    """Return the merge by a structure whose factors follow from the weights, the base and v."""
+    fishers = {name: fisher.with_factors(no_factors()) for name, fisher in models.fishers.items()}
+    return structured(replace(models, fishers=fishers), structure)
+
+
+def _cells(
+    options: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], heads: Sequence[str], given: Settings
+) -> list[dict[str, Any]]:
+    """Return the settings of the cells of each optimizer."""
+    shared = {**given, "factors_every": 0}
+    return [
+        {"optimizer": name, "options": chosen, "seed": seed, "heads": start, **shared}
+        for name, chosen in options.items()
+        for seed in seeds
+        for start in heads
+    ]
+
+
+EXPERIMENT = Experiment(
+    "structure_optimizers",
+    "Merges of six text tasks trained by SOAP and Shampoo, with the factors of these optimizers.",
+    cell,
+    full=_cells(OPTIONS, SEEDS, STARTS, structure_tasks.FULL),
+    quick=_cells(QUICK_OPTIONS, (0,), ("equal",), structure_tasks.QUICK),
+)
+
+
+def groups(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
+    """Return the cells of each optimizer and start of the heads that has any, by their title."""
+    found = {
+        f"{optimizer}, {HEADS[heads]}": structure_report.cells_of(report, optimizer=optimizer, heads=heads)
+        for optimizer in OPTIONS
+        for heads in STARTS
+    }
+    return {title: cells for title, cells in found.items() if cells}
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """Return a table for each optimizer and start of the heads."""
+    found = []
+    for group, cells in groups(report).items():
+        count = structure_report.seeds(cells, report, len(OPTIONS) * len(STARTS))
+        title = (
+            f"**Six tasks trained by {group}.** Accuracy in %, mean ± standard deviation over {count}, "
+            f"{cells[0]['settings']['test']} held-out texts a task"
+        )
+        gained = structure_report.added(cells, OPTIMIZER_FACTORS, "structure with the optimizer's factors")
+        notes = [gained, *structure_report.rest(report, EXPERIMENT.name)]
+        found.append(structure_report.compared(cells, title, ROWS, notes))
+    return found
+
+
+def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the picture of mean accuracies by row."""
+    return {"structure_optimizers.png": structure_report.picture(groups(report), list(ROWS), ROWS)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT))
