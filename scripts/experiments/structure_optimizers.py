@@ -126,9 +126,9 @@ def _cells(
     shared = {**given, "factors_every": 0}
     return [
         {"optimizer": name, "options": chosen, "seed": seed, "heads": start, **shared}
-        for name, chosen in options.items()
         for seed in seeds
         for start in heads
+        for name, chosen in options.items()
     ]
 
 
