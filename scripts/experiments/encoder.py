@@ -22,7 +22,7 @@ from squisher_mergekit.training import GradientFactors
 HEAD = ("bert.pooler.", "classifier.")
 """Prefixes of a task's head. The encoder was trained on means of tokens, so its pooler starts unused; fine-tuning makes
 it the first layer of each task's head, although its name begins with ``bert.``."""
-RECORDED = "recorded"
+RECORDED, LOG = "recorded", "log.json"
 Row = tuple[str, int]
 
 
@@ -118,37 +118,69 @@ def train(
         watch: Function to call before each step with its number, from 1, and the model, after clipping.
         optimizer_class: Class of AdamW.
     """
-    start = encoder(work) if recipe.start is None else work / "models" / recipe.start / "final"
-    set_seed(recipe.seed if recipe.head_seed is None else recipe.head_seed)
-    model = load(start, labels=recipe.labels, layers=recipe.layers)
-    set_seed(recipe.seed)
-    model.train()
-    if recipe.frozen_words:
-        model.get_input_embeddings().requires_grad_(False)
+    model = start(recipe, work)
     optimizer = optimizer_class(groups(model, recipe), betas=(0.9, recipe.beta2))
     factors = GradientFactors(model, "kron", recipe.factors_every) if recipe.factors_every else None
+
+    def before(step: int, norm: Tensor) -> None:
+        if watch is not None:
+            watch(step, model)
+        if factors is not None:
+            factors.update(norm)
+
+    def after(step: int, clipped_share: float) -> None:
+        if step in recipe.keep_at or step == recipe.steps:
+            place = folder / ("final" if step == recipe.steps else f"step-{step}")
+            model.save_pretrained(place)
+            facts = {"examples_per_step": recipe.batch, "max_grad_norm": recipe.clip, "clipped_share": clipped_share}
+            fisher = save_squisher(model, optimizer, place, loss_reduction="mean", datum="example", **facts)
+            if factors is not None and fisher is not None and step == recipe.steps:
+                factors.attach(fisher).save(place / RECORDED)
+
+    log = fit(model, optimizer, recipe, before, after)
+    (folder / LOG).write_text(json.dumps(log))
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    before: Callable[[int, Tensor], None] = lambda step, norm: None,
+    after: Callable[[int, float], None] = lambda step, clipped_share: None,
+) -> dict[str, Any]:
+    """Run the steps of a recipe, and return the losses, the share of clipped steps and the CPU time.
+
+    Args:
+        model: Model to train.
+        optimizer: Its optimizer.
+        recipe: Recipe of the fine-tuning.
+        before: Function to call before each step, after clipping, with its number, from 1, and the gradient's norm.
+        after: Function to call after each step with its number and the share of clipped steps so far.
+    """
     losses, clipped, began = [], 0, cpu_seconds()
     for step, batch in enumerate(batches(recipe.parts().train, recipe, recipe.steps), 1):
         loss = model(**batch).loss
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         clipped += int(norm > recipe.clip)
-        if watch is not None:
-            watch(step, model)
-        if factors is not None:
-            factors.update(norm)
+        before(step, norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if step in recipe.keep_at or step == recipe.steps:
-            place = folder / ("final" if step == recipe.steps else f"step-{step}")
-            model.save_pretrained(place)
-            facts = {"examples_per_step": recipe.batch, "max_grad_norm": recipe.clip, "clipped_share": clipped / step}
-            fisher = save_squisher(model, optimizer, place, loss_reduction="mean", datum="example", **facts)
-            if factors is not None and fisher is not None and step == recipe.steps:
-                factors.attach(fisher).save(place / RECORDED)
-    log = {"losses": losses, "clipped_share": clipped / recipe.steps, "cpu_seconds": round(cpu_seconds() - began, 2)}
-    (folder / "log.json").write_text(json.dumps(log))
+        after(step, clipped / step)
+    return {"losses": losses, "clipped_share": clipped / recipe.steps, "cpu_seconds": round(cpu_seconds() - began, 2)}
+
+
+def start(recipe: Recipe, work: Path) -> Any:
+    """Return the model that a fine-tuning starts from, in training mode, with the seed of texts and dropout set."""
+    folder = encoder(work) if recipe.start is None else work / "models" / recipe.start / "final"
+    set_seed(recipe.seed if recipe.head_seed is None else recipe.head_seed)
+    model = load(folder, labels=recipe.labels, layers=recipe.layers)
+    set_seed(recipe.seed)
+    model.train()
+    if recipe.frozen_words:
+        model.get_input_embeddings().requires_grad_(False)
+    return model
 
 
 def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

@@ -72,9 +72,9 @@ def compared(cells: Sequence[Cell], title: str, labels: Mapping[str, str] = ROWS
         ]
         rows.append((label, [mean_sd(means(cells, row)), mean_sd(worst), *gaps, _cost(cells, row)]))
     columns = ["mean", "worst task", "less tuned `ties`", "less the diagonal", "CPU-s of a merge"]
-    return Table(
-        title, columns, rows, [" ".join(findings(cells)), chosen(cells), *on_edge(cells), training(cells), *notes]
-    )
+    rivals = [rival for rival in RIVALS if rival in cells[0]["result"]["test"]]
+    found = " ".join(findings(cells, rivals))
+    return Table(title, columns, rows, [found, chosen(cells), *on_edge(cells), training(cells), *notes])
 
 
 def _cost(cells: Sequence[Cell], row: str) -> str:
@@ -134,6 +134,18 @@ def on_edge(cells: Sequence[Cell]) -> list[str]:
             count = sum(one["result"]["chosen"][row][option] in ends for one in cells)
             found += [f"{ROWS[row].removesuffix(', tuned')} {option} {count} of {len(cells)}"] if count else []
     return [f"At an end of the list, so that a better value may be outside: {'; '.join(found)}."] if found else []
+
+
+def added(cells: Sequence[Cell], suffix: str, other: str) -> str:
+    """Return one sentence with the points of each structure above its row with a suffix, seed by seed.
+
+    Args:
+        cells: Cells with both rows of each structure.
+        suffix: End of the keys of the other rows, after ``rows-``, ``columns-`` and ``kron-``.
+        other: Description of the other rows.
+    """
+    gaps = ", ".join(f"`{kind}` {difference(less(cells, kind, f'{kind}-{suffix}'))}" for kind in STRUCTURES)
+    return f"Points of a structure above the same {other}: {gaps}."
 
 
 def training(cells: Sequence[Cell]) -> str:

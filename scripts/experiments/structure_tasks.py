@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from scripts.experiments import encoder
+from scripts.experiments.encoder import Recipe
 from scripts.experiments.merging import HEADS, TASKS, task_recipe
 from scripts.experiments.merging import Models as TaskModels
 from scripts.experiments.runner import Settings
@@ -33,23 +34,41 @@ QUICK_CELLS = [{"seed": 0, "heads": "equal", **QUICK}]
 
 def trained(settings: Settings, work: Path) -> tuple[TaskModels, Models, float]:
     """Return the models of a seed, fine-tuned on the first call, and the CPU time of their fine-tuning."""
-    recipes = {task: task_recipe(settings, number, task) for number, task in enumerate(settings["tasks"])}
-    folders = {task: encoder.fine_tune(recipe, work) for task, recipe in recipes.items()}
+    found = recipes(settings)
+    return opened({task: encoder.fine_tune(recipe, work) for task, recipe in found.items()}, found, work)
+
+
+def recipes(settings: Settings) -> dict[str, Recipe]:
+    """Return the recipe of each task's model."""
+    return {task: task_recipe(settings, number, task) for number, task in enumerate(settings["tasks"])}
+
+
+def opened(folders: Mapping[str, Path], recipes: Mapping[str, Recipe], work: Path) -> tuple[TaskModels, Models, float]:
+    """Return the fine-tuned models of a seed, and the CPU time of their fine-tuning.
+
+    Args:
+        folders: Folder of each task, as :func:`encoder.fine_tune` describes it.
+        recipes: Recipe of each task.
+        work: Folder of the published encoder.
+
+    Returns:
+        The models with their heads and texts; the same models over the published encoder, with the tensors that have a
+        Fisher, which are those that were trained; and the CPU seconds.
+    """
     tasks = TaskModels({task: folder / "final" for task, folder in folders.items()}, recipes, 0)
-    seconds = sum(json.loads((folder / "log.json").read_text())["cpu_seconds"] for folder in folders.values())
-    names = list(recipes)
-    weights = dict(zip(names, tasks.trunks, strict=True))
-    fishers = dict(zip(names, tasks.squishers, strict=True))
-    base = published(work, settings["layers"])
-    return tasks, Models(base, weights, fishers, tasks.score), round(seconds, 2)
+    seconds = sum(json.loads((folder / encoder.LOG).read_text())["cpu_seconds"] for folder in folders.values())
+    fishers = dict(zip(recipes, tasks.squishers, strict=True))
+    base = published(work, next(iter(recipes.values())).layers)
+    merged = [name for name in base if any(name in fisher for fisher in fishers.values())]
+    weights = {task: {name: trunk[name] for name in merged} for task, trunk in zip(recipes, tasks.trunks, strict=True)}
+    return tasks, Models({name: base[name] for name in merged}, weights, fishers, tasks.score), round(seconds, 2)
 
 
 def recorded(settings: Settings, work: Path) -> dict[str, Fisher]:
     """Return the Squishers of a seed's models with the factors that were recorded during the fine-tuning."""
-    recipes = {task: task_recipe(settings, number, task) for number, task in enumerate(settings["tasks"])}
     return {
         task: load_fisher(encoder.fine_tune(recipe, work) / "final" / encoder.RECORDED)
-        for task, recipe in recipes.items()
+        for task, recipe in recipes(settings).items()
     }
 
 

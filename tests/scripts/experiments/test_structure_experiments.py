@@ -9,10 +9,12 @@ from scripts.experiments import (
     encoder,
     merging,
     structure,
+    structure_adapters,
     structure_controls,
     structure_counts,
     structure_domains,
     structure_merges,
+    structure_optimizers,
     structure_report,
     structure_tasks,
 )
@@ -33,7 +35,7 @@ def test_the_seeds_are_new():
         assert set(counts.values()) == {len(cells) // 5}
 
 
-@pytest.mark.parametrize("module", EXPERIMENTS)
+@pytest.mark.parametrize("module", [*EXPERIMENTS, structure_adapters, structure_optimizers])
 def test_a_kept_report_has_planned_cells(module):
     """The cells of a kept report are planned ones of the current revision, in their order, and say how many are."""
     report = structure_report.results(module.EXPERIMENT.name)
