@@ -74,7 +74,7 @@ def merge_squisher(inputs: Sequence[Input], out_dtype: torch.dtype, ballot: Ball
     information = list(map(mul, weights, scales))
     if not operands.on_accelerator:
         return _run_chunks(step, operands, len(inputs), out_dtype, information)
-    if ballot != PLAIN:
+    if not ballot.is_default:
         return run_whole(step, operands, len(inputs), out_dtype, information)
     merged = fused.attempt(lambda: fused.squisher(_models(inputs), operands.work, out_dtype), operands.thetas)
     if merged is not None:
@@ -108,7 +108,7 @@ def merge_ubgm(
     scales = [item.scale for item in inputs]
     known = base.fisher is not None
     operands = _Operands.of([*inputs, base], ballot)
-    if ballot == PLAIN and operands.on_accelerator:
+    if ballot.is_default and operands.on_accelerator:
         theta, fisher = base.theta, base.fisher
         merged = fused.attempt(
             lambda: fused.ubgm_squisher(theta, fisher, _models(inputs), operands.work, out_dtype, base.scale, prior),
@@ -119,7 +119,7 @@ def merge_ubgm(
     power = ballot.options.power
     unit = max([item.scale for item in inputs if item.weight > 0] + ([base.scale] if known else []))
     absolute = absolute_prior(base, inputs, prior) if power == 1 else powered_prior(base, inputs, prior, power, unit)
-    if ballot == PLAIN and operands.on_accelerator:
+    if ballot.is_default and operands.on_accelerator:
         used = tuple(i for i, weight in enumerate(weights) if weight > 0)
         relative = [[weights[i] for i in used], [scales[i] / unit for i in used]]
         factors = torch.cat([operands.tensor(relative).flatten(), operands.tensor([base.scale / unit])])

@@ -5,7 +5,7 @@ from typing import Any
 
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.merging.parameters import no_signal
-from squisher_mergekit.merging.tensor_plan import FisherUse, TensorPlan, WeightInput
+from squisher_mergekit.merging.planning.records import FisherUse, TensorPlan, WeightInput
 from squisher_mergekit.models.whole import WholeModel, names_text
 
 # Memory of Python, torch and mergekit before the first tensor is read, and of the chunks in work.

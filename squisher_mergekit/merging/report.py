@@ -21,6 +21,11 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
     lines = [
         f"{report['method']}: {report['fell_back']:.3%} of {report['entries']:,} entries, {no_signal(report['method'])}"
     ]
+    if report.get("abstained"):
+        own = ", ".join(
+            f"{column} {report['abstained'].get(label, 0.0):.1%}" for column, label in zip(columns, labels, strict=True)
+        )
+        lines.append(f"  {report['silent']:.3%} without a vote: base value; entries without the vote of {own}")
     if report.get("lost"):
         whole = report["whole"]
         lines.append(

@@ -32,24 +32,34 @@ class _Totals:
 
     entries: int = 0
     fell_back: list[int | Tensor] = field(default_factory=list)
+    silent: list[int | Tensor] = field(default_factory=list)
     shares: dict[str, list[tuple[float | Tensor, int]]] = field(default_factory=dict)
+    abstained: dict[str, list[int | Tensor]] = field(default_factory=dict)
 
     def add(self, size: int, labels: Sequence[str], outcome: Outcome) -> None:
         self.entries += size
         self.fell_back.append(outcome.fell_back)
+        self.silent.append(outcome.silent)
+        for label, count in zip(labels, outcome.abstained, strict=False):
+            self.abstained.setdefault(label, []).append(count)
         for label, share in zip(labels, outcome.shares, strict=True):
             self.shares.setdefault(label, []).append((share, size))
 
     def report(self) -> dict[str, Any]:
-        size = max(self.entries, 1)
-        return {
+        size, silent = max(self.entries, 1), sum(int(count) for count in self.silent)
+        voted = max(self.entries - silent, 1)
+        found = {
             "entries": self.entries,
             "fell_back": sum(int(count) for count in self.fell_back) / size,
             "effective_weight": {
-                label: sum(float(share) * entries for share, entries in shares) / size
+                label: sum(float(share) * entries for share, entries in shares) / voted
                 for label, shares in self.shares.items()
             },
         }
+        if not self.abstained:
+            return found
+        abstained = {label: sum(map(int, counts)) / size for label, counts in self.abstained.items()}
+        return {**found, "silent": silent / size, "abstained": abstained}
 
 
 class Run:
@@ -163,6 +173,9 @@ class Run:
     def report(self) -> dict[str, Any]:
         """Return shares of entries and mean effective weights, overall and per kind of layer.
 
+        The weights are means over the entries where a model votes. Where models can abstain, ``abstained`` has the
+        share of entries without the vote of each, and ``silent`` that where all abstain.
+
         With ``reported``, ``structure`` is the report of the coupled matrices, see :func:`structure_report`.
         """
         kinds = {kind: totals.report() for kind, totals in sorted(self._kinds.items())}
@@ -191,4 +204,5 @@ class Run:
         report = self.report()
         weights = ", ".join(f"{label} {share:.1%}" for label, share in report["effective_weight"].items())
         blank = f"{report['fell_back']:.2%} of the entries, {no_signal(self.method)}"
-        self.log(f"{self.method}: {blank}; effective weight: {weights}")
+        silent = f"; {report['silent']:.2%} without a vote: base value" if report.get("silent") else ""
+        self.log(f"{self.method}: {blank}{silent}; effective weight: {weights}")

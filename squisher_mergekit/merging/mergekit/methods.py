@@ -24,9 +24,11 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import execution, parameters
 from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
 from squisher_mergekit.merging.coupling.recorded import recorded_sides, sides_of
-from squisher_mergekit.merging.density import Trim
+from squisher_mergekit.merging.density import Ranking, Trim, seed_of
 from squisher_mergekit.merging.read import LoadedFisher, load_tensor
 from squisher_mergekit.merging.run import Run
+from squisher_mergekit.merging.votes.inputs import Ballot
+from squisher_mergekit.merging.votes.options import VoteOptions
 from squisher_mergekit.models.layouts import layout_by_name
 from squisher_mergekit.models.weights import refuse_float8
 from squisher_mergekit.tensors.safetensors import check_shape
@@ -114,16 +116,21 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         if not resolved:
             group = replace(group, entries=[e for e in group.entries if not self._is_origin_only(e, given)])
             loaded = _from_memory(group, name, given, self.spec.name)
-        inputs = [_input(entry, name, loaded[entry.id], given["weight"][entry.id], base) for entry in group.entries]
+        options = VoteOptions.of(given)
+        inputs = [
+            _input(entry, name, loaded[entry.id], given["weight"][entry.id], base, options, place)
+            for place, entry in enumerate(group.entries)
+        ]
         weights = [item.weight for item, entry in zip(inputs, group.entries, strict=True) if self._weighted(entry)]
         if not any(weight > 0 for weight in weights):
             raise ConfigError(f"the weights of {name} must not all be 0; give one model a positive weight")
+        ballot = self._ballot(name, base, inputs, loaded, options, bool(resolved), given["write_fisher"])
         if structure is None:
-            outcome = self._merge(group, inputs, given)
+            outcome = self._merge(group, inputs, given, ballot)
         else:
             origin = _origin(name, base, loaded)
             reported, dtype = any(fisher.run.reported for fisher in resolved.values()), group.entries[0].tensor.dtype
-            outcome = merge_coupled(origin, inputs, structure, dtype, transposed, reported)
+            outcome = merge_coupled(origin, inputs, structure, dtype, transposed, reported, ballot)
         if resolved:
             labels = [str(entry.id) for entry in group.entries if self._weighted(entry)]
             next(iter(resolved.values())).run.record(name, labels, outcome)
@@ -139,13 +146,60 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         known = isinstance(given["fisher"][entry.id], Mapping)
         return self._weighted(entry) and entry.is_base and given["weight"][entry.id] == 0 and not known
 
-    def _merge(self, group: TensorGroup, inputs: list[execution.Input], given: Mapping[str, Any]) -> execution.Outcome:
+    def _ballot(
+        self,
+        name: str,
+        base: TensorEntry | None,
+        inputs: Sequence[execution.Input],
+        loaded: Mapping[Any, LoadedFisher],
+        options: VoteOptions,
+        planned: bool,
+        recorded: bool,
+    ) -> Ballot:
+        """Return the rules of the vote; where no entry is trimmed, abstention changes nothing.
+
+        Raises:
+            ConfigError: An option needs a base, and a call in memory gives none.
+        """
+        if recorded and not planned:
+            raise ConfigError(
+                "write_fisher: true needs a merge that writes files, as mergekit-yaml does, but tensors in memory were "
+                "given; remove it"
+            )
+        if not any(item.trim is not None for item in inputs):
+            options = replace(options, trimmed="base")
+        if self.spec.name != parameters.SQUISHER or not (options.abstain or options.of_origin):
+            return Ballot(options, recorded=recorded)
+        origins = [item for item in loaded.values() if item.origin is not None]
+        if base is None and not origins:
+            if planned:  # a buffer, on which no option works
+                return Ballot(replace(options, extent=1.0))
+            raise ConfigError(
+                f"{[*options.of_origin, 'trimmed: abstain'][0]} needs a base, the model that all were trained from, "
+                f"but for {name} none is given; give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
+            )
+        origin = base.tensor if base is not None else origins[0].origin
+        assert origin is not None
+        device = inputs[0].theta.device
+        return Ballot(options, origin.detach().to(device), _based(origins, inputs[0].theta), recorded)
+
+    def _merge(
+        self, group: TensorGroup, inputs: list[execution.Input], given: Mapping[str, Any], ballot: Ballot
+    ) -> execution.Outcome:
         dtype = group.entries[0].tensor.dtype
         if self.spec.name == parameters.SQUISHER:
-            return execution.merge_squisher(inputs, dtype)
+            return execution.merge_squisher(inputs, dtype, ballot)
         others = [item for item, entry in zip(inputs, group.entries, strict=True) if not entry.is_base]
         base = next(item for item, entry in zip(inputs, group.entries, strict=True) if entry.is_base)
-        return execution.merge_ubgm(base, others, given["prior"], dtype)
+        return execution.merge_ubgm(base, others, given["prior"], dtype, ballot)
+
+
+def _based(loaded: Sequence[LoadedFisher], theta: torch.Tensor) -> torch.Tensor | None:
+    """Return the mask of the entries that the base has in a re-ordered vocabulary; None for all."""
+    rows = next((item.rows for item in loaded if item.rows is not None and len(item.rows.unbased)), None)
+    if rows is None:
+        return None
+    return torch.ones_like(theta, dtype=torch.bool).index_fill_(rows.axis, rows.unbased.to(theta.device), False)
 
 
 def _structure(
@@ -175,7 +229,13 @@ def _origin(name: str, base: TensorEntry | None, loaded: Mapping[Any, LoadedFish
 
 
 def _input(
-    entry: TensorEntry, name: str, loaded: LoadedFisher, weight: float, base: TensorEntry | None
+    entry: TensorEntry,
+    name: str,
+    loaded: LoadedFisher,
+    weight: float,
+    base: TensorEntry | None,
+    options: VoteOptions,
+    place: int,
 ) -> execution.Input:
     fisher = loaded.tensor
     refuse_float8(entry.tensor.dtype, name, str(entry.id))
@@ -183,7 +243,7 @@ def _input(
         check_shape(name, tuple(fisher.shape), tuple(entry.tensor.shape), loaded.location)
         fisher = fisher.to(entry.tensor.device)
     label = (loaded.name or name, loaded.location)
-    trim = None if fisher is None or entry.is_base else _trim(entry, name, loaded, fisher, base)
+    trim = None if fisher is None or entry.is_base else _trim(entry, name, loaded, fisher, base, options, place)
     rows, columns = (None if factor is None else factor.to(entry.tensor.device) for factor in loaded.factors)
     return execution.Input(
         entry.tensor, fisher, weight, loaded.scale, label, trim, str(entry.id), factors=(rows, columns)
@@ -191,7 +251,13 @@ def _input(
 
 
 def _trim(
-    entry: TensorEntry, name: str, loaded: LoadedFisher, fisher: torch.Tensor, base: TensorEntry | None
+    entry: TensorEntry,
+    name: str,
+    loaded: LoadedFisher,
+    fisher: torch.Tensor,
+    base: TensorEntry | None,
+    options: VoteOptions,
+    place: int,
 ) -> Trim | None:
     if loaded.density == 1:
         return None
@@ -209,7 +275,11 @@ def _trim(
             f"{list(entry.tensor.shape)} and the base's {list(origin.shape)}; give the model that it was trained from"
         )
     scores = fisher if loaded.scores is None else loaded.scores.to(fisher.device)
-    return Trim(origin.to(fisher.device), scores, loaded.density, loaded.rows)
+    scale = loaded.rank_scale if options.density_by == "change" or options.whole_model else 1.0
+    ranking = Ranking(
+        options.density_by, entry.tensor.detach(), scale, seed_of(name, place), positive=bool(options.of_choice)
+    )
+    return Trim(origin.to(fisher.device), scores, loaded.density, loaded.rows, ranking)
 
 
 def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method: str) -> dict[Any, LoadedFisher]:
@@ -244,6 +314,7 @@ def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method
             floor=given["floor"],
             fisher_scale=given["fisher_scale"][key],
             density=given["density"][key],
+            ranked=given["density_by"] in ("fisher", "change"),
             sides=sides,
         )
     if missing and given["missing"] == "error":

@@ -40,6 +40,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
         floor: Smallest F, relative to the mean over the tensor.
         fisher_scale: Factor on the Fisher.
         density: Share of the task vector that is kept.
+        ranked: True if F ranks the entries for the density.
         model_type: Architecture whose checkpoint conversion builds the tensor; None if the Fisher has the tensor.
         padding: Axis and size to which rows of F = 0 are added.
         sides: Sides whose recorded factors are read.
@@ -53,6 +54,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
     floor: float = 0.0
     fisher_scale: float = 1.0
     density: float = 1.0
+    ranked: bool = True
     model_type: str | None = None
     padding: tuple[int, int] | None = None
     sides: tuple[Side, ...] = ()
@@ -74,6 +76,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
             floor=self.floor,
             fisher_scale=self.fisher_scale,
             density=self.density,
+            ranked=self.ranked,
             sides=self.sides,
         )
         return loaded if self.padding is None else loaded.padded(*self.padding)
@@ -185,7 +188,7 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         result, origins = {}, dict[int, Tensor]()  # most models share one theta_0
         for model, item in loaded.items():
             permutation, origin, rows = permutations[model], item.origin, None
-            if item.density < 1:
+            if item.density < 1 or origin is not None:
                 rows = shared_rows(permutation, permutations[self.origin_model], size, axis)
             if origin is not None:
                 if id(origin) not in origins:

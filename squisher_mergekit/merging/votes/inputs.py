@@ -63,6 +63,11 @@ class Ballot:
         """True if every model votes by its Fisher, whatever becomes of the result."""
         return self.options.power == 1 and not self.options.abstain and not self.options.elected
 
+    @property
+    def is_default(self) -> bool:
+        """True if the merge is that without any option of the vote."""
+        return self.is_plain and self.options.extent == 1 and not self.recorded
+
 
 PLAIN = Ballot()
 

@@ -30,6 +30,6 @@ def powered_prior(base: Input, inputs: Sequence[Input], prior: float, power: flo
         ((block.double() * (scale / unit)) ** power).sum() * weight
         for fisher, scale, weight in parts
         if fisher is not None and weight > 0
-        for block in fisher.reshape(-1).split(_CHUNK)
+        for block in torch.split(fisher.reshape(-1), _CHUNK)
     ]
     return prior * torch.stack(sums).sum() / base.theta.numel() if sums else 0.0

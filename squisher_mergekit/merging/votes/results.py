@@ -42,10 +42,12 @@ def run_whole(step: Step, operands: Operands, count: int, out_dtype: torch.dtype
     size, shape = operands.size, operands.thetas[0].shape
     invalid = [count_invalid(fisher) for fisher in operands.fishers]
     pending = [(counts, size, label) for counts, label in zip(invalid, operands.labels, strict=True)]
-    shares = [share / max(size, 1) for share in merged.shares]
+    shares: list[float | Tensor] = [share / max(size, 1) for share in merged.shares]
     fisher = None if recorded is None else recorded.reshape(shape)
-    not_finite, abstained = count_not_finite(values), list(merged.abstained)
-    return Outcome(values, shares, merged.fell_back, pending, not_finite, abstained, merged.silent, fisher)
+    abstained: list[int | Tensor] = list(merged.abstained)
+    return Outcome(
+        values, shares, merged.fell_back, pending, count_not_finite(values), abstained, merged.silent, fisher
+    )
 
 
 def extended(values: Tensor, pieces: Pieces, ballot: Ballot) -> Tensor:
