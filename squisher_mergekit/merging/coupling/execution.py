@@ -117,7 +117,13 @@ def merge_coupled(
     trimmed = any(mask is not None for mask in masks)
     abstained = [0 if mask is None else mask.numel() - mask.sum() for mask in masks] if trimmed else []
     return CoupledOutcome(
-        merged, all_shares, found.fell_back, not_finite=not_finite, abstained=abstained, report=report, fisher=recorded
+        merged,
+        all_shares,
+        found.fell_back,
+        not_finite=not_finite,
+        abstained=abstained,
+        report=report,
+        fisher=recorded,
     )
 
 

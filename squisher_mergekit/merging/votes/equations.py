@@ -202,19 +202,21 @@ def extended(base: Tensor, values: Tensor, extent: float) -> Tensor:
 
 
 def raised_power(fishers: Sequence[Tensor], scales: Sequence[float], power: float) -> tuple[list[Tensor], Tensor]:
-    """Return ``(F_i / max_j F_j)^p`` of the scaled Fishers, and the mask of entries where all are 0.
+    """Return ``(F_i / u)^p`` of the scaled Fishers, u the power of two below the largest F of the entry.
+
+    Returns:
+        The powers, and the mask of the entries where all Fishers are 0.
 
     Example:
-        >>> ratios, blank = raised_power([torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])], [1.0, 1.0], 0.5)
-        >>> ratios, blank
+        >>> raised_power([torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])], [1.0, 1.0], 0.5)
         ([tensor([0.5000, 0.0000]), tensor([1., 0.])], tensor([False,  True]))
     """
     unit = max(scales)
     scaled = [fisher.double() * (scale / unit) for fisher, scale in zip(fishers, scales, strict=True)]
     largest = _largest(scaled)
     blank = largest == 0
-    largest = torch.where(blank, 1, largest)
-    return [((part / largest) ** power).to(fishers[0].dtype) for part in scaled], blank
+    unit_of_entry = torch.where(blank, 1, _power_of_two(largest))
+    return [((part / unit_of_entry) ** power).to(fishers[0].dtype) for part in scaled], blank
 
 
 def any_kept(masks: Sequence[Tensor | None], like: Tensor) -> Tensor:

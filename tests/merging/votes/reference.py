@@ -28,12 +28,12 @@ def voted_reference(
     for place in range(len(flat[0])):
         voters = [i for i, weight in enumerate(weights) if weight > 0 and kept[i][place]]
         most = max((information[i][place] for i in voters), default=0.0)
-        votes = {i: weights[i] * ((information[i][place] / most) ** power if most else 1.0) for i in voters}
+        votes = {i: weights[i] * (information[i][place] ** power if most else 1.0) for i in voters}
         start = 0.0 if origin is None else origin[place]
         steps = {i: flat[i][place] - start for i in voters}
         if elected:
             pull = math.fsum(votes[i] * steps[i] for i in voters)
-            votes = {i: vote for i, vote in votes.items() if steps[i] * pull > 0 or (steps[i] > 0) & (pull > 0)}
+            votes = {i: vote for i, vote in votes.items() if (steps[i] > 0 and pull > 0) or (steps[i] < 0 and pull < 0)}
         total = math.fsum(votes.values())
         value = start + math.fsum(vote * steps[i] for i, vote in votes.items()) / total if total else start
         result.append(start + extent * (value - start))
