@@ -1,7 +1,8 @@
 """Trimming by ``density``: of a model's task vector the entries with the largest scores are kept."""
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
@@ -91,6 +92,8 @@ class Trim:
 
     def kept(self) -> Tensor:
         """Return the mask m (bool, shaped like the weight); nothing here waits for an accelerator."""
+        if self.rows is None and self.cut is not None:
+            return self._above(self.cut)
         if self.rows is None:
             return self._chosen(self.ranked())
         shared, unbased, axis = self.rows
@@ -105,15 +108,36 @@ class Trim:
             return self.scores
         origin = self.origin.reshape(-1)
         ranked = torch.empty(fisher.shape, dtype=torch.float32, device=fisher.device)
-        for start in range(0, len(ranked), _BLOCK):
-            part = slice(start, min(start + _BLOCK, len(ranked)))
+        for part in self._parts():
             ranked[part] = ranking.scores(fisher, origin, part)
         return ranked.reshape(self.scores.shape)
+
+    def blocks(self, stride: int = 1) -> Iterator[Tensor]:
+        """Yield the scores among which is chosen, flat, a block at a time, or every ``stride``-th of them."""
+        fisher, origin = self.scores.reshape(-1), self.origin.reshape(-1)
+        if self.rows is not None:
+            yield self.ranked().index_select(self.rows.axis, self.rows.shared).reshape(-1)[::stride].float()
+        elif stride > 1 and self.ranking.by != "random":
+            yield self.ranking.scores(fisher, origin, slice(0, len(fisher), stride))
+        else:
+            for part in self._parts():
+                yield self.ranking.scores(fisher, origin, part)[::stride]
+
+    def _parts(self) -> list[slice]:
+        size = self.scores.numel()
+        return [slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK)]
+
+    def _above(self, cut: Cut) -> Tensor:
+        """Return the mask of the entries above the threshold of the whole model."""
+        mask, left = torch.empty(self.scores.numel(), dtype=torch.bool, device=self.scores.device), Cut(*astuple(cut))
+        for part, block in zip(self._parts(), self.blocks(), strict=True):
+            mask[part] = left.take(keys(block))
+        return mask.reshape(self.scores.shape)
 
     def _chosen(self, scores: Tensor) -> Tensor:
         """Return the mask of the kept among some scores."""
         if self.cut is not None:
-            chosen = Cut(self.cut.key, self.cut.ties).take(keys(scores.to(torch.float32)))
+            chosen = Cut(*astuple(self.cut)).take(keys(scores.to(torch.float32).contiguous()))
         else:
             chosen = largest(scores, keep_count(self.density, scores.numel()))
         return chosen & (scores > 0) if self.ranking.positive else chosen

@@ -94,6 +94,20 @@ class MergePlan:
             if tensor.missing and not tensor.is_buffer
         }
 
+    def options(self) -> dict[str, int]:
+        """Return option of the vote, as in the YAML -> number of tensors on which it works."""
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            votes = tensor.settings.votes
+            trimmed = any(item.density < 1 for item in tensor.inputs)
+            for option in () if tensor.is_copied or tensor.is_buffer else votes.given:
+                chosen = option in votes.of_choice
+                if (chosen and trimmed and tensor.uses) or (
+                    not chosen and (tensor.uses or option.startswith("lambda"))
+                ):
+                    found[option] = found.get(option, 0) + 1
+        return found
+
     def uncoupled(self) -> dict[str, str]:
         """Return tensor -> reason why a structure leaves it to the diagonal."""
         return {tensor.name: tensor.uncoupled for tensor in self.tensors if tensor.uncoupled}
@@ -110,6 +124,9 @@ class MergePlan:
                 f"{len(copied)} tensors are copied, as one model alone has them or they are integers "
                 f"({names_text(copied)})"
             )
+        for option, count in self.options().items():
+            of_all = f"{count} of {len(self.tensors)}" if count < len(self.tensors) else "all"
+            notes.append(f"{option}, for {of_all} tensors")
         coupled = [tensor.name for tensor in self.tensors if tensor.coupled]
         uncoupled = self.uncoupled()
         if coupled or uncoupled:
@@ -169,6 +186,7 @@ class MergePlan:
             "lost": self.whole.gaps.lost(),
             "models": self.models(),
             "fallbacks": self.fallbacks(),
+            "options": self.options(),
             "uncoupled": self.uncoupled(),
             "notes": self.notes(),
             "warnings": self.warnings(),

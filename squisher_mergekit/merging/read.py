@@ -14,6 +14,7 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.coupling.recorded import read_side
 from squisher_mergekit.merging.density import Rows
 from squisher_mergekit.tensors.safetensors import MemoryStore
+from squisher_mergekit.tensors.topk import Cut
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class LoadedFisher:
         origin: theta_0, for a density below 1; None if the base is an input itself.
         rows: Rows of a re-ordered vocabulary, for a density below 1.
         factors: Recorded factors over the rows and over the columns; None for a side without.
+        cut: Threshold of the whole model for this tensor; None if the tensor keeps its own share.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LoadedFisher:
     origin: Tensor | None = None
     rows: Rows | None = None
     factors: tuple[Tensor | None, Tensor | None] = (None, None)
+    cut: Cut | None = None
 
     def to(self, device: torch.device) -> "LoadedFisher":
         """Return the same with all tensors on a device."""

@@ -243,43 +243,54 @@ def _input(
         check_shape(name, tuple(fisher.shape), tuple(entry.tensor.shape), loaded.location)
         fisher = fisher.to(entry.tensor.device)
     label = (loaded.name or name, loaded.location)
-    trim = None if fisher is None or entry.is_base else _trim(entry, name, loaded, fisher, base, options, place)
+    start = None if base is None else base.tensor
+    trim = None if entry.is_base else trim_of(entry.tensor, name, loaded, start, options, place)
     rows, columns = (None if factor is None else factor.to(entry.tensor.device) for factor in loaded.factors)
     return execution.Input(
         entry.tensor, fisher, weight, loaded.scale, label, trim, str(entry.id), factors=(rows, columns)
     )
 
 
-def _trim(
-    entry: TensorEntry,
+def trim_of(
+    theta: torch.Tensor,
     name: str,
     loaded: LoadedFisher,
-    fisher: torch.Tensor,
-    base: TensorEntry | None,
+    base: torch.Tensor | None,
     options: VoteOptions,
     place: int,
 ) -> Trim | None:
-    if loaded.density == 1:
+    """Return the choice of the kept entries of one model's tensor; None if all are kept.
+
+    Args:
+        theta: The model's weight.
+        name: Name of the output tensor.
+        loaded: The Fisher, with theta_0 where the base is no input.
+        base: theta_0 where the base is an input; None otherwise.
+        options: Options of the vote.
+        place: Place of the model among the inputs.
+
+    Raises:
+        ConfigError: There is no base.
+        MismatchError: The base's tensor has another shape.
+    """
+    fisher = loaded.tensor if loaded.scores is None else loaded.scores
+    if loaded.density == 1 or fisher is None:
         return None
-    origin = loaded.origin
+    origin = base if loaded.origin is None else loaded.origin
     if origin is None:
-        if base is None:
-            raise ConfigError(
-                f"density below 1 needs a base, the model that all were trained from, but for {name} none is given; "
-                "give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
-            )
-        origin = base.tensor
-    if origin.shape != entry.tensor.shape:
+        raise ConfigError(
+            f"density below 1 needs a base, the model that all were trained from, but for {name} none is given; "
+            "give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
+        )
+    if origin.shape != theta.shape:
         raise MismatchError(
             f"density below 1 needs a base's tensors to be shaped as the model's, but {name} is "
-            f"{list(entry.tensor.shape)} and the base's {list(origin.shape)}; give the model that it was trained from"
+            f"{list(theta.shape)} and the base's {list(origin.shape)}; give the model that it was trained from"
         )
-    scores = fisher if loaded.scores is None else loaded.scores.to(fisher.device)
     scale = loaded.rank_scale if options.density_by == "change" or options.whole_model else 1.0
-    ranking = Ranking(
-        options.density_by, entry.tensor.detach(), scale, seed_of(name, place), positive=bool(options.of_choice)
-    )
-    return Trim(origin.to(fisher.device), scores, loaded.density, loaded.rows, ranking)
+    positive = bool(options.of_choice)
+    ranking = Ranking(options.density_by, theta.detach(), scale, seed_of(name, place), positive)
+    return Trim(origin.to(theta.device), fisher.to(theta.device), loaded.density, loaded.rows, ranking, loaded.cut)
 
 
 def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method: str) -> dict[Any, LoadedFisher]:

@@ -66,14 +66,16 @@ def voted_mean(
     used = [i for i, weight in enumerate(weights) if weight > 0]
     masks = [None if kept is None else kept[i] for i in used]
     shown = [_masked(fishers[i], mask) for i, mask in zip(used, masks, strict=True)]
-    known = extremes if extremes and all(mask is None for mask in masks) else None
-    parts, blank = _votes(
-        shown,
-        relative([weights[i] for i in used]),
-        [scales[i] for i in used],
-        power,
-        [known[i] for i in used] if known else None,
-    )
+    known = [extremes[i] for i in used] if extremes and all(mask is None for mask in masks) else None
+    rates, factors = relative([weights[i] for i in used]), [scales[i] for i in used]
+    parts = _safe_votes(shown, rates, factors, known) if known and power == 1 else None
+    blank = None
+    if parts is None:
+        blank = _largest(shown) == 0
+        if elected and based is None:
+            # A model without a step decides nothing, and its F must not make those of the others vanish.
+            shown = [torch.where(thetas[i] == base, 0, fisher) for i, fisher in zip(used, shown, strict=True)]
+        parts = _votes(shown, rates, factors, power, blank)
     if blank is not None:
         parts = [_masked(part, mask) for part, mask in zip(parts, masks, strict=True)]
         blank = blank & any_kept(masks, blank)
@@ -246,32 +248,29 @@ def information(
     return total
 
 
-def _votes(
-    fishers: Sequence[Tensor],
-    rates: Sequence[float],
-    scales: Sequence[float],
-    power: float,
-    extremes: Extremes | None,
-) -> tuple[list[Tensor], Tensor | None]:
-    """Return ``w_i F_i^p`` up to a factor of the entry, w_i where all F are 0, and the mask of those entries."""
-    if power != 1:
-        ratios, blank = raised_power(fishers, scales, power)
-        parts = [ratio * rate for ratio, rate in zip(ratios, rates, strict=True)]
-        return [torch.where(blank, rate, part) for rate, part in zip(rates, parts, strict=True)], blank
+def _safe_votes(
+    fishers: Sequence[Tensor], rates: Sequence[float], scales: Sequence[float], extremes: Extremes
+) -> list[Tensor] | None:
+    """Return ``w_i F_i`` up to a common factor; None if a product of it and a step could leave float32."""
     coefficients = relative([rate * scale for rate, scale in zip(rates, scales, strict=True)])
-    if extremes and _is_safe(extremes, coefficients):
-        return [_times(fisher, c) for fisher, c in zip(fishers, coefficients, strict=True)], None
-    largest = _largest(fishers)
-    blank = largest == 0
-    unit = _power_of_two(largest)
-    parts = [_times(fisher / unit, c) for fisher, c in zip(fishers, coefficients, strict=True)]
-    return [torch.where(blank, rate, part) for rate, part in zip(rates, parts, strict=True)], blank
-
-
-def _is_safe(extremes: Extremes, coefficients: Sequence[float]) -> bool:
-    """Return True if no product of a Fisher and a step can leave the range of float32."""
     lowest = min(low * c for (low, _), c in zip(extremes, coefficients, strict=True))
-    return lowest >= _SAFE[0] and max(high for _, high in extremes) <= _SAFE[1]
+    if lowest < _SAFE[0] or max(high for _, high in extremes) > _SAFE[1]:
+        return None
+    return [_times(fisher, c) for fisher, c in zip(fishers, coefficients, strict=True)]
+
+
+def _votes(
+    fishers: Sequence[Tensor], rates: Sequence[float], scales: Sequence[float], power: float, blank: Tensor
+) -> list[Tensor]:
+    """Return ``w_i F_i^p`` up to a factor of the entry, w_i where ``blank`` is True."""
+    if power == 1:
+        coefficients = relative([rate * scale for rate, scale in zip(rates, scales, strict=True)])
+        unit = _power_of_two(_largest(fishers))
+        parts = [_times(fisher / unit, c) for fisher, c in zip(fishers, coefficients, strict=True)]
+    else:
+        ratios, _ = raised_power(fishers, scales, power)
+        parts = [ratio * rate for ratio, rate in zip(ratios, rates, strict=True)]
+    return [torch.where(blank, rate, part) for rate, part in zip(rates, parts, strict=True)]
 
 
 def _power_of_two(values: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def test_a_union_of_vocabularies(tmp_path: Path) -> None:
     """Tokens that the base lacks are merged without election and lambda."""
     weights, fishers = base_and_models(tmp_path, 3)
     base_words = [f"word{i}" for i in range(28)]
-    words = [base_words, base_words[:27] + ["extra"], base_words[:27] + ["extra"]]
+    words = [base_words, *[[*base_words[:27], "extra"]] * 2]
     for i, known in enumerate(words):
         word_tokenizer(tmp_path / f"m{i}", known)
     config = _config(tmp_path, 2, consensus="sign", **{"lambda": 2.0}) | {"tokenizer": {"source": "union"}}
@@ -248,18 +248,11 @@ def test_a_base_is_needed(tmp_path: Path, key: str, value: Any) -> None:
 def test_the_plan_names_the_options(tmp_path: Path) -> None:
     """`squisher plan` says which options work on how many tensors, as text and in `--json`."""
     base_and_models(tmp_path, 3)
-    settings = {"consensus": "sign", "power": 0.5, "lambda": [1.0, 1.0, 2.0]}
-    plan = preview_of(tmp_path, _config(tmp_path, 2, **settings))
-    assert (
-        plan["options"]
-        == {
-            "power: 0.5": plan["tensors"],
-            "consensus: sign": plan["tensors"],
-            "lambda: 2": sum(1 for _ in range(9)) + 2,
-        }
-        or plan["options"]["consensus: sign"] == plan["tensors"]
-    )
-    assert "consensus: sign" in plan["text"]
+    by_name = [{"filter": "mlp", "value": 2.0}, {"value": 1.0}]
+    plan = preview_of(tmp_path, _config(tmp_path, 2, consensus="sign", power=0.5, **{"lambda": by_name}))
+    assert plan["options"] == {"power: 0.5": plan["tensors"], "consensus: sign": plan["tensors"], "lambda: 2": 9}
+    assert "consensus: sign, for all tensors" in plan["text"]
+    assert "lambda: 2, for 9 of 30 tensors" in plan["text"]
 
 
 def test_density_by_fisher_is_todays_choice(tmp_path: Path) -> None:
