@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from squisher_mergekit.errors import MismatchError
+from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.planning.records import FisherUse, TensorPlan, WeightInput
 from squisher_mergekit.models.whole import WholeModel, names_text
@@ -56,6 +56,26 @@ class MergePlan:
                     f"the names of a Fisher must be those of the weights, but none of {model['fisher']} fits "
                     f"{model['model']}; give the Fisher of this model"
                 )
+
+        self.whole_densities()
+
+    def whole_densities(self) -> dict[Any, float]:
+        """Return model -> density, for the models with one threshold for all their tensors.
+
+        Raises:
+            ConfigError: The density of a model differs between tensors.
+        """
+        densities: dict[Any, tuple[float, str]] = {}
+        for tensor in self.tensors:
+            for item in tensor.trimmed_by_model():
+                density, name = densities.setdefault(item.key, (item.density, tensor.name))
+                if density != item.density:
+                    raise ConfigError(
+                        f"density_scope: model needs one density of {item.model.label} for all tensors that it trims, "
+                        f"found {density:g} for {name} and {item.density:g} for {tensor.name}; give one number (and 1 "
+                        "for tensors to be kept whole), or set density_scope: tensor"
+                    )
+        return {model: density for model, (density, _) in densities.items()}
 
     @staticmethod
     def _needs(tensor: TensorPlan, label: str) -> bool:
@@ -124,8 +144,8 @@ class MergePlan:
                 f"{len(copied)} tensors are copied, as one model alone has them or they are integers "
                 f"({names_text(copied)})"
             )
-        for option, count in self.options().items():
-            of_all = f"{count} of {len(self.tensors)}" if count < len(self.tensors) else "all"
+        for option, number in self.options().items():
+            of_all = f"{number} of {len(self.tensors)}" if number < len(self.tensors) else "all"
             notes.append(f"{option}, for {of_all} tensors")
         coupled = [tensor.name for tensor in self.tensors if tensor.coupled]
         uncoupled = self.uncoupled()
@@ -166,6 +186,9 @@ class MergePlan:
         """Return the bytes of weights and of Fishers that the merge reads."""
         weights = sum(info.nbytes for tensor in self.tensors for info in tensor.weights())
         fishers = sum(_fisher_bytes(tensor) for tensor in self.tensors)
+        twice = [tensor for tensor in self.tensors if tensor.trimmed_by_model()]
+        weights += sum(info.nbytes for tensor in twice for info in tensor.weights())
+        fishers += sum(_fisher_bytes(tensor) for tensor in twice)
         return {"weights": weights, "fishers": fishers}
 
     def memory(self) -> dict[str, int]:

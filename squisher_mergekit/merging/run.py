@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.fisher.summary import kind_of
+from squisher_mergekit.fisher.summary import kind_of, layer_of
 from squisher_mergekit.fisher.values import refuse_invalid
 from squisher_mergekit.merging.coupling.execution import CoupledOutcome
 from squisher_mergekit.merging.coupling.report import StepReport, structure_report
@@ -20,6 +20,7 @@ from squisher_mergekit.merging.fused import refuse_not_finite
 from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
 from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles
+from squisher_mergekit.merging.votes.threshold import Choice
 from squisher_mergekit.models.layouts import MatrixLayout
 from squisher_mergekit.models.weights import Weights
 
@@ -80,6 +81,8 @@ class Run:
         layouts: Layouts of each model's matrices, where a structure needs them.
         plan: The plan, while the merge is under way.
         preview: The plan as plain data, see :meth:`MergePlan.as_dict`.
+        trimmed: Name, trimmed models, number of entries and task of each tensor with models of one threshold.
+        densities: Model -> share that it keeps above its one threshold.
     """
 
     def __init__(
@@ -103,7 +106,10 @@ class Run:
         self.layouts: dict[Any, dict[str, MatrixLayout]] = {}
         self.plan: MergePlan | None = None
         self.preview: dict[str, Any] | None = None
+        self.trimmed: list[tuple[str, frozenset[Any], int, Any]] = []
+        self.densities: dict[Any, float] = {}
         self._lock = threading.Lock()
+        self._kept: dict[str, dict[str, list[int]]] = {}
         self._all = _Totals()
         self._kinds: dict[str, _Totals] = {}
         self._steps: dict[str, tuple[Sequence[str], StepReport]] = {}
@@ -146,7 +152,22 @@ class Run:
         self.opened.clear()
         self.models.clear()
         self.layouts.clear()
+        self.trimmed.clear()
         self.plan = None
+
+    def record_choices(self, choices: Mapping[str, Mapping[str, Choice]]) -> None:
+        """Add the share of each layer above the threshold of a whole model to the report, and log a line a model."""
+        for label, found in choices.items():
+            layers = self._kept.setdefault(label, {})
+            for name, choice in found.items():
+                kept, size = layers.get(layer_of(name), [0, 0])
+                layers[layer_of(name)] = [kept + choice.kept, size + choice.size]
+            shares = {layer: kept / max(size, 1) for layer, (kept, size) in layers.items()}
+            least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+            self.log(
+                f"{self.method}: {label}: one threshold keeps {sum(kept for kept, _ in layers.values()):,} entries, "
+                f"from {shares[least]:.2%} of {least} to {shares[most]:.2%} of {most}"
+            )
 
     def record(self, name: str, labels: Sequence[str], outcome: Outcome) -> None:
         """Add the outcome of one tensor to the report."""
@@ -176,6 +197,7 @@ class Run:
         The weights are means over the entries where a model votes. Where models can abstain, ``abstained`` has the
         share of entries without the vote of each, and ``silent`` that where all abstain.
 
+        ``kept`` has, for each model with one threshold, the share of the entries of each layer above it.
         With ``reported``, ``structure`` is the report of the coupled matrices, see :func:`structure_report`.
         """
         kinds = {kind: totals.report() for kind, totals in sorted(self._kinds.items())}
@@ -185,6 +207,11 @@ class Run:
             else {}
         )
         structure = {"structure": structure_report(self._steps)} if self._steps else {}
+        kept = {
+            label: {layer: count / max(size, 1) for layer, (count, size) in layers.items()}
+            for label, layers in self._kept.items()
+        }
+        structure |= {"kept": kept} if kept else {}
         return {"method": self.method, **self._all.report(), **plan, "kinds": kinds, **structure}
 
     def log(self, message: str) -> None:

@@ -28,6 +28,7 @@ from squisher_mergekit.merging.mergekit.lookup import (
     weight_converts,
 )
 from squisher_mergekit.merging.mergekit.tasks import FisherMergeTask, FisherRequest
+from squisher_mergekit.merging.mergekit.thresholds import ThresholdTask
 from squisher_mergekit.merging.parameters import SQUISHER, is_coupled
 from squisher_mergekit.merging.planning.records import FisherUse, Origin, Settings, TensorPlan, WeightInput
 from squisher_mergekit.merging.run import Run
@@ -74,7 +75,8 @@ def add_fishers(
         plan = MergePlan(method, width, options.out_shard_size, plans, whole)
         plan.check()
         run.begin(plan)
-        return [_with_fishers(task, each, base, run) for task, each in zip(tasks, plans, strict=True)]
+        merges = [_with_fishers(task, each, base, run) for task, each in zip(tasks, plans, strict=True)]
+        return _with_thresholds(merges, plan, run)
     except BaseException:
         run.close()
         raise
@@ -169,6 +171,24 @@ def _with_fishers(task: Any, plan: TensorPlan, base: ModelReference | None, run:
         origins=tuple((item.key, item.origin.load) for item in plan.differenced() if item.origin is not None),
         origin_model=(task.base_model or base) if plan.differenced() else None,
     )
+
+
+def _with_thresholds(merges: list[FisherMergeTask], plan: MergePlan, run: Run) -> list[FisherMergeTask]:
+    """Let the merges of tensors wait for the thresholds of whole models, where the plan has some."""
+    densities = plan.whole_densities()
+    if not densities:
+        return merges
+    run.densities = densities
+    run.trimmed = [
+        (each.name, trimmed, each.size, task)
+        for task, each in zip(merges, plan.tensors, strict=True)
+        if (trimmed := frozenset(item.key for item in each.trimmed_by_model()))
+    ]
+    waiting, thresholds = {name for name, *_ in run.trimmed}, ThresholdTask(run=run)
+    return [
+        task.model_copy(update={"thresholds": thresholds}) if each.name in waiting else task
+        for task, each in zip(merges, plan.tensors, strict=True)
+    ]
 
 
 def _uncast(task: Any, plan: TensorPlan) -> dict[str, Any]:

@@ -17,21 +17,18 @@ from mergekit.merge_methods.base import (
     TensorEntry,
     TensorGroup,
 )
+from mergekit.merge_methods.dtype import align_dtype
 
-from squisher_mergekit.errors import ConfigError, MismatchError
-from squisher_mergekit.fisher.factors.mapping import Side
-from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.merging import execution, parameters
 from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
-from squisher_mergekit.merging.coupling.recorded import recorded_sides, sides_of
-from squisher_mergekit.merging.density import Ranking, Trim, seed_of
-from squisher_mergekit.merging.read import LoadedFisher, load_tensor
+from squisher_mergekit.merging.mergekit.inputs import from_memory, input_of, is_origin_only
+from squisher_mergekit.merging.mergekit.thresholds import choices_in_memory
+from squisher_mergekit.merging.read import LoadedFisher
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.votes.inputs import Ballot
 from squisher_mergekit.merging.votes.options import VoteOptions
 from squisher_mergekit.models.layouts import layout_by_name
-from squisher_mergekit.models.weights import refuse_float8
-from squisher_mergekit.tensors.safetensors import check_shape
 
 
 @dataclass(frozen=True)
@@ -103,6 +100,17 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
             }[self.spec.name]
             raise ConfigError(f"{self.spec.name} {needs}; {error}") from None
 
+    def _execute(
+        self, groups: Sequence[TensorGroup], parameters: list[dict[str, Any]], options: Any, **dtypes: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """Merge some tensors, those of a whole model if they are in memory."""
+        if parameters and parameters[0]["density_scope"] == "model" and _in_memory(groups[0], parameters[0]):
+            aligned = [align_dtype(group, dtype) for group, dtype in zip(groups, dtypes["input_dtypes"], strict=True)]
+            choices = choices_in_memory(aligned, parameters, self.spec.name)
+            parameters = [{**given, "choices": choices} for given in parameters]
+        merged: tuple[torch.Tensor, ...] = super()._execute(groups, parameters, options, **dtypes)
+        return merged
+
     def merge_group(self, group: TensorGroup, /, **given: Any) -> torch.Tensor:
         """Merge one tensor.
 
@@ -114,11 +122,13 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         loaded, base = {key: fisher.loaded for key, fisher in resolved.items()}, group.base
         structure, transposed = _structure(resolved, group, name, given)
         if not resolved:
-            group = replace(group, entries=[e for e in group.entries if not self._is_origin_only(e, given)])
-            loaded = _from_memory(group, name, given, self.spec.name)
+            group = replace(group, entries=[e for e in group.entries if not is_origin_only(e, given, self.spec.name)])
+            loaded = from_memory(group, name, given, self.spec.name)
+            cuts = {key: choices[name].cut for key, choices in given.get("choices", {}).items() if name in choices}
+            loaded = {key: replace(item, cut=cuts.get(key)) for key, item in loaded.items()}
         options = VoteOptions.of(given)
         inputs = [
-            _input(entry, name, loaded[entry.id], given["weight"][entry.id], base, options, place)
+            input_of(entry, name, loaded[entry.id], given["weight"][entry.id], base, options, place)
             for place, entry in enumerate(group.entries)
         ]
         weights = [item.weight for item, entry in zip(inputs, group.entries, strict=True) if self._weighted(entry)]
@@ -140,11 +150,6 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
 
     def _weighted(self, entry: TensorEntry) -> bool:
         return not (self.spec.name == parameters.UBGM_SQUISHER and entry.is_base)
-
-    def _is_origin_only(self, entry: TensorEntry, given: Mapping[str, Any]) -> bool:
-        """Return True for the base of ``squisher`` in memory that is theta_0 alone: weight 0 and no Fisher."""
-        known = isinstance(given["fisher"][entry.id], Mapping)
-        return self._weighted(entry) and entry.is_base and given["weight"][entry.id] == 0 and not known
 
     def _ballot(
         self,
@@ -194,6 +199,11 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         return execution.merge_ubgm(base, others, given["prior"], dtype, ballot)
 
 
+def _in_memory(group: TensorGroup, given: Mapping[str, Any]) -> bool:
+    """Return True for a call in memory, False for a task of a graph."""
+    return not any(isinstance(given["fisher"][entry.id], ResolvedFisher) for entry in group.entries)
+
+
 def _based(loaded: Sequence[LoadedFisher], theta: torch.Tensor) -> torch.Tensor | None:
     """Return the mask of the entries that the base has in a re-ordered vocabulary; None for all."""
     rows = next((item.rows for item in loaded if item.rows is not None and len(item.rows.unbased)), None)
@@ -226,116 +236,6 @@ def _origin(name: str, base: TensorEntry | None, loaded: Mapping[Any, LoadedFish
             "is given; give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
         )
     return origin
-
-
-def _input(
-    entry: TensorEntry,
-    name: str,
-    loaded: LoadedFisher,
-    weight: float,
-    base: TensorEntry | None,
-    options: VoteOptions,
-    place: int,
-) -> execution.Input:
-    fisher = loaded.tensor
-    refuse_float8(entry.tensor.dtype, name, str(entry.id))
-    if fisher is not None:
-        check_shape(name, tuple(fisher.shape), tuple(entry.tensor.shape), loaded.location)
-        fisher = fisher.to(entry.tensor.device)
-    label = (loaded.name or name, loaded.location)
-    start = None if base is None else base.tensor
-    trim = None if entry.is_base else trim_of(entry.tensor, name, loaded, start, options, place)
-    rows, columns = (None if factor is None else factor.to(entry.tensor.device) for factor in loaded.factors)
-    return execution.Input(
-        entry.tensor, fisher, weight, loaded.scale, label, trim, str(entry.id), factors=(rows, columns)
-    )
-
-
-def trim_of(
-    theta: torch.Tensor,
-    name: str,
-    loaded: LoadedFisher,
-    base: torch.Tensor | None,
-    options: VoteOptions,
-    place: int,
-) -> Trim | None:
-    """Return the choice of the kept entries of one model's tensor; None if all are kept.
-
-    Args:
-        theta: The model's weight.
-        name: Name of the output tensor.
-        loaded: The Fisher, with theta_0 where the base is no input.
-        base: theta_0 where the base is an input; None otherwise.
-        options: Options of the vote.
-        place: Place of the model among the inputs.
-
-    Raises:
-        ConfigError: There is no base.
-        MismatchError: The base's tensor has another shape.
-    """
-    fisher = loaded.tensor if loaded.scores is None else loaded.scores
-    if loaded.density == 1 or fisher is None:
-        return None
-    origin = base if loaded.origin is None else loaded.origin
-    if origin is None:
-        raise ConfigError(
-            f"density below 1 needs a base, the model that all were trained from, but for {name} none is given; "
-            "give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
-        )
-    if origin.shape != theta.shape:
-        raise MismatchError(
-            f"density below 1 needs a base's tensors to be shaped as the model's, but {name} is "
-            f"{list(theta.shape)} and the base's {list(origin.shape)}; give the model that it was trained from"
-        )
-    scale = loaded.rank_scale if options.density_by == "change" or options.whole_model else 1.0
-    positive = bool(options.of_choice)
-    ranking = Ranking(options.density_by, theta.detach(), scale, seed_of(name, place), positive)
-    return Trim(origin.to(theta.device), fisher.to(theta.device), loaded.density, loaded.rows, ranking, loaded.cut)
-
-
-def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method: str) -> dict[Any, LoadedFisher]:
-    """Read the tensor from the mappings of an in-memory call."""
-    sources = {entry.id: given["fisher"][entry.id] for entry in group.entries}
-    for key, source in sources.items():
-        if isinstance(source, Mapping):
-            continue
-        base = next((entry.id for entry in group.entries if entry.is_base), None)
-        if source == "none" and ((key == base and method == parameters.UBGM_SQUISHER) or parameters.is_coupled(given)):
-            continue
-        raise ConfigError(
-            f"{method} in memory needs a Fisher for input {key!r}: a mapping name -> tensor, found {source!r}; "
-            "pass parameters={'fisher': [mapping, ...]}"
-        )
-    estimated = [source for source in sources.values() if isinstance(source, Fisher)]
-    squishers = all(fisher.config.from_optimizer for fisher in estimated)
-    normalize = given["normalize"] if given["normalize"] != "auto" else "none" if squishers else "mean"
-    loaded, missing = {}, []
-    coupled = sides_of(given["structure"], False) if parameters.is_coupled(given) else ()
-    for key, source in sources.items():
-        if isinstance(source, Mapping) and name not in source:
-            missing.append(key)
-        sides: tuple[Side, ...] = ()
-        if coupled and isinstance(source, Fisher) and name in source:
-            sides = recorded_sides(source, source.resolve(name) or name, coupled, given["block"])
-        loaded[key] = load_tensor(
-            source if isinstance(source, Mapping) and name in source else None,
-            name,
-            scaling=given["scaling"],
-            normalize=normalize,
-            floor=given["floor"],
-            fisher_scale=given["fisher_scale"][key],
-            density=given["density"][key],
-            ranked=given["density_by"] in ("fisher", "change"),
-            sides=sides,
-        )
-    if missing and given["missing"] == "error":
-        raise MismatchError(
-            f"{method} needs a Fisher of {name} for every input, but {', '.join(map(repr, missing))} has none; "
-            "name the tensors (merge_tensors(name=...)), add it, or set missing='average'"
-        )
-    if missing:
-        loaded = {key: LoadedFisher(name, "memory") for key in loaded}
-    return loaded
 
 
 SQUISHER = FisherMergeMethod(

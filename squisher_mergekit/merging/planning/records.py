@@ -168,6 +168,11 @@ class TensorPlan:
             return tuple(item for item in merged if item.moves and not self.is_buffer)
         return () if self.missing else tuple(item for item in merged if item.density < 1)
 
+    def trimmed_by_model(self) -> tuple[WeightInput, ...]:
+        """Return the inputs that one threshold for the whole model trims."""
+        trimmed = tuple(use.input for use in self.uses if use.input.density < 1)
+        return trimmed if self.settings.votes.whole_model else ()
+
     def weights(self) -> list[TensorInfo]:
         """Return the headers of the weights that the merge reads, theta_0 included."""
         read = [item.info for item in self.inputs if item.info is not None]
