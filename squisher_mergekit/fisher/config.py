@@ -16,7 +16,15 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "fisher_config.json"
 
 Estimator = Literal[
-    "squisher", "empirical", "sampled", "exact", "predicted", "joint_empirical", "joint_sampled", "ema_empirical"
+    "squisher",
+    "empirical",
+    "sampled",
+    "exact",
+    "predicted",
+    "joint_empirical",
+    "joint_sampled",
+    "ema_empirical",
+    "merged",
 ]
 Statistic = Literal["ema", "sum", "mean"]
 Scaling = Literal["raw", "debiased", "per_example"]
@@ -215,6 +223,11 @@ class FisherConfig(_Frozen):
     def from_optimizer(self) -> bool:
         """True for an optimizer's accumulator (a Squisher)."""
         return self.estimator == "squisher"
+
+    @property
+    def of_squishers(self) -> bool:
+        """True for a Squisher, and for the Fisher of a merge of Squishers at their own scales."""
+        return self.from_optimizer or (self.estimator == "merged" and self.source.layout == "merge of squishers")
 
     @property
     def of_batches(self) -> bool:

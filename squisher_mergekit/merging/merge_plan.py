@@ -147,6 +147,8 @@ class MergePlan:
         for option, number in self.options().items():
             of_all = f"{number} of {len(self.tensors)}" if number < len(self.tensors) else "all"
             notes.append(f"{option}, for {of_all} tensors")
+        if any(tensor.settings.write_fisher for tensor in self.tensors):
+            notes.append("write_fisher: true, so that fisher: auto finds the Fisher of the result")
         coupled = [tensor.name for tensor in self.tensors if tensor.coupled]
         uncoupled = self.uncoupled()
         if coupled or uncoupled:

@@ -1,9 +1,11 @@
 """One merge: its settings, the Fishers it holds open, its plan, and its report."""
 
+import contextlib
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.summary import kind_of, layer_of
 from squisher_mergekit.fisher.values import refuse_invalid
+from squisher_mergekit.fisher.write import fisher_files
 from squisher_mergekit.merging.coupling.execution import CoupledOutcome
 from squisher_mergekit.merging.coupling.report import StepReport, structure_report
 from squisher_mergekit.merging.execution import Outcome
@@ -21,6 +24,7 @@ from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
 from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles
 from squisher_mergekit.merging.votes.threshold import Choice
+from squisher_mergekit.merging.votes.written import MergedFisher
 from squisher_mergekit.models.layouts import MatrixLayout
 from squisher_mergekit.models.weights import Weights
 
@@ -109,6 +113,7 @@ class Run:
         self.trimmed: list[tuple[str, frozenset[Any], int, Any]] = []
         self.densities: dict[Any, float] = {}
         self._lock = threading.Lock()
+        self._written: MergedFisher | None = None
         self._kept: dict[str, dict[str, list[int]]] = {}
         self._all = _Totals()
         self._kinds: dict[str, _Totals] = {}
@@ -155,6 +160,28 @@ class Run:
         self.trimmed.clear()
         self.plan = None
 
+    def obsolete(self, out: Path) -> Iterable[Path]:
+        """Return the files of an earlier Fisher in the output folder that the Fisher of the result replaces."""
+        return fisher_files(out) if self._writes_fisher else ()
+
+    @property
+    def _writes_fisher(self) -> bool:
+        return self.plan is not None and any(tensor.settings.write_fisher for tensor in self.plan.tensors)
+
+    @contextlib.contextmanager
+    def writing(self, folder: Path | None) -> Iterator[None]:
+        """Write the Fisher of the result into a folder while the block runs, if the merge asks for it."""
+        if folder is None or self.plan is None or not self._writes_fisher:
+            yield
+            return
+        versions = {name: version(name) for name in ("squisher-mergekit", "mergekit")}
+        self._written = MergedFisher(folder, self.plan.tensors, versions)
+        with self._written.stream:
+            yield
+            config = self._written.finish()
+        self._written = None
+        self.log(f"{self.method}: wrote the Fisher of the result, {config.coverage.with_} tensors")
+
     def record_choices(self, choices: Mapping[str, Mapping[str, Choice]]) -> None:
         """Add the share of each layer above the threshold of a whole model to the report, and log a line a model."""
         for label, found in choices.items():
@@ -172,6 +199,9 @@ class Run:
     def record(self, name: str, labels: Sequence[str], outcome: Outcome) -> None:
         """Add the outcome of one tensor to the report."""
         size = outcome.values.numel()
+        if self._written is not None and outcome.fisher is not None:
+            self._written.add(name, outcome.fisher)
+            outcome.fisher = None
         with self._lock:
             self._all.add(size, labels, outcome)
             self._kinds.setdefault(kind_of(name), _Totals()).add(size, labels, outcome)

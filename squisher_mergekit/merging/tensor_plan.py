@@ -89,7 +89,7 @@ def plan_tensor(
     fishers = [use.opened.fisher for use in uses if use.opened is not None]
     normalize = settings.normalize
     if normalize == "auto":
-        normalize = "none" if all(fisher.config.from_optimizer for fisher in fishers) else "mean"
+        normalize = "none" if all(fisher.config.of_squishers for fisher in fishers) else "mean"
     planned = plan(() if missing else tuple(uses), missing, normalize)
     if method == SQUISHER:
         check_origins(planned.differenced(), settings.votes)

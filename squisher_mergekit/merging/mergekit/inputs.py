@@ -111,7 +111,7 @@ def from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method:
             "pass parameters={'fisher': [mapping, ...]}"
         )
     estimated = [source for source in sources.values() if isinstance(source, Fisher)]
-    squishers = all(fisher.config.from_optimizer for fisher in estimated)
+    squishers = all(fisher.config.of_squishers for fisher in estimated)
     normalize = given["normalize"] if given["normalize"] != "auto" else "none" if squishers else "mean"
     loaded, missing = {}, []
     coupled = sides_of(given["structure"], False) if parameters.is_coupled(given) else ()

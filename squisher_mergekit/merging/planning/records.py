@@ -22,6 +22,7 @@ class Settings:
     prior: float = 0.0
     structure: str = "diagonal"
     block: int = 128
+    write_fisher: bool = False
     votes: VoteOptions = field(default_factory=VoteOptions)
 
     @classmethod

@@ -1,7 +1,6 @@
 """`density_scope: model` through stock `mergekit-yaml` and in memory."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -45,13 +44,8 @@ def test_a_global_sort(tmp_path: Path, by: str, sample: int, monkeypatch: pytest
     weights, fishers = base_and_models(tmp_path, 3)
     settings = {"density_by": by, "density_scope": "model", "trimmed": "abstain", "normalize": "none"}
     result = merged(density_config(tmp_path, [0.2, 0.6], parameters=settings), tmp_path / "out")
-    masks = global_masks(by, weights, fishers, [0.2, 0.6], sorted(result, key=_place(tmp_path, settings)))
+    masks = global_masks(by, weights, fishers, [0.2, 0.6], sorted(result))
     assert_global(result, weights, fishers, masks)
-
-
-def _place(root: Path, settings: dict[str, Any]) -> Any:
-    """Return the order of tensors; scores without ties make it irrelevant."""
-    return lambda name: name
 
 
 def test_in_memory() -> None:
