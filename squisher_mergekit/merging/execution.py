@@ -20,7 +20,7 @@ from squisher_mergekit.merging.density import kept_entries
 from squisher_mergekit.merging.equations import Merged
 from squisher_mergekit.merging.pool import map_parts
 from squisher_mergekit.merging.votes import equations as votes
-from squisher_mergekit.merging.votes.inputs import PLAIN, Ballot, Pieces
+from squisher_mergekit.merging.votes.inputs import PLAIN, Ballot, VotePart
 from squisher_mergekit.merging.votes.inputs import Input as Input
 from squisher_mergekit.merging.votes.inputs import Operands as _Operands
 from squisher_mergekit.merging.votes.inputs import Outcome as Outcome
@@ -53,7 +53,7 @@ def merge_squisher(inputs: Sequence[Input], out_dtype: torch.dtype, ballot: Ball
     scales = [item.scale for item in inputs]
     operands, power = _Operands.of(inputs, ballot), ballot.options.power
 
-    def step(pieces: Pieces) -> Merged:
+    def step(pieces: VotePart) -> Merged:
         if ballot.is_plain:
             return equations.squisher(pieces.thetas, pieces.fishers, weights, scales, pieces.extremes)
         if pieces.origin is None:
@@ -126,7 +126,7 @@ def merge_ubgm(
         extra = torch.as_tensor(absolute, dtype=torch.float64, device=base.theta.device) / unit
         return _run_fused(_ubgm_pass, operands, used, (factors, extra, known), len(inputs), out_dtype)
 
-    def step(pieces: Pieces) -> Merged:
+    def step(pieces: VotePart) -> Merged:
         *others, origin = pieces.thetas
         own, fishers = pieces.fishers[-1] if known else None, pieces.fishers[: len(others)]
         if ballot.is_plain:
@@ -148,7 +148,7 @@ def _mean(
 ) -> Outcome:
     count = len(inputs)
 
-    def step(pieces: Pieces) -> Merged:
+    def step(pieces: VotePart) -> Merged:
         origin = None if base is None else pieces.thetas[count]
         values = equations.weighted_mean(pieces.thetas[:count], weights, origin)
         shares = [values.new_full((), w / sum(weights) * values.numel()) for w in weights]
@@ -198,7 +198,7 @@ def _run_chunks(
         for (low, high), fisher, label in zip(extremes, fishers, operands.labels, strict=True):
             if not (low >= 0 and high < float("inf")):
                 check_values(fisher, *label)
-        cut = Pieces(
+        cut = VotePart(
             [piece(i, part) for i in range(len(thetas))],
             pieces,
             extremes,

@@ -187,7 +187,7 @@ class Operands:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class VotePart:
     """Same part of all tensors of a merge, in the dtype of the arithmetic.
 
     Attributes:

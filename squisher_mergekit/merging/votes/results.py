@@ -11,9 +11,9 @@ from squisher_mergekit.fisher.values import count_invalid
 from squisher_mergekit.merging.density import kept_entries
 from squisher_mergekit.merging.equations import Merged
 from squisher_mergekit.merging.votes import equations as votes
-from squisher_mergekit.merging.votes.inputs import Ballot, Operands, Outcome, Pieces
+from squisher_mergekit.merging.votes.inputs import Ballot, Operands, Outcome, VotePart
 
-Step = Callable[[Pieces], Merged]
+Step = Callable[[VotePart], Merged]
 
 
 def run_whole(step: Step, operands: Operands, count: int, out_dtype: torch.dtype, information: list[float]) -> Outcome:
@@ -26,7 +26,7 @@ def run_whole(step: Step, operands: Operands, count: int, out_dtype: torch.dtype
             theta if mask is None or trim is None or ballot.options.abstain else torch.where(mask, theta, trim.origin)
             for theta, mask, trim in zip(operands.thetas, masks, operands.trims, strict=True)
         ]
-        cut = Pieces(
+        cut = VotePart(
             [theta.to(work) for theta in thetas],
             [fisher.to(work) for fisher in operands.fishers],
             [],
@@ -50,7 +50,7 @@ def run_whole(step: Step, operands: Operands, count: int, out_dtype: torch.dtype
     )
 
 
-def extended(values: Tensor, pieces: Pieces, ballot: Ballot) -> Tensor:
+def extended(values: Tensor, pieces: VotePart, ballot: Ballot) -> Tensor:
     """Return the result after its step from the base was multiplied by lambda."""
     if ballot.options.extent == 1 or pieces.origin is None:
         return values
@@ -63,7 +63,7 @@ def blank_fisher(operands: Operands) -> Tensor:
     return torch.empty(operands.size, dtype=torch.float32, device=operands.thetas[0].device)
 
 
-def record(recorded: Tensor, pieces: Pieces, merged: Merged, factors: list[float]) -> None:
+def record(recorded: Tensor, pieces: VotePart, merged: Merged, factors: list[float]) -> None:
     """Write ``sum_i w_i F_i`` over the voters into ``recorded``."""
     voted = [*merged.voted, *([None] * (len(factors) - len(merged.voted)))]
     total = votes.information(pieces.fishers, factors, voted)
