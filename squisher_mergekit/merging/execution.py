@@ -74,11 +74,16 @@ def merge_squisher(inputs: Sequence[Input], out_dtype: torch.dtype, ballot: Ball
     information = list(map(mul, weights, scales))
     if not operands.on_accelerator:
         return _run_chunks(step, operands, len(inputs), out_dtype, information)
-    if not ballot.is_default:
-        return run_whole(step, operands, len(inputs), out_dtype, information)
-    merged = fused.attempt(lambda: fused.squisher(_models(inputs), operands.work, out_dtype), operands.thetas)
+    start = ballot.origin if ballot.options.elected else None
+    merged = None
+    if ballot.is_fused:
+        merged = fused.attempt(
+            lambda: fused.squisher(_models(inputs), operands.work, out_dtype, power, start), operands.thetas
+        )
     if merged is not None:
         return operands.outcome(merged)
+    if not ballot.is_default:
+        return run_whole(step, operands, len(inputs), out_dtype, information)
     used = tuple(i for i, weight in enumerate(weights) if weight > 0)
     factors = [equations.relative([part[i] for i in used]) for part in (weights, information)]
     return _run_fused(_squisher_pass, operands, used, operands.tensor(factors), len(inputs), out_dtype)
@@ -108,15 +113,16 @@ def merge_ubgm(
     scales = [item.scale for item in inputs]
     known = base.fisher is not None
     operands = _Operands.of([*inputs, base], ballot)
-    if ballot.is_default and operands.on_accelerator:
+    power = ballot.options.power
+    if ballot.is_fused and power > 0 and operands.on_accelerator:
         theta, fisher = base.theta, base.fisher
+        models, work = _models(inputs), operands.work
         merged = fused.attempt(
-            lambda: fused.ubgm_squisher(theta, fisher, _models(inputs), operands.work, out_dtype, base.scale, prior),
+            lambda: fused.ubgm_squisher(theta, fisher, models, work, out_dtype, base.scale, prior, power),
             operands.thetas,
         )
         if merged is not None:
             return operands.outcome(merged)
-    power = ballot.options.power
     unit = max([item.scale for item in inputs if item.weight > 0] + ([base.scale] if known else []))
     absolute = absolute_prior(base, inputs, prior) if power == 1 else powered_prior(base, inputs, prior, power, unit)
     if ballot.is_default and operands.on_accelerator:

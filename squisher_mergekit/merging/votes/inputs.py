@@ -68,6 +68,12 @@ class Ballot:
         """True if the merge is that without any option of the vote."""
         return self.is_plain and self.options.extent == 1 and not self.recorded
 
+    @property
+    def is_fused(self) -> bool:
+        """True if the fused kernels know all options: the power and the election."""
+        plain = self.options.extent == 1 and not self.options.abstain
+        return plain and not self.recorded and self.based is None
+
 
 PLAIN = Ballot()
 
@@ -162,7 +168,11 @@ class Operands:
         """Return the outcome of a fused merge."""
         pending = [(counts, self.size, label) for counts, label in zip(merged.invalid, self.labels, strict=True)]
         values = merged.values.reshape(self.thetas[0].shape)
-        return Outcome(values, list(merged.shares), merged.fell_back, pending, merged.not_finite)
+        outcome = Outcome(values, list(merged.shares), merged.fell_back, pending, merged.not_finite)
+        if self.ballot.options.elected:
+            voted = sum((torch.as_tensor(share) for share in merged.shares), start=torch.zeros(()))
+            outcome.silent = ((1 - voted) * self.size).round()
+        return outcome
 
     def check_result(self, values: Tensor, part: slice) -> None:
         """Raise if a part of the merged tensor is not finite; an infinite entry that all weights share is theirs.
