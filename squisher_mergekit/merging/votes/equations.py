@@ -81,17 +81,20 @@ def voted_mean(
         blank = blank & any_kept(masks, blank)
     if elected:
         parts, masks = _agreeing(parts, [thetas[i] for i in used], base, masks, based)
-    values, total = base, torch.zeros_like(base)
-    for i, part in zip(used, parts, strict=True):
-        total = total + part
+    values, total = base, parts[0]
+    for place, (i, part) in enumerate(zip(used, parts, strict=True)):
+        total = total + part if place else part
         share = part / total.clamp_min(torch.finfo(total.dtype).tiny)
         values = torch.lerp(values, thetas[i], share)
-    undecided = total == 0
-    total = torch.where(undecided, 1, total)
-    shares = [(part / total).sum() for part in parts[:-1]] + [share.sum()]
-    silent = undecided.sum()
+    voted = total.count_nonzero()
+    silent = total.numel() - voted
+    shares = [share.sum()]
+    if len(parts) > 1:
+        total.clamp_min_(torch.finfo(total.dtype).tiny)
+        shares = [*((part / total).sum() for part in parts[1:-1]), *shares]
+        shares = [voted - sum(shares[1:], start=shares[0]), *shares]
     if blank is not None:
-        silent = silent - (undecided & blank).sum()
+        silent = silent - ((total <= torch.finfo(total.dtype).tiny) & blank).sum()
     return _spread(Merged(values, shares, _count(blank, base)), used, masks, len(weights), silent)
 
 
@@ -243,7 +246,7 @@ def information(
     total = None
     for fisher, factor, mask in zip(fishers, factors, voted, strict=True):
         if fisher is not None:
-            part = _masked(fisher.double() * factor, mask)
+            part = _masked(fisher.double() * factor, None if mask is None else mask > 0)
             total = part if total is None else total + part
     return total
 
@@ -286,18 +289,19 @@ def _agreeing(
     masks: Sequence[Tensor | None],
     based: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the votes of the models that move in the elected direction, and the masks of those models."""
+    """Return the votes of the models that move in the elected direction, and those models, as numbers 0 and 1."""
     steps = [theta - base for theta in thetas]
     pull = parts[0] * steps[0]
     for part, step in zip(parts[1:], steps[1:], strict=True):
-        pull = torch.addcmul(pull, part, step)
-    elected = pull.sign()
+        pull.addcmul_(part, step)
+    elected = pull.sign_()
     agreeing, voters = [], list[Tensor | None]()
     for part, step, mask in zip(parts, steps, masks, strict=True):
-        agrees = step * elected > 0
-        agrees = agrees if based is None else agrees | ~based
-        agreeing.append(torch.where(agrees, part, 0))
-        voters.append(agrees if mask is None else agrees & mask)
+        # Numbers 0 and 1 in place of a mask: all of this stays in vector instructions.
+        agrees = step.mul_(elected).sign_().clamp_min_(0)
+        agrees = agrees if based is None else torch.where(based, agrees, 1)
+        agreeing.append(part * agrees)
+        voters.append(agrees if mask is None else agrees * mask)
     return agreeing, voters
 
 
