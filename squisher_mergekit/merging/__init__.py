@@ -18,7 +18,7 @@ Running, from the task to the output tensor:
 
 1. ``mergekit.tasks.FisherMergeTask.execute``
 2. ``read.load_tensor``: the tensor of the open Fisher, with its scale
-3. ``mergekit.methods.FisherMergeMethod.merge_group``: weights and Fishers of one tensor, and the ``Ballot`` of its options
+3. ``mergekit.methods.FisherMergeMethod.merge_group``: weights, Fishers and the ``Ballot`` of one tensor
 4. ``execution.merge_squisher`` or ``merge_ubgm``: chunks, or one pass on an accelerator
 5. ``equations.squisher`` or ``ubgm_squisher``; with options of the vote those of ``votes.equations``
 6. ``run.Run.record``: the outcome, for the report, and its Fisher, for ``votes.written``
