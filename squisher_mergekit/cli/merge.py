@@ -5,17 +5,24 @@ from typing import Any
 
 import click
 
-from squisher_mergekit.cli.options import HELP_OPTIONS, allow_missing_option, json_option, plot_option, strict_option
-from squisher_mergekit.cli.output import write_picture, write_report
+from squisher_mergekit.cli.options import (
+    HELP_OPTIONS,
+    allow_missing_option,
+    json_option,
+    plot_option,
+    report_option,
+    strict_option,
+)
+from squisher_mergekit.cli.output import write_page, write_picture, write_report
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.merging.mergekit.commands import (
-    asks_for_structure,
     help_class,
     merge_options,
     read_config,
     run_config,
 )
-from squisher_mergekit.merging.report import report_text
+from squisher_mergekit.merging.reports.page import page
+from squisher_mergekit.merging.reports.text import report_text
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.folder_moves import is_new
 from squisher_mergekit.tensors.input_files import read_text
@@ -26,8 +33,9 @@ from squisher_mergekit.tensors.input_files import read_text
 @click.argument("out", type=click.Path(path_type=Path))
 @strict_option
 @allow_missing_option
+@report_option
 @plot_option(
-    "Draw the merge by layer as PNG: the share of each model in the merged step, and the conflict (structure:)."
+    "Draw the merge as PNG: the share of each model by layer and kind of matrix; the merged step (structure:)."
 )
 @json_option
 @merge_options
@@ -36,6 +44,7 @@ def command(
     out: Path,
     strict: bool,
     allow_missing: bool,
+    report_file: Path | None,
     plot: Path | None,
     json_file: Path | None,
     merge_options: Any,
@@ -46,22 +55,20 @@ def command(
     share of entries without signal in any model and the effective weight of each model, overall and per kind of layer.
     The model card gets a section on the source of each Fisher. With a `structure`, the report also gives the share of
     each model in the merged step, the conflict of the models, and the effective rank of the factors, overall, per layer
-    and per tensor.
+    and per tensor. --report writes all of it as one HTML file, with heat maps by layer and a table of all tensors.
 
     \b
     Example:
-        squisher merge merge.yml merged --json report.json
+        squisher merge merge.yml merged --report report.html
     """
     if not is_new(out):
         raise ConfigError(f"OUT must be a new or an empty folder, but {out} is not; choose another or remove it")
-    reported = json_file is not None or plot is not None or not merge_options.quiet
+    reported = any(file is not None for file in (json_file, plot, report_file)) or not merge_options.quiet
     merge_options.apply_global_options()
     text = read_text(config)
     parsed = read_config(text)
     if plot is not None:
-        if not asks_for_structure(parsed):
-            raise ConfigError("--plot needs structure: rows, columns or kron, but the merge is diagonal; leave it out")
-        from squisher_mergekit.cli.plots import merged_steps  # refuses before any work if matplotlib is missing
+        from squisher_mergekit.cli.plots import heat_maps, merged_steps  # refuses before any work without matplotlib
     with written_beside(out.absolute()) as folder:
         run = run_config(
             parsed, text, folder, merge_options, strict=strict, allow_missing=allow_missing, reported=reported
@@ -69,6 +76,10 @@ def command(
     report = run.report()
     if not merge_options.quiet:
         click.echo(report_text(report))
-    if plot is not None and "structure" in report:  # with one model, no tensor is coupled
-        write_picture(plot, merged_steps(report["structure"], str(config)))
+    if plot is not None:
+        coupled = "structure" in report  # with one model, no tensor is coupled
+        title = str(config)
+        write_picture(plot, merged_steps(report["structure"], title) if coupled else heat_maps(report, title))
+    if report_file is not None:
+        write_page(report_file, page(run.preview or {}, text, f"Merge of {config.name}", report))
     write_report(json_file, {**report, "plan": run.preview})

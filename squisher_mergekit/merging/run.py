@@ -4,7 +4,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.fisher.summary import kind_of, layer_of
+from squisher_mergekit.fisher.summary import by_number, kind_of, layer_of
 from squisher_mergekit.fisher.values import refuse_invalid
 from squisher_mergekit.fisher.write import fisher_files
 from squisher_mergekit.merging.coupling.execution import CoupledOutcome
@@ -22,6 +21,7 @@ from squisher_mergekit.merging.execution import Outcome
 from squisher_mergekit.merging.fused import refuse_not_finite
 from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
 from squisher_mergekit.merging.parameters import no_signal
+from squisher_mergekit.merging.reports.totals import Totals
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles
 from squisher_mergekit.merging.votes.threshold import Choice
 from squisher_mergekit.merging.votes.written import MergedFisher
@@ -29,42 +29,6 @@ from squisher_mergekit.models.layouts import MatrixLayout
 from squisher_mergekit.models.weights import Weights
 
 LOG = logging.getLogger("squisher_mergekit")
-
-
-@dataclass
-class _Totals:
-    """Running totals over the entries of some tensors; values can be on an accelerator until the report."""
-
-    entries: int = 0
-    fell_back: list[int | Tensor] = field(default_factory=list)
-    silent: list[int | Tensor] = field(default_factory=list)
-    shares: dict[str, list[tuple[float | Tensor, int]]] = field(default_factory=dict)
-    abstained: dict[str, list[int | Tensor]] = field(default_factory=dict)
-
-    def add(self, size: int, labels: Sequence[str], outcome: Outcome) -> None:
-        self.entries += size
-        self.fell_back.append(outcome.fell_back)
-        self.silent.append(outcome.silent)
-        for label, count in zip(labels, outcome.abstained, strict=False):
-            self.abstained.setdefault(label, []).append(count)
-        for label, share in zip(labels, outcome.shares, strict=True):
-            self.shares.setdefault(label, []).append((share, size))
-
-    def report(self) -> dict[str, Any]:
-        size, silent = max(self.entries, 1), sum(int(count) for count in self.silent)
-        voted = max(self.entries - silent, 1)
-        found = {
-            "entries": self.entries,
-            "fell_back": sum(int(count) for count in self.fell_back) / size,
-            "effective_weight": {
-                label: sum(float(share) * entries for share, entries in shares) / voted
-                for label, shares in self.shares.items()
-            },
-        }
-        if not self.abstained:
-            return found
-        abstained = {label: sum(map(int, counts)) / size for label, counts in self.abstained.items()}
-        return {**found, "silent": silent / size, "abstained": abstained}
 
 
 class Run:
@@ -115,8 +79,7 @@ class Run:
         self._lock = threading.Lock()
         self._written: MergedFisher | None = None
         self._kept: dict[str, dict[str, list[int]]] = {}
-        self._all = _Totals()
-        self._kinds: dict[str, _Totals] = {}
+        self._tensors: dict[str, Totals] = {}
         self._steps: dict[str, tuple[Sequence[str], StepReport]] = {}
         self._pending: list[tuple[Tensor, int, tuple[str, str]]] = []
         self._not_finite: list[tuple[str, int | Tensor]] = []
@@ -203,8 +166,7 @@ class Run:
             self._written.add(name, outcome.fisher)
             outcome.fisher = None
         with self._lock:
-            self._all.add(size, labels, outcome)
-            self._kinds.setdefault(kind_of(name), _Totals()).add(size, labels, outcome)
+            self._tensors.setdefault(name, Totals()).add(size, labels, outcome)
             if isinstance(outcome, CoupledOutcome) and outcome.report is not None:
                 self._steps[name] = labels, outcome.report
             self._pending += outcome.pending
@@ -222,7 +184,7 @@ class Run:
             refuse_not_finite(name, count)
 
     def report(self) -> dict[str, Any]:
-        """Return shares of entries and mean effective weights, overall and per kind of layer.
+        """Return shares of entries and mean effective weights, overall, per kind of layer and per tensor.
 
         The weights are means over the entries where a model votes. Where models can abstain, ``abstained`` has the
         share of entries without the vote of each, and ``silent`` that where all abstain.
@@ -230,7 +192,9 @@ class Run:
         ``kept`` has, for each model with one threshold, the share of the entries of each layer above it.
         With ``reported``, ``structure`` is the report of the coupled matrices, see :func:`structure_report`.
         """
-        kinds = {kind: totals.report() for kind, totals in sorted(self._kinds.items())}
+        kinds: dict[str, list[Totals]] = {}
+        for name, totals in self._tensors.items():
+            kinds.setdefault(kind_of(name), []).append(totals)
         plan = (
             {key: self.preview[key] for key in ("tensors", "whole", "lost", "uncoupled", "notes")}
             if self.preview
@@ -242,7 +206,14 @@ class Run:
             for label, layers in self._kept.items()
         }
         structure |= {"kept": kept} if kept else {}
-        return {"method": self.method, **self._all.report(), **plan, "kinds": kinds, **structure}
+        return {
+            "method": self.method,
+            **Totals.joined(self._tensors.values()).report(),
+            **plan,
+            "kinds": {kind: Totals.joined(parts).report() for kind, parts in sorted(kinds.items())},
+            "by_tensor": {name: self._tensors[name].report() for name in sorted(self._tensors, key=by_number)},
+            **structure,
+        }
 
     def log(self, message: str) -> None:
         """Write one log line, unless quiet; the logger's level is the same before and after."""

@@ -4,7 +4,7 @@ from pathlib import PurePath
 from typing import Any
 
 from squisher_mergekit.merging.coupling.report import structure_lines
-from squisher_mergekit.merging.parameters import no_signal
+from squisher_mergekit.merging.parameters import UBGM_SQUISHER, no_signal
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.models.whole import names_text
 
@@ -75,7 +75,24 @@ def provenance(run: Run) -> str:
             "base" if share is None else f"{share:.1%}",
         ]
         lines.append("| " + " | ".join("unknown" if cell is None else str(cell) for cell in cells) + " |")
-    return "\n".join([*lines, ""])
+    base = run.preview.get("base") if run.preview else None
+    lines += ["", *([f"Base model: {_short(base)}.", ""] if base else []), *_citations(run.method), ""]
+    return "\n".join(lines)
+
+
+def _citations(method: str) -> list[str]:
+    """Return the works behind a method."""
+    own = (
+        "Gradient matching: Daheim et al., *Model Merging by Uncertainty-Based Gradient Matching*, ICLR 2024."
+        if method == UBGM_SQUISHER
+        else "Fisher merging: Matena and Raffel, *Merging Models with Fisher-Weighted Averaging*, NeurIPS 2022."
+    )
+    return [
+        "Squisher: Li, Dangel, Tam and Raffel, *Fishers for Free? Approximating the Fisher Information Matrix by "
+        "Recycling the Squared Gradient Accumulator*, ICML 2025.",
+        own,
+        "mergekit: Goddard et al., *Arcee's MergeKit: A Toolkit for Merging Large Language Models*, EMNLP 2024.",
+    ]
 
 
 def _short(model: str) -> str:
