@@ -5,18 +5,25 @@ from typing import Any
 
 import click
 
-from squisher_mergekit.cli.options import HELP_OPTIONS, allow_missing_option, json_option, plot_option, strict_option
-from squisher_mergekit.cli.output import write_picture, write_report
+from squisher_mergekit.cli.options import (
+    HELP_OPTIONS,
+    allow_missing_option,
+    json_option,
+    plot_option,
+    report_option,
+    strict_option,
+)
+from squisher_mergekit.cli.output import write_page, write_picture, write_report
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.merging.mergekit.commands import (
-    asks_for_structure,
     help_class,
     merge_options,
     read_config,
     run_as_adapter,
     run_config,
 )
-from squisher_mergekit.merging.report import report_text
+from squisher_mergekit.merging.reports.page import page
+from squisher_mergekit.merging.reports.text import report_text
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.folder_moves import is_new
 from squisher_mergekit.tensors.input_files import read_text
@@ -27,8 +34,9 @@ from squisher_mergekit.tensors.input_files import read_text
 @click.argument("out", type=click.Path(path_type=Path))
 @strict_option
 @allow_missing_option
+@report_option
 @plot_option(
-    "Draw the merge by layer as PNG: the share of each model in the merged step, and the conflict (structure:)."
+    "Draw the merge as PNG: the share of each model by layer and kind of matrix; the merged step (structure:)."
 )
 @json_option
 @click.option(
@@ -43,6 +51,7 @@ def command(
     out: Path,
     strict: bool,
     allow_missing: bool,
+    report_file: Path | None,
     plot: Path | None,
     json_file: Path | None,
     as_adapter: bool,
@@ -56,25 +65,24 @@ def command(
     The model card gets a section on the source of each Fisher. With a `structure`, the report also gives the share of
     each model in the merged step, the conflict of the models, and the effective rank of the factors, overall, per layer
     and per tensor. With --as-adapter, it gives the share of the energy of the change that the rank discards, and the
-    tensor that loses most.
+    tensor that loses most. --report writes the report as one HTML file, with heat maps by layer and a table of all
+    tensors.
 
     \b
     Example:
-        squisher merge merge.yml merged --json report.json
+        squisher merge merge.yml merged --report report.html
         squisher merge lora.yml merged-lora --as-adapter --rank 16
     """
     if not is_new(out):
         raise ConfigError(f"OUT must be a new or an empty folder, but {out} is not; choose another or remove it")
-    reported = json_file is not None or plot is not None or not merge_options.quiet
+    reported = any(file is not None for file in (json_file, plot, report_file)) or not merge_options.quiet
     merge_options.apply_global_options()
     text = read_text(config)
     parsed = read_config(text)
     if rank is not None and not as_adapter:
         raise ConfigError("--rank needs --as-adapter, but the merge is written as a full model; leave one of them out")
     if plot is not None:
-        if not asks_for_structure(parsed):
-            raise ConfigError("--plot needs structure: rows, columns or kron, but the merge is diagonal; leave it out")
-        from squisher_mergekit.cli.plots import merged_steps  # refuses before any work if matplotlib is missing
+        from squisher_mergekit.cli.plots import heat_maps, merged_steps  # refuses before any work without matplotlib
     adapter: dict[str, Any] = {}
     with written_beside(out.absolute()) as folder:
         if as_adapter:
@@ -88,6 +96,10 @@ def command(
     report = run.report() | adapter
     if not merge_options.quiet:
         click.echo(report_text(report))
-    if plot is not None and "structure" in report:  # with one model, no tensor is coupled
-        write_picture(plot, merged_steps(report["structure"], str(config)))
+    if plot is not None:
+        coupled = "structure" in report  # with one model, no tensor is coupled
+        title = str(config)
+        write_picture(plot, merged_steps(report["structure"], title) if coupled else heat_maps(report, title))
+    if report_file is not None:
+        write_page(report_file, page(run.preview or {}, text, f"Merge of {config.name}", report))
     write_report(json_file, {**report, "plan": run.preview})

@@ -100,4 +100,7 @@ quiet_option = click.option("--quiet", is_flag=True, help="Show no progress bar.
 json_option = click.option(
     "--json", "json_file", type=FILE, help="Also write the report to this file, or to - (stdout)."
 )
+report_option = click.option(
+    "--report", "report_file", type=FILE, help="Also write the report as one HTML file for the browser."
+)
 report_options = combined(quiet_option, json_option)

@@ -51,6 +51,17 @@ def write_picture(file: Path, png: bytes) -> None:
     write_whole(file, png)
 
 
+def write_page(file: Path, page: str) -> None:
+    """Write the HTML page of a command.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    from squisher_mergekit.tensors.atomic import write_whole
+
+    write_whole(file, page.encode())
+
+
 def config_lines(config: FisherConfig, size: str, factors: str = "") -> Iterator[str]:
     """Yield the kind, source, optimizer, steps, size and coverage of a Fisher as lines.
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
-from squisher_mergekit.cli.options import HELP_OPTIONS, allow_missing_option, json_option, strict_option
+from squisher_mergekit.cli.options import HELP_OPTIONS, allow_missing_option, json_option, report_option, strict_option
 
 
 @click.command("plan", context_settings=HELP_OPTIONS)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @strict_option
 @allow_missing_option
+@report_option
 @json_option
 @click.option("--transformers-cache", type=str, default=None, help="Folder for models and Fishers from the Hub.")
 @click.option(
@@ -22,6 +23,7 @@ def command(
     config: Path,
     strict: bool,
     allow_missing: bool,
+    report_file: Path | None,
     json_file: Path | None,
     transformers_cache: str | None,
     lora_merge_cache: str | None,
@@ -38,13 +40,15 @@ def command(
     Example:
         squisher plan merge.yml
     """
-    from squisher_mergekit.cli.output import write_report
+    from squisher_mergekit.cli.output import write_page, write_report
     from squisher_mergekit.merging.merge_plan import preview_text
     from squisher_mergekit.merging.mergekit.commands import plan_config, read_config
+    from squisher_mergekit.merging.reports.page import page
     from squisher_mergekit.tensors.input_files import read_text
 
+    text = read_text(config)
     preview = plan_config(
-        read_config(read_text(config)),
+        read_config(text),
         strict=strict,
         allow_missing=allow_missing,
         transformers_cache=transformers_cache,
@@ -53,4 +57,6 @@ def command(
         allow_crimes=allow_crimes,
     )
     click.echo(preview_text(preview))
+    if report_file is not None:
+        write_page(report_file, page(preview, text, f"Plan of {config.name}"))
     write_report(json_file, preview)

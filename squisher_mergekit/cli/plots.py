@@ -11,6 +11,7 @@ import torch
 from squisher_mergekit.errors import NotFoundError
 from squisher_mergekit.fisher import compare
 from squisher_mergekit.fisher.summary import BINS_PER_DECADE, FIRST_DECADE, Summary
+from squisher_mergekit.merging.reports.heat_maps import letter, share_maps
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -98,6 +99,45 @@ def scatter(comparison: compare.Comparison, a: str, b: str) -> bytes:
     axes.set_title(
         "\n".join([f"A: {_tail(a)}", f"B: {_tail(b)}", *_captions(comparison)]), fontsize="medium", loc="left"
     )
+    return png(figure)
+
+
+def heat_maps(report: Mapping[str, Any], title: str) -> bytes:
+    """Draw the share of each model by layer and kind of matrix, with abstentions and entries without signal.
+
+    Args:
+        report: Report of a run, with ``by_tensor``.
+        title: Title of the picture.
+
+    Returns:
+        The PNG file.
+    """
+    maps = share_maps(report)
+    labels = [f"{letter(place)} = {_tail(label)}" for place, label in enumerate(report["effective_weight"])]
+    across = min(len(maps), 4)
+    down = -(-len(maps) // across)
+    rows, columns = len(maps[0].rows), len(maps[0].columns)
+    width, height = 1.6 + across * (0.5 + 0.34 * columns), 1.2 + 0.2 * len(labels) + down * (1.2 + 0.2 * rows)
+    figure = Figure(figsize=(max(width, 6), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
+    for axes, found in zip(panels, maps, strict=False):
+        grid = [[found.values.get((row, column), float("nan")) for column in found.columns] for row in found.rows]
+        mesh = axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        for y, line in enumerate(grid):
+            for x, value in enumerate(line):
+                if value == value:
+                    shade = "white" if value > 0.6 else "black"
+                    axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=shade)
+        axes.set_title(found.title, fontsize="medium", loc="left")
+        axes.set_xticks(range(columns), [column or "(alone)" for column in found.columns], rotation=90, fontsize=7)
+        axes.set_yticks(range(rows), [_tail(row, 30) for row in found.rows], fontsize=7)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    for axes in panels[len(maps) :]:
+        axes.set_axis_off()
+    figure.colorbar(mesh, ax=list(panels), label="share of the entries", shrink=0.6)
+    figure.suptitle("\n".join([_tail(title), *labels]), fontsize="small", x=0.01, ha="left")
     return png(figure)
 
 

@@ -17,7 +17,7 @@ CONFIG_NAME = "fisher_config.json"
 
 Estimator = Literal[
     "squisher", "empirical", "sampled", "exact", "predicted", "joint_empirical", "joint_sampled", "ema_empirical",
-    "lifted_lora", "recorded_lora",
+    "lifted_lora", "recorded_lora", "merged",
 ]  # fmt: skip
 Statistic = Literal["ema", "sum", "mean"]
 Scaling = Literal["raw", "debiased", "per_example"]
@@ -217,6 +217,11 @@ class FisherConfig(_Frozen):
     def from_optimizer(self) -> bool:
         """True for an optimizer's accumulator (a Squisher), and for its like of the merged weights of a LoRA."""
         return self.estimator in _SQUISHERS
+
+    @property
+    def of_squishers(self) -> bool:
+        """True for a Squisher, and for the Fisher of a merge of Squishers at their own scales."""
+        return self.from_optimizer or (self.estimator == "merged" and self.source.layout == "merge of squishers")
 
     @property
     def of_batches(self) -> bool:

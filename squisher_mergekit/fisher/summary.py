@@ -188,6 +188,16 @@ def kind_of(name: str) -> str:
     return ".".join(inner) or name
 
 
+def by_number(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts names with their indices as numbers.
+
+    Example:
+        >>> sorted(["h.10", "h.9", "head"], key=by_number)
+        ['h.9', 'h.10', 'head']
+    """
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
 def layer_of(name: str) -> str:
     """Return the layer of a parameter: its name up to the first index, or its module if there is none.
 

@@ -123,7 +123,7 @@ def write_fisher(
                 "factors": factors.info,
             }
         )
-        _name_shards(folder, shards)
+        name_shards(folder, [folder / f"{number}.safetensors" for number in range(len(shards))], shards)
         (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
     return config
 
@@ -195,15 +195,21 @@ def _write_shards(
     return shards, codes
 
 
-def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    """Give the shards Hugging Face's names, and write the index of several shards."""
+def name_shards(folder: Path, paths: list[Path], shards: list[dict[str, int]]) -> None:
+    """Give the shards of a Fisher Hugging Face's names, and write the index of several shards.
+
+    Args:
+        folder: Folder of the Fisher.
+        paths: The shards.
+        shards: For each of them, name of a tensor -> its size in bytes.
+    """
     if len(shards) == 1:
-        (folder / "0.safetensors").rename(folder / f"{BASENAME}.safetensors")
+        paths[0].rename(folder / f"{BASENAME}.safetensors")
         return
     weight_map = {}
-    for number, shard in enumerate(shards):
+    for number, (path, shard) in enumerate(zip(paths, shards, strict=True)):
         name = f"{BASENAME}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / name)
+        path.rename(folder / name)
         weight_map.update(dict.fromkeys(shard, name))
     index = {"metadata": {"total_size": sum(sum(shard.values()) for shard in shards)}, "weight_map": weight_map}
     (folder / f"{BASENAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,8 @@ Planning, from the YAML to a task of mergekit's graph; headers are read, tensors
 1. ``mergekit.hooks.plan_with_fishers``: the whole configuration, before and after mergekit's planner
 2. ``parameters.check_blocks``: keys, values and places
 3. ``mergekit.adapter.add_fishers``: one ``WeightInput`` per model and tensor, with the value of ``fisher:``
-4. ``tensor_plan.plan_tensor``: a ``FisherUse`` per input, or the reason why there is none
+4. ``tensor_plan.plan_tensor``: a ``FisherUse`` per input, or the reason why there is none; ``planning`` has the records
+   and the checks of the base
 5. ``sources.FisherSources.open``: an ``OpenFisher``, found and checked
 6. ``merge_plan.MergePlan.check``: the whole merge, before any file is written
 7. ``mergekit.tasks.FisherMergeTask``: mergekit's task with a ``FisherRequest`` per model
@@ -17,8 +18,10 @@ Running, from the task to the output tensor:
 
 1. ``mergekit.tasks.FisherMergeTask.execute``
 2. ``read.load_tensor``: the tensor of the open Fisher, with its scale
-3. ``mergekit.methods.FisherMergeMethod.merge_group``: weights and Fishers of one tensor
+3. ``mergekit.methods.FisherMergeMethod.merge_group``: weights, Fishers and the ``Ballot`` of one tensor
 4. ``execution.merge_squisher`` or ``merge_ubgm``: chunks, or one pass on an accelerator
-5. ``equations.squisher`` or ``ubgm_squisher``
-6. ``run.Run.record``: the outcome, for the report
+5. ``equations.squisher`` or ``ubgm_squisher``; with options of the vote those of ``votes.equations``
+6. ``run.Run.record``: the outcome, for the report, and its Fisher, for ``votes.written``
+
+With ``density_scope: model``, ``mergekit.thresholds.ThresholdTask`` reads every tensor once before the first is merged.
 """

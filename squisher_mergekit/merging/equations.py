@@ -30,12 +30,17 @@ class Merged(NamedTuple):
 
     ``values``: the merge, shaped like the weight. ``shares``: one number a model (0-dim tensors), the sum over the
     entries of the coefficient with which the model (in UBGM: its difference to the base) entered. ``fell_back``: the
-    number of entries (0-dim) where no model had information.
+    number of entries (0-dim) where no model had information. Where models can be without a vote, ``abstained`` is the
+    number of entries where each of them is, ``silent`` that where all are, and ``voted`` the mask of each model's
+    votes, None for all entries.
     """
 
     values: Tensor
     shares: list[Tensor]
     fell_back: Tensor
+    abstained: Sequence[Tensor] = ()
+    silent: Tensor | int = 0
+    voted: Sequence[Tensor | None] = ()
 
 
 def squisher(

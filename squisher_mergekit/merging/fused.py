@@ -81,7 +81,8 @@ def squisher(
         The merged tensor.
     """
     used = [model for model in models if model.weight > 0]
-    factors = relative([model.weight * model.scale**power for model in used])
+    unit = 1.0 if power == 1 else max(model.scale for model in used)
+    factors = relative([model.weight * (model.scale / unit) ** power for model in used])
     return _launch(models, relative([model.weight for model in used]), factors, work, out_dtype, power, elect_from)
 
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from squisher_mergekit.errors import MismatchError
+from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.merging.parameters import no_signal
-from squisher_mergekit.merging.tensor_plan import FisherUse, TensorPlan, WeightInput
+from squisher_mergekit.merging.planning.records import FisherUse, TensorPlan, WeightInput
 from squisher_mergekit.models.whole import WholeModel, names_text
 
 # Memory of Python, torch and mergekit before the first tensor is read, and of the chunks in work.
@@ -63,6 +63,26 @@ class MergePlan:
                     f"{model['model']}; give the Fisher of this model"
                 )
 
+        self.whole_densities()
+
+    def whole_densities(self) -> dict[Any, float]:
+        """Return model -> density, for the models with one threshold for all their tensors.
+
+        Raises:
+            ConfigError: The density of a model differs between tensors.
+        """
+        densities: dict[Any, tuple[float, str]] = {}
+        for tensor in self.tensors:
+            for item in tensor.trimmed_by_model():
+                density, name = densities.setdefault(item.key, (item.density, tensor.name))
+                if density != item.density:
+                    raise ConfigError(
+                        f"density_scope: model needs one density of {item.model.label} for all tensors that it trims, "
+                        f"found {density:g} for {name} and {item.density:g} for {tensor.name}; give one number (and 1 "
+                        "for tensors to be kept whole), or set density_scope: tensor"
+                    )
+        return {model: density for model, (density, _) in densities.items()}
+
     @staticmethod
     def _needs(tensor: TensorPlan, label: str) -> bool:
         """Return True if a model's Fisher must have the tensor."""
@@ -107,6 +127,20 @@ class MergePlan:
             if tensor.missing and not tensor.is_buffer
         }
 
+    def options(self) -> dict[str, int]:
+        """Return option of the vote, as in the YAML -> number of tensors on which it works."""
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            votes = tensor.settings.votes
+            trimmed = any(item.density < 1 for item in tensor.inputs)
+            for option in () if tensor.is_copied or tensor.is_buffer else votes.given:
+                chosen = option in votes.of_choice
+                if (chosen and trimmed and tensor.uses) or (
+                    not chosen and (tensor.uses or option.startswith("lambda"))
+                ):
+                    found[option] = found.get(option, 0) + 1
+        return found
+
     def uncoupled(self) -> dict[str, str]:
         """Return tensor -> reason why a structure leaves it to the diagonal."""
         return {tensor.name: tensor.uncoupled for tensor in self.tensors if tensor.uncoupled}
@@ -124,6 +158,11 @@ class MergePlan:
                 f"({names_text(copied)})"
             )
         notes += self._lora_notes()
+        for option, number in self.options().items():
+            of_all = f"{number} of {len(self.tensors)}" if number < len(self.tensors) else "all"
+            notes.append(f"{option}, for {of_all} tensors")
+        if any(tensor.settings.write_fisher for tensor in self.tensors):
+            notes.append("write_fisher: true, so that fisher: auto finds the Fisher of the result")
         coupled = [tensor.name for tensor in self.tensors if tensor.coupled]
         uncoupled = self.uncoupled()
         if coupled or uncoupled:
@@ -182,6 +221,9 @@ class MergePlan:
         """Return the bytes of weights and of Fishers that the merge reads."""
         weights = sum(info.nbytes for tensor in self.tensors for info in tensor.weights())
         fishers = sum(_fisher_bytes(tensor) for tensor in self.tensors)
+        twice = [tensor for tensor in self.tensors if tensor.trimmed_by_model()]
+        weights += sum(info.nbytes for tensor in twice for info in tensor.weights())
+        fishers += sum(_fisher_bytes(tensor) for tensor in twice)
         return {"weights": weights, "fishers": fishers}
 
     def memory(self) -> dict[str, int]:
@@ -202,6 +244,7 @@ class MergePlan:
             "lost": self.whole.gaps.lost(),
             "models": self.models(),
             "fallbacks": self.fallbacks(),
+            "options": self.options(),
             "uncoupled": self.uncoupled(),
             "notes": self.notes(),
             "warnings": self.warnings(),

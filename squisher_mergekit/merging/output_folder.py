@@ -1,6 +1,6 @@
 """Output of a merge: a temporary folder until all tensors are written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +26,19 @@ class OutputFolder:
 
 
 @contextmanager
-def output_folder(out: Path) -> Iterator[OutputFolder]:
+def output_folder(out: Path, obsolete: Callable[[Path], Iterable[Path]] = lambda _: ()) -> Iterator[OutputFolder]:
     """Yield a temporary folder whose files move to ``out`` on success.
 
     After a failure ``out`` is unchanged, whatever it contains and whoever wrote it.
 
     Args:
         out: Output folder of the merge; older files of the same names are replaced at the end.
+        obsolete: Function from ``out`` to files that the new ones replace, under other names.
 
     Raises:
         OutputError: The folder cannot be written, or another process has written tensors into it meanwhile.
     """
-    with written_beside(out, existing="replace") as path:
+    with written_beside(out, existing="replace", obsolete=obsolete) as path:
         output = OutputFolder(path)
         try:
             yield output

@@ -12,7 +12,9 @@ SQUISHER = "squisher"
 UBGM_SQUISHER = "ubgm_squisher"
 METHODS = (SQUISHER, UBGM_SQUISHER)
 # Numbers, for which a list in the YAML is a gradient over the layers.
-GRADIENTS = ("weight", "fisher_scale", "density", "floor", "prior", "damping")
+GRADIENTS = ("weight", "fisher_scale", "density", "power", "lambda", "floor", "prior", "damping")
+# Scores of the entries that ``density`` keeps.
+SCORES = ("fisher", "change", "magnitude", "random")
 # Structures beyond the diagonal, with their damping.
 DAMPING = {"rows": 0.1, "columns": 0.01, "kron": 0.03}
 
@@ -53,6 +55,7 @@ class MergeParameter:
 _FACTOR = (1e-30, 1e30)
 # Relative to a tensor's mean F; beyond it, float32 cannot tell the result from the limit.
 _MOST_OF_MEAN = 1e9
+_MOST_POWER = 100.0
 _LEAST_DAMPING = 1e-6  # in units of the mean eigenvalue; float32 cannot solve with less
 
 
@@ -122,6 +125,10 @@ def _factor_or_zero(value: Any) -> float:
     return _number(value, True, *_FACTOR)
 
 
+def _power(value: Any) -> float:
+    return _number(value, True, 0.0, _MOST_POWER)
+
+
 def _of_mean(value: Any) -> float:
     return _number(value, True, 0.0, _MOST_OF_MEAN)
 
@@ -130,12 +137,19 @@ PARAMETERS = (
     MergeParameter("fisher", "auto", _fisher, per_model=True, meaning="source of the model's Fisher"),
     MergeParameter("weight", 1.0, _factor_or_zero, per_model=True, meaning="w_i"),
     MergeParameter("fisher_scale", 1.0, _factor, per_model=True, meaning="factor on the Fisher"),
-    MergeParameter("density", 1.0, _share, per_model=True, meaning="kept share of the task vector, chosen by F"),
+    MergeParameter("density", 1.0, _share, per_model=True, meaning="kept share of the task vector"),
+    MergeParameter("power", 1.0, _power, meaning="exponent of every F"),
+    MergeParameter("density_by", "fisher", _one_of(*SCORES), meaning="score of the entries that density keeps"),
+    MergeParameter("density_scope", "tensor", _one_of("tensor", "model"), meaning="tensors that share a threshold"),
+    MergeParameter("trimmed", "base", _one_of("base", "abstain"), meaning="vote of an entry that is not kept"),
+    MergeParameter("consensus", "none", _one_of("none", "sign"), methods=(SQUISHER,), meaning="models that vote"),
+    MergeParameter("lambda", 1.0, _factor, methods=(SQUISHER,), meaning="factor on the step from the base"),
     MergeParameter("scaling", "debiased", _one_of("debiased", "raw", "per_example"), meaning="scale of the Fisher"),
     MergeParameter("normalize", "auto", _one_of("auto", "none", "mean", "l2"), meaning="divisor of each Fisher"),
     MergeParameter("floor", 0.0, _of_mean, meaning="smallest F, relative to the tensor's mean F"),
     MergeParameter("missing", "error", _one_of("error", "average"), meaning="merge of a tensor without a Fisher"),
     MergeParameter("allow_missing", False, _flag, meaning="write the model without tensors that the merge would lose"),
+    MergeParameter("write_fisher", False, _flag, meaning="write the Fisher of the result beside it"),
     MergeParameter("structure", "diagonal", _one_of("diagonal", *DAMPING), methods=(SQUISHER,), meaning="curvature"),
     MergeParameter("shares", "fisher", _one_of("fisher", "uniform"), methods=(SQUISHER,), meaning="shares of a matrix"),
     MergeParameter("block", 128, _count, methods=(SQUISHER,), meaning="rows or columns that are coupled"),
@@ -217,10 +231,11 @@ def check_blocks(method: str, blocks: Iterable[Block], layers: bool = True) -> N
 
 def _unknown(method: str, key: str, place: str, known: Mapping[str, MergeParameter]) -> str:
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    elsewhere = [p.name for p in PARAMETERS if p.name == key]
+    owners = [owner for p in PARAMETERS if p.name == key for owner in p.methods]
     hint = f"did you mean {nearest[0]}?" if nearest else f"valid are {', '.join(known)}"
-    if elsewhere:
-        hint = f"it belongs to {UBGM_SQUISHER}; remove it"
+    if owners:
+        role = f", and the prior and the weights of {method} play its role" if key in ("consensus", "lambda") else ""
+        hint = f"it belongs to {' and '.join(owners)}{role}; remove it"
     return f"{place}: {method} has no parameter {key!r}; {hint}"
 
 

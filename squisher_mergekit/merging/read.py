@@ -14,6 +14,7 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.coupling.recorded import read_side
 from squisher_mergekit.merging.density import Rows
 from squisher_mergekit.tensors.safetensors import MemoryStore
+from squisher_mergekit.tensors.topk import Cut
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class LoadedFisher:
         tensor: The raw tensor; None if there is no information.
         scale: The factor.
         density: Share of the task vector that is kept.
+        rank_scale: Factor on F that makes scores of one model comparable, for a density below 1.
         scores: The tensor before the floor, for a density below 1; None if it is the same.
         origin: theta_0, for a density below 1; None if the base is an input itself.
         rows: Rows of a re-ordered vocabulary, for a density below 1.
         factors: Recorded factors over the rows and over the columns; None for a side without.
+        cut: Threshold of the whole model for this tensor; None if the tensor keeps its own share.
     """
 
     name: str
@@ -37,10 +40,12 @@ class LoadedFisher:
     tensor: Tensor | None = None
     scale: float = 1.0
     density: float = 1.0
+    rank_scale: float = 1.0
     scores: Tensor | None = None
     origin: Tensor | None = None
     rows: Rows | None = None
     factors: tuple[Tensor | None, Tensor | None] = (None, None)
+    cut: Cut | None = None
 
     def to(self, device: torch.device) -> "LoadedFisher":
         """Return the same with all tensors on a device."""
@@ -78,6 +83,7 @@ def load_tensor(
     floor: float,
     fisher_scale: float,
     density: float = 1.0,
+    ranked: bool = True,
     sides: Sequence[Side] = (),
 ) -> LoadedFisher:
     """Read one tensor of a Fisher.
@@ -93,6 +99,7 @@ def load_tensor(
         floor: Smallest F, relative to the mean over the tensor.
         fisher_scale: Factor on this model's Fisher.
         density: Share of this model's task vector that is kept.
+        ranked: True if F ranks the entries for the density.
         sides: Sides whose recorded factors the merge needs, where there are some.
 
     Returns:
@@ -125,4 +132,17 @@ def load_tensor(
         scores = tensor if density < 1 else None
         tensor = tensor.clamp_min(floor * tensor.mean(dtype=torch.float64).item())
     rows, columns = (read_side(fisher, stored, side) if side in sides else None for side in SIDES)
-    return LoadedFisher(stored, fisher.location, tensor, scale, density, scores, factors=(rows, columns))
+    rank_scale = _rank_scale(fisher, stored, scaling) if density < 1 and ranked else 1.0
+    return LoadedFisher(stored, fisher.location, tensor, scale, density, rank_scale, scores, factors=(rows, columns))
+
+
+def _rank_scale(fisher: Fisher, name: str, scaling: Scaling) -> float:
+    """Return the factor on one tensor of a Fisher for scores over all tensors.
+
+    Apart from steps that differ between tensors it is a power of two, so that equal scores stay equal, and near the
+    reciprocal of the norm, so that ``F d^2`` stays within float32.
+    """
+    norm = fisher.config.norm or 1.0
+    first = next(iter(fisher), name)
+    ratio = fisher.factor(name, scaling) / fisher.factor(first, scaling)
+    return ratio * 2.0 ** -min(max(math.frexp(norm)[1], -120), 120)

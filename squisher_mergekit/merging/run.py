@@ -1,9 +1,10 @@
 """One merge: its settings, the Fishers it holds open, its plan, and its report."""
 
+import contextlib
 import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,45 +12,23 @@ from typing import Any
 from torch import Tensor
 
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.fisher.summary import kind_of
+from squisher_mergekit.fisher.summary import by_number, kind_of, layer_of
 from squisher_mergekit.fisher.values import refuse_invalid
+from squisher_mergekit.fisher.write import fisher_files
 from squisher_mergekit.merging.coupling.execution import CoupledOutcome
 from squisher_mergekit.merging.coupling.report import StepReport, structure_report
 from squisher_mergekit.merging.execution import Outcome
 from squisher_mergekit.merging.fused import refuse_not_finite
 from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
 from squisher_mergekit.merging.parameters import no_signal
+from squisher_mergekit.merging.reports.totals import Totals
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles
+from squisher_mergekit.merging.votes.threshold import Choice
+from squisher_mergekit.merging.votes.written import MergedFisher
 from squisher_mergekit.models.layouts import MatrixLayout
 from squisher_mergekit.models.weights import Weights
 
 LOG = logging.getLogger("squisher_mergekit")
-
-
-@dataclass
-class _Totals:
-    """Running totals over the entries of some tensors; values can be on an accelerator until the report."""
-
-    entries: int = 0
-    fell_back: list[int | Tensor] = field(default_factory=list)
-    shares: dict[str, list[tuple[float | Tensor, int]]] = field(default_factory=dict)
-
-    def add(self, size: int, labels: Sequence[str], outcome: Outcome) -> None:
-        self.entries += size
-        self.fell_back.append(outcome.fell_back)
-        for label, share in zip(labels, outcome.shares, strict=True):
-            self.shares.setdefault(label, []).append((share, size))
-
-    def report(self) -> dict[str, Any]:
-        size = max(self.entries, 1)
-        return {
-            "entries": self.entries,
-            "fell_back": sum(int(count) for count in self.fell_back) / size,
-            "effective_weight": {
-                label: sum(float(share) * entries for share, entries in shares) / size
-                for label, shares in self.shares.items()
-            },
-        }
 
 
 class Run:
@@ -70,6 +49,8 @@ class Run:
         layouts: Layouts of each model's matrices, where a structure needs them.
         plan: The plan, while the merge is under way.
         preview: The plan as plain data, see :meth:`MergePlan.as_dict`.
+        trimmed: Name, trimmed models, number of entries and task of each tensor with models of one threshold.
+        densities: Model -> share that it keeps above its one threshold.
     """
 
     def __init__(
@@ -93,9 +74,12 @@ class Run:
         self.layouts: dict[Any, dict[str, MatrixLayout]] = {}
         self.plan: MergePlan | None = None
         self.preview: dict[str, Any] | None = None
+        self.trimmed: list[tuple[str, frozenset[Any], int, Any]] = []
+        self.densities: dict[Any, float] = {}
         self._lock = threading.Lock()
-        self._all = _Totals()
-        self._kinds: dict[str, _Totals] = {}
+        self._written: MergedFisher | None = None
+        self._kept: dict[str, dict[str, list[int]]] = {}
+        self._tensors: dict[str, Totals] = {}
         self._steps: dict[str, tuple[Sequence[str], StepReport]] = {}
         self._pending: list[tuple[Tensor, int, tuple[str, str]]] = []
         self._not_finite: list[tuple[str, int | Tensor]] = []
@@ -136,14 +120,53 @@ class Run:
         self.opened.clear()
         self.models.clear()
         self.layouts.clear()
+        self.trimmed.clear()
         self.plan = None
+
+    def obsolete(self, out: Path) -> Iterable[Path]:
+        """Return the files of an earlier Fisher in the output folder that the Fisher of the result replaces."""
+        return fisher_files(out) if self._writes_fisher else ()
+
+    @property
+    def _writes_fisher(self) -> bool:
+        return self.plan is not None and any(tensor.settings.write_fisher for tensor in self.plan.tensors)
+
+    @contextlib.contextmanager
+    def writing(self, folder: Path | None) -> Iterator[None]:
+        """Write the Fisher of the result into a folder while the block runs, if the merge asks for it."""
+        if folder is None or self.plan is None or not self._writes_fisher:
+            yield
+            return
+        versions = {name: version(name) for name in ("squisher-mergekit", "mergekit")}
+        self._written = MergedFisher(folder, self.plan.tensors, versions)
+        with self._written.stream:
+            yield
+            config = self._written.finish()
+        self._written = None
+        self.log(f"{self.method}: wrote the Fisher of the result, {config.coverage.with_} tensors")
+
+    def record_choices(self, choices: Mapping[str, Mapping[str, Choice]]) -> None:
+        """Add the share of each layer above the threshold of a whole model to the report, and log a line a model."""
+        for label, found in choices.items():
+            layers = self._kept.setdefault(label, {})
+            for name, choice in found.items():
+                kept, size = layers.get(layer_of(name), [0, 0])
+                layers[layer_of(name)] = [kept + choice.kept, size + choice.size]
+            shares = {layer: kept / max(size, 1) for layer, (kept, size) in layers.items()}
+            least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+            self.log(
+                f"{self.method}: {label}: one threshold keeps {sum(kept for kept, _ in layers.values()):,} entries, "
+                f"from {shares[least]:.2%} of {least} to {shares[most]:.2%} of {most}"
+            )
 
     def record(self, name: str, labels: Sequence[str], outcome: Outcome) -> None:
         """Add the outcome of one tensor to the report."""
         size = outcome.values.numel()
+        if self._written is not None and outcome.fisher is not None:
+            self._written.add(name, outcome.fisher)
+            outcome.fisher = None
         with self._lock:
-            self._all.add(size, labels, outcome)
-            self._kinds.setdefault(kind_of(name), _Totals()).add(size, labels, outcome)
+            self._tensors.setdefault(name, Totals()).add(size, labels, outcome)
             if isinstance(outcome, CoupledOutcome) and outcome.report is not None:
                 self._steps[name] = labels, outcome.report
             self._pending += outcome.pending
@@ -161,18 +184,36 @@ class Run:
             refuse_not_finite(name, count)
 
     def report(self) -> dict[str, Any]:
-        """Return shares of entries and mean effective weights, overall and per kind of layer.
+        """Return shares of entries and mean effective weights, overall, per kind of layer and per tensor.
 
+        The weights are means over the entries where a model votes. Where models can abstain, ``abstained`` has the
+        share of entries without the vote of each, and ``silent`` that where all abstain.
+
+        ``kept`` has, for each model with one threshold, the share of the entries of each layer above it.
         With ``reported``, ``structure`` is the report of the coupled matrices, see :func:`structure_report`.
         """
-        kinds = {kind: totals.report() for kind, totals in sorted(self._kinds.items())}
+        kinds: dict[str, list[Totals]] = {}
+        for name, totals in self._tensors.items():
+            kinds.setdefault(kind_of(name), []).append(totals)
         plan = (
             {key: self.preview[key] for key in ("tensors", "whole", "lost", "uncoupled", "notes")}
             if self.preview
             else {}
         )
         structure = {"structure": structure_report(self._steps)} if self._steps else {}
-        return {"method": self.method, **self._all.report(), **plan, "kinds": kinds, **structure}
+        kept = {
+            label: {layer: count / max(size, 1) for layer, (count, size) in layers.items()}
+            for label, layers in self._kept.items()
+        }
+        structure |= {"kept": kept} if kept else {}
+        return {
+            "method": self.method,
+            **Totals.joined(self._tensors.values()).report(),
+            **plan,
+            "kinds": {kind: Totals.joined(parts).report() for kind, parts in sorted(kinds.items())},
+            "by_tensor": {name: self._tensors[name].report() for name in sorted(self._tensors, key=by_number)},
+            **structure,
+        }
 
     def log(self, message: str) -> None:
         """Write one log line, unless quiet; the logger's level is the same before and after."""
@@ -191,4 +232,5 @@ class Run:
         report = self.report()
         weights = ", ".join(f"{label} {share:.1%}" for label, share in report["effective_weight"].items())
         blank = f"{report['fell_back']:.2%} of the entries, {no_signal(self.method)}"
-        self.log(f"{self.method}: {blank}; effective weight: {weights}")
+        silent = f"; {report['silent']:.2%} without a vote: base value" if report.get("silent") else ""
+        self.log(f"{self.method}: {blank}{silent}; effective weight: {weights}")

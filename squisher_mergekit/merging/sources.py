@@ -234,7 +234,8 @@ def _cure(model: ModelFiles, base_of: str | None) -> str:
         return f"list {model.label} under models: with parameters: {{fisher: none}}, or give it fisher: PATH there"
     if (folder / _MERGE_FILE).is_file():
         return (
-            "it is a merge, and a merge has no Fisher: merge all models in one configuration, or estimate one by "
+            "it is a merge, and a merge has no Fisher unless parameters: {write_fisher: true} made it: merge it again "
+            "with that, merge all models in one configuration, or estimate one by "
             f"squisher estimate {folder} --data ... -o FISHER, and give fisher: FISHER"
         )
     steps = [path.name for path in steps_in(folder).values() if find_state(path) is not None] if folder.is_dir() else []

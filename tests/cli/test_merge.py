@@ -51,9 +51,24 @@ def test_a_picture_of_the_structure(tmp_path):
     assert "merged step" not in result.output
 
 
-def test_a_picture_without_a_structure_is_refused(tmp_path):
-    """A diagonal merge has no figures to draw; nothing is written."""
-    result = _merge(tmp_path, "diagonal", "--plot", str(tmp_path / "steps.png"))
-    assert result.exit_code == 1
-    assert "--plot needs structure: rows, columns or kron" in result.output
-    assert not (tmp_path / "out").exists()
+def test_a_picture_of_a_diagonal_merge_and_a_page(tmp_path):
+    """--plot draws the shares by layer and kind, --report writes the page with every tensor, --json has them too."""
+    files = [str(tmp_path / name) for name in ("shares.png", "report.html", "report.json")]
+    result = _merge(tmp_path, "diagonal", "--plot", files[0], "--report", files[1], "--json", files[2])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
+    tensors = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["by_tensor"]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(tensors) == 30
+    assert all(name in text for name in tensors)
+    for found in tensors.values():
+        assert sum(found["effective_weight"].values()) == pytest.approx(1)
+    assert "*Fishers for Free?" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_page_of_the_plan(tmp_path):
+    """`squisher plan --report` writes the page before the merge."""
+    _merge(tmp_path, "rows")
+    result = CliRunner().invoke(main, ["plan", str(tmp_path / "merge.yml"), "--report", str(tmp_path / "plan.html")])
+    assert result.exit_code == 0, result.output
+    assert "structure: rows couples 22 tensors" in (tmp_path / "plan.html").read_text(encoding="utf-8")

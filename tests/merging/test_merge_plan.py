@@ -8,7 +8,7 @@ import yaml
 from click.testing import CliRunner
 
 from squisher_mergekit.merging.merge_plan import MergePlan, preview_text
-from squisher_mergekit.merging.report import report_text
+from squisher_mergekit.merging.reports.text import report_text
 from squisher_mergekit.merging.run import Run
 from tests.merging.models import base_and_models, density_config
 from tests.merging.reference import assert_refused, give_fisher, llama, merge, preview_of

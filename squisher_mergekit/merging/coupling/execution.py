@@ -13,11 +13,13 @@ from torch import Tensor
 from squisher_mergekit.fisher.values import check_values
 from squisher_mergekit.merging import equations
 from squisher_mergekit.merging.coupling import equations as coupling
-from squisher_mergekit.merging.coupling.recorded import level_of, normalised, rows_of
+from squisher_mergekit.merging.coupling.matrices import Matrices, in_blocks
 from squisher_mergekit.merging.coupling.report import StepReport, rank_sums, step_figures
 from squisher_mergekit.merging.execution import Input, Outcome, merge_squisher
 from squisher_mergekit.merging.parameters import DAMPING
 from squisher_mergekit.merging.pool import map_parts
+from squisher_mergekit.merging.votes.equations import extended, information
+from squisher_mergekit.merging.votes.inputs import PLAIN, Ballot
 from squisher_mergekit.models.weights import check_finite
 
 P = TypeVar("P")
@@ -70,6 +72,7 @@ def merge_coupled(
     out_dtype: torch.dtype,
     transposed: bool = False,
     reported: bool = False,
+    ballot: Ballot = PLAIN,
 ) -> Outcome:
     """Merge one matrix with coupled rows, columns or both.
 
@@ -81,6 +84,8 @@ def merge_coupled(
         out_dtype: dtype of the result; the arithmetic is in float32, or float64 if an input is.
         transposed: True for a matrix ``[in, out]``, as GPT-2's Conv1D keeps it.
         reported: True to compute the figures of the report, which takes two more products a model (kron: four).
+        ballot: Rules of the vote: lambda, and whether to compute the Fisher of the result. Task vectors are trimmed
+            first.
 
     Returns:
         The merged matrix.
@@ -90,20 +95,47 @@ def merge_coupled(
     """
     used = [i for i, item in enumerate(inputs) if item.weight > 0]
     if len(used) == 1 or base.ndim != 2 or not base.numel():
-        return merge_squisher(inputs, out_dtype)
+        return merge_squisher(inputs, out_dtype, ballot)
     _check_inputs(base, inputs)
+    masks = [None if item.trim is None else item.trim.kept() for item in inputs]
+    recorded = _fisher_of(inputs, masks) if ballot.recorded else None
+    inputs = [_trimmed(item, mask, base) for item, mask in zip(inputs, masks, strict=True)]
     over_columns = (structure.kind == "columns") != transposed
     turned = over_columns if structure.kind != "kron" else transposed
-    matrices = _Matrices.of(base, [inputs[i] for i in used], turned, structure.block)
-    merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
+    matrices = Matrices.of(base, [inputs[i] for i in used], turned, structure.block)
+    extent = ballot.options.extent
+    merged = torch.empty(base.shape, dtype=out_dtype if extent == 1 else matrices.work, device=base.device)
     values = merged.mT if turned else merged
     merge = _kron if structure.kind == "kron" else _rows
     found = merge(matrices, structure, values, reported)
+    if extent != 1:
+        merged = extended(base.to(matrices.work), merged, extent).to(out_dtype)
     spread = dict(zip(used, found.shares, strict=True))
     all_shares = [spread.get(i, 0.0) for i in range(len(inputs))]
     not_finite = 0 if _is_finite(merged) else (~torch.isfinite(merged)).sum()
     report = found.report(tuple(used)) if reported else None
-    return CoupledOutcome(merged, all_shares, found.fell_back, not_finite=not_finite, report=report)
+    trimmed = any(mask is not None for mask in masks)
+    abstained = [0 if mask is None else mask.numel() - mask.sum() for mask in masks] if trimmed else []
+    return CoupledOutcome(
+        merged,
+        all_shares,
+        found.fell_back,
+        not_finite=not_finite,
+        abstained=abstained,
+        report=report,
+        fisher=recorded,
+    )
+
+
+def _trimmed(item: Input, mask: Tensor | None, base: Tensor) -> Input:
+    """Return an input whose task vector is 0 outside a mask."""
+    return item if mask is None else replace(item, theta=torch.where(mask, item.theta, base.to(item.theta.dtype)))
+
+
+def _fisher_of(inputs: Sequence[Input], masks: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the Fisher of the result: the sum over the models that vote."""
+    total = information([item.fisher for item in inputs], [item.weight * item.scale for item in inputs], masks)
+    return None if total is None else total.to(torch.float32)
 
 
 @dataclass
@@ -137,106 +169,6 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Matrices:
-    """Base, weights and Fishers of the models in use, as ``[out, in]``."""
-
-    base: Tensor
-    thetas: tuple[Tensor, ...]
-    fishers: tuple[Tensor | None, ...]
-    weights: tuple[float, ...]
-    scales: tuple[float, ...]
-    work: torch.dtype
-    # Recorded factors over the rows and over the columns, one a model: row -> its row in its block.
-    recorded: tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]
-
-    @classmethod
-    def of(cls, base: Tensor, inputs: Sequence[Input], turned: bool, block: int) -> _Matrices:
-        thetas, fishers = tuple(item.theta.detach() for item in inputs), tuple(item.fisher for item in inputs)
-        work = torch.float32
-        for tensor in (base, *thetas, *fishers):
-            work = work if tensor is None else torch.promote_types(work, tensor.dtype)
-        weights, scales = tuple(item.weight for item in inputs), tuple(item.scale for item in inputs)
-        rows, columns = (
-            tuple(rows_of(item.factors[axis], base.shape[axis], block, work) for item in inputs) for axis in (0, 1)
-        )
-        matrices = cls(base.detach(), thetas, fishers, weights, scales, work, (rows, columns))
-        return matrices.turned if turned else matrices
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.base.shape
-
-    @property
-    def turned(self) -> _Matrices:
-        """The transposes."""
-        return replace(self._each(lambda matrix: matrix.mT), recorded=self.recorded[::-1])
-
-    @property
-    def steps(self) -> Iterator[Tensor]:
-        """The task vectors, one at a time."""
-        return (theta - self.base for theta in self.thetas)
-
-    def part(self, *where: slice) -> _Matrices:
-        """Return a part, in the dtype of the arithmetic."""
-        rows, columns = self.recorded
-        recorded = tuple(None if factor is None else factor[where[0]] for factor in rows), columns
-        return replace(self._each(lambda matrix: matrix[where].to(self.work)), recorded=recorded)
-
-    def blocks(self, height: int) -> _Matrices:
-        """Return the blocks of ``height`` rows, as batches ``[count, height, in]``."""
-        return self._each(lambda matrix: matrix.reshape(-1, height, matrix.shape[-1]))
-
-    def tiles(self, height: int, width: int) -> _Matrices:
-        """Return the tiles, as batches ``[rows, columns, height, width]``."""
-
-        def cut(matrix: Tensor) -> Tensor:
-            rows, columns = matrix.shape
-            return matrix.reshape(rows // height, height, columns // width, width).transpose(1, 2)
-
-        return self._each(cut)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> _Matrices:
-        thetas = tuple(map(change, self.thetas))
-        fishers = tuple(None if fisher is None else change(fisher) for fisher in self.fishers)
-        return replace(self, base=change(self.base), thetas=thetas, fishers=fishers)
-
-    def shares(self, uniform: bool) -> tuple[Tensor, Tensor]:
-        """Return ``t_i`` in each block, ``[models, blocks]``, and the blocks where no model has a signal.
-
-        There, and where a model has no Fisher, ``t_i = w_i / sum w``.
-        """
-        rates = torch.tensor(self.weights, dtype=torch.float64, device=self.base.device)
-        known = [fisher for fisher in self.fishers if fisher is not None]
-        mean = (rates / rates.sum())[:, None].expand(-1, len(self.base))
-        if len(known) < len(self.fishers):
-            return mean, torch.zeros(len(self.base), dtype=torch.bool, device=rates.device)
-        traces = torch.stack([_sums(fisher) for fisher in known])
-        blank = traces.sum(0) == 0
-        scales = torch.tensor(equations.relative(self.scales), dtype=torch.float64, device=rates.device)
-        found = mean if uniform else coupling.shares_by_trace(traces, rates / rates.max() * scales)
-        return torch.where(blank, mean, found), blank
-
-    def row_factors(self) -> list[Tensor]:
-        """Return each model's factors over the rows of the blocks: the recorded ones, else those of d and v."""
-        height = self.base.shape[-2]
-        return [
-            coupling.row_factor(step, fisher) if recorded is None else normalised(_blocks(recorded, height))
-            for step, fisher, recorded in zip(self.steps, self.fishers, self.recorded[0], strict=True)
-        ]
-
-    def row_levels(self) -> list[Tensor]:
-        """Return the mean eigenvalue of each model's factors before :meth:`row_factors` divides them by it."""
-        height, levels = self.base.shape[-2], []
-        for step, fisher, recorded in zip(self.steps, self.fishers, self.recorded[0], strict=True):
-            if recorded is None:
-                power = step.square() if fisher is None else fisher
-                levels.append(_sums(power) / height)
-            else:
-                levels.append(level_of(_blocks(recorded, height)))
-        return levels
-
-
-@dataclass(frozen=True)
 class _Panel:
     """Rows in work at a time, in blocks of one height."""
 
@@ -255,14 +187,14 @@ def _panels(size: int, block: int, entries: int, device: torch.device) -> Iterat
         start += count * height
 
 
-def _map(function: Callable[[P], R], panels: Iterable[P], matrices: _Matrices) -> list[R]:
+def _map(function: Callable[[P], R], panels: Iterable[P], matrices: Matrices) -> list[R]:
     """Run a function on the panels of a matrix: on a CPU by workers of one thread each."""
     if matrices.base.device.type != "cpu":
         return [function(panel) for panel in panels]
     return map_parts(function, panels, matrices.base.numel())
 
 
-def _rows(matrices: _Matrices, structure: Structure, values: Tensor, reported: bool) -> _Found:
+def _rows(matrices: Matrices, structure: Structure, values: Tensor, reported: bool) -> _Found:
     """Merge with coupled rows into ``values``."""
     rows, columns = matrices.shape
 
@@ -286,7 +218,7 @@ def _rows(matrices: _Matrices, structure: Structure, values: Tensor, reported: b
     return _Found(shares, torch.stack(blanks).sum(), list(figures) if reported else [], side)
 
 
-def _kron(matrices: _Matrices, structure: Structure, values: Tensor, reported: bool) -> _Found:
+def _kron(matrices: Matrices, structure: Structure, values: Tensor, reported: bool) -> _Found:
     """Merge with Kronecker factors into ``values``."""
     rows, columns = matrices.shape
     all_shares, blank = matrices.blocks(rows).shares(structure.uniform)
@@ -327,14 +259,14 @@ class _WholeSide:
     differences: Tensor
 
     @classmethod
-    def of(cls, matrices: _Matrices, block: int, shares: Tensor) -> _WholeSide:
+    def of(cls, matrices: Matrices, block: int, shares: Tensor) -> _WholeSide:
         """Return the side over the rows; each model's factors have mean eigenvalue 1 over the matrix."""
         factors = _factors(matrices, block)
         found = cls(factors, factors.new_zeros(factors.shape[1]), *map(torch.zeros_like, (factors[0], factors[1:])))
 
         def fill(panel: _Panel) -> None:
             where, height = panel.where, panel.height
-            side = coupling.Side.of(_blocks(factors[:, where], height), shares)
+            side = coupling.Side.of(in_blocks(factors[:, where], height), shares)
             found.values[where] = side.values.flatten()
             found.vectors[where, :height] = side.vectors.flatten(0, 1)
             found.differences[:, where, :height] = side.differences.flatten(1, 2)
@@ -346,10 +278,10 @@ class _WholeSide:
         """Return the side of the blocks of a panel."""
         where, height = panel.where, panel.height
         return coupling.Side(
-            _blocks(self.factors[:, where], height),
+            in_blocks(self.factors[:, where], height),
             self.values[where].reshape(-1, height),
-            _blocks(self.vectors[where], height),
-            _blocks(self.differences[:, where], height),
+            in_blocks(self.vectors[where], height),
+            in_blocks(self.differences[:, where], height),
         )
 
     def ranks(self, block: int) -> Tensor:
@@ -358,7 +290,7 @@ class _WholeSide:
         return torch.stack([rank_sums(list(self.part(panel).factors)) for panel in panels]).sum(0)
 
 
-def _factors(matrices: _Matrices, block: int) -> Tensor:
+def _factors(matrices: Matrices, block: int) -> Tensor:
     """Return each model's factor over the rows, ``[models, rows, block]``."""
     rows, columns = matrices.shape
     count, device = len(matrices.thetas), matrices.base.device
@@ -377,17 +309,7 @@ def _factors(matrices: _Matrices, block: int) -> Tensor:
     return factors.mul_((levels / torch.where(mean > 0, mean, 1)).to(matrices.work)[..., None])
 
 
-def _blocks(factor: Tensor, height: int) -> Tensor:
-    """Return the factors of the blocks, ``[..., count, height, height]``."""
-    return factor[..., :height].reshape(*factor.shape[:-2], -1, height, height)
-
-
-def _sums(blocks: Tensor) -> Tensor:
-    """Return the sum over each block, in float64."""
-    return blocks.sum(-1, dtype=torch.promote_types(blocks.dtype, torch.float32)).sum(-1, dtype=torch.float64)
-
-
-def _diagonal(part: _Matrices) -> Tensor:
+def _diagonal(part: Matrices) -> Tensor:
     """Return the diagonal merge; the weighted mean where a model has no Fisher."""
     known = [fisher for fisher in part.fishers if fisher is not None]
     if len(known) < len(part.fishers):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squisher_mergekit.fisher.summary import layer_of
+from squisher_mergekit.fisher.summary import by_number, layer_of
 
 Quadratic = Callable[[Tensor], Tensor]
 
@@ -129,18 +129,13 @@ def structure_report(reports: Mapping[str, tuple[Sequence[str], StepReport]]) ->
         (``of``); ``layers`` and ``tensors`` have the same, tensors also the conflict of each block (``blocks``).
     """
     layers: dict[str, list[tuple[Sequence[str], StepReport]]] = {}
-    for name in sorted(reports, key=_by_number):
+    for name in sorted(reports, key=by_number):
         layers.setdefault(layer_of(name), []).append(reports[name])
     return {
         **_summary(reports.values()),
         "layers": {layer: _summary(parts) for layer, parts in layers.items()},
         "tensors": {name: _summary([one]) | {"blocks": _conflicts(one[1])} for name, one in reports.items()},
     }
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts names with their indices as numbers."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _summary(parts: Iterable[tuple[Sequence[str], StepReport]]) -> dict[str, Any]:

@@ -30,10 +30,12 @@ from squisher_mergekit.merging.mergekit.lookup import (
 )
 from squisher_mergekit.merging.mergekit.references import AdaptedLoader, AdaptedReference, lora_files
 from squisher_mergekit.merging.mergekit.tasks import FisherMergeTask, FisherRequest
+from squisher_mergekit.merging.mergekit.thresholds import ThresholdTask
 from squisher_mergekit.merging.parameters import SQUISHER, is_coupled
+from squisher_mergekit.merging.planning.records import FisherUse, Origin, Settings, TensorPlan, WeightInput
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import ModelFiles
-from squisher_mergekit.merging.tensor_plan import FisherUse, Origin, Settings, TensorPlan, WeightInput
+from squisher_mergekit.merging.votes.options import VoteOptions
 from squisher_mergekit.models.layouts import MatrixLayout, layouts_on_disk
 from squisher_mergekit.models.lora import AdaptedWeights
 from squisher_mergekit.models.weights import Weights, refuse_quantised
@@ -80,7 +82,8 @@ def add_fishers(
         plan = MergePlan(method, width, options.out_shard_size, plans, whole)
         plan.check()
         run.begin(plan)
-        return [_with_fishers(task, each, base, run) for task, each in zip(tasks, plans, strict=True)]
+        merges = [_with_fishers(task, each, base, run) for task, each in zip(tasks, plans, strict=True)]
+        return _with_thresholds(merges, plan, run)
     except BaseException:
         run.close()
         raise
@@ -138,7 +141,7 @@ def _plan(task: Any, base: ModelReference | None, run: Run, whole: WholeModel) -
         task.method_name,
         task.output_weight.name,
         inputs,
-        Settings(**{key: given[key] for key in Settings.__dataclass_fields__ if key in given}),
+        Settings.of(given),
         run.sources,
         base=_base_weights(task, run),
         passed_through=task.output_weight.optional and len(inputs) == 1 < len(task.model_order),
@@ -178,6 +181,24 @@ def _with_fishers(task: Any, plan: TensorPlan, base: ModelReference | None, run:
     )
 
 
+def _with_thresholds(merges: list[FisherMergeTask], plan: MergePlan, run: Run) -> list[FisherMergeTask]:
+    """Let the merges of tensors wait for the thresholds of whole models, where the plan has some."""
+    densities = plan.whole_densities()
+    if not densities:
+        return merges
+    run.densities = densities
+    run.trimmed = [
+        (each.name, trimmed, each.size, task)
+        for task, each in zip(merges, plan.tensors, strict=True)
+        if (trimmed := frozenset(item.key for item in each.trimmed_by_model()))
+    ]
+    waiting, thresholds = {name for name, *_ in run.trimmed}, ThresholdTask(run=run)
+    return [
+        task.model_copy(update={"thresholds": thresholds}) if each.name in waiting else task
+        for task, each in zip(merges, plan.tensors, strict=True)
+    ]
+
+
 def _uncast(task: Any, plan: TensorPlan) -> dict[str, Any]:
     """Return the fields of a task that copies integers: ``dtype:`` is for real numbers, and mergekit casts all."""
     if not hasattr(task.gather_tensors, "weight_info"):
@@ -199,6 +220,7 @@ def _request(use: FisherUse, plan: TensorPlan) -> FisherRequest:
         floor=plan.settings.floor,
         fisher_scale=use.input.fisher_scale,
         density=use.input.density,
+        ranked=plan.settings.votes.density_by in ("fisher", "change"),
         model_type=model_type(use.input.key) if use.converted else None,
         padding=use.padding,
         sides=use.sides,
@@ -222,7 +244,8 @@ def _weight_input(task: Any, model: Any, base: Any, run: Run) -> WeightInput | N
     values, is_base = task.input_parameters[model], model == task.base_model
     moved = values["weight"] > 0 and not is_base
     trimmed = moved and values["density"] < 1
-    coupled = moved and is_coupled(dict(task.parameters.items()))
+    given = dict(task.parameters.items())
+    needed = moved and (is_coupled(given) or bool(VoteOptions.of(given).of_origin))
     return WeightInput(
         key=model,
         model=files,
@@ -233,7 +256,7 @@ def _weight_input(task: Any, model: Any, base: Any, run: Run) -> WeightInput | N
         weight=values["weight"],
         fisher_scale=values["fisher_scale"],
         density=values["density"] if trimmed else 1.0,
-        origin=_origin(task, gather, model, base, run) if trimmed or coupled else None,
+        origin=_origin(task, gather, model, base, run) if trimmed or needed else None,
         is_base=is_base,
         vocabulary_axis=task.output_weight.vocabulary_axis,
     )
@@ -255,8 +278,8 @@ def _origin(task: Any, gather: Any, model: Any, base: Any, run: Run) -> Origin |
     tokenizer = getattr(task.gather_tensors, "tokenizer_task", None)
     if tokenizer is not None and base not in tokenizer.referenced_models:
         raise ConfigError(
-            f"density below 1 with tokenizer: needs the base at the top level, whose tokenizer mergekit reads, but "
-            f"{base} is the base_model: of a slice alone; name it as the top-level base_model:"
+            f"{_needing_base(task)} with tokenizer: needs the base at the top level, whose tokenizer mergekit reads, "
+            f"but {base} is the base_model: of a slice alone; name it as the top-level base_model:"
         )
     return Origin(
         label=str(base),
@@ -266,6 +289,11 @@ def _origin(task: Any, gather: Any, model: Any, base: Any, run: Run) -> Origin |
         info=_info(_model_files(base, loader, run), stored) if found else None,
         vocabulary_axis=None if task.gather_tensors is gather else task.output_weight.vocabulary_axis,
     )
+
+
+def _needing_base(task: Any) -> str:
+    """Return the option that needs theta_0."""
+    return next(iter(VoteOptions.of(dict(task.parameters.items())).of_origin), "density below 1")
 
 
 def _model_files(model: Any, loader: Any, run: Run) -> ModelFiles:

@@ -150,7 +150,7 @@ def run_config(
     from mergekit.card import generate_card
     from mergekit.merge import run_merge
 
-    from squisher_mergekit.merging.report import bare_card, provenance
+    from squisher_mergekit.merging.reports.text import bare_card, provenance
     from squisher_mergekit.merging.run import Run
 
     given_run = Run(config.merge_method, options.quiet, strict, allow_missing, reported, sources)

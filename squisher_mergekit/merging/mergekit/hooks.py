@@ -342,7 +342,8 @@ def _extend_executor(executor: Any) -> None:
         from squisher_mergekit.tensors.temporary import cleaned_up_at_signals
 
         with run:
-            with cleaned_up_at_signals([signal.SIGTERM]), _atomic_output(self.universe):
+            output = _atomic_output(self.universe, run)
+            with cleaned_up_at_signals([signal.SIGTERM]), output as folder, run.writing(folder):
                 yield from run_graph(self, *args, **kwargs)
                 run.check()
             run.log_summary()
@@ -357,19 +358,25 @@ def _run_of(universe: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _atomic_output(universe: Any) -> Iterator[None]:
-    """Write the tensors into a temporary folder, whose files move to the output when the graph has run to its end."""
+def _atomic_output(universe: Any, run: Any) -> Iterator[Path | None]:
+    """Write the tensors into a temporary folder, whose files move to the output when the graph has run to its end.
+
+    Yields:
+        The temporary folder; None for a graph that writes no files.
+    """
     from mergekit.io.tasks import TensorWriterTask
 
     from squisher_mergekit.merging.mergekit.tasks import TrackedWriterTask
     from squisher_mergekit.merging.output_folder import output_folder
 
+    path = None
     with contextlib.ExitStack() as stack:
         for i, task in enumerate(universe.tasks):
             if isinstance(task, TensorWriterTask):
-                folder = stack.enter_context(output_folder(Path(task.out_path)))
+                folder = stack.enter_context(output_folder(Path(task.out_path), run.obsolete))
+                path = folder.path
                 universe.tasks[i] = TrackedWriterTask(**{**dict(task), "out_path": str(folder.path)}, folder=folder)
-        yield
+        yield path
 
 
 _ACTIVATORS: dict[str, Callable[[ModuleType], None]] = {

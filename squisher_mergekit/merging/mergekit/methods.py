@@ -17,19 +17,18 @@ from mergekit.merge_methods.base import (
     TensorEntry,
     TensorGroup,
 )
+from mergekit.merge_methods.dtype import align_dtype
 
-from squisher_mergekit.errors import ConfigError, MismatchError
-from squisher_mergekit.fisher.factors.mapping import Side
-from squisher_mergekit.fisher.mapping import Fisher
+from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.merging import execution, parameters
 from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
-from squisher_mergekit.merging.coupling.recorded import recorded_sides, sides_of
-from squisher_mergekit.merging.density import Trim
-from squisher_mergekit.merging.read import LoadedFisher, load_tensor
+from squisher_mergekit.merging.mergekit.inputs import from_memory, input_of, is_origin_only
+from squisher_mergekit.merging.mergekit.thresholds import choices_in_memory
+from squisher_mergekit.merging.read import LoadedFisher
 from squisher_mergekit.merging.run import Run
+from squisher_mergekit.merging.votes.inputs import Ballot
+from squisher_mergekit.merging.votes.options import VoteOptions
 from squisher_mergekit.models.layouts import layout_by_name
-from squisher_mergekit.models.weights import refuse_float8
-from squisher_mergekit.tensors.safetensors import check_shape
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,17 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
             }[self.spec.name]
             raise ConfigError(f"{self.spec.name} {needs}; {error}") from None
 
+    def _execute(
+        self, groups: Sequence[TensorGroup], parameters: list[dict[str, Any]], options: Any, **dtypes: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """Merge some tensors, those of a whole model if they are in memory."""
+        if parameters and parameters[0]["density_scope"] == "model" and _in_memory(groups[0], parameters[0]):
+            aligned = [align_dtype(group, dtype) for group, dtype in zip(groups, dtypes["input_dtypes"], strict=True)]
+            choices = choices_in_memory(aligned, parameters, self.spec.name)
+            parameters = [{**given, "choices": choices} for given in parameters]
+        merged: tuple[torch.Tensor, ...] = super()._execute(groups, parameters, options, **dtypes)
+        return merged
+
     def merge_group(self, group: TensorGroup, /, **given: Any) -> torch.Tensor:
         """Merge one tensor.
 
@@ -112,18 +122,25 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         loaded, base = {key: fisher.loaded for key, fisher in resolved.items()}, group.base
         structure, transposed = _structure(resolved, group, name, given)
         if not resolved:
-            group = replace(group, entries=[e for e in group.entries if not self._is_origin_only(e, given)])
-            loaded = _from_memory(group, name, given, self.spec.name)
-        inputs = [_input(entry, name, loaded[entry.id], given["weight"][entry.id], base) for entry in group.entries]
+            group = replace(group, entries=[e for e in group.entries if not is_origin_only(e, given, self.spec.name)])
+            loaded = from_memory(group, name, given, self.spec.name)
+            cuts = {key: choices[name].cut for key, choices in given.get("choices", {}).items() if name in choices}
+            loaded = {key: replace(item, cut=cuts.get(key)) for key, item in loaded.items()}
+        options = VoteOptions.of(given)
+        inputs = [
+            input_of(entry, name, loaded[entry.id], given["weight"][entry.id], base, options, place)
+            for place, entry in enumerate(group.entries)
+        ]
         weights = [item.weight for item, entry in zip(inputs, group.entries, strict=True) if self._weighted(entry)]
         if not any(weight > 0 for weight in weights):
             raise ConfigError(f"the weights of {name} must not all be 0; give one model a positive weight")
+        ballot = self._ballot(name, base, inputs, loaded, options, bool(resolved), given["write_fisher"])
         if structure is None:
-            outcome = self._merge(group, inputs, given)
+            outcome = self._merge(group, inputs, given, ballot)
         else:
             origin = _origin(name, base, loaded)
             reported, dtype = any(fisher.run.reported for fisher in resolved.values()), group.entries[0].tensor.dtype
-            outcome = merge_coupled(origin, inputs, structure, dtype, transposed, reported)
+            outcome = merge_coupled(origin, inputs, structure, dtype, transposed, reported, ballot)
         if resolved:
             labels = [str(entry.id) for entry in group.entries if self._weighted(entry)]
             next(iter(resolved.values())).run.record(name, labels, outcome)
@@ -134,18 +151,65 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
     def _weighted(self, entry: TensorEntry) -> bool:
         return not (self.spec.name == parameters.UBGM_SQUISHER and entry.is_base)
 
-    def _is_origin_only(self, entry: TensorEntry, given: Mapping[str, Any]) -> bool:
-        """Return True for the base of ``squisher`` in memory that is theta_0 alone: weight 0 and no Fisher."""
-        known = isinstance(given["fisher"][entry.id], Mapping)
-        return self._weighted(entry) and entry.is_base and given["weight"][entry.id] == 0 and not known
+    def _ballot(
+        self,
+        name: str,
+        base: TensorEntry | None,
+        inputs: Sequence[execution.Input],
+        loaded: Mapping[Any, LoadedFisher],
+        options: VoteOptions,
+        planned: bool,
+        recorded: bool,
+    ) -> Ballot:
+        """Return the rules of the vote; where no entry is trimmed, abstention changes nothing.
 
-    def _merge(self, group: TensorGroup, inputs: list[execution.Input], given: Mapping[str, Any]) -> execution.Outcome:
+        Raises:
+            ConfigError: An option needs a base, and a call in memory gives none.
+        """
+        if recorded and not planned:
+            raise ConfigError(
+                "write_fisher: true needs a merge that writes files, as mergekit-yaml does, but tensors in memory were "
+                "given; remove it"
+            )
+        if not any(item.trim is not None for item in inputs):
+            options = replace(options, trimmed="base")
+        if self.spec.name != parameters.SQUISHER or not (options.abstain or options.of_origin):
+            return Ballot(options, recorded=recorded)
+        origins = [item for item in loaded.values() if item.origin is not None]
+        if base is None and not origins:
+            if planned:  # a buffer, on which no option works
+                return Ballot(replace(options, extent=1.0))
+            raise ConfigError(
+                f"{[*options.of_origin, 'trimmed: abstain'][0]} needs a base, the model that all were trained from, "
+                f"but for {name} none is given; give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
+            )
+        origin = base.tensor if base is not None else origins[0].origin
+        assert origin is not None
+        device = inputs[0].theta.device
+        return Ballot(options, origin.detach().to(device), _based(origins, inputs[0].theta), recorded)
+
+    def _merge(
+        self, group: TensorGroup, inputs: list[execution.Input], given: Mapping[str, Any], ballot: Ballot
+    ) -> execution.Outcome:
         dtype = group.entries[0].tensor.dtype
         if self.spec.name == parameters.SQUISHER:
-            return execution.merge_squisher(inputs, dtype)
+            return execution.merge_squisher(inputs, dtype, ballot)
         others = [item for item, entry in zip(inputs, group.entries, strict=True) if not entry.is_base]
         base = next(item for item, entry in zip(inputs, group.entries, strict=True) if entry.is_base)
-        return execution.merge_ubgm(base, others, given["prior"], dtype)
+        return execution.merge_ubgm(base, others, given["prior"], dtype, ballot)
+
+
+def _in_memory(group: TensorGroup, given: Mapping[str, Any]) -> bool:
+    """Return True for a call in memory, False for a task of a graph."""
+    return not any(isinstance(given["fisher"][entry.id], ResolvedFisher) for entry in group.entries)
+
+
+def _based(loaded: Sequence[LoadedFisher], theta: torch.Tensor) -> torch.Tensor | None:
+    """Return the mask of the entries that the base has in a re-ordered vocabulary; None for all."""
+    rows = next((item.rows for item in loaded if item.rows is not None and len(item.rows.unbased)), None)
+    if rows is None:
+        return None
+    return torch.ones_like(theta, dtype=torch.bool).index_fill_(rows.axis, rows.unbased.to(theta.device), False)
 
 
 def _structure(
@@ -172,88 +236,6 @@ def _origin(name: str, base: TensorEntry | None, loaded: Mapping[Any, LoadedFish
             "is given; give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
         )
     return origin
-
-
-def _input(
-    entry: TensorEntry, name: str, loaded: LoadedFisher, weight: float, base: TensorEntry | None
-) -> execution.Input:
-    fisher = loaded.tensor
-    refuse_float8(entry.tensor.dtype, name, str(entry.id))
-    if fisher is not None:
-        check_shape(name, tuple(fisher.shape), tuple(entry.tensor.shape), loaded.location)
-        fisher = fisher.to(entry.tensor.device)
-    label = (loaded.name or name, loaded.location)
-    trim = None if fisher is None or entry.is_base else _trim(entry, name, loaded, fisher, base)
-    rows, columns = (None if factor is None else factor.to(entry.tensor.device) for factor in loaded.factors)
-    return execution.Input(
-        entry.tensor, fisher, weight, loaded.scale, label, trim, str(entry.id), factors=(rows, columns)
-    )
-
-
-def _trim(
-    entry: TensorEntry, name: str, loaded: LoadedFisher, fisher: torch.Tensor, base: TensorEntry | None
-) -> Trim | None:
-    if loaded.density == 1:
-        return None
-    origin = loaded.origin
-    if origin is None:
-        if base is None:
-            raise ConfigError(
-                f"density below 1 needs a base, the model that all were trained from, but for {name} none is given; "
-                "give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
-            )
-        origin = base.tensor
-    if origin.shape != entry.tensor.shape:
-        raise MismatchError(
-            f"density below 1 needs a base's tensors to be shaped as the model's, but {name} is "
-            f"{list(entry.tensor.shape)} and the base's {list(origin.shape)}; give the model that it was trained from"
-        )
-    scores = fisher if loaded.scores is None else loaded.scores.to(fisher.device)
-    return Trim(origin.to(fisher.device), scores, loaded.density, loaded.rows)
-
-
-def _from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method: str) -> dict[Any, LoadedFisher]:
-    """Read the tensor from the mappings of an in-memory call."""
-    sources = {entry.id: given["fisher"][entry.id] for entry in group.entries}
-    for key, source in sources.items():
-        if isinstance(source, Mapping):
-            continue
-        base = next((entry.id for entry in group.entries if entry.is_base), None)
-        if source == "none" and ((key == base and method == parameters.UBGM_SQUISHER) or parameters.is_coupled(given)):
-            continue
-        raise ConfigError(
-            f"{method} in memory needs a Fisher for input {key!r}: a mapping name -> tensor, found {source!r}; "
-            "pass parameters={'fisher': [mapping, ...]}"
-        )
-    estimated = [source for source in sources.values() if isinstance(source, Fisher)]
-    squishers = all(fisher.config.from_optimizer for fisher in estimated)
-    normalize = given["normalize"] if given["normalize"] != "auto" else "none" if squishers else "mean"
-    loaded, missing = {}, []
-    coupled = sides_of(given["structure"], False) if parameters.is_coupled(given) else ()
-    for key, source in sources.items():
-        if isinstance(source, Mapping) and name not in source:
-            missing.append(key)
-        sides: tuple[Side, ...] = ()
-        if coupled and isinstance(source, Fisher) and name in source:
-            sides = recorded_sides(source, source.resolve(name) or name, coupled, given["block"])
-        loaded[key] = load_tensor(
-            source if isinstance(source, Mapping) and name in source else None,
-            name,
-            scaling=given["scaling"],
-            normalize=normalize,
-            floor=given["floor"],
-            fisher_scale=given["fisher_scale"][key],
-            density=given["density"][key],
-            sides=sides,
-        )
-    if missing and given["missing"] == "error":
-        raise MismatchError(
-            f"{method} needs a Fisher of {name} for every input, but {', '.join(map(repr, missing))} has none; "
-            "name the tensors (merge_tensors(name=...)), add it, or set missing='average'"
-        )
-    if missing:
-        loaded = {key: LoadedFisher(name, "memory") for key in loaded}
-    return loaded
 
 
 SQUISHER = FisherMergeMethod(

@@ -1,7 +1,9 @@
 """Graph tasks of a merge: one merges a tensor with its Fishers, one lets a failed merge wait for its output files."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from squisher_mergekit.merging.output_folder import OutputFolder
 from squisher_mergekit.merging.read import LoadedFisher, load_tensor
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import OpenFisher
+from squisher_mergekit.merging.votes.threshold import Choice
 from squisher_mergekit.models.weights import check_finite
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
@@ -40,6 +43,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
         floor: Smallest F, relative to the mean over the tensor.
         fisher_scale: Factor on the Fisher.
         density: Share of the task vector that is kept.
+        ranked: True if F ranks the entries for the density.
         model_type: Architecture whose checkpoint conversion builds the tensor; None if the Fisher has the tensor.
         padding: Axis and size to which rows of F = 0 are added.
         sides: Sides whose recorded factors are read.
@@ -53,6 +57,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
     floor: float = 0.0
     fisher_scale: float = 1.0
     density: float = 1.0
+    ranked: bool = True
     model_type: str | None = None
     padding: tuple[int, int] | None = None
     sides: tuple[Side, ...] = ()
@@ -74,6 +79,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
             floor=self.floor,
             fisher_scale=self.fisher_scale,
             density=self.density,
+            ranked=self.ranked,
             sides=self.sides,
         )
         return loaded if self.padding is None else loaded.padded(*self.padding)
@@ -123,6 +129,7 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         curvature: Structure of the Fishers; None for the diagonal.
         transposed: True for a matrix ``[in, out]``.
         copied: True for a weight that all models have alike from their base.
+        thresholds: Task that finds thresholds of whole models; None if no model has one.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -135,8 +142,13 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
     curvature: Structure | None = None
     transposed: bool = False
     copied: bool = False
+    thresholds: Task | None = None
 
     def arguments(self) -> dict[str, Task[Any]]:
+        """Return the tasks that find thresholds, and :meth:`inputs`."""
+        return self.inputs() | ({} if self.thresholds is None else {"thresholds": self.thresholds})
+
+    def inputs(self) -> dict[str, Task[Any]]:
         """Return the tasks that read the weights, theta_0, and the tokenizer of a re-ordered vocabulary."""
         found: dict[str, Task[Any]] = {**super().arguments()}
         if self.requests and isinstance(self.gather_tensors, PermutedVocabulary):
@@ -144,7 +156,11 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         return found | {f"origin of {model}": task for model, task in self.origins}
 
     def execute(
-        self, tensors: dict[ModelReference, Tensor], tokenizer_info: Any = None, **origins: Tensor
+        self,
+        tensors: dict[ModelReference, Tensor],
+        tokenizer_info: Any = None,
+        thresholds: Mapping[ModelReference, Mapping[str, Choice]] = MappingProxyType({}),
+        **origins: Tensor,
     ) -> Tensor | None:
         """Read the Fishers of the tensor, and merge.
 
@@ -156,8 +172,10 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
             check_finite(tensor, self.output_weight.name, " or ".join(map(str, tensors)))
             return tensor
         parameters = {**self.input_parameters}
-        for model, fisher in self._load(tokenizer_info, origins).items():
+        for model, fisher in self.load(tokenizer_info, origins).items():
             if model in tensors:
+                choice = thresholds.get(model, {}).get(self.output_weight.name)
+                fisher = fisher if choice is None else replace(fisher, cut=choice.cut)
                 resolved = ResolvedFisher(fisher.to(tensors[model].device), self.run, self.curvature, self.transposed)
                 parameters[model] = {**parameters[model], "fisher": resolved}
         # The copy is mergekit's plain task with the Fishers in place of their names.
@@ -168,7 +186,13 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
             check_finite(merged, self.output_weight.name, " or ".join(map(str, tensors)))
         return merged
 
-    def _load(self, tokenizer_info: Any, origins: dict[str, Tensor]) -> dict[ModelReference, LoadedFisher]:
+    def load(self, tokenizer_info: Any, origins: dict[str, Tensor]) -> dict[ModelReference, LoadedFisher]:
+        """Read the Fishers of the tensor, with theta_0, in the order of the vocabulary of the output.
+
+        Args:
+            tokenizer_info: mergekit's record of the vocabularies; None if none is re-ordered.
+            origins: Name of an argument -> theta_0 of a model.
+        """
         loaded = {request.model: request.load() for request in self.requests}
         for model, _ in self.origins:
             loaded[model] = replace(loaded[model], origin=origins[f"origin of {model}"])
@@ -191,7 +215,7 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         result, origins = {}, dict[int, Tensor]()  # most models share one theta_0
         for model, item in loaded.items():
             permutation, origin, rows = permutations[model], item.origin, None
-            if item.density < 1:
+            if item.density < 1 or origin is not None:
                 rows = shared_rows(permutation, permutations[self.origin_model], size, axis)
             if origin is not None:
                 if id(origin) not in origins:

@@ -4,7 +4,7 @@ from pathlib import PurePath
 from typing import Any
 
 from squisher_mergekit.merging.coupling.report import structure_lines
-from squisher_mergekit.merging.parameters import no_signal
+from squisher_mergekit.merging.parameters import UBGM_SQUISHER, no_signal
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.models.whole import names_text
 
@@ -21,6 +21,11 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
     lines = [
         f"{report['method']}: {report['fell_back']:.3%} of {report['entries']:,} entries, {no_signal(report['method'])}"
     ]
+    if report.get("abstained"):
+        own = ", ".join(
+            f"{column} {report['abstained'].get(label, 0.0):.1%}" for column, label in zip(columns, labels, strict=True)
+        )
+        lines.append(f"  {report['silent']:.3%} without a vote: base value; entries without the vote of {own}")
     if report.get("lost"):
         whole = report["whole"]
         lines.append(
@@ -81,7 +86,24 @@ def provenance(run: Run) -> str:
             "base" if share is None else f"{share:.1%}",
         ]
         lines.append("| " + " | ".join("unknown" if cell is None else str(cell) for cell in cells) + " |")
-    return "\n".join([*lines, ""])
+    base = run.preview.get("base") if run.preview else None
+    lines += ["", *([f"Base model: {_short(base)}.", ""] if base else []), *_citations(run.method), ""]
+    return "\n".join(lines)
+
+
+def _citations(method: str) -> list[str]:
+    """Return the works behind a method."""
+    own = (
+        "Gradient matching: Daheim et al., *Model Merging by Uncertainty-Based Gradient Matching*, ICLR 2024."
+        if method == UBGM_SQUISHER
+        else "Fisher merging: Matena and Raffel, *Merging Models with Fisher-Weighted Averaging*, NeurIPS 2022."
+    )
+    return [
+        "Squisher: Li, Dangel, Tam and Raffel, *Fishers for Free? Approximating the Fisher Information Matrix by "
+        "Recycling the Squared Gradient Accumulator*, ICML 2025.",
+        own,
+        "mergekit: Goddard et al., *Arcee's MergeKit: A Toolkit for Merging Large Language Models*, EMNLP 2024.",
+    ]
 
 
 def _short(model: str) -> str:

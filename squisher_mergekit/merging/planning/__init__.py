@@ -1,0 +1,1 @@
+"""Plan of a merge: its records, and the checks of weights and of the base."""

@@ -1,0 +1,100 @@
+"""Heat maps of a merge: figures by layer (rows) and kind of matrix (columns)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from squisher_mergekit.fisher.summary import by_number, kind_of, layer_of
+
+ALONE = ""  # column of tensors outside of numbered layers, such as embeddings and heads
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Figures between 0 and 1 by layer and kind of matrix.
+
+    Attributes:
+        title: Title.
+        rows: Names of the layers.
+        columns: Names of the kinds; :data:`ALONE` for tensors outside of numbered layers.
+        values: (row, column) -> figure; a pair without a tensor is left out.
+    """
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Mapping[tuple[str, str], float]
+
+
+def heat_map(title: str, tensors: Mapping[str, Figures], figure: Callable[[Figures], float]) -> HeatMap:
+    """Return a figure of each tensor as a heat map; tensors of one layer and kind are averaged over their entries.
+
+    Args:
+        title: Title.
+        tensors: Name -> figures of a tensor, with ``entries``.
+        figure: Function from the figures of a tensor to a number between 0 and 1.
+
+    Example:
+        >>> tensors = {"h.1.mlp.weight": {"entries": 3, "x": 1.0}, "h.1.mlp.bias": {"entries": 1, "x": 0.0}}
+        >>> heat_map("x", tensors, lambda found: found["x"]).values
+        {('h.1', 'mlp'): 0.75}
+    """
+    sums: dict[tuple[str, str], tuple[float, int]] = {}
+    for name, found in tensors.items():
+        place = place_of(name)
+        total, count = sums.get(place, (0.0, 0))
+        sums[place] = total + figure(found) * found["entries"], count + found["entries"]
+    rows = sorted({row for row, _ in sums}, key=by_number)
+    columns = list(dict.fromkeys(column for _, column in sums if column != ALONE))
+    columns += [ALONE] if any(column == ALONE for _, column in sums) else []
+    return HeatMap(title, rows, columns, {place: total / max(count, 1) for place, (total, count) in sums.items()})
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """Return layer and kind of a tensor.
+
+    Example:
+        >>> place_of("model.layers.3.mlp.up_proj.weight"), place_of("model.embed_tokens.weight")
+        (('model.layers.3', 'mlp.up_proj'), ('model.embed_tokens', ''))
+    """
+    numbered = any(part.isdigit() for part in name.split("."))
+    return layer_of(name), kind_of(name) if numbered else ALONE
+
+
+def share_maps(report: Mapping[str, Any]) -> list[HeatMap]:
+    """Return the heat maps of a report: the share of each model, and where there are any, abstentions and no signal.
+
+    Args:
+        report: Report of a run, with ``by_tensor``.
+    """
+    tensors = report["by_tensor"]
+    labels = list(report["effective_weight"])
+    maps = []
+    for place, label in enumerate(labels):
+        title = f"{letter(place)}  {_short(label)}"
+        maps.append(heat_map(title, tensors, lambda found, label=label: found["effective_weight"].get(label, 0.0)))
+    for place, label in enumerate(labels):
+        if report.get("abstained", {}).get(label):
+            title = f"{letter(place)} without a vote"
+            maps.append(heat_map(title, tensors, lambda found, label=label: found.get("abstained", {}).get(label, 0.0)))
+    if report["fell_back"]:
+        maps.append(heat_map("no signal in any model", tensors, lambda found: found["fell_back"]))
+    return maps
+
+
+def _short(label: str, length: int = 34) -> str:
+    """Return the end of a long name."""
+    return label if len(label) <= length else f"...{label[-length:]}"
+
+
+def letter(place: int) -> str:
+    """Return the letter of a model.
+
+    Example:
+        >>> letter(0), letter(27)
+        ('A', 'B')
+    """
+    return chr(ord("A") + place % 26)

@@ -1,0 +1,69 @@
+"""Totals of a merge over the entries of its tensors."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from squisher_mergekit.merging.votes.inputs import Outcome
+
+
+@dataclass
+class Totals:
+    """Totals over the entries of some tensors; values can be on an accelerator until the report.
+
+    Attributes:
+        entries: Number of entries.
+        fell_back: Numbers of entries where no model had information.
+        silent: Numbers of entries where no model votes.
+        shares: Model -> mean coefficients that it entered with, each with its number of entries.
+        abstained: Model -> numbers of entries without its vote.
+    """
+
+    entries: int = 0
+    fell_back: list[int | Tensor] = field(default_factory=list)
+    silent: list[int | Tensor] = field(default_factory=list)
+    shares: dict[str, list[tuple[float | Tensor, int]]] = field(default_factory=dict)
+    abstained: dict[str, list[int | Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, parts: Iterable["Totals"]) -> "Totals":
+        """Return the totals over all tensors of several totals."""
+        found = cls()
+        for part in parts:
+            found.entries += part.entries
+            found.fell_back += part.fell_back
+            found.silent += part.silent
+            for label, shares in part.shares.items():
+                found.shares.setdefault(label, []).extend(shares)
+            for label, counts in part.abstained.items():
+                found.abstained.setdefault(label, []).extend(counts)
+        return found
+
+    def add(self, size: int, labels: Sequence[str], outcome: Outcome) -> None:
+        """Add the outcome of one tensor."""
+        self.entries += size
+        self.fell_back.append(outcome.fell_back)
+        self.silent.append(outcome.silent)
+        for label, count in zip(labels, outcome.abstained, strict=False):
+            self.abstained.setdefault(label, []).append(count)
+        for label, share in zip(labels, outcome.shares, strict=True):
+            self.shares.setdefault(label, []).append((share, size))
+
+    def report(self) -> dict[str, Any]:
+        """Return the number of entries, shares of entries, and the mean effective weight of each model."""
+        size, silent = max(self.entries, 1), sum(int(count) for count in self.silent)
+        voted = max(self.entries - silent, 1)
+        found = {
+            "entries": self.entries,
+            "fell_back": sum(int(count) for count in self.fell_back) / size,
+            "effective_weight": {
+                label: sum(float(share) * entries for share, entries in shares) / voted
+                for label, shares in self.shares.items()
+            },
+        }
+        if not self.abstained:
+            return found
+        abstained = {label: sum(map(int, counts)) / size for label, counts in self.abstained.items()}
+        return {**found, "silent": silent / size, "abstained": abstained}
