@@ -12,7 +12,7 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, NothingKeptError, UnsupportedStateError
 from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
-from squisher_mergekit.optimizers.checkpoints.safe_pickle import QuantizedStandIn
+from squisher_mergekit.optimizers.checkpoints.stand_ins import QuantizedStandIn
 from squisher_mergekit.optimizers.encodings import Blockwise, Packed, RowsAndColumns
 from squisher_mergekit.optimizers.preconditioners.recognise import preconditioned
 from squisher_mergekit.optimizers.preconditioners.sums import Preconditioned

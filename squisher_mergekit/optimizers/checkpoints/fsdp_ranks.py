@@ -17,7 +17,7 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
-from squisher_mergekit.optimizers.checkpoints.safe_pickle import ShardedStandIn
+from squisher_mergekit.optimizers.checkpoints.stand_ins import ShardedStandIn
 from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.lazy import Joined, MaybeLazy
