@@ -11,12 +11,11 @@ from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.values import has_signal
-from squisher_mergekit.fisher.write import has_fisher
 from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
-from squisher_mergekit.optimizers.load import find_source, find_state, load_fisher
+from squisher_mergekit.optimizers.load import find_source, find_state, is_portable, load_fisher
 from squisher_mergekit.tensors.input_files import exists
 
 # mergekit writes it beside every merged model.
@@ -78,7 +77,7 @@ class OpenFisher:
 
     def _read(self) -> Fisher:
         path = self._path
-        if path.suffix in (".safetensors", ".json") if path.is_file() else has_fisher(path):
+        if is_portable(path):
             return read_fisher(path)
         model, base = self._weights or self._folders
         return load_fisher(path, model=model, base=base)

@@ -8,6 +8,8 @@ import torch
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
 from squisher_mergekit.fisher import hub
+from squisher_mergekit.fisher.bare import find_bare, read_bare
+from squisher_mergekit.fisher.config import FisherConfig, OptimizerInfo
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
@@ -97,14 +99,31 @@ def load_fisher(
     tuned, before = _weights(model, "--model"), _weights(base, "--base")
     if path.is_dir():
         path = _checkpoint_in(path, tuned)
-    if has_fisher(path) if path.is_dir() else path.suffix in (".safetensors", ".json"):
-        fisher = read_fisher(path, verify)
+    fisher = _portable(path, verify)
+    if fisher is not None:
         if tuned is not None:
             adapter = fisher.config.parameters == "adapter"
             check_headers(fisher, Weights(tuned.folder, "adapter_model") if adapter else tuned)
         return fisher
     layout, location = layouts.of(path) if path.is_file() else _state_in(path)
     return build_fisher(layout.load(location, verify), tuned, before, _read_names(names))
+
+
+def is_portable(path: Path) -> bool:
+    """Return True for a portable Fisher, or a file of plain second moments; False for an optimizer's state."""
+    if path.is_dir():
+        return has_fisher(path)
+    return path.suffix in (".safetensors", ".json") and not layouts.claims(path)
+
+
+def _portable(path: Path, verify: bool) -> Fisher | None:
+    """Open a portable Fisher, or plain second moments; return None for anything else."""
+    if is_portable(path):
+        return read_fisher(path, verify)
+    if path.is_file():
+        return None
+    files = find_bare(path, any_name=layouts.find(path) is None and not Weights(path).infos)
+    return read_bare(files, str(path), verify) if files else None
 
 
 def extract(
@@ -118,6 +137,8 @@ def extract(
     *,
     examples_per_step: float | None = None,
     tokens_per_step: float | None = None,
+    steps: int | None = None,
+    beta2: float | None = None,
     verify: bool = True,
     progress: bool = False,
 ) -> Fisher:
@@ -133,6 +154,8 @@ def extract(
         compress: None, ``log8``, ``log4`` or ``rank1``: see :func:`write_fisher`.
         examples_per_step: Examples behind one optimizer step, over all processes and accumulation, for the metadata.
         tokens_per_step: The same in tokens.
+        steps: Number of optimizer steps, where the source does not record it.
+        beta2: Decay of the moving average, where the source does not record it.
         verify: As for :func:`load_fisher`.
         progress: Show a progress bar.
 
@@ -152,10 +175,33 @@ def extract(
         if not 0 < value < float("inf"):
             raise ConfigError(f"{key} must be a positive number, found {value}")
     fisher = load_fisher(source, model, base, names, verify=verify)
-    fisher.config = fisher.config.model_copy(update=changes)
+    fisher.config = _supplied(fisher.config.model_copy(update=changes), steps, beta2, str(source))
     bar = tqdm(list(fisher), desc="Extracting", unit="tensor", disable=not progress)
     write_fisher(fisher, Path(out), wanted, bar, compress=compress)
     return read_fisher(Path(out))
+
+
+def _supplied(config: FisherConfig, steps: int | None, beta2: float | None, source: str) -> FisherConfig:
+    """Return metadata with the steps and the decay that the user supplies for a source without them.
+
+    Raises:
+        ConfigError: A number is out of its range, or the source records another.
+    """
+    optimizer = config.optimizer or OptimizerInfo()
+    supplied = (("steps", config.steps, steps), ("beta2", optimizer.beta2, beta2))
+    for key, recorded, given in supplied:
+        if given is not None and recorded is not None and recorded != given:
+            raise ConfigError(
+                f"--{key} is for sources that do not record it, but {source} records {recorded}; leave --{key} out"
+            )
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps must be a positive number, found {steps}")
+    if beta2 is not None and not 0 <= beta2 < 1:
+        raise ConfigError(f"beta2 must be from 0 to less than 1, found {beta2}")
+    changes: dict[str, object] = {} if steps is None else {"steps": steps}
+    if beta2 is not None:
+        changes["optimizer"] = optimizer.model_copy(update={"beta2": beta2})
+    return config.model_copy(update=changes)
 
 
 def _weights(given: str | Path | Weights | None, option: str) -> Weights | None:
@@ -189,8 +235,8 @@ def find_source(weights: Weights) -> Path | None:
 
 
 def _has_source(folder: Path) -> bool:
-    """Return True if a folder holds a portable Fisher or an optimizer's state."""
-    return has_fisher(folder) or find_state(folder) is not None
+    """Return True if a folder holds a portable Fisher, ``exp_avg_sq.safetensors``, or an optimizer's state."""
+    return has_fisher(folder) or find_state(folder) is not None or bool(find_bare(folder))
 
 
 def _equal_checkpoints(run: Path, weights: Weights) -> Iterator[Path]:

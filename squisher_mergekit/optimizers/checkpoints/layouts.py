@@ -63,6 +63,11 @@ def find(folder: Path) -> tuple[Layout, Path] | None:
     return found[0] if found else None
 
 
+def claims(file: Path) -> bool:
+    """Return True if a layout other than that of ``torch.save`` has files of this name."""
+    return of(file)[0] is not _LAST
+
+
 def of(file: Path) -> tuple[Layout, Path]:
     """Return the layout of a file, and the file or folder to read where the file is one of several."""
     for layout in LAYOUTS:
