@@ -40,6 +40,7 @@ LOG = logging.getLogger("squisher_mergekit")
 SUFFIX = ".exp_avg_sq"
 _STEP = ".step"
 _USUAL = "exp_avg_sq"
+_README = re.compile(r"README.*|LICENSE.*", re.IGNORECASE)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 # Basenames of files of weights, and of files of this package and of OLMo, whose metadata must not be missing.
 _OTHERS = re.compile(
@@ -57,12 +58,10 @@ def is_bare(file: Path) -> bool:
     return file.suffix == ".safetensors" and not _OTHERS.fullmatch(_basename(file))
 
 
-def find_bare(folder: Path, any_name: bool = False) -> list[Path]:
+def find_bare(folder: Path) -> list[Path]:
     """Return the files of second moments in a folder, ``exp_avg_sq.safetensors`` or its shards; empty if it has none.
 
-    Args:
-        folder: The folder.
-        any_name: Accept files of any other name too, if they are the shards of one file.
+    A file of any other name, or its shards, is accepted where the folder holds nothing else, but perhaps a README.
 
     Raises:
         NotFoundError: The folder has several such files.
@@ -70,7 +69,9 @@ def find_bare(folder: Path, any_name: bool = False) -> list[Path]:
     """
     names = sorted({_basename(file) for file in folder.glob("*.safetensors*") if is_bare(_without_index(file))})
     usual = [name for name in names if _USUAL in name]
-    chosen = usual or (names if any_name else [])
+    others = [path for path in folder.iterdir() if path.name[:1] != "." and not _README.fullmatch(path.name)]
+    alone = all(is_bare(_without_index(path)) for path in others)
+    chosen = usual or (names if alone else [])
     if len(chosen) > 1:
         raise NotFoundError(
             f"{folder} must hold the second moments of one model, found {', '.join(chosen)}; give the file to read"

@@ -122,7 +122,7 @@ def _portable(path: Path, verify: bool) -> Fisher | None:
         return read_fisher(path, verify)
     if path.is_file():
         return None
-    files = find_bare(path, any_name=layouts.find(path) is None and not Weights(path).infos)
+    files = find_bare(path)
     return read_bare(files, str(path), verify) if files else None
 
 

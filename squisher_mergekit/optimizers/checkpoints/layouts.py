@@ -8,6 +8,7 @@ from pathlib import Path
 from squisher_mergekit.errors import NamingError
 from squisher_mergekit.optimizers.checkpoints import dcp, deepspeed, deepspeed_universal, fsdp_ranks, torch_save
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
+from squisher_mergekit.optimizers.checkpoints.trainers import named_files
 from squisher_mergekit.tensors.input_files import reading
 
 
@@ -43,6 +44,7 @@ LAYOUTS = (
     Layout("a distributed checkpoint", dcp.find, dcp.read, re.compile(r"\.metadata|.*\.distcp")),
     Layout("DeepSpeed's", deepspeed.find, deepspeed.read, re.compile(r".*_(?:optim|model)_states\.pt")),
     Layout("DeepSpeed's universal", deepspeed_universal.find, deepspeed_universal.read, re.compile("latest_universal")),
+    Layout("the file of another trainer", named_files.find, named_files.read, named_files.NAME),
     _LAST,
 )
 
