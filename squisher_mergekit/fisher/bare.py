@@ -67,6 +67,8 @@ def find_bare(folder: Path) -> list[Path]:
         NotFoundError: The folder has several such files.
         CorruptFileError: The index cannot be read, or names a missing file.
     """
+    if not folder.is_dir():
+        return []
     names = sorted({_basename(file) for file in folder.glob("*.safetensors*") if is_bare(_without_index(file))})
     usual = [name for name in names if _USUAL in name]
     others = [path for path in folder.iterdir() if path.name[:1] != "." and not _README.fullmatch(path.name)]

@@ -18,6 +18,7 @@ from squisher_mergekit.optimizers.preconditioners.attach import factors_of
 from squisher_mergekit.optimizers.slot_names import name_slots
 from squisher_mergekit.optimizers.slots import OptimizerSlot, parse
 from squisher_mergekit.optimizers.swap_check import of_another_run, swapped_names
+from squisher_mergekit.optimizers.translation.flat_units import unflatten
 from squisher_mergekit.optimizers.translation.translate import translate
 
 
@@ -38,9 +39,10 @@ def build_fisher(raw: RawState, model: Weights | None, base: Weights | None, nam
     """
     state = parse(raw)
     folders = find_folders(raw.location, model, base, raw.beside)
+    state = unflatten(state, folders)
     if names is None:
         state = translate(state, folders)
-        raw = state.raw
+    raw = state.raw
     weights = folders.weights
     slots, checkpoint_names = name_slots(state, folders, names)
     moments = {name: slot.tensor for name, slot in slots.items() if slot.tensor is not None}

@@ -8,7 +8,7 @@ from pathlib import Path
 from squisher_mergekit.errors import NamingError
 from squisher_mergekit.optimizers.checkpoints import dcp, deepspeed, deepspeed_universal, fsdp_ranks, torch_save
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
-from squisher_mergekit.optimizers.checkpoints.trainers import named_files
+from squisher_mergekit.optimizers.checkpoints.trainers import named_files, nanotron, olmo_safetensors, rank_files
 from squisher_mergekit.tensors.input_files import reading
 
 
@@ -44,6 +44,9 @@ LAYOUTS = (
     Layout("a distributed checkpoint", dcp.find, dcp.read, re.compile(r"\.metadata|.*\.distcp")),
     Layout("DeepSpeed's", deepspeed.find, deepspeed.read, re.compile(r".*_(?:optim|model)_states\.pt")),
     Layout("DeepSpeed's universal", deepspeed_universal.find, deepspeed_universal.read, re.compile("latest_universal")),
+    Layout("the optimizer's file of each rank", rank_files.find, rank_files.read, rank_files.NAME),
+    Layout("nanotron's", nanotron.find, nanotron.read, nanotron.NAME),
+    Layout("OLMo's", olmo_safetensors.find, olmo_safetensors.read, re.compile(re.escape(olmo_safetensors.FILE))),
     Layout("the file of another trainer", named_files.find, named_files.read, named_files.NAME),
     _LAST,
 )

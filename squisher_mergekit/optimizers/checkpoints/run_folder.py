@@ -38,9 +38,7 @@ class Folders:
     adapter: Path | None
 
 
-def find_folders(
-    location: Path, model: Weights | None, base: Weights | None, beside: Sequence[Path] = ()
-) -> Folders:
+def find_folders(location: Path, model: Weights | None, base: Weights | None, beside: Sequence[Path] = ()) -> Folders:
     """Find the weights, the config and the adapter of an optimizer's state.
 
     Weights in the folder of the state come before those of ``model``: the optimizer trained them.

@@ -8,7 +8,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from squisher_mergekit.optimizers.translation.moves import Dimensions, Move, Rows, halves_of_pairs, of_groups, transposed
+from squisher_mergekit.optimizers.translation.moves import (
+    Dimensions,
+    Move,
+    Rows,
+    halves_of_pairs,
+    of_groups,
+    transposed,
+)
 
 Prepare = Callable[[Dimensions, int], Move]  # from the sizes of a model and the rows of a tensor to a move
 
@@ -403,10 +410,7 @@ NANOGPT = Family(
             },
             {
                 **{part: _to(part) for part in ("ln_1", "ln_2")},
-                **{
-                    part: _to(part, _transposed)
-                    for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-                },
+                **{part: _to(part, _transposed) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
             },
         )
     },

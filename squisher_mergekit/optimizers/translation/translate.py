@@ -116,9 +116,7 @@ def _own_names(
     return OptimizerState(state.raw, (groups,))
 
 
-def _parameters(
-    family: Family, scheme: Scheme, config: Mapping[str, Any], folders: Folders
-) -> Iterator[ParameterInfo]:
+def _parameters(family: Family, scheme: Scheme, config: Mapping[str, Any], folders: Folders) -> Iterator[ParameterInfo]:
     """Yield the parameters of a model in the order of a family whose modules correspond one to one."""
     names = checkpoint_names(folders.config.folder, folders.weights.infos)
     modules = list(scheme.outside.items())
@@ -177,9 +175,7 @@ def _parts(
             tensor = moved(slot.tensor, moves, last)
             momentum = _moved_momentum(slot.momentum, moves, last)
             factors = slot.factors if not moves else (None, None)
-            yield replace(
-                slot, name=name, tensor=tensor, shape=tuple(tensor.shape), momentum=momentum, factors=factors
-            )
+            yield replace(slot, name=name, tensor=tensor, shape=tuple(tensor.shape), momentum=momentum, factors=factors)
     except RefusedError:
         raise
     except (ValueError, RuntimeError, IndexError) as error:
@@ -223,8 +219,8 @@ def _targets(
     stacked = matched[1] is None
     if stacked and shape is not None and shape[0] != layers:
         raise MismatchError(
-            f"{name} must stack the {layers} layers of the model's config.json, found {shape[0]}; give the --model that "
-            "was trained"
+            f"{name} must stack the {layers} layers of the model's config.json, found {shape[0]}; give the --model "
+            "that was trained"
         )
     numbers = range(layers) if stacked else [int(matched[1]) - family.first]
     inner = shape[1:] if stacked and shape else shape
@@ -266,7 +262,9 @@ def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
 def _number(config: Mapping[str, Any], keys: Sequence[str]) -> int:
     found = next((config[key] for key in keys if isinstance(config.get(key), int) and config[key] > 0), None)
     if found is None:
-        raise MismatchError(f"the model's config.json must have {keys[0]}, found none; give the --model that was trained")
+        raise MismatchError(
+            f"the model's config.json must have {keys[0]}, found none; give the --model that was trained"
+        )
     return int(found)
 
 
@@ -283,4 +281,3 @@ def _check_norms(raw: RawState, kind: str, folders: Folders) -> None:
             f"own config, but the config in {folders.config.folder} is of {kind}, which has them elsewhere; give the "
             "--model that was trained"
         )
-

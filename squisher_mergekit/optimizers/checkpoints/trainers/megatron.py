@@ -38,8 +38,8 @@ def states_of(entries: Mapping[str, Any], folder: Path) -> Iterator[Mapping[str,
     buckets = next((key for key in entries if _BUCKETS.search(key)), None)
     if buckets is not None:
         raise UnsupportedStateError(
-            f"{folder} must store the optimizer's state by parameter, but has flat buckets ({buckets[:80]}); save it with "
-            "dist_ckpt_optim_fully_reshardable"
+            f"{folder} must store the optimizer's state by parameter, but has flat buckets ({buckets[:80]}); save it "
+            "with dist_ckpt_optim_fully_reshardable"
         )
     states: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
     for key, entry in entries.items():
