@@ -8,6 +8,7 @@ and Fabric (``*.ckpt``), and scripts that call ``torch.save``.
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from squisher_mergekit.errors import NamingError, UnsupportedStateError
+from squisher_mergekit.models.diffusers_names import model_folders
 from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
@@ -78,7 +80,9 @@ def read(file: Path, verify: bool) -> RawState:
         more = [
             safe_pickle.load(path, checksums) for path in sorted(paths, key=lambda path: (len(path.name), path.name))
         ]
-    return content(safe_pickle.load(file, checksums), file, more, checksums.verify)
+    raw = content(safe_pickle.load(file, checksums), file, more, checksums.verify)
+    has_config = (file.parent / "config.json").is_file()
+    return raw if has_config or raw.model is not None else replace(raw, beside=tuple(model_folders(file.parent)))
 
 
 def content(

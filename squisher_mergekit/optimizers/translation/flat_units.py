@@ -44,8 +44,8 @@ def unflatten(state: OptimizerState, folders: Folders) -> OptimizerState:
         units = [[one] for one in in_order]
     elif len(slots) != len(units):
         raise NamingError(
-            f"{state.location} must have a flat parameter for each of the {len(units)} wrapped modules, or one for each "
-            f"of the {len(parameters)} parameters, found {len(slots)}; give the --model that was trained"
+            f"{state.location} must have a flat parameter for each of the {len(units)} wrapped modules, or one for "
+            f"each of the {len(parameters)} parameters, found {len(slots)}; give the --model that was trained"
         )
     cut_slots = (part for slot, unit in zip(slots, units, strict=True) for part in _parts(slot, unit, state))
     return OptimizerState(replace(state.raw, ranks=0), ((tuple(cut_slots),),))

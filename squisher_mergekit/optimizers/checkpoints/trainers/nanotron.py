@@ -95,8 +95,8 @@ def _files(folder: Path) -> list[_RankFile]:
         if split is not None:
             raise UnsupportedStateError(
                 f"the parameters in {folder} must be whole on each rank, but {split.path.name} is of "
-                f"{'tensor' if kind == 'tp' else 'expert'} parallelism; save it again with one such rank, or estimate a "
-                "Fisher from data"
+                f"{'tensor' if kind == 'tp' else 'expert'} parallelism; save it again with one such rank, or estimate "
+                "a Fisher from data"
             )
     wanted = {key: max(file.ranks.get(key, (0, 1))[1] for file in files) for key in ("pp", "dp")}
     present = {(file.ranks["pp"][0], file.ranks.get("dp", (0, 1))[0]) for file in files}
@@ -211,8 +211,8 @@ def _join(name: str, entries: Mapping[int, Mapping[str, Any]], offsets: _Offsets
         )
         if not fits:
             raise CorruptFileError(
-                f"the slices of {name} must make up its {shape.numel()} entries, by {offsets.file}, but do not; copy the "
-                "files of all ranks again"
+                f"the slices of {name} must make up its {shape.numel()} entries, by {offsets.file}, but do not; copy "
+                "the files of all ranks again"
             )
         joined[key] = Slices(tuple((part.reshape(-1), 0, part.numel()) for part in parts if part is not None), shape)
     return joined
