@@ -1,7 +1,7 @@
-"""Parameters of a diffusers model, in their order: from its class where diffusers is installed, else for U-Nets a table.
+"""Parameters of a diffusers model, in their order: from its class where diffusers is installed, else from a table.
 
-The file of the weights is sorted by name, so that it does not tell the order in which modules were registered. The table
-has that order for the modules of ``UNet2DModel`` and ``UNet2DConditionModel``.
+The file of the weights is sorted by name, so that it does not tell the order in which modules were registered. The
+table has that order for the modules of ``UNet2DModel`` and ``UNet2DConditionModel``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,8 +86,8 @@ def _of_files(config: Mapping[str, Any], folder: Path) -> list[ParameterInfo]:
     }
     if config[_CLASS] not in _U_NETS or not infos:
         raise NamingError(
-            f"the order of the parameters of {config[_CLASS]} in {folder} follows from its class in diffusers, which is not "
-            f"installed; install diffusers, or give {NAMES_CURE}"
+            f"the order of the parameters of {config[_CLASS]} in {folder} follows from its class in diffusers, which "
+            f"is not installed; install diffusers, or give {NAMES_CURE}"
         )
     return [ParameterInfo(name, infos[name].shape) for name in in_order(list(infos))]
 
@@ -113,8 +113,8 @@ def _walk(paths: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
         line = next((line for line in _ORDERS if set(children) <= set(line)), None)
         if line is None:
             raise NamingError(
-                f"the order of the modules {', '.join(children)[:120]} follows from their class in diffusers, which is not "
-                f"installed; install diffusers, or give {NAMES_CURE}"
+                f"the order of the modules {', '.join(children)[:120]} follows from their class in diffusers, which is "
+                f"not installed; install diffusers, or give {NAMES_CURE}"
             )
         order = sorted(children, key=line.index)
     for child in order:

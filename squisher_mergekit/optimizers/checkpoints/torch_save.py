@@ -19,7 +19,7 @@ from squisher_mergekit.errors import NamingError, UnsupportedStateError
 from squisher_mergekit.models.diffusers_names import model_folders
 from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
-from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
+from squisher_mergekit.optimizers.checkpoints.raw_state import OwnNames, RawState
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.lazy import unverified
 
@@ -110,7 +110,22 @@ def content(
     layout = None
     if isinstance(loaded, Mapping) and _LIGHTNING in loaded:
         layout, model = "lightning", None if model is None else _without_attribute(model)
-    return RawState(file, tuple(states), model, layout, verify=verify)
+    return RawState(file, tuple(states), model, layout, verify=verify, own=_own_names(loaded, states))
+
+
+# Keys of a file -> trainer, whose names or order are not those of Hugging Face although they look alike.
+_KEYS_OF_TRAINERS = (
+    (frozenset({"optimizer", "epochs_run"}), "torchtune"),
+    (frozenset({"optimizer", "model_args", "iter_num"}), "nanoGPT"),
+)
+
+
+def _own_names(loaded: Any, states: Sequence[Mapping[str, Any]]) -> OwnNames | None:
+    """Return the trainer that the keys of a file tell; None for others, and for torchtune's states with names."""
+    keys = set(loaded) if isinstance(loaded, Mapping) else set()
+    family = next((family for marks, family in _KEYS_OF_TRAINERS if marks <= keys), None)
+    named = any(isinstance(index, str) for state in states for g in state["param_groups"] for index in g["params"])
+    return None if family is None or named else OwnNames(family)
 
 
 # Keys of DeepSpeed's ZeRO in the file of one rank, whose state is part of a flat buffer.
@@ -144,15 +159,11 @@ def is_state(value: Any) -> bool:
 
 
 def states_in(loaded: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the optimizers' states in a loaded object, within at most two containers."""
-    if is_state(loaded):
-        yield loaded
-        return
-    for value in _members(loaded):
-        if is_state(value):
-            yield value
-        else:
-            yield from (inner for inner in _members(value) if is_state(inner))
+    """Yield the optimizers' states in a loaded object, within at most three containers (Composer's)."""
+    level = [loaded]
+    for _ in range(4):
+        yield from (value for value in level if is_state(value))
+        level = [inner for value in level if not is_state(value) for inner in _members(value)]
 
 
 def _members(value: Any) -> list[Any]:
@@ -163,6 +174,9 @@ def find_model(loaded: Any) -> Mapping[str, Tensor] | None:
     """Return the model saved with the optimizer; None where there is none, or several that cannot be distinguished."""
     if not isinstance(loaded, Mapping):
         return None
+    inner = loaded.get("state")
+    if isinstance(inner, Mapping) and "optimizers" in inner:  # Composer's
+        loaded = inner
     found = {
         key: value
         for key, value in loaded.items()

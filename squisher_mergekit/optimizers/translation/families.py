@@ -44,11 +44,13 @@ class Scheme:
         block: Name of a block of the Hugging Face model, with ``{}`` for its number.
         outside: Module outside of the blocks -> targets, in the trainer's order.
         inside: Module in a block -> targets, in the trainer's order.
+        since: Name of a parameter -> its name in later versions of transformers.
     """
 
     block: str
     outside: Table
     inside: Table
+    since: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -358,6 +360,7 @@ NEOX = Family(
                 "mlp.linear1": _to("mlp.dense_h_to_4h"),
                 "mlp.linear2": _to("mlp.dense_4h_to_h"),
             },
+            since={"embed_out.weight": "lm_head.weight"},
         )
     },
     first=2,

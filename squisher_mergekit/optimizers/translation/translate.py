@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -98,7 +98,9 @@ def _own_names(
     if len(state.optimizers) > 1:
         raise NamingError(f"{state.location} must hold the state of one optimizer of {family.name}; give --names FILE")
     if state.raw.model is not None:
-        parameters = [ParameterInfo(name, shape) for name, shape in parameters_of(state.raw.model).items()]
+        shapes = parameters_of(state.raw.model)
+        # Buffers of the trainer's model, such as masks of attention, are in no table.
+        parameters = [ParameterInfo(n, s) for n, s in shapes.items() if model is None or _is_known(n, family, model[0])]
     elif model is not None:
         parameters = list(_parameters(family, *model))
     else:
@@ -139,6 +141,7 @@ def _translated(
 ) -> OptimizerState:
     sizes, last = dimensions_of(config), list[Any]()
     layers = _number(config, _LAYERS)
+    scheme = _in_use(scheme, folders)
     optimizers = []
     for groups in state.optimizers:
         optimizers.append(
@@ -152,8 +155,21 @@ def _translated(
         for new, moves in _targets(name, family, scheme, sizes, layers, tuple(master.shape)):
             tensor = moved(master, moves, last)
             if isinstance(tensor, Slices):
-                masters[new] = tensor
+                masters[scheme.since.get(new, new)] = tensor
     return OptimizerState(replace(state.raw, masters=masters), tuple(optimizers))
+
+
+def _in_use(scheme: Scheme, folders: Folders) -> Scheme:
+    """Return a scheme with only those later names that the weights, or the installed transformers, have."""
+    if not scheme.since:
+        return scheme
+    known: Collection[str] = folders.weights.infos
+    if not known:
+        try:
+            known = checkpoint_names(folders.config.folder).first
+        except RefusedError:
+            known = ()
+    return replace(scheme, since={old: new for old, new in scheme.since.items() if new in known and old not in known})
 
 
 def _parts(
@@ -168,7 +184,8 @@ def _parts(
     """Yield the slots of the Hugging Face parameters that one parameter of the trainer corresponds to."""
     shape = slot.shape
     try:
-        for name, moves in _targets(str(slot.name), family, scheme, sizes, layers, shape):
+        for first_name, moves in _targets(str(slot.name), family, scheme, sizes, layers, shape):
+            name = scheme.since.get(first_name, first_name)
             if slot.tensor is None or shape is None:
                 yield replace(slot, name=name, shape=None, momentum=None, factors=(None, None))
                 continue
@@ -190,6 +207,13 @@ def _moved_momentum(momentum: MaybeLazy | None, moves: Sequence[Move], last: lis
     if momentum is None or not (isinstance(momentum, Tensor) or momentum.parts):
         return momentum if not moves else None
     return moved(momentum, moves, last)
+
+
+def _is_known(name: str, family: Family, scheme: Scheme) -> bool:
+    try:
+        return bool(_targets(name, family, scheme, Dimensions(1, 1, 1, 1), 1, None))
+    except MismatchError:
+        return False
 
 
 def _targets(

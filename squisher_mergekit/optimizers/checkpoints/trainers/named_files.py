@@ -4,33 +4,19 @@ Their content is that of any file of ``torch.save``. The table has where the tra
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from squisher_mergekit.optimizers.checkpoints import safe_pickle, torch_save
-from squisher_mergekit.optimizers.checkpoints.raw_state import OwnNames, RawState
+from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 
 _EPOCH = re.compile(r"epoch_(\d+)")
 
 
-@dataclass(frozen=True)
-class _Trainer:
-    """Trainer that writes an optimizer's state under a name of its own.
-
-    Attributes:
-        layout: Name for the metadata.
-        keys: Keys of which the file has all; empty if the name alone tells the trainer.
-        family: Name of the trainer in the table of names; None where the names tell it.
-        beside: Function from content and file to further folders with the config or the weights.
-    """
-
-    layout: str
-    keys: frozenset[str] = frozenset()
-    family: str | None = None
-    beside: Callable[[Mapping[str, Any], Path], tuple[Path, ...]] = lambda loaded, file: ()
+_LAYOUTS = {"recipe_state.pt": "torchtune", "lit_model.pth": "litgpt", "optim.pt": "olmo", "ckpt.pt": "nanogpt"}
 
 
 def _epoch(loaded: Mapping[str, Any], file: Path) -> tuple[Path, ...]:
@@ -41,21 +27,13 @@ def _epoch(loaded: Mapping[str, Any], file: Path) -> tuple[Path, ...]:
     return (folder,) if folder.is_dir() else ()
 
 
-_TRAINERS = {
-    "recipe_state.pt": _Trainer("torchtune", frozenset({"optimizer", "epochs_run"}), "torchtune", _epoch),
-    "lit_model.pth": _Trainer("litgpt"),
-    "optim.pt": _Trainer("olmo"),
-    "ckpt.pt": _Trainer("nanogpt", frozenset({"optimizer", "model_args", "iter_num"}), "nanoGPT"),
-}
-
-
 def find(folder: Path) -> Path | None:
     """Return the file in a folder, in ``recipe_state`` in it, or, for torchtune's last epoch, beside it."""
     return next((path for path in _places(folder) if path.is_file()), None)
 
 
 def _places(folder: Path) -> Iterator[Path]:
-    yield from (folder / name for name in _TRAINERS)
+    yield from (folder / name for name in _LAYOUTS)
     yield folder / "recipe_state" / "recipe_state.pt"
     number = _EPOCH.fullmatch(folder.name)
     later = folder.parent / f"epoch_{int(number[1]) + 1}" if number else folder
@@ -63,7 +41,7 @@ def _places(folder: Path) -> Iterator[Path]:
         yield folder.parent / "recipe_state" / "recipe_state.pt"
 
 
-NAME = re.compile("|".join(map(re.escape, _TRAINERS)))
+NAME = re.compile("|".join(map(re.escape, _LAYOUTS)))
 
 
 def read(file: Path, verify: bool) -> RawState:
@@ -75,14 +53,5 @@ def read(file: Path, verify: bool) -> RawState:
     checksums = Checksums(verify)
     loaded = safe_pickle.load(file, checksums)
     raw = torch_save.content(loaded, file, (), checksums.verify)
-    trainer = _TRAINERS.get(file.name)
-    if trainer is None or not isinstance(loaded, Mapping) or not trainer.keys <= loaded.keys():
-        return raw
-    own = OwnNames(trainer.family) if trainer.family is not None else None
-    if own is not None and raw.states and _is_named(raw.states[0]) and trainer.layout == "torchtune":
-        own = None  # the distributed recipes save names, by which the trainer is recognised
-    return replace(raw, layout=trainer.layout, own=own, beside=trainer.beside(loaded, file))
-
-
-def _is_named(state: Mapping[str, Any]) -> bool:
-    return any(isinstance(index, str) for group in state["param_groups"] for index in group["params"])
+    beside = _epoch(loaded, file) if isinstance(loaded, Mapping) and "epochs_run" in loaded else ()
+    return replace(raw, layout=_LAYOUTS.get(file.name), beside=beside)
