@@ -1,6 +1,7 @@
 """Moves of rows: views where a range of rows is kept, and one read of a source in pieces for all its parts."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_rows_of_a_mapped_tensor_are_a_view():
 def test_rows_of_slices_take_the_slices_that_hold_them(cuts, rows):
     """A tensor cut from the buffers of several ranks is narrowed without joining it."""
     flat = torch.arange(24.0)
-    slices = tuple((flat[a:b], 0, b - a) for a, b in zip(cuts, cuts[1:], strict=False))
+    slices = tuple((flat[a:b], 0, b - a) for a, b in pairwise(cuts))
     narrowed = moved(Slices(slices, torch.Size([6, 4])), [Rows(*rows)], [])
     assert isinstance(narrowed, Slices)
     assert torch.equal(narrowed.read(), flat.reshape(6, 4)[rows[0] : rows[1]])
