@@ -5,6 +5,7 @@ package does, written on its own.
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -282,3 +283,22 @@ def write_json(file: Path, content):
     """Write JSON, and make the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
+
+
+def save_distributed(content, folder: Path):
+    """Write a distributed checkpoint in one process, without torch's warning that it is one."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(content, checkpoint_id=folder, no_dist=True)
+
+
+class Opens:
+    """Object whose pickle opens a file, if it is run."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
