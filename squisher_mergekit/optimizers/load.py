@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, UnsupportedStateError
 from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.bare import find_bare, read_bare
 from squisher_mergekit.fisher.config import FisherConfig, OptimizerInfo
@@ -19,19 +19,13 @@ from squisher_mergekit.models.weights import BASENAME, Weights
 from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
+from squisher_mergekit.optimizers.checkpoints.trainers.foreign import whose
 from squisher_mergekit.tensors.hub import download as download_files
 from squisher_mergekit.tensors.hub import split_revision
 from squisher_mergekit.tensors.input_files import exists
 
 LOG = logging.getLogger("squisher_mergekit")
 _STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]
-# Files of trainers whose checkpoints cannot be read, named in the refusal.
-_FOREIGN = {
-    "distrib_optim.pt": "Megatron-LM's; convert it to a Hugging Face checkpoint and estimate a Fisher from data",
-    "model_optim_rng.pt": "Megatron-LM's; convert it to a Hugging Face checkpoint and estimate a Fisher from data",
-    "latest_checkpointed_iteration.txt": "Megatron-LM's; convert it and estimate a Fisher from data",
-    "layer_*-model_*": "of pipeline parallelism; estimate a Fisher from data",
-}
 
 
 def find_state(folder: Path) -> Path | None:
@@ -105,7 +99,7 @@ def load_fisher(
             adapter = fisher.config.parameters == "adapter"
             check_headers(fisher, Weights(tuned.folder, "adapter_model") if adapter else tuned)
         return fisher
-    layout, location = layouts.of(path) if path.is_file() else _state_in(path)
+    layout, location = _state_of(path) if path.is_file() else _state_in(path)
     return build_fisher(layout.load(location, verify), tuned, before, _read_names(names))
 
 
@@ -290,6 +284,18 @@ def _why(chosen: Path, equal: Path | None, steps: Mapping[int, Path], model: Wei
     return f"the last with optimizer state, {step}{lacking}{other}"
 
 
+def _state_of(file: Path) -> tuple[layouts.Layout, Path]:
+    """Return the layout of a file, and the file or folder to read.
+
+    Raises:
+        UnsupportedStateError: The file is of a trainer whose checkpoints cannot be read.
+    """
+    foreign = None if layouts.claims(file) else whose(file)
+    if foreign is not None:
+        raise UnsupportedStateError(f"{file} must be an optimizer's state that can be read, but {foreign}")
+    return layouts.of(file)
+
+
 def _state_in(folder: Path) -> tuple[layouts.Layout, Path]:
     """Return the optimizer's state in a checkpoint.
 
@@ -306,9 +312,9 @@ def _state_in(folder: Path) -> tuple[layouts.Layout, Path]:
         files = last
     if len(files) == 1:
         return layouts.of(files[0])
-    foreign = [f"{path.name} is {whose}" for pattern, whose in _FOREIGN.items() for path in folder.rglob(pattern)]
+    foreign = whose(folder)
     several = f"; give the one of {', '.join(file.name for file in files)} that holds it" if files else ""
-    unread = f"; {foreign[0]}" if foreign else ""
+    unread = f"; {foreign}" if foreign else ""
     raise NotFoundError(
         f"no optimizer state in {folder}: neither fisher.safetensors nor {' nor '.join(torch_save.NAMES)} nor that of "
         f"FSDP or DeepSpeed, there or in a checkpoint-N below{several}{unread}; save with save_only_model=False and "

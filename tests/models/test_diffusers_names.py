@@ -14,8 +14,9 @@ from tests.other_trainers import adam, assert_moments
 
 def _resnet(width, inner):
     shapes = {"norm1.weight": (width,), "norm1.bias": (width,), "conv1.weight": (inner, width, 3, 3),
-              "conv1.bias": (inner,), "time_emb_proj.weight": (inner, 12), "time_emb_proj.bias": (inner,), "norm2.weight": (inner,),
-              "norm2.bias": (inner,), "conv2.weight": (inner, inner, 3, 3), "conv2.bias": (inner,)}  # fmt: skip
+              "conv1.bias": (inner,), "time_emb_proj.weight": (inner, 12), "time_emb_proj.bias": (inner,),
+              "norm2.weight": (inner,), "norm2.bias": (inner,), "conv2.weight": (inner, inner, 3, 3),
+              "conv2.bias": (inner,)}  # fmt: skip
     return shapes | (
         {"conv_shortcut.weight": (inner, width, 1, 1), "conv_shortcut.bias": (inner,)} if width != inner else {}
     )

@@ -1,138 +1,42 @@
-"""Table of the trainers whose parameter names are not those of Hugging Face models, with the moves of rows.
+"""Table of the trainers whose parameter names are not those of Hugging Face models.
 
 A family is chosen by the layout, or by names that no other trainer gives. The scheme within it is chosen by the
 ``model_type`` in the model's config, never by shapes: OLMo's norms, for example, have equal shapes at both places.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
-from squisher_mergekit.optimizers.translation.moves import (
-    Dimensions,
-    Move,
-    Rows,
-    halves_of_pairs,
-    of_groups,
-    transposed,
+from squisher_mergekit.optimizers.translation.schemes import (
+    Family,
+    Prepare,
+    Scheme,
+    Table,
+    Target,
+    first_half,
+    key_rows,
+    pairs_of_keys,
+    pairs_of_queries,
+    query_rows,
+    rows_of_groups,
+    second_half,
+    to,
+    turned,
+    value_rows,
+    vocabulary_rows,
 )
-
-Prepare = Callable[[Dimensions, int], Move]  # from the sizes of a model and the rows of a tensor to a move
-
-
-@dataclass(frozen=True)
-class Target:
-    """Module of a Hugging Face model that a trainer's module corresponds to.
-
-    Attributes:
-        module: Name of the module, below the block for a module of a block.
-        moves: Moves from the trainer's tensor, in order.
-    """
-
-    module: str
-    moves: tuple[Prepare, ...] = ()
-
-
-Table = Mapping[str, tuple[Target, ...]]
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """Translation of a family's names to those of one kind of model.
-
-    Attributes:
-        block: Name of a block of the Hugging Face model, with ``{}`` for its number.
-        outside: Module outside of the blocks -> targets, in the trainer's order.
-        inside: Module in a block -> targets, in the trainer's order.
-        since: Name of a parameter -> its name in later versions of transformers.
-    """
-
-    block: str
-    outside: Table
-    inside: Table
-    since: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Family:
-    """Trainer with names of its own.
-
-    Attributes:
-        name: Name of the trainer, for messages.
-        mark: Pattern of names that no other trainer gives; None if only the layout tells the trainer.
-        block: Pattern of the names in a block; its groups are the number of the block and the rest of the name.
-        schemes: ``model_type`` of a Hugging Face config -> translation.
-        first: Number of the first block.
-        rewrites: Patterns in own names, and their replacement before the table is looked up.
-    """
-
-    name: str
-    mark: re.Pattern[str] | None
-    block: re.Pattern[str]
-    schemes: Mapping[str, Scheme]
-    first: int = 0
-    rewrites: tuple[tuple[str, str], ...] = field(default=())
-
-
-def _to(module: str, *moves: Prepare) -> tuple[Target, ...]:
-    return (Target(module, moves),)
-
-
-def _queries(sizes: Dimensions, _: int) -> Move:
-    return Rows(0, sizes.heads * sizes.width)
-
-
-def _keys(sizes: Dimensions, _: int) -> Move:
-    begin = sizes.heads * sizes.width
-    return Rows(begin, begin + sizes.groups * sizes.width)
-
-
-def _values(sizes: Dimensions, _: int) -> Move:
-    begin = (sizes.heads + sizes.groups) * sizes.width
-    return Rows(begin, begin + sizes.groups * sizes.width)
-
-
-def _first_half(_: Dimensions, rows: int) -> Move:
-    return Rows(0, rows // 2)
-
-
-def _second_half(_: Dimensions, rows: int) -> Move:
-    return Rows(rows // 2, rows)
-
-
-def _vocabulary(sizes: Dimensions, rows: int) -> Move:
-    """Return the move that drops the rows by which the vocabulary was padded."""
-    return Rows(0, min(sizes.vocabulary, rows))
-
-
-def _pairs_of_queries(sizes: Dimensions, _: int) -> Move:
-    return halves_of_pairs(sizes.heads, sizes.width)
-
-
-def _pairs_of_keys(sizes: Dimensions, _: int) -> Move:
-    return halves_of_pairs(sizes.groups, sizes.width)
-
-
-def _transposed(_: Dimensions, __: int) -> Move:
-    return transposed
-
-
-def _group(part: str) -> Prepare:
-    return lambda sizes, _: of_groups(sizes, part)
-
 
 _LLAMA_BLOCK = "model.layers.{}."
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 _BEFORE_ATTENTION, _BEFORE_MLP = "input_layernorm", "post_attention_layernorm"
 _Q, _K, _V, _O = (f"self_attn.{part}_proj" for part in "qkvo")
 _GATE, _UP, _DOWN = (f"mlp.{part}_proj" for part in ("gate", "up", "down"))
-_FUSED_QKV = (Target(_Q, (_queries,)), Target(_K, (_keys,)), Target(_V, (_values,)))
-_GATE_UP = (Target(_GATE, (_first_half,)), Target(_UP, (_second_half,)))
-_UP_GATE = (Target(_UP, (_first_half,)), Target(_GATE, (_second_half,)))
+_FUSED_QKV = (Target(_Q, (query_rows,)), Target(_K, (key_rows,)), Target(_V, (value_rows,)))
+_GATE_UP = (Target(_GATE, (first_half,)), Target(_UP, (second_half,)))
+_UP_GATE = (Target(_UP, (first_half,)), Target(_GATE, (second_half,)))
 
 
 def _outside(embedding: str, norm: str, head: str, *padded: Prepare) -> Table:
-    return {embedding: _to(_EMBEDDING, *padded), norm: _to(_NORM), head: _to(_HEAD, *padded)}
+    return {embedding: to(_EMBEDDING, *padded), norm: to(_NORM), head: to(_HEAD, *padded)}
 
 
 def _torchtune(rotary: bool) -> Scheme:
@@ -141,15 +45,15 @@ def _torchtune(rotary: bool) -> Scheme:
         _LLAMA_BLOCK,
         _outside("tok_embeddings", "norm", "output"),
         {
-            "attn.q_proj": _to(_Q, *[_pairs_of_queries] * rotary),
-            "attn.k_proj": _to(_K, *[_pairs_of_keys] * rotary),
-            "attn.v_proj": _to(_V),
-            "attn.output_proj": _to(_O),
-            "mlp.w1": _to(_GATE),
-            "mlp.w2": _to(_DOWN),
-            "mlp.w3": _to(_UP),
-            "sa_norm": _to(_BEFORE_ATTENTION),
-            "mlp_norm": _to(_BEFORE_MLP),
+            "attn.q_proj": to(_Q, *[pairs_of_queries] * rotary),
+            "attn.k_proj": to(_K, *[pairs_of_keys] * rotary),
+            "attn.v_proj": to(_V),
+            "attn.output_proj": to(_O),
+            "mlp.w1": to(_GATE),
+            "mlp.w2": to(_DOWN),
+            "mlp.w3": to(_UP),
+            "sa_norm": to(_BEFORE_ATTENTION),
+            "mlp_norm": to(_BEFORE_MLP),
         },
     )
 
@@ -170,15 +74,15 @@ TORCHTITAN = Family(
             _LLAMA_BLOCK,
             _outside("tok_embeddings", "norm", "output"),
             {
-                "attention.wq": _to(_Q, _pairs_of_queries),
-                "attention.wk": _to(_K, _pairs_of_keys),
-                "attention.wv": _to(_V),
-                "attention.wo": _to(_O),
-                "feed_forward.w1": _to(_GATE),
-                "feed_forward.w2": _to(_DOWN),
-                "feed_forward.w3": _to(_UP),
-                "attention_norm": _to(_BEFORE_ATTENTION),
-                "ffn_norm": _to(_BEFORE_MLP),
+                "attention.wq": to(_Q, pairs_of_queries),
+                "attention.wk": to(_K, pairs_of_keys),
+                "attention.wv": to(_V),
+                "attention.wo": to(_O),
+                "feed_forward.w1": to(_GATE),
+                "feed_forward.w2": to(_DOWN),
+                "feed_forward.w3": to(_UP),
+                "attention_norm": to(_BEFORE_ATTENTION),
+                "ffn_norm": to(_BEFORE_MLP),
             },
         )
     },
@@ -190,18 +94,18 @@ def _litgpt() -> Scheme:
     return Scheme(
         _LLAMA_BLOCK,
         {
-            "lm_head": _to(_HEAD, _vocabulary),
-            "transformer.wte": _to(_EMBEDDING, _vocabulary),
-            "transformer.ln_f": _to(_NORM),
+            "lm_head": to(_HEAD, vocabulary_rows),
+            "transformer.wte": to(_EMBEDDING, vocabulary_rows),
+            "transformer.ln_f": to(_NORM),
         },
         {
-            "norm_1": _to(_BEFORE_ATTENTION),
+            "norm_1": to(_BEFORE_ATTENTION),
             "attn.qkv": _FUSED_QKV,
-            "attn.proj": _to(_O),
-            "norm_2": _to(_BEFORE_MLP),
-            "mlp.fc_1": _to(_GATE),
-            "mlp.fc_2": _to(_UP),
-            "mlp.proj": _to(_DOWN),
+            "attn.proj": to(_O),
+            "norm_2": to(_BEFORE_MLP),
+            "mlp.fc_1": to(_GATE),
+            "mlp.fc_2": to(_UP),
+            "mlp.proj": to(_DOWN),
         },
     )
 
@@ -219,17 +123,17 @@ def _olmo_core(attention_norm: str, mlp_norm: str) -> Scheme:
         _LLAMA_BLOCK,
         _outside("embeddings", "lm_head.norm", "lm_head.w_out"),
         {
-            "attention.w_q": _to(_Q),
-            "attention.w_k": _to(_K),
-            "attention.w_v": _to(_V),
-            "attention.w_out": _to(_O),
-            "attention.q_norm": _to("self_attn.q_norm"),
-            "attention.k_norm": _to("self_attn.k_norm"),
-            "attention_norm": _to(attention_norm),
-            "feed_forward.w1": _to(_GATE),
-            "feed_forward.w2": _to(_DOWN),
-            "feed_forward.w3": _to(_UP),
-            "feed_forward_norm": _to(mlp_norm),
+            "attention.w_q": to(_Q),
+            "attention.w_k": to(_K),
+            "attention.w_v": to(_V),
+            "attention.w_out": to(_O),
+            "attention.q_norm": to("self_attn.q_norm"),
+            "attention.k_norm": to("self_attn.k_norm"),
+            "attention_norm": to(attention_norm),
+            "feed_forward.w1": to(_GATE),
+            "feed_forward.w2": to(_DOWN),
+            "feed_forward.w3": to(_UP),
+            "feed_forward_norm": to(mlp_norm),
         },
     )
 
@@ -251,7 +155,7 @@ def _olmo(norms: Table) -> Scheme:
     return Scheme(
         _LLAMA_BLOCK,
         _outside("transformer.wte", "transformer.ln_f", "transformer.ff_out"),
-        {"att_proj": _FUSED_QKV, "attn_out": _to(_O), "ff_proj": _UP_GATE, "ff_out": _to(_DOWN), **norms},
+        {"att_proj": _FUSED_QKV, "attn_out": to(_O), "ff_proj": _UP_GATE, "ff_out": to(_DOWN), **norms},
     )
 
 
@@ -263,10 +167,10 @@ OLMO = Family(
         "olmo": _olmo({}),
         "olmo2": _olmo(
             {
-                "q_norm": _to("self_attn.q_norm"),
-                "k_norm": _to("self_attn.k_norm"),
-                "attn_norm": _to(_REORDERED[0]),
-                "ff_norm": _to(_REORDERED[1]),
+                "q_norm": to("self_attn.q_norm"),
+                "k_norm": to("self_attn.k_norm"),
+                "attn_norm": to(_REORDERED[0]),
+                "ff_norm": to(_REORDERED[1]),
             }
         ),
     },
@@ -276,9 +180,9 @@ OLMO = Family(
 def _nanotron(rotary: bool) -> Scheme:
     """Return nanotron's scheme; ``rope_interleaved`` in its config tells whether rotary rows are in pairs."""
     fused = (
-        Target(_Q, (_queries, *[_pairs_of_queries] * rotary)),
-        Target(_K, (_keys, *[_pairs_of_keys] * rotary)),
-        Target(_V, (_values,)),
+        Target(_Q, (query_rows, *[pairs_of_queries] * rotary)),
+        Target(_K, (key_rows, *[pairs_of_keys] * rotary)),
+        Target(_V, (value_rows,)),
     )
     return Scheme(
         _LLAMA_BLOCK,
@@ -289,11 +193,11 @@ def _nanotron(rotary: bool) -> Scheme:
         ),
         {
             "attn.qkv_proj": fused,
-            "attn.o_proj": _to(_O),
+            "attn.o_proj": to(_O),
             "mlp.gate_up_proj": _GATE_UP,
-            "mlp.down_proj": _to(_DOWN),
-            "input_layernorm": _to(_BEFORE_ATTENTION),
-            "post_attention_layernorm": _to(_BEFORE_MLP),
+            "mlp.down_proj": to(_DOWN),
+            "input_layernorm": to(_BEFORE_ATTENTION),
+            "post_attention_layernorm": to(_BEFORE_MLP),
         },
     )
 
@@ -318,20 +222,20 @@ MEGATRON = Family(
         ("llama", "mistral", "qwen2"),
         Scheme(
             _LLAMA_BLOCK,
-            _outside("embedding.word_embeddings", "decoder.final_layernorm", "output_layer", _vocabulary),
+            _outside("embedding.word_embeddings", "decoder.final_layernorm", "output_layer", vocabulary_rows),
             {
-                "self_attention.linear_qkv.layer_norm": _to(_BEFORE_ATTENTION),
+                "self_attention.linear_qkv.layer_norm": to(_BEFORE_ATTENTION),
                 "self_attention.linear_qkv": (
-                    Target(_Q, (_group("q"),)),
-                    Target(_K, (_group("k"),)),
-                    Target(_V, (_group("v"),)),
+                    Target(_Q, (rows_of_groups("q"),)),
+                    Target(_K, (rows_of_groups("k"),)),
+                    Target(_V, (rows_of_groups("v"),)),
                 ),
-                "self_attention.linear_proj": _to(_O),
-                "mlp.linear_fc1.layer_norm": _to(_BEFORE_MLP),
+                "self_attention.linear_proj": to(_O),
+                "mlp.linear_fc1.layer_norm": to(_BEFORE_MLP),
                 "mlp.linear_fc1": _GATE_UP,
-                "mlp.linear_fc2": _to(_DOWN),
-                "input_layernorm": _to(_BEFORE_ATTENTION),
-                "pre_mlp_layernorm": _to(_BEFORE_MLP),
+                "mlp.linear_fc2": to(_DOWN),
+                "input_layernorm": to(_BEFORE_ATTENTION),
+                "pre_mlp_layernorm": to(_BEFORE_MLP),
             },
         ),
     ),
@@ -346,19 +250,19 @@ NEOX = Family(
         "gpt_neox": Scheme(
             "gpt_neox.layers.{}.",
             {
-                "word_embeddings": _to("gpt_neox.embed_in"),
-                "norm": _to("gpt_neox.final_layer_norm"),
-                "final_linear": _to("embed_out"),
+                "word_embeddings": to("gpt_neox.embed_in"),
+                "norm": to("gpt_neox.final_layer_norm"),
+                "final_linear": to("embed_out"),
             },
             {
-                "input_layernorm": _to("input_layernorm"),
-                "post_attention_layernorm": _to("post_attention_layernorm"),
-                "attention.query_key_value": _to("attention.query_key_value"),
-                "attention.dense": _to("attention.dense"),
-                "mlp.dense_h_to_4h": _to("mlp.dense_h_to_4h"),
-                "mlp.dense_4h_to_h": _to("mlp.dense_4h_to_h"),
-                "mlp.linear1": _to("mlp.dense_h_to_4h"),
-                "mlp.linear2": _to("mlp.dense_4h_to_h"),
+                "input_layernorm": to("input_layernorm"),
+                "post_attention_layernorm": to("post_attention_layernorm"),
+                "attention.query_key_value": to("attention.query_key_value"),
+                "attention.dense": to("attention.dense"),
+                "mlp.dense_h_to_4h": to("mlp.dense_h_to_4h"),
+                "mlp.dense_4h_to_h": to("mlp.dense_4h_to_h"),
+                "mlp.linear1": to("mlp.dense_h_to_4h"),
+                "mlp.linear2": to("mlp.dense_4h_to_h"),
             },
             since={"embed_out.weight": "lm_head.weight"},
         )
@@ -383,11 +287,11 @@ BLOOM = Family(
         "bloom": Scheme(
             "transformer.h.{}.",
             {
-                "word_embeddings": _to("transformer.word_embeddings", _vocabulary),
-                "word_embeddings.norm": _to("transformer.word_embeddings_layernorm"),
-                "final": _to("transformer.ln_f"),
+                "word_embeddings": to("transformer.word_embeddings", vocabulary_rows),
+                "word_embeddings.norm": to("transformer.word_embeddings_layernorm"),
+                "final": to("transformer.ln_f"),
             },
-            {part: _to(part) for part in _BLOOM_PARTS},
+            {part: to(part) for part in _BLOOM_PARTS},
         )
     },
     first=3,
@@ -406,14 +310,14 @@ NANOGPT = Family(
         "gpt2": Scheme(
             "transformer.h.{}.",
             {
-                "transformer.wte": _to("transformer.wte", _vocabulary),
-                "transformer.wpe": _to("transformer.wpe"),
-                "transformer.ln_f": _to("transformer.ln_f"),
-                "lm_head": _to("lm_head", _vocabulary),
+                "transformer.wte": to("transformer.wte", vocabulary_rows),
+                "transformer.wpe": to("transformer.wpe"),
+                "transformer.ln_f": to("transformer.ln_f"),
+                "lm_head": to("lm_head", vocabulary_rows),
             },
             {
-                **{part: _to(part) for part in ("ln_1", "ln_2")},
-                **{part: _to(part, _transposed) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
+                **{part: to(part) for part in ("ln_1", "ln_2")},
+                **{part: to(part, turned) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
             },
         )
     },

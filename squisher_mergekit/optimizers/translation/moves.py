@@ -33,7 +33,7 @@ class Dimensions:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowRange:
     """Move that keeps a range of rows.
 
     Attributes:
@@ -171,14 +171,14 @@ def moved(source: MaybeLazy, moves: Sequence[Move], last: list[Any]) -> MaybeLaz
         RuntimeError: A move does not fit the shape.
 
     Example:
-        >>> moved(torch.arange(12).reshape(6, 2), [Rows(1, 3)], [])
+        >>> moved(torch.arange(12).reshape(6, 2), [RowRange(1, 3)], [])
         tensor([[2, 3],
                 [4, 5]])
     """
     rest = list(moves)
-    while rest and isinstance(rest[0], Rows | Part) and isinstance(source, Tensor):
+    while rest and isinstance(rest[0], RowRange | Part) and isinstance(source, Tensor):
         source = rest.pop(0)(source)
-    while rest and isinstance(rest[0], Rows) and isinstance(source, Slices):
+    while rest and isinstance(rest[0], RowRange) and isinstance(source, Slices):
         source = _narrowed(source, rest.pop(0))  # type: ignore[arg-type]
     if not rest:
         return source
@@ -188,7 +188,7 @@ def moved(source: MaybeLazy, moves: Sequence[Move], last: list[Any]) -> MaybeLaz
     return Moved(source, tuple(rest), outline.shape, last)
 
 
-def _narrowed(source: Slices, rows: Rows) -> Slices:
+def _narrowed(source: Slices, rows: RowRange) -> Slices:
     """Return a range of rows of a tensor that is made of slices of flat buffers."""
     outline = rows(torch.empty(source.shape, device="meta"))
     width = outline.shape[1:].numel()

@@ -14,8 +14,9 @@ from squisher_mergekit.optimizers.assign_names import assign
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
-from squisher_mergekit.optimizers.translation.families import FAMILIES, REORDERED_NORMS, Family, Scheme
+from squisher_mergekit.optimizers.translation.families import FAMILIES, REORDERED_NORMS
 from squisher_mergekit.optimizers.translation.moves import Dimensions, Move, Part, moved
+from squisher_mergekit.optimizers.translation.schemes import Family, Scheme
 from squisher_mergekit.tensors.lazy import MaybeLazy, Slices
 
 LOG = logging.getLogger("squisher_mergekit")

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from squisher_mergekit.optimizers.translation.moves import Moved, Part, Rows, halves_of_pairs, moved
+from squisher_mergekit.optimizers.translation.moves import Moved, Part, RowRange, halves_of_pairs, moved
 from squisher_mergekit.tensors.lazy import Slices, in_memory, read
 
 
@@ -42,7 +42,7 @@ class Pieces:
 def test_rows_of_a_mapped_tensor_are_a_view():
     """No entry is copied before the tensor is asked for."""
     tensor = torch.arange(24.0).reshape(6, 4)
-    view = moved(tensor, [Rows(2, 5)], [])
+    view = moved(tensor, [RowRange(2, 5)], [])
     assert isinstance(view, torch.Tensor)
     assert view.data_ptr() == tensor[2].data_ptr()
 
@@ -53,7 +53,7 @@ def test_rows_of_slices_take_the_slices_that_hold_them(cuts, rows):
     """A tensor cut from the buffers of several ranks is narrowed without joining it."""
     flat = torch.arange(24.0)
     slices = tuple((flat[a:b], 0, b - a) for a, b in pairwise(cuts))
-    narrowed = moved(Slices(slices, torch.Size([6, 4])), [Rows(*rows)], [])
+    narrowed = moved(Slices(slices, torch.Size([6, 4])), [RowRange(*rows)], [])
     assert isinstance(narrowed, Slices)
     assert torch.equal(narrowed.read(), flat.reshape(6, 4)[rows[0] : rows[1]])
 
@@ -63,7 +63,7 @@ def test_a_source_in_pieces_is_read_once_for_all_its_parts(copied):
     """All layers of a stacked tensor, and all parts of a fused one, come from one read."""
     last, count = [], []
     stacked = Pieces(torch.rand(3, 8, 4), "a", count)
-    parts = [moved(stacked, [Part(k), Rows(*rows)], last) for k in range(3) for rows in ((0, 5), (5, 8))]
+    parts = [moved(stacked, [Part(k), RowRange(*rows)], last) for k in range(3) for rows in ((0, 5), (5, 8))]
     for k, part in enumerate(parts):
         got = read(in_memory(part, copied))
         assert torch.equal(got, stacked.value[k // 2, 0:5] if k % 2 == 0 else stacked.value[k // 2, 5:8])
@@ -76,7 +76,7 @@ def test_a_source_in_pieces_is_read_once_for_all_its_parts(copied):
 def test_rows_that_a_tensor_lacks_are_refused():
     """A range behind the last row is an error, not a shorter tensor."""
     with pytest.raises(ValueError, match="at least 7 rows"):
-        moved(torch.ones(6, 2), [Rows(4, 7)], [])
+        moved(torch.ones(6, 2), [RowRange(4, 7)], [])
 
 
 @pytest.mark.parametrize(("heads", "width", "rest"), [(3, 4, (5,)), (1, 6, ()), (2, 2, (3,))])
