@@ -243,6 +243,26 @@ def to_nanogpt(world, tensors, padding=7):
     return padded(own, padding, "transformer.wte.weight")
 
 
+def to_bloom(world, tensors, padding=2):
+    """Return Megatron-DeepSpeed's names, which number the layers of a pipeline."""
+    own = {}
+    for name, tensor in tensors.items():
+        parts = name.removeprefix("transformer.").split(".")
+        if parts[0] == "h":
+            name = ".".join([str(int(parts[1]) + 3), *parts[2:]])
+        elif parts[0] == "word_embeddings":
+            name, tensor = (
+                "tied_modules.embed.word_embeddings.weight",
+                torch.cat([tensor, torch.rand(padding, tensor.shape[1])]),
+            )
+        elif parts[0] == "word_embeddings_layernorm":
+            name = f"tied_modules.embed.word_embeddings.norm.{parts[1]}"
+        else:
+            name = f"{world.layers + 4}.{parts[1]}"
+        own[name] = tensor
+    return own
+
+
 def adam(own, steps=30, numbered=False, groups=None, betas=(0.9, 0.97)):
     """Return a state of AdamW with these second moments, under names or numbers.
 

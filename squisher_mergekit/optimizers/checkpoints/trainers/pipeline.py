@@ -16,6 +16,7 @@ from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.lazy import MaybeLazy, concatenated
 
+_TIED = "tied_modules."
 LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _ACROSS_ROWS = re.compile(
     r".*\b(?:query_key_value|dense_h_to_4h|linear1)\.(?:weight|bias)|.*\b(?:word_embeddings|final_linear)\.weight"
@@ -33,12 +34,13 @@ def layer_weights(folder: Path, model_rank: int, checksums: Checksums) -> dict[s
 
     Args:
         folder: The step's folder.
-        model_rank: Rank of tensor parallelism.
+        model_rank: Rank of the model: those of tensor parallelism, stage by stage of the pipeline.
         checksums: Verifier of the files.
 
     Raises:
         CorruptFileError: A file holds no mapping of tensors.
     """
+    model_rank %= tensor_ranks(folder) or 1
     weights: dict[str, Tensor] = {}
     for file in sorted(folder.iterdir()):
         match = LAYER.fullmatch(file.name)
@@ -50,14 +52,20 @@ def layer_weights(folder: Path, model_rank: int, checksums: Checksums) -> dict[s
         tensors = {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
         weights |= {f"{int(match[1])}.{name}": tensor for name, tensor in tensors.items()}
         if int(match[1]) == 0:
-            weights |= {f"tied_modules.embed.{name}": tensor for name, tensor in tensors.items()}
+            weights |= {f"{_TIED}embed.{name}": tensor for name, tensor in tensors.items()}
     return weights
+
+
+def tensor_ranks(folder: Path) -> int:
+    """Return the number of ranks of tensor parallelism by the files of the layers; 0 without such files."""
+    matches = (LAYER.fullmatch(path.name) for path in folder.iterdir())
+    return max((int(match[2] or 0) + 1 for match in matches if match), default=0)
 
 
 def joined(ranks: Sequence[Mapping[str, Mapping[str, Any]]], folder: Path) -> dict[str, dict[str, Any]]:
     """Join the states of all ranks of the model: name -> key -> tensor.
 
-    A parameter that one rank alone has is of a stage of a pipeline.
+    A parameter that one rank alone has is of a stage of a pipeline; tied embeddings are in the first and the last.
 
     Args:
         ranks: The state of each rank.
@@ -70,6 +78,8 @@ def joined(ranks: Sequence[Mapping[str, Mapping[str, Any]]], folder: Path) -> di
     state: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank):
         entries = [rank[name] for rank in ranks if name in rank]
+        if name.startswith(_TIED):  # the last stage of a pipeline has a copy
+            entries = entries[: tensor_ranks(folder) or len(entries)]
         if len(entries) == 1:
             state[name] = dict(entries[0])
         else:
