@@ -113,7 +113,12 @@ def _files(folder: Path) -> list[_RankFile]:
 def _named(loaded: Any, path: Path) -> Mapping[str, Any]:
     """Return the content of a file, which must be a state with ``names``."""
     names = loaded.get("names") if isinstance(loaded, Mapping) else None
-    if not is_state(loaded) or not isinstance(names, Mapping) or not set(loaded["state"]) <= set(names):
+    if (
+        not isinstance(loaded, Mapping)
+        or not is_state(loaded)
+        or not isinstance(names, Mapping)
+        or not set(loaded["state"]) <= set(names)
+    ):
         raise CorruptFileError(
             f"{path} must hold an optimizer's state_dict with the names of its parameters; copy it again"
         )
