@@ -18,7 +18,6 @@ from squisher_mergekit.optimizers.ivon import cut, is_flat, split
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
 from squisher_mergekit.tensors.safetensors import check_shape
 
-_ATTRIBUTE = "model."
 NamedSlots = dict[str, OptimizerSlot]
 
 
@@ -166,11 +165,7 @@ def _without_wrappers(names: Sequence[str], model: CheckpointNames | None, folde
     """Strip the prefixes of torch.compile, DDP and FSDP from names that the model and the weights do not have."""
     known = {*(model.first if model is not None else ()), *folders.weights.infos}
     if known or all(name.startswith(DDP) for name in names):
-        bare = [name if name in known else unwrapped(name) for name in names]
-        inner = [name.removeprefix(_ATTRIBUTE) for name in bare]
-        # Composer keeps the model in an attribute.
-        nested = not any(name in known for name in bare) and all(name in known for name in inner)
-        return inner if nested else bare
+        return [name if name in known else unwrapped(name) for name in names]
     # A module of the user's can have DDP's name, so that some names alone begin with it.
     return [DDP * name.startswith(DDP) + unwrapped(name) for name in names]
 

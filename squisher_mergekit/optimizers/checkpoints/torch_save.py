@@ -32,6 +32,7 @@ _OTHERS = re.compile(
 )
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # timm writes last.pth.tar
 _LIGHTNING = "pytorch-lightning_version"
+_ATTRIBUTE = "model."
 _MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
 
 
@@ -108,8 +109,10 @@ def content(
         )
     model = None if is_state(loaded) else find_model(loaded)
     layout = None
-    if isinstance(loaded, Mapping) and _LIGHTNING in loaded:
-        layout, model = "lightning", None if model is None else _without_attribute(model)
+    if _is_composer(loaded):
+        layout, states = "composer", [_without_prefix(state) for state in states]
+    if isinstance(loaded, Mapping) and (_LIGHTNING in loaded or _is_composer(loaded)):
+        layout, model = layout or "lightning", None if model is None else _without_attribute(model)
     return RawState(file, tuple(states), model, layout, verify=verify, own=_own_names(loaded, states))
 
 
@@ -170,13 +173,27 @@ def _members(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else []
 
 
+def _is_composer(loaded: Any) -> bool:
+    """Return True for a file of Composer, which holds the model and the optimizers under ``state``."""
+    inner = loaded.get("state") if isinstance(loaded, Mapping) else None
+    return isinstance(inner, Mapping) and isinstance(inner.get("optimizers"), Mapping)
+
+
+def _without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Strip the attribute in which Composer's wrapper keeps a model, if all names have it."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    if not all(isinstance(name, str) and name.startswith(_ATTRIBUTE) for name in names):
+        return state
+    groups = [{**g, "params": [n.removeprefix(_ATTRIBUTE) for n in g["params"]]} for g in state["param_groups"]]
+    entries = {str(name).removeprefix(_ATTRIBUTE): entry for name, entry in state["state"].items()}
+    return {**state, "state": entries, "param_groups": groups}
+
+
 def find_model(loaded: Any) -> Mapping[str, Tensor] | None:
     """Return the model saved with the optimizer; None where there is none, or several that cannot be distinguished."""
     if not isinstance(loaded, Mapping):
         return None
-    inner = loaded.get("state")
-    if isinstance(inner, Mapping) and "optimizers" in inner:  # Composer's
-        loaded = inner
+    loaded = loaded["state"] if _is_composer(loaded) else loaded
     found = {
         key: value
         for key, value in loaded.items()
