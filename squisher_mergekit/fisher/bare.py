@@ -58,10 +58,14 @@ def is_bare(file: Path) -> bool:
     return file.suffix == ".safetensors" and not _OTHERS.fullmatch(_basename(file))
 
 
-def find_bare(folder: Path) -> list[Path]:
+def find_bare(folder: Path, usual: bool = False) -> list[Path]:
     """Return the files of second moments in a folder, ``exp_avg_sq.safetensors`` or its shards; empty if it has none.
 
     A file of any other name, or its shards, is accepted where the folder holds nothing else, but perhaps a README.
+
+    Args:
+        folder: The folder.
+        usual: Accept no other name than the usual one.
 
     Raises:
         NotFoundError: The folder has several such files.
@@ -70,10 +74,10 @@ def find_bare(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     names = sorted({_basename(file) for file in folder.glob("*.safetensors*") if is_bare(_without_index(file))})
-    usual = [name for name in names if _USUAL in name]
+    named = [name for name in names if _USUAL in name]
     others = [path for path in folder.iterdir() if path.name[:1] != "." and not _README.fullmatch(path.name)]
     alone = all(is_bare(_without_index(path)) for path in others)
-    chosen = usual or (names if alone else [])
+    chosen = named or (names if alone and not usual else [])
     if len(chosen) > 1:
         raise NotFoundError(
             f"{folder} must hold the second moments of one model, found {', '.join(chosen)}; give the file to read"

@@ -230,7 +230,7 @@ def find_source(weights: Weights) -> Path | None:
 
 def _has_source(folder: Path) -> bool:
     """Return True if a folder holds a portable Fisher, ``exp_avg_sq.safetensors``, or an optimizer's state."""
-    return has_fisher(folder) or find_state(folder) is not None or bool(find_bare(folder))
+    return has_fisher(folder) or find_state(folder) is not None or bool(find_bare(folder, usual=True))
 
 
 def _equal_checkpoints(run: Path, weights: Weights) -> Iterator[Path]:

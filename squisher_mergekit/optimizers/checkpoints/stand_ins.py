@@ -8,6 +8,7 @@ training state needs them.
 import re
 import sys
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -195,3 +196,27 @@ def container(error: str) -> tuple[str, tuple[type, str]] | None:
     if found is None:
         return None
     return found[2], inert(found[2], _ReplacedMapping if found[1] == "SETITEM" else _ReplacedSequence)
+
+
+def replaced_in(value: Any) -> str | None:
+    """Return the class of an object that was replaced, in nested containers and stand-ins; None if there is none.
+
+    Example:
+        >>> replaced_in({"step": 3, "projector": [inert("library.Projector")[0]()]})
+        'library.Projector'
+    """
+    todo, seen = [value], set()
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, ReplacedObject):
+            return type(item).__name__
+        if isinstance(item, Mapping):
+            todo += item.values()
+        elif isinstance(item, list | tuple | set):
+            todo += item
+        elif isinstance(item, StandIn):
+            todo += [vars(item)]
+    return None

@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 
+from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import UnsafeFileError
 from squisher_mergekit.optimizers.checkpoints.safe_pickle import load
 from squisher_mergekit.optimizers.checkpoints.stand_ins import StandIn, is_data
@@ -109,3 +110,13 @@ def test_a_stand_in_keeps_the_saved_attributes(tmp_path):
 def test_callables_of_python_are_no_data(name):
     """Every module of Python that can act is on the side of the refused ones."""
     assert not is_data(name)
+
+
+@pytest.mark.parametrize("place", ["state", "nested"])
+def test_an_object_in_the_state_of_a_parameter_is_refused(place, tmp_path):
+    """Where a tensor or a number is needed, an object of another library is named and not passed over."""
+    extra = argparse.Namespace(a=1) if place == "state" else {"x": [argparse.Namespace(a=1)]}
+    entry = {**STATE["state"][0], "exp_avg": torch.rand(5, 3), "projector": extra}
+    torch.save({**STATE, "state": {0: entry}}, tmp_path / "optimizer.pt")
+    with pytest.raises(UnsafeFileError, match=r"parameter 0\).*asks for argparse\.Namespace; nothing of it was run"):
+        load_fisher(tmp_path / "optimizer.pt", names=["w"])
