@@ -18,6 +18,7 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
+from squisher_mergekit.optimizers.checkpoints.torch_save import without_prefix
 from squisher_mergekit.optimizers.checkpoints.trainers import megatron, olmo_core
 
 INDEX = ".metadata"
@@ -123,7 +124,8 @@ def _states(folder: Path, verify: bool) -> Iterator[Mapping[str, Any]]:
         return
     prefixes = {key[: key.index(_GROUPS)] for key in entries if _GROUPS in key}
     for prefix in sorted(prefix for prefix in prefixes if not prefix or prefix.endswith(".")):
-        yield _state(prefix, entries, index)
+        state = _state(prefix, entries, index)
+        yield without_prefix(state) if ".optimizers." in prefix else state  # Composer's
 
 
 def _entries(metadata: Any, folder: Path, verify: bool) -> Iterator[tuple[str, Any]]:

@@ -9,9 +9,9 @@ from squisher_mergekit.errors import CorruptFileError, MismatchError
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
 from squisher_mergekit.models.weights import Weights
 
-# checkpoint-500, step-500, global_step500, epoch_3, step500-unsharded
+# checkpoint-500, step-500, global_step500, epoch_3, step500-unsharded, ep1-ba500
 STEP = re.compile(
-    r"(?:[\w.-]*[_-])?(?:checkpoint|step|global_?step|epoch|iter|ckpt)[_-]?(\d+)(?:[_-](?:universal|unsharded))?"
+    r"(?:[\w.-]*[_-])?(?:checkpoint|step|global_?step|epoch|iter|ckpt|ba)[_-]?(\d+)(?:[_-](?:universal|unsharded))?"
 )
 
 

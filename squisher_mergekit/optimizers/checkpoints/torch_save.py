@@ -110,7 +110,7 @@ def content(
     model = None if is_state(loaded) else find_model(loaded)
     layout = None
     if _is_composer(loaded):
-        layout, states = "composer", [_without_prefix(state) for state in states]
+        layout, states = "composer", [without_prefix(state) for state in states]
     if isinstance(loaded, Mapping) and (_LIGHTNING in loaded or _is_composer(loaded)):
         layout, model = layout or "lightning", None if model is None else _without_attribute(model)
     return RawState(file, tuple(states), model, layout, verify=verify, own=_own_names(loaded, states))
@@ -179,7 +179,7 @@ def _is_composer(loaded: Any) -> bool:
     return isinstance(inner, Mapping) and isinstance(inner.get("optimizers"), Mapping)
 
 
-def _without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Strip the attribute in which Composer's wrapper keeps a model, if all names have it."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     if not all(isinstance(name, str) and name.startswith(_ATTRIBUTE) for name in names):

@@ -6,7 +6,18 @@ import torch
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import MismatchError, NamingError
 from squisher_mergekit.optimizers.translation.translate import dimensions_of, family_of
-from tests.other_trainers import SHAPES, World, adam, assert_moments, to_litgpt, to_nanogpt, to_olmo_core, to_torchtune
+from tests.other_trainers import (
+    SHAPES,
+    World,
+    adam,
+    assert_moments,
+    save_distributed,
+    to_litgpt,
+    to_nanogpt,
+    to_olmo_core,
+    to_torchtitan,
+    to_torchtune,
+)
 
 GPT2 = [{"n_embd": 24, "n_head": 3, "n_positions": 16, "vocab_size": 31},
         {"n_embd": 16, "n_head": 4, "n_positions": 8, "vocab_size": 9, "n_inner": 16}]  # fmt: skip
@@ -78,6 +89,26 @@ def test_composer_keeps_the_model_in_an_attribute(tmp_path):
     state = {"model": model, "optimizers": {"DecoupledAdamW": adam(own)}, "timestamp": {"Timestamp": {"batch": 30}}}
     torch.save({"state": state, "rng": []}, tmp_path / "ep1-ba30-rank0.pt")
     assert_moments(load_fisher(tmp_path / "ep1-ba30-rank0.pt", world.folder), world.moments)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_sharded_checkpoints_of_composer_have_the_attribute_as_well(shape, tmp_path):
+    """The optimizer is below its class in the distributed checkpoint; the run and the step are accepted."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **shape)
+    state = adam({f"model.{name}": tensor for name, tensor in world.moments.items()})
+    save_distributed({"state": {"optimizers": {"DecoupledAdamW": state}}}, tmp_path / "run" / "ep1-ba30")
+    for source in ("run", "run/ep1-ba30"):
+        assert_moments(load_fisher(tmp_path / source, world.folder), world.moments)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_distributed_checkpoints_of_torchtitan_are_translated(shape, tmp_path):
+    """The run and the step are accepted."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **shape)
+    state = adam(to_torchtitan(world, world.moments))
+    save_distributed({"model": to_torchtitan(world, world.weights), "optimizer": state}, tmp_path / "run" / "step-30")
+    for source in ("run", "run/step-30"):
+        assert_moments(load_fisher(tmp_path / source, world.folder), world.moments)
 
 
 def test_a_parameter_that_was_never_stepped_has_no_parts(tmp_path):
