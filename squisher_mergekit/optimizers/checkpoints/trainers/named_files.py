@@ -54,4 +54,13 @@ def read(file: Path, verify: bool) -> RawState:
     loaded = safe_pickle.load(file, checksums)
     raw = torch_save.content(loaded, file, (), checksums.verify)
     beside = _epoch(loaded, file) if isinstance(loaded, Mapping) and "epochs_run" in loaded else ()
-    return replace(raw, layout=_LAYOUTS.get(file.name), beside=beside)
+    return replace(raw, layout=_layout(raw, file), beside=beside)
+
+
+def _layout(raw: RawState, file: Path) -> str | None:
+    """Return the name of the layout; None for a name that others use as well, without a sign of the trainer."""
+    if file.name == "ckpt.pt" and raw.own is None:
+        return None
+    if file.name == "optim.pt" and not any((file.parent / name).is_file() for name in ("config.yaml", "train.pt")):
+        return None
+    return _LAYOUTS.get(file.name)
