@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif "info" in parts and parts[-1] == "batch":
             self._batch(json.loads(body))
         elif parts[0] == "cdn":
-            self._bytes(self.hub.repositories[f"{parts[1]}/{parts[2]}"].commits[parts[3]][parts[4]], {})
+            self._bytes(self.hub.repositories[f"{parts[1]}/{parts[2]}"].commits[parts[3]]["/".join(parts[4:])], {})
         elif "resolve" in parts:
             self._resolve("/".join(parts[:2]), parts[3:])
         else:

@@ -24,6 +24,12 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @naming_options
 @click.option("--examples-per-step", type=_POSITIVE, help="Examples behind one optimizer step, for the metadata.")
 @click.option("--tokens-per-step", type=_POSITIVE, help="Tokens behind one optimizer step, for the metadata.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps, where CHECKPOINT does not record them.")
+@click.option(
+    "--beta2",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    help="Decay of the second moments, where CHECKPOINT does not record it.",
+)
 @dtype_option
 @choice_option(
     "--compress",
@@ -44,6 +50,8 @@ def command(
     names: Path | None,
     examples_per_step: float | None,
     tokens_per_step: float | None,
+    steps: int | None,
+    beta2: float | None,
     dtype: str,
     compress: str | None,
     lift: bool,
@@ -53,11 +61,12 @@ def command(
 ) -> None:
     """Convert the optimizer state of CHECKPOINT to a Fisher with the names of the weights.
 
-    CHECKPOINT is a checkpoint of a Hugging Face Trainer, accelerate, FSDP, DeepSpeed, Lightning or torch.distributed
-    (or the folder of a run, for its last checkpoint), a file with an optimizer's state_dict, or a Hub id
-    org/name[@revision]. The command runs no code from a checkpoint. It writes nothing if the parameter of a tensor is
-    not certain. A list names the parameters without a second moment (frozen, unused, tied); the Fisher covers the
-    others.
+    CHECKPOINT is a checkpoint of a Hugging Face Trainer, accelerate, FSDP, DeepSpeed, Lightning, torch.distributed or
+    another trainer that optimizers/README.md lists (or the folder of a run, for its last checkpoint), a file with an
+    optimizer's state_dict, a safetensors file of second moments, a Hub id org/name[@revision], or one file there,
+    org/name[@revision]:path.safetensors. The command runs no code from a checkpoint. It writes nothing if the
+    parameter of a tensor is not certain. A list names the parameters without a second moment (frozen, unused, tied);
+    the Fisher covers the others.
 
     \b
     Example:
@@ -81,6 +90,8 @@ def command(
         compress,
         examples_per_step=examples_per_step,
         tokens_per_step=tokens_per_step,
+        steps=steps,
+        beta2=beta2,
         verify=not no_verify,
         progress=not quiet,
         lift=lift,

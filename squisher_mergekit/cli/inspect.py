@@ -13,6 +13,7 @@ from squisher_mergekit.cli.tables import shape_text, table
 
 if TYPE_CHECKING:
     from squisher_mergekit.fisher.summary import Summary, TensorSummary
+    from squisher_mergekit.tensors.safetensors import TensorInfo
 
 _HEAD = ("tensor", "shape", "min", "median", "max", "zeros")
 
@@ -20,6 +21,7 @@ _HEAD = ("tensor", "shape", "min", "median", "max", "zeros")
 @click.command("inspect", context_settings=HELP_OPTIONS)
 @click.argument("fisher")
 @naming_options
+@click.option("--headers", is_flag=True, help="Read no tensor: show metadata, coverage and shapes alone.")
 @plot_option("Write a histogram of log10 F for each kind of layer, as PNG.")
 @report_options
 def command(
@@ -27,6 +29,7 @@ def command(
     model: Path | None,
     base: Path | None,
     names: Path | None,
+    headers: bool,
     plot: Path | None,
     quiet: bool,
     json_file: Path | None,
@@ -34,13 +37,15 @@ def command(
     """Show the metadata, the coverage and a table of the tensors of FISHER.
 
     FISHER is a portable Fisher, or a source that `squisher extract` reads. The table names its scale: debiased, the
-    mean squared gradient of a step; or raw, if the metadata lack the steps or beta2.
+    mean squared gradient of a step; or raw, if the metadata lack the steps or beta2. Of a large optimizer state,
+    --headers shows format, steps, optimizer, coverage and sizes at once.
 
     \b
     Example:
         squisher inspect fishers/math --plot math.png
     """
     import json
+    import math
     from dataclasses import asdict
 
     from squisher_mergekit.cli.output import (
@@ -58,11 +63,22 @@ def command(
         from squisher_mergekit.cli.plots import histogram  # refuses before any work if matplotlib is missing
 
     opened = load_fisher(fisher, model, base, names)
-    summary = summarize(opened, progress_bar(opened, "Reading", quiet), known_scaling(opened))
+    if headers and plot is not None:
+        raise click.UsageError("--plot needs the entries of the tensors, which --headers leaves unread")
+    summary = None if headers else summarize(opened, progress_bar(opened, "Reading", quiet), known_scaling(opened))
     click.echo(fisher)
-    size = f"{len(opened)} tensors, {summary.entries:,} entries, {size_of(opened)}"
+    entries = sum(math.prod(opened.info(name).shape) for name in opened)
+    size = f"{len(opened)} tensors, {entries:,} entries, {size_of(opened)}"
     for line in config_lines(opened.config, size, factors_text(opened)):
         click.echo(line)
+    report = {"fisher": fisher, "config": json.loads(opened.config.to_json())}
+    if summary is None:
+        rows = {name: opened.info(name) for name in opened}
+        for line in table(("tensor", "shape", "dtype"), [(n, shape_text(i.shape), _dtype(i)) for n, i in rows.items()]):
+            click.echo(line)
+        shapes = {name: {"shape": list(info.shape), "bytes": info.nbytes} for name, info in rows.items()}
+        write_report(json_file, report | {"tensors": shapes})
+        return
     for line in lines(summary):
         click.echo(line)
     if plot is not None:
@@ -70,8 +86,7 @@ def command(
     keys = ("entries", "zeros", "minimum", "median", "maximum", "mean")
     over_all = {key: getattr(summary, key) for key in keys}
     tensors = {row.name: asdict(row) for row in summary.rows}
-    report = {"fisher": fisher, "config": json.loads(opened.config.to_json()), "scaling": summary.scaling}
-    write_report(json_file, report | {"over_all": over_all, "tensors": tensors})
+    write_report(json_file, report | {"scaling": summary.scaling, "over_all": over_all, "tensors": tensors})
 
 
 def lines(summary: Summary) -> Iterator[str]:
@@ -79,6 +94,10 @@ def lines(summary: Summary) -> Iterator[str]:
     rows = [(row.name, shape_text(row.shape), *_cells(row)) for row in summary.rows]
     yield f"entries at the {summary.scaling} scale:"
     yield from table(_HEAD, [*rows, ("over all", "", *_cells(summary))])
+
+
+def _dtype(info: TensorInfo) -> str:
+    return str(info.dtype).removeprefix("torch.")
 
 
 def _cells(row: Summary | TensorSummary) -> tuple[str, ...]:

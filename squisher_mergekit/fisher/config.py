@@ -14,6 +14,7 @@ from squisher_mergekit.tensors.input_files import read_json
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "fisher_config.json"
+AS_STORED = "second moments without metadata"  # layout of plain safetensors
 
 Estimator = Literal[
     "squisher", "empirical", "sampled", "exact", "predicted", "joint_empirical", "joint_sampled", "ema_empirical",
@@ -224,6 +225,13 @@ class FisherConfig(_Frozen):
         return self.from_optimizer or (self.estimator == "merged" and self.source.layout == "merge of squishers")
 
     @property
+    def as_stored(self) -> bool:
+        """True for second moments that were published without their steps or beta2: no scale but ``raw`` is known."""
+        return self.source.layout == AS_STORED and (
+            self.steps is None or not self.optimizer or self.optimizer.beta2 is None
+        )
+
+    @property
     def of_batches(self) -> bool:
         """True if the squared gradients are those of whole batches (a Squisher, or ``GradientSquares``)."""
         return self.estimator in (*_SQUISHERS, "ema_empirical")
@@ -284,7 +292,7 @@ class FisherConfig(_Frozen):
                     f"scaling debiased of a sum needs {missing}, which this Fisher does not record; use raw"
                 )
             return 1.0 / count
-        if self.bias_corrected:
+        if self.bias_corrected or self.as_stored:
             return 1.0
         steps, beta2 = self.steps_of(name), self.beta2_of(name)
         if not steps or beta2 is None:

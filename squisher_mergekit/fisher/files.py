@@ -8,6 +8,7 @@ from pathlib import Path
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, UnsupportedStateError, ValuesError
 from squisher_mergekit.fisher import compact
+from squisher_mergekit.fisher.bare import is_bare, read_bare
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.encoded import EncodedStore
 from squisher_mergekit.fisher.factors.mapping import read_factors, split_store
@@ -30,7 +31,8 @@ def read_fisher(source: Path, verify: bool = True) -> Fisher:
     """Open a portable Fisher.
 
     Args:
-        source: The folder, or the ``fisher.safetensors`` or index file in it.
+        source: The folder, the ``fisher.safetensors`` or index file in it, or a plain safetensors file of second
+            moments without ``fisher_config.json``.
         verify: Verify the digest of each tensor as it is read.
 
     Returns:
@@ -48,6 +50,8 @@ def read_fisher(source: Path, verify: bool = True) -> Fisher:
     files = [source] if single else safetensors_files(folder, BASENAME)
     if not files:
         raise NotFoundError(f"no {BASENAME}.safetensors in {folder}; make one with: squisher extract CHECKPOINT -o OUT")
+    if not (folder / CONFIG_NAME).is_file() and single and is_bare(source):
+        return read_bare(files, str(source), verify)
     if not (folder / CONFIG_NAME).is_file():
         raise NotFoundError(
             f"{CONFIG_NAME} must be in the folder of {files[0].name}, but {folder} has none; copy it as well"

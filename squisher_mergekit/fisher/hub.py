@@ -2,17 +2,17 @@
 
 import shutil
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from squisher_mergekit.errors import NotFoundError
+from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.fisher.config import CONFIG_NAME
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import BASENAME, check_free, has_fisher
 from squisher_mergekit.tensors.atomic import written_beside
-from squisher_mergekit.tensors.hub import download, parse_id
+from squisher_mergekit.tensors.hub import download, download_file, parse_file, parse_id
 
 PATTERNS = [f"{BASENAME}.safetensors", f"{BASENAME}-*.safetensors", f"{BASENAME}.safetensors.index.json", CONFIG_NAME]
 FISHER_REVISION = "fisher"
@@ -32,11 +32,12 @@ def download_fisher(source: str, cache_dir: str | None = None) -> Path:
     """Download the portable Fisher of a Hub id.
 
     Args:
-        source: ``org/name[@revision]``. Without a revision, the default one is searched first, then ``fisher``.
+        source: ``org/name[@revision]``. Without a revision, the default one is searched first, then ``fisher``. Or one
+            file of second moments, ``org/name[@revision]:path.safetensors``, which alone is downloaded.
         cache_dir: The cache; by default Hugging Face's own.
 
     Returns:
-        The local folder.
+        The local folder or file.
 
     Raises:
         NotFoundError: ``source`` is not a Hub id, cannot be reached, or has no portable Fisher.
@@ -51,11 +52,15 @@ def download_fisher(source: str, cache_dir: str | None = None) -> Path:
 
 
 def find_by_id(source: str, cache_dir: str | None = None) -> Path | str:
-    """Download the portable Fisher of a Hub id, or return the reason of the failure in words.
+    """Download the portable Fisher of a Hub id, or the file that it names, or return the reason why there is none.
 
     Raises:
-        NotFoundError: ``source`` is not a Hub id.
+        NotFoundError: ``source`` is not a Hub id, or names a file that cannot be downloaded.
     """
+    file = parse_file(source)
+    if file is not None:
+        # A portable Fisher is two files; of all others only the named one is downloaded.
+        return download_file(file, cache_dir, CONFIG_NAME if is_ours(PurePosixPath(file.path).name) else None)
     repo, revision = parse_id(source, "a Fisher must be a file, a folder")
     return find_fisher(repo, revision, cache_dir, also=() if revision else (FISHER_REVISION,))
 
@@ -90,19 +95,19 @@ def with_hub_location(fisher: Fisher, path: Path) -> Fisher:
 
     Args:
         fisher: An open Fisher.
-        path: The folder of its files.
+        path: The folder of its files, or the file.
 
     Returns:
         The Fisher with its new location; ``fisher`` itself if the folder is not such a snapshot.
     """
-    try:
-        kind, commit = path.parts[-3], path.parts[-1]
-    except IndexError:
+    parts = path.parts
+    number = max((k for k, part in enumerate(parts) if part == "snapshots"), default=0)
+    if not 0 < number < len(parts) - 1 or not parts[number - 1].startswith("models--"):
         return fisher
-    if path.parts[-2] != "snapshots" or not kind.startswith("models--"):
-        return fisher
-    repo = kind.removeprefix("models--").replace("--", "/", 1)
-    return Fisher(_Relocated(fisher, f"{repo}@{commit}"), fisher.config, fisher.aliases, fisher.factors)
+    repo = parts[number - 1].removeprefix("models--").replace("--", "/", 1)
+    inner = "/".join(parts[number + 2 :])
+    location = f"{repo}@{parts[number + 1]}" + (f":{inner}" if inner else "")
+    return Fisher(_Relocated(fisher, location), fisher.config, fisher.aliases, fisher.factors)
 
 
 class _Relocated:
@@ -129,12 +134,16 @@ def pull(source: str, out: Path) -> Fisher:
         The Fisher.
 
     Raises:
-        ConfigError: ``out`` is a file or already holds a Fisher.
+        ConfigError: ``out`` is a file or already holds a Fisher, or ``source`` names one file.
         NotFoundError: The repository has no Fisher, or ``out`` cannot be written.
         CorruptFileError: A file in the repository is truncated or damaged.
     """
     check_free(out)
     cached = download_fisher(source)
+    if cached.is_file():
+        raise ConfigError(
+            f"squisher pull takes org/name[@revision], found {source}; take squisher extract {source} -o {out}"
+        )
     try:
         with written_beside(out, "keep") as folder:
             for path in cached.iterdir():

@@ -101,6 +101,8 @@ def known_scaling(fisher: Fisher) -> Scaling:
         >>> known_scaling(Fisher({"w": torch.ones(3)}, FisherConfig(statistic="ema")))
         'raw'
     """
+    if fisher.config.as_stored:
+        return "raw"
     try:
         for name in fisher:
             fisher.factor(name, "debiased")

@@ -12,7 +12,6 @@ from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.values import has_signal
-from squisher_mergekit.fisher.write import has_fisher
 from squisher_mergekit.merging.lora.files import LoraFiles
 from squisher_mergekit.merging.lora.filled import ESTIMATORS, FilledFisher
 from squisher_mergekit.merging.parameters import SQUISHER
@@ -20,7 +19,7 @@ from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.optimizers.lifting.lift import lift
-from squisher_mergekit.optimizers.load import find_source, find_state, load_fisher
+from squisher_mergekit.optimizers.load import find_source, find_state, is_portable, load_fisher
 from squisher_mergekit.tensors.input_files import exists
 
 # mergekit writes it beside every merged model.
@@ -122,7 +121,7 @@ class OpenFisher:
     def _as_found(self, model: Weights | Path, base: Weights | Path | None) -> Fisher:
         """Open a portable Fisher, or the optimizer state of a model."""
         path = self._path
-        if path.suffix in (".safetensors", ".json") if path.is_file() else has_fisher(path):
+        if is_portable(path):
             found = read_fisher(path)
         else:
             found = load_fisher(path, model=model, base=base)

@@ -88,6 +88,10 @@ def checkpoint_names(folder: Path, stored: Collection[str] = ()) -> CheckpointNa
             f"the order of a model's parameters follows from its config.json, but {folder} has none; "
             f"give --model DIR, or {NAMES_CURE}"
         )
+    from squisher_mergekit.models.diffusers_names import diffusers_names, is_diffusers
+
+    if is_diffusers(read_mapping(file)):
+        return diffusers_names(folder)
     return _cached(file.absolute(), file.stat().st_mtime_ns, frozenset(stored))
 
 

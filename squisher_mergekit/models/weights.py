@@ -39,6 +39,7 @@ from squisher_mergekit.tensors.safetensors import (
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 BASENAME = "model"
+DIFFUSION = "diffusion_pytorch_model"  # basename of diffusers
 _SMALL_INTEGERS = (torch.int8, torch.uint8, torch.int32)
 # Ends of the names of weights that are stored as integers, by several quantisers.
 _PACKED = ("weight", "weight_packed", "_blocks")
@@ -83,7 +84,10 @@ class Weights:
         Raises:
             CorruptFileError: The index cannot be read, or names a file that is missing.
         """
-        return tuple(safetensors_files(self.folder, self.basename))
+        found = safetensors_files(self.folder, self.basename)
+        if not found and self.basename == BASENAME:
+            found = safetensors_files(self.folder, DIFFUSION)
+        return tuple(found)
 
     @cached_property
     def headers(self) -> Mapping[Path, SafetensorsHeader]:

@@ -18,6 +18,8 @@ from squisher_mergekit.optimizers.preconditioners.attach import factors_of
 from squisher_mergekit.optimizers.slot_names import name_slots
 from squisher_mergekit.optimizers.slots import OptimizerSlot, parse
 from squisher_mergekit.optimizers.swap_check import of_another_run, swapped_names
+from squisher_mergekit.optimizers.translation.flat_units import unflatten
+from squisher_mergekit.optimizers.translation.translate import translate
 
 
 def build_fisher(raw: RawState, model: Weights | None, base: Weights | None, names: Sequence[str] | None) -> Fisher:
@@ -36,7 +38,11 @@ def build_fisher(raw: RawState, model: Weights | None, base: Weights | None, nam
         RefusedError: The state cannot be read safely, cannot be named with certainty, or does not fit the weights.
     """
     state = parse(raw)
-    folders = find_folders(raw.location, model, base)
+    folders = find_folders(raw.location, model, base, raw.beside)
+    state = unflatten(state, folders)
+    if names is None:
+        state = translate(state, folders)
+    raw = state.raw
     weights = folders.weights
     slots, checkpoint_names = name_slots(state, folders, names)
     moments = {name: slot.tensor for name, slot in slots.items() if slot.tensor is not None}

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, UnsupportedStateError
 from squisher_mergekit.fisher import hub
+from squisher_mergekit.fisher.bare import find_bare, read_bare
+from squisher_mergekit.fisher.config import FisherConfig, OptimizerInfo
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
@@ -18,6 +20,7 @@ from squisher_mergekit.models.weights import BASENAME, Weights
 from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
+from squisher_mergekit.optimizers.checkpoints.trainers.foreign import whose
 from squisher_mergekit.optimizers.lifting.lift import lift as lift_fisher
 from squisher_mergekit.tensors.hub import download as download_files
 from squisher_mergekit.tensors.hub import split_revision
@@ -25,13 +28,6 @@ from squisher_mergekit.tensors.input_files import exists
 
 LOG = logging.getLogger("squisher_mergekit")
 _STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]
-# Files of trainers whose checkpoints cannot be read, named in the refusal.
-_FOREIGN = {
-    "distrib_optim.pt": "Megatron-LM's; convert it to a Hugging Face checkpoint and estimate a Fisher from data",
-    "model_optim_rng.pt": "Megatron-LM's; convert it to a Hugging Face checkpoint and estimate a Fisher from data",
-    "latest_checkpointed_iteration.txt": "Megatron-LM's; convert it and estimate a Fisher from data",
-    "layer_*-model_*": "of pipeline parallelism; estimate a Fisher from data",
-}
 
 
 def find_state(folder: Path) -> Path | None:
@@ -122,14 +118,31 @@ def _opened(
     verify: bool,
 ) -> Fisher:
     """Open the Fisher of a local file or folder."""
-    if has_fisher(path) if path.is_dir() else path.suffix in (".safetensors", ".json"):
-        fisher = read_fisher(path, verify)
+    fisher = _portable(path, verify)
+    if fisher is not None:
         if tuned is not None:
             adapter = fisher.config.parameters == "adapter"
             check_headers(fisher, Weights(tuned.folder, "adapter_model") if adapter else tuned)
         return fisher
-    layout, location = layouts.of(path) if path.is_file() else _state_in(path)
+    layout, location = _state_of(path) if path.is_file() else _state_in(path)
     return build_fisher(layout.load(location, verify), tuned, before, _read_names(names))
+
+
+def is_portable(path: Path) -> bool:
+    """Return True for a portable Fisher, or a file of plain second moments; False for an optimizer's state."""
+    if path.is_dir():
+        return has_fisher(path)
+    return path.suffix in (".safetensors", ".json") and not layouts.claims(path)
+
+
+def _portable(path: Path, verify: bool) -> Fisher | None:
+    """Open a portable Fisher, or plain second moments; return None for anything else."""
+    if is_portable(path):
+        return read_fisher(path, verify)
+    if path.is_file():
+        return None
+    files = find_bare(path)
+    return read_bare(files, str(path), verify) if files else None
 
 
 def _adapter_of(path: Path, tuned: Weights | None) -> Weights:
@@ -160,6 +173,8 @@ def extract(
     *,
     examples_per_step: float | None = None,
     tokens_per_step: float | None = None,
+    steps: int | None = None,
+    beta2: float | None = None,
     verify: bool = True,
     progress: bool = False,
     lift: bool = False,
@@ -176,6 +191,8 @@ def extract(
         compress: None, ``log8``, ``log4`` or ``rank1``: see :func:`write_fisher`.
         examples_per_step: Examples behind one optimizer step, over all processes and accumulation, for the metadata.
         tokens_per_step: The same in tokens.
+        steps: Number of optimizer steps, where the source does not record it.
+        beta2: Decay of the moving average, where the source does not record it.
         verify: As for :func:`load_fisher`.
         progress: Show a progress bar.
         lift: As for :func:`load_fisher`. Lifted tensors are kept as row means and column means.
@@ -196,10 +213,33 @@ def extract(
         if not 0 < value < float("inf"):
             raise ConfigError(f"{key} must be a positive number, found {value}")
     fisher = load_fisher(source, model, base, names, verify=verify, lift=lift)
-    fisher.config = fisher.config.model_copy(update=changes)
+    fisher.config = _supplied(fisher.config.model_copy(update=changes), steps, beta2, str(source))
     bar = tqdm(list(fisher), desc="Extracting", unit="tensor", disable=not progress)
     write_fisher(fisher, Path(out), wanted, bar, compress=compress)
     return read_fisher(Path(out))
+
+
+def _supplied(config: FisherConfig, steps: int | None, beta2: float | None, source: str) -> FisherConfig:
+    """Return metadata with the steps and the decay that the user supplies for a source without them.
+
+    Raises:
+        ConfigError: A number is out of its range, or the source records another.
+    """
+    optimizer = config.optimizer or OptimizerInfo()
+    supplied = (("steps", config.steps, steps), ("beta2", optimizer.beta2, beta2))
+    for key, recorded, given in supplied:
+        if given is not None and recorded is not None and recorded != given:
+            raise ConfigError(
+                f"--{key} is for sources that do not record it, but {source} records {recorded}; leave --{key} out"
+            )
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps must be a positive number, found {steps}")
+    if beta2 is not None and not 0 <= beta2 < 1:
+        raise ConfigError(f"beta2 must be from 0 to less than 1, found {beta2}")
+    changes: dict[str, object] = {} if steps is None else {"steps": steps}
+    if beta2 is not None:
+        changes["optimizer"] = optimizer.model_copy(update={"beta2": beta2})
+    return config.model_copy(update=changes)
 
 
 def _weights(given: str | Path | Weights | None, option: str) -> Weights | None:
@@ -233,8 +273,8 @@ def find_source(weights: Weights) -> Path | None:
 
 
 def _has_source(folder: Path) -> bool:
-    """Return True if a folder holds a portable Fisher or an optimizer's state."""
-    return has_fisher(folder) or find_state(folder) is not None
+    """Return True if a folder holds a portable Fisher, ``exp_avg_sq.safetensors``, or an optimizer's state."""
+    return has_fisher(folder) or find_state(folder) is not None or bool(find_bare(folder, usual=True))
 
 
 def _equal_checkpoints(run: Path, weights: Weights) -> Iterator[Path]:
@@ -288,6 +328,18 @@ def _why(chosen: Path, equal: Path | None, steps: Mapping[int, Path], model: Wei
     return f"the last with optimizer state, {step}{lacking}{other}"
 
 
+def _state_of(file: Path) -> tuple[layouts.Layout, Path]:
+    """Return the layout of a file, and the file or folder to read.
+
+    Raises:
+        UnsupportedStateError: The file is of a trainer whose checkpoints cannot be read.
+    """
+    foreign = None if layouts.claims(file) else whose(file)
+    if foreign is not None:
+        raise UnsupportedStateError(f"{file} must be an optimizer's state that can be read, but {foreign}")
+    return layouts.of(file)
+
+
 def _state_in(folder: Path) -> tuple[layouts.Layout, Path]:
     """Return the optimizer's state in a checkpoint.
 
@@ -304,9 +356,9 @@ def _state_in(folder: Path) -> tuple[layouts.Layout, Path]:
         files = last
     if len(files) == 1:
         return layouts.of(files[0])
-    foreign = [f"{path.name} is {whose}" for pattern, whose in _FOREIGN.items() for path in folder.rglob(pattern)]
+    foreign = whose(folder)
     several = f"; give the one of {', '.join(file.name for file in files)} that holds it" if files else ""
-    unread = f"; {foreign[0]}" if foreign else ""
+    unread = f"; {foreign}" if foreign else ""
     raise NotFoundError(
         f"no optimizer state in {folder}: neither fisher.safetensors nor {' nor '.join(torch_save.NAMES)} nor that of "
         f"FSDP or DeepSpeed, there or in a checkpoint-N below{several}{unread}; save with save_only_model=False and "

@@ -173,6 +173,8 @@ def _adafactor(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
 
 def _relative(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
     """Recognise Adam and its relatives."""
+    if "betas" in group and group["betas"] is None:  # a layout whose files do not record them
+        return Moment("exp_avg_sq", "ema", None, None) if keys <= _ADAM else None
     betas = group.get("betas") or [group.get(key) for key in ("beta1", "beta2")]
     if not isinstance(betas, Sequence) or len(betas) < 2 or not all(isinstance(beta, float | int) for beta in betas):
         return None

@@ -9,6 +9,7 @@ from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingErro
 from squisher_mergekit.models.adapters import adapter_names
 from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointNames, ParameterInfo, checkpoint_names
 from squisher_mergekit.models.parameters import DDP, unwrapped
+from squisher_mergekit.models.sentence_modules import module_parameters
 from squisher_mergekit.models.weights import trained_parameters
 from squisher_mergekit.optimizers.assign_names import assign, divide
 from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import NAME as FSDP_RANK
@@ -97,7 +98,8 @@ def _named(
         return list(zip(given, slots, strict=True))
     if state.named:
         return [(str(slot.name), slot) for slot in slots]
-    parameters = _in_order(state, model)
+    further = module_parameters(folders.location.parent)
+    parameters = [*_in_order(state, model), *further]
     shapes = [[slot.shape for slot in group] for group in state.groups]
     trained = _trained(folders, model) if len(slots) < len(parameters) else None
     if len(state.optimizers) > 1:
@@ -106,7 +108,8 @@ def _named(
     else:
         chosen = assign(shapes, parameters, trained, str(state.location))
     pairs = zip((name for group in chosen for name in group), slots, strict=True)
-    return [(name, slot) for name, slot in pairs if name is not None]
+    left_out = {parameter.name for parameter in further}  # the Fisher is that of the transformer
+    return [(name, slot) for name, slot in pairs if name is not None and name not in left_out]
 
 
 def _trained(folders: Folders, model: CheckpointNames | None) -> set[str] | None:

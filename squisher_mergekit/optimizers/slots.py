@@ -9,10 +9,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from squisher_mergekit.errors import CorruptFileError, NothingKeptError, UnsupportedStateError
+from squisher_mergekit.errors import CorruptFileError, NothingKeptError, UnsafeFileError, UnsupportedStateError
 from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
-from squisher_mergekit.optimizers.checkpoints.safe_pickle import QuantizedStandIn
+from squisher_mergekit.optimizers.checkpoints.stand_ins import QuantizedStandIn, replaced_in
 from squisher_mergekit.optimizers.encodings import Blockwise, Packed, RowsAndColumns
 from squisher_mergekit.optimizers.preconditioners.recognise import preconditioned
 from squisher_mergekit.optimizers.preconditioners.sums import Preconditioned
@@ -152,6 +152,12 @@ def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, An
     if not isinstance(state, Mapping) or not state:
         return OptimizerSlot(index, name)
     location = f"{file} (parameter {index})"
+    unknown = replaced_in(state)
+    if unknown is not None:
+        raise UnsafeFileError(
+            f"the state of {location} must hold tensors and numbers only, but its pickle asks for {unknown}; nothing "
+            "of it was run. Train with an optimizer whose state is plain, such as AdamW"
+        )
     state = unwrapped_state(state)
     try:
         coupled = preconditioned(state, group, location)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from squisher_mergekit.errors import ConfigError, NotFoundError, RefusedError
 
@@ -32,6 +34,63 @@ def split_revision(source: str) -> tuple[str, str | None]:
     """
     repo, _, revision = source.partition("@")
     return repo, revision or None
+
+
+_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[^:]+))?[:/](?P<path>.+\.safetensors)")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """File of a repository on the Hub.
+
+    Attributes:
+        repo: The repository, ``org/name``.
+        revision: Branch, tag or commit; None for the main branch.
+        path: Path in the repository, with slashes.
+    """
+
+    repo: str
+    revision: str | None
+    path: str
+
+
+def parse_file(source: str) -> HubFile | None:
+    """Return the file that ``org/name[@revision]:path.safetensors`` or ``org/name/path.safetensors`` names; or None.
+
+    Example:
+        >>> parse_file("org/name@v2:export/exp_avg_sq.safetensors")
+        HubFile(repo='org/name', revision='v2', path='export/exp_avg_sq.safetensors')
+        >>> parse_file("org/name/exp_avg_sq.safetensors").path, parse_file("org/name@v2")
+        ('exp_avg_sq.safetensors', None)
+    """
+    found = _FILE.fullmatch(source)
+    if found is None or any(part in ("", ".", "..") for part in found["path"].split("/")):
+        return None
+    return HubFile(found["repo"], found["revision"], found["path"])
+
+
+def download_file(file: HubFile, cache_dir: str | None = None, beside: str | None = None) -> Path:
+    """Download one file of a repository.
+
+    Args:
+        file: The file.
+        cache_dir: Folder of the cache; None for the default.
+        beside: Name of a second file in the same folder of the repository, downloaded if it exists; None for none.
+
+    Raises:
+        NotFoundError: The repository cannot be reached, or has no such file.
+    """
+    wanted = [file.path] if beside is None else [file.path, str(PurePosixPath(file.path).with_name(beside))]
+    patterns = ["".join(f"[{letter}]" if letter in "*?[" else letter for letter in path) for path in wanted]
+    folder = download(file.repo, file.revision, patterns, cache_dir)
+    if isinstance(folder, Path) and (folder / file.path).is_file():
+        return folder / file.path
+    where = f"revision {file.revision or 'main'} of {file.repo}"
+    reason = folder if isinstance(folder, str) else "no such file there"
+    raise NotFoundError(
+        f"{file.path} must be a local file or one at {where} on the Hub, but there is no such path here, and on the "
+        f"Hub or in its cache: {reason}; check the name"
+    )
 
 
 def parse_id(source: str, required: str) -> tuple[str, str | None]:

@@ -109,7 +109,57 @@ class Joined:
         return torch.cat(self.shards, self.axis)
 
 
+@dataclass(frozen=True)
+class Concatenated:
+    """Tensor made of lazy tensors that follow one another along an axis.
+
+    Attributes:
+        pieces: The lazy tensors, in order.
+        axis: The axis.
+    """
+
+    pieces: tuple[MaybeLazy, ...]
+    axis: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the whole tensor."""
+        shape = list(self.pieces[0].shape)
+        shape[self.axis] = sum(piece.shape[self.axis] for piece in self.pieces)
+        return torch.Size(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the entries."""
+        return self.pieces[0].dtype
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """Stored tensors of all pieces."""
+        return [part for piece in self.pieces for part in parts(piece)]
+
+    def read(self) -> Tensor:
+        """Return the whole tensor."""
+        return torch.cat([read(piece) for piece in self.pieces], self.axis)
+
+
 MaybeLazy: TypeAlias = Tensor | LazyTensor
+
+
+def concatenated(pieces: Sequence[MaybeLazy], axis: int) -> Concatenated:
+    """Return a tensor made of others along an axis, read when asked for.
+
+    Raises:
+        ValueError: The tensors differ along another axis, or in dtype.
+
+    Example:
+        >>> concatenated([torch.zeros(2, 3), torch.ones(2, 1)], 1).shape
+        torch.Size([2, 4])
+    """
+    others = {(*piece.shape[:axis], *piece.shape[axis + 1 :]) for piece in pieces}
+    if len(others) > 1 or len({piece.dtype for piece in pieces}) > 1 or any(len(p.shape) <= axis for p in pieces):
+        raise ValueError(f"parts of shapes {[list(piece.shape) for piece in pieces]}")
+    return Concatenated(tuple(pieces), axis)
 
 
 def read(stored: MaybeLazy) -> Tensor:
@@ -148,8 +198,12 @@ def in_memory(stored: MaybeLazy, copied: Callable[[Tensor], Tensor]) -> MaybeLaz
     values = {field.name: getattr(stored, field.name) for field in fields(stored)}
     changes: dict[str, Any] = {name: copied(value) for name, value in values.items() if isinstance(value, Tensor)}
     for name, value in values.items():
-        if isinstance(value, tuple) and value and all(isinstance(item, Tensor) for item in value):
-            changes[name] = tuple(map(copied, value))
+        if (
+            isinstance(value, tuple)
+            and value
+            and all(isinstance(item, Tensor) or hasattr(item, "read") for item in value)
+        ):
+            changes[name] = tuple(in_memory(item, copied) for item in value)
         elif is_dataclass(value) and not isinstance(value, type):
             changes[name] = in_memory(value, copied)
     return replace(stored, **changes)

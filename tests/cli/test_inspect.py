@@ -103,3 +103,25 @@ def test_an_empty_folder_is_one_line(tmp_path):
     assert result.exit_code == 1
     assert str(tmp_path) in result.output
     assert "optimizer.pt" in result.output
+
+
+@pytest.mark.parametrize("state", ["trainer_sharded_index", "ds_zero2", "dcp_nested"])
+def test_headers_of_a_state_are_shown_without_the_entries(state, tmp_path):
+    """Format, steps, optimizer, coverage and shapes of a checkpoint; no table of entries."""
+    result = _run("inspect", STATES / state, "--headers", "--json", tmp_path / "a.json")
+    assert result.exit_code == 0, result.output
+    for word in ("source", "optimizer", "steps", "coverage", "entries", "shape"):
+        assert word in result.output
+    assert "median" not in result.output
+    report = json.loads((tmp_path / "a.json").read_text())
+    expected = load_file(STATES / state / "expected.safetensors")
+    assert {name: row["shape"] for name, row in report["tensors"].items()} == {
+        n: list(t.shape) for n, t in expected.items()
+    }
+
+
+def test_headers_and_a_plot_exclude_each_other(portable, tmp_path):
+    """A histogram needs the entries."""
+    result = _run("inspect", portable, "--headers", "--plot", tmp_path / "a.png")
+    assert result.exit_code == 2
+    assert "leaves unread" in result.output

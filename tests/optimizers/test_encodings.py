@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from squisher_mergekit.errors import CorruptFileError
-from squisher_mergekit.optimizers.checkpoints.safe_pickle import QuantizedStandIn
+from squisher_mergekit.optimizers.checkpoints.stand_ins import QuantizedStandIn
 from squisher_mergekit.optimizers.checkpoints.torch_save import content
 from squisher_mergekit.optimizers.slots import parse
 from squisher_mergekit.tensors.lazy import read

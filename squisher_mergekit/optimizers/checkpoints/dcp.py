@@ -8,7 +8,7 @@ optimizer's entries are nested (``optimizer.param_groups.0.betas``) or flattened
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
+from squisher_mergekit.optimizers.checkpoints.torch_save import without_prefix
+from squisher_mergekit.optimizers.checkpoints.trainers import megatron, olmo_core
 
 INDEX = ".metadata"
 _GROUPS = "param_groups."
@@ -76,8 +78,9 @@ class Pieces:
 
 
 def find(folder: Path) -> Path | None:
-    """Return the folder of a distributed checkpoint: this folder, or accelerate's ``optimizer_0`` in it."""
-    return next((path for path in (folder, folder / "optimizer_0") if (path / INDEX).is_file()), None)
+    """Return the folder of a distributed checkpoint: this one, or that of the optimizer in it, as trainers name it."""
+    places = (folder, *(folder / name for name in ("optimizer_0", olmo_core.FOLDER, "weights")))
+    return next((path for path in places if (path / INDEX).is_file()), None)
 
 
 def read(folder: Path, verify: bool) -> RawState:
@@ -99,7 +102,10 @@ def read(folder: Path, verify: bool) -> RawState:
             "give the checkpoint of the optimizer, or save it as well"
         )
     layout = "accelerate-fsdp" if folder.name == "optimizer_0" else "torch-distributed"
-    return RawState(folder, tuple(states), layout=layout)
+    raw = RawState(folder, tuple(states), layout=layout)
+    if folder.name == olmo_core.FOLDER:
+        return olmo_core.adapted(raw)
+    return replace(raw, layout="megatron-core") if (folder / "metadata.json").is_file() else raw
 
 
 def _states(folder: Path, verify: bool) -> Iterator[Mapping[str, Any]]:
@@ -113,9 +119,13 @@ def _states(folder: Path, verify: bool) -> Iterator[Mapping[str, Any]]:
             f"{index} must be a whole index of a distributed checkpoint, but it is damaged ({error!r:.100}); copy it "
             "again"
         ) from None
+    if megatron.is_megatron(entries):
+        yield from megatron.states_of(entries, folder)
+        return
     prefixes = {key[: key.index(_GROUPS)] for key in entries if _GROUPS in key}
     for prefix in sorted(prefix for prefix in prefixes if not prefix or prefix.endswith(".")):
-        yield _state(prefix, entries, index)
+        state = _state(prefix, entries, index)
+        yield without_prefix(state) if ".optimizers." in prefix else state  # Composer's
 
 
 def _entries(metadata: Any, folder: Path, verify: bool) -> Iterator[tuple[str, Any]]:

@@ -7,8 +7,10 @@ round-robin gradients they are wrong. Each cut is verified against the weights i
 the weights in buffers of the same layout.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,13 @@ from squisher_mergekit.optimizers.checkpoints.flat_buffers import check_lengths,
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import tagged
 from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
+from squisher_mergekit.optimizers.checkpoints.trainers import neox_elastic
+from squisher_mergekit.optimizers.checkpoints.trainers.pipeline import LAYER, joined, layer_weights
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
+from squisher_mergekit.tensors.input_files import reading
 from squisher_mergekit.tensors.lazy import Slices
+
+LOG = logging.getLogger("squisher_mergekit")
 
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -52,20 +59,39 @@ def read(folder: Path, verify: bool) -> RawState:
         RefusedError: A file cannot be read safely, or its buffers cannot be cut.
     """
     checksums = Checksums(verify)
-    model_file = model_files(folder)[0]
-    model = safe_pickle.load(model_file, checksums)
-    if not isinstance(model, Mapping):
-        raise CorruptFileError(f"{model_file} must hold DeepSpeed's states of a model; copy it again")
     files = _optim_files(folder)
     if not files:  # without ZeRO the optimizer's state is in the model's file
+        model = _model(model_files(folder)[0], checksums)
         return RawState(
             folder, (_without_zero(model, folder),), module_of(model), "deepspeed", known_of(model), checksums.verify
         )
-    ranks = [_optimizer(safe_pickle.load(file, checksums), file) for file in files]
+    parts = [_read_rank(folder, rank, files[rank], checksums) for rank in sorted(files)]
+    if len(parts) == 1:
+        return parts[0]
+    if any(part.masters for part in parts):
+        LOG.warning("%s: the cuts of its buffers could not be verified, as it has no files of layers", folder)
+    states = [part.states[0] for part in parts]
+    with reading(folder, "whole states of DeepSpeed"):
+        state = joined([state["state"] for state in states], folder)
+    present: set[str] = set()
+    groups = []
+    for group in (group for one in states for group in one["param_groups"]):
+        groups.append({**group, "params": [name for name in group["params"] if name not in present]})
+        present.update(group["params"])
+    return replace(parts[0], states=({"state": state, "param_groups": groups},), masters={}, model=None)
+
+
+def _read_rank(folder: Path, model_rank: int, files: Sequence[Path], checksums: Checksums) -> RawState:
+    """Read the files of one rank of tensor parallelism; there is one such rank where the model is not split."""
+    model = _model(model_files(folder, model_rank)[0], checksums)
+    loaded = [safe_pickle.load(file, checksums) for file in files]
+    ranks = [_optimizer(content, file) for content, file in zip(loaded, files, strict=True)]
     _check_ranks(ranks, model, folder)
     try:
-        stage = _stage_3 if "fp32_flat_groups" in ranks[0] else _stage_2
-        state, masters = stage(ranks, model, folder)
+        if neox_elastic.MARK in ranks[0]:
+            state, masters = neox_elastic.cut_stage_1(ranks, _flat_shapes(loaded[0], folder), model, folder)
+        else:
+            state, masters = (_stage_3 if "fp32_flat_groups" in ranks[0] else _stage_2)(ranks, model, folder)
     except RefusedError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -74,9 +100,26 @@ def read(folder: Path, verify: bool) -> RawState:
         ) from None
     known = known_of(model) | {"max_grad_norm": positive(ranks[0].get("clip_grad"))}
     module = module_of(model)
+    layers = next((path.name for path in folder.iterdir() if LAYER.fullmatch(path.name)), None)
+    if module is not None and layers is not None:
+        raise UnsupportedStateError(_split(folder, layers))
     if module is not None:
         verify_masters(masters, module, folder)
+    elif verify_masters(masters, layer_weights(folder, model_rank, checksums), folder):
+        masters = {}
     return RawState(folder, (state,), module, "deepspeed", known, checksums.verify, masters)
+
+
+def _model(file: Path, checksums: Checksums) -> Mapping[str, Any]:
+    model = safe_pickle.load(file, checksums)
+    if not isinstance(model, Mapping):
+        raise CorruptFileError(f"{file} must hold DeepSpeed's states of a model; copy it again")
+    return model
+
+
+def _flat_shapes(loaded: Mapping[str, Any], folder: Path) -> Mapping[str, torch.Size]:
+    """Return the shapes of all parameters, which DeepSpeed 0.3 stored in the optimizer's files."""
+    return shapes_of({"param_shapes": [loaded.get("param_shapes")]}, folder)[0]
 
 
 def _without_zero(model: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
@@ -107,47 +150,68 @@ def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
     return [path.name for path in folder.iterdir() if pattern.fullmatch(path.name)]
 
 
-def model_files(folder: Path) -> list[Path]:
+def model_files(folder: Path, model_rank: int | None = None) -> list[Path]:
     """Return the model's files in the order of their ranks.
+
+    Args:
+        folder: The step's folder.
+        model_rank: Rank of tensor parallelism; None for a model that must not be split.
 
     Raises:
         NotFoundError: The folder has no such file.
-        UnsupportedStateError: The model was split over several GPUs by tensor, pipeline or expert parallelism.
+        UnsupportedStateError: The model was split over several GPUs in a way that is not known.
     """
-    split = [path.name for path in folder.iterdir() if re.match(r"layer_\d+|expp_rank|.*expert_\d+", path.name)]
+    split = [path.name for path in folder.iterdir() if re.match(r"expp_rank|.*expert_\d+", path.name)]
     matches = [(int(m[1] or 0), int(m[2]), path) for path in folder.iterdir() if (m := _MODEL.fullmatch(path.name))]
-    split += [path.name for _, model_rank, path in matches if model_rank]
+    split += [path.name for _, rank, path in matches if rank and model_rank is None]
     if split:
-        raise UnsupportedStateError(
-            f"{folder} must hold a model that is whole on each rank, but {split[0]} is of tensor, pipeline or expert "
-            "parallelism, whose parts are cut in other ways; estimate a Fisher from data"
-        )
-    if not matches:
+        raise UnsupportedStateError(_split(folder, split[0]))
+    found = [(rank, path) for rank, of_model, path in matches if of_model == (model_rank or 0)]
+    if not found:
         raise NotFoundError(
             f"{folder} must hold *_model_states.pt, which tells how the buffers are cut, found none; copy it as well"
         )
-    return [path for _, _, path in sorted(matches)]
+    return [path for _, path in sorted(found)]
 
 
-def _optim_files(folder: Path) -> list[Path]:
-    """Return the optimizer's files in the order of their ranks.
+def _split(folder: Path, file: str) -> str:
+    """Return the message that refuses a model that was split over several GPUs."""
+    return (
+        f"{folder} must hold a model that is whole on each rank, but {file} is of tensor, pipeline or expert "
+        "parallelism, whose parts are cut in other ways; estimate a Fisher from data"
+    )
+
+
+def _optim_files(folder: Path) -> dict[int, list[Path]]:
+    """Return rank of tensor parallelism -> the optimizer's files in the order of their ranks.
 
     Raises:
         NotFoundError: The file of a rank is missing.
         CorruptFileError: A rank has two files.
-        UnsupportedStateError: The model was split by tensor parallelism.
     """
-    matches = sorted((int(m[1]), int(m[2]), path) for path in folder.iterdir() if (m := _OPTIM.fullmatch(path.name)))
-    ranks = [rank for rank, _, _ in matches]
-    if any(model_rank for _, model_rank, _ in matches):
+    matches = sorted((int(m[2]), int(m[1]), path) for path in folder.iterdir() if (m := _OPTIM.fullmatch(path.name)))
+    found: dict[int, list[Path]] = {}
+    for model_rank in dict.fromkeys(model_rank for model_rank, _, _ in matches):
+        ranks = [rank for of_model, rank, _ in matches if of_model == model_rank]
+        if len(set(ranks)) < len(ranks):
+            raise CorruptFileError(
+                f"{folder} must hold one optimizer's file of each rank, found two of one; remove one"
+            )
+        _need_all(ranks, max(len(ranks), len(matches) // len({match[0] for match in matches})), folder)
+        found[model_rank] = [path for of_model, _, path in matches if of_model == model_rank]
+    missing = sorted(set(range(_model_ranks(folder))) - set(found))
+    if found and missing:
         raise UnsupportedStateError(
-            f"{folder} must hold a model that is whole on each rank, but {matches[-1][2].name} is of tensor "
-            "parallelism; estimate a Fisher from data"
+            f"{folder} must hold the optimizer's files of all ranks of tensor or pipeline parallelism, but those of "
+            f"mp_rank_{missing[0]:02} are missing; copy them as well"
         )
-    if len(set(ranks)) < len(ranks):
-        raise CorruptFileError(f"{folder} must hold one optimizer's file of each rank, found two of one; remove one")
-    _need_all(ranks, len(ranks), folder)
-    return [path for _, _, path in matches]
+    return found
+
+
+def _model_ranks(folder: Path) -> int:
+    """Return the number of ranks of the model by the names of its files."""
+    names = [path.name for path in folder.iterdir()]
+    return 1 + max((int(m[m.lastindex]) for name in names if (m := _MODEL.fullmatch(name)) and m.lastindex), default=0)
 
 
 def _need_all(ranks: Sequence[int], count: int, folder: Path) -> None:

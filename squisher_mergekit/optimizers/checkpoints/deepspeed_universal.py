@@ -19,6 +19,7 @@ from squisher_mergekit.optimizers.checkpoints.deepspeed import (
 from squisher_mergekit.optimizers.checkpoints.flat_buffers import verify_masters
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import tagged
+from squisher_mergekit.optimizers.checkpoints.trainers.merged_universal import is_merged, read_merged
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.lazy import Slices
 
@@ -44,6 +45,8 @@ def read(folder: Path, verify: bool) -> RawState:
         MismatchError: The float32 weights saved with a second moment are not those of the model.
         RefusedError: A file cannot be read safely, or is missing.
     """
+    if not (folder / "zero" / _SETTINGS).is_file():
+        return read_merged(folder, verify)
     checksums = Checksums(verify)
     model_file = model_files(folder)[0]
     model = safe_pickle.load(model_file, checksums)
@@ -91,7 +94,7 @@ def _steps(model: Mapping[str, Any]) -> int | None:
 
 
 def _is_universal(folder: Path) -> bool:
-    return (folder / "zero" / _SETTINGS).is_file()
+    return (folder / "zero" / _SETTINGS).is_file() or is_merged(folder)
 
 
 def _entries(folder: Path, checksums: Checksums, checkpoint: Path) -> dict[str, Any]:

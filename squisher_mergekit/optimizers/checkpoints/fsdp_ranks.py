@@ -17,7 +17,7 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
-from squisher_mergekit.optimizers.checkpoints.safe_pickle import ShardedStandIn
+from squisher_mergekit.optimizers.checkpoints.stand_ins import ShardedStandIn
 from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.lazy import Joined, MaybeLazy
@@ -45,12 +45,12 @@ def read(file: Path, verify: bool) -> RawState:
     folder, checksums = file.parent, Checksums(verify)
     states: list[Mapping[str, Any]] = []
     while files := _files(folder, len(states)):
-        with _shards_allowed():
+        with shards_allowed():
             loaded = {rank: safe_pickle.load(path, checksums) for rank, path in sorted(files.items())}
         for rank, state in loaded.items():
             if not is_state(state):
                 raise CorruptFileError(f"{files[rank]} must hold an optimizer's state_dict, found none; copy it again")
-        states.append(_joined(loaded, files[min(files)]))
+        states.append(joined(loaded, files[min(files)]))
     if not states:
         raise NotFoundError(f"{folder} must hold the files of each rank, but has none; give another folder")
     return RawState(file, tuple(states), layout="accelerate-fsdp", verify=checksums.verify)
@@ -63,7 +63,7 @@ def _files(folder: Path, number: int) -> dict[int, Path]:
 
 
 @contextmanager
-def _shards_allowed() -> Iterator[None]:
+def shards_allowed() -> Iterator[None]:
     """Allow torch's sharded tensors in ``weights_only``, and silence its warning about a missing process group."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, _dtensor_spec, placement_types
@@ -82,7 +82,7 @@ def _shards_allowed() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _joined(loaded: Mapping[int, Mapping[str, Any]], file: Path) -> Mapping[str, Any]:
+def joined(loaded: Mapping[int, Mapping[str, Any]], file: Path) -> Mapping[str, Any]:
     """Join the shards of every tensor in the states of all ranks."""
     first = loaded[min(loaded)]
     state: dict[Any, dict[str, Any]] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from squisher_mergekit.errors import NamingError
 from squisher_mergekit.optimizers.checkpoints import dcp, deepspeed, deepspeed_universal, fsdp_ranks, torch_save
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
+from squisher_mergekit.optimizers.checkpoints.trainers import named_files, nanotron, olmo_safetensors, rank_files
 from squisher_mergekit.tensors.input_files import reading
 
 
@@ -43,6 +44,10 @@ LAYOUTS = (
     Layout("a distributed checkpoint", dcp.find, dcp.read, re.compile(r"\.metadata|.*\.distcp")),
     Layout("DeepSpeed's", deepspeed.find, deepspeed.read, re.compile(r".*_(?:optim|model)_states\.pt")),
     Layout("DeepSpeed's universal", deepspeed_universal.find, deepspeed_universal.read, re.compile("latest_universal")),
+    Layout("the optimizer's file of each rank", rank_files.find, rank_files.read, rank_files.NAME),
+    Layout("nanotron's", nanotron.find, nanotron.read, nanotron.NAME),
+    Layout("OLMo's", olmo_safetensors.find, olmo_safetensors.read, re.compile(re.escape(olmo_safetensors.FILE))),
+    Layout("the file of another trainer", named_files.find, named_files.read, named_files.NAME),
     _LAST,
 )
 
@@ -61,6 +66,11 @@ def find(folder: Path) -> tuple[Layout, Path] | None:
         listed = " and ".join(f"{location.name} ({layout.name})" for layout, location in found)
         raise NamingError(f"{folder} must hold the state of one optimizer, found {listed}; give the one to read")
     return found[0] if found else None
+
+
+def claims(file: Path) -> bool:
+    """Return True if a layout other than that of ``torch.save`` has files of this name."""
+    return of(file)[0] is not _LAST
 
 
 def of(file: Path) -> tuple[Layout, Path]:

@@ -11,6 +11,19 @@ from squisher_mergekit.tensors.lazy import Slices, unverified
 
 
 @dataclass(frozen=True)
+class OwnNames:
+    """Facts about the names in a state that its trainer's own files tell.
+
+    Attributes:
+        family: Name of the trainer in the table of names; None where the names themselves tell it.
+        reordered_norm: True if norms follow attention and MLP, False if they precede them; None if unknown.
+    """
+
+    family: str | None = None
+    reordered_norm: bool | None = None
+
+
+@dataclass(frozen=True)
 class RawState:
     """States of a checkpoint's optimizers, in the form of ``state_dict``.
 
@@ -23,6 +36,9 @@ class RawState:
         known: Further metadata, by the keys of ``fisher_config.json``.
         verify: Function that returns a mapped tensor in memory, with its checksum verified.
         masters: Float32 weights cut from the trainer's flat buffers: the cuts are verified against the weights.
+        own: Facts about the trainer's names; None if the names are those of a Hugging Face model, or tell the trainer.
+        beside: Further folders in which the trainer keeps the weights or their config, the first one first.
+        ranks: Number of ranks over which parameters were flattened by FSDP1, so that shapes are lost; 0 otherwise.
     """
 
     location: Path
@@ -32,3 +48,6 @@ class RawState:
     known: Mapping[str, Any] = field(default_factory=dict)
     verify: Callable[[Tensor], Tensor] = unverified
     masters: Mapping[str, Slices] = field(default_factory=dict)
+    own: OwnNames | None = None
+    beside: tuple[Path, ...] = ()
+    ranks: int = 0

@@ -1,6 +1,7 @@
 """Folders of a training run: the checkpoints by their step, and where a checkpoint's weights and config are."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,10 @@ from squisher_mergekit.errors import CorruptFileError, MismatchError
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
 from squisher_mergekit.models.weights import Weights
 
-# checkpoint-500, step-500, global_step500, epoch_3
-STEP = re.compile(r"(?:[\w.-]*[_-])?(?:checkpoint|step|global_?step|epoch|iter|ckpt)[_-]?(\d+)(?:_universal)?")
+# checkpoint-500, step-500, global_step500, epoch_3, step500-unsharded, ep1-ba500
+STEP = re.compile(
+    r"(?:[\w.-]*[_-])?(?:checkpoint|step|global_?step|epoch|iter|ckpt|ba)[_-]?(\d+)(?:[_-](?:universal|unsharded))?"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Folders:
     adapter: Path | None
 
 
-def find_folders(location: Path, model: Weights | None, base: Weights | None) -> Folders:
+def find_folders(location: Path, model: Weights | None, base: Weights | None, beside: Sequence[Path] = ()) -> Folders:
     """Find the weights, the config and the adapter of an optimizer's state.
 
     Weights in the folder of the state come before those of ``model``: the optimizer trained them.
@@ -44,12 +47,13 @@ def find_folders(location: Path, model: Weights | None, base: Weights | None) ->
         location: File or folder of the state.
         model: The model that the user names, or a folder with its config alone.
         base: The model before training.
+        beside: Further folders in which the trainer keeps the weights or their config.
 
     Raises:
         MismatchError: The state is a LoRA's, and ``model`` holds full weights.
     """
     # The folder of a sharded state is inside the checkpoint, or is the checkpoint.
-    own = [location.parent, *([location] if location.is_dir() else [])]
+    own = [*beside, location.parent, *([location] if location.is_dir() else [])]
     folders = [*([] if model is None else [model.folder]), *own]
     adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
     if model is not None and adapter not in (None, model.folder) and model.infos:
@@ -87,8 +91,10 @@ def tagged(folder: Path, file: str) -> Path | None:
 def steps_in(run: Path) -> dict[int, Path]:
     """Return step -> folder of the checkpoints in a run's folder, the last first."""
     steps: dict[int, Path] = {}
+    numbered = (run / "latest.txt").is_file()  # nanotron's run, with a folder N for each step
     for path in sorted(run.iterdir()):
-        if path.is_dir() and (match := STEP.fullmatch(path.name)):
+        match = STEP.fullmatch(path.name) or (re.fullmatch(r"(\d+)", path.name) if numbered else None)
+        if match and path.is_dir():
             steps.setdefault(int(match[1]), path)
     return dict(sorted(steps.items(), reverse=True))
 

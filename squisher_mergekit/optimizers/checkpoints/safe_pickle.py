@@ -1,12 +1,14 @@
 """Safe unpickling of files that ``torch.save`` wrote: no code in them is ever run."""
 
 import io
+import logging
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,111 +16,13 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFileError, UnsupportedStateError
+from squisher_mergekit.optimizers.checkpoints.stand_ins import STAND_INS, StandIn, container, inert, is_data
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import ArchiveRecord, Checksums, check_archive
 from squisher_mergekit.tensors.input_files import brief, open_input
 
+LOG = logging.getLogger("squisher_mergekit")
+_SHOWN = 8
 _ZIP = b"PK\x03\x04"
-
-
-class StandIn:
-    """Inert replacement for a class of a library that is not needed: it keeps the saved data, and does nothing.
-
-    Attributes:
-        given: Constructor arguments of the object.
-        state: Saved state of the object, where it is no mapping of attributes.
-    """
-
-    def __init__(self, *given: Any) -> None:
-        self.given = given
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) == 2 and state[0] is None:  # attributes in slots
-            state = state[1]
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-        else:
-            self.state = state
-
-
-class QuantizedStandIn(Tensor):
-    """Inert replacement for torchao's quantized tensors, with their parts as attributes.
-
-    Attributes:
-        codes: The codes.
-        scale: The scales of the blocks.
-        qmap: The levels; missing where the codes are float8.
-        _shape: Shape of the tensor, where two codes are packed into a byte.
-    """
-
-    @classmethod
-    def __torch_dispatch__(cls, *_: Any) -> Any:
-        """Refuse to compute: the entries are in the parts."""
-        return NotImplemented
-
-
-class ShardedStandIn(QuantizedStandIn):
-    """Inert replacement for FSDP1's sharded tensor.
-
-    Attributes:
-        state: The shards of this rank, and the metadata of all shards.
-    """
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _ProcessGroupState(StandIn):
-    pass
-
-
-def _state_of_processes(*_: Any) -> type[StandIn]:
-    """Replace ``getattr``, which FSDP1's pickles use to name one class and nothing else."""
-    return _ProcessGroupState
-
-
-_QUANTIZED = ("subclass_8bit.OptimState8bit", "subclass_4bit.OptimState4bit", "subclass_fp8.OptimStateFp8")
-# Objects in the states of ScalableShampoo, in older and newer versions of pytorch_optimizer.
-_OF_SCALABLE_SHAMPOO = {
-    "shampoo_utils": ("PreConditioner", "BlockPartitioner", "PreConditionerType", "Graft", "SGDGraft", "SQRTNGraft",
-                      "AdaGradGraft", "RMSPropGraft"),
-    "utils.preconditioner": ("PreConditioner",),
-    "utils.partition": ("BlockPartitioner", "PreConditionerType"),
-    "utils.graft": ("Graft", "SGDGraft", "SQRTNGraft", "AdaGradGraft", "RMSPropGraft"),
-}  # fmt: skip
-_STAND_INS: list[Any] = (
-    [
-        (type(name.rpartition(".")[2], (StandIn,), {}), name)
-        for name in (
-            "argparse.Namespace",  # settings in the files of timm and others
-            "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-            "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-            "deepspeed.runtime.zero.config.ZeroStageEnum",
-            "deepspeed.utils.tensor_fragment.fragment_address",
-            "torch.distributed._shard.metadata.ShardMetadata",
-            "torch.distributed.remote_device._remote_device",
-            "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
-            "torch.distributed._shard.sharding_spec.chunk_sharding_spec.ChunkShardingSpec",
-            "torch.distributed._shard.sharded_tensor.metadata.ShardedTensorMetadata",
-            "torch.distributed._shard.sharded_tensor.shard.Shard",
-            "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
-        )
-    ]
-    + [
-        (ShardedStandIn, "torch.distributed._shard.sharded_tensor.api.ShardedTensor"),
-        (_state_of_processes, "builtins.getattr"),
-        (_ProcessGroupState, "torch.distributed._shard.sharded_tensor.api.ShardedTensor.ProcessGroupState"),
-    ]
-    + [
-        (type(name, (StandIn,), {}), f"pytorch_optimizer.optimizer.{module}.{name}")
-        for module, names in _OF_SCALABLE_SHAMPOO.items()
-        for name in names
-    ]
-    + [
-        (QuantizedStandIn, f"{home}.{name}")
-        for name in _QUANTIZED
-        for home in ("torchao.optim", "torchao.prototype.low_bit_optim")
-    ]
-)
 
 
 def load(path: Path, checksums: Checksums | None = None) -> Any:
@@ -146,8 +50,7 @@ def load(path: Path, checksums: Checksums | None = None) -> Any:
             archive = stream.read(4) == _ZIP or zipfile.is_zipfile(stream)
             # Before torch reads anything: a compressed pickle of a megabyte can expand to gigabytes.
             records = check_archive(stream) if archive else {}
-        with torch.serialization.safe_globals(_STAND_INS):
-            loaded = _torch_load(path, mmap=archive)
+        loaded = _with_stand_ins(path, archive)
         if archive and checksums is not None:
             checksums.add(path, records, loaded)
     except pickle.UnpicklingError as error:
@@ -159,6 +62,43 @@ def load(path: Path, checksums: Checksums | None = None) -> Any:
     except Exception as error:
         raise _corrupt(path, error) from None
     return loaded
+
+
+# Distinct classes in a file; more are no state of a training.
+_MOST_REPLACED = 200
+
+
+def _with_stand_ins(path: Path, archive: bool) -> Any:
+    """Load a file; classes of other libraries that hold data are replaced by inert stand-ins and named in a warning.
+
+    Raises:
+        pickle.UnpicklingError: The file is damaged, or asks for a global that is refused.
+    """
+    replaced: dict[str, Any] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals([*STAND_INS, *replaced.values()]):
+                loaded = _torch_load(path, mmap=archive)
+            break
+        except pickle.UnpicklingError as error:
+            # torch names the first global that it does not know, so that each try finds at least one.
+            new = {name: inert(name) for name in _unsafe_globals(path, error) if name not in replaced}
+            if not new and (kind := container(str(error))) is not None:
+                new = {kind[0]: kind[1]}
+            refused = not new or len(replaced) + len(new) > _MOST_REPLACED or not all(map(is_data, new))
+            if refused or any(_projection(name) for name in new):
+                raise
+            replaced |= new
+    if replaced:
+        _report(path, tuple(sorted(replaced)))
+    return loaded
+
+
+@lru_cache(maxsize=256)
+def _report(path: Path, replaced: tuple[str, ...]) -> None:
+    """Warn, once per file, of the objects that were replaced."""
+    shown = ", ".join(replaced[:_SHOWN]) + (f" and {len(replaced) - _SHOWN} more" if len(replaced) > _SHOWN else "")
+    LOG.warning("%s holds objects that a Fisher does not need, left unread: %s", path, shown)
 
 
 def _torch_load(source: Any, mmap: bool = False) -> Any:
@@ -268,7 +208,7 @@ def _part(path: Path, start: int, length: int) -> Iterator[tuple[Any, dict[str, 
     except CorruptFileError:
         raise
     except pickle.UnpicklingError as error:
-        needed = re.findall(r"(?:GLOBAL|global) `?([\w.]+\.\w+)", str(error))[:1]
+        needed = _named_global(error)
         if needed:
             raise _refusal(path, needed) from None
         raise _corrupt(location, error) from None
@@ -301,12 +241,16 @@ class _MetadataUnpickler(pickle.Unpickler):
         }
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        found = self._known.get((module_name, global_name))
-        if found is not None:
-            return found
         value = getattr(torch, global_name, None) if module_name == "torch" else None
         if value is torch.Size or isinstance(value, torch.dtype):
             return value
+        # OLMo-core has subclasses of torch's classes, under their names.
+        foreign = module_name.partition(".")[0] != "torch" and is_data(f"{module_name}.{global_name}")
+        if foreign and any(global_name in names for names in _METADATA.values()):
+            self._known.setdefault((module_name, global_name), type(global_name, (StandIn,), {}))
+        found = self._known.get((module_name, global_name))
+        if found is not None:
+            return found
         raise UnsafeFileError(
             f"{self._path} must be the index of a distributed checkpoint, but its pickle asks for "
             f"{module_name}.{global_name}; nothing of it was run. Save the checkpoint again"
@@ -339,15 +283,21 @@ def load_metadata(path: Path) -> Any:
 _PROJECTED = {"galore_torch": "GaLore", "apollo_torch": "APOLLO"}
 
 
+def _projection(name: str) -> str | None:
+    """Return the name of an optimizer of projections whose library a global is of; None for any other global."""
+    return _PROJECTED.get(name.partition(".")[0])
+
+
 def _refusal(path: Path, needed: Sequence[str]) -> UnsafeFileError | UnsupportedStateError:
     for name in needed:
-        if name.partition(".")[0] in _PROJECTED:
+        if _projection(name) is not None:
             return UnsupportedStateError(
-                f"a Fisher needs the mean squared gradient of each parameter, but {_PROJECTED[name.partition('.')[0]]} "
+                f"a Fisher needs the mean squared gradient of each parameter, but {_projection(name)} "
                 f"keeps that of a projection ({path}); train with AdamW, or estimate a Fisher from data"
             )
+    refused = [name for name in needed if not is_data(name)] or needed
     return UnsafeFileError(
-        f"{path} must hold tensors only, but its pickle asks for {', '.join(needed)}; nothing of it was run. "
+        f"{path} must hold tensors only, but its pickle asks for {', '.join(refused)}; nothing of it was run. "
         "Save the optimizer's state_dict alone"
     )
 
@@ -364,7 +314,13 @@ def _corrupt(path: Path | str, error: Exception) -> CorruptFileError:
 def _unsafe_globals(path: Path, error: pickle.UnpicklingError) -> list[str]:
     """Return the globals that a pickle asks for: all for a zip archive, else the first, which torch's error names."""
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        with torch.serialization.safe_globals(STAND_INS):
             return list(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # the file is no archive, or is damaged as well
-        return re.findall(r"(?:GLOBAL|global) `?([\w.]+\.\w+)", str(error))[:1]
+        return _named_global(error)
+
+
+def _named_global(error: pickle.UnpicklingError) -> list[str]:
+    """Return the global that torch's error names, if it names one; torch leaves ``builtins`` out of names."""
+    found = re.search(r"GLOBAL `?([\w.]+)", str(error))
+    return [] if found is None else [found[1] if "." in found[1] else f"builtins.{found[1]}"]

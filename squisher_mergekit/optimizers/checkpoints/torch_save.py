@@ -8,6 +8,7 @@ and Fabric (``*.ckpt``), and scripts that call ``torch.save``.
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from squisher_mergekit.errors import NamingError, UnsupportedStateError
+from squisher_mergekit.models.diffusers_names import model_folders
 from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
-from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
+from squisher_mergekit.optimizers.checkpoints.raw_state import OwnNames, RawState
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.lazy import unverified
 
@@ -30,6 +32,7 @@ _OTHERS = re.compile(
 )
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # timm writes last.pth.tar
 _LIGHTNING = "pytorch-lightning_version"
+_ATTRIBUTE = "model."
 _MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
 
 
@@ -78,7 +81,9 @@ def read(file: Path, verify: bool) -> RawState:
         more = [
             safe_pickle.load(path, checksums) for path in sorted(paths, key=lambda path: (len(path.name), path.name))
         ]
-    return content(safe_pickle.load(file, checksums), file, more, checksums.verify)
+    raw = content(safe_pickle.load(file, checksums), file, more, checksums.verify)
+    has_config = (file.parent / "config.json").is_file()
+    return raw if has_config or raw.model is not None else replace(raw, beside=tuple(model_folders(file.parent)))
 
 
 def content(
@@ -104,9 +109,26 @@ def content(
         )
     model = None if is_state(loaded) else find_model(loaded)
     layout = None
-    if isinstance(loaded, Mapping) and _LIGHTNING in loaded:
-        layout, model = "lightning", None if model is None else _without_attribute(model)
-    return RawState(file, tuple(states), model, layout, verify=verify)
+    if _is_composer(loaded):
+        layout, states = "composer", [without_prefix(state) for state in states]
+    if isinstance(loaded, Mapping) and (_LIGHTNING in loaded or _is_composer(loaded)):
+        layout, model = layout or "lightning", None if model is None else _without_attribute(model)
+    return RawState(file, tuple(states), model, layout, verify=verify, own=_own_names(loaded, states))
+
+
+# Keys of a file -> trainer, whose names or order are not those of Hugging Face although they look alike.
+_KEYS_OF_TRAINERS = (
+    (frozenset({"optimizer", "epochs_run"}), "torchtune"),
+    (frozenset({"optimizer", "model_args", "iter_num"}), "nanoGPT"),
+)
+
+
+def _own_names(loaded: Any, states: Sequence[Mapping[str, Any]]) -> OwnNames | None:
+    """Return the trainer that the keys of a file tell; None for others, and for torchtune's states with names."""
+    keys = set(loaded) if isinstance(loaded, Mapping) else set()
+    family = next((family for marks, family in _KEYS_OF_TRAINERS if marks <= keys), None)
+    named = any(isinstance(index, str) for state in states for g in state["param_groups"] for index in g["params"])
+    return None if family is None or named else OwnNames(family)
 
 
 # Keys of DeepSpeed's ZeRO in the file of one rank, whose state is part of a flat buffer.
@@ -140,25 +162,38 @@ def is_state(value: Any) -> bool:
 
 
 def states_in(loaded: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the optimizers' states in a loaded object, within at most two containers."""
-    if is_state(loaded):
-        yield loaded
-        return
-    for value in _members(loaded):
-        if is_state(value):
-            yield value
-        else:
-            yield from (inner for inner in _members(value) if is_state(inner))
+    """Yield the optimizers' states in a loaded object, within at most three containers (Composer's)."""
+    level = [loaded]
+    for _ in range(4):
+        yield from (value for value in level if is_state(value))
+        level = [inner for value in level if not is_state(value) for inner in _members(value)]
 
 
 def _members(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else []
 
 
+def _is_composer(loaded: Any) -> bool:
+    """Return True for a file of Composer, which holds the model and the optimizers under ``state``."""
+    inner = loaded.get("state") if isinstance(loaded, Mapping) else None
+    return isinstance(inner, Mapping) and isinstance(inner.get("optimizers"), Mapping)
+
+
+def without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Strip the attribute in which Composer's wrapper keeps a model, if all names have it."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    if not all(isinstance(name, str) and name.startswith(_ATTRIBUTE) for name in names):
+        return state
+    groups = [{**g, "params": [n.removeprefix(_ATTRIBUTE) for n in g["params"]]} for g in state["param_groups"]]
+    entries = {str(name).removeprefix(_ATTRIBUTE): entry for name, entry in state["state"].items()}
+    return {**state, "state": entries, "param_groups": groups}
+
+
 def find_model(loaded: Any) -> Mapping[str, Tensor] | None:
     """Return the model saved with the optimizer; None where there is none, or several that cannot be distinguished."""
     if not isinstance(loaded, Mapping):
         return None
+    loaded = loaded["state"] if _is_composer(loaded) else loaded
     found = {
         key: value
         for key, value in loaded.items()

@@ -1,0 +1,223 @@
+"""nanotron's checkpoint: ``N/optimizer/optimizer_pp-P-of-PP[_dp-D-of-DD]_tp-T-of-TT[_exp-E-of-EE].pt``.
+
+Each file names its parameters under ``names``. With ZeRO-1 each rank of data parallelism has a flat slice of some
+parameters, and ``optimizer_config.json`` has the offsets and shapes. Stages of a pipeline have their own layers.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsupportedStateError
+from squisher_mergekit.optimizers.checkpoints import safe_pickle
+from squisher_mergekit.optimizers.checkpoints.raw_state import OwnNames, RawState
+from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
+from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
+from squisher_mergekit.tensors.input_files import read_mapping
+from squisher_mergekit.tensors.lazy import Slices
+
+NAME = re.compile(
+    r"optimizer_pp-(?P<pp>\d+)-of-(?P<stages>\d+)(?:_dp-(?P<dp>\d+)-of-(?P<ranks>\d+))?"
+    r"_tp-(?P<tp>\d+)-of-(?P<parts>\d+)(?:_exp-(?P<exp>\d+)-of-(?P<experts>\d+))?\.pt"
+)
+_SETTINGS = "optimizer_config.json"
+
+
+@dataclass(frozen=True)
+class _RankFile:
+    """File of one rank.
+
+    Attributes:
+        path: The file.
+        ranks: Rank and number of ranks by kind of parallelism: ``pp``, ``dp``, ``tp``, ``exp``.
+    """
+
+    path: Path
+    ranks: Mapping[str, tuple[int, int]]
+
+
+def find(folder: Path) -> Path | None:
+    """Return the folder with the files: this folder, or ``optimizer`` in it; None if there are none."""
+    places = (place for place in (folder, folder / "optimizer") if place.is_dir())
+    return next((place for place in places if any(NAME.fullmatch(path.name) for path in place.iterdir())), None)
+
+
+def read(folder: Path, verify: bool) -> RawState:
+    """Read the files of all ranks.
+
+    Raises:
+        NotFoundError: The file of a rank is missing.
+        UnsupportedStateError: The parameters are split by tensor or expert parallelism.
+        RefusedError: A file cannot be read safely, or its slices do not fit.
+    """
+    checksums = Checksums(verify)
+    files = _files(folder)
+    loaded = [(file, _named(safe_pickle.load(file.path, checksums), file.path)) for file in files]
+    offsets = _offsets(folder) if any("dp" in file.ranks for file in files) else None
+    state: dict[str, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    stages = sorted({file.ranks["pp"][0] for file in files})
+    for stage in stages:
+        of_stage = [(file, content) for file, content in loaded if file.ranks["pp"][0] == stage]
+        state |= _whole(of_stage[0][1]) if offsets is None else _joined(of_stage, offsets)
+        groups += _groups(of_stage[0][1], [content for _, content in of_stage], state)
+    settings = folder.parent / "model_config.json"
+    interleaved = read_mapping(settings).get("rope_interleaved") if settings.is_file() else None
+    own = OwnNames("nanotron with rope_interleaved" if interleaved is True else "nanotron")
+    return RawState(
+        folder, ({"state": state, "param_groups": groups},), layout="nanotron", verify=checksums.verify, own=own
+    )
+
+
+def _files(folder: Path) -> list[_RankFile]:
+    """Return the files of all ranks, in the order of their ranks.
+
+    Raises:
+        NotFoundError: The file of a rank is missing.
+        UnsupportedStateError: The parameters are split by tensor or expert parallelism.
+    """
+    files = []
+    for path in sorted(folder.iterdir()):
+        if match := NAME.fullmatch(path.name):
+            numbers = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+            kinds = (("pp", "stages"), ("dp", "ranks"), ("tp", "parts"), ("exp", "experts"))
+            files.append(_RankFile(path, {k: (numbers[k], numbers[of]) for k, of in kinds if k in numbers}))
+    if not files:
+        raise NotFoundError(f"{folder} must hold nanotron's files of the optimizer, found none; give another folder")
+    for kind in ("tp", "exp"):
+        split = next((file for file in files if file.ranks.get(kind, (0, 1))[1] > 1), None)
+        if split is not None:
+            raise UnsupportedStateError(
+                f"the parameters in {folder} must be whole on each rank, but {split.path.name} is of "
+                f"{'tensor' if kind == 'tp' else 'expert'} parallelism; save it again with one such rank, or estimate "
+                "a Fisher from data"
+            )
+    wanted = {key: max(file.ranks.get(key, (0, 1))[1] for file in files) for key in ("pp", "dp")}
+    present = {(file.ranks["pp"][0], file.ranks.get("dp", (0, 1))[0]) for file in files}
+    for stage in range(wanted["pp"]):
+        for rank in range(wanted["dp"]):
+            if (stage, rank) not in present:
+                raise NotFoundError(
+                    f"{folder} must hold the optimizer's files of all ranks, but that of pp {stage}, dp {rank} is "
+                    "missing; copy it as well"
+                )
+    return sorted(files, key=lambda file: (file.ranks["pp"][0], file.ranks.get("dp", (0, 1))[0]))
+
+
+def _named(loaded: Any, path: Path) -> Mapping[str, Any]:
+    """Return the content of a file, which must be a state with ``names``."""
+    names = loaded.get("names") if isinstance(loaded, Mapping) else None
+    if (
+        not isinstance(loaded, Mapping)
+        or not is_state(loaded)
+        or not isinstance(names, Mapping)
+        or not set(loaded["state"]) <= set(names)
+    ):
+        raise CorruptFileError(
+            f"{path} must hold an optimizer's state_dict with the names of its parameters; copy it again"
+        )
+    return loaded
+
+
+def _whole(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return name -> state where every rank has all of each parameter."""
+    return {str(content["names"][index]): dict(entry) for index, entry in content["state"].items()}
+
+
+def _groups(
+    content: Mapping[str, Any], contents: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the groups of a stage with names; parameters of which this rank has nothing join the first group."""
+    names = content["names"]
+    groups = [
+        {**g, "params": [str(names[index]) for index in g["params"] if index in names]} for g in content["param_groups"]
+    ]
+    listed = {name for group in groups for name in group["params"]}
+    others = dict.fromkeys(str(name) for one in contents for name in one["names"].values())
+    groups[0]["params"] += [name for name in others if name not in listed]
+    return groups
+
+
+@dataclass(frozen=True)
+class _Offsets:
+    """Slices of the parameters under ZeRO-1.
+
+    Attributes:
+        file: File of the offsets.
+        slices: Name -> rank of data parallelism -> first entry and entry after the last.
+        shapes: Name -> shape.
+    """
+
+    file: Path
+    slices: Mapping[str, Mapping[int, tuple[int, int]]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def _offsets(folder: Path) -> _Offsets:
+    """Return the slices of the parameters.
+
+    Raises:
+        CorruptFileError: The file is missing or damaged.
+    """
+    file = folder / _SETTINGS
+    configs = read_mapping(file).get("configs") if file.is_file() else None
+    try:
+        ranges, shapes = configs["param_name_to_dp_rank_offsets"], configs["orig_param_shapes"]  # type: ignore[index]
+        slices = {name: {int(rank): _numbers(span) for rank, span in by.items()} for name, by in ranges.items()}
+        return _Offsets(
+            file,
+            {n: {r: (span[0], span[1]) for r, span in by.items()} for n, by in slices.items()},
+            {name: _numbers(shape) for name, shape in shapes.items()},
+        )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"{file} must tell the offsets and shapes of the parameters, but {error!r:.100}; copy it as well"
+        ) from None
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
+
+
+def _joined(files: Sequence[tuple[_RankFile, Mapping[str, Any]]], offsets: _Offsets) -> dict[str, dict[str, Any]]:
+    """Join the slices of all ranks: name -> state.
+
+    Raises:
+        CorruptFileError: The slices do not make up a parameter.
+    """
+    by_name: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    for file, content in files:
+        for index, entry in content["state"].items():
+            by_name[str(content["names"][index])][file.ranks["dp"][0]] = entry
+    return {name: _join(name, entries, offsets) for name, entries in by_name.items()}
+
+
+def _join(name: str, entries: Mapping[int, Mapping[str, Any]], offsets: _Offsets) -> dict[str, Any]:
+    spans = offsets.slices.get(name, {})
+    order = sorted((span, rank) for rank, span in spans.items() if span[1] > span[0])
+    shape = torch.Size(offsets.shapes.get(name, ()))
+    ends = [0, *(stop for (_, stop), _ in order)]
+    tiles = [start for (start, _), _ in order] == ends[:-1] and ends[-1] == shape.numel()
+    joined: dict[str, Any] = {}
+    for key, value in next(iter(entries.values())).items():
+        if not isinstance(value, Tensor) or not value.ndim:
+            joined[key] = value
+            continue
+        parts = [entries.get(rank, {}).get(key) for _, rank in order]
+        fits = tiles and all(
+            isinstance(part, Tensor) and part.numel() == stop - start and part.is_contiguous()
+            for part, ((start, stop), _) in zip(parts, order, strict=True)
+        )
+        if not fits:
+            raise CorruptFileError(
+                f"the slices of {name} must make up its {shape.numel()} entries, by {offsets.file}, but do not; copy "
+                "the files of all ranks again"
+            )
+        joined[key] = Slices(tuple((part.reshape(-1), 0, part.numel()) for part in parts if part is not None), shape)
+    return joined

@@ -1,0 +1,111 @@
+"""Table of names: second moments under the names of each trainer come back under those of Hugging Face, bit for bit."""
+
+import pytest
+import torch
+
+from squisher_mergekit import load_fisher
+from squisher_mergekit.errors import MismatchError, UnsupportedStateError
+from tests.other_trainers import (
+    SHAPES,
+    World,
+    adam,
+    assert_moments,
+    to_litgpt,
+    to_megatron,
+    to_nanotron,
+    to_neox,
+    to_olmo,
+    to_olmo_core,
+    to_torchtitan,
+    to_torchtune,
+)
+
+OLMO = [{"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 31},
+        {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16, "vocab_size": 9}]  # fmt: skip
+NEOX = [{"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 31},
+        {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 8}]  # fmt: skip
+CASES = [
+    *(("llama", shape, make) for shape in SHAPES for make in (to_torchtune, to_torchtitan, to_litgpt, to_megatron)),
+    *(("llama", shape, to_nanotron) for shape in SHAPES),
+    *(("mistral", shape, make) for shape in SHAPES[:2] for make in (to_torchtune, to_litgpt, to_megatron)),
+    *(("qwen2", shape, make) for shape in SHAPES[:2] for make in (to_litgpt, to_megatron, to_nanotron)),
+    *(("llama", shape, to_olmo_core) for shape in SHAPES[:2]),
+    *(("olmo", shape, to_olmo) for shape in OLMO),
+    *(("olmo2", shape, make) for shape in OLMO for make in (to_olmo, to_olmo_core)),
+    *(("gpt_neox", shape, to_neox) for shape in NEOX),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "shape", "make"), CASES, ids=lambda value: getattr(value, "__name__", None))
+def test_names_and_rows_come_back(kind, shape, make, tmp_path):
+    """The config alone chooses the translation; every fused, permuted or stacked tensor gives its parts exactly."""
+    world = World(tmp_path / "model", kind, tie_word_embeddings=False, **shape)
+    torch.save(adam(make(world, world.moments)), tmp_path / "state.pt")
+    assert_moments(load_fisher(tmp_path / "state.pt", world.folder), world.moments)
+    saved = {
+        name.replace("lm_head", "embed_out") if kind == "gpt_neox" else name: t for name, t in world.moments.items()
+    }
+    assert_moments(load_fisher(tmp_path / "state.pt", world.bare(tmp_path / "config")), saved)
+
+
+@pytest.mark.parametrize("make", [to_torchtune, to_nanotron, to_olmo_core])
+def test_a_tied_head_is_once_in_the_state(make, tmp_path):
+    """The embeddings hold the second moment of both uses, and the head is listed as tied."""
+    world = World(tmp_path / "model", tie_word_embeddings=True, **SHAPES[0])
+    assert "lm_head.weight" not in world.moments
+    torch.save(adam(make(world, world.moments)), tmp_path / "state.pt")
+    fisher = load_fisher(tmp_path / "state.pt", world.folder)
+    assert_moments(fisher, world.moments)
+    assert fisher.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_rotary_rows_follow_the_kind_of_model(shape, tmp_path):
+    """The Qwen2 of torchtune has rows in halves, its Llama in pairs; the shapes are equal, so the config decides."""
+    world = World(tmp_path / "model", "qwen2", tie_word_embeddings=False, **shape)
+    torch.save(adam(to_torchtune(world, world.moments, rotary=False)), tmp_path / "state.pt")
+    assert_moments(load_fisher(tmp_path / "state.pt", world.folder), world.moments)
+
+
+def test_layers_need_not_be_stacked(tmp_path):
+    """Megatron-Core writes them one by one in later versions."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[0])
+    torch.save(adam(to_megatron(world, world.moments, stacked=False)), tmp_path / "state.pt")
+    assert_moments(load_fisher(tmp_path / "state.pt", world.folder), world.moments)
+
+
+def test_a_model_that_is_not_in_the_table_is_refused(tmp_path):
+    """A Gemma with torchtune's names has other norms; nothing is guessed."""
+    world = World(tmp_path / "llama", tie_word_embeddings=False, **SHAPES[0])
+    other = World(tmp_path / "gemma", "gemma", **SHAPES[0])
+    torch.save(adam(to_torchtune(world, world.moments)), tmp_path / "state.pt")
+    with pytest.raises(
+        UnsupportedStateError, match=r"those of torchtune, .* llama, mistral, qwen2, but .* is of gemma"
+    ):
+        load_fisher(tmp_path / "state.pt", other.folder)
+
+
+def test_a_name_that_is_not_in_the_table_is_refused(tmp_path):
+    """An adapter or an expert of the trainer has no counterpart that is known."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[0])
+    own = to_torchtune(world, world.moments) | {"layers.0.mlp.router.weight": torch.rand(3, 24)}
+    torch.save(adam(own), tmp_path / "state.pt")
+    with pytest.raises(MismatchError, match=r"layers\.0\.mlp\.router\.weight is not"):
+        load_fisher(tmp_path / "state.pt", world.folder)
+
+
+@pytest.mark.parametrize("make", [to_litgpt, to_megatron, to_nanotron])
+def test_another_model_of_the_same_kind_is_refused(make, tmp_path):
+    """Fewer heads, or fewer layers, do not fit the tensors."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[0])
+    torch.save(adam(make(world, world.moments)), tmp_path / "state.pt")
+    for number, changes in enumerate(({"num_key_value_heads": 4}, {"layers": 1}, {"layers": 3})):
+        other = World(tmp_path / f"other{number}", tie_word_embeddings=False, **{**SHAPES[0], **changes})
+        if changes == {"layers": 3} and make is not to_megatron:  # a state that lacks a layer is a partial one
+            assert (
+                "model.layers.2.mlp.up_proj.weight"
+                in load_fisher(tmp_path / "state.pt", other.folder).config.coverage.without
+            )
+            continue
+        with pytest.raises(MismatchError):
+            load_fisher(tmp_path / "state.pt", other.folder)
