@@ -121,10 +121,7 @@ class OpenFisher:
     def _as_found(self, model: Weights | Path, base: Weights | Path | None) -> Fisher:
         """Open a portable Fisher, or the optimizer state of a model."""
         path = self._path
-        if is_portable(path):
-            found = read_fisher(path)
-        else:
-            found = load_fisher(path, model=model, base=base)
+        found = read_fisher(path) if is_portable(path) else load_fisher(path, model=model, base=base)
         return hub.with_hub_location(found, path)
 
     def _lifted(self, files: LoraFiles) -> Fisher:

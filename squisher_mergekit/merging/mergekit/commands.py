@@ -200,7 +200,7 @@ def run_as_adapter(
 
     from squisher_mergekit.merging.mergekit.model_folders import resolve_models
     from squisher_mergekit.merging.mergekit.references import AdaptedReference
-    from squisher_mergekit.merging.report import bare_card, provenance
+    from squisher_mergekit.merging.reports.text import bare_card, provenance
     from squisher_mergekit.models.low_rank import write_adapter
     from squisher_mergekit.models.weights import Weights
     from squisher_mergekit.tensors.atomic import scratch_beside

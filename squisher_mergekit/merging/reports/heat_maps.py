@@ -74,15 +74,22 @@ def share_maps(report: Mapping[str, Any]) -> list[HeatMap]:
     labels = list(report["effective_weight"])
     maps = []
     for place, label in enumerate(labels):
-        title = f"{letter(place)}  {_short(label)}"
-        maps.append(heat_map(title, tensors, lambda found, label=label: found["effective_weight"].get(label, 0.0)))
+        maps.append(heat_map(f"{letter(place)}  {_short(label)}", tensors, _of("effective_weight", label)))
     for place, label in enumerate(labels):
         if report.get("abstained", {}).get(label):
-            title = f"{letter(place)} without a vote"
-            maps.append(heat_map(title, tensors, lambda found, label=label: found.get("abstained", {}).get(label, 0.0)))
+            maps.append(heat_map(f"{letter(place)} without a vote", tensors, _of("abstained", label)))
     if report["fell_back"]:
-        maps.append(heat_map("no signal in any model", tensors, lambda found: found["fell_back"]))
+        maps.append(heat_map("no signal in any model", tensors, lambda found: float(found["fell_back"])))
     return maps
+
+
+def _of(key: str, label: str) -> Callable[[Figures], float]:
+    """Return a function from the figures of a tensor to one figure of a model."""
+
+    def figure(found: Figures) -> float:
+        return float(found.get(key, {}).get(label, 0.0))
+
+    return figure
 
 
 def _short(label: str, length: int = 34) -> str:
