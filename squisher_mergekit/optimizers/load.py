@@ -15,7 +15,7 @@ from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import has_fisher, to_dtype, write_fisher
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
-from squisher_mergekit.models.lora import read_lora
+from squisher_mergekit.models.lora.pairs import read_lora
 from squisher_mergekit.models.weights import BASENAME, Weights
 from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.models.lora import LoraAdapter, read_lora
+from squisher_mergekit.models.lora.pairs import LoraAdapter, read_lora
 from squisher_mergekit.models.weights import Weights
 
 

@@ -37,7 +37,7 @@ from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import ModelFiles
 from squisher_mergekit.merging.votes.options import VoteOptions
 from squisher_mergekit.models.layouts import MatrixLayout, layouts_on_disk
-from squisher_mergekit.models.lora import AdaptedWeights
+from squisher_mergekit.models.lora.pairs import AdaptedWeights
 from squisher_mergekit.models.weights import Weights, refuse_quantised
 from squisher_mergekit.models.whole import WholeModel, names_text
 from squisher_mergekit.tensors.safetensors import TensorInfo

@@ -190,7 +190,7 @@ def run_as_adapter(
         allow_missing: Go on without tensors that the merge would lose.
 
     Returns:
-        The closed run, and the report of :func:`~squisher_mergekit.models.low_rank.write_adapter`.
+        The closed run, and the report of :func:`~squisher_mergekit.models.lora.low_rank.write_adapter`.
 
     Raises:
         ConfigError: A model is no LoRA.
@@ -201,7 +201,7 @@ def run_as_adapter(
     from squisher_mergekit.merging.mergekit.model_folders import resolve_models
     from squisher_mergekit.merging.mergekit.references import AdaptedReference
     from squisher_mergekit.merging.reports.text import bare_card, provenance
-    from squisher_mergekit.models.low_rank import write_adapter
+    from squisher_mergekit.models.lora.low_rank import write_adapter
     from squisher_mergekit.models.weights import Weights
     from squisher_mergekit.tensors.atomic import scratch_beside
 

@@ -11,7 +11,7 @@ from squisher_mergekit.fisher.encoded import RankOneStore
 from squisher_mergekit.fisher.files import TIED, tied_aliases
 from squisher_mergekit.fisher.mapping import Fisher, rescaled
 from squisher_mergekit.fisher.values import check_values
-from squisher_mergekit.models.lora import AdaptedWeights, LoraAdapter, LoraPair
+from squisher_mergekit.models.lora.pairs import AdaptedWeights, LoraAdapter, LoraPair
 from squisher_mergekit.optimizers.lifting.equations import lifted_means
 from squisher_mergekit.tensors.safetensors import check_shape
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
-from squisher_mergekit.models.lora import LoraAdapter, LoraPair
+from squisher_mergekit.models.lora.pairs import LoraAdapter, LoraPair
 from squisher_mergekit.tensors.input_files import read_mapping
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 

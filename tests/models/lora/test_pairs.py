@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from squisher_mergekit.errors import MismatchError, NotFoundError, UnsupportedStateError
-from squisher_mergekit.models.lora import AdaptedWeights, read_lora
+from squisher_mergekit.models.lora.pairs import AdaptedWeights, read_lora
 from squisher_mergekit.models.weights import Weights
 from tests.adapters import save_merged, train
 

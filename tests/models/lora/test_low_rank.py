@@ -7,8 +7,8 @@ import transformers
 from safetensors.torch import load_file
 
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.models.lora import read_lora
-from squisher_mergekit.models.low_rank import factorised, ranks_of, write_adapter
+from squisher_mergekit.models.lora.low_rank import factorised, ranks_of, write_adapter
+from squisher_mergekit.models.lora.pairs import read_lora
 from squisher_mergekit.models.weights import Weights
 from tests.adapters import train
 

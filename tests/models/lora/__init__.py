@@ -1,0 +1,1 @@
+"""Tests of LoRA over a base model."""
