@@ -25,7 +25,15 @@ FIGURE = re.compile(
 # Reason -> phrases whose numbers may be typed. Each phrase is in at least one README.md. A reason that names a test
 # says that this test checks the number.
 ALLOWED = {
-    "version": ["mergekit `>=0.1.5,<0.2`", "(0.50.2 was used, on the CPU)", "Apache-2.0", "Python 3.10 or later"],
+    "version": [
+        "mergekit `>=0.1.5,<0.2`",
+        "(0.50.2 was used, on the CPU)",
+        "Apache-2.0",
+        "Python 3.10 or later",
+        "(4.1.0 was used)",
+        "DeepSpeed 0.3 and later",
+        "Llama 3.1 8B",
+    ],
     "limit of scripts.benchmarks.gpu_check": ["GPU benchmarks in at most six minutes"],
     "size of a benchmark": ["two random models of 1.1e9 parameters, which take 16 GB"],
     "section of the paper": ["section 3.5)"],
@@ -33,6 +41,8 @@ ALLOWED = {
         "| `weight` | per model | `1.0` |",
         "| `fisher_scale` | per model | `1.0` |",
         "| `density` | per model | `1.0` |",
+        "| `power` | global | `1.0` |",
+        "| `lambda` | global, `squisher` | `1.0` |",
         "| `floor` | global | `0.0` |",
         "| `prior` | global, `ubgm_squisher` | `0.0` |",
         "| `--alpha` | 0.15 |",
@@ -40,6 +50,7 @@ ALLOWED = {
     ],
     "value in an example": [
         "`SquisherCallback(beta=0.999)`",
+        "| `power: 0.5` | `power: 0.5`; no epsilon",
     ],
     "condition of a warning": ["`beta2` above 0.95 freeze"],
     "figure of the paper": [
