@@ -18,8 +18,9 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from scripts import ROOT
 from scripts.benchmarks.process import run_measured, verdict, work_folder
@@ -43,6 +44,9 @@ for name in files:
             size -= out.write(part)
 """
 
+Bench = Callable[[Path, argparse.Namespace], dict[str, Any]]
+Lines = Callable[[dict[str, Any]], list[str]]
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the models, time the commands, print the table."""
@@ -55,6 +59,31 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         write_report(options.json, [report])
     return 0
+
+
+def compare(options: argparse.Namespace, name: str, bench: Bench, lines: Lines) -> int:
+    """Make two models and their base, time the commands of another benchmark, print and keep the figures."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with work_folder(options.work, name) as work:
+        for seed, model in enumerate((*MODELS, BASE)):
+            prepare_model(work / model, seed, options)
+        report = bench(work, options)
+    print("\n".join(lines(report)))
+    if options.json:
+        write_report(options.json, [report])
+    return 0
+
+
+def comparison_parser(about: str | None, repeat: int) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark that uses :func:`compare`."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder that keeps the models (default: a temporary folder)")
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"size of the Llama (default: {default})")
+    parser.add_argument("--repeat", type=int, default=repeat, help="number of rounds; each runs every command once")
+    parser.add_argument("--json", type=Path, help="JSON file for all samples")
+    parser.set_defaults(dtype="bfloat16", fisher_dtype="float32", shards=4, made_on="cpu")
+    return parser
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

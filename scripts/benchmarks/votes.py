@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.merge import BASE, MODELS, SIZES, output_folder, parameters, prepare_model, recipe
-from scripts.benchmarks.process import run_measured, verdict, work_folder
-from scripts.benchmarks.report import write_report
+from scripts.benchmarks.merge import BASE, MODELS, compare, comparison_parser, output_folder, parameters, recipe
+from scripts.benchmarks.process import run_measured, verdict
 
 PLAIN = "squisher"
 CHANGE = {"density_by": "change", "density_scope": "model"}
@@ -35,28 +33,13 @@ CPU_GOALS = {"consensus: sign": 1.25, "density_scope: model": 2.0}  # times squi
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the models, time the commands, print the figures."""
-    options = parse(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with work_folder(options.work, "votes") as work:
-        for seed, name in enumerate((*MODELS, BASE)):
-            prepare_model(work / name, seed, options)
-        report = bench(work, options)
-    print("\n".join(lines(report)))
-    if options.json:
-        write_report(options.json, [report])
-    return 0
+    return compare(parse(arguments), "votes", bench, lines)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder that keeps the models (default: a temporary folder)")
-    for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"size of the Llama (default: {default})")
+    parser = comparison_parser(__doc__, repeat=3)
     parser.add_argument("--only", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
-    parser.add_argument("--repeat", type=int, default=3, help="number of rounds; each runs every command once")
-    parser.add_argument("--json", type=Path, help="JSON file for all samples")
-    parser.set_defaults(dtype="bfloat16", fisher_dtype="float32", shards=4, made_on="cpu")
     return parser.parse_args(arguments)
 
 
