@@ -61,12 +61,12 @@ def _files(folder):
 
 
 def test_the_wheel_holds_the_package_and_the_start_up_files(wheel):
-    """The wheel has modules, manuals, py.typed, the licence and the start-up files at its root, and no other files."""
+    """The wheel has modules, manuals, the page's style and script, py.typed, licence, start-up files, and no others."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = {name for name in names if name.startswith("squisher_mergekit-0.1.0.dist-info/")}
     package = ROOT / "squisher_mergekit"
-    files = (*package.rglob("*.py"), *package.rglob("README.md"))
+    files = [file for kind in ("*.py", "README.md", "*.css", "*.js") for file in package.rglob(kind)]
     content = {file.relative_to(ROOT).as_posix() for file in files if "_startup" not in file.parts}
     assert names - info == content | STARTUP | {"squisher_mergekit/py.typed"}
     assert "squisher_mergekit-0.1.0.dist-info/licenses/LICENSE" in info
