@@ -6,17 +6,15 @@ import sys
 
 import yaml
 from click.testing import CliRunner
-from safetensors.torch import load_file
 
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.merging.sources import FisherSources
 from tests.merging.models import base_and_models
 
-SCORE = f"""{sys.executable} -c "
-import sys
-from safetensors.torch import load_file
-weights = load_file(sys.argv[1] + '/model.safetensors')
-print('the norm is', sum(float(w.square().sum()) for w in weights.values()))" """
+# A number that differs between merges, without the seconds that torch takes to start.
+SCORE = (
+    f"""{sys.executable} -c "import sys; print('size', sum(open(sys.argv[1] + '/model.safetensors', 'rb').read()))" """
+)
 
 
 def _sweep(root, *arguments, command=SCORE):
@@ -54,8 +52,7 @@ def test_the_table_and_the_best_model(tmp_path, monkeypatch):
     ]  # fmt: skip
     best = max(rows, key=lambda row: float(row["score"]))
     assert f"best of 4: damping={best['damping']}, shares={best['shares']}" in done.output
-    found = load_file(tmp_path / "out" / "best" / "model.safetensors")
-    assert sum(float(w.square().sum()) for w in found.values()) == float(best["score"])
+    assert sum((tmp_path / "out" / "best" / "model.safetensors").read_bytes()) == float(best["score"])
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     kept = yaml.safe_load((tmp_path / "out" / "best" / "mergekit_config.yml").read_text())
     assert str(kept["parameters"]["damping"]) == best["damping"]
