@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from squisher_mergekit.merging.merge_plan import describe_model
-from squisher_mergekit.merging.mergekit.commands import model_dtypes, plan_config, read_config
+from squisher_mergekit.merging.mergekit.commands import plan_config, read_config, resolved_models
 from squisher_mergekit.merging.parameters import PARAMETERS, SQUISHER, UBGM_SQUISHER
 
 _WIDE = 10**6
@@ -16,7 +16,7 @@ _WIDE = 10**6
 _HINTS = {
     "normalize": "mean or l2 levels Fishers of different scales",
     "missing": "average merges tensors without a Fisher by the weighted mean",
-    "prior": "d of the method, relative to the mean F of a tensor; try 0.01 if the merge overshoots",
+    "prior": "d of the method, relative to the mean F of a tensor",
 }
 _STRUCTURE_HINTS = {
     "block": "rows or columns that are coupled; must divide recorded blocks",
@@ -55,15 +55,16 @@ def draft(
     if structure is not None:
         document["parameters"] = {"structure": structure}
     config = read_config(yaml.safe_dump(document))
-    labels = [str(item.model) for item in config.models]  # a planned configuration lists its slices instead
+    # Before the plan, which turns the models of the configuration into slices.
+    known = resolved_models(config, bool(options.get("trust_remote_code")))
     preview = plan_config(config, strict=strict, **options)
     found = {each["model"]: each for each in preview["models"]}
     lines = [*_head(len(models), preview), f"merge_method: {method}", *_base_lines(base, method)]
     lines.append("models:")
-    for model, label in zip(models, labels, strict=True):
+    for model, (label, _) in zip(models, known, strict=True):
         lines += _model_lines(model, found.get(label))
     lines += ["parameters:", *_settings(method, structure)]
-    lines += _dtype_lines(model_dtypes(models))
+    lines += _dtype_lines([dtype for _, dtype in known])
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from squisher_mergekit.errors import SquisherError
 from squisher_mergekit.merging.mergekit.commands import plan_config, read_config
 from squisher_mergekit.recipes.draft import draft
+from tests.adapters import train
 from tests.merging.models import base_and_models
 from tests.merging.reference import give_fisher, llama
 
@@ -81,3 +82,27 @@ def test_a_path_with_special_characters_stays_one_line_of_yaml(tmp_path):
     give_fisher(other, llama(other, 1), 1)
     parsed = yaml.safe_load(draft([str(folder), str(other)]))
     assert parsed["models"][0]["model"] == str(folder)
+
+
+def test_a_run_is_drafted_with_the_fisher_of_its_checkpoint(tmp_path):
+    """The folder of a run stands in the draft as given, with the dtype and the Fisher of its last checkpoint."""
+    for i, run in enumerate("ab"):
+        folder = tmp_path / run / "checkpoint-3"
+        give_fisher(folder, llama(folder, i, torch.bfloat16), i)
+    text = draft([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [item["model"] for item in yaml.safe_load(text)["models"]] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert text.count("covers 100.0% of the entries") == 2
+    assert "dtype: bfloat16  # that of the models" in text
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's call
+def test_loras_are_drafted_with_their_lifted_fishers(tmp_path):
+    """A draft of LoRAs names them as given, states the lifted Fishers, and is planned."""
+    for i in range(2):
+        train(tmp_path / f"l{i}", "llama", seed=i)
+    (tmp_path / "l0" / "base").rename(tmp_path / "base")
+    models = [f"{tmp_path / 'base'}+{tmp_path / f'l{i}' / 'adapter'}" for i in range(2)]
+    text = draft(models)
+    assert text.count("lifted_lora") == 2
+    assert [item["model"] for item in yaml.safe_load(text)["models"]] == models
+    assert plan_config(read_config(text))["fallbacks"] == {}

@@ -3,13 +3,13 @@
 mergekit is imported inside the functions: it takes seconds, and ``squisher --help`` must not wait for it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squisher_mergekit.errors import ConfigError, SquisherError
-from squisher_mergekit.merging.parameters import METHODS, is_coupled
+from squisher_mergekit.merging.parameters import METHODS
 from squisher_mergekit.tensors.input_files import brief
 
 if TYPE_CHECKING:
@@ -63,20 +63,25 @@ def read_document(text: str) -> dict[str, Any]:
     return parsed
 
 
-def model_dtypes(models: Iterable[str]) -> list[str | None]:
-    """Return the dtype that the configuration of each model states; None if it states none."""
-    from mergekit.config import ModelReference
+def resolved_models(config: Any, trust_remote_code: bool = False) -> list[tuple[str, str | None]]:
+    """Return name and stated dtype of each model, with runs replaced by checkpoints, and adapters by base and LoRA.
 
-    configs = [ModelReference.model_validate(model).config(trust_remote_code=False) for model in models]
-    dtypes = [getattr(config, "dtype", None) for config in configs]
-    return [None if dtype is None else str(dtype).removeprefix("torch.") for dtype in dtypes]
+    Args:
+        config: Configuration of the merge; changed in place.
+        trust_remote_code: Let transformers run the code of a model.
 
+    Raises:
+        RefusedError: A model does not exist, or its configuration cannot be read.
+    """
+    from squisher_mergekit.merging.mergekit.model_folders import resolve_models
 
-def asks_for_structure(config: Any) -> bool:
-    """Return True if a ``parameters:`` block of a configuration has a structure beyond the diagonal."""
-    from squisher_mergekit.merging.mergekit.document import blocks_of
-
-    return any(is_coupled(block.settings) for block in blocks_of(config))
+    resolve_models(config)
+    found = []
+    for item in config.models:
+        with mergekit_errors():
+            dtype = getattr(item.model.config(trust_remote_code=trust_remote_code), "dtype", None)
+        found.append((str(item.model), None if dtype is None else str(dtype).removeprefix("torch.")))
+    return found
 
 
 def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = False, **options: Any) -> dict[str, Any]:
