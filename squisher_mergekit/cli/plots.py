@@ -11,7 +11,7 @@ import torch
 from squisher_mergekit.errors import NotFoundError
 from squisher_mergekit.fisher import compare
 from squisher_mergekit.fisher.summary import BINS_PER_DECADE, FIRST_DECADE, Summary
-from squisher_mergekit.merging.reports.heat_maps import letter, share_maps
+from squisher_mergekit.merging.reports.heat_maps import letter, share_maps, tail
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -68,7 +68,7 @@ def histogram(summary: Summary, title: str) -> bytes:
     axes.spines[["left", "right", "top"]].set_visible(False)
     shown = "" if len(kinds) == len(sizes) else f", the {len(kinds)} most numerous of {len(sizes)} kinds of layer"
     axes.set_xlabel(f"log10 F ({summary.scaling}, positive entries; each curve to its own height{shown})")
-    axes.set_title(_tail(title), fontsize="medium", loc="left")
+    axes.set_title(tail(title), fontsize="medium", loc="left")
     return png(figure)
 
 
@@ -96,9 +96,7 @@ def scatter(comparison: compare.Comparison, a: str, b: str) -> bytes:
     axes.set(xlabel=f"log10 F of A ({comparison.scaling})", ylabel=f"log10 F of B ({comparison.scaling})")
     axes.legend(loc="upper left", fontsize="small")
     axes.grid(linewidth=0.3)
-    axes.set_title(
-        "\n".join([f"A: {_tail(a)}", f"B: {_tail(b)}", *_captions(comparison)]), fontsize="medium", loc="left"
-    )
+    axes.set_title("\n".join([f"A: {tail(a)}", f"B: {tail(b)}", *_captions(comparison)]), fontsize="medium", loc="left")
     return png(figure)
 
 
@@ -113,7 +111,7 @@ def heat_maps(report: Mapping[str, Any], title: str) -> bytes:
         The PNG file.
     """
     maps = share_maps(report)
-    labels = [f"{letter(place)} = {_tail(label)}" for place, label in enumerate(report["effective_weight"])]
+    labels = [f"{letter(place)} = {tail(label)}" for place, label in enumerate(report["effective_weight"])]
     across = min(len(maps), 4)
     down = -(-len(maps) // across)
     rows, columns = len(maps[0].rows), len(maps[0].columns)
@@ -131,13 +129,13 @@ def heat_maps(report: Mapping[str, Any], title: str) -> bytes:
                     axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=shade)
         axes.set_title(found.title, fontsize="medium", loc="left")
         axes.set_xticks(range(columns), [column or "(alone)" for column in found.columns], rotation=90, fontsize=7)
-        axes.set_yticks(range(rows), [_tail(row, 30) for row in found.rows], fontsize=7)
+        axes.set_yticks(range(rows), [tail(row, 30) for row in found.rows], fontsize=7)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     for axes in panels[len(maps) :]:
         axes.set_axis_off()
     figure.colorbar(mesh, ax=list(panels), label="share of the entries", shrink=0.6)
-    figure.suptitle("\n".join([_tail(title), *labels]), fontsize="small", x=0.01, ha="left")
+    figure.suptitle("\n".join([tail(title), *labels]), fontsize="small", x=0.01, ha="left")
     return png(figure)
 
 
@@ -160,7 +158,7 @@ def merged_steps(report: Mapping[str, Any], title: str) -> bytes:
         shares = [report["layers"][layer]["share"].get(label, 0.0) for layer in layers]
         # A negative share is drawn to the left of 0.
         starts = [ends[share < 0][row] for row, share in enumerate(shares)]
-        left.barh(layers, shares, left=starts, height=_HEIGHT, color=f"C{place % 10}", label=_tail(label))
+        left.barh(layers, shares, left=starts, height=_HEIGHT, color=f"C{place % 10}", label=tail(label))
         for row, share in enumerate(shares):
             ends[share < 0][row] += share
     left.set_xlabel("share of the merged step")
@@ -172,7 +170,7 @@ def merged_steps(report: Mapping[str, Any], title: str) -> bytes:
         axes.grid(axis="x", linewidth=0.3)
         axes.spines[["right", "top"]].set_visible(False)
     figure.legend(loc="outside lower center", fontsize="small")
-    figure.suptitle(_tail(title), fontsize="medium")
+    figure.suptitle(tail(title), fontsize="medium")
     return png(figure)
 
 
@@ -194,7 +192,7 @@ def sweep_scores(scores: Mapping[str, float], best: str | None, lower: bool) -> 
     axes.hlines(range(len(scores)), min(scores.values()), list(scores.values()), color="0.8", linewidth=1)
     filled = ["0.15" if name == best else "white" for name in scores]
     axes.scatter(list(scores.values()), range(len(scores)), c=filled, edgecolors="0.15", zorder=3)
-    axes.set_yticks(range(len(scores)), [_tail(text) for text in labels], fontsize="small")
+    axes.set_yticks(range(len(scores)), [tail(text) for text in labels], fontsize="small")
     axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.set_xlabel(f"score ({'lower' if lower else 'higher'} is better; filled: the best)")
     axes.grid(axis="x", linewidth=0.3)
@@ -220,11 +218,6 @@ def _captions(comparison: compare.Comparison) -> list[str]:
         f"{over_all.entries:,} entries" + (f", rank correlation {over_all.spearman:.4f}" if known else ""),
         f"not shown: {shares[0]} zero in A alone, {shares[1]} in B alone, {shares[2]} in both",
     ]
-
-
-def _tail(name: str, length: int = 70) -> str:
-    """Return a name, or the end of a long one, for a title."""
-    return name if len(name) <= length else f"...{name[-length:]}"
 
 
 def png(figure: Figure) -> bytes:

@@ -52,11 +52,11 @@ def command(
 
     \b
     Example:
-        squisher sweep merge.yml --grid weight=0.5,1 normalize=none,mean --eval 'python score.py {model}' -o sweep
+        squisher sweep merge.yml --grid lambda=1,1.5 normalize=none,mean --eval 'python score.py {model}' -o sweep
     """
     from squisher_mergekit.merging.mergekit.commands import read_config, read_document, run_config
     from squisher_mergekit.merging.sources import FisherSources
-    from squisher_mergekit.recipes.grid import check_grid, parse_grid, points, with_point
+    from squisher_mergekit.recipes.grid import check_grid, label, parse_grid, points, with_point
     from squisher_mergekit.recipes.sweep import Sweep, command_score, identity
     from squisher_mergekit.tensors.input_files import read_text
 
@@ -66,16 +66,16 @@ def command(
     merge_options.apply_global_options()
     document = read_document(read_text(config))
     check_grid(document["merge_method"], grid)
-    configs = {_key(point): with_point(document, point) for point in points(grid)}
-    for text in configs.values():
-        read_config(_yaml(text))
     every = list(points(grid))
+    texts = {label(point): _yaml(with_point(document, point)) for point in every}
+    for text in texts.values():
+        read_config(text)
     sweep = Sweep(out, every, identity(document, grid, evaluation, not lower), not lower, keep_all)
     sweep.resume()
     sources = FisherSources()
 
     def merge(point: Mapping[str, Any], folder: Path) -> None:
-        text = _yaml(configs[_key(point)])
+        text = texts[label(point)]
         run_config(read_config(text), text, folder, merge_options, strict=strict, sources=sources)
 
     try:
@@ -101,12 +101,6 @@ def _draw(sweep: Any, out: Path, lower: bool) -> None:
         click.echo(f"no {PICTURE}: {error.message}", err=True)
         return
     write_picture(out / PICTURE, sweep_scores(sweep.scores, sweep.best, lower))
-
-
-def _key(point: Mapping[str, Any]) -> str:
-    from squisher_mergekit.recipes.grid import label
-
-    return label(point)
 
 
 def _yaml(document: Mapping[str, Any]) -> str:

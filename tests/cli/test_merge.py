@@ -63,7 +63,9 @@ def test_a_picture_of_a_diagonal_merge_and_a_page(tmp_path):
     assert all(name in text for name in tensors)
     for found in tensors.values():
         assert sum(found["effective_weight"].values()) == pytest.approx(1)
-    assert "*Fishers for Free?" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "*Fishers for Free?" in card
+    assert "Base model: m0." in card
 
 
 def test_a_page_of_the_plan(tmp_path):

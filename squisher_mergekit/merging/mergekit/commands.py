@@ -168,7 +168,7 @@ def run_config(
         except (OSError, RuntimeError, ValueError):
             # mergekit asks the Hub whether a relative path is a repository, and cannot without a network.
             card = bare_card(folder.name, run.method, text)
-        (folder / "README.md").write_text(card + provenance(run), encoding="utf-8")
+        (folder / "README.md").write_text(card + provenance(run, _base_of(config)), encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8")
     return run
 
@@ -234,9 +234,15 @@ def run_as_adapter(
         merged = Weights(scratch / "merged")
         report = write_adapter(folder, loras, rank, str(models[0].model), merged.read)
     if options.write_model_card:
-        (folder / "README.md").write_text(bare_card(folder.name, run.method, text) + provenance(run), encoding="utf-8")
+        card = bare_card(folder.name, run.method, text) + provenance(run, _base_of(config))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8")
     return run, report
+
+
+def _base_of(config: Any) -> str | None:
+    """Return the name of the base model; None without one."""
+    return None if config.base_model is None else str(config.base_model)
 
 
 def _options_of(run: "Run", options: Any) -> Any:

@@ -74,7 +74,7 @@ def share_maps(report: Mapping[str, Any]) -> list[HeatMap]:
     labels = list(report["effective_weight"])
     maps = []
     for place, label in enumerate(labels):
-        maps.append(heat_map(f"{letter(place)}  {_short(label)}", tensors, _of("effective_weight", label)))
+        maps.append(heat_map(f"{letter(place)}  {tail(label, 34)}", tensors, _of("effective_weight", label)))
     for place, label in enumerate(labels):
         if report.get("abstained", {}).get(label):
             maps.append(heat_map(f"{letter(place)} without a vote", tensors, _of("abstained", label)))
@@ -92,9 +92,14 @@ def _of(key: str, label: str) -> Callable[[Figures], float]:
     return figure
 
 
-def _short(label: str, length: int = 34) -> str:
-    """Return the end of a long name."""
-    return label if len(label) <= length else f"...{label[-length:]}"
+def tail(name: str, length: int = 70) -> str:
+    """Return a name, or the end of a long one, for a title.
+
+    Example:
+        >>> tail("runs/math/checkpoint-500", 14)
+        '...checkpoint-500'
+    """
+    return name if len(name) <= length else f"...{name[-length:]}"
 
 
 def letter(place: int) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from squisher_mergekit.merging.coupling.report import structure_lines
 from squisher_mergekit.merging.parameters import UBGM_SQUISHER, no_signal
+from squisher_mergekit.merging.reports.heat_maps import letter
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.models.whole import names_text
 
@@ -17,7 +18,7 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
         rows: Largest number of kinds of layer to show.
     """
     labels = list(report["effective_weight"])
-    columns = [chr(ord("A") + i % 26) for i in range(len(labels))]
+    columns = [letter(place) for place in range(len(labels))]
     lines = [
         f"{report['method']}: {report['fell_back']:.3%} of {report['entries']:,} entries, {no_signal(report['method'])}"
     ]
@@ -61,7 +62,7 @@ def _adapter_line(adapter: dict[str, Any]) -> str:
     )
 
 
-def provenance(run: Run) -> str:
+def provenance(run: Run, base: str | None = None) -> str:
     """Return a section for the model card: source of each Fisher, effective weight of each model. No local path."""
     from importlib.metadata import version
 
@@ -86,7 +87,6 @@ def provenance(run: Run) -> str:
             "base" if share is None else f"{share:.1%}",
         ]
         lines.append("| " + " | ".join("unknown" if cell is None else str(cell) for cell in cells) + " |")
-    base = run.preview.get("base") if run.preview else None
     lines += ["", *([f"Base model: {_short(base)}.", ""] if base else []), *_citations(run.method), ""]
     return "\n".join(lines)
 

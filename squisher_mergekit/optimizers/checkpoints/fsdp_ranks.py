@@ -45,12 +45,7 @@ def read(file: Path, verify: bool) -> RawState:
     folder, checksums = file.parent, Checksums(verify)
     states: list[Mapping[str, Any]] = []
     while files := _files(folder, len(states)):
-        with shards_allowed():
-            loaded = {rank: safe_pickle.load(path, checksums) for rank, path in sorted(files.items())}
-        for rank, state in loaded.items():
-            if not is_state(state):
-                raise CorruptFileError(f"{files[rank]} must hold an optimizer's state_dict, found none; copy it again")
-        states.append(joined(loaded, files[min(files)]))
+        states.append(joined(load_ranks(files, checksums), files[min(files)]))
     if not states:
         raise NotFoundError(f"{folder} must hold the files of each rank, but has none; give another folder")
     return RawState(file, tuple(states), layout="accelerate-fsdp", verify=checksums.verify)
@@ -60,6 +55,21 @@ def _files(folder: Path, number: int) -> dict[int, Path]:
     """Return rank -> file of one optimizer."""
     matches = [(match, path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
     return {int(match[2]): path for match, path in matches if int(match[1]) == number}
+
+
+def load_ranks(files: Mapping[int, Path], checksums: Checksums) -> dict[int, Mapping[str, Any]]:
+    """Load the optimizer's state_dict of every rank.
+
+    Raises:
+        CorruptFileError: A file holds something else.
+        RefusedError: A file cannot be read safely.
+    """
+    with shards_allowed():
+        loaded = {rank: safe_pickle.load(path, checksums) for rank, path in sorted(files.items())}
+    for rank, state in loaded.items():
+        if not is_state(state):
+            raise CorruptFileError(f"{files[rank]} must hold an optimizer's state_dict, found none; copy it again")
+    return loaded
 
 
 @contextmanager

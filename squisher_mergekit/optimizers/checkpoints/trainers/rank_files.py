@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError
-from squisher_mergekit.optimizers.checkpoints import safe_pickle
-from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import joined, shards_allowed
+from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import joined, load_ranks
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
-from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.lazy import Slices
 
@@ -53,11 +51,7 @@ def read(file: Path, verify: bool) -> RawState:
             f"{folder} must hold the optimizer's files of {world or 'all'} ranks, but that of rank "
             f"{missing[0] if missing else 0} is missing; copy it as well"
         )
-    with shards_allowed():
-        loaded = {rank: safe_pickle.load(path, checksums) for rank, path in sorted(files.items())}
-    for rank, state in loaded.items():
-        if not is_state(state):
-            raise CorruptFileError(f"{files[rank]} must hold an optimizer's state_dict, found none; copy it again")
+    loaded = load_ranks(files, checksums)
     entries = [entry for state in loaded.values() for entry in state["state"].values() if isinstance(entry, Mapping)]
     sharded = any(hasattr(value, "placements") for entry in entries for value in entry.values())
     state = joined(loaded, file) if sharded else _flat(loaded, file)
