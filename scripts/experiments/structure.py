@@ -46,7 +46,6 @@ from scripts.experiments import structure_report, structure_tasks
 from scripts.experiments.merging import HEADS
 from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, main
 from scripts.experiments.structure_merges import ROWS, compared, rows
-from scripts.experiments.structure_report import Cell
 from scripts.experiments.tables import Table
 
 
@@ -67,29 +66,15 @@ EXPERIMENT = Experiment(
 )
 
 
-def groups(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
-    """Return the cells of each start of the heads that has any."""
-    found = {heads: structure_report.cells_of(report, heads=heads) for heads in HEADS}
-    return {heads: cells for heads, cells in found.items() if cells}
-
-
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """Return a table for each start of the heads."""
-    found = []
-    for heads, cells in groups(report).items():
-        count = structure_report.seeds(cells, report, len(HEADS))
-        title = (
-            f"**Six tasks with a structure, {HEADS[heads]}.** Accuracy in %, mean ± standard deviation over {count}, "
-            f"{cells[0]['settings']['test']} held-out texts a task"
-        )
-        found.append(structure_report.compared(cells, title, notes=structure_report.rest(report, EXPERIMENT.name)))
-    return found
+    groups = structure_report.by_start(report)
+    return structure_report.grouped(report, EXPERIMENT.name, "Six tasks with a structure, {}", groups, len(HEADS))
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the picture of mean accuracies by row."""
-    found = {HEADS[heads]: cells for heads, cells in groups(report).items()}
-    return {"structure.png": structure_report.picture(found, list(ROWS))}
+    return {"structure.png": structure_report.picture(structure_report.by_start(report), list(ROWS))}
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ from scripts.experiments.encoder import HEAD, Recipe
 from scripts.experiments.merging import HEADS
 from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, cached, key, main
 from scripts.experiments.structure_merges import STRUCTURES, Row, compared, structured
-from scripts.experiments.structure_report import Cell
 from scripts.experiments.tables import Table
 from squisher_mergekit import extract
 
@@ -149,30 +148,23 @@ EXPERIMENT = Experiment(
 )
 
 
-def by_start(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
-    """Return the cells of each start of the heads that has any, by its title."""
-    found = {title: structure_report.cells_of(report, heads=heads) for heads, title in HEADS.items()}
-    return {title: cells for title, cells in found.items() if cells}
-
-
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """Return a table for each start of the heads."""
-    found = []
-    for start, cells in by_start(report).items():
-        count = structure_report.seeds(cells, report, len(HEADS))
-        title = (
-            f"**Six tasks trained as LoRA adapters, {start}.** Accuracy in %, mean ± standard deviation over {count}, "
-            f"{cells[0]['settings']['test']} held-out texts a task"
-        )
-        gained = structure_report.added(cells, FROM_D, "structure from d alone")
-        notes = [gained, *structure_report.rest(report, EXPERIMENT.name)]
-        found.append(structure_report.compared(cells, title, ROWS, notes))
-    return found
+    return structure_report.grouped(
+        report,
+        EXPERIMENT.name,
+        "Six tasks trained as LoRA adapters, {}",
+        structure_report.by_start(report),
+        len(HEADS),
+        ROWS,
+        (FROM_D, "structure from d alone"),
+    )
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the picture of mean accuracies by row."""
-    return {"structure_adapters.png": structure_report.picture(by_start(report), list(ROWS), ROWS)}
+    groups = structure_report.by_start(report)
+    return {"structure_adapters.png": structure_report.picture(groups, list(ROWS), ROWS)}
 
 
 if __name__ == "__main__":

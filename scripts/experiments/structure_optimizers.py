@@ -176,17 +176,15 @@ def groups(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """Return a table for each optimizer and start of the heads."""
-    found = []
-    for group, cells in groups(report).items():
-        count = structure_report.seeds(cells, report, len(OPTIONS) * len(STARTS))
-        title = (
-            f"**Six tasks trained by {group}.** Accuracy in %, mean ± standard deviation over {count}, "
-            f"{cells[0]['settings']['test']} held-out texts a task"
-        )
-        gained = structure_report.added(cells, OPTIMIZER_FACTORS, "structure with the optimizer's factors")
-        notes = [gained, *structure_report.rest(report, EXPERIMENT.name)]
-        found.append(structure_report.compared(cells, title, ROWS, notes))
-    return found
+    return structure_report.grouped(
+        report,
+        EXPERIMENT.name,
+        "Six tasks trained by {}",
+        groups(report),
+        len(OPTIONS) * len(STARTS),
+        ROWS,
+        (OPTIMIZER_FACTORS, "structure with the optimizer's factors"),
+    )
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.experiments import drawing, structure_merges
+from scripts.experiments.merging import HEADS
 from scripts.experiments.runner import RESULTS
 from scripts.experiments.structure_merges import ROWS, STRUCTURES, mean, shown
 from scripts.experiments.tables import Table, difference, mean_sd, spread
@@ -24,6 +25,12 @@ NAMES = {
 def cells_of(report: Mapping[str, Any], **settings: Any) -> list[Cell]:
     """Return the cells with some settings."""
     return [one for one in report["cells"] if all(one["settings"].get(key) == value for key, value in settings.items())]
+
+
+def by_start(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
+    """Return the cells of each start of the heads that has any, by its title."""
+    found = {title: cells_of(report, heads=heads) for heads, title in HEADS.items()}
+    return {title: cells for title, cells in found.items() if cells}
 
 
 def means(cells: Sequence[Cell], row: str) -> list[float]:
@@ -75,6 +82,38 @@ def compared(cells: Sequence[Cell], title: str, labels: Mapping[str, str] = ROWS
     rivals = [rival for rival in RIVALS if rival in cells[0]["result"]["test"]]
     found = " ".join(findings(cells, rivals))
     return Table(title, columns, rows, [found, chosen(cells), *on_edge(cells), training(cells), *notes])
+
+
+def grouped(
+    report: Mapping[str, Any],
+    name: str,
+    title: str,
+    groups: Mapping[str, Sequence[Cell]],
+    planned: int,
+    labels: Mapping[str, str] = ROWS,
+    without: tuple[str, str] | None = None,
+) -> list[Table]:
+    """Return the table of :func:`compared` for each group of cells.
+
+    Args:
+        report: Report of the experiment.
+        name: Name of the experiment.
+        title: Title of a table, with ``{}`` for the title of its group.
+        groups: Title of a group -> its cells.
+        planned: Number of groups that are planned.
+        labels: Rows.
+        without: Suffix and description of the rows that :func:`added` compares; None for none.
+    """
+    found = []
+    for group, cells in groups.items():
+        count = seeds(cells, report, planned)
+        head = (
+            f"**{title.format(group)}.** Accuracy in %, mean ± standard deviation over {count}, "
+            f"{cells[0]['settings']['test']} held-out texts a task"
+        )
+        gained = [] if without is None else [added(cells, *without)]
+        found.append(compared(cells, head, labels, [*gained, *rest(report, name)]))
+    return found
 
 
 def _cost(cells: Sequence[Cell], row: str) -> str:
