@@ -18,10 +18,11 @@ from typing import Any
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError, RefusedError
 from squisher_mergekit.recipes.grid import label
-from squisher_mergekit.tensors.atomic import write_json, write_whole
+from squisher_mergekit.tensors.atomic import claimed_folder, write_json, write_whole
 from squisher_mergekit.tensors.input_files import brief, read_text
 
 BEST, MODELS, TABLE, STATE = "best", "models", "sweep.csv", "sweep.json"
+_WORK = ".merging"  # a killed sweep leaves it behind
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 Merge = Callable[[Mapping[str, Any], Path], None]
 Score = Callable[[Path], float]
@@ -64,7 +65,7 @@ class Sweep:
         """
         state = self.folder / STATE
         if not state.exists():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if self.folder.is_dir() and any(item.name != _WORK for item in self.folder.iterdir()):
                 raise ConfigError(
                     f"-o must be a new folder or that of a sweep, but {self.folder} has other files; choose another"
                 )
@@ -101,33 +102,39 @@ class Sweep:
 
         Raises:
             RefusedError: A merge or the command fails; the finished points are kept.
+            OutputError: Another process runs a sweep in the folder.
         """
-        work = self.folder / ".merging"
-        for point in progress(self.points):
-            name = label(point)
-            if name in self.scores:
-                continue
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(work, ignore_errors=True)
-            made = work / self.place(name).name  # the model card has the name of the folder
+        work = self.folder / _WORK
+        work.mkdir(parents=True, exist_ok=True)
+        with claimed_folder(work):
             try:
-                work.mkdir()
-                merge(point, made)
-                self._keep(name, score(made), made)
+                for point in progress(self.points):
+                    if label(point) not in self.scores:
+                        self._finish(point, merge, score, work)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-            write_json(self.folder / STATE, {"identity": self.identity, "best": self.best, "scores": self.scores})
-            write_whole(self.folder / TABLE, table(self.points, self.scores).encode())
 
-    def _keep(self, name: str, value: float, made: Path) -> None:
-        """Keep a model if it is the best so far, or if all are kept."""
-        before = self.best
-        self.scores[name] = value
+    def _finish(self, point: Mapping[str, Any], merge: Merge, score: Score, work: Path) -> None:
+        """Merge and score one point, and keep its score, and its model if it is the best or all are kept."""
+        _empty(work)
+        name, before = label(point), self.best
+        place = self.place(name)
+        made = work / place.name  # the model card has the name of the folder
+        merge(point, made)
+        self.scores[name] = score(made)
         if self.keep_all or self.best != before:
-            place = self.place(name)
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(place, ignore_errors=True)
+            if place.exists():
+                place.rename(work / "replaced")
             made.rename(place)
+        write_json(self.folder / STATE, {"identity": self.identity, "best": self.best, "scores": self.scores})
+        write_whole(self.folder / TABLE, table(self.points, self.scores).encode())
+
+
+def _empty(folder: Path) -> None:
+    """Remove the contents of a folder."""
+    for item in folder.iterdir():
+        shutil.rmtree(item, ignore_errors=True)
 
 
 def identity(document: Mapping[str, Any], grid: Mapping[str, Sequence[Any]], command: str, higher: bool) -> str:

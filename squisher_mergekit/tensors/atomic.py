@@ -181,6 +181,32 @@ def _locked_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def claimed_folder(folder: Path) -> Iterator[None]:
+    """Claim a folder for this process until the end of the block, where the file system has locks.
+
+    Raises:
+        OutputError: Another process has claimed it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f"one process at a time may write to {folder.parent}, but another one does; wait for its end, or "
+                    "choose another folder"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file atomically (see :func:`written_file`)."""
     with written_file(path) as temporary:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from squisher_mergekit.errors import ConfigError, CorruptFileError, RefusedError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, OutputError, RefusedError
 from squisher_mergekit.recipes import sweep as module
 from squisher_mergekit.recipes.grid import points
 from squisher_mergekit.recipes.sweep import Sweep, command_score, identity, score_of
@@ -59,6 +59,23 @@ def test_an_interrupted_sweep_continues(tmp_path):
     assert (again.best, (tmp_path / "out" / "best" / "a").read_text()) == ("a=1", "1")
 
 
+def test_two_sweeps_in_one_folder_are_refused(tmp_path):
+    """A second sweep that starts while the first is at work fails in one line, and the first ends as if alone."""
+    first, second, refused = Sweep(tmp_path / "out", POINTS, "x"), Sweep(tmp_path / "out", POINTS, "x"), []
+
+    def merge(point, folder):
+        if not refused:
+            with pytest.raises(OutputError, match="one process at a time") as found:
+                second.run(_merge, _scores(0.0, 0.0, 0.0))
+            refused.append(found)
+        _merge(point, folder)
+
+    first.run(merge, _scores(1.0, 3.0, 2.0))
+    assert len(refused) == 1
+    assert (first.best, second.scores) == ("a=2", {})
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["best", "sweep.csv", "sweep.json"]
+
+
 def _failing_at(name, score):
     def scored(model):
         if (model / "a").read_text() == name:
@@ -66,6 +83,15 @@ def _failing_at(name, score):
         return score(model)
 
     return scored
+
+
+def test_a_sweep_that_was_killed_at_its_first_point_starts_again(tmp_path):
+    """Its half of a model is removed."""
+    (tmp_path / "out" / ".merging" / "best").mkdir(parents=True)
+    found = Sweep(tmp_path / "out", POINTS, "x")
+    found.resume()
+    found.run(_merge, _scores(1.0, 3.0, 2.0))
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["best", "sweep.csv", "sweep.json"]
 
 
 def test_another_folder_is_refused(tmp_path):
