@@ -22,7 +22,8 @@ import torch
 
 from scripts.benchmarks.report import write_report
 from squisher_mergekit.merging import fused
-from squisher_mergekit.merging.execution import Input, Outcome, merge_squisher, merge_ubgm
+from squisher_mergekit.merging.execution import merge_squisher, merge_ubgm
+from squisher_mergekit.merging.inputs import Input, Outcome
 
 SHAPE = (4096, 14336)
 COUNTS = (2, 4, 8)

@@ -29,7 +29,8 @@ MATRIX = """
 import sys
 import torch
 from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
-from squisher_mergekit.merging.execution import Input, merge_squisher
+from squisher_mergekit.merging.execution import merge_squisher
+from squisher_mergekit.merging.inputs import Input
 kind, *shape = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(1)
 base, *thetas = (torch.randn(shape, dtype=torch.bfloat16) for _ in range(3))

@@ -21,7 +21,7 @@ Running, from the task to the output tensor:
 3. ``mergekit.methods.FisherMergeMethod.merge_group``: weights, Fishers and the ``Ballot`` of one tensor
 4. ``execution.merge_squisher`` or ``merge_ubgm``: chunks, or one pass on an accelerator
 5. ``equations.squisher`` or ``ubgm_squisher``; with options of the vote those of ``votes.equations``
-6. ``run.Run.record``: the outcome, for the report, and its Fisher, for ``votes.written``
+6. ``run.Run.record``: the outcome, for the report, and its Fisher, for ``merged_fisher.written``
 
 With ``density_scope: model``, ``mergekit.thresholds.ThresholdTask`` reads every tensor once before the first is merged.
 """

@@ -18,12 +18,9 @@ from squisher_mergekit.fisher.values import check_values, count_invalid
 from squisher_mergekit.merging import equations, fused
 from squisher_mergekit.merging.density import kept_entries
 from squisher_mergekit.merging.equations import Merged
+from squisher_mergekit.merging.inputs import PLAIN, Ballot, Input, Operands, Outcome, VotePart
 from squisher_mergekit.merging.pool import map_parts
 from squisher_mergekit.merging.votes import equations as votes
-from squisher_mergekit.merging.votes.inputs import PLAIN, Ballot, VotePart
-from squisher_mergekit.merging.votes.inputs import Input as Input
-from squisher_mergekit.merging.votes.inputs import Operands as _Operands
-from squisher_mergekit.merging.votes.inputs import Outcome as Outcome
 from squisher_mergekit.merging.votes.prior import absolute_prior, powered_prior
 from squisher_mergekit.merging.votes.results import Step, blank_fisher, count_not_finite, extended, record, run_whole
 
@@ -51,7 +48,7 @@ def merge_squisher(inputs: Sequence[Input], out_dtype: torch.dtype, ballot: Ball
     if any(item.fisher is None for item in inputs):
         return _mean(inputs, weights, None, out_dtype, ballot)
     scales = [item.scale for item in inputs]
-    operands, power = _Operands.of(inputs, ballot), ballot.options.power
+    operands, power = Operands.of(inputs, ballot), ballot.options.power
 
     def step(pieces: VotePart) -> Merged:
         if ballot.is_plain:
@@ -112,7 +109,7 @@ def merge_ubgm(
         return _mean(inputs, weights, base, out_dtype, ballot)
     scales = [item.scale for item in inputs]
     known = base.fisher is not None
-    operands = _Operands.of([*inputs, base], ballot)
+    operands = Operands.of([*inputs, base], ballot)
     power = ballot.options.power
     if ballot.is_fused and power > 0 and operands.on_accelerator:
         theta, fisher = base.theta, base.fisher
@@ -162,7 +159,7 @@ def _mean(
 
     known = [*inputs, *([] if base is None else [base])]
     bare = [Input(item.theta, None, label=item.label, model=item.model) for item in known]
-    operands = _Operands.of(bare, ballot)
+    operands = Operands.of(bare, ballot)
     if not operands.on_accelerator:
         return _run_chunks(step, operands, count, out_dtype, [])
     return run_whole(step, operands, count, out_dtype, [])
@@ -179,7 +176,7 @@ def _models(inputs: Sequence[Input]) -> list[fused.Model]:
 
 
 def _run_chunks(
-    step: Step, operands: _Operands, count: int, out_dtype: torch.dtype, information: list[float]
+    step: Step, operands: Operands, count: int, out_dtype: torch.dtype, information: list[float]
 ) -> Outcome:
     """Run a step over chunks on the pool; ``information``: factor of each Fisher in the Fisher of the result."""
     thetas = [theta.reshape(-1) for theta in operands.thetas]
@@ -243,7 +240,7 @@ def _outputs(merged: Merged, fishers: list[Tensor], out_dtype: torch.dtype) -> _
 
 def _run_fused(
     function: Callable[..., _Pass],
-    operands: _Operands,
+    operands: Operands,
     used: tuple[int, ...],
     factors: object,
     count: int,

@@ -17,14 +17,14 @@ from squisher_mergekit.fisher.values import refuse_invalid
 from squisher_mergekit.fisher.write import fisher_files
 from squisher_mergekit.merging.coupling.execution import CoupledOutcome
 from squisher_mergekit.merging.coupling.report import StepReport, structure_report
-from squisher_mergekit.merging.execution import Outcome
 from squisher_mergekit.merging.fused import refuse_not_finite
+from squisher_mergekit.merging.inputs import Outcome
 from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
+from squisher_mergekit.merging.merged_fisher.written import MergedFisher
 from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.reports.totals import Totals
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles
 from squisher_mergekit.merging.votes.threshold import Choice
-from squisher_mergekit.merging.votes.written import MergedFisher
 from squisher_mergekit.models.layouts import MatrixLayout
 from squisher_mergekit.models.weights import Weights
 

@@ -32,7 +32,7 @@ def small_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the accelerator path without the fused kernel, also on the CPU."""
-    monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
+    monkeypatch.setattr(execution.Operands, "on_accelerator", property(lambda self: True))
     monkeypatch.setattr(fused, "runs_on", lambda device: False)
 
 
@@ -40,7 +40,7 @@ def by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 def by_kernel(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the accelerator path, also on the CPU, and fail if the fused kernel is not used."""
     pytest.importorskip("triton", reason="the kernels are written in Triton")
-    monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
+    monkeypatch.setattr(execution.Operands, "on_accelerator", property(lambda self: True))
     monkeypatch.setattr(execution, "compiled", lambda *_: pytest.fail("the fused kernel was not used"))
 
 

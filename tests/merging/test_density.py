@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from squisher_mergekit.merging import execution
 from squisher_mergekit.merging.density import Rows, Trim
-from squisher_mergekit.merging.execution import Input, merge_squisher, merge_ubgm
+from squisher_mergekit.merging.execution import merge_squisher, merge_ubgm
+from squisher_mergekit.merging.inputs import Input
 from squisher_mergekit.merging.mergekit.tasks import permute_rows, shared_rows
 from squisher_mergekit.merging.read import load_tensor
 from tests.merging.reference import (

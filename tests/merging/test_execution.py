@@ -8,7 +8,8 @@ import torch
 
 from squisher_mergekit.errors import ValuesError
 from squisher_mergekit.merging import execution, fused
-from squisher_mergekit.merging.execution import Input, merge_squisher, merge_ubgm
+from squisher_mergekit.merging.execution import merge_squisher, merge_ubgm
+from squisher_mergekit.merging.inputs import Input
 from squisher_mergekit.merging.pool import Pool
 from squisher_mergekit.merging.run import Run
 from tests.merging.reference import assert_within, draw_fisher, largest, squisher_reference, ubgm_reference

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from squisher_mergekit.merging import execution
 from squisher_mergekit.merging.density import Ranking, Trim
-from squisher_mergekit.merging.execution import Input, merge_squisher, merge_ubgm
-from squisher_mergekit.merging.votes.inputs import Ballot
+from squisher_mergekit.merging.execution import merge_squisher, merge_ubgm
+from squisher_mergekit.merging.inputs import Ballot, Input
 from squisher_mergekit.merging.votes.options import VoteOptions
 from tests.merging.reference import assert_within, draw_fisher, largest
 from tests.merging.votes.reference import mask_of, score_of, voted_reference

@@ -15,11 +15,11 @@ from squisher_mergekit.merging import equations
 from squisher_mergekit.merging.coupling import equations as coupling
 from squisher_mergekit.merging.coupling.matrices import Matrices, in_blocks
 from squisher_mergekit.merging.coupling.report import StepReport, rank_sums, step_figures
-from squisher_mergekit.merging.execution import Input, Outcome, merge_squisher
+from squisher_mergekit.merging.execution import merge_squisher
+from squisher_mergekit.merging.inputs import PLAIN, Ballot, Input, Outcome
 from squisher_mergekit.merging.parameters import DAMPING
 from squisher_mergekit.merging.pool import map_parts
 from squisher_mergekit.merging.votes.equations import extended, information
-from squisher_mergekit.merging.votes.inputs import PLAIN, Ballot
 from squisher_mergekit.models.weights import check_finite
 
 P = TypeVar("P")

@@ -11,7 +11,7 @@ from torch import Tensor
 from squisher_mergekit.merging import equations
 from squisher_mergekit.merging.coupling import equations as coupling
 from squisher_mergekit.merging.coupling.recorded import level_of, normalised, rows_of
-from squisher_mergekit.merging.execution import Input
+from squisher_mergekit.merging.inputs import Input
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging import parameters
 from squisher_mergekit.merging.coupling.recorded import recorded_sides, sides_of
 from squisher_mergekit.merging.density import Ranking, Trim, seed_of
-from squisher_mergekit.merging.execution import Input
+from squisher_mergekit.merging.inputs import Input
 from squisher_mergekit.merging.read import LoadedFisher, load_tensor
 from squisher_mergekit.merging.votes.options import VoteOptions
 from squisher_mergekit.models.weights import refuse_float8

@@ -22,11 +22,11 @@ from mergekit.merge_methods.dtype import align_dtype
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.merging import execution, parameters
 from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
+from squisher_mergekit.merging.inputs import Ballot, Input, Outcome
 from squisher_mergekit.merging.mergekit.inputs import from_memory, input_of, is_origin_only
 from squisher_mergekit.merging.mergekit.thresholds import choices_in_memory
 from squisher_mergekit.merging.read import LoadedFisher
 from squisher_mergekit.merging.run import Run
-from squisher_mergekit.merging.votes.inputs import Ballot
 from squisher_mergekit.merging.votes.options import VoteOptions
 from squisher_mergekit.models.layouts import layout_by_name
 
@@ -155,7 +155,7 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         self,
         name: str,
         base: TensorEntry | None,
-        inputs: Sequence[execution.Input],
+        inputs: Sequence[Input],
         loaded: Mapping[Any, LoadedFisher],
         options: VoteOptions,
         planned: bool,
@@ -188,9 +188,7 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
         device = inputs[0].theta.device
         return Ballot(options, origin.detach().to(device), _based(origins, inputs[0].theta), recorded)
 
-    def _merge(
-        self, group: TensorGroup, inputs: list[execution.Input], given: Mapping[str, Any], ballot: Ballot
-    ) -> execution.Outcome:
+    def _merge(self, group: TensorGroup, inputs: list[Input], given: Mapping[str, Any], ballot: Ballot) -> Outcome:
         dtype = group.entries[0].tensor.dtype
         if self.spec.name == parameters.SQUISHER:
             return execution.merge_squisher(inputs, dtype, ballot)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from squisher_mergekit.merging.votes.inputs import Outcome
+from squisher_mergekit.merging.inputs import Outcome
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from squisher_mergekit.merging.votes.inputs import Input
+from squisher_mergekit.merging.inputs import Input
 
 _CHUNK = 1 << 18
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from squisher_mergekit.fisher.values import count_invalid
 from squisher_mergekit.merging.density import kept_entries
 from squisher_mergekit.merging.equations import Merged
+from squisher_mergekit.merging.inputs import Ballot, Operands, Outcome, VotePart
 from squisher_mergekit.merging.votes import equations as votes
-from squisher_mergekit.merging.votes.inputs import Ballot, Operands, Outcome, VotePart
 
 Step = Callable[[VotePart], Merged]
 

@@ -9,7 +9,8 @@ from squisher_mergekit.errors import ValuesError
 from squisher_mergekit.merging.coupling import equations
 from squisher_mergekit.merging.coupling import execution as coupled
 from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
-from squisher_mergekit.merging.execution import Input, merge_squisher
+from squisher_mergekit.merging.execution import merge_squisher
+from squisher_mergekit.merging.inputs import Input
 from tests.merging.coupling.reference import REFERENCES
 from tests.merging.reference import WEIGHTS
 

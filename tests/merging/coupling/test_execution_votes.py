@@ -8,8 +8,7 @@ import torch
 
 from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
 from squisher_mergekit.merging.density import Trim
-from squisher_mergekit.merging.execution import Input
-from squisher_mergekit.merging.votes.inputs import Ballot
+from squisher_mergekit.merging.inputs import Ballot, Input
 from squisher_mergekit.merging.votes.options import VoteOptions
 from tests.merging.models import base_and_models, entry
 from tests.merging.reference import assert_config_refused, assert_within, keep_largest, largest, merged

@@ -6,7 +6,7 @@ import torch
 from squisher_mergekit.merging.coupling import execution as coupled
 from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
 from squisher_mergekit.merging.coupling.report import rank_sums, structure_lines, structure_report
-from squisher_mergekit.merging.execution import Input
+from squisher_mergekit.merging.inputs import Input
 from tests.merging.coupling.reference import REFERENCES, factor, step_report
 
 WEIGHTS = [1.0, 0.5, 2.0]

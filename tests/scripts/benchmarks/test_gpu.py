@@ -13,7 +13,7 @@ from squisher_mergekit.merging import execution, fused
 def interpreted(monkeypatch):
     """Run the fused kernel on CPU tensors."""
     pytest.importorskip("triton", reason="the kernel is written in Triton")
-    monkeypatch.setattr(execution._Operands, "on_accelerator", property(lambda self: True))
+    monkeypatch.setattr(execution.Operands, "on_accelerator", property(lambda self: True))
     monkeypatch.setattr(fused, "BLOCK", 2048)
 
 

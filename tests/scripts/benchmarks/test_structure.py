@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benchmarks.structure import LARGE, coupled_shapes, operations
 from squisher_mergekit.merging.coupling.execution import Structure, merge_coupled
-from squisher_mergekit.merging.execution import Input
+from squisher_mergekit.merging.inputs import Input
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "kron"])

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from squisher_mergekit.errors import ValuesError
 from squisher_mergekit.fisher.config import Coverage, FisherConfig, SourceInfo
+from squisher_mergekit.merging.merged_fisher.stream import FisherStream
 from squisher_mergekit.merging.planning.records import TensorPlan
-from squisher_mergekit.merging.votes.stream import FisherStream
 from squisher_mergekit.models.weights import Weights
 
 

@@ -1,0 +1,1 @@
+"""Fisher of a merged model, written beside it."""

@@ -1,0 +1,1 @@
+"""Tests of the Fisher of a merged model."""
