@@ -42,6 +42,8 @@ ROWS = {
     "regmean": "RegMean, from data",
     "kfac": "K-FAC, from data",
 }
+SHOWN = {key: structure_merges.ROWS[key] for key in ("single", "linear", "diagonal", *STRUCTURES)} | ROWS
+"""Rows of tables and pictures; the first six are those of ``structure``."""
 
 
 def cell(settings: Settings, work: Path) -> Result:
@@ -138,9 +140,8 @@ def paired(report: Mapping[str, Any], main_report: Mapping[str, Any] | None, hea
 
 
 def _table(title: str, cells: list[Cell]) -> Table:
-    labels = {key: structure_merges.ROWS[key] for key in ("single", "linear", "diagonal", *STRUCTURES)} | ROWS
     body = []
-    for row, label in labels.items():
+    for row, label in SHOWN.items():
         own = row.partition("-")[0]
         gap = difference(less(cells, row, own)) if own in STRUCTURES and own != row else ""
         body.append((label, [mean_sd(means(cells, row)), gap, difference(less(cells, row, "linear"))]))
@@ -166,8 +167,11 @@ def _notes(cells: list[Cell]) -> list[str]:
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return no picture: the table has all."""
-    return {}
+    """Return the picture of mean accuracies by row."""
+    main_report = structure_report.results("structure")
+    groups = {title: paired(report, main_report, heads) for heads, title in HEADS.items()}
+    drawn = {title: cells for title, cells in groups.items() if cells}
+    return {"structure_controls.png": structure_report.picture(drawn, list(SHOWN), SHOWN)}
 
 
 if __name__ == "__main__":
