@@ -45,7 +45,6 @@ from squisher_mergekit import extract
 LAYERS = r".*\.encoder\..*\.(query|key|value|dense)"
 """Names of the modules with an adapter: the linear layers of the encoder."""
 ADAPTER = {"r": 8, "lora_alpha": 16, "lr": 2e-3, "head_lr": 1e-3}
-SEEDS = (41, 42, 43)
 FROM_D = "d"
 TUNED = ("linear", "ties", "ota", "diagonal")
 ROWS = {key: structure_merges.ROWS[key] for key in ("single", *TUNED, *STRUCTURES)} | {
@@ -143,7 +142,7 @@ EXPERIMENT = Experiment(
     "structure_adapters",
     "Merges of six text tasks that were trained as LoRA adapters, with a structure.",
     cell,
-    full=[{"seed": seed, "heads": heads, **_FULL} for seed in SEEDS for heads in HEADS],
+    full=[{"seed": seed, "heads": heads, **_FULL} for seed in structure_tasks.FIRST_SEEDS for heads in HEADS],
     quick=[{"seed": 0, "heads": "equal", **_QUICK}],
 )
 

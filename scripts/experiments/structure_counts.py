@@ -24,7 +24,6 @@ from scripts.experiments.structure_report import Cell
 from scripts.experiments.tables import Table, mean_sd, spread
 
 COUNTS = (2, 3, 4)
-SEEDS = (41, 42, 43)
 SHOWN = ("single", "linear", "ties", "diagonal", *STRUCTURES)
 RIVALS = ("ties", "diagonal")
 
@@ -47,7 +46,7 @@ EXPERIMENT = Experiment(
     "structure_counts",
     "Merges of two, three, four and six models with a structure.",
     cell,
-    full=[one for settings in structure_tasks.FULL_CELLS if settings["seed"] in SEEDS for one in _cells(settings)],
+    full=[one for settings in structure_tasks.FIRST_CELLS for one in _cells(settings)],
     quick=structure_tasks.QUICK_CELLS,
 )
 
@@ -57,7 +56,7 @@ def by_count(report: Mapping[str, Any], heads: str, six: Mapping[str, Any] | Non
     found: dict[int, list[Cell]] = {}
     for source in (report, six or {"cells": []}):
         for one in structure_report.cells_of(source, heads=heads):
-            if one["settings"]["seed"] in SEEDS:
+            if one["settings"]["seed"] in structure_tasks.FIRST_SEEDS:
                 found.setdefault(len(one["settings"]["tasks"]), []).append(one)
     return dict(sorted(found.items()))
 

@@ -16,6 +16,7 @@ from scripts.experiments.structure_merges import Models
 from squisher_mergekit import Fisher, load_fisher
 
 SEEDS = (41, 42, 43, 44, 45)
+FIRST_SEEDS = SEEDS[:3]
 FULL: dict[str, Any] = {
     "tasks": TASKS,
     "steps": 40,
@@ -29,6 +30,7 @@ FULL: dict[str, Any] = {
 }
 QUICK = {**FULL, "tasks": TASKS[:2], "steps": 4, "layers": 1, "test": 40}
 FULL_CELLS = [{"seed": seed, "heads": heads, **FULL} for seed in SEEDS for heads in HEADS]
+FIRST_CELLS = [cell for cell in FULL_CELLS if cell["seed"] in FIRST_SEEDS]
 QUICK_CELLS = [{"seed": 0, "heads": "equal", **QUICK}]
 
 
