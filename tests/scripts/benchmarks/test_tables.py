@@ -211,7 +211,7 @@ def test_a_report_records_command_and_versions(tmp_path, monkeypatch):
     assert made.startswith(f"{command}: 2 CPU-minutes on a machine with 2 cores, at a load average of 1.5")
 
 
-TINY_MERGE = ["--hidden=36", "--layers=2", "--intermediate=47", "--vocab=61", "--repeat=1", "--density=0.2"]
+TINY_MODELS = ["--hidden=36", "--layers=2", "--intermediate=47", "--vocab=61", "--repeat=1"]
 
 
 @pytest.mark.slow
@@ -219,9 +219,8 @@ TINY_MERGE = ["--hidden=36", "--layers=2", "--intermediate=47", "--vocab=61", "-
     ("name", "small", "said"),
     [
         ("fisher", ["--models", "mlp", "--repeat", "1"], "| **ours, exact** |"),
-        ("applications", ["--size", "tiny"], "| `mask reset --keep 0.5` |"),
-        ("merge", TINY_MERGE, "| `ties`, density 0.2 |"),
-        ("structure", [*TINY_MERGE[:4], "--repeat=1", "--kinds", "rows"], "| `rows`, `mergekit-yaml` |"),
+        ("applications", ["--size", "tiny", "--cases", "prune", "mask reset, a half"], "| `mask reset --keep 0.5` |"),
+        ("structure", [*TINY_MODELS, "--kinds", "rows"], "| `rows`, `mergekit-yaml` |"),
         ("average", ["--steps", "2", "--repeat", "1", "--shares", "0.5"], "| 2 steps |"),
     ],
 )

@@ -21,11 +21,10 @@ def test_tasks_share_no_text_and_have_equal_sizes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_task_of_the_same_domain_is_nearest(tmp_path, seed):
+def test_a_task_of_the_same_domain_is_nearest(tmp_path):
     """The partner is the nearest of three other tasks by the stated margin. The order by size misses it."""
     names = list(task2vec.FOUR)
-    files = task2vec.run(names, seed, tmp_path)["squisher"]
+    files = task2vec.run(names, 0, tmp_path)["squisher"]
     transfer, sizes = task2vec.write_tables(names, task2vec.FOUR, tmp_path)
     task2vec.squisher("distance", *files, "--json", str(tmp_path / "distances.json"))
     arguments = ("--each", "--transfer", str(transfer), "--sizes", str(sizes))
