@@ -73,7 +73,7 @@ def blocks() -> dict[Path, dict[str, str]]:
     placed[README] = {}
     marks = BLOCK.findall(README.read_text(encoding="utf-8"))
     if GAIN in marks:
-        placed[README][GAIN] = gain.block(reports["merging"])
+        placed[README][GAIN] = gain.block(reports[gain.SOURCE])
     if SETUP in marks and "bench_setup" in reports:
         placed[README][SETUP] = "\n".join(
             table.markdown() for table in benchmarks.setup(reports["bench_setup"]["measured"])
@@ -123,7 +123,7 @@ def _draw() -> None:
         report = found(name)
         if report is not None:
             module = importlib.import_module(f"scripts.experiments.{name}")
-            drawn = module.pictures(report) | (gain.pictures(report) if name == "merging" else {})
+            drawn = module.pictures(report) | (gain.pictures(report) if name == gain.SOURCE else {})
             for file, data in drawn.items():
                 (PICTURES / file).write_bytes(data)
                 print(f"{PICTURES / file}: {len(data) / 1000:.0f} kB")

@@ -1,8 +1,10 @@
 """Generated blocks of the README files, compared with the results."""
 
+import statistics
+
 import pytest
 
-from scripts.experiments import gain, merging, report, tables
+from scripts.experiments import gain, report, tables
 from tests.scripts.commands import run
 
 
@@ -19,7 +21,7 @@ def test_a_block_that_differs_is_reported_and_rewritten(tmp_path, monkeypatch, c
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "PICTURES", tmp_path / "pictures")
     monkeypatch.setattr(report, "EXPERIMENTS", ())
-    monkeypatch.setattr(report, "blocks", lambda: {file: {"gain": gain.block(report.found("merging"))}})
+    monkeypatch.setattr(report, "blocks", lambda: {file: {"gain": gain.block(report.found(gain.SOURCE))}})
     assert report.main(["--check"]) == 1
     assert "differing from the results: README.md" in capsys.readouterr().out
     assert "\nold\n" in file.read_text()
@@ -36,14 +38,16 @@ def test_a_block_without_a_place_is_an_error():
 
 
 def test_the_gain_is_that_of_the_results():
-    """The table of the top README.md has the means of ``merging`` over tasks and seeds, for both starts."""
-    found = report.found("merging")
+    """The table of the top README.md has the means of ``structure`` over tasks and seeds, for both starts."""
+    found = report.found("structure")
     text = gain.block(found)
     for heads in gain.SETTINGS:
-        squisher, linear = (merging.means(found, heads, row) for row in ("squisher", "linear"))
-        assert f"| {tables.mean_sd(squisher)} |" in text
-        assert tables.mean_sd([one - other for one, other in zip(squisher, linear, strict=True)]) in text
-    assert [line.split(" |")[0].strip("| ") for line in text.splitlines()[2:7]] == list(gain.ROWS.values())
+        kept = [one["result"]["test"] for one in found["cells"] if one["settings"]["heads"] == heads]
+        kron, ties = ([statistics.mean(one[row].values()) for one in kept] for row in ("kron", "ties"))
+        assert f"| {tables.mean_sd(kron)} |" in text
+        assert tables.difference([one - other for one, other in zip(kron, ties, strict=True)]) in text
+        assert f"{statistics.mean(min(one['kron'].values()) for one in kept):.1f} against " in text
+    assert [line.split(" |")[0].strip("| ") for line in text.splitlines()[2:10]] == list(gain.ROWS.values())
 
 
 def test_every_result_is_of_a_full_run():
