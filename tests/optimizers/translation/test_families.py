@@ -1,5 +1,7 @@
 """Table of names: second moments under the names of each trainer come back under those of Hugging Face, bit for bit."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -24,6 +26,12 @@ OLMO = [{"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "
         {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16, "vocab_size": 9}]  # fmt: skip
 NEOX = [{"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 31},
         {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 8}]  # fmt: skip
+GEMMA = [{**SHAPES[0], "head_dim": 6}, {**SHAPES[2], "head_dim": 10}]
+QWEN3 = [{**SHAPES[0], "head_dim": 6}, {**SHAPES[1], "head_dim": 14}]
+PHI3 = [{**shape, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} for shape in SHAPES[:2]]
+_torchtune_in_halves = partial(to_torchtune, rotary=False)
+_torchtitan_in_halves = partial(to_torchtitan, rotary=False)
+_to_early_litgpt = partial(to_litgpt, early=True)
 CASES = [
     *(("llama", shape, make) for shape in SHAPES for make in (to_torchtune, to_torchtitan, to_litgpt, to_megatron)),
     *(("llama", shape, to_nanotron) for shape in SHAPES),
@@ -32,7 +40,12 @@ CASES = [
     *(("llama", shape, to_olmo_core) for shape in SHAPES[:2]),
     *(("olmo", shape, to_olmo) for shape in OLMO),
     *(("olmo2", shape, make) for shape in OLMO for make in (to_olmo, to_olmo_core)),
-    *(("gpt_neox", shape, to_neox) for shape in NEOX),
+    *(("gpt_neox", shape, make) for shape in NEOX for make in (to_neox, to_litgpt)),
+    *((kind, shape, to_torchtune) for kind in ("gemma", "gemma2") for shape in GEMMA),
+    *(("gemma2", shape, to_litgpt) for shape in GEMMA),
+    *(("qwen3", shape, make) for shape in QWEN3 for make in (_torchtune_in_halves, _torchtitan_in_halves, to_litgpt)),
+    *(("phi3", shape, make) for shape in PHI3 for make in (_torchtune_in_halves, to_litgpt)),
+    *(("llama", shape, _to_early_litgpt) for shape in SHAPES),
 ]  # fmt: skip
 
 
