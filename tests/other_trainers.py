@@ -121,7 +121,8 @@ def to_torchtitan(world, tensors, rotary=True):
     own = to_torchtune(world, tensors, rotary)
     return renamed(
         own, (".scale", ".weight"), ("attn.q_proj", "attention.wq"), ("attn.k_proj", "attention.wk"),
-        ("attn.v_proj", "attention.wv"), ("attn.output_proj", "attention.wo"), ("mlp.w", "feed_forward.w"),
+        ("attn.v_proj", "attention.wv"), ("attn.output_proj", "attention.wo"), ("attn.q_norm", "attention.q_norm"),
+        ("attn.k_norm", "attention.k_norm"), ("mlp.w", "feed_forward.w"),
         ("sa_norm", "attention_norm"), ("mlp_norm", "ffn_norm"),
     )  # fmt: skip
 
