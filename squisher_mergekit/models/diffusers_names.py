@@ -1,8 +1,8 @@
 """Parameters of a diffusers model, in their order: from its class where diffusers is installed, else from a table.
 
 The file of the weights is sorted by name, so that it does not tell the order in which modules were registered. The
-table has that order for U-Nets and for the transformers of Stable Diffusion 3, PixArt and DiT. That of Flux changed with
-diffusers 0.35, so that another version than the one that trained it must not decide.
+table has that order for U-Nets and for the transformers of Stable Diffusion 3, PixArt and DiT. That of Flux changed
+with diffusers 0.35, so that the version must be on the side of the one that trained it.
 """
 
 import re
@@ -86,7 +86,7 @@ def _of_class(config: Mapping[str, Any], folder: Path) -> list[ParameterInfo]:
     import diffusers  # type: ignore[import-not-found]
 
     try:
-        _check_version(config, diffusers.__version__, folder)
+        check_version(config, diffusers.__version__, folder)
         with torch.device("meta"):
             model = getattr(diffusers, config[_CLASS]).from_config(dict(config))
         return [
@@ -100,8 +100,13 @@ def _of_class(config: Mapping[str, Any], folder: Path) -> list[ParameterInfo]:
         ) from error
 
 
-def _check_version(config: Mapping[str, Any], installed: str, folder: Path) -> None:
+def check_version(config: Mapping[str, Any], installed: str, folder: Path) -> None:
     """Refuse a version of diffusers that orders the modules of a class otherwise than the one that trained it.
+
+    Args:
+        config: Content of ``config.json``.
+        installed: The installed version.
+        folder: Folder of the model, for messages.
 
     Raises:
         NamingError: The versions are on different sides of the change, or the config does not tell its version.

@@ -61,7 +61,7 @@ def test_names_and_rows_come_back(kind, shape, make, tmp_path):
     assert_moments(load_fisher(tmp_path / "state.pt", world.bare(tmp_path / "config")), saved)
 
 
-@pytest.mark.parametrize("make", [to_torchtune, to_nanotron, to_olmo_core])
+@pytest.mark.parametrize("make", [to_torchtune, to_nanotron, to_olmo_core, to_torchtitan, to_megatron])
 def test_a_tied_head_is_once_in_the_state(make, tmp_path):
     """The embeddings hold the second moment of both uses, and the head is listed as tied."""
     world = World(tmp_path / "model", tie_word_embeddings=True, **SHAPES[0])
@@ -122,3 +122,22 @@ def test_another_model_of_the_same_kind_is_refused(make, tmp_path):
             continue
         with pytest.raises(MismatchError):
             load_fisher(tmp_path / "state.pt", other.folder)
+
+
+def test_a_part_of_a_fused_tensor_must_not_be_missing(tmp_path):
+    """Phi-3 fuses gate and up; the one without the other makes up no tensor."""
+    world = World(tmp_path / "model", "phi3", tie_word_embeddings=False, **PHI3[0])
+    own = to_torchtune(world, world.moments, rotary=False)
+    own.pop("layers.1.mlp.w3.weight")
+    torch.save(adam(own), tmp_path / "state.pt")
+    with pytest.raises(MismatchError, match="must have second moments of its 2 parts"):
+        load_fisher(tmp_path / "state.pt", world.folder)
+
+
+@pytest.mark.parametrize("shape", PHI3)
+def test_parts_are_numbered_in_the_order_of_the_trainer(shape, tmp_path):
+    """The down projection has its number between those of gate and up, which Phi-3 fuses."""
+    world = World(tmp_path / "model", "phi3", tie_word_embeddings=False, **shape)
+    state = adam(to_torchtune(world, world.moments, rotary=False), numbered=True)
+    torch.save({"optimizer": state, "epochs_run": 1, "seed": 0}, tmp_path / "recipe_state.pt")
+    assert_moments(load_fisher(tmp_path, world.folder), world.moments)

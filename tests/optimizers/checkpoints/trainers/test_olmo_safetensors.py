@@ -117,3 +117,12 @@ def test_a_file_without_settings_is_refused(tmp_path):
     save_file({_key(("state", "a", "exp_avg_sq"), False): torch.ones(2)}, tmp_path / "optim.safetensors")
     with pytest.raises(CorruptFileError, match="param_groups"):
         load_fisher(tmp_path / "optim.safetensors")
+
+
+def test_the_trainers_state_beside_is_never_opened(tmp_path):
+    """A pickle in ``train.pt`` that would open a file is not read."""
+    world = World(tmp_path / "model", "olmo", tie_word_embeddings=False, **OLMO[0][1])
+    _write(tmp_path / "step30-unsharded", world)
+    torch.save({"global_step": Opens(tmp_path / "marker")}, tmp_path / "step30-unsharded" / "train.pt")
+    assert_moments(load_fisher(tmp_path / "step30-unsharded", world.folder), world.moments)
+    assert not (tmp_path / "marker").exists()
