@@ -58,13 +58,14 @@ def joined_parts(name: str, states: Mapping[int, Mapping[str, Any]], checkpoint:
     first = states[min(states)]
     if None in headers:
         return dict(first)
-    missing = sorted(set(headers) - set(states))
+    split = {rank: header for rank, header in headers.items() if rank is not None}
+    missing = sorted(set(split) - set(states))
     if missing:
         raise CorruptFileError(
             f"the state of {name} in {checkpoint} must have a part of each rank of tensor parallelism, but that of "
             f"rank {missing[0]} is missing; copy the files again"
         )
-    regions = {rank: _regions(header, checkpoint) for rank, header in headers.items() if rank is not None}
+    regions = {rank: _regions(header, checkpoint) for rank, header in split.items()}
     return {key: _assembled(name, key, states, regions, checkpoint) for key in first}
 
 
