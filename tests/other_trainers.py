@@ -68,7 +68,15 @@ def renamed(tensors, *replacements):
 
 
 def to_torchtune(world, tensors, rotary=True):
-    """Return torchtune's names, in the order of its models."""
+    """Return torchtune's names, in the order of its models; a Gemma 2 has the norms of its MLP exchanged."""
+    tensors = split(tensors, "self_attn.qkv_proj", QKV, world)
+    tensors = split(tensors, "mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"], world)
+    if any("post_feedforward_layernorm" in name for name in tensors):
+        tensors = renamed(
+            tensors, ("post_attention_layernorm.weight", "sa_scale.scale"), ("model.norm", "norm.rms_norm"),
+            ("pre_feedforward_layernorm.weight", "mlp_scale.scale"),
+            ("post_feedforward_layernorm.weight", "mlp_norm.scale"), ("rms_norm.weight", "rms_norm.scale"),
+        )  # fmt: skip
     moved = {
         name: pairs(t, world.heads if ".q_proj" in name else world.groups)
         if rotary and (".q_proj" in name or ".k_proj" in name)
@@ -79,9 +87,10 @@ def to_torchtune(world, tensors, rotary=True):
         moved, ("input_layernorm.weight", "sa_norm.scale"), ("post_attention_layernorm.weight", "mlp_norm.scale"),
         ("model.norm.weight", "norm.scale"), ("model.embed_tokens", "tok_embeddings"), ("lm_head", "output"),
         ("self_attn.o_proj", "attn.output_proj"), ("self_attn", "attn"), ("gate_proj", "w1"), ("down_proj", "w2"),
-        ("up_proj", "w3"), ("model.layers", "layers"),
+        ("up_proj", "w3"), ("model.layers", "layers"), ("_norm.weight", "_norm.scale"),
     )  # fmt: skip
-    parts = ["q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3", "sa_norm", "mlp_norm"]
+    parts = ["q_proj", "k_proj", "v_proj", "output_proj", "q_norm", "k_norm", "w1", "w2", "w3", "sa_norm", "mlp_norm",
+             "sa_scale", "mlp_scale"]  # fmt: skip
     key = {name: _position(name, parts, "tok_embeddings") for name in own}
     return dict(sorted(own.items(), key=lambda item: key[item[0]]))
 
@@ -93,12 +102,27 @@ def _position(name, parts, first):
     return (number, next(k for k, part in enumerate(parts) if f".{part}." in name), name.endswith("bias"))
 
 
-def to_torchtitan(world, tensors):
+def split(tensors, source, targets, world):
+    """Cut the rows of a fused parameter of each block into several."""
+    result = {}
+    for name, tensor in tensors.items():
+        if source not in name:
+            result[name] = tensor
+            continue
+        counts = [world.heads, world.groups, world.groups] if len(targets) == 3 else [1, 1]
+        rows = tensor.shape[0] // sum(counts)
+        parts = tensor.split([count * rows for count in counts])
+        result |= {name.replace(source, target): part.clone() for target, part in zip(targets, parts, strict=True)}
+    return result
+
+
+def to_torchtitan(world, tensors, rotary=True):
     """Return torchtitan's names."""
-    own = to_torchtune(world, tensors)
+    own = to_torchtune(world, tensors, rotary)
     return renamed(
         own, (".scale", ".weight"), ("attn.q_proj", "attention.wq"), ("attn.k_proj", "attention.wk"),
-        ("attn.v_proj", "attention.wv"), ("attn.output_proj", "attention.wo"), ("mlp.w", "feed_forward.w"),
+        ("attn.v_proj", "attention.wv"), ("attn.output_proj", "attention.wo"), ("attn.q_norm", "attention.q_norm"),
+        ("attn.k_norm", "attention.k_norm"), ("mlp.w", "feed_forward.w"),
         ("sa_norm", "attention_norm"), ("mlp_norm", "ffn_norm"),
     )  # fmt: skip
 
@@ -124,19 +148,49 @@ def padded(tensors, rows, *names):
     }
 
 
-def to_litgpt(world, tensors, padding=5):
-    """Return litgpt's names, in the order of its models: the head first."""
-    own = fused(tensors, QKV, "attn.qkv")
+def to_litgpt(world, tensors, padding=5, early=False):
+    """Return litgpt's names, in the order of its models, the head first; ``early`` is before version 0.5."""
+    own = _litgpt_of_neox(world, tensors) if any("gpt_neox" in name for name in tensors) else dict(tensors)
+    own = _grouped(world, own, "attn.attn") if early else fused(own, QKV, "attn.qkv")
+    own = split(own, "mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"], world)
+    if any("post_feedforward_layernorm" in name for name in own):
+        own = renamed(
+            own, ("post_attention_layernorm", "post_attention_norm"), ("pre_feedforward_layernorm", "norm_2"),
+            ("post_feedforward_layernorm", "post_mlp_norm"),
+        )  # fmt: skip
+    own = renamed(
+        own, ("self_attn.qkv_proj", "attn.qkv"), ("self_attn.q_norm", "attn.norm_q"),
+        ("self_attn.k_norm", "attn.norm_k"),
+    )  # fmt: skip
     own = renamed(
         own, ("self_attn.o_proj", "attn.proj"), ("gate_proj", "fc_1"), ("up_proj", "fc_2"), ("down_proj", "proj"),
         ("input_layernorm", "norm_1"), ("post_attention_layernorm", "norm_2"), ("model.layers", "transformer.h"),
         ("model.embed_tokens", "transformer.wte"), ("model.norm", "transformer.ln_f"),
     )  # fmt: skip
     own = padded(own, padding, "lm_head.weight", "transformer.wte.weight")
-    parts = ["norm_1", "attn.qkv", "attn.proj", "norm_2", "mlp.fc_1", "mlp.fc_2", "mlp.proj"]
+    parts = ["norm_1", "attn.attn", "attn.qkv", "attn.proj", "attn.norm_q", "attn.norm_k", "post_attention_norm",
+             "norm_2", "mlp.fc", "mlp.fc_1", "mlp.fc_2", "mlp.proj", "post_mlp_norm"]  # fmt: skip
     blocks = sorted((name for name in own if ".h." in name), key=lambda name: _position(name, parts, ""))
-    names = ["lm_head.weight", "transformer.wte.weight", *blocks, "transformer.ln_f.weight"]
+    names = ["lm_head.weight", "transformer.wte.weight", *blocks, "transformer.ln_f.weight", "transformer.ln_f.bias"]
     return {name: own[name] for name in names if name in own}
+
+
+def _litgpt_of_neox(world, tensors):
+    """Return a Pythia under the names of a Llama, with its queries, keys and values apart."""
+    own = {}
+    for name, tensor in tensors.items():
+        if "query_key_value" in name:
+            parts = tensor.reshape(world.heads, 3, world.width, *tensor.shape[1:]).unbind(1)
+            own[name.replace("attention.query_key_value", "attn.qkv")] = torch.cat(
+                [part.reshape(-1, *tensor.shape[1:]) for part in parts]
+            )
+        else:
+            own[name] = tensor
+    return renamed(
+        own, ("gpt_neox.layers", "model.layers"), ("gpt_neox.embed_in", "model.embed_tokens"),
+        ("gpt_neox.final_layer_norm", "model.norm"), ("embed_out", "lm_head"), ("attention.dense", "self_attn.o_proj"),
+        ("mlp.dense_h_to_4h", "mlp.fc"), ("mlp.dense_4h_to_h", "down_proj"), (".down_proj", ".mlp.down_proj"),
+    )  # fmt: skip
 
 
 def to_olmo_core(world, tensors):
@@ -188,8 +242,8 @@ def to_nanotron(world, tensors, rotary=False):
     }
 
 
-def to_megatron(world, tensors, padding=3, stacked=True):
-    """Return Megatron-Core's names: queries, keys and values group by group, layers stacked."""
+def _grouped(world, tensors, target):
+    """Fuse queries, keys and values group by group."""
     own = dict(tensors)
     for name in tensors:
         if ".q_proj" in name:
@@ -199,7 +253,13 @@ def to_megatron(world, tensors, padding=3, stacked=True):
             grouped = [t.reshape(world.groups, -1, world.width, *rest) for t in (q, k, v)]
             assert grouped[0].shape[1] == share
             joined = torch.cat(grouped, dim=1).reshape(-1, *rest)
-            own[name.replace("self_attn.q_proj", "self_attention.linear_qkv")] = joined
+            own[name.replace("self_attn.q_proj", target)] = joined
+    return own
+
+
+def to_megatron(world, tensors, padding=3, stacked=True):
+    """Return Megatron-Core's names: queries, keys and values group by group, layers stacked."""
+    own = _grouped(world, tensors, "self_attention.linear_qkv")
     own = fused(own, ["mlp.gate_proj", "mlp.up_proj"], "mlp.linear_fc1")
     own = renamed(
         own, ("self_attn.o_proj", "self_attention.linear_proj"), ("mlp.down_proj", "mlp.linear_fc2"),

@@ -40,7 +40,10 @@ def test_a_config_is_planned(config: Path, tmp_path: Path, monkeypatch: pytest.M
     from squisher_mergekit.cli.plan import command
 
     for seed, name in enumerate(("base", "sentiment", "topics")):
-        _model(tmp_path / "runs" / name / "checkpoint-500", seed)
+        weights = _model(tmp_path / "runs" / name / "checkpoint-500", seed)
+        if name == "base":
+            published = tmp_path / "published" / name
+            give_fisher(tmp_path / "runs" / name / "checkpoint-500", weights, seed + 10, out=published)
         if name != "base":
             _model(tmp_path / "models" / name, seed, fisher=tmp_path / "fishers" / name)
     _adapters(tmp_path, config)

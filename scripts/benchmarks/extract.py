@@ -1,4 +1,4 @@
-"""Measure squisher extract against a plain copy of the same number of bytes, in three layouts and two sizes.
+"""Measure squisher extract against a plain copy of the same number of bytes, in six layouts and two sizes.
 
 The bytes are those of the second moments. The plain copy reads and writes them in blocks of 8 MiB. Both sync their
 output to disk. Each runs in its own process, which first imports the same libraries. The clock starts after that; the
@@ -22,10 +22,11 @@ from typing import Any
 
 from scripts import ROOT
 from scripts.benchmarks.process import run_measured, verdict, work_folder
+from scripts.benchmarks.states import OF_TRAINERS
 
 SPEED_GOAL = 0.7  # of the plain copy's bytes per second
 MEMORY_GOAL = 0.7  # GB of anonymous memory on top of the largest tensor
-LAYOUTS = ("trainer", "fsdp", "deepspeed")
+LAYOUTS = ("trainer", "fsdp", "deepspeed", *OF_TRAINERS)
 SIZES = {
     "0.3B": {"hidden": 1024, "layers": 18, "intermediate": 2816, "vocab": 32000},
     "1B": {"hidden": 2048, "layers": 18, "intermediate": 5632, "vocab": 32000},
@@ -47,7 +48,7 @@ print(json.dumps([time.perf_counter() - began, time.process_time() - cpu]))
 """
 EXTRACT_CODE = f"""{IMPORTS}
 began, cpu = time.perf_counter(), time.process_time()
-load.extract(sys.argv[1], sys.argv[2], verify=sys.argv[3] == "True")
+load.extract(sys.argv[1], sys.argv[2], sys.argv[4] or None, verify=sys.argv[3] == "True")
 print(json.dumps([time.perf_counter() - began, time.process_time() - cpu]))
 """
 
@@ -93,14 +94,20 @@ def bench(work: Path, size: str, layout: str, repeat: int) -> dict[str, Any]:
             print(f"{size} {layout}, round {number + 1} of {repeat}: {name} ...", file=sys.stderr, flush=True)
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
-            code = [EXTRACT_CODE, str(folder), str(out / "fisher"), str(name == "extract")]
+            model = str(folder) if layout in OF_TRAINERS else ""
+            code = [EXTRACT_CODE, str(folder), str(out / "fisher"), str(name == "extract"), model]
             if name == "copy":
                 code = [COPY_CODE, str(same), str(out / "copy")]
             samples.setdefault(name, []).append(measure([sys.executable, "-c", *code]))
             if name == "extract" and not same.exists():
                 (out / "fisher" / "fisher.safetensors").rename(same)
     shutil.rmtree(out, ignore_errors=True)
-    largest = max(recipe["vocab"] * recipe["hidden"], recipe["hidden"] * recipe["intermediate"]) * 4
+    matrices = [recipe["vocab"], recipe["intermediate"]]
+    if layout == "torch_dist":  # it stacks the layers, and fuses gate and up
+        matrices.append(2 * recipe["layers"] * recipe["intermediate"])
+    elif layout == "nanotron":
+        matrices.append(2 * recipe["intermediate"])
+    largest = max(matrices) * recipe["hidden"] * 4
     return {
         "size": size,
         "layout": layout,
@@ -117,7 +124,8 @@ def measure(command: list[str]) -> dict[str, float]:
     """Run a command that prints its own seconds, and add those of the whole process and its anonymous memory."""
     usage = run_measured(command)
     wall, cpu = json.loads(usage.output.splitlines()[-1])
-    return {"wall_s": wall, "cpu_s": cpu, "whole_s": usage.wall_s, "anonymous_gb": usage.anonymous_gb}
+    memory = {"anonymous_gb": usage.anonymous_gb, "rss_gb": usage.rss_gb}
+    return {"wall_s": wall, "cpu_s": cpu, "whole_s": usage.wall_s, **memory}
 
 
 def table(report: dict[str, Any]) -> list[str]:
@@ -126,13 +134,14 @@ def table(report: dict[str, Any]) -> list[str]:
     size = report["bytes"] / 1e9
     rows = [
         f"{report['size']} {report['layout']}: {size:.2f} GB of second moments",
-        f"  {'':<12}{'GB/s':>8}{'x copy':>8}{'CPU s':>8}{'whole s':>9}{'anonymous GB':>14}",
+        f"  {'':<12}{'GB/s':>8}{'x copy':>8}{'CPU s':>8}{'whole s':>9}{'anonymous GB':>14}{'resident GB':>13}",
     ]
     for name, sample in low.items():
         share = low["copy"]["wall_s"] / sample["wall_s"]
         rows.append(
             f"  {name:<12}{size / sample['wall_s']:>8.2f}{share:>8.2f}{sample['cpu_s']:>8.2f}"
             f"{sample['whole_s']:>9.2f}{sample['anonymous_gb']:>14.2f}"
+            f"{sample['rss_gb']:>13.2f}"
         )
     speed = low["copy"]["wall_s"] / low["extract"]["wall_s"]
     median = statistics.median(

@@ -1,8 +1,9 @@
 """Write the optimizer state of a random Llama: ``python -m scripts.benchmarks.states FOLDER LAYOUT RECIPE``.
 
 LAYOUT is ``trainer`` (optimizer.pt), ``fsdp`` (a distributed checkpoint of two ranks, each tensor cut by rows) or
-``deepspeed`` (ZeRO-2 of two ranks). The recipe is JSON with ``hidden``, ``layers``, ``intermediate`` and
-``vocab``. Every layout has the weights in bfloat16 and both moments in float32.
+``deepspeed`` (ZeRO-2 of two ranks), with the weights in bfloat16 and both moments in float32; or ``nanotron``,
+``torch_dist`` or ``neox``, with the second moments alone. The recipe is JSON with ``hidden``, ``layers``,
+``intermediate`` and ``vocab``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pickle
 import shutil
 import sys
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from scripts.benchmarks.models import Recipe, shapes, write_config, write_weights
+from scripts.benchmarks.trainer_states import BETAS, RANKS, Draw, nanotron, neox, torch_dist_tensors
 
-RANKS = 2
+OF_TRAINERS = ("nanotron", "torch_dist", "neox")
 GROUP = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
 STEPS = 1000
 
@@ -41,8 +44,12 @@ def make_state(folder: Path, layout: str, recipe: Recipe) -> None:
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(len(layout))
     write_config(folder, recipe)
-    write_weights(folder, recipe, generator)
-    {"trainer": _trainer, "fsdp": _fsdp, "deepspeed": _deepspeed}[layout](folder, recipe, generator)
+    if layout in OF_TRAINERS:
+        draw = partial(_squares, generator=generator)
+        {"nanotron": nanotron, "torch_dist": _torch_dist, "neox": neox}[layout](folder, recipe, STEPS, draw)
+    else:
+        write_weights(folder, recipe, generator)
+        {"trainer": _trainer, "fsdp": _fsdp, "deepspeed": _deepspeed}[layout](folder, recipe, generator)
     (folder / "recipe.json").write_text(json.dumps(recipe))
 
 
@@ -74,43 +81,67 @@ def _trainer(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:
     torch.save({"state": state, "param_groups": groups}, folder / "optimizer.pt")
 
 
-def _fsdp(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:
-    place = folder / "optimizer_0"
-    place.mkdir()
-    described: dict[str, Any] = {}
-    stored: dict[Any, Any] = {}
-    streams = [(place / f"__{rank}_0.distcp").open("wb") for rank in range(RANKS)]
+class _Pieces:
+    """Distributed checkpoint that is written piece by piece, one file for each rank."""
 
-    def put(key: str, value: Any, rank: int, offsets: tuple[int, ...] | None) -> None:
+    def __init__(self, place: Path) -> None:
+        place.mkdir()
+        self.place = place
+        self.described: dict[str, Any] = {}
+        self.stored: dict[Any, Any] = {}
+        self.streams = [(place / f"__{rank}_0.distcp").open("wb") for rank in range(RANKS)]
+
+    def _put(self, key: str, value: Any, rank: int, offsets: tuple[int, ...] | None) -> None:
         buffer = io.BytesIO()
         torch.save(value, buffer)
-        start = streams[rank].tell()
-        streams[rank].write(buffer.getbuffer())
+        start = self.streams[rank].tell()
+        self.streams[rank].write(buffer.getbuffer())
         index = MetadataIndex(key, None if offsets is None else torch.Size(offsets))
-        stored[index] = _StorageInfo(f"__{rank}_0.distcp", start, streams[rank].tell() - start)
+        self.stored[index] = _StorageInfo(f"__{rank}_0.distcp", start, self.streams[rank].tell() - start)
 
+    def tensor(self, key: str, whole: torch.Tensor) -> None:
+        """Write a tensor, cut along its first axis."""
+        chunks, row = [], 0
+        for rank, part in enumerate(whole.chunk(RANKS) if whole.ndim else (whole,)):
+            offsets = (row, *[0] * (whole.ndim - 1)) if whole.ndim else ()
+            self._put(key, part.clone(), rank, offsets)
+            chunks.append(ChunkStorageMetadata(torch.Size(offsets), part.shape))
+            row += len(part) if whole.ndim else 0
+        self.described[key] = TensorStorageMetadata(TensorProperties(torch.float32), whole.shape, chunks)
+
+    def value(self, key: str, value: Any) -> None:
+        """Write a value that is no tensor."""
+        self._put(key, value, 0, None)
+        self.described[key] = BytesStorageMetadata()
+
+    def close(self) -> None:
+        """Write the index."""
+        for stream in self.streams:
+            stream.close()
+        with (self.place / ".metadata").open("wb") as index:
+            pickle.dump(Metadata(self.described, None, self.stored), index)
+
+
+def _fsdp(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:
+    pieces = _Pieces(folder / "optimizer_0")
     for name, shape in shapes(recipe):
-        for field in ("exp_avg", "exp_avg_sq"):
-            key, chunks, row = f"optimizer.state.{name}.{field}", [], 0
-            whole = torch.zeros(shape) if field == "exp_avg" else _squares(shape, generator)
-            for rank, part in enumerate(whole.chunk(RANKS)):
-                offsets = (row, *[0] * (len(shape) - 1))
-                put(key, part.clone(), rank, offsets)
-                chunks.append(ChunkStorageMetadata(torch.Size(offsets), part.shape))
-                row += len(part)
-            described[key] = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(shape), chunks)
-        key = f"optimizer.state.{name}.step"
-        put(key, torch.tensor(float(STEPS)), 0, ())
-        scalar = ChunkStorageMetadata(torch.Size([]), torch.Size([]))
-        described[key] = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size([]), [scalar])
+        pieces.tensor(f"optimizer.state.{name}.exp_avg", torch.zeros(shape))
+        pieces.tensor(f"optimizer.state.{name}.exp_avg_sq", _squares(shape, generator))
+        pieces.tensor(f"optimizer.state.{name}.step", torch.tensor(float(STEPS)))
     for field, value in {**GROUP, "params": [name for name, _ in shapes(recipe)]}.items():
-        key = f"optimizer.param_groups.0.{field}"
-        put(key, value, 0, None)
-        described[key] = BytesStorageMetadata()
-    for stream in streams:
-        stream.close()
-    with (place / ".metadata").open("wb") as index:
-        pickle.dump(Metadata(described, None, stored), index)
+        pieces.value(f"optimizer.param_groups.0.{field}", value)
+    pieces.close()
+
+
+def _torch_dist(folder: Path, recipe: Recipe, steps: int, draw: Draw) -> None:
+    step = folder / f"iter_{steps:07}"
+    pieces = _Pieces(step)
+    for key, shape in torch_dist_tensors(recipe):
+        pieces.tensor(key, draw(shape))
+    pieces.close()
+    (step / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    groups = [{"betas": BETAS, "step": steps, "params": []}]
+    torch.save({"optimizer": {"optimizer": {"param_groups": groups}}}, step / "common.pt")
 
 
 def _deepspeed(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:

@@ -21,7 +21,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-FOREIGN = ("deepspeed", "bitsandbytes", "torchao", "schedulefree", "optimi", "pytorch_optimizer", "ivon")
+FOREIGN = (
+    "deepspeed", "bitsandbytes", "torchao", "schedulefree", "optimi", "pytorch_optimizer", "ivon", "litgpt",
+    "torchtune", "diffusers", "timm",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -59,13 +62,14 @@ def check(folder: Path) -> str:
     case = json.loads((folder / "case.json").read_text())
     source = folder / (case.get("optimizer_file") or "")
     base = next((folder / name for name in ("base", "base_config") if (folder / name).is_dir()), None)
+    model = folder / "model_config" if (folder / "model_config").is_dir() else None
     refuse = case["expect"].startswith("refuse")
     wanted = case.get("errors")
     try:
-        fisher = load_fisher(source, base=base)
+        fisher = load_fisher(source, model, base)
         read = {name: fisher[name] for name in fisher}
         with tempfile.TemporaryDirectory() as scratch:  # checks the values as well
-            extract(source, Path(scratch) / "out", base=base)
+            extract(source, Path(scratch) / "out", model, base)
     except RefusedError as error:
         kind = type(error).__name__
         if not refuse or kind not in (wanted or [kind]):

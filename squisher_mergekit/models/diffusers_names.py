@@ -1,9 +1,11 @@
 """Parameters of a diffusers model, in their order: from its class where diffusers is installed, else from a table.
 
 The file of the weights is sorted by name, so that it does not tell the order in which modules were registered. The
-table has that order for the modules of ``UNet2DModel`` and ``UNet2DConditionModel``.
+table has that order for U-Nets and for the transformers of Stable Diffusion 3, PixArt and DiT. That of Flux changed
+with diffusers 0.35, so that the version must be on the side of the one that trained it.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +20,12 @@ from squisher_mergekit.tensors.safetensors import read_header, safetensors_files
 
 _BASENAME = "diffusion_pytorch_model"
 _CLASS = "_class_name"
-_U_NETS = ("UNet2DModel", "UNet2DConditionModel")
+_IN_TABLE = (
+    "UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel",
+)  # fmt: skip
+_VERSION = "_diffusers_version"
+_REORDERED = {"FluxTransformer2DModel": (0, 35)}  # class -> version of diffusers that registers its modules otherwise
+_BUFFER = "pos_embed.pos_embed"  # positions of Stable Diffusion 3, which are not trained
 # Children of one module, in the order of registration; the first line that has all children of a module counts.
 _ORDERS: tuple[tuple[str, ...], ...] = tuple(
     tuple(line.split())
@@ -27,9 +34,19 @@ _ORDERS: tuple[tuple[str, ...], ...] = tuple(
         "conv_norm_out conv_out",
         "attentions resnets downsamplers upsamplers",
         "norm1 conv1 time_emb_proj norm2 conv2 conv_shortcut",
-        "group_norm norm_cross to_q to_k to_v add_k_proj add_v_proj to_out",
+        "group_norm spatial_norm norm_q norm_k norm_cross to_q to_k to_v add_k_proj add_v_proj add_q_proj to_out "
+        "to_add_out norm_added_q norm_added_k",
         "norm proj_in transformer_blocks proj_out",
-        "norm1 attn1 norm2 attn2 norm3 ff",
+        "pos_embed time_text_embed context_embedder transformer_blocks norm_out proj_out",
+        "scale_shift_table pos_embed transformer_blocks proj_out adaln_single caption_projection",
+        "pos_embed transformer_blocks proj_out_1 proj_out_2",
+        "scale_shift_table norm1 attn1 norm2 attn2 norm3 ff",
+        "norm1 norm1_context attn attn2 norm2 ff norm2_context ff_context",
+        "timestep_embedder class_embedder",
+        "timestep_embedder resolution_embedder aspect_ratio_embedder",
+        "timestep_embedder text_embedder",
+        "emb linear",
+        "embedding_table",
         "linear_1 cond_proj linear_2",
         "net",
         "proj",
@@ -69,22 +86,47 @@ def _of_class(config: Mapping[str, Any], folder: Path) -> list[ParameterInfo]:
     import diffusers  # type: ignore[import-not-found]
 
     try:
+        check_version(config, diffusers.__version__, folder)
         with torch.device("meta"):
             model = getattr(diffusers, config[_CLASS]).from_config(dict(config))
         return [
             ParameterInfo(name, tuple(p.shape), frozenset(), p.requires_grad) for name, p in model.named_parameters()
         ]
+    except NamingError:
+        raise
     except Exception as error:  # a config can make a model's constructor raise nearly anything
         raise CorruptFileError(
             f"{folder / 'config.json'} must describe a model of diffusers, but {str(error)[:200]}; give {NAMES_CURE}"
         ) from error
 
 
+def check_version(config: Mapping[str, Any], installed: str, folder: Path) -> None:
+    """Refuse a version of diffusers that orders the modules of a class otherwise than the one that trained it.
+
+    Args:
+        config: Content of ``config.json``.
+        installed: The installed version.
+        folder: Folder of the model, for messages.
+
+    Raises:
+        NamingError: The versions are on different sides of the change, or the config does not tell its version.
+    """
+    changed = _REORDERED.get(str(config[_CLASS]))
+    versions = [tuple(map(int, re.findall(r"\d+", str(text))[:2])) for text in (config.get(_VERSION, ""), installed)]
+    if changed is not None and (not versions[0] or len({version >= changed for version in versions}) > 1):
+        raise NamingError(
+            f"the order of the parameters of {config[_CLASS]} in {folder} changed with diffusers "
+            f"{'.'.join(map(str, changed))}, and {installed} is installed, but {config.get(_VERSION, 'no version')} is "
+            f"recorded; install the version that trained it, or give {NAMES_CURE}"
+        )
+
+
 def _of_files(config: Mapping[str, Any], folder: Path) -> list[ParameterInfo]:
     infos = {
         name: info for file in safetensors_files(folder, _BASENAME) for name, info in read_header(file).infos.items()
     }
-    if config[_CLASS] not in _U_NETS or not infos:
+    infos.pop(_BUFFER, None)
+    if config[_CLASS] not in _IN_TABLE or not infos:
         raise NamingError(
             f"the order of the parameters of {config[_CLASS]} in {folder} follows from its class in diffusers, which "
             f"is not installed; install diffusers, or give {NAMES_CURE}"
@@ -93,7 +135,7 @@ def _of_files(config: Mapping[str, Any], folder: Path) -> list[ParameterInfo]:
 
 
 def in_order(names: Sequence[str]) -> list[str]:
-    """Return the names of a U-Net's parameters in the order of the modules.
+    """Return the names of a model's parameters in the order of the modules.
 
     Raises:
         NamingError: The table lacks a module.

@@ -44,7 +44,7 @@ def name_slots(
     if is_flat(state):
         state = _cut_flat(state, model, given, folders)
     named = _named(state, model, given, folders)
-    if model is None and not folders.weights.infos:
+    if model is None and not folders.weights.infos and not _is_whole(state):
         _refuse_rank_file(state.location)
     slots, in_memory = _by_name(named, model, folders)
     if not in_memory or model is None:
@@ -57,6 +57,15 @@ def name_slots(
 
 
 _RANK = re.compile(r"rank[_.-]?\d+|shard[_.-]?\d+|\d+[_-]of[_-]\d+", re.IGNORECASE)
+
+
+def _is_whole(state: OptimizerState) -> bool:
+    """Return True for Composer's file, always of rank 0, whose model in it has the shapes of the second moments."""
+    model = state.raw.model if state.raw.layout == "composer" else None
+    return model is not None and all(
+        slot.shape is None or (slot.name in model and tuple(model[str(slot.name)].shape) == slot.shape)
+        for slot in state.slots
+    )
 
 
 def _refuse_rank_file(location: Path) -> None:

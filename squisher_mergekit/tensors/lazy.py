@@ -143,6 +143,76 @@ class Concatenated:
         return torch.cat([read(piece) for piece in self.pieces], self.axis)
 
 
+Region: TypeAlias = tuple[tuple[int, int], ...]  # first position, and position after the last, along each axis
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """Tensor whose regions are regions of others, as tensor parallelism cuts it.
+
+    Attributes:
+        pieces: The other tensors.
+        regions: Region of each piece, and the region of the tensor that it fills.
+        shape: Shape of the tensor.
+
+    Example:
+        >>> halves = (torch.ones(2), torch.zeros(2))
+        >>> pairs = ((((0, 1),), ((0, 1),)), (((0, 2),), ((1, 3),)))
+        >>> Assembled.checked(halves, pairs, torch.Size([3])).read()
+        tensor([1., 0., 0.])
+    """
+
+    pieces: tuple[MaybeLazy, ...]
+    regions: tuple[tuple[Region, Region], ...]
+    shape: torch.Size
+
+    @classmethod
+    def checked(
+        cls, pieces: tuple[MaybeLazy, ...], regions: tuple[tuple[Region, Region], ...], shape: torch.Size
+    ) -> Assembled:
+        """Return the tensor whose entries are each filled once.
+
+        Raises:
+            ValueError: Regions overlap, leave gaps, have another size than their piece's, or are outside of it.
+        """
+        for piece, (own, whole) in zip(pieces, regions, strict=True):
+            if len(own) != len(piece.shape) or any(end > size for (_, end), size in zip(own, piece.shape, strict=True)):
+                raise ValueError(f"a part of shape {list(piece.shape)} lacks the region {own}")
+            if [end - begin for begin, end in own] != [end - begin for begin, end in whole]:
+                raise ValueError(f"the region {own} does not fill {whole}")
+        filled = [whole for _, whole in regions]
+        overlap = any(_meet(a, b) for number, a in enumerate(filled) for b in filled[:number])
+        count = sum(torch.Size([end - begin for begin, end in whole]).numel() for whole in filled)
+        if overlap or count != shape.numel() or len({piece.dtype for piece in pieces}) > 1:
+            raise ValueError(f"the regions {filled} do not fill {list(shape)}")
+        return cls(pieces, regions, shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the entries."""
+        return self.pieces[0].dtype
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """Stored tensors of all pieces."""
+        return [part for piece in self.pieces for part in parts(piece)]
+
+    def read(self) -> Tensor:
+        """Return the whole tensor."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        for piece, (own, whole) in zip(self.pieces, self.regions, strict=True):
+            tensor[_slices(whole)] = read(piece)[_slices(own)]
+        return tensor
+
+
+def _slices(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(begin, end) for begin, end in region)
+
+
+def _meet(a: Region, b: Region) -> bool:
+    return all(max(first[0], second[0]) < min(first[1], second[1]) for first, second in zip(a, b, strict=True))
+
+
 MaybeLazy: TypeAlias = Tensor | LazyTensor
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import NamingError
-from squisher_mergekit.models.diffusers_names import in_order
+from squisher_mergekit.models.diffusers_names import check_version, in_order
 from tests.other_trainers import adam, assert_moments
 
 
@@ -67,6 +67,66 @@ def test_a_u_net_is_named_without_diffusers(level, width, tmp_path):
     torch.save(adam(moments, numbered=True), folder / "optimizer.bin")
     assert_moments(load_fisher(tmp_path / level), moments)
     assert_moments(load_fisher(tmp_path / level, folder / "unet"), moments)
+
+
+def _linear(*names):
+    return [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+
+
+def _stable_diffusion_3(blocks=2):
+    """Return the names of a Stable Diffusion 3.5 in the order of its modules; the last block has no context left."""
+    order = _linear("pos_embed.proj")
+    for embedder in ("timestep_embedder", "text_embedder"):
+        order += _linear(f"time_text_embed.{embedder}.linear_1", f"time_text_embed.{embedder}.linear_2")
+    order += _linear("context_embedder")
+    for k in range(blocks):
+        block, last = f"transformer_blocks.{k}.", k == blocks - 1
+        order += _linear(f"{block}norm1.linear", f"{block}norm1_context.linear")
+        order += [f"{block}attn.norm_q.weight", f"{block}attn.norm_k.weight"]
+        order += _linear(*(f"{block}attn.to_{part}" for part in "qkv"))
+        order += _linear(*(f"{block}attn.add_{part}_proj" for part in "kvq"), f"{block}attn.to_out.0")
+        order += [] if last else _linear(f"{block}attn.to_add_out")
+        order += [f"{block}attn.norm_added_q.weight", f"{block}attn.norm_added_k.weight"]
+        order += _linear(f"{block}ff.net.0.proj", f"{block}ff.net.2")
+        order += [] if last else _linear(f"{block}ff_context.net.0.proj", f"{block}ff_context.net.2")
+    return order + _linear("norm_out.linear", "proj_out")
+
+
+def _pixart():
+    """Return the names of a PixArt in the order of its modules; parameters come before the modules beside them."""
+    block = "transformer_blocks.0."
+    order = ["scale_shift_table", *_linear("pos_embed.proj"), f"{block}scale_shift_table"]
+    for attention in ("attn1", "attn2"):
+        order += _linear(*(f"{block}{attention}.to_{part}" for part in "qkv"), f"{block}{attention}.to_out.0")
+    order += _linear(f"{block}ff.net.0.proj", f"{block}ff.net.2", "proj_out")
+    order += _linear("adaln_single.emb.timestep_embedder.linear_1", "adaln_single.emb.timestep_embedder.linear_2")
+    return order + _linear("adaln_single.linear", "caption_projection.linear_1", "caption_projection.linear_2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "order"), [("SD3Transformer2DModel", _stable_diffusion_3()), ("PixArtTransformer2DModel", _pixart())]
+)
+def test_a_transformer_is_named_without_diffusers(kind, order, tmp_path):
+    """All matrices are square, so that the order alone decides; positions that are saved are no parameter."""
+    moments = {name: torch.rand(6, 6) if name.endswith("weight") else torch.rand(6) for name in order}
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"_class_name": kind}))
+    weights = {name: torch.randn(t.shape) for name, t in moments.items()} | {"pos_embed.pos_embed": torch.ones(1, 4, 6)}
+    save_file(weights, tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    torch.save(adam(moments, numbered=True), tmp_path / "optimizer.bin")
+    assert_moments(load_fisher(tmp_path), moments)
+
+
+@pytest.mark.parametrize("recorded", ["0.31.0", "0.36.0", None])
+@pytest.mark.parametrize("installed", ["0.34.0", "0.42.1"])
+def test_a_class_whose_order_changed_is_built_by_its_own_side_of_the_change(recorded, installed, tmp_path):
+    """Flux registers its modules otherwise since diffusers 0.35, in equal shapes."""
+    config = {"_class_name": "FluxTransformer2DModel"} | ({"_diffusers_version": recorded} if recorded else {})
+    if (recorded, installed) in {("0.31.0", "0.34.0"), ("0.36.0", "0.42.1")}:
+        check_version(config, installed, tmp_path)
+    else:
+        with pytest.raises(NamingError, match="install the version that trained it"):
+            check_version(config, installed, tmp_path)
 
 
 def test_another_class_needs_diffusers(tmp_path):

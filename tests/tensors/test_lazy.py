@@ -1,8 +1,9 @@
 """Lazy tensors: slices and shards assembled when they are read."""
 
+import pytest
 import torch
 
-from squisher_mergekit.tensors.lazy import Joined, Slices, parts, read
+from squisher_mergekit.tensors.lazy import Assembled, Joined, Slices, parts, read
 
 
 def test_slices_and_shards_are_their_concatenation():
@@ -17,3 +18,18 @@ def test_slices_and_shards_are_their_concatenation():
     shards = (torch.rand(3, 2), torch.rand(3, 5))
     assert torch.equal(read(Joined(shards, 1)), torch.cat(shards, 1))
     assert Joined(shards, 1).shape == (3, 7)
+
+
+@pytest.mark.parametrize(
+    "regions",
+    [
+        [(((0, 2),), ((0, 2),)), (((0, 2),), ((1, 3),))],  # overlap
+        [(((0, 2),), ((0, 2),)), (((0, 1),), ((3, 4),))],  # a gap
+        [(((0, 3),), ((0, 3),)), (((0, 1),), ((3, 4),))],  # outside of its piece
+        [(((0, 2),), ((0, 1),)), (((0, 2),), ((1, 4),))],  # other sizes
+    ],
+)
+def test_regions_that_do_not_fill_a_tensor_are_refused(regions):
+    """Each entry has to be filled once."""
+    with pytest.raises(ValueError, match="region"):
+        Assembled.checked((torch.ones(2), torch.zeros(2)), tuple(regions), torch.Size([4]))

@@ -5,6 +5,8 @@ from scripts.checkpoints.foreign_states.common import Case
 
 def cases() -> dict[str, Case]:
     """Return all cases by name."""
-    from scripts.checkpoints.foreign_states import plain, quantized, sharded, zero
+    from scripts.checkpoints.foreign_states import layouts, plain, quantized, sharded, trainers, zero
 
-    return {**zero.CASES, **sharded.CASES, **quantized.CASES, **plain.CASES}
+    return {
+        **zero.CASES, **sharded.CASES, **quantized.CASES, **plain.CASES, **trainers.CASES, **layouts.CASES,
+    }  # fmt: skip

@@ -5,6 +5,7 @@ A family is chosen by the layout, or by names that no other trainer gives. The s
 """
 
 import re
+from dataclasses import replace
 
 from squisher_mergekit.optimizers.translation.schemes import (
     Family,
@@ -16,7 +17,9 @@ from squisher_mergekit.optimizers.translation.schemes import (
     key_rows,
     pairs_of_keys,
     pairs_of_queries,
+    part_of,
     query_rows,
+    rows_in_groups,
     rows_of_groups,
     second_half,
     to,
@@ -28,9 +31,14 @@ from squisher_mergekit.optimizers.translation.schemes import (
 _LLAMA_BLOCK = "model.layers.{}."
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 _BEFORE_ATTENTION, _BEFORE_MLP = "input_layernorm", "post_attention_layernorm"
+_REORDERED = ("post_attention_layernorm", "post_feedforward_layernorm")
+_BEFORE_FEEDFORWARD = "pre_feedforward_layernorm"
+_NEOX_BLOCK, _NEOX_HEAD = "gpt_neox.layers.{}.", {"embed_out.weight": "lm_head.weight"}
 _Q, _K, _V, _O = (f"self_attn.{part}_proj" for part in "qkvo")
 _GATE, _UP, _DOWN = (f"mlp.{part}_proj" for part in ("gate", "up", "down"))
+_Q_NORM, _K_NORM = "self_attn.q_norm", "self_attn.k_norm"
 _FUSED_QKV = (Target(_Q, (query_rows,)), Target(_K, (key_rows,)), Target(_V, (value_rows,)))
+_QKV_IN_GROUPS = tuple(Target(name, (rows_of_groups(part),)) for name, part in ((_Q, "q"), (_K, "k"), (_V, "v")))
 _GATE_UP = (Target(_GATE, (first_half,)), Target(_UP, (second_half,)))
 _UP_GATE = (Target(_UP, (first_half,)), Target(_GATE, (second_half,)))
 
@@ -39,82 +47,148 @@ def _outside(embedding: str, norm: str, head: str, *padded: Prepare) -> Table:
     return {embedding: to(_EMBEDDING, *padded), norm: to(_NORM), head: to(_HEAD, *padded)}
 
 
-def _torchtune(rotary: bool) -> Scheme:
-    """Return torchtune's scheme; its Llamas have rotary rows in pairs, its Qwens in halves."""
-    return Scheme(
-        _LLAMA_BLOCK,
-        _outside("tok_embeddings", "norm", "output"),
-        {
-            "attn.q_proj": to(_Q, *[pairs_of_queries] * rotary),
-            "attn.k_proj": to(_K, *[pairs_of_keys] * rotary),
-            "attn.v_proj": to(_V),
-            "attn.output_proj": to(_O),
-            "mlp.w1": to(_GATE),
-            "mlp.w2": to(_DOWN),
-            "mlp.w3": to(_UP),
-            "sa_norm": to(_BEFORE_ATTENTION),
-            "mlp_norm": to(_BEFORE_MLP),
-        },
-    )
+def _torchtune(rotary: bool, changes: Table | None = None, norm: str = "norm") -> Scheme:
+    """Return torchtune's scheme; its Llamas and Gemmas have rotary rows in pairs, its Qwens and Phis in halves."""
+    inside = {
+        "attn.q_proj": to(_Q, *[pairs_of_queries] * rotary),
+        "attn.k_proj": to(_K, *[pairs_of_keys] * rotary),
+        "attn.v_proj": to(_V),
+        "attn.output_proj": to(_O),
+        "attn.q_norm": to(_Q_NORM),
+        "attn.k_norm": to(_K_NORM),
+        "mlp.w1": to(_GATE),
+        "mlp.w2": to(_DOWN),
+        "mlp.w3": to(_UP),
+        "sa_norm": to(_BEFORE_ATTENTION),
+        "mlp_norm": to(_BEFORE_MLP),
+    }
+    return Scheme(_LLAMA_BLOCK, _outside("tok_embeddings", norm, "output"), {**inside, **(changes or {})})
 
 
+_PARTS_OF_PHI3 = {
+    "attn.q_proj": part_of("self_attn.qkv_proj", query_rows),
+    "attn.k_proj": part_of("self_attn.qkv_proj", key_rows),
+    "attn.v_proj": part_of("self_attn.qkv_proj", value_rows),
+    "mlp.w1": part_of("mlp.gate_up_proj", first_half),
+    "mlp.w3": part_of("mlp.gate_up_proj", second_half),
+}
+# torchtune's own conversion exchanges the norms before and after the MLP, and so names the weights that it exports.
+_NORMS_OF_GEMMA2 = {
+    "mlp_norm": to(_REORDERED[1]),
+    "sa_scale": to(_REORDERED[0]),
+    "mlp_scale": to(_BEFORE_FEEDFORWARD),
+}
 TORCHTUNE = Family(
     "torchtune",
     re.compile(r"layers\.\d+\.(?:attn\.output_proj|sa_norm)\.\w+"),
     re.compile(r"layers\.(\d+)\.(.+)"),
-    {"llama": _torchtune(True), "mistral": _torchtune(True), "qwen2": _torchtune(False)},
+    {
+        **dict.fromkeys(("llama", "mistral", "gemma"), _torchtune(True)),
+        **dict.fromkeys(("qwen2", "qwen3"), _torchtune(False)),
+        "gemma2": _torchtune(True, _NORMS_OF_GEMMA2, "norm.rms_norm"),
+        "phi3": _torchtune(False, _PARTS_OF_PHI3),
+    },
 )
+
+
+def _torchtitan(rotary: bool) -> Scheme:
+    """Return torchtitan's scheme; its Llamas have rotary rows in pairs, its Qwens in halves."""
+    return Scheme(
+        _LLAMA_BLOCK,
+        {**_outside("tok_embeddings", "norm", "output"), "lm_head": to(_HEAD)},
+        {
+            "attention.wq": to(_Q, *[pairs_of_queries] * rotary),
+            "attention.wk": to(_K, *[pairs_of_keys] * rotary),
+            "attention.wv": to(_V),
+            "attention.wo": to(_O),
+            "attention.q_norm": to(_Q_NORM),
+            "attention.k_norm": to(_K_NORM),
+            "feed_forward.w1": to(_GATE),
+            "feed_forward.w2": to(_DOWN),
+            "feed_forward.w3": to(_UP),
+            "attention_norm": to(_BEFORE_ATTENTION),
+            "ffn_norm": to(_BEFORE_MLP),
+        },
+    )
+
 
 TORCHTITAN = Family(
     "torchtitan",
     re.compile(r"(?:model\.)?layers\.\d+\.attention\.(?:qkv_linear\.)?wq\.weight"),
     re.compile(r"layers\.(\d+)\.(.+)"),
-    {
-        "llama": Scheme(
-            _LLAMA_BLOCK,
-            _outside("tok_embeddings", "norm", "output"),
-            {
-                "attention.wq": to(_Q, pairs_of_queries),
-                "attention.wk": to(_K, pairs_of_keys),
-                "attention.wv": to(_V),
-                "attention.wo": to(_O),
-                "feed_forward.w1": to(_GATE),
-                "feed_forward.w2": to(_DOWN),
-                "feed_forward.w3": to(_UP),
-                "attention_norm": to(_BEFORE_ATTENTION),
-                "ffn_norm": to(_BEFORE_MLP),
-            },
-        )
-    },
+    {"llama": _torchtitan(True), "qwen3": _torchtitan(False)},
     rewrites=((r"^model\.", ""), (r"\.qkv_linear\.", ".")),
 )
 
 
-def _litgpt() -> Scheme:
-    return Scheme(
-        _LLAMA_BLOCK,
-        {
-            "lm_head": to(_HEAD, vocabulary_rows),
-            "transformer.wte": to(_EMBEDDING, vocabulary_rows),
-            "transformer.ln_f": to(_NORM),
-        },
-        {
-            "norm_1": to(_BEFORE_ATTENTION),
-            "attn.qkv": _FUSED_QKV,
-            "attn.proj": to(_O),
-            "norm_2": to(_BEFORE_MLP),
-            "mlp.fc_1": to(_GATE),
-            "mlp.fc_2": to(_UP),
-            "mlp.proj": to(_DOWN),
-        },
-    )
+_LITGPT_QKV = {
+    "attn.attn": _QKV_IN_GROUPS,  # before version 0.5
+    "attn.qkv": _FUSED_QKV,
+    "attn.proj": to(_O),
+    "attn.norm_q": to(_Q_NORM),
+    "attn.norm_k": to(_K_NORM),
+}
+_LITGPT_MLP = {"mlp.fc_1": to(_GATE), "mlp.fc_2": to(_UP), "mlp.proj": to(_DOWN)}
 
 
+def _litgpt(inside: Table, block: str = _LLAMA_BLOCK, outside: tuple[str, str, str] = ("", "", "")) -> Scheme:
+    """Return litgpt's scheme, with the head before the embeddings; ``outside`` has the names of another model."""
+    embedding, norm, head = outside if outside[0] else (_EMBEDDING, _NORM, _HEAD)
+    modules = {
+        "lm_head": to(head, vocabulary_rows),
+        "transformer.wte": to(embedding, vocabulary_rows),
+        "transformer.ln_f": to(norm),
+    }
+    return Scheme(block, modules, inside)
+
+
+_LITGPT_LLAMA = _litgpt({"norm_1": to(_BEFORE_ATTENTION), **_LITGPT_QKV, "norm_2": to(_BEFORE_MLP), **_LITGPT_MLP})
+_LITGPT_GEMMA2 = _litgpt(
+    {
+        "norm_1": to(_BEFORE_ATTENTION),
+        **_LITGPT_QKV,
+        "post_attention_norm": to(_REORDERED[0]),
+        "norm_2": to(_BEFORE_FEEDFORWARD),
+        **_LITGPT_MLP,
+        "post_mlp_norm": to(_REORDERED[1]),
+    }
+)
+_LITGPT_PHI3 = _litgpt(
+    {
+        "norm_1": to(_BEFORE_ATTENTION),
+        "attn.qkv": to("self_attn.qkv_proj"),
+        "attn.proj": to(_O),
+        "norm_2": to(_BEFORE_MLP),
+        "mlp.fc_1": part_of("mlp.gate_up_proj", first_half),
+        "mlp.fc_2": part_of("mlp.gate_up_proj", second_half),
+        "mlp.proj": to(_DOWN),
+    }
+)
+_LITGPT_PYTHIA = replace(
+    _litgpt(
+        {
+            "norm_1": to("input_layernorm"),
+            "attn.qkv": to("attention.query_key_value", rows_in_groups),
+            "attn.proj": to("attention.dense"),
+            "norm_2": to("post_attention_layernorm"),
+            "mlp.fc": to("mlp.dense_h_to_4h"),
+            "mlp.proj": to("mlp.dense_4h_to_h"),
+        },
+        _NEOX_BLOCK,
+        ("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out"),
+    ),
+    since=_NEOX_HEAD,
+)
 LITGPT = Family(
     "litgpt",
     re.compile(r"transformer\.h\.\d+\.(?:attn\.qkv|norm_1)\.\w+"),
     re.compile(r"transformer\.h\.(\d+)\.(.+)"),
-    dict.fromkeys(("llama", "mistral", "qwen2"), _litgpt()),
+    {
+        **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LITGPT_LLAMA),
+        **dict.fromkeys(("gemma2", "gemma3_text"), _LITGPT_GEMMA2),
+        "phi3": _LITGPT_PHI3,
+        "gpt_neox": _LITGPT_PYTHIA,
+    },
 )
 
 
@@ -127,8 +201,8 @@ def _olmo_core(attention_norm: str, mlp_norm: str) -> Scheme:
             "attention.w_k": to(_K),
             "attention.w_v": to(_V),
             "attention.w_out": to(_O),
-            "attention.q_norm": to("self_attn.q_norm"),
-            "attention.k_norm": to("self_attn.k_norm"),
+            "attention.q_norm": to(_Q_NORM),
+            "attention.k_norm": to(_K_NORM),
             "attention_norm": to(attention_norm),
             "feed_forward.w1": to(_GATE),
             "feed_forward.w2": to(_DOWN),
@@ -138,7 +212,6 @@ def _olmo_core(attention_norm: str, mlp_norm: str) -> Scheme:
     )
 
 
-_REORDERED = ("post_attention_layernorm", "post_feedforward_layernorm")
 REORDERED_NORMS = frozenset({"olmo2", "olmo3"})
 OLMO_CORE = Family(
     "OLMo-core",
@@ -167,8 +240,8 @@ OLMO = Family(
         "olmo": _olmo({}),
         "olmo2": _olmo(
             {
-                "q_norm": to("self_attn.q_norm"),
-                "k_norm": to("self_attn.k_norm"),
+                "q_norm": to(_Q_NORM),
+                "k_norm": to(_K_NORM),
                 "attn_norm": to(_REORDERED[0]),
                 "ff_norm": to(_REORDERED[1]),
             }
@@ -225,11 +298,7 @@ MEGATRON = Family(
             _outside("embedding.word_embeddings", "decoder.final_layernorm", "output_layer", vocabulary_rows),
             {
                 "self_attention.linear_qkv.layer_norm": to(_BEFORE_ATTENTION),
-                "self_attention.linear_qkv": (
-                    Target(_Q, (rows_of_groups("q"),)),
-                    Target(_K, (rows_of_groups("k"),)),
-                    Target(_V, (rows_of_groups("v"),)),
-                ),
+                "self_attention.linear_qkv": _QKV_IN_GROUPS,
                 "self_attention.linear_proj": to(_O),
                 "mlp.linear_fc1.layer_norm": to(_BEFORE_MLP),
                 "mlp.linear_fc1": _GATE_UP,
@@ -248,7 +317,7 @@ NEOX = Family(
     re.compile(r"(\d+)\.(.+)"),
     {
         "gpt_neox": Scheme(
-            "gpt_neox.layers.{}.",
+            _NEOX_BLOCK,
             {
                 "word_embeddings": to("gpt_neox.embed_in"),
                 "norm": to("gpt_neox.final_layer_norm"),
@@ -264,7 +333,7 @@ NEOX = Family(
                 "mlp.linear1": to("mlp.dense_h_to_4h"),
                 "mlp.linear2": to("mlp.dense_4h_to_h"),
             },
-            since={"embed_out.weight": "lm_head.weight"},
+            since=_NEOX_HEAD,
         )
     },
     first=2,

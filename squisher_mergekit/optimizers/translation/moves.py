@@ -107,6 +107,26 @@ def of_groups(dimensions: Dimensions, part: str) -> Move:
     return move
 
 
+def in_groups(dimensions: Dimensions) -> Move:
+    """Return the move of rows of all queries, then all keys, then all values, into groups, as GPT-NeoX fuses them.
+
+    Args:
+        dimensions: Sizes of the model.
+
+    Example:
+        >>> in_groups(Dimensions(heads=2, groups=2, width=1, vocabulary=9))(torch.tensor([10, 11, 20, 21, 30, 31]))
+        tensor([10, 20, 30, 11, 21, 31])
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        groups, width, rest = dimensions.groups, dimensions.width, tensor.shape[1:]
+        counts = [dimensions.heads * width, groups * width, groups * width]
+        parts = [part.reshape(groups, -1, width, *rest) for part in tensor.split(counts)]
+        return torch.cat(parts, 1).reshape(tensor.shape)
+
+    return move
+
+
 def transposed(tensor: Tensor) -> Tensor:
     """Return the transpose of a matrix; a vector stays as it is."""
     return tensor.T.contiguous() if tensor.ndim == 2 else tensor

@@ -9,6 +9,7 @@ from squisher_mergekit.optimizers.translation.moves import (
     Move,
     RowRange,
     halves_of_pairs,
+    in_groups,
     of_groups,
     transposed,
 )
@@ -23,10 +24,13 @@ class Target:
     Attributes:
         module: Name of the module, below the block for a module of a block.
         moves: Moves from the trainer's tensor, in order.
+        part: Move that takes the trainer's tensor out of the Hugging Face one, of which it has some rows; None if the
+            trainer's tensor has all of them.
     """
 
     module: str
     moves: tuple[Prepare, ...] = ()
+    part: Prepare | None = None
 
 
 Table = Mapping[str, tuple[Target, ...]]
@@ -73,6 +77,11 @@ class Family:
 def to(module: str, *moves: Prepare) -> tuple[Target, ...]:
     """Return one target, with the moves to it."""
     return (Target(module, moves),)
+
+
+def part_of(module: str, rows: Prepare) -> tuple[Target, ...]:
+    """Return the target of a part of a fused tensor; the parts are in the table in the order of their rows."""
+    return (Target(module, (), rows),)
 
 
 def query_rows(sizes: Dimensions, _: int) -> Move:
@@ -125,3 +134,8 @@ def turned(_: Dimensions, __: int) -> Move:
 def rows_of_groups(part: str) -> Prepare:
     """Return the function that makes the move of queries, keys or values out of groups."""
     return lambda sizes, _: of_groups(sizes, part)
+
+
+def rows_in_groups(sizes: Dimensions, _: int) -> Move:
+    """Return the move of queries, keys and values, fused one after another, into groups."""
+    return in_groups(sizes)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import MismatchError, NamingError, RefusedError, UnsupportedStateError
@@ -15,8 +16,9 @@ from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
 from squisher_mergekit.optimizers.translation.families import FAMILIES, REORDERED_NORMS
+from squisher_mergekit.optimizers.translation.fused import PlacedSlot, fused
 from squisher_mergekit.optimizers.translation.moves import Dimensions, Move, Part, moved
-from squisher_mergekit.optimizers.translation.schemes import Family, Scheme
+from squisher_mergekit.optimizers.translation.schemes import Family, Scheme, Target
 from squisher_mergekit.tensors.lazy import MaybeLazy, Slices
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -124,15 +126,18 @@ def _parameters(family: Family, scheme: Scheme, config: Mapping[str, Any], folde
     names = checkpoint_names(folders.config.folder, folders.weights.infos)
     modules = list(scheme.outside.items())
     before, after = modules[:1], modules[1:]
-    order = [(own, targets[0].module) for own, targets in before]
+    order = [(own, "", targets[0]) for own, targets in before]
     for number in range(_number(config, _LAYERS)):
-        prefix = f"layers.{number + family.first}."
-        order += [(prefix + own, scheme.block.format(number) + t[0].module) for own, t in scheme.inside.items()]
-    order += [(own, targets[0].module) for own, targets in after]
+        prefix, block = f"layers.{number + family.first}.", scheme.block.format(number)
+        order += [(prefix + own, block, targets[0]) for own, targets in scheme.inside.items()]
+    order += [(own, "", targets[0]) for own, targets in after]
     shapes = {parameter.name: parameter.shape for parameter in names.parameters}
-    for own, module in order:
+    sizes = dimensions_of(config)
+    for own, block, target in order:
         for kind in ("weight", "bias"):
-            shape = shapes.get(f"{module}.{kind}")
+            shape = shapes.get(f"{block}{target.module}.{kind}")
+            if shape is not None and target.part is not None:
+                shape = tuple(target.part(sizes, shape[0])(torch.empty(shape, device="meta")).shape)
             if shape is not None:
                 yield ParameterInfo(f"{own}.{kind}", shape)
 
@@ -145,15 +150,14 @@ def _translated(
     scheme = _in_use(scheme, folders)
     optimizers = []
     for groups in state.optimizers:
-        optimizers.append(
-            tuple(
-                tuple(part for slot in group for part in _parts(slot, family, scheme, sizes, layers, last, state))
-                for group in groups
-            )
+        parts = (
+            [part for slot in group for part in _parts(slot, family, scheme, sizes, layers, last, state)]
+            for group in groups
         )
+        optimizers.append(fused(parts, state.location))
     masters = {}
     for name, master in state.raw.masters.items():
-        for new, moves in _targets(name, family, scheme, sizes, layers, tuple(master.shape)):
+        for new, moves, _ in _targets(name, family, scheme, sizes, layers, tuple(master.shape)):
             tensor = moved(master, moves, last)
             if isinstance(tensor, Slices):
                 masters[scheme.since.get(new, new)] = tensor
@@ -181,19 +185,23 @@ def _parts(
     layers: int,
     last: list[Any],
     state: OptimizerState,
-) -> Iterator[OptimizerSlot]:
+) -> Iterator[PlacedSlot]:
     """Yield the slots of the Hugging Face parameters that one parameter of the trainer corresponds to."""
     shape = slot.shape
     try:
-        for first_name, moves in _targets(str(slot.name), family, scheme, sizes, layers, shape):
+        for first_name, moves, place in _targets(str(slot.name), family, scheme, sizes, layers, shape):
             name = scheme.since.get(first_name, first_name)
             if slot.tensor is None or shape is None:
-                yield replace(slot, name=name, shape=None, momentum=None, factors=(None, None))
+                yield place, replace(slot, name=name, shape=None, momentum=None, factors=(None, None))
                 continue
             tensor = moved(slot.tensor, moves, last)
             momentum = _moved_momentum(slot.momentum, moves, last)
             factors = slot.factors if not moves else (None, None)
-            yield replace(slot, name=name, tensor=tensor, shape=tuple(tensor.shape), momentum=momentum, factors=factors)
+            shape_of_part = tuple(tensor.shape)
+            yield (
+                place,
+                replace(slot, name=name, tensor=tensor, shape=shape_of_part, momentum=momentum, factors=factors),
+            )
     except RefusedError:
         raise
     except (ValueError, RuntimeError, IndexError) as error:
@@ -219,8 +227,10 @@ def _is_known(name: str, family: Family, scheme: Scheme) -> bool:
 
 def _targets(
     name: str, family: Family, scheme: Scheme, sizes: Dimensions, layers: int, shape: tuple[int, ...] | None
-) -> list[tuple[str, list[Move]]]:
-    """Return the Hugging Face names of a parameter of the trainer, each with the moves of its entries.
+) -> list[tuple[str, list[Move], tuple[int, int] | None]]:
+    """Return the Hugging Face names of a parameter of the trainer, each with the moves of its entries, and its place.
+
+    The place is that among the parts of a fused parameter, with their number; None for a whole parameter.
 
     Raises:
         MismatchError: The table lacks the name, or a stacked tensor has another number of layers.
@@ -233,7 +243,7 @@ def _targets(
     found = scheme.outside.get(module)
     if found is not None and kind:
         rows = shape[0] if shape else 0
-        return [(f"{target.module}.{kind}", [make(sizes, rows) for make in target.moves]) for target in found]
+        return [(f"{target.module}.{kind}", [make(sizes, rows) for make in target.moves], None) for target in found]
     matched = family.block.fullmatch(own)
     targets = scheme.inside.get(matched[2].rpartition(".")[0]) if matched is not None else None
     if matched is None or targets is None or not kind:
@@ -254,10 +264,18 @@ def _targets(
         (
             f"{scheme.block.format(number)}{target.module}.{kind}",
             [*([Part(number)] if stacked else []), *(make(sizes, rows) for make in target.moves)],
+            _place(matched[2].rpartition(".")[0], target, scheme),
         )
         for number in numbers
         for target in targets
     ]
+
+
+def _place(own: str, target: Target, scheme: Scheme) -> tuple[int, int] | None:
+    if target.part is None:
+        return None
+    parts = [name for name, targets in scheme.inside.items() if targets[0].module == target.module]
+    return parts.index(own), len(parts)
 
 
 def dimensions_of(config: Mapping[str, Any]) -> Dimensions:

@@ -1,5 +1,7 @@
 """Table of names: second moments under the names of each trainer come back under those of Hugging Face, bit for bit."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -24,6 +26,12 @@ OLMO = [{"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "
         {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16, "vocab_size": 9}]  # fmt: skip
 NEOX = [{"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 31},
         {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 8}]  # fmt: skip
+GEMMA = [{**SHAPES[0], "head_dim": 6}, {**SHAPES[2], "head_dim": 10}]
+QWEN3 = [{**SHAPES[0], "head_dim": 6}, {**SHAPES[1], "head_dim": 14}]
+PHI3 = [{**shape, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} for shape in SHAPES[:2]]
+_torchtune_in_halves = partial(to_torchtune, rotary=False)
+_torchtitan_in_halves = partial(to_torchtitan, rotary=False)
+_to_early_litgpt = partial(to_litgpt, early=True)
 CASES = [
     *(("llama", shape, make) for shape in SHAPES for make in (to_torchtune, to_torchtitan, to_litgpt, to_megatron)),
     *(("llama", shape, to_nanotron) for shape in SHAPES),
@@ -32,7 +40,12 @@ CASES = [
     *(("llama", shape, to_olmo_core) for shape in SHAPES[:2]),
     *(("olmo", shape, to_olmo) for shape in OLMO),
     *(("olmo2", shape, make) for shape in OLMO for make in (to_olmo, to_olmo_core)),
-    *(("gpt_neox", shape, to_neox) for shape in NEOX),
+    *(("gpt_neox", shape, make) for shape in NEOX for make in (to_neox, to_litgpt)),
+    *((kind, shape, to_torchtune) for kind in ("gemma", "gemma2") for shape in GEMMA),
+    *(("gemma2", shape, to_litgpt) for shape in GEMMA),
+    *(("qwen3", shape, make) for shape in QWEN3 for make in (_torchtune_in_halves, _torchtitan_in_halves, to_litgpt)),
+    *(("phi3", shape, make) for shape in PHI3 for make in (_torchtune_in_halves, to_litgpt)),
+    *(("llama", shape, _to_early_litgpt) for shape in SHAPES),
 ]  # fmt: skip
 
 
@@ -48,7 +61,7 @@ def test_names_and_rows_come_back(kind, shape, make, tmp_path):
     assert_moments(load_fisher(tmp_path / "state.pt", world.bare(tmp_path / "config")), saved)
 
 
-@pytest.mark.parametrize("make", [to_torchtune, to_nanotron, to_olmo_core])
+@pytest.mark.parametrize("make", [to_torchtune, to_nanotron, to_olmo_core, to_torchtitan, to_megatron])
 def test_a_tied_head_is_once_in_the_state(make, tmp_path):
     """The embeddings hold the second moment of both uses, and the head is listed as tied."""
     world = World(tmp_path / "model", tie_word_embeddings=True, **SHAPES[0])
@@ -109,3 +122,22 @@ def test_another_model_of_the_same_kind_is_refused(make, tmp_path):
             continue
         with pytest.raises(MismatchError):
             load_fisher(tmp_path / "state.pt", other.folder)
+
+
+def test_a_part_of_a_fused_tensor_must_not_be_missing(tmp_path):
+    """Phi-3 fuses gate and up; the one without the other makes up no tensor."""
+    world = World(tmp_path / "model", "phi3", tie_word_embeddings=False, **PHI3[0])
+    own = to_torchtune(world, world.moments, rotary=False)
+    own.pop("layers.1.mlp.w3.weight")
+    torch.save(adam(own), tmp_path / "state.pt")
+    with pytest.raises(MismatchError, match="must have second moments of its 2 parts"):
+        load_fisher(tmp_path / "state.pt", world.folder)
+
+
+@pytest.mark.parametrize("shape", PHI3)
+def test_parts_are_numbered_in_the_order_of_the_trainer(shape, tmp_path):
+    """The down projection has its number between those of gate and up, which Phi-3 fuses."""
+    world = World(tmp_path / "model", "phi3", tie_word_embeddings=False, **shape)
+    state = adam(to_torchtune(world, world.moments, rotary=False), numbered=True)
+    torch.save({"optimizer": state, "epochs_run": 1, "seed": 0}, tmp_path / "recipe_state.pt")
+    assert_moments(load_fisher(tmp_path, world.folder), world.moments)

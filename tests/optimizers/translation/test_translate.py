@@ -89,6 +89,7 @@ def test_composer_keeps_the_model_in_an_attribute(tmp_path):
     state = {"model": model, "optimizers": {"DecoupledAdamW": adam(own)}, "timestamp": {"Timestamp": {"batch": 30}}}
     torch.save({"state": state, "rng": []}, tmp_path / "ep1-ba30-rank0.pt")
     assert_moments(load_fisher(tmp_path / "ep1-ba30-rank0.pt", world.folder), world.moments)
+    assert_moments(load_fisher(tmp_path / "ep1-ba30-rank0.pt"), world.moments)  # the model in the file has the shapes
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2])

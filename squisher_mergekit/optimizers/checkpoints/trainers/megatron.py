@@ -66,13 +66,18 @@ def _settings(common: Mapping[str, Any], optimizer: str, folder: Path) -> tuple[
         UnsupportedStateError: The groups of the optimizer differ in their betas or steps.
     """
     inside: Any = common.get("optimizer", {})
-    inside = inside.get(optimizer, inside) if isinstance(inside, Mapping) and optimizer else inside
+    if isinstance(inside, Mapping) and optimizer:  # a chain has numbers or names
+        number = optimizer.rpartition("_")[2]
+        inside = next((inside[key] for key in (optimizer, int(number), number) if key in inside), inside)
     if isinstance(inside, Mapping) and isinstance(inside.get("optimizer"), Mapping):
         inside = inside["optimizer"]
     groups = inside.get("param_groups") if isinstance(inside, Mapping) else None
     found = [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
     betas = {tuple(group["betas"]) for group in found if isinstance(group.get("betas"), list | tuple)}
-    steps = {int(group["step"]) for group in found if group.get("step") is not None}
+    counts = [group.get("step") for group in found]
+    state = inside.get("state") if isinstance(inside, Mapping) else None
+    counts.append(state.get("common_step") if isinstance(state, Mapping) else None)
+    steps = {int(count) for count in counts if count is not None}
     if len(betas) > 1 or len(steps) > 1:
         raise UnsupportedStateError(
             f"the groups in {folder / _COMMON} must share their betas and steps, found {sorted(betas)} and "

@@ -1,13 +1,15 @@
 """nanotron's checkpoint: ``N/optimizer/optimizer_pp-P-of-PP[_dp-D-of-DD]_tp-T-of-TT[_exp-E-of-EE].pt``.
 
 Each file names its parameters under ``names``. With ZeRO-1 each rank of data parallelism has a flat slice of some
-parameters, and ``optimizer_config.json`` has the offsets and shapes. Stages of a pipeline have their own layers.
+parameters, and ``optimizer_config.json`` has the offsets and shapes. Stages of a pipeline have their own layers, and
+ranks of tensor parallelism their parts of the tensors.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from squisher_mergekit.errors import CorruptFileError, NotFoundError, Unsupporte
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.raw_state import OwnNames, RawState
 from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
+from squisher_mergekit.optimizers.checkpoints.trainers.nanotron_parts import joined_parts, weight_headers
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.input_files import read_mapping
 from squisher_mergekit.tensors.lazy import Slices
@@ -27,6 +30,7 @@ NAME = re.compile(
     r"_tp-(?P<tp>\d+)-of-(?P<parts>\d+)(?:_exp-(?P<exp>\d+)-of-(?P<experts>\d+))?\.pt"
 )
 _SETTINGS = "optimizer_config.json"
+_KINDS = ("pp", "tp", "dp")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def read(folder: Path, verify: bool) -> RawState:
 
     Raises:
         NotFoundError: The file of a rank is missing.
-        UnsupportedStateError: The parameters are split by tensor or expert parallelism.
+        UnsupportedStateError: The parameters are split by expert parallelism.
         RefusedError: A file cannot be read safely, or its slices do not fit.
     """
     checksums = Checksums(verify)
@@ -62,11 +66,19 @@ def read(folder: Path, verify: bool) -> RawState:
     offsets = _offsets(folder) if any("dp" in file.ranks for file in files) else None
     state: dict[str, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
-    stages = sorted({file.ranks["pp"][0] for file in files})
-    for stage in stages:
+    for stage in sorted({file.ranks["pp"][0] for file in files}):
         of_stage = [(file, content) for file, content in loaded if file.ranks["pp"][0] == stage]
-        state |= _whole(of_stage[0][1]) if offsets is None else _joined(of_stage, offsets)
+        by_part = {
+            part: [(file, content) for file, content in of_stage if file.ranks["tp"][0] == part]
+            for part in range(of_stage[0][0].ranks["tp"][1])
+        }
+        states = {
+            part: _whole(one[0][1]) if offsets is None else _joined(one, offsets, folder.parent)
+            for part, one in by_part.items()
+        }
+        joined = states[0] if len(states) == 1 else _of_parts(states, folder.parent)
         groups += _groups(of_stage[0][1], [content for _, content in of_stage], state)
+        state = {**joined, **state}  # tied embeddings are in the first and in the last stage
     settings = folder.parent / "model_config.json"
     interleaved = read_mapping(settings).get("rope_interleaved") if settings.is_file() else None
     own = OwnNames("nanotron with rope_interleaved" if interleaved is True else "nanotron")
@@ -80,7 +92,7 @@ def _files(folder: Path) -> list[_RankFile]:
 
     Raises:
         NotFoundError: The file of a rank is missing.
-        UnsupportedStateError: The parameters are split by tensor or expert parallelism.
+        UnsupportedStateError: The parameters are split by expert parallelism.
     """
     files = []
     for path in sorted(folder.iterdir()):
@@ -90,24 +102,26 @@ def _files(folder: Path) -> list[_RankFile]:
             files.append(_RankFile(path, {k: (numbers[k], numbers[of]) for k, of in kinds if k in numbers}))
     if not files:
         raise NotFoundError(f"{folder} must hold nanotron's files of the optimizer, found none; give another folder")
-    for kind in ("tp", "exp"):
-        split = next((file for file in files if file.ranks.get(kind, (0, 1))[1] > 1), None)
-        if split is not None:
-            raise UnsupportedStateError(
-                f"the parameters in {folder} must be whole on each rank, but {split.path.name} is of "
-                f"{'tensor' if kind == 'tp' else 'expert'} parallelism; save it again with one such rank, or estimate "
-                "a Fisher from data"
+    split = next((file for file in files if file.ranks.get("exp", (0, 1))[1] > 1), None)
+    if split is not None:
+        raise UnsupportedStateError(
+            f"the experts in {folder} must be whole on each rank, but {split.path.name} is of expert parallelism; save "
+            "it again with one such rank, or estimate a Fisher from data"
+        )
+    if len({tuple((kind, count) for kind, (_, count) in file.ranks.items()) for file in files}) > 1:
+        raise CorruptFileError(f"{folder} must hold the files of one run, found those of several; remove the others")
+    counts = {kind: files[0].ranks.get(kind, (0, 1))[1] for kind in _KINDS}
+    present = {tuple(file.ranks.get(kind, (0, 1))[0] for kind in _KINDS) for file in files}
+    for ranks in product(*(range(counts[kind]) for kind in _KINDS)):
+        if ranks not in present:
+            missing = ", ".join(
+                f"{kind} {rank}" for kind, rank in zip(_KINDS, ranks, strict=True) if kind != "tp" or counts[kind] > 1
             )
-    wanted = {key: max(file.ranks.get(key, (0, 1))[1] for file in files) for key in ("pp", "dp")}
-    present = {(file.ranks["pp"][0], file.ranks.get("dp", (0, 1))[0]) for file in files}
-    for stage in range(wanted["pp"]):
-        for rank in range(wanted["dp"]):
-            if (stage, rank) not in present:
-                raise NotFoundError(
-                    f"{folder} must hold the optimizer's files of all ranks, but that of pp {stage}, dp {rank} is "
-                    "missing; copy it as well"
-                )
-    return sorted(files, key=lambda file: (file.ranks["pp"][0], file.ranks.get("dp", (0, 1))[0]))
+            raise NotFoundError(
+                f"{folder} must hold the optimizer's files of all ranks, but that of {missing} is missing; copy it as "
+                "well"
+            )
+    return sorted(files, key=lambda file: tuple(file.ranks.get(kind, (0, 1))[0] for kind in _KINDS))
 
 
 def _named(loaded: Any, path: Path) -> Mapping[str, Any]:
@@ -130,15 +144,30 @@ def _whole(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {str(content["names"][index]): dict(entry) for index, entry in content["state"].items()}
 
 
+def _of_parts(states: Mapping[int, Mapping[str, Mapping[str, Any]]], checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Join the parts of tensor parallelism: name -> state."""
+    names = dict.fromkeys(name for state in states.values() for name in state)
+    return {
+        name: joined_parts(name, {part: state[name] for part, state in states.items() if name in state}, checkpoint)
+        for name in names
+    }
+
+
 def _groups(
-    content: Mapping[str, Any], contents: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
+    content: Mapping[str, Any], contents: Sequence[Mapping[str, Any]], earlier: Collection[str]
 ) -> list[dict[str, Any]]:
-    """Return the groups of a stage with names; parameters of which this rank has nothing join the first group."""
-    names = content["names"]
+    """Return the groups of a stage with names; parameters of which this rank has nothing join the first group.
+
+    Args:
+        content: Content of the first file of the stage.
+        contents: Content of all files of the stage.
+        earlier: Names of the parameters of earlier stages, which are left out.
+    """
+    names = {index: str(name) for index, name in content["names"].items() if str(name) not in earlier}
     groups = [
-        {**g, "params": [str(names[index]) for index in g["params"] if index in names]} for g in content["param_groups"]
+        {**g, "params": [names[index] for index in g["params"] if index in names]} for g in content["param_groups"]
     ]
-    listed = {name for group in groups for name in group["params"]}
+    listed = {name for group in groups for name in group["params"]} | set(earlier)
     others = dict.fromkeys(str(name) for one in contents for name in one["names"].values())
     groups[0]["params"] += [name for name in others if name not in listed]
     return groups
@@ -185,8 +214,10 @@ def _numbers(values: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def _joined(files: Sequence[tuple[_RankFile, Mapping[str, Any]]], offsets: _Offsets) -> dict[str, dict[str, Any]]:
-    """Join the slices of all ranks: name -> state.
+def _joined(
+    files: Sequence[tuple[_RankFile, Mapping[str, Any]]], offsets: _Offsets, checkpoint: Path
+) -> dict[str, dict[str, Any]]:
+    """Join the slices of all ranks of data parallelism: name -> state.
 
     Raises:
         CorruptFileError: The slices do not make up a parameter.
@@ -195,7 +226,27 @@ def _joined(files: Sequence[tuple[_RankFile, Mapping[str, Any]]], offsets: _Offs
     for file, content in files:
         for index, entry in content["state"].items():
             by_name[str(content["names"][index])][file.ranks["dp"][0]] = entry
-    return {name: _join(name, entries, offsets) for name, entries in by_name.items()}
+    part = files[0][0].ranks["tp"][0]
+    return {
+        name: _join(name, entries, _recorded(name, entries, offsets, part, checkpoint))
+        for name, entries in by_name.items()
+    }
+
+
+def _recorded(
+    name: str, entries: Mapping[int, Mapping[str, Any]], offsets: _Offsets, part: int, checkpoint: Path
+) -> _Offsets:
+    """Return the offsets of a parameter; those of later stages, which no file records, follow from the sizes."""
+    headers = weight_headers(checkpoint, name) if name not in offsets.slices else {}
+    header = headers.get(part, headers.get(None))
+    if header is None or "data" not in header.infos:
+        return offsets
+    spans, begin = {}, 0
+    for rank in sorted(entries):
+        length = next((v.numel() for v in entries[rank].values() if isinstance(v, Tensor) and v.ndim), 0)
+        spans[rank] = (begin, begin + length)
+        begin += length
+    return _Offsets(header.file, {name: spans}, {name: tuple(header.infos["data"].shape)})
 
 
 def _join(name: str, entries: Mapping[int, Mapping[str, Any]], offsets: _Offsets) -> dict[str, Any]:

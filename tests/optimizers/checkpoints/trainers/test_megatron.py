@@ -50,10 +50,11 @@ def test_an_iteration_is_read_at_every_level(shape, stacked, tmp_path):
         assert fisher.config.source.layout == "megatron-core"
 
 
-def test_several_optimizers_are_joined(tmp_path):
-    """A mixture of experts chains two, each with its settings."""
+@pytest.mark.parametrize("keys", [("chained_0", "chained_1"), (0, 1)])
+def test_several_optimizers_are_joined(keys, tmp_path):
+    """A mixture of experts chains two, each with its settings, under names or numbers."""
     world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[0])
-    common = {"optimizer": {"chained_0": _settings(), "chained_1": _settings()}, "args": ARGS}
+    common = {"optimizer": {key: _settings() for key in keys}, "args": None, "iteration": 99}
     _write(tmp_path / "iter_0000030", world, common, prefixes=("chained_0.", "chained_1."))
     assert_moments(load_fisher(tmp_path / "iter_0000030", world.folder), world.moments)
 
@@ -63,6 +64,15 @@ def test_settings_are_those_of_the_arguments_where_groups_lack_them(tmp_path):
     world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[1])
     _write(tmp_path / "iter_0000030", world, {"args": ARGS, "iteration": 30})
     assert_moments(load_fisher(tmp_path / "iter_0000030", world.folder), world.moments)
+
+
+def test_steps_that_all_parameters_share_are_read(tmp_path):
+    """Without the distributed optimizer they are in its state; the iteration counts skipped ones as well."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[1])
+    groups = [{"betas": (0.9, 0.97), "params": [0]}]
+    inside = {"optimizer": {"param_groups": groups, "state": {"common_step": torch.tensor(30.0)}}}
+    _write(tmp_path / "iter_0000033", world, {"optimizer": inside, "iteration": 33})
+    assert_moments(load_fisher(tmp_path / "iter_0000033", world.folder), world.moments)
 
 
 def test_settings_that_no_file_tells_are_supplied(tmp_path):

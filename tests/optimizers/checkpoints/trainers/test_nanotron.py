@@ -122,12 +122,29 @@ def test_wrong_offsets_are_refused(tmp_path):
         load_fisher(tmp_path / "30", world.folder)
 
 
-def test_tensor_parallelism_is_refused(tmp_path):
-    """Its slices are those of a shard."""
+def test_expert_parallelism_is_refused(tmp_path):
+    """No file tells how experts are shared out."""
     world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[0])
-    _write(tmp_path / "30", world, ranks=2, parts=2)
-    with pytest.raises(UnsupportedStateError, match="of tensor parallelism"):
+    _write(tmp_path / "30", world)
+    for file in (tmp_path / "30" / "optimizer").glob("*.pt"):
+        file.rename(file.with_name(file.name.replace("exp-0-of-1", "exp-0-of-2")))
+    with pytest.raises(UnsupportedStateError, match="of expert parallelism"):
         load_fisher(tmp_path / "30", world.folder)
+
+
+def test_tied_embeddings_of_the_last_stage_are_read_once(tmp_path):
+    """The first and the last stage of a pipeline have them under one name."""
+    world = World(tmp_path / "model", tie_word_embeddings=True, **SHAPES[0])
+    _write(tmp_path / "30", world, stages=2)
+    (first, last) = sorted((tmp_path / "30" / "optimizer").glob("*.pt"))
+    states = torch.load(first), torch.load(last)
+    name = "model.token_position_embeddings.pp_block.token_embedding.weight"
+    index = next(k for k, own in states[0]["names"].items() if own == name)
+    states[1]["names"][99] = name
+    states[1]["state"][99] = states[0]["state"][index]
+    states[1]["param_groups"][0]["params"].append(99)
+    torch.save(states[1], last)
+    assert_moments(load_fisher(tmp_path / "30", world.folder), world.moments)
 
 
 def test_a_malicious_pickle_runs_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """OLMo's ``optim.safetensors``: keys that are pickles, read by an unpickler without classes."""
 
 import base64
+import json
 import os
 import pickle
 
@@ -55,6 +56,21 @@ def test_a_step_is_read_at_every_level(kind, shape, numbered, tmp_path):
         assert fisher.config.source.layout == "olmo"
 
 
+def test_holes_in_place_of_the_other_tensors_change_nothing(tmp_path):
+    """A partial download, by range, needs the header, the settings, the steps and the second moments."""
+    world = World(tmp_path / "model", "olmo", tie_word_embeddings=False, **OLMO[0][1])
+    _write(tmp_path / "step30-unsharded", world)
+    file = tmp_path / "step30-unsharded" / "optim.safetensors"
+    data = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    for key, entry in json.loads(data[8:start]).items():
+        if key != "__metadata__" and pickle.loads(base64.urlsafe_b64decode(key))[0][-1] == "exp_avg":
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            data[begin:end] = bytes(end - begin)
+    file.write_bytes(data)
+    assert_moments(load_fisher(tmp_path / "step30-unsharded", world.folder), world.moments)
+
+
 def test_a_key_that_would_run_code_is_refused(tmp_path):
     """A pickle in the header that calls a function is named and not run."""
     world = World(tmp_path / "model", "olmo", tie_word_embeddings=False, **OLMO[0][1])
@@ -101,3 +117,12 @@ def test_a_file_without_settings_is_refused(tmp_path):
     save_file({_key(("state", "a", "exp_avg_sq"), False): torch.ones(2)}, tmp_path / "optim.safetensors")
     with pytest.raises(CorruptFileError, match="param_groups"):
         load_fisher(tmp_path / "optim.safetensors")
+
+
+def test_the_trainers_state_beside_is_never_opened(tmp_path):
+    """A pickle in ``train.pt`` that would open a file is not read."""
+    world = World(tmp_path / "model", "olmo", tie_word_embeddings=False, **OLMO[0][1])
+    _write(tmp_path / "step30-unsharded", world)
+    torch.save({"global_step": Opens(tmp_path / "marker")}, tmp_path / "step30-unsharded" / "train.pt")
+    assert_moments(load_fisher(tmp_path / "step30-unsharded", world.folder), world.moments)
+    assert not (tmp_path / "marker").exists()
