@@ -281,13 +281,13 @@ def _equal_checkpoints(run: Path, weights: Weights) -> Iterator[Path]:
     """Yield the checkpoints of a run that hold equal weights, the last first."""
     for path in steps_in(run).values() if weights.fingerprint is not None else ():
         try:
-            if _saved(path).fingerprint == weights.fingerprint:
+            if saved_weights(path).fingerprint == weights.fingerprint:
                 yield path
         except CorruptFileError:  # damage in another checkpoint does not concern this one
             continue
 
 
-def _saved(folder: Path) -> Weights:
+def saved_weights(folder: Path) -> Weights:
     """Return the weights of a folder, of its adapter if it holds one."""
     return Weights(folder, "adapter_model" if (folder / ADAPTER_CONFIG).is_file() else BASENAME)
 
@@ -305,7 +305,7 @@ def _checkpoint_in(folder: Path, tuned: Weights | None) -> Path:
     steps = {} if _has_source(folder) else steps_in(folder)
     if not steps:
         return folder
-    model = _saved(folder if tuned is None else tuned.folder)
+    model = saved_weights(folder if tuned is None else tuned.folder)
     equal = next((path for path in _equal_checkpoints(folder, model) if _has_source(path)), None)
     chosen = equal or next((path for path in steps.values() if _has_source(path)), None)
     if chosen is None:
