@@ -249,8 +249,8 @@ def _cure_of_run(run: Path) -> str:
         return ""
     if not saved_weights(steps[0]).infos:  # FSDP in shards
         return (
-            f"{steps[0].name} has an optimizer state, but no safetensors to compare; give the model fisher: {steps[0]}, if "
-            "it is of that step"
+            f"{steps[0].name} has an optimizer state, but no safetensors to compare; if the model is of that step, give "
+            f"it fisher: {steps[0]}"
         )
     names = ", ".join(path.name for path in steps[:3])
     return f"its weights are those of none of its checkpoints, {names}; merge one of them instead"

@@ -19,7 +19,7 @@ from squisher_mergekit.models.lora.pairs import read_lora
 from squisher_mergekit.models.weights import BASENAME, Weights
 from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
-from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
+from squisher_mergekit.optimizers.checkpoints.run_folder import STEP, steps_in
 from squisher_mergekit.optimizers.checkpoints.trainers.foreign import whose
 from squisher_mergekit.optimizers.lifting.lift import lift as lift_fisher
 from squisher_mergekit.tensors.hub import download as download_files
@@ -152,7 +152,9 @@ def _adapter_of(path: Path, tuned: Weights | None) -> Weights:
         ConfigError: Neither the Fisher's folder nor the model's holds an adapter.
     """
     inside = path if path.is_dir() else path.parent
-    folders = [*([] if tuned is None else [tuned.folder]), inside, inside.parent]
+    # Above a checkpoint is the run, whose final adapter may be of another step.
+    above = [] if STEP.fullmatch(inside.name) else [inside.parent]
+    folders = [*([] if tuned is None else [tuned.folder]), inside, *above]
     folder = next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
     if folder is None:
         raise ConfigError(

@@ -40,7 +40,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer().save_pretrained(root / "base")
     for i, lora in enumerate(LORAS):
         transformers.set_seed(i)
-        model = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(root / "base"), peft.LoraConfig(**lora))
+        model = peft.get_peft_model(
+            transformers.LlamaForCausalLM.from_pretrained(root / "base"), peft.LoraConfig(**lora)
+        )
         trainer = transformers.Trainer(model, arguments(root / f"run{i}"), train_dataset=rows("llama", i))
         trainer.train()
         trainer.save_model()
@@ -135,7 +137,7 @@ def test_a_checkpoint_without_weights_is_named_as_fisher(runs: Path, tmp_path: P
         (last / name).unlink()
     config = _config(runs)
     config["models"][1] = {"model": str(tmp_path / "run1")}
-    assert_config_refused(tmp_path, config, "no safetensors to compare", f"give the model fisher: {last}")
+    assert_config_refused(tmp_path, config, "no safetensors to compare", f"give it fisher: {last}")
     config["models"][1]["parameters"] = {"fisher": str(last)}
     file = tmp_path / "named.yml"
     file.write_text(yaml.safe_dump(config))
