@@ -249,7 +249,7 @@ def _cure_of_run(run: Path) -> str:
         return ""
     if not saved_weights(steps[0]).infos:  # FSDP in shards
         return (
-            f"{steps[0].name} has an optimizer state, but no safetensors to compare; if the model is of that step, give "
+            f"{steps[0].name} has an optimizer state but no safetensors to compare; if the model is of that step, give "
             f"it fisher: {steps[0]}"
         )
     names = ", ".join(path.name for path in steps[:3])
