@@ -94,8 +94,10 @@ def fsdp(out: Path, version: int, kind: str, dcp: bool = True) -> Made:
     model = _sharded(model, version)
     optimizer = adamw([p for p in model.parameters() if p.requires_grad])
     train(model, optimizer, rank=dist.get_rank(), ranks=dist.get_world_size())
-    moments = {name: _gathered(optimizer.state[p]["exp_avg_sq"], shape) for name, p, shape in _named(model, shapes)}
-    weights = {name: _gathered(p.detach(), shape) for name, p, shape in _named(model, shapes)}
+    nothing = {"exp_avg_sq": torch.zeros(0)}  # a rank of FSDP1 without a piece of the parameter
+    named = _named(model, shapes)
+    moments = {name: _gathered((optimizer.state.get(p) or nothing)["exp_avg_sq"], shape) for name, p, shape in named}
+    weights = {name: _gathered(p.detach(), shape) for name, p, shape in named}
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version, state_dict_type=kind, use_orig_params=True if version == 1 else None
     )
