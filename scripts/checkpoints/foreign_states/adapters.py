@@ -1,4 +1,4 @@
-"""Cases of LoRAs of peft: 8-bit optimizers, Adafactor, DDP and FSDP, with the adapter where each trainer saves it."""
+"""Cases of LoRAs of peft: 8-bit optimizers, Adafactor, DDP and FSDP2, with the adapter where each trainer saves it."""
 
 from __future__ import annotations
 
@@ -78,83 +78,46 @@ def trainer(out: Path, optim: str, rank: int = 3, wide: bool = False) -> Made:
     return Made(on_disk(moments), kind, "transformers.Trainer", file="optimizer.pt", more={"optim": optim})
 
 
-def fsdp(out: Path, version: int, kind: str, dcp: bool = True) -> Made:
-    """Train a LoRA under FSDP, and save it by accelerate's functions.
+def fsdp(out: Path, kind: str, dcp: bool = True) -> Made:
+    """Train a LoRA under FSDP2, and save it by accelerate's functions.
 
     With sharded state dicts the checkpoint has no adapter files, as the Trainer leaves it: the final folder has them.
     """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
-    from torch.distributed.fsdp import FullOptimStateDictConfig
+    from safetensors.torch import save_file
 
     dist.init_process_group("gloo")
-    model = adapted()
-    whole, config = model, model.peft_config["default"]
-    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    model = _sharded(model, version)
+    model = _sharded(adapted())
     optimizer = adamw([p for p in model.parameters() if p.requires_grad])
     train(model, optimizer, rank=dist.get_rank(), ranks=dist.get_world_size())
-    nothing = {"exp_avg_sq": torch.zeros(0)}  # a rank of FSDP1 without a piece of the parameter
-    named = _named(model, shapes)
-    moments = {name: _gathered((optimizer.state.get(p) or nothing)["exp_avg_sq"], shape) for name, p, shape in named}
-    weights = {name: _gathered(p.detach(), shape) for name, p, shape in named}
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=version, state_dict_type=kind, use_orig_params=True if version == 1 else None
-    )
-    if version == 1 and kind == "FULL_STATE_DICT":  # offloading from the CPU to the CPU crashes
-        plugin.optim_state_dict_config = FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=True)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moments = {name: optimizer.state[p]["exp_avg_sq"].full_tensor() for name, p in trained.items()}
+    weights = {name: p.detach().full_tensor() for name, p in trained.items()}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
     accelerator, sharded = Accelerator(cpu=True), kind != "FULL_STATE_DICT"
     save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(out), use_dcp=dcp)
     if sharded:
-        save_fsdp_model(plugin, accelerator, model, str(out), use_dcp=dcp, adapter_only=version == 2)
+        save_fsdp_model(plugin, accelerator, model, str(out), use_dcp=dcp, adapter_only=True)
     if dist.get_rank() == 0:
-        from safetensors.torch import save_file
-
         folder = out / FINAL if sharded else out
         folder.mkdir(exist_ok=True)
         save_file(on_disk(weights), folder / "adapter_model.safetensors", {"format": "pt"})
-        config.inference_mode = True
-        config.save_pretrained(str(folder))
+        model.peft_config["default"].save_pretrained(str(folder))
         keep_base(out)
-    more = {"state_dict_type": kind, "use_dcp": dcp, "layers": type(whole).__name__}
-    more |= {"model": FINAL} if sharded else {}
-    return Made(on_disk(moments), trainer=f"FSDP{version}, written by accelerate.utils.fsdp_utils", more=more)
+    more = {"state_dict_type": kind, "use_dcp": dcp} | ({"model": FINAL} if sharded else {})
+    return Made(on_disk(moments), trainer="FSDP2, written by accelerate.utils.fsdp_utils", more=more)
 
 
-def _sharded(model: Any, version: int) -> Any:
-    """Shard a model by FSDP, layer by layer."""
+def _sharded(model: Any) -> Any:
+    """Shard a model by FSDP2, layer by layer."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from torch.distributed.fsdp import fully_shard
 
-    layers = model.base_model.model.model.layers
-    if version == 2:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for layer in layers:
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
-    return FullyShardedDataParallel(
-        model,
-        auto_wrap_policy=ModuleWrapPolicy({type(layers[0])}),
-        use_orig_params=True,
-        device_id=torch.device("cpu"),
-    )
-
-
-def _named(model: nn.Module, shapes: dict[str, torch.Size]) -> list[tuple[str, Any, torch.Size]]:
-    """Return name, parameter and whole shape of the trained parameters."""
-    found = [(name.replace("_fsdp_wrapped_module.", ""), p) for name, p in model.named_parameters()]
-    return [(name, p, shapes[name]) for name, p in found if name in shapes]
-
-
-def _gathered(part: Any, shape: torch.Size) -> Tensor:
-    """Return a whole tensor from its parts of all ranks."""
-    if hasattr(part, "full_tensor"):
-        whole: Tensor = part.full_tensor()
-        return whole
-    sides: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(sides, part.reshape(-1))
-    return torch.cat(sides).reshape(shape)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def _trained(optim: str, ranks: int = 1, **options: Any) -> Case:
@@ -162,8 +125,8 @@ def _trained(optim: str, ranks: int = 1, **options: Any) -> Case:
     return Case(trainer, {"optim": optim, **options}, ranks, libraries=libraries)
 
 
-def _fsdp(version: int, kind: str, **options: Any) -> Case:
-    return Case(fsdp, {"version": version, "kind": f"{kind}_STATE_DICT", **options}, 2, libraries=("peft",))
+def _fsdp(kind: str, **options: Any) -> Case:
+    return Case(fsdp, {"kind": f"{kind}_STATE_DICT", **options}, 2, libraries=("peft",))
 
 
 CASES = {
@@ -173,9 +136,7 @@ CASES = {
     "lora_bnb_paged_32bit": _trained("paged_adamw_32bit"),
     "lora_adafactor": _trained("adafactor"),
     "lora_ddp": _trained("adamw_torch", 2),
-    "lora_fsdp1_full": _fsdp(1, "FULL"),
-    "lora_fsdp1_sharded": _fsdp(1, "SHARDED"),
-    "lora_fsdp2_full": _fsdp(2, "FULL"),
-    "lora_fsdp2_sharded": _fsdp(2, "SHARDED"),
-    "lora_fsdp2_nodcp": _fsdp(2, "SHARDED", dcp=False),
+    "lora_fsdp2_full": _fsdp("FULL"),
+    "lora_fsdp2_sharded": _fsdp("SHARDED"),
+    "lora_fsdp2_nodcp": _fsdp("SHARDED", dcp=False),
 }
