@@ -62,14 +62,16 @@ def check(folder: Path) -> str:
     case = json.loads((folder / "case.json").read_text())
     source = folder / (case.get("optimizer_file") or "")
     base = next((folder / name for name in ("base", "base_config") if (folder / name).is_dir()), None)
-    model = folder / "model_config" if (folder / "model_config").is_dir() else None
+    named = case.get("model", "model_config")
+    model = folder / named if (folder / named).is_dir() else None
     refuse = case["expect"].startswith("refuse")
     wanted = case.get("errors")
     try:
         fisher = load_fisher(source, model, base)
         read = {name: fisher[name] for name in fisher}
+        lift = fisher.config.parameters == "adapter" and base is not None and base.name == "base"
         with tempfile.TemporaryDirectory() as scratch:  # checks the values as well
-            extract(source, Path(scratch) / "out", model, base)
+            extract(source, Path(scratch) / "out", model, base, lift=lift)
     except RefusedError as error:
         kind = type(error).__name__
         if not refuse or kind not in (wanted or [kind]):

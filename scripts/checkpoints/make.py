@@ -10,8 +10,8 @@ two to four gloo processes where the trainer shards. All cases take about 15 min
 The command needs its own environment, because the project must not have these libraries:
 
     python3.11 -m venv libs && . libs/bin/activate
-    pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 einops hjson msgpack ninja psutil py-cpuinfo \
-        setuptools wheel
+    pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 einops hjson msgpack ninja psutil \
+        py-cpuinfo setuptools wheel
     DS_BUILD_OPS=0 pip install --no-build-isolation --no-deps deepspeed==0.19.8
     pip install --no-deps bitsandbytes==0.50.2 torchao==0.18.0 schedulefree==1.4.1 torch-optimi==0.3.3 \
         pytorch-optimizer==4.1.0 ivon-opt==0.1.3 galore-torch==1.0 apollo-torch==1.0.3 lomo-optim==0.1.1

@@ -19,7 +19,7 @@ from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.optimizers.lifting.lift import lift
-from squisher_mergekit.optimizers.load import find_source, find_state, is_portable, load_fisher
+from squisher_mergekit.optimizers.load import find_source, find_state, is_portable, load_fisher, saved_weights
 from squisher_mergekit.tensors.input_files import exists
 
 # mergekit writes it beside every merged model.
@@ -218,9 +218,10 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None, base_of:
 
 def _cure(model: ModelFiles, base_of: str | None) -> str:
     """Return how a model without a Fisher can take part in a merge."""
-    folder = model.weights.folder
+    folder = model.weights.folder if model.lora is None else model.lora.adapter.folder
+    of_run = _cure_of_run(folder)
     if model.lora is not None:
-        return (
+        return of_run or (
             "give the checkpoint-N of the LoRA's run, trained with the optimizer state saved, or give the model "
             "fisher: PATH, of the adapter or of the merged weights"
         )
@@ -234,12 +235,25 @@ def _cure(model: ModelFiles, base_of: str | None) -> str:
             "with that, merge all models in one configuration, or estimate one by "
             f"squisher estimate {folder} --data ... -o FISHER, and give fisher: FISHER"
         )
-    steps = [path.name for path in steps_in(folder).values() if find_state(path) is not None] if folder.is_dir() else []
-    if steps:
-        return f"its weights are those of none of its checkpoints, {', '.join(steps[:3])}; merge one of them instead"
+    if of_run:
+        return of_run
     if model.repo is not None:
         return "give the model fisher: PATH or fisher: org/name@revision, or publish one there with squisher push"
     return "give the model fisher: PATH, or train with the optimizer state saved"
+
+
+def _cure_of_run(run: Path) -> str:
+    """Return how a model can take part whose weights are those of no checkpoint of its run; "" without checkpoints."""
+    steps = [path for path in steps_in(run).values() if find_state(path) is not None] if run.is_dir() else []
+    if not steps:
+        return ""
+    if not saved_weights(steps[0]).infos:  # FSDP in shards
+        return (
+            f"{steps[0].name} has an optimizer state but no safetensors to compare; if the model is of that step, give "
+            f"it fisher: {steps[0]}"
+        )
+    names = ", ".join(path.name for path in steps[:3])
+    return f"its weights are those of none of its checkpoints, {names}; merge one of them instead"
 
 
 def _check(opened: OpenFisher, model: ModelFiles) -> str | None:

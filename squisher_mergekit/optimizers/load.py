@@ -19,7 +19,7 @@ from squisher_mergekit.models.lora.pairs import read_lora
 from squisher_mergekit.models.weights import BASENAME, Weights
 from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
-from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
+from squisher_mergekit.optimizers.checkpoints.run_folder import STEP, steps_in
 from squisher_mergekit.optimizers.checkpoints.trainers.foreign import whose
 from squisher_mergekit.optimizers.lifting.lift import lift as lift_fisher
 from squisher_mergekit.tensors.hub import download as download_files
@@ -152,7 +152,9 @@ def _adapter_of(path: Path, tuned: Weights | None) -> Weights:
         ConfigError: Neither the Fisher's folder nor the model's holds an adapter.
     """
     inside = path if path.is_dir() else path.parent
-    folders = [*([] if tuned is None else [tuned.folder]), inside, inside.parent]
+    # Above a checkpoint is the run, whose final adapter may be of another step.
+    above = [] if STEP.fullmatch(inside.name) else [inside.parent]
+    folders = [*([] if tuned is None else [tuned.folder]), inside, *above]
     folder = next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
     if folder is None:
         raise ConfigError(
@@ -281,13 +283,13 @@ def _equal_checkpoints(run: Path, weights: Weights) -> Iterator[Path]:
     """Yield the checkpoints of a run that hold equal weights, the last first."""
     for path in steps_in(run).values() if weights.fingerprint is not None else ():
         try:
-            if _saved(path).fingerprint == weights.fingerprint:
+            if saved_weights(path).fingerprint == weights.fingerprint:
                 yield path
         except CorruptFileError:  # damage in another checkpoint does not concern this one
             continue
 
 
-def _saved(folder: Path) -> Weights:
+def saved_weights(folder: Path) -> Weights:
     """Return the weights of a folder, of its adapter if it holds one."""
     return Weights(folder, "adapter_model" if (folder / ADAPTER_CONFIG).is_file() else BASENAME)
 
@@ -305,7 +307,7 @@ def _checkpoint_in(folder: Path, tuned: Weights | None) -> Path:
     steps = {} if _has_source(folder) else steps_in(folder)
     if not steps:
         return folder
-    model = _saved(folder if tuned is None else tuned.folder)
+    model = saved_weights(folder if tuned is None else tuned.folder)
     equal = next((path for path in _equal_checkpoints(folder, model) if _has_source(path)), None)
     chosen = equal or next((path for path in steps.values() if _has_source(path)), None)
     if chosen is None:

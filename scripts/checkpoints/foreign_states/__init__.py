@@ -5,8 +5,7 @@ from scripts.checkpoints.foreign_states.common import Case
 
 def cases() -> dict[str, Case]:
     """Return all cases by name."""
-    from scripts.checkpoints.foreign_states import layouts, plain, quantized, sharded, trainers, zero
+    from scripts.checkpoints.foreign_states import adapters, layouts, plain, quantized, sharded, trainers, zero
 
-    return {
-        **zero.CASES, **sharded.CASES, **quantized.CASES, **plain.CASES, **trainers.CASES, **layouts.CASES,
-    }  # fmt: skip
+    modules = (zero, sharded, quantized, plain, trainers, layouts, adapters)
+    return {name: case for module in modules for name, case in module.CASES.items()}

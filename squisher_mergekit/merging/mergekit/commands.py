@@ -3,14 +3,15 @@
 mergekit is imported inside the functions: it takes seconds, and ``squisher --help`` must not wait for it.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from squisher_mergekit.errors import ConfigError, SquisherError
+from squisher_mergekit.errors import ConfigError, NotFoundError, SquisherError
 from squisher_mergekit.merging.parameters import METHODS
-from squisher_mergekit.tensors.input_files import brief
+from squisher_mergekit.tensors.input_files import brief, exists
 
 if TYPE_CHECKING:
     import click
@@ -78,7 +79,7 @@ def resolved_models(config: Any, trust_remote_code: bool = False) -> list[tuple[
     resolve_models(config)
     found = []
     for item in config.models:
-        with mergekit_errors():
+        with mergekit_errors(config):
             dtype = getattr(item.model.config(trust_remote_code=trust_remote_code), "dtype", None)
         found.append((str(item.model), None if dtype is None else str(dtype).removeprefix("torch.")))
     return found
@@ -112,7 +113,10 @@ def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = Fals
 
     model_out_config = need(merge, "_model_out_config", "trust_remote_code")
     resolve_models(config, options.get("lora_merge_cache"))
-    with Run(config.merge_method, quiet=True, strict=strict, allow_missing=allow_missing) as run, mergekit_errors():
+    with (
+        Run(config.merge_method, quiet=True, strict=strict, allow_missing=allow_missing) as run,
+        mergekit_errors(config),
+    ):
         given = _options_of(run, MergeOptions(**options, quiet=True))
         architecture = get_architecture_info(config, given)
         LoaderCache().setup(options=given)
@@ -152,22 +156,17 @@ def run_config(
     Raises:
         RefusedError: The merge is refused.
     """
-    from mergekit.card import generate_card
-    from mergekit.merge import run_merge
+    from mergekit.merge import generate_card, run_merge
 
-    from squisher_mergekit.merging.reports.text import bare_card, provenance
+    from squisher_mergekit.merging.reports.text import provenance
     from squisher_mergekit.merging.run import Run
 
     given_run = Run(config.merge_method, options.quiet, strict, allow_missing, reported, sources)
-    with given_run as run, mergekit_errors():
+    with given_run as run, mergekit_errors(config):
         given = _options_of(run, options.model_copy(update={"write_model_card": False}))
         run_merge(config, str(folder), given, config_source=text)
     if options.write_model_card:
-        try:
-            card = generate_card(config=config, config_yaml=text, name=folder.name)
-        except (OSError, RuntimeError, ValueError):
-            # mergekit asks the Hub whether a relative path is a repository, and cannot without a network.
-            card = bare_card(folder.name, run.method, text)
+        card = generate_card(config=config, config_yaml=text, name=folder.name)
         (folder / "README.md").write_text(card + provenance(run, _base_of(config)), encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8")
     return run
@@ -258,15 +257,55 @@ def _options_of(run: "Run", options: Any) -> Any:
 
 
 @contextmanager
-def mergekit_errors() -> Iterator[None]:
+def mergekit_errors(config: Any = None) -> Iterator[None]:
     """Turn the errors of mergekit and transformers for a wrong configuration into one line.
 
+    Args:
+        config: Configuration of the merge, whose models on the Hub an error may concern; None without one.
+
     Raises:
-        ConfigError: mergekit or transformers raised an error.
+        NotFoundError: The Hub cannot be reached, or has no such model.
+        ConfigError: mergekit or transformers raised another error.
     """
     try:
         yield
     except SquisherError:
         raise
     except Exception as error:  # a damaged file can make mergekit, transformers and safetensors raise nearly anything
+        remote = [] if config is None or "huggingface" not in str(error).lower() else _not_local(config)
+        if remote:
+            raise NotFoundError(
+                f"a model must be a local folder or on the Hub, but there is no folder {' nor '.join(remote)}, and of "
+                f"the Hub: {brief(error).partition('. ')[0]}; download the model first, correct the name, or write "
+                "BASE+ADAPTER for a LoRA whose base is elsewhere"
+            ) from error
         raise ConfigError(f"mergekit cannot do this merge: {brief(error)}") from error
+
+
+def _not_local(config: Any) -> list[str]:
+    """Return the names of the models of a merge that are no local folders, each once."""
+    paths = [
+        path.path for model in config.referenced_models() for path in (model.model, model.lora) if path is not None
+    ]
+    return list(dict.fromkeys(path for path in paths if not exists(Path(path))))
+
+
+def without_hub(generate_card: Callable[..., str]) -> Callable[..., str]:
+    """Return mergekit's function for model cards that needs no Hub for merges by our methods.
+
+    Args:
+        generate_card: mergekit's function, which asks the Hub about local folders as well.
+    """
+
+    @functools.wraps(generate_card)
+    def card(config: Any, config_yaml: str, name: str | None = None) -> str:
+        try:
+            return generate_card(config=config, config_yaml=config_yaml, name=name)
+        except Exception:  # each version of the Hub's client raises other classes
+            if config.merge_method not in METHODS:
+                raise
+            from squisher_mergekit.merging.reports.text import bare_card
+
+            return bare_card(name or "", config.merge_method, config_yaml)
+
+    return card

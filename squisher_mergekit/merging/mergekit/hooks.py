@@ -274,10 +274,13 @@ def _extend_merge(module: ModuleType) -> None:
         if bound.get("config_source") is not None:
             read_yaml(bound["config_source"])
         resolve_models(bound["merge_config"], bound["options"].lora_merge_cache)
-        with mergekit_errors():
+        with mergekit_errors(bound["merge_config"]):
             return run_merge(**bound)
 
+    from squisher_mergekit.merging.mergekit.commands import without_hub
+
     module.run_merge = run_with_models  # type: ignore[attr-defined]
+    module.generate_card = without_hub(need(module, "generate_card", "config", "config_yaml", "name"))  # type: ignore[attr-defined]
 
 
 def _raw_reference(path: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""``squisher merge --as-adapter``: the merge of LoRAs as an adapter of peft."""
+"""Merges by mergekit's functions: ``--as-adapter``, models that the Hub cannot give, cards without the Hub."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from squisher_mergekit.cli.merge import command
 from tests.adapters import train
-from tests.merging.reference import assert_refused, merged
+from tests.merging.reference import assert_config_refused, assert_refused, give_fisher, llama, merge, merged
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's call
 
@@ -91,3 +91,42 @@ def test_a_rank_without_an_adapter_is_refused(tmp_path: Path) -> None:
     """``--rank`` alone has no meaning."""
     config = {"merge_method": "squisher", "models": [{"model": "org/a"}]}
     assert_refused(_run(tmp_path, config, "--rank", 4), tmp_path / "out", "--rank needs --as-adapter")
+
+
+@pytest.mark.parametrize("form", ["the base of a LoRA", "a full model"])
+def test_a_model_that_the_hub_cannot_give_is_named(tmp_path: Path, form: str) -> None:
+    """The refusal names the model, the reason of the Hub, and BASE+ADAPTER as a cure."""
+    config = _config(tmp_path, {})
+    if form == "a full model":
+        config["models"].append({"model": "nobody/weights"})
+    else:
+        file = tmp_path / "l0" / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "nobody/weights"}))
+        config["models"].append({"model": str(file.parent)})
+    words = ["there is no folder nobody/weights, and of the Hub:", "download the model first", "BASE+ADAPTER"]
+    assert_config_refused(tmp_path, config, *words)
+
+
+@pytest.mark.parametrize("name", ["model", "models/one"])
+def test_stock_mergekit_yaml_needs_no_hub_for_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The card asks the Hub about a relative folder; without an answer, it has no links."""
+
+    class UnreachableError(Exception):
+        """Error of the Hub's client."""
+
+    def unreachable(*args: object, **kwargs: object) -> bool:
+        raise UnreachableError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.repo_exists", unreachable)
+    for i, folder in enumerate((Path(name), Path("other"))):
+        give_fisher(folder, llama(folder, i), i)
+    config = {"merge_method": "squisher", "models": [{"model": name}, {"model": "other"}]}
+    result = merge(config, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# out" in card
+    assert f"model: {name}" in card
+    assert (tmp_path / "out" / "mergekit_config.yml").is_file()

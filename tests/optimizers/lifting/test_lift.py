@@ -319,3 +319,17 @@ def test_other_optimizers_are_debiased_by_their_own_rule(optimizer, tmp_path):
     moments = (truth[f"{module}.{part}.default.weight"] for part in ("lora_A", "lora_B"))
     expected = reference(a, b, *moments, 2.0)
     assert torch.allclose(fisher["model.layers.1.mlp.down_proj.weight"].double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("step", ["checkpoint-3", "step_12"])
+def test_the_adapter_above_a_checkpoint_is_not_taken_for_its_own(step, tmp_path):
+    """FSDP in shards leaves a checkpoint without an adapter: that of the run may be of another step, until named."""
+    train(tmp_path)
+    run = tmp_path / "adapter"
+    wanted = _lifted(tmp_path)
+    (run / step).mkdir()
+    (run / "optimizer.pt").rename(run / step / "optimizer.pt")
+    with pytest.raises(ConfigError, match=r"lift needs a LoRA, but .* give the adapter's folder as --model"):
+        load_fisher(run / step, base=tmp_path / "base", lift=True)
+    found = load_fisher(run / step, model=run, base=tmp_path / "base", lift=True)
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
