@@ -20,8 +20,9 @@ from squisher_mergekit.optimizers.load import find_state, load_fisher
 from squisher_mergekit.tensors.sharded import rank
 from squisher_mergekit.training.factors import GradientFactors, check_arguments
 from squisher_mergekit.training.gradients import GradientSquares, gradient_norm
-from squisher_mergekit.training.lora.files import read_state, write_state
-from squisher_mergekit.training.lora.recorder import LoraRecorder, check_beta
+from squisher_mergekit.training.lora.files import write_state
+from squisher_mergekit.training.lora.recorder import LoraRecorder
+from squisher_mergekit.training.lora.start import begin, check_lift
 from squisher_mergekit.training.writing import (
     attempt,
     checkpoint_of,
@@ -134,7 +135,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         if factors is not None:
             check_arguments(factors, every, block, factor_beta)
         if lift is not None:
-            _check_lift(lift, lift_beta, factors)
+            check_lift(lift, lift_beta, factors)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise for an optimizer without second moment; load the state of a resumed checkpoint."""
@@ -161,31 +162,13 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
                     "train with DDP or in one process, or give no factors="
                 )
             self.gradient_factors = GradientFactors(model, factors, every, block, factor_beta)
-        self._begin_recorder(args, state, model, optimizer)
+        if self.recorder is not None:
+            self.recorder.remove()
+        self.recorder = None if self.lift is None else begin(model, optimizer, args, state, self.lift_beta)
         if state.global_step:
             attempt(
                 "the clipping and the average of the resumed checkpoint were not loaded",
                 lambda: self._resume(args, state),
-            )
-
-    def _begin_recorder(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
-        """Put the recorder of a LoRA onto the model, and load its state from the resumed checkpoint."""
-        if self.recorder is not None:
-            self.recorder.remove()
-        self.recorder = None
-        if self.lift is None:
-            return
-        if uses_deepspeed(model, optimizer) or getattr(args, "n_gpu", 1) > 1:
-            raise UnsupportedStateError(
-                "a recorder needs the whole gradient of A and B in one process per GPU, but DeepSpeed shards it and "
-                "DataParallel copies the model; train with DDP (torchrun), or take squisher extract --lift on the "
-                "checkpoint"
-            )
-        recorder = self.recorder = LoraRecorder(model, self.lift_beta, args.seed)
-        if state.global_step:
-            attempt(
-                "the recorder begins anew",
-                lambda: read_state(recorder, resumed_from(args, state)),
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -350,24 +333,6 @@ class ClippingMonitor:
             return 0.0
         seen = float(self._seen)
         return float(self._clipped) / seen if seen else None
-
-
-def _check_lift(lift: str, beta: float, factors: str | None) -> None:
-    """Refuse arguments of the recorder that are out of their range.
-
-    Raises:
-        ConfigError: An argument is out of its range.
-    """
-    if lift != "record":
-        raise ConfigError(
-            f"lift must be None or 'record', found {lift!r}; to lift a finished run, take squisher extract --lift"
-        )
-    if factors is not None:
-        raise ConfigError(
-            f"factors are of A and B, and a recorded Fisher is of the merged weights, found factors={factors!r} and "
-            "lift='record'; give one of them"
-        )
-    check_beta(beta)
 
 
 def write_saved(checkpoint: Path, out: Path, info: TrainingInfo, dtype: torch.dtype, compress: str | None) -> None:

@@ -29,7 +29,7 @@ from squisher_mergekit.training.lora.equations import final_scale, recorded_mean
 from squisher_mergekit.training.lora.probes import LayerProbe, ProbeBuffer
 from squisher_mergekit.training.writing import replace_fisher
 
-_LIFT = "take squisher extract --lift on the checkpoint, which needs no recorder"
+LIFT_CURE = "take squisher extract --lift on the checkpoint"
 NO_GRADIENT = "no gradient was recorded"
 
 
@@ -289,10 +289,10 @@ def _check_whole(model: nn.Module) -> None:
     if uses_fsdp1(model) or uses_deepspeed(model, None) or any(map(is_sharded, model.parameters())):
         raise UnsupportedStateError(
             "a recorder needs the whole gradient of A and B, but FSDP and DeepSpeed shard it; train with DDP or in one "
-            f"process, or {_LIFT}"
+            f"process, or {LIFT_CURE}"
         )
     if isinstance(model, nn.DataParallel):
         raise UnsupportedStateError(
             "a recorder needs one process per GPU, but DataParallel copies the model to several; train with DDP "
-            f"(torchrun), or {_LIFT}"
+            f"(torchrun), or {LIFT_CURE}"
         )
