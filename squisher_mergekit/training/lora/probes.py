@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -31,8 +32,11 @@ class LayerProbe:
         self._gu, self._gz = sums.split(sizes)
         self._averages = averages
         self.columns, self.rows = averages.split(sizes)
+        # A compiler would trace the tap into the graph of the model, and lose its side effects.
+        compiles = "torch._dynamo" in sys.modules
+        tap = torch.compiler.disable(self._tap) if compiles else self._tap
         self._hooks = [
-            layer.module.register_forward_hook(self._tap, with_kwargs=True),
+            layer.module.register_forward_hook(tap, with_kwargs=True),
             layer.reference.register_hook(self._mark),
         ]
 
@@ -68,8 +72,6 @@ class LayerProbe:
         if self.layer.module.training:
             self.marks.add_(self.product(gradient.detach()))
 
-    # A compiler would trace the probe into the graph of the model, and lose its side effects.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _tap(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
         """Put a tap at the output of a layer, which calls the probe in the backward pass."""
         if not (module.training and output.requires_grad) or module.disable_adapters or module.merged:
