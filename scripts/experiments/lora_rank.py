@@ -1,8 +1,8 @@
 """Rank correlation of lifted and recorded Fishers of a LoRA with the average of the squared gradient of W itself.
 
-The published encoder trains a LoRA on one text task, as in ``structure_adapters``. Hooks of this module form the gradient
-G of each wrapped weight and average ``G^2`` entry by entry, after clipping; that average, of the size of the weights, is
-the truth. Three Fishers of rank 1 are compared with it within each of the 36 weights:
+The published encoder trains a LoRA on one text task, as in ``structure_adapters``. Hooks of this module form the
+gradient G of each wrapped weight and average ``G^2`` entry by entry, after clipping; that average, of the size of the
+weights, is the truth. Three Fishers of rank 1 are compared with it within each of the 36 weights:
 
 * *lifted* from the adapter and its optimizer's state (``squisher extract --lift``),
 * *recorded* by :class:`~squisher_mergekit.training.LoraRecorder`,
@@ -159,7 +159,9 @@ def command() -> int:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--work", type=Path, default=WORK)
     options, _ = parser.parse_known_args()
-    print("\n".join(lines(run(EXPERIMENT, "full" if options.full else "quick", options.work, quiet=True, finished=True))))
+    print(
+        "\n".join(lines(run(EXPERIMENT, "full" if options.full else "quick", options.work, quiet=True, finished=True)))
+    )
     return status
 
 

@@ -81,9 +81,9 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         every: Number of optimizer steps per recorded gradient of the factors.
         block: Number of consecutive rows or columns in a block of the factors.
         factor_beta: Decay of the factors per recorded gradient.
-        lift: ``record``: in place of the second moments of A and B, the Fisher of the merged weights of a LoRA, recorded
-            during training (see :class:`LoraRecorder`). The optimizer may then be one without second moment. None
-            writes those of A and B.
+        lift: ``record`` writes, in place of the second moments of A and B, the Fisher of the merged weights of a LoRA,
+            recorded during training (see :class:`LoraRecorder`). The optimizer may then be one without second moment.
+            None writes those of A and B.
         lift_beta: Decay of the recorder per optimizer step.
 
     Raises:

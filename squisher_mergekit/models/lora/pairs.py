@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -193,8 +192,7 @@ def refuse_other_kinds(config: Mapping[str, Any], place: str) -> None:
     kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
     if kind != "LORA":
         raise UnsupportedStateError(
-            f"an adapter must be a plain LoRA, whose weight is W0 + s B A, but {place} is of peft_type "
-            f"{kind}; {_CURE}"
+            f"an adapter must be a plain LoRA, whose weight is W0 + s B A, but {place} is of peft_type {kind}; {_CURE}"
         )
     variant = next((text for key, text in _VARIANTS.items() if config.get(key)), None)
     if variant is not None:

@@ -106,9 +106,7 @@ def coverage_of(
         reasons: Name of a weight that the LoRA changes -> the reason for which it has no Fisher.
     """
     without = {alias: f"{TIED}{kept}" for alias, kept in aliases.items() if kept in covered}
-    without |= {
-        name: reasons.get(name, NOT_ADAPTED) for name in names if name not in covered and name not in without
-    }
+    without |= {name: reasons.get(name, NOT_ADAPTED) for name in names if name not in covered and name not in without}
     return Coverage.model_validate({"with": len(covered), "without": without})
 
 

@@ -24,11 +24,13 @@ def write_state(recorder: LoraRecorder, checkpoint: Path) -> None:
     averages = state.pop("averages")
     settings = json.dumps(state)
     room = header_room(list(averages), parts=2) + header_room([settings])
-    with written_beside(checkpoint / RECORDER_FOLDER, "replace") as folder:
-        with SafetensorsWriter(folder / _FILE, room, digests=True) as writer:
-            writer.note(_KEY, settings)
-            for name, tensor in averages.items():
-                writer.add(name, tensor)
+    with (
+        written_beside(checkpoint / RECORDER_FOLDER, "replace") as folder,
+        SafetensorsWriter(folder / _FILE, room, digests=True) as writer,
+    ):
+        writer.note(_KEY, settings)
+        for name, tensor in averages.items():
+            writer.add(name, tensor)
 
 
 def read_state(recorder: LoraRecorder, checkpoint: Path) -> None:

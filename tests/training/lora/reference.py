@@ -1,4 +1,4 @@
-"""Slow reference of a recorded Fisher, entry by entry in float64, from the gradients of the wrapped weights themselves."""
+"""Slow reference of a recorded Fisher, entry by entry in float64, from the gradients of the weights themselves."""
 
 import torch
 
