@@ -1,14 +1,19 @@
 """Recorder of merged weights: against gradients of the weights themselves, in loops of torch."""
 
+import subprocess
+import sys
+
 import peft
 import pytest
 import torch
 from torch import nn
 
+from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.training import LoraRecorder
 from tests.small_models import MODELS
 from tests.training.lora.reference import Reference
+from tests.training.lora.worker import record
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft's call
@@ -236,3 +241,17 @@ def test_nothing_recorded_is_refused():
         recorder.load_state_dict({"beta": BETA, "averages": {"model.norm.weight": torch.ones(12)}})
     with pytest.raises(ConfigError, match="between 0 and 1"):
         LoraRecorder(_adapted("llama", target_modules=["q_proj"]), 1.0)
+
+
+@pytest.mark.slow
+def test_two_processes_record_what_one_does(tmp_path):
+    """With DDP and accumulation, F is that of one process on all rows."""
+    line = [sys.executable, "-m", "tests.training.lora.worker", str(tmp_path)]
+    runs = [subprocess.Popen([*line, str(rank), "2"], stderr=subprocess.PIPE) for rank in range(2)]
+    said = [run.communicate(timeout=600)[1].decode() for run in runs]
+    assert not any(run.returncode for run in runs), said
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0"]
+    one, two = record(lambda model: model, 0, 1).fisher(), load_fisher(tmp_path / "0")
+    assert set(one) == set(two)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5 * float(one[name].max()))
