@@ -17,6 +17,7 @@ from tests.training.lora.worker import record
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft's call
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*fan_in_fan_out is set to:UserWarning"),
 ]
 BETA = 0.75

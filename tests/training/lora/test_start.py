@@ -14,7 +14,10 @@ from tests.merging.reference import assert_within, largest, merged, preview_of, 
 from tests.training.cases import STEPS, make, trainer
 from tests.training.lora.reference import Reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's call
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft's call
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+]
 BETA = 0.75
 
 
