@@ -101,9 +101,12 @@ def live_lora(model: nn.Module) -> LiveLora:
             "load the adapter with is_trainable=True"
         )
     whole = _whole(inner, key, names)
-    known = tuple(on_disk.infos) if on_disk is not None else ()
-    known = known or tuple([*layers, *whole] if names is None else names.sources)
-    return LiveLora(layers, whole, on_disk, known, {} if names is None else names.aliases)
+    if names is None:
+        return LiveLora(layers, whole, on_disk, (*layers, *whole), {})
+    stored_names = () if on_disk is None else on_disk.infos
+    # Files of a quantised base have further tensors, such as scales.
+    known = tuple(name for name in stored_names if name in names.sources or name in names.aliases)
+    return LiveLora(layers, whole, on_disk, known or tuple(names.sources), names.aliases)
 
 
 def _only_adapter(model: Any) -> tuple[Mapping[str, Any], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
+from squisher_mergekit.errors import ConfigError, MismatchError, RefusedError, UnsupportedStateError
 from squisher_mergekit.fisher.config import FisherConfig, OptimizerInfo, SourceInfo, per_parameter
 from squisher_mergekit.fisher.encoded import RankOneStore
 from squisher_mergekit.fisher.files import read_fisher, tied_aliases
@@ -29,6 +30,7 @@ from squisher_mergekit.training.lora.equations import final_scale, recorded_mean
 from squisher_mergekit.training.lora.probes import LayerProbe, ProbeBuffer
 from squisher_mergekit.training.writing import replace_fisher
 
+LOG = logging.getLogger("squisher_mergekit")
 LIFT_CURE = "take squisher extract --lift on the checkpoint"
 NO_GRADIENT = "no gradient was recorded"
 
@@ -182,11 +184,15 @@ class LoraRecorder:
         return Fisher(store, config, tied_aliases(config))
 
     def _fingerprint(self, adapter: Path) -> str | None:
-        """Return the fingerprint of the merged weights; None where the adapter or the base is not on disk."""
+        """Return the fingerprint of the merged weights; None where adapter or base is not on disk, or quantised."""
         weights = Weights(adapter, "adapter_model")
         if self._lora.base is None or not self._lora.base.infos or not weights.infos:
             return None
-        return AdaptedWeights(read_lora(weights, self._lora.base)).fingerprint
+        try:
+            return AdaptedWeights(read_lora(weights, self._lora.base)).fingerprint
+        except RefusedError as error:  # such as a quantised base: the Fisher is right without
+            LOG.warning("the recorded Fisher for %s has no fingerprint of the merged weights: %s", adapter, error)
+            return None
 
     def save(
         self,

@@ -43,7 +43,7 @@ def test_a_base_that_is_none_of_transformers_has_its_own_names():
 
 
 def test_frozen_factors_leave_the_other_as_the_reference():
-    """Of a layer with a frozen B, the gradient of A is the reference; a layer with both frozen is left out."""
+    """A layer with a frozen B has A as its reference; a layer with both frozen is left out."""
     model = _adapted(MODELS["llama"](), target_modules=["q_proj"])
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
