@@ -87,7 +87,7 @@ def live_lora(model: nn.Module) -> LiveLora:
     stored = {} if names is None else unchanged_matrices(names, names.shapes)
     layers: dict[str, LiveLayer] = {}
     for full, module in inner.named_modules():
-        if not is_lora(module) or key not in {*module.lora_A, *module.lora_embedding_A}:  # type: ignore[misc]
+        if not is_lora(module) or key not in {*module.lora_A, *module.lora_embedding_A}:
             continue
         name = unwrapped(full)
         check_module(name, module, _PLACE, quantised=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from squisher_mergekit.optimizers.lifting.equations import lifted_means
 from squisher_mergekit.tensors.safetensors import check_shape
 
 ESTIMATOR = "lifted_lora"
-RECORDED = "recorded_lora"
+RECORDED: Final = "recorded_lora"
 OF_LORAS = (ESTIMATOR, RECORDED)
 """Estimators of Fishers of the merged weights of a LoRA, in row means and column means."""
 NOT_ADAPTED = "not adapted, kept as in the base"

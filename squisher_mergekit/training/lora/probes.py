@@ -28,16 +28,16 @@ class LayerProbe:
     def __init__(self, layer: LiveLayer, signs: Tensor, sums: Tensor, averages: Tensor, marks: Tensor) -> None:
         sizes = [layer.a.shape[1], layer.b.shape[0]]
         self.layer, self.marks, self._sums = layer, marks, sums
-        self.z, self.u = signs.split(sizes)
-        self._gu, self._gz = sums.split(sizes)
+        self.z, self.u = torch.split(signs, sizes)
+        self._gu, self._gz = torch.split(sums, sizes)
         self._averages = averages
-        self.columns, self.rows = averages.split(sizes)
+        self.columns, self.rows = torch.split(averages, sizes)
         # A compiler would trace the tap into the graph of the model, and lose its side effects.
         compiles = "torch._dynamo" in sys.modules
-        tap = torch.compiler.disable(self._tap) if compiles else self._tap
+        tap = torch.compiler.disable(self._tap) if compiles else self._tap  # type: ignore[no-untyped-call]
         self._hooks = [
             layer.module.register_forward_hook(tap, with_kwargs=True),
-            layer.reference.register_hook(self._mark),
+            layer.reference.register_hook(self._mark),  # type: ignore[no-untyped-call]
         ]
 
     def remove(self) -> None:
@@ -65,7 +65,8 @@ class LayerProbe:
         """Return the product of the signs with a gradient of B, shape ``[out, r]``, or of A, shape ``[r, in]``."""
         with exact(self.z.device):
             gradient = gradient.to(self.z.dtype)
-            return self.u @ gradient if self.layer.reference is self.layer.b else gradient @ self.z
+            found: Tensor = self.u @ gradient if self.layer.reference is self.layer.b else gradient @ self.z
+            return found
 
     def _mark(self, gradient: Tensor) -> None:
         """Record the gradient of B or A as a backward pass makes it."""
@@ -121,13 +122,13 @@ class ProbeBuffer:
         wide = any(layer.a.dtype == torch.float64 for layer in layers.values())
         sizes = [layer.a.shape[1] + layer.b.shape[0] for layer in layers.values()]
         ranks = [len(layer.a) for layer in layers.values()]
-        options = {"dtype": torch.float64 if wide else torch.float32, "device": some.device}
-        self._signs, self.sums, self._averages = (torch.zeros(sum(sizes), **options) for _ in range(3))
-        self.marks = torch.zeros(sum(ranks), **options)
-        parts = [tensor.split(sizes) for tensor in (self._signs, self.sums, self._averages)]
+        dtype, device = torch.float64 if wide else torch.float32, some.device
+        self._signs, self.sums, self._averages = (torch.zeros(sum(sizes), dtype=dtype, device=device) for _ in range(3))
+        self.marks = torch.zeros(sum(ranks), dtype=dtype, device=device)
+        parts = [torch.split(tensor, sizes) for tensor in (self._signs, self.sums, self._averages)]
         self.probes = {
             name: LayerProbe(layer, *views)
-            for (name, layer), *views in zip(layers.items(), *parts, self.marks.split(ranks), strict=True)
+            for (name, layer), *views in zip(layers.items(), *parts, torch.split(self.marks, ranks), strict=True)
         }
 
     def begin(self, seed: int, step: int) -> None:
