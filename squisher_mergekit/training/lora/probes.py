@@ -118,11 +118,11 @@ class ProbeBuffer:
     """
 
     def __init__(self, layers: Mapping[str, LiveLayer]) -> None:
-        some = next(iter(layers.values())).a
+        first = next(iter(layers.values())).a
         wide = any(layer.a.dtype == torch.float64 for layer in layers.values())
         sizes = [layer.a.shape[1] + layer.b.shape[0] for layer in layers.values()]
         ranks = [len(layer.a) for layer in layers.values()]
-        dtype, device = torch.float64 if wide else torch.float32, some.device
+        dtype, device = torch.float64 if wide else torch.float32, first.device
         self._signs, self.sums, self._averages = (torch.zeros(sum(sizes), dtype=dtype, device=device) for _ in range(3))
         self.marks = torch.zeros(sum(ranks), dtype=dtype, device=device)
         parts = [torch.split(tensor, sizes) for tensor in (self._signs, self.sums, self._averages)]
