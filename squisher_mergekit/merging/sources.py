@@ -13,12 +13,12 @@ from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.values import has_signal
 from squisher_mergekit.merging.lora.files import LoraFiles
-from squisher_mergekit.merging.lora.filled import ESTIMATORS, FilledFisher
+from squisher_mergekit.merging.lora.filled import FilledFisher
 from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
-from squisher_mergekit.optimizers.lifting.lift import lift
+from squisher_mergekit.optimizers.lifting.lift import OF_LORAS, lift
 from squisher_mergekit.optimizers.load import find_source, find_state, is_portable, load_fisher, saved_weights
 from squisher_mergekit.tensors.input_files import exists
 
@@ -130,7 +130,7 @@ class OpenFisher:
         if fisher.config.parameters == "adapter":
             self.changed = difference(fisher.config.weights_fingerprint, files.adapter.fingerprint)
             fisher = lift(fisher, files.lora, fingerprint=False)
-        if fisher.config.estimator not in ESTIMATORS:
+        if fisher.config.estimator not in OF_LORAS:
             return fisher
         shapes = {name: info.shape for name, info in files.base.infos.items()} or files.lora.names.shapes
         filled = FilledFisher(fisher, {name: shape for name, shape in shapes.items() if files.keeps(name)})

@@ -119,7 +119,7 @@ def describe(model: nn.Module, stored: Collection[str] = ()) -> ParameterNames:
     if not _is_a("transformers", "PreTrainedModel", inner):
         return ParameterNames(names, None if flat else _of_state_dict(inner))
     wrapped = flat or any(name != _clean(name) for name, _ in inner.named_parameters())
-    return ParameterNames(names, _of_transformers(_rebuilt(inner) if wrapped else inner, inner, stored))
+    return ParameterNames(names, _of_transformers(rebuilt(inner) if wrapped else inner, inner, stored))
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
@@ -191,7 +191,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             vars(model)[_CONVERSIONS] = before
 
 
-def _rebuilt(model: nn.Module) -> nn.Module:
+def rebuilt(model: nn.Module) -> nn.Module:
     """Build a model of transformers once more, on the meta device and without wrappers around its modules.
 
     Raises:
@@ -199,10 +199,10 @@ def _rebuilt(model: nn.Module) -> nn.Module:
     """
     try:
         with torch.device("meta"):
-            rebuilt: nn.Module = type(model)(model.config)
+            again: nn.Module = type(model)(model.config)
     except Exception as error:  # a user's constructor can fail in any way
         raise NamingError(
             f"{type(model).__name__} must be one that can be built from its config, as its modules are wrapped, but "
             f"{error!s:.100}; take squisher extract on the checkpoint"
         ) from error
-    return rebuilt
+    return again

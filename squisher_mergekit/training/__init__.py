@@ -1,8 +1,8 @@
 """Callbacks and tools for training: Squishers, moving averages, masks, and elastic weight consolidation.
 
 ``callback`` and ``writing`` write the optimizer's second moments as a Fisher; ``gradients`` and ``average`` keep moving
-averages of squared gradients, ``factors`` those of ``G G^T``; ``masked`` trains inside a mask; ``ewc`` trains under a
-penalty of earlier tasks.
+averages of squared gradients, ``factors`` those of ``G G^T``; ``lora`` records the Fisher of a LoRA's merged weights;
+``masked`` trains inside a mask; ``ewc`` trains under a penalty of earlier tasks.
 """
 
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from squisher_mergekit.training.callback import SquisherCallback
 from squisher_mergekit.training.ewc import EWCCallback, live_squisher
 from squisher_mergekit.training.factors import GradientFactors
 from squisher_mergekit.training.gradients import GradientSquares
+from squisher_mergekit.training.lora.recorder import LoraRecorder
 from squisher_mergekit.training.masked import MaskCallback, MaskedTraining
 from squisher_mergekit.training.writing import save_squisher
 
@@ -21,6 +22,7 @@ __all__ = [
     "FisherAverageCallback",
     "GradientFactors",
     "GradientSquares",
+    "LoraRecorder",
     "MaskCallback",
     "MaskedTraining",
     "SquisherCallback",

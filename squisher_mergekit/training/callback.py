@@ -20,6 +20,9 @@ from squisher_mergekit.optimizers.load import find_state, load_fisher
 from squisher_mergekit.tensors.sharded import rank
 from squisher_mergekit.training.factors import GradientFactors, check_arguments
 from squisher_mergekit.training.gradients import GradientSquares, gradient_norm
+from squisher_mergekit.training.lora.files import write_state
+from squisher_mergekit.training.lora.recorder import LoraRecorder
+from squisher_mergekit.training.lora.start import begin, check_lift
 from squisher_mergekit.training.writing import (
     attempt,
     checkpoint_of,
@@ -78,9 +81,13 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         every: Number of optimizer steps per recorded gradient of the factors.
         block: Number of consecutive rows or columns in a block of the factors.
         factor_beta: Decay of the factors per recorded gradient.
+        lift: ``record`` writes, in place of the second moments of A and B, the Fisher of the merged weights of a LoRA,
+            recorded during training (see :class:`LoraRecorder`). The optimizer may then be one without second moment.
+            None writes those of A and B.
+        lift_beta: Decay of the recorder per optimizer step.
 
     Raises:
-        ConfigError: ``dtype``, ``compress``, ``beta`` or an argument of the factors is out of range.
+        ConfigError: ``dtype``, ``compress``, ``beta``, ``lift`` or an argument of the factors is out of range.
 
     Example:
         >>> callback = SquisherCallback(dtype="bfloat16")
@@ -101,6 +108,8 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         every: int = 10,
         block: int = 128,
         factor_beta: float = 0.95,
+        lift: str | None = None,
+        lift_beta: float = 0.999,
     ) -> None:
         self.every_save = every_save
         self.at_end = at_end
@@ -112,6 +121,8 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         self.datum = datum
         self.squares: GradientSquares | None = None
         self.gradient_factors: GradientFactors | None = None
+        self.lift, self.lift_beta = lift, lift_beta
+        self.recorder: LoraRecorder | None = None
         self._factor_settings = (factors, every, block, factor_beta)
         self._keeps_moment = True
         self._clipping = ClippingMonitor()
@@ -123,12 +134,14 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             GradientSquares(nn.Module(), beta)  # raises for a wrong decay before training begins
         if factors is not None:
             check_arguments(factors, every, block, factor_beta)
+        if lift is not None:
+            check_lift(lift, lift_beta, factors)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise for an optimizer without second moment; load the state of a resumed checkpoint."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         why = _WITHOUT.get(type(unwrap_optimizer(optimizer)).__name__)
-        if why is not None and self.beta is None:
+        if why is not None and self.beta is None and self.lift is None:
             raise UnsupportedStateError(
                 f"SquisherCallback needs an optimizer that keeps the mean squared gradient, but {why}; "
                 "train with AdamW, or give SquisherCallback(beta=0.999)"
@@ -149,11 +162,19 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
                     "train with DDP or in one process, or give no factors="
                 )
             self.gradient_factors = GradientFactors(model, factors, every, block, factor_beta)
+        if self.recorder is not None:
+            self.recorder.remove()
+        self.recorder = None if self.lift is None else begin(model, optimizer, args, state, self.lift_beta)
         if state.global_step:
             attempt(
                 "the clipping and the average of the resumed checkpoint were not loaded",
                 lambda: self._resume(args, state),
             )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Clear the recorder of passes that belong to no step."""
+        if self.recorder is not None:
+            self.recorder.clear()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record if clipping was active, and add the gradient to the moving average."""
@@ -162,6 +183,8 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             self.squares.update(norm)
         if self.gradient_factors is not None and rank() == 0:
             self.gradient_factors.update(norm, state.global_step)
+        if self.recorder is not None:
+            self.recorder.update()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the Fisher into the checkpoint."""
@@ -173,6 +196,8 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the Fisher into the output folder, or copy it from the checkpoint of the final weights."""
+        if self.recorder is not None:
+            self.recorder.remove()
         if not self.at_end or self._searching:
             return
         out = self.out or Path(args.output_dir)
@@ -189,7 +214,13 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         """Write the Fisher and the average; return True if both were written."""
         info = self._training_info(args, state, live["model"])
         done = True
-        if self._keeps_moment:
+        recorder = self.recorder
+        if recorder is not None:
+            done = attempt(
+                f"no recorded Fisher could be written to {out}",
+                lambda: self._write_recorded(recorder, out, weights, info),
+            )
+        elif self._keeps_moment:
             done = attempt(
                 f"no Fisher could be written to {out}",
                 lambda: self._write_squisher(out, weights, info, live["model"], live["optimizer"]),
@@ -218,6 +249,12 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             )
         elif rank() == 0:
             write_saved(weights, out, info, self.dtype, self.compress)
+
+    def _write_recorded(self, recorder: LoraRecorder, out: Path, weights: Path | None, info: TrainingInfo) -> None:
+        """Write the recorded Fisher, and into a checkpoint the state of the recorder."""
+        if weights is not None:
+            write_state(recorder, weights)
+        recorder.write(out, weights, info, self.dtype, self.compress)
 
     def _attach(self, fisher: Fisher) -> Fisher:
         """Return a Fisher with the recorded factors, if some are recorded."""

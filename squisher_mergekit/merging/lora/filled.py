@@ -16,7 +16,6 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.summary import kind_of
 from squisher_mergekit.tensors.safetensors import TensorInfo
 
-ESTIMATORS = ("lifted_lora", "recorded_lora")
 _Kind = tuple[str, str, int]
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from squisher_mergekit.models.weights import Weights, refuse_quantised
 from squisher_mergekit.tensors.input_files import read_mapping
 from squisher_mergekit.tensors.safetensors import TensorInfo
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # Initial values of A that are a random draw; every other one of peft's is computed from the weights or from data.
 _RANDOM = (True, False, None, "gaussian", "orthogonal")
 # Keys of adapter_config.json that make the weight something other than W0 + s B A.
@@ -37,6 +36,8 @@ _VARIANTS = {
     "use_qalora": "QA-LoRA",
     "velora_config": "VeLoRA",
 }
+# Layers of peft over quantised linear layers of bitsandbytes.
+_QUANTISED = ("Linear4bit", "Linear8bitLt")
 _CURE = "estimate a Fisher of the merged model from data (squisher estimate)"
 
 
@@ -144,7 +145,7 @@ def read_lora(adapter: Weights, base: Weights) -> LoraAdapter:
         UnsupportedStateError: The adapter is no plain LoRA from a random draw, or the base is quantised.
         MismatchError: The shapes of the adapter do not fit the base.
     """
-    _refuse_other_kinds(adapter)
+    refuse_other_kinds(read_mapping(adapter.folder / ADAPTER_CONFIG), str(adapter.folder))
     refuse_quantised(base, str(base.folder))
     if not adapter.infos:
         raise NotFoundError(
@@ -158,13 +159,13 @@ def read_lora(adapter: Weights, base: Weights) -> LoraAdapter:
     pairs: dict[str, LoraPair] = {}
     factors: set[str] = set()
     for module_name, module in model.named_modules():
-        if not _is_lora(module):
+        if not is_lora(module):
             continue
-        _check_module(module_name, module, folder)
+        check_module(module_name, module, str(folder))
         key = str(model.active_adapter)
         a, b = (on_disk[f"{module_name}.{part}.{key}.weight"] for part in ("lora_A", "lora_B"))
         pair = LoraPair(a, b, float(module.scaling[key]), bool(module.fan_in_fan_out))
-        name = _weight_on_disk(f"{module_name.removeprefix(_PREFIX)}.weight", names, stored, folder)
+        name = weight_on_disk(f"{module_name.removeprefix(PREFIX)}.weight", names, stored, str(folder))
         _check_pair(name, pair, adapter, base, names)
         pairs[name] = pair
         factors |= {a, b}
@@ -173,44 +174,53 @@ def read_lora(adapter: Weights, base: Weights) -> LoraAdapter:
         if held in adapter.infos and ".original_module." in memory:  # of the base, unused
             factors.add(held)
         elif held in adapter.infos and held not in factors:
-            whole[_replaced_on_disk(memory, str(model.active_adapter), names, base, folder)] = held
+            whole[replaced_on_disk(memory, str(model.active_adapter), names, str(base.folder), str(folder))] = held
     _check_strangers(adapter, factors | set(whole.values()))
     return LoraAdapter(adapter, base, pairs, whole, names)
 
 
-def _refuse_other_kinds(adapter: Weights) -> None:
+def refuse_other_kinds(config: Mapping[str, Any], place: str) -> None:
     """Refuse an adapter that is no plain LoRA from a random draw, by its config.
+
+    Args:
+        config: Content of ``adapter_config.json``.
+        place: Place of the adapter, for messages.
 
     Raises:
         UnsupportedStateError: The config names another kind.
     """
-    config = read_mapping(adapter.folder / ADAPTER_CONFIG)
     kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
     if kind != "LORA":
         raise UnsupportedStateError(
-            f"an adapter must be a plain LoRA, whose weight is W0 + s B A, but {adapter.folder} is of peft_type "
-            f"{kind}; {_CURE}"
+            f"an adapter must be a plain LoRA, whose weight is W0 + s B A, but {place} is of peft_type {kind}; {_CURE}"
         )
     variant = next((text for key, text in _VARIANTS.items() if config.get(key)), None)
     if variant is not None:
         raise UnsupportedStateError(
-            f"an adapter must be a plain LoRA, whose weight is W0 + s B A, but {adapter.folder} is {variant}; {_CURE}"
+            f"an adapter must be a plain LoRA, whose weight is W0 + s B A, but {place} is {variant}; {_CURE}"
         )
     if start not in _RANDOM:
         raise UnsupportedStateError(
-            f"the A of a LoRA must begin as a random draw, independent of the gradient, but {adapter.folder} has "
+            f"the A of a LoRA must begin as a random draw, independent of the gradient, but {place} has "
             f"init_lora_weights: {start}; {_CURE}"
         )
 
 
-def _is_lora(module: Any) -> bool:
+def is_lora(module: Any) -> bool:
+    """Return True for a layer of peft with a LoRA of any kind."""
     from peft.tuners.lora import LoraLayer
 
     return isinstance(module, LoraLayer)
 
 
-def _check_module(name: str, module: Any, folder: Path) -> None:
+def check_module(name: str, module: Any, place: str, quantised: bool = False) -> None:
     """Refuse a layer whose weight is no matrix that a linear layer multiplies by.
+
+    Args:
+        name: Name of the layer in memory.
+        module: The layer of peft.
+        place: Place of the adapter, for messages.
+        quantised: Accept layers of a quantised base as well, as a QLoRA in training has them.
 
     Raises:
         UnsupportedStateError: The layer is an embedding, a convolution, packed experts, or attention in one piece.
@@ -219,16 +229,23 @@ def _check_module(name: str, module: Any, folder: Path) -> None:
     from transformers.pytorch_utils import Conv1D
 
     layer = module.get_base_layer()
-    if type(module) is lora.Linear and isinstance(layer, torch.nn.Linear | Conv1D):
+    other = quantised and (isinstance(module, lora.Linear) or type(module).__name__ in _QUANTISED)
+    if (type(module) is lora.Linear or other) and isinstance(layer, torch.nn.Linear | Conv1D):
         return
     raise UnsupportedStateError(
-        f"a LoRA must wrap linear layers alone, but {folder} wraps {name.removeprefix(_PREFIX)}, "
+        f"a LoRA must wrap linear layers alone, but {place} wraps {name.removeprefix(PREFIX)}, "
         f"of class {type(layer).__name__}; {_CURE}"
     )
 
 
-def _weight_on_disk(name: str, names: CheckpointNames, unchanged: Mapping[str, str], folder: Path) -> str:
+def weight_on_disk(name: str, names: CheckpointNames, unchanged: Mapping[str, str], place: str) -> str:
     """Return the name on disk of a wrapped weight.
+
+    Args:
+        name: Name in memory in the base model.
+        names: Names of the base's parameters.
+        unchanged: Name in memory -> name on disk of the matrices that are saved as they are.
+        place: Place of the adapter, for messages.
 
     Raises:
         UnsupportedStateError: The weight is tied to another, or is not saved as one tensor.
@@ -237,29 +254,36 @@ def _weight_on_disk(name: str, names: CheckpointNames, unchanged: Mapping[str, s
     tied = sorted(other for other, found in names.first.items() if found == first and other != name)
     if tied:
         raise UnsupportedStateError(
-            f"a LoRA must wrap weights of one use, but {folder} wraps {name}, which is tied to {tied[0]}; {_CURE}"
+            f"a LoRA must wrap weights of one use, but {place} wraps {name}, which is tied to {tied[0]}; {_CURE}"
         )
     if first not in unchanged:
         raise UnsupportedStateError(
-            f"a LoRA must wrap weights that are saved as they are, but {folder} wraps {name}, which is converted when "
+            f"a LoRA must wrap weights that are saved as they are, but {place} wraps {name}, which is converted when "
             f"the model is saved; {_CURE}"
         )
     return unchanged[first]
 
 
-def _replaced_on_disk(memory: str, key: str, names: CheckpointNames, base: Weights, folder: Path) -> str:
+def replaced_on_disk(memory: str, key: str, names: CheckpointNames, base: str, place: str) -> str:
     """Return the name on disk of a weight that an adapter holds whole.
+
+    Args:
+        memory: Name in memory in the model of peft.
+        key: Name of the adapter in peft.
+        names: Names of the base's parameters.
+        base: Place of the base, for messages.
+        place: Place of the adapter, for messages.
 
     Raises:
         UnsupportedStateError: The tensor is none of the base's, or its weight is tied or converted.
     """
-    name = memory.removeprefix(_PREFIX).replace(f".modules_to_save.{key}", "").replace(".base_layer", "")
+    name = memory.removeprefix(PREFIX).replace(f".modules_to_save.{key}", "").replace(".base_layer", "")
     made = [stored for stored, sources in names.sources.items() if names.first.get(name) in sources]
     tied = [other for other, found in names.first.items() if found == names.first.get(name)]
     if len(made) != 1 or len(tied) != 1 or len(names.sources[made[0]]) != 1:
         raise UnsupportedStateError(
-            f"a weight that a LoRA holds whole must be one tensor of the base with one use, but {name} in {folder} is "
-            f"{'tied to another' if len(tied) > 1 else f'none of {base.folder}'}; {_CURE}"
+            f"a weight that a LoRA holds whole must be one tensor of the base with one use, but {name} in {place} is "
+            f"{'tied to another' if len(tied) > 1 else f'none of {base}'}; {_CURE}"
         )
     return made[0]
 

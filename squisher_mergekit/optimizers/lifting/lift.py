@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,9 @@ from squisher_mergekit.optimizers.lifting.equations import lifted_means
 from squisher_mergekit.tensors.safetensors import check_shape
 
 ESTIMATOR = "lifted_lora"
+RECORDED: Final = "recorded_lora"
+OF_LORAS = (ESTIMATOR, RECORDED)
+"""Estimators of Fishers of the merged weights of a LoRA, in row means and column means."""
 NOT_ADAPTED = "not adapted, kept as in the base"
 
 
@@ -24,6 +30,7 @@ def lift(fisher: Fisher, lora: LoraAdapter, fingerprint: bool = True) -> Fisher:
 
     Weights that the adapter holds whole (``modules_to_save``, ``bias``) keep their exact second moments; the others are
     lifted by :func:`~.equations.lifted_means`. Values have no bias: those of the adapter's Fisher are debiased first.
+    A Fisher of the merged weights, such as a recorded one, is returned unchanged.
 
     Args:
         fisher: The Fisher of the adapter.
@@ -38,6 +45,8 @@ def lift(fisher: Fisher, lora: LoraAdapter, fingerprint: bool = True) -> Fisher:
         MismatchError: A tensor of the Fisher does not have the shape of the adapter's.
         ValuesError: An entry is NaN, infinite or negative.
     """
+    if fisher.config.estimator in OF_LORAS:
+        return fisher
     if fisher.config.parameters != "adapter":
         raise ConfigError(
             f"lift needs the Fisher of a LoRA, but {fisher.location} is of full weights already; leave out --lift"
@@ -66,15 +75,8 @@ def _described(fisher: Fisher, lora: LoraAdapter, store: RankOneStore, fingerpri
         counts = [given.steps_of(part) for part in _parts(lora, name) if part in fisher]
         if counts and None not in counts:
             steps[name] = min(count for count in counts if count is not None)
-    names = lora.base.infos or lora.names.sources
-    without = {alias: f"{TIED}{kept}" for alias, kept in lora.names.aliases.items() if kept in store.infos}
-    without |= {
-        name: fisher.config.coverage.without.get(_parts(lora, name)[0], "no second moment of its factors")
-        if name in lora.touched
-        else NOT_ADAPTED
-        for name in names
-        if name not in store.infos and name not in without
-    }
+    lacking = fisher.config.coverage.without
+    reasons = {name: lacking.get(_parts(lora, name)[0], "no second moment of its factors") for name in lora.touched}
     config = given.model_copy(
         update={
             "estimator": ESTIMATOR,
@@ -86,11 +88,27 @@ def _described(fisher: Fisher, lora: LoraAdapter, store: RankOneStore, fingerpri
             "mean": None,
             "norm": None,
             "encoding": {"default": "rank1"} | {name: "float32" for name in lora.replaced if name in store.infos},
-            "coverage": Coverage.model_validate({"with": len(store.infos), "without": without}),
+            "coverage": coverage_of(lora.base.infos or lora.names.sources, lora.names.aliases, store.infos, reasons),
             "weights_fingerprint": AdaptedWeights(lora).fingerprint if fingerprint else None,
         }
     )
     return Fisher(store, config, tied_aliases(config))
+
+
+def coverage_of(
+    names: Iterable[str], aliases: Mapping[str, str], covered: Collection[str], reasons: Mapping[str, str]
+) -> Coverage:
+    """Return the coverage of a base's weights by a Fisher of merged weights.
+
+    Args:
+        names: Names of the base's weights.
+        aliases: Other name of a tied weight -> name that is saved.
+        covered: Names of the weights with a Fisher.
+        reasons: Name of a weight that the LoRA changes -> the reason for which it has no Fisher.
+    """
+    without = {alias: f"{TIED}{kept}" for alias, kept in aliases.items() if kept in covered}
+    without |= {name: reasons.get(name, NOT_ADAPTED) for name in names if name not in covered and name not in without}
+    return Coverage.model_validate({"with": len(covered), "without": without})
 
 
 def _parts(lora: LoraAdapter, name: str) -> tuple[str, ...]:

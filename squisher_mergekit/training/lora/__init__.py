@@ -1,0 +1,1 @@
+"""Recorder of the Fisher of a LoRA's merged weights: equations, probes in the backward pass, averages, files."""
