@@ -155,7 +155,7 @@ def run_config(
     from mergekit.card import generate_card
     from mergekit.merge import run_merge
 
-    from squisher_mergekit.merging.reports.text import bare_card, provenance
+    from squisher_mergekit.merging.reports.card import CARD, bare_card, provenance
     from squisher_mergekit.merging.run import Run
 
     given_run = Run(config.merge_method, options.quiet, strict, allow_missing, reported, sources)
@@ -168,7 +168,7 @@ def run_config(
         except (OSError, RuntimeError, ValueError):
             # mergekit asks the Hub whether a relative path is a repository, and cannot without a network.
             card = bare_card(folder.name, run.method, text)
-        (folder / "README.md").write_text(card + provenance(run, _base_of(config)), encoding="utf-8")
+        (folder / CARD).write_text(card + provenance(run, _base_of(config)), encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8")
     return run
 
@@ -205,7 +205,7 @@ def run_as_adapter(
 
     from squisher_mergekit.merging.mergekit.model_folders import resolve_models
     from squisher_mergekit.merging.mergekit.references import AdaptedReference
-    from squisher_mergekit.merging.reports.text import bare_card, provenance
+    from squisher_mergekit.merging.reports.card import CARD, bare_card, provenance
     from squisher_mergekit.models.lora.low_rank import write_adapter
     from squisher_mergekit.models.weights import Weights
     from squisher_mergekit.tensors.atomic import scratch_beside
@@ -235,7 +235,7 @@ def run_as_adapter(
         report = write_adapter(folder, loras, rank, str(models[0].model), merged.read)
     if options.write_model_card:
         card = bare_card(folder.name, run.method, text) + provenance(run, _base_of(config))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8")
     return run, report
 
