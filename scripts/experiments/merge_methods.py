@@ -65,7 +65,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.experiments import method_report, structure_domains, structure_tasks
-from scripts.experiments.method_rows import compared, methods
+from scripts.experiments.method_rows import BUDGET, compared, methods
 from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, main
 from scripts.experiments.tables import Table
 
@@ -79,7 +79,8 @@ def cell(settings: Settings, work: Path) -> Result:
         models, training = structure_domains.trained(settings, work)
     else:
         _, models, training = structure_tasks.trained(settings, work)
-    result = compared(models, methods(len(models.weights), settings["seed"]))
+    table = methods(len(models.weights), settings["seed"], most=settings["budget"])
+    result = compared(models, table)
     result[TIMINGS]["training"] = training
     return result
 
@@ -88,8 +89,8 @@ EXPERIMENT = Experiment(
     "merge_methods",
     "Every merge method side by side.",
     cell,
-    full=[*structure_tasks.FULL_CELLS, *FULL_DOMAINS],
-    quick=structure_tasks.QUICK_CELLS,
+    full=[{**one, "budget": BUDGET} for one in [*structure_tasks.FULL_CELLS, *FULL_DOMAINS]],
+    quick=[{**one, "budget": 1} for one in structure_tasks.QUICK_CELLS],
 )
 
 

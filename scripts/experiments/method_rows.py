@@ -1,8 +1,8 @@
 """Merge methods side by side: their settings, and the search for the best one on validation texts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby, product
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from scripts.experiments.structure_merges import (
     shown,
     structured,
 )
+from squisher_mergekit.recipes.grid import points
 
 BUDGET = 9  # settings of a method
 SCALE = "lambda"
@@ -80,18 +81,20 @@ def grid(**lists: Sequence[Any]) -> list[dict[str, Any]]:
         >>> grid(density=(0.1, 0.2), epsilon=(1,))
         [{'density': 0.1, 'epsilon': 1}, {'density': 0.2, 'epsilon': 1}]
     """
-    return [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
+    return list(points(lists))
 
 
-def methods(count: int, seed: int, widest: int = 1536) -> dict[str, Method]:
+def methods(count: int, seed: int, widest: int = 1536, most: int = BUDGET) -> dict[str, Method]:
     """Return the methods by their keys in ``ROWS``.
 
     Args:
         count: Number of models, M.
         seed: Seed of the methods that draw entries.
         widest: Largest side of a matrix, as a block that couples all.
+        most: Largest number of settings of a method; the first ones are taken.
     """
-    return averages() | task_vectors(count, seed) | votes() | structures(widest)
+    found = averages() | task_vectors(count, seed) | votes() | structures(widest)
+    return {name: replace(method, settings=method.settings[:most]) for name, method in found.items()}
 
 
 def averages() -> dict[str, Method]:

@@ -120,7 +120,7 @@ def _list(
 
 def _shares(report: Mapping[str, Any]) -> str:
     found = share_maps(report)
-    largest = max(value for each in found for value in each.values.values())
+    largest = max((value for each in found for value in each.values.values()), default=0.0)
     top = min(max(math.ceil(5 * largest) / 5, 0.2), 1.0)
     maps = "".join(f"<div><h3>{escape(each.title)}</h3>{_map(each, top)}</div>" for each in found)
     steps = "".join(f'<i style="--v:{v:g}"></i>' for v in (0, 0.2, 0.4, 0.6, 0.8, 1))

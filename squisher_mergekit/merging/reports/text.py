@@ -51,10 +51,11 @@ def _vote_lines(report: dict[str, Any]) -> list[str]:
     """Return the entries without any vote, and for each model those without its vote or against the elected sign."""
     if "abstained" not in report:
         return []
+    labels = list(report["effective_weight"])
     lines = [f"  {report['silent']:.3%} without a vote: base value"]
     for key, shares in counted_votes(report).items():
-        own = (f"{letter(place)} {shares.get(each, 0.0):.1%}" for place, each in enumerate(report["effective_weight"]))
-        lines.append(f"  entries {VOTES[key]}: {', '.join(own)}")
+        texts = [f"{letter(place)} {shares.get(label, 0.0):.1%}" for place, label in enumerate(labels)]
+        lines.append(f"  entries {VOTES[key]}: {', '.join(texts)}")
     return lines
 
 

@@ -90,11 +90,7 @@ def voted_mean(
         values = torch.lerp(values, thetas[i], share)
     voted = total.count_nonzero()
     silent = total.numel() - voted
-    shares = [share.sum()]
-    if len(parts) > 1:
-        total.clamp_min_(torch.finfo(total.dtype).tiny)
-        shares = [*((part / total).sum() for part in parts[1:-1]), *shares]
-        shares = [voted - sum(shares[1:], start=shares[0]), *shares]
+    shares = _summed_shares(parts, total, voted, share.sum())
     if blank is not None:
         silent = silent - ((total <= torch.finfo(total.dtype).tiny) & blank).sum()
     merged = Merged(values, shares, _count(blank, base), voted=voters, sign_conflicts=conflicts)
@@ -315,13 +311,22 @@ def _agreeing(
     return agreeing, voters, conflicts
 
 
+def _summed_shares(parts: Sequence[Tensor], total: Tensor, voted: Tensor, last: Tensor) -> list[Tensor]:
+    """Return the sum of each model's shares, which all sum to ``voted``; clamp ``total`` in place."""
+    if len(parts) == 1:
+        return [last]
+    total.clamp_min_(torch.finfo(total.dtype).tiny)
+    shares = [*((part / total).sum() for part in parts[1:-1]), last]
+    return [voted - sum(shares[1:], start=shares[0]), *shares]
+
+
 def _sum_of_signs(signs: Tensor) -> Tensor:
     """Return the exact sum; float32 counts up to 2^24."""
     return signs.sum(dtype=torch.float64 if signs.numel() > 1 << 24 else signs.dtype)
 
 
 def _spread(merged: Merged, used: Sequence[int], masks: Sequence[Tensor | None], count: int, silent: Tensor) -> Merged:
-    """Return the same with one number for each model; models of weight 0 have none."""
+    """Return the merge with one number for each model, 0 for a model of weight 0."""
     zero = torch.zeros_like(merged.shares[0])
     nothing = merged.values.new_zeros((), dtype=torch.int64)
     shares, voted = dict(zip(used, merged.shares, strict=True)), dict(zip(used, merged.voted, strict=True))

@@ -66,7 +66,7 @@ def extended(values: Tensor, pieces: VotePart, ballot: Ballot) -> Tensor:
 
 
 def blank_fisher(operands: Operands) -> Tensor:
-    """Return room for the Fisher of the result, flat."""
+    """Return an empty, flat tensor for the Fisher of the result."""
     return torch.empty(operands.size, dtype=torch.float32, device=operands.thetas[0].device)
 
 
