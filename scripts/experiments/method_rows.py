@@ -114,8 +114,8 @@ def task_vectors(count: int, seed: int) -> dict[str, Method]:
     """Return the methods of mergekit that merge task vectors; sums start at the scale of an average, 1/M."""
     mean_scales = {SCALE: LAMBDAS}
     sum_scales = {SCALE: tuple(times / count for times in (1, 2, 3))}
-    elected_scales = {SCALE: (2 / count, 3 / count, 1.0)}
-    weights = (1 / count, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 1.0)
+    elected_scales = {SCALE: _once(2 / count, 3 / count, 1.0)}
+    weights = _once(1 / count, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 1.0)
     drawn, kept = (0.5, 0.1, 0.9), (0.3, 0.1, 0.6)
     thresholds = (1e-5, 1e-4, 1e-3)
 
@@ -171,6 +171,11 @@ def structures(widest: int) -> dict[str, Method]:
             by("kron", trimmed="abstain"), grid(density=(0.5, 0.2, 0.1), **{SCALE: LAMBDAS}), STRUCTURE
         ),
     }
+
+
+def _once(*values: float) -> tuple[float, ...]:
+    """Return the values without repetitions."""
+    return tuple(dict.fromkeys(values))
 
 
 def _over(method: str, **fixed: Any) -> Callable[..., Weights]:

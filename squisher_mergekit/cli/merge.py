@@ -85,7 +85,7 @@ def command(
     parsed = read_config(text)
     if plot is not None:
         import squisher_mergekit.cli.plots  # noqa: F401  # refuses before any work without matplotlib
-    accepted = {"strict": strict, "allow_missing": allow_missing}
+    accepted: dict[str, Any] = {"strict": strict, "allow_missing": allow_missing}
     adapter: dict[str, Any] = {}
     with written_beside(out.absolute()) as folder:
         if as_adapter:
