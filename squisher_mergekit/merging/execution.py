@@ -225,8 +225,8 @@ def _run_chunks(
     fell_back, silent, *rest = (sum(column) for column in zip(*(counts for _, counts in results), strict=True))
     fisher = None if recorded is None else recorded.reshape(operands.thetas[0].shape)
     shape = operands.thetas[0].shape
-    abstained, conflicts = list(rest[:count]), list(rest[count:])
-    return Outcome(out.reshape(shape), list(shares), fell_back, [], 0, abstained, silent, fisher, conflicts)
+    abstained, conflicts = rest[:count], rest[count:]
+    return Outcome(out.reshape(shape), list(shares), fell_back, [], 0, list(abstained), silent, fisher, list(conflicts))
 
 
 # Values, shares, entries without information, invalid entries of each Fisher, NaN and infinite values.
