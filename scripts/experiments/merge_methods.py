@@ -9,7 +9,8 @@ Decided, and committed, before any result of this experiment was looked at:
 * **Seeds** 41 to 45, for both starts of the heads and for the domains. ``structure`` had reported some rows on the test
   texts of seeds 41 to 44 when this protocol was written: ``linear``, ``task_arithmetic``, ``ties``, OTA-merge, the
   masked and the plain diagonal merge, and the structures without lambda. No other row had been seen there, and none at
-  all on seed 45 and on the domains. No grid below was changed after those rows.
+  all on seed 45 and on the domains; ``structure`` reported seed 45 before the first cell of this experiment was run.
+  No grid, row or comparison was changed after that.
 * **Methods.** All methods that mergekit 0.1.5 registers and that merge any number of models, with mergekit's defaults
   for the parameters that are not searched. These do not apply: ``slerp``, ``nearswap`` and ``arcee_fusion`` take a base
   and one model; ``nuslerp`` takes two models; ``passthrough`` takes one.
