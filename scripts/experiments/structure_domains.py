@@ -42,7 +42,10 @@ def cell(settings: Settings, work: Path) -> Result:
 
 
 def trained(settings: Settings, work: Path) -> tuple[Models, float]:
-    """Return the models of a seed, fine-tuned on the first call, and the CPU time of their fine-tuning."""
+    """Return the models of a seed, fine-tuned on the first call, and the CPU time of their fine-tuning.
+
+    With a setting ``validation_texts``, only so many validation texts a domain are scored.
+    """
     recipes = gradient_matching.domain_recipes(settings)
     folders = {name: encoder.fine_tune(recipe, work) for name, recipe in recipes.items()}
     seconds = sum(json.loads((folder / "log.json").read_text())["cpu_seconds"] for folder in folders.values())
@@ -56,7 +59,9 @@ def trained(settings: Settings, work: Path) -> tuple[Models, float]:
         found = {}
         for name, own in weights.items():
             encoder.with_weights(model, own if merged is None else merged)
-            found[name] = encoder.accuracy(model, getattr(parts[name], part), recipes[name].length)
+            texts = getattr(parts[name], part)
+            texts = texts[: settings.get("validation_texts")] if part == "validation" else texts
+            found[name] = encoder.accuracy(model, texts, recipes[name].length)
         return found
 
     return Models(base, weights, fishers, score), round(seconds, 2)

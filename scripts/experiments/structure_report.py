@@ -193,17 +193,32 @@ def training(cells: Sequence[Cell]) -> str:
     return f"Fine-tuning the models of a seed takes {found:.0f} CPU-s, once for all experiments that use them."
 
 
-def picture(groups: Mapping[str, Sequence[Cell]], rows: Sequence[str], labels: Mapping[str, str] = ROWS) -> bytes:
-    """Return the picture of mean accuracies, one panel for each group, with the values of the seeds as points."""
-    figure = drawing.new(9, 0.6 + 0.24 * len(rows))
+def picture(
+    groups: Mapping[str, Sequence[Cell]],
+    rows: Sequence[str],
+    labels: Mapping[str, str] = ROWS,
+    *,
+    width: float = 9,
+    filled: Sequence[str] = STRUCTURES,
+) -> bytes:
+    """Return the picture of mean accuracies, one panel for each group, with the values of the seeds as points.
+
+    Args:
+        groups: Title of a panel -> its cells.
+        rows: Keys of the rows, from the top.
+        labels: Key of a row -> its label.
+        width: Width in inches.
+        filled: Keys of the rows with filled points.
+    """
+    figure = drawing.new(width, 0.6 + 0.24 * len(rows))
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (title, cells) in zip(panels, groups.items(), strict=True):
         for place, row in enumerate(rows):
             values = means(cells, row)
             average, deviation = spread(values)
             axes.plot(values, [place] * len(values), "|", color="0.6", markersize=7)
-            filled = "0.2" if row in STRUCTURES else "white"
-            axes.errorbar(average, place, xerr=deviation, fmt="o", color="0.2", markerfacecolor=filled, markersize=5)
+            face = "0.2" if row in filled else "white"
+            axes.errorbar(average, place, xerr=deviation, fmt="o", color="0.2", markerfacecolor=face, markersize=5)
         axes.set_title(title, fontsize=9)
         axes.set_yticks(range(len(rows)), [labels[row].replace("`", "") for row in rows], fontsize=8)
         axes.tick_params(axis="x", labelsize=8)

@@ -1,5 +1,6 @@
 """Tables of the README files, and the text of their numbers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -65,9 +66,17 @@ def difference(values: Sequence[float], digits: int = 1) -> str:
         >>> difference([-0.5])
         '-0.5'
     """
-    mean, deviation = spread(values)
-    text = f"{round(mean, digits) + 0.0:+.{digits}f}"
+    text = f"{round(spread(values)[0], digits) + 0.0:+.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {half_width(values):.{digits}f}"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Return the half width of the 95 % t interval of a mean, which is infinite for a single value.
+
+    Example:
+        >>> round(half_width([1.0, 2.0, 3.0]), 3), half_width([1.0])
+        (2.484, inf)
+    """
     if len(values) < 2:
-        return text
-    half = float(student.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
-    return f"{text} ± {half:.{digits}f}"
+        return math.inf
+    return float(student.ppf(0.975, len(values) - 1)) * spread(values)[1] / len(values) ** 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -100,18 +100,19 @@ def scatter(comparison: compare.Comparison, a: str, b: str) -> bytes:
     return png(figure)
 
 
-def heat_maps(report: Mapping[str, Any], title: str) -> bytes:
-    """Draw the share of each model by layer and kind of matrix, with abstentions and entries without signal.
+def heat_maps(report: Mapping[str, Any], title: str, shown: Callable[[str], str] = str) -> bytes:
+    """Draw the share of each model by layer and kind of matrix, with the figures of the vote and without signal.
 
     Args:
         report: Report of a run, with ``by_tensor``.
         title: Title of the picture.
+        shown: Function from the label of a model to its name in the picture.
 
     Returns:
         The PNG file.
     """
-    maps = share_maps(report)
-    labels = [f"{letter(place)} = {tail(label)}" for place, label in enumerate(report["effective_weight"])]
+    maps = share_maps(report, shown)
+    labels = [f"{letter(place)} = {tail(shown(label))}" for place, label in enumerate(report["effective_weight"])]
     across = min(len(maps), 4)
     down = -(-len(maps) // across)
     rows, columns = len(maps[0].rows), len(maps[0].columns)
@@ -139,12 +140,13 @@ def heat_maps(report: Mapping[str, Any], title: str) -> bytes:
     return png(figure)
 
 
-def merged_steps(report: Mapping[str, Any], title: str) -> bytes:
+def merged_steps(report: Mapping[str, Any], title: str, shown: Callable[[str], str] = str) -> bytes:
     """Draw the share of each model in the merged step of each layer, and the conflict beside it.
 
     Args:
         report: Report of :func:`~squisher_mergekit.merging.coupling.report.structure_report`.
         title: Title of the picture.
+        shown: Function from the label of a model to its name in the picture.
 
     Returns:
         The PNG file.
@@ -158,7 +160,7 @@ def merged_steps(report: Mapping[str, Any], title: str) -> bytes:
         shares = [report["layers"][layer]["share"].get(label, 0.0) for layer in layers]
         # A negative share is drawn to the left of 0.
         starts = [ends[share < 0][row] for row, share in enumerate(shares)]
-        left.barh(layers, shares, left=starts, height=_HEIGHT, color=f"C{place % 10}", label=tail(label))
+        left.barh(layers, shares, left=starts, height=_HEIGHT, color=f"C{place % 10}", label=tail(shown(label)))
         for row, share in enumerate(shares):
             ends[share < 0][row] += share
     left.set_xlabel("share of the merged step")

@@ -64,7 +64,9 @@ def command(
         raise ConfigError("--eval must name the folder of the model as {model}, but does not; add it")
     grid = parse_grid((*axes, *more))
     merge_options.apply_global_options()
-    document = read_document(read_text(config))
+    given = read_text(config)
+    document = read_document(given)
+    read_config(given)
     check_grid(document["merge_method"], grid)
     every = list(points(grid))
     texts = {label(point): _yaml(with_point(document, point)) for point in every}

@@ -31,8 +31,9 @@ class Merged(NamedTuple):
     ``values``: the merge, shaped like the weight. ``shares``: one number a model (0-dim tensors), the sum over the
     entries of the coefficient with which the model (in UBGM: its difference to the base) entered. ``fell_back``: the
     number of entries (0-dim) where no model had information. Where models can be without a vote, ``abstained`` is the
-    number of entries where each of them is, ``silent`` that where all are, and ``voted`` the mask of each model's
-    votes, None for all entries.
+    number of entries that each of them does not keep, ``sign_conflicts`` that of its kept entries that move against an
+    elected sign, ``silent`` the number of entries without any vote, and ``voted`` the mask of each model's votes, None
+    for all entries.
     """
 
     values: Tensor
@@ -41,6 +42,7 @@ class Merged(NamedTuple):
     abstained: Sequence[Tensor] = ()
     silent: Tensor | int = 0
     voted: Sequence[Tensor | None] = ()
+    sign_conflicts: Sequence[Tensor] = ()
 
 
 def squisher(

@@ -217,15 +217,16 @@ def _run_chunks(
         lowest, highest = (end.item() for end in torch.aminmax(values))
         if not (lowest >= -limit and highest <= limit):
             operands.check_result(out[part], part)
-        counts = [merged.fell_back, merged.silent, *merged.abstained]
+        counts = [merged.fell_back, merged.silent, *merged.abstained, *merged.sign_conflicts]
         return [float(share) for share in merged.shares], [int(number) for number in counts]
 
     results = map_parts(chunk, range(0, size, CHUNK), size)
     shares = [sum(shares[i] for shares, _ in results) / max(size, 1) for i in range(count)]
-    fell_back, silent, *abstained = (sum(column) for column in zip(*(counts for _, counts in results), strict=True))
+    fell_back, silent, *rest = (sum(column) for column in zip(*(counts for _, counts in results), strict=True))
     fisher = None if recorded is None else recorded.reshape(operands.thetas[0].shape)
     shape = operands.thetas[0].shape
-    return Outcome(out.reshape(shape), list(shares), fell_back, [], 0, list(abstained), silent, fisher)
+    abstained, conflicts = rest[:count], rest[count:]
+    return Outcome(out.reshape(shape), list(shares), fell_back, [], 0, list(abstained), silent, fisher, list(conflicts))
 
 
 # Values, shares, entries without information, invalid entries of each Fisher, NaN and infinite values.

@@ -89,9 +89,11 @@ class Outcome:
         pending: On an accelerator, counts of invalid entries not yet looked at, each with the number of entries and a
             label; no Fisher is held for them.
         not_finite: On an accelerator, the number of NaN and infinite entries of ``values``.
-        abstained: For each input the number of entries without its vote; empty where all vote.
+        abstained: For each input the number of entries that it does not keep; empty where all vote.
         silent: Number of entries where no model votes.
         fisher: Fisher of the result, if the ballot asks for it and the models have Fishers.
+        sign_conflicts: For each input the number of kept entries that move against the elected sign; empty without an
+            election, and where a fused kernel elects.
     """
 
     values: Tensor
@@ -102,6 +104,7 @@ class Outcome:
     abstained: list[int | Tensor] = field(default_factory=list)
     silent: int | Tensor = 0
     fisher: Tensor | None = None
+    sign_conflicts: list[int | Tensor] = field(default_factory=list)
 
     def check(self, name: str = "the tensor") -> None:
         """Look at the pending counts (this waits for the accelerator).

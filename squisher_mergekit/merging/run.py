@@ -186,8 +186,9 @@ class Run:
     def report(self) -> dict[str, Any]:
         """Return shares of entries and mean effective weights, overall, per kind of layer and per tensor.
 
-        The weights are means over the entries where a model votes. Where models can abstain, ``abstained`` has the
-        share of entries without the vote of each, and ``silent`` that where all abstain.
+        The weights are means over the entries where a model votes. Where models can be without a vote, ``abstained``
+        has the share of entries that each does not keep, ``sign_conflicts`` that of its kept entries that move against
+        the elected sign, and ``silent`` the share of entries without any vote.
 
         ``kept`` has, for each model with one threshold, the share of the entries of each layer above it.
         With ``reported``, ``structure`` is the report of the coupled matrices, see :func:`structure_report`.

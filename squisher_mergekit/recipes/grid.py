@@ -58,7 +58,8 @@ def _value(text: str, axis: str) -> Any:
         value = None
     if not isinstance(value, str | int | float | bool):
         raise ConfigError(
-            f"a value of --grid must be a number or a word, found {text!r:.80} in {axis!r:.80}; write it so"
+            f"a value of --grid must be a number or a word, found {text!r:.80} in {axis!r:.80}; write lambda=1,1.5 or "
+            "consensus=none,sign"
         )
     return value
 

@@ -138,7 +138,7 @@ def _empty(folder: Path) -> None:
 
 
 def identity(document: Mapping[str, Any], grid: Mapping[str, Sequence[Any]], command: str, higher: bool) -> str:
-    """Return the digest by which a folder is known as that of the same sweep."""
+    """Return the digest that identifies a sweep."""
     text = json.dumps([document, grid, command, higher], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

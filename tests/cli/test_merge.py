@@ -66,6 +66,8 @@ def test_a_picture_of_a_diagonal_merge_and_a_page(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "*Fishers for Free?" in card
     assert "Base model: m0." in card
+    assert "![Share of each model in the merge, by layer and kind of matrix](shares.png)" in card
+    assert (tmp_path / "out" / "shares.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_page_of_the_plan(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 
+import pytest
 import yaml
 from click.testing import CliRunner
 
@@ -82,3 +83,15 @@ def test_mistakes_are_refused_before_the_first_merge(tmp_path):
         assert done.exit_code == 1
         assert message in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parameters", [3, [1], "damping"])
+def test_parameters_that_are_no_mapping_are_refused(tmp_path, parameters):
+    """A damaged configuration is refused in one line before the points of the grid are added."""
+    document = {"merge_method": "squisher", "models": [{"model": "a"}, {"model": "b"}], "parameters": parameters}
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(document))
+    done = _sweep(tmp_path, "--grid", "damping=0.1")
+    assert done.exit_code == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "parameters" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -158,7 +158,7 @@ def run_config(
     """
     from mergekit.merge import generate_card, run_merge
 
-    from squisher_mergekit.merging.reports.text import provenance
+    from squisher_mergekit.merging.reports.card import CARD, provenance
     from squisher_mergekit.merging.run import Run
 
     given_run = Run(config.merge_method, options.quiet, strict, allow_missing, reported, sources)
@@ -167,7 +167,7 @@ def run_config(
         run_merge(config, str(folder), given, config_source=text)
     if options.write_model_card:
         card = generate_card(config=config, config_yaml=text, name=folder.name)
-        (folder / "README.md").write_text(card + provenance(run, _base_of(config)), encoding="utf-8")
+        (folder / CARD).write_text(card + provenance(run, _base_of(config)), encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8")
     return run
 
@@ -204,7 +204,7 @@ def run_as_adapter(
 
     from squisher_mergekit.merging.mergekit.model_folders import resolve_models
     from squisher_mergekit.merging.mergekit.references import AdaptedReference
-    from squisher_mergekit.merging.reports.text import bare_card, provenance
+    from squisher_mergekit.merging.reports.card import CARD, bare_card, provenance
     from squisher_mergekit.models.lora.low_rank import write_adapter
     from squisher_mergekit.models.weights import Weights
     from squisher_mergekit.tensors.atomic import scratch_beside
@@ -234,7 +234,7 @@ def run_as_adapter(
         report = write_adapter(folder, loras, rank, str(models[0].model), merged.read)
     if options.write_model_card:
         card = bare_card(folder.name, run.method, text) + provenance(run, _base_of(config))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8")
     return run, report
 
@@ -304,7 +304,7 @@ def without_hub(generate_card: Callable[..., str]) -> Callable[..., str]:
         except Exception:  # each version of the Hub's client raises other classes
             if config.merge_method not in METHODS:
                 raise
-            from squisher_mergekit.merging.reports.text import bare_card
+            from squisher_mergekit.merging.reports.card import bare_card
 
             return bare_card(name or "", config.merge_method, config_yaml)
 

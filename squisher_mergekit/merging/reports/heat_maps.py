@@ -8,6 +8,8 @@ from typing import Any
 
 from squisher_mergekit.fisher.summary import by_number, kind_of, layer_of
 
+# Key of the report -> meaning of its share of entries, for a title.
+VOTES = {"abstained": "without a vote", "sign_conflicts": "against the elected sign"}
 ALONE = ""  # column of tensors outside of numbered layers, such as embeddings and heads
 Figures = Mapping[str, Any]
 
@@ -64,23 +66,35 @@ def place_of(name: str) -> tuple[str, str]:
     return layer_of(name), kind_of(name) if numbered else ALONE
 
 
-def share_maps(report: Mapping[str, Any]) -> list[HeatMap]:
-    """Return the heat maps of a report: the share of each model, and where there are any, abstentions and no signal.
+def share_maps(report: Mapping[str, Any], shown: Callable[[str], str] = str) -> list[HeatMap]:
+    """Return the heat maps of a report: shares, and where there are any, abstentions, sign conflicts and no signal.
 
     Args:
         report: Report of a run, with ``by_tensor``.
+        shown: Function from the label of a model to the name in a title.
     """
     tensors = report["by_tensor"]
     labels = list(report["effective_weight"])
     maps = []
     for place, label in enumerate(labels):
-        maps.append(heat_map(f"{letter(place)}  {tail(label, 34)}", tensors, _of("effective_weight", label)))
-    for place, label in enumerate(labels):
-        if report.get("abstained", {}).get(label):
-            maps.append(heat_map(f"{letter(place)} without a vote", tensors, _of("abstained", label)))
+        maps.append(heat_map(f"{letter(place)}  {tail(shown(label), 34)}", tensors, _of("effective_weight", label)))
+    for key, meaning in VOTES.items():
+        for place, label in enumerate(labels):
+            if report.get(key, {}).get(label):
+                maps.append(heat_map(f"{letter(place)} {meaning}", tensors, _of(key, label)))
     if report["fell_back"]:
         maps.append(heat_map("no signal in any model", tensors, lambda found: float(found["fell_back"])))
     return maps
+
+
+def counted_votes(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the shares of entries under the keys of ``VOTES``, without those that are 0 for all models.
+
+    Example:
+        >>> counted_votes({"abstained": {"a": 0.0}, "sign_conflicts": {"a": 0.25}})
+        {'sign_conflicts': {'a': 0.25}}
+    """
+    return {key: report[key] for key in VOTES if any(report.get(key, {}).values())}
 
 
 def _of(key: str, label: str) -> Callable[[Figures], float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from squisher_mergekit.merging.merge_plan import size_text
 from squisher_mergekit.merging.parameters import no_signal
-from squisher_mergekit.merging.reports.heat_maps import HeatMap, letter, share_maps
+from squisher_mergekit.merging.reports.heat_maps import VOTES, HeatMap, counted_votes, letter, share_maps
 
 _DARK = 0.55  # figures above it have white text
 
@@ -75,17 +75,17 @@ def _models(preview: Mapping[str, Any], report: Mapping[str, Any] | None) -> str
     weights = {} if report is None else report["effective_weight"]
     labels = list(weights) or [model["model"] for model in preview["models"]]
     letters = {label: letter(place) for place, label in enumerate(labels)}
-    abstained = {} if report is None else report.get("abstained", {})
+    shares = {} if report is None else counted_votes(report)
     head = ["", "model", "Fisher"]
     head += [] if report is None else ["effective weight"]
-    head += ["without a vote"] if abstained else []
+    head += [VOTES[key] for key in shares]
     head += ["coverage", "steps", "beta2", "scale", "kind", "optimizer"]
     rows = []
     for model in preview["models"]:
         label, scale = model["model"], model["scale"]
         cells = [letters.get(label, "base"), label, model["fisher"]]
         cells += [] if report is None else [f"{weights[label]:.1%}" if label in weights else "base"]
-        cells += [f"{abstained.get(label, 0.0):.1%}"] if abstained else []
+        cells += [f"{found.get(label, 0.0):.1%}" if label in weights else "" for found in shares.values()]
         cells += [
             f"{model['covered'] / max(model['entries'], 1):.1%}",
             model["steps"],
@@ -120,7 +120,7 @@ def _list(
 
 def _shares(report: Mapping[str, Any]) -> str:
     found = share_maps(report)
-    largest = max(value for each in found for value in each.values.values())
+    largest = max((value for each in found for value in each.values.values()), default=0.0)
     top = min(max(math.ceil(5 * largest) / 5, 0.2), 1.0)
     maps = "".join(f"<div><h3>{escape(each.title)}</h3>{_map(each, top)}</div>" for each in found)
     steps = "".join(f'<i style="--v:{v:g}"></i>' for v in (0, 0.2, 0.4, 0.6, 0.8, 1))
@@ -182,8 +182,8 @@ def _tensors(report: Mapping[str, Any]) -> str:
     """Return the table of all tensors, which sorts by any column."""
     labels = list(report["effective_weight"])
     titles = ["tensor", "entries", *(letter(place) for place in range(len(labels))), "no signal"]
-    abstained = [label for label in labels if label in report.get("abstained", {})]
-    titles += [f"{letter(labels.index(label))} without a vote" for label in abstained]
+    votes = [(key, label) for key, found in counted_votes(report).items() for label in labels if label in found]
+    titles += [f"{letter(labels.index(label))} {VOTES[key]}" for key, label in votes]
     head = "".join(
         f'<th{"" if place else " class=name"}><button class="sort">{escape(text)}</button></th>'
         for place, text in enumerate(titles)
@@ -191,7 +191,7 @@ def _tensors(report: Mapping[str, Any]) -> str:
     rows = []
     for name, found in report["by_tensor"].items():
         shares = [found["effective_weight"].get(label, 0.0) for label in labels]
-        shares += [found["fell_back"], *(found.get("abstained", {}).get(label, 0.0) for label in abstained)]
+        shares += [found["fell_back"], *(found.get(key, {}).get(label, 0.0) for key, label in votes)]
         cells = "".join(f'<td data-value="{share:.6f}">{share:.1%}</td>' for share in shares)
         count = found["entries"]
         rows.append(f'<tr><td class="name">{escape(name)}</td><td data-value="{count}">{count:,}</td>{cells}</tr>')

@@ -1,12 +1,10 @@
-"""Report of a merge: a table for the terminal, a section for the model card."""
+"""Report of a merge as a table for the terminal."""
 
-from pathlib import PurePath
 from typing import Any
 
 from squisher_mergekit.merging.coupling.report import structure_lines
-from squisher_mergekit.merging.parameters import UBGM_SQUISHER, no_signal
-from squisher_mergekit.merging.reports.heat_maps import letter
-from squisher_mergekit.merging.run import Run
+from squisher_mergekit.merging.parameters import no_signal
+from squisher_mergekit.merging.reports.heat_maps import VOTES, counted_votes, letter
 from squisher_mergekit.models.whole import names_text
 
 
@@ -22,11 +20,7 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
     lines = [
         f"{report['method']}: {report['fell_back']:.3%} of {report['entries']:,} entries, {no_signal(report['method'])}"
     ]
-    if report.get("abstained"):
-        own = ", ".join(
-            f"{column} {report['abstained'].get(label, 0.0):.1%}" for column, label in zip(columns, labels, strict=True)
-        )
-        lines.append(f"  {report['silent']:.3%} without a vote: base value; entries without the vote of {own}")
+    lines += _vote_lines(report)
     if report.get("lost"):
         whole = report["whole"]
         lines.append(
@@ -53,68 +47,22 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
     return "\n".join(lines)
 
 
+def _vote_lines(report: dict[str, Any]) -> list[str]:
+    """Return the entries without any vote, and for each model those without its vote or against the elected sign."""
+    if "abstained" not in report:
+        return []
+    labels = list(report["effective_weight"])
+    lines = [f"  {report['silent']:.3%} without a vote: base value"]
+    for key, shares in counted_votes(report).items():
+        texts = [f"{letter(place)} {shares.get(label, 0.0):.1%}" for place, label in enumerate(labels)]
+        lines.append(f"  entries {VOTES[key]}: {', '.join(texts)}")
+    return lines
+
+
 def _adapter_line(adapter: dict[str, Any]) -> str:
     """Return one line about an adapter: its rank, and the energy that it discards."""
     name, worst = max(adapter["modules"].items(), key=lambda item: float(item[1]["discarded"]))
     return (
         f"  written as an adapter of rank {adapter['rank']} for {len(adapter['modules'])} tensors, which discards "
         f"{adapter['discarded']:.2%} of the energy of the change (most of {name}: {worst['discarded']:.2%})"
-    )
-
-
-def provenance(run: Run, base: str | None = None) -> str:
-    """Return a section for the model card: source of each Fisher, effective weight of each model. No local path."""
-    from importlib.metadata import version
-
-    report = run.report()
-    lines = [
-        "",
-        "## Fisher provenance",
-        "",
-        f"Merged by `{run.method}` of squisher-mergekit {version('squisher-mergekit')} with mergekit "
-        f"{version('mergekit')}; {report['fell_back']:.2%} of the entries, {no_signal(run.method)}.",
-        "",
-        "| model | Fisher | estimator | optimizer | steps | beta2 | scale | effective weight |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for model in run.preview["models"] if run.preview else []:
-        share = report["effective_weight"].get(model["model"])
-        cells = [
-            _short(model["model"]),
-            PurePath(str(model["fisher"])).name,
-            *(model[key] for key in ("estimator", "optimizer", "steps", "beta2")),
-            None if model["scale"] is None else f"{model['scaling']} x{model['scale']:.4g}",
-            "base" if share is None else f"{share:.1%}",
-        ]
-        lines.append("| " + " | ".join("unknown" if cell is None else str(cell) for cell in cells) + " |")
-    lines += ["", *([f"Base model: {_short(base)}.", ""] if base else []), *_citations(run.method), ""]
-    return "\n".join(lines)
-
-
-def _citations(method: str) -> list[str]:
-    """Return the works behind a method."""
-    own = (
-        "Gradient matching: Daheim et al., *Model Merging by Uncertainty-Based Gradient Matching*, ICLR 2024."
-        if method == UBGM_SQUISHER
-        else "Fisher merging: Matena and Raffel, *Merging Models with Fisher-Weighted Averaging*, NeurIPS 2022."
-    )
-    return [
-        "Squisher: Li, Dangel, Tam and Raffel, *Fishers for Free? Approximating the Fisher Information Matrix by "
-        "Recycling the Squared Gradient Accumulator*, ICML 2025.",
-        own,
-        "mergekit: Goddard et al., *Arcee's MergeKit: A Toolkit for Merging Large Language Models*, EMNLP 2024.",
-    ]
-
-
-def _short(model: str) -> str:
-    """Return the last part of a path; for a checkpoint also the name of its run."""
-    path = PurePath(model)
-    return "/".join(path.parts[-2:]) if path.name.startswith("checkpoint-") else path.name
-
-
-def bare_card(name: str, method: str, text: str) -> str:
-    """Return a model card without links to the Hub, for use without a network."""
-    header = "---\ntags:\n- mergekit\n- merge\nlibrary_name: transformers\n---\n"
-    return (
-        f"{header}# {name}\n\nA merge by the method `{method}`, made with mergekit.\n\n```yaml\n{text.rstrip()}\n```\n"
     )

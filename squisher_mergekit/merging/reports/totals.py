@@ -1,6 +1,6 @@
 """Totals of a merge over the entries of its tensors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ class Totals:
         fell_back: Numbers of entries where no model had information.
         silent: Numbers of entries where no model votes.
         shares: Model -> mean coefficients that it entered with, each with its number of entries.
-        abstained: Model -> numbers of entries without its vote.
+        abstained: Model -> numbers of entries that it does not keep.
+        sign_conflicts: Model -> numbers of kept entries that move against the elected sign.
     """
 
     entries: int = 0
@@ -26,6 +27,7 @@ class Totals:
     silent: list[int | Tensor] = field(default_factory=list)
     shares: dict[str, list[tuple[float | Tensor, int]]] = field(default_factory=dict)
     abstained: dict[str, list[int | Tensor]] = field(default_factory=dict)
+    sign_conflicts: dict[str, list[int | Tensor]] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, parts: Iterable["Totals"]) -> "Totals":
@@ -37,8 +39,9 @@ class Totals:
             found.silent += part.silent
             for label, shares in part.shares.items():
                 found.shares.setdefault(label, []).extend(shares)
-            for label, counts in part.abstained.items():
-                found.abstained.setdefault(label, []).extend(counts)
+            for kept, added in ((found.abstained, part.abstained), (found.sign_conflicts, part.sign_conflicts)):
+                for label, counts in added.items():
+                    kept.setdefault(label, []).extend(counts)
         return found
 
     def add(self, size: int, labels: Sequence[str], outcome: Outcome) -> None:
@@ -46,8 +49,9 @@ class Totals:
         self.entries += size
         self.fell_back.append(outcome.fell_back)
         self.silent.append(outcome.silent)
-        for label, count in zip(labels, outcome.abstained, strict=False):
-            self.abstained.setdefault(label, []).append(count)
+        for kept, added in ((self.abstained, outcome.abstained), (self.sign_conflicts, outcome.sign_conflicts)):
+            for label, count in zip(labels, added, strict=False):
+                kept.setdefault(label, []).append(count)
         for label, share in zip(labels, outcome.shares, strict=True):
             self.shares.setdefault(label, []).append((share, size))
 
@@ -65,5 +69,10 @@ class Totals:
         }
         if not self.abstained:
             return found
-        abstained = {label: sum(map(int, counts)) / size for label, counts in self.abstained.items()}
-        return {**found, "silent": silent / size, "abstained": abstained}
+        found |= {"silent": silent / size, "abstained": _shares(self.abstained, size)}
+        return found | ({"sign_conflicts": _shares(self.sign_conflicts, size)} if self.sign_conflicts else {})
+
+
+def _shares(counts: Mapping[str, Sequence[int | Tensor]], size: int) -> dict[str, float]:
+    """Return the share of entries of each model."""
+    return {label: sum(map(int, numbers)) / size for label, numbers in counts.items()}

@@ -53,7 +53,8 @@ def voted_mean(
         extremes: The smallest and the largest entry of each Fisher, if known.
 
     Returns:
-        The merged weight. ``fell_back`` counts entries where models vote without information.
+        The merged weight. ``fell_back`` counts entries where models vote without information, ``sign_conflicts`` the
+        kept entries of each model that move against the elected sign.
 
     Source: the election is that of TIES (Yadav et al., 2023), weighted by F; the powers are those of OTA-merge
     (Mahdavi et al., 2025).
@@ -79,8 +80,9 @@ def voted_mean(
     if blank is not None:
         parts = [_masked(part, mask) for part, mask in zip(parts, masks, strict=True)]
         blank = blank & any_kept(masks, blank)
+    voters, conflicts = masks, list[Tensor]()
     if elected:
-        parts, masks = _agreeing(parts, [thetas[i] for i in used], base, masks, based)
+        parts, voters, conflicts = _agreeing(parts, [thetas[i] for i in used], base, masks, based)
     values, total = base, parts[0]
     for place, (i, part) in enumerate(zip(used, parts, strict=True)):
         total = total + part if place else part
@@ -88,14 +90,11 @@ def voted_mean(
         values = torch.lerp(values, thetas[i], share)
     voted = total.count_nonzero()
     silent = total.numel() - voted
-    shares = [share.sum()]
-    if len(parts) > 1:
-        total.clamp_min_(torch.finfo(total.dtype).tiny)
-        shares = [*((part / total).sum() for part in parts[1:-1]), *shares]
-        shares = [voted - sum(shares[1:], start=shares[0]), *shares]
+    shares = _summed_shares(parts, total, voted, share.sum())
     if blank is not None:
         silent = silent - ((total <= torch.finfo(total.dtype).tiny) & blank).sum()
-    return _spread(Merged(values, shares, _count(blank, base)), used, masks, len(weights), silent)
+    merged = Merged(values, shares, _count(blank, base), voted=voters, sign_conflicts=conflicts)
+    return _spread(merged, used, masks, len(weights), silent)
 
 
 def powered_mean(
@@ -192,7 +191,7 @@ def voted_step(
         values = torch.addcmul(values, share, thetas[i] - base)
         shares.append(share.sum())
     voting = any_kept(masks, blank)
-    merged = Merged(values, shares, (blank & voting).sum())
+    merged = Merged(values, shares, (blank & voting).sum(), voted=masks)
     return _spread(merged, used, masks, len(weights), (~voting).sum())
 
 
@@ -288,34 +287,57 @@ def _agreeing(
     base: Tensor,
     masks: Sequence[Tensor | None],
     based: Tensor | None,
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the votes of the models that move in the elected direction, and those models, as numbers 0 and 1."""
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
+    """Return the votes that agree with the elected sign, the agreeing models as 0 and 1, and the sign conflicts.
+
+    The sign conflicts of a model are the number of its kept entries that move against the elected sign.
+    """
     steps = [theta - base for theta in thetas]
     pull = parts[0] * steps[0]
     for part, step in zip(parts[1:], steps[1:], strict=True):
         pull.addcmul_(part, step)
     elected = pull.sign_()
-    agreeing, voters = [], list[Tensor | None]()
+    agreeing, voters, conflicts = [], list[Tensor | None](), []
     for part, step, mask in zip(parts, steps, masks, strict=True):
-        # Numbers 0 and 1 in place of a mask: all of this stays in vector instructions.
-        agrees = step.mul_(elected).sign_().clamp_min_(0)
-        agrees = agrees if based is None else torch.where(based, agrees, 1)
+        # Numbers -1, 0 and 1 in place of masks: all of this stays in vector instructions.
+        signs = step.mul_(elected).sign_()
+        signs = signs if based is None else torch.where(based, signs, 1)
+        signs = signs if mask is None else signs.mul_(mask)
+        balance = _sum_of_signs(signs)
+        agrees = signs.clamp_min_(0)
+        conflicts.append((_sum_of_signs(agrees) - balance).long())
         agreeing.append(part * agrees)
-        voters.append(agrees if mask is None else agrees * mask)
-    return agreeing, voters
+        voters.append(agrees)
+    return agreeing, voters, conflicts
+
+
+def _summed_shares(parts: Sequence[Tensor], total: Tensor, voted: Tensor, last: Tensor) -> list[Tensor]:
+    """Return the sum of each model's shares, which all sum to ``voted``; clamp ``total`` in place."""
+    if len(parts) == 1:
+        return [last]
+    total.clamp_min_(torch.finfo(total.dtype).tiny)
+    shares = [*((part / total).sum() for part in parts[1:-1]), last]
+    return [voted - sum(shares[1:], start=shares[0]), *shares]
+
+
+def _sum_of_signs(signs: Tensor) -> Tensor:
+    """Return the exact sum; float32 counts up to 2^24."""
+    return signs.sum(dtype=torch.float64 if signs.numel() > 1 << 24 else signs.dtype)
 
 
 def _spread(merged: Merged, used: Sequence[int], masks: Sequence[Tensor | None], count: int, silent: Tensor) -> Merged:
-    """Return the same with one number for each model; models of weight 0 have none."""
+    """Return the merge with one number for each model, 0 for a model of weight 0."""
     zero = torch.zeros_like(merged.shares[0])
     nothing = merged.values.new_zeros((), dtype=torch.int64)
-    shares = dict(zip(used, merged.shares, strict=True))
+    shares, voted = dict(zip(used, merged.shares, strict=True)), dict(zip(used, merged.voted, strict=True))
+    conflicts = dict(zip(used, merged.sign_conflicts, strict=False))
     counts = {i: nothing if mask is None else mask.numel() - mask.sum() for i, mask in zip(used, masks, strict=True)}
     return merged._replace(
         shares=[shares.get(i, zero) for i in range(count)],
         abstained=[counts.get(i, nothing) for i in range(count)],
         silent=silent,
-        voted=[dict(zip(used, masks, strict=True)).get(i) for i in range(count)],
+        voted=[voted.get(i) for i in range(count)],
+        sign_conflicts=[conflicts.get(i, nothing) for i in range(count)] if conflicts else [],
     )
 
 

@@ -44,9 +44,16 @@ def run_whole(step: Step, operands: Operands, count: int, out_dtype: torch.dtype
     pending = [(counts, size, label) for counts, label in zip(invalid, operands.labels, strict=True)]
     shares: list[float | Tensor] = [share / max(size, 1) for share in merged.shares]
     fisher = None if recorded is None else recorded.reshape(shape)
-    abstained: list[int | Tensor] = list(merged.abstained)
     return Outcome(
-        values, shares, merged.fell_back, pending, count_not_finite(values), abstained, merged.silent, fisher
+        values,
+        shares,
+        merged.fell_back,
+        pending,
+        count_not_finite(values),
+        abstained=list(merged.abstained),
+        silent=merged.silent,
+        fisher=fisher,
+        sign_conflicts=list(merged.sign_conflicts),
     )
 
 
@@ -59,7 +66,7 @@ def extended(values: Tensor, pieces: VotePart, ballot: Ballot) -> Tensor:
 
 
 def blank_fisher(operands: Operands) -> Tensor:
-    """Return room for the Fisher of the result, flat."""
+    """Return an empty, flat tensor for the Fisher of the result."""
     return torch.empty(operands.size, dtype=torch.float32, device=operands.thetas[0].device)
 
 

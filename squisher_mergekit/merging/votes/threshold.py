@@ -92,9 +92,9 @@ class _Search:
         """Return the choice of each tensor; of the entries that equal the threshold the first are kept."""
         ties, found = keep - sum(above.values()), {}
         for name, size in self.sizes.items():
-            here = min(ties, equal[name])
-            ties -= here
-            found[name] = Choice(Cut(key, here), above[name] + here, size)
+            taken = min(ties, equal[name])
+            ties -= taken
+            found[name] = Choice(Cut(key, taken), above[name] + taken, size)
         return found
 
 

@@ -3,13 +3,15 @@
 KINDS = ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")
 
 
-def made_report(models, layers, fell_back=0.0, abstained=0.0):
+def made_report(models, layers, fell_back=0.0, abstained=0.0, conflicts=0.0):
     """Return the report of a run with equal shares."""
     labels = [f"runs/{chr(ord('a') + i)}" for i in range(models)]
     names = ["embed.weight", *(f"layers.{i}.{kind}.weight" for i in range(layers) for kind in KINDS)]
     figures = {"entries": 7, "fell_back": fell_back, "effective_weight": dict.fromkeys(labels, 1 / models)}
     if abstained:
         figures |= {"silent": 0.0, "abstained": dict.fromkeys(labels, abstained)}
+    if conflicts:
+        figures["sign_conflicts"] = dict.fromkeys(labels, conflicts)
     return {"method": "squisher", **figures, "by_tensor": {name: dict(figures) for name in names}}
 
 

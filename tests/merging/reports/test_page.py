@@ -45,6 +45,15 @@ def test_the_page_has_all_figures_and_needs_no_network(models, layers):
     assert not any("http" in text or "@import" in text for text in found.texts)
 
 
+def test_the_page_counts_sign_conflicts_apart():
+    """Each model has a heat map and a column for its abstentions, and another for its sign conflicts."""
+    report = made_report(2, 1, abstained=0.5, conflicts=0.0625)
+    found = Parsed(page(made_preview(report), "merge_method: squisher\n", "Merge of a.yml", report))
+    assert found.tags.count("h3") == 6
+    assert {"A without a vote", "B against the elected sign"} <= set(found.texts)
+    assert found.texts.count("6.2%") == 2 * (1 + len(report["by_tensor"]))
+
+
 def test_the_page_of_a_plan_has_no_shares():
     """A plan has models, warnings, reasons and the recipe."""
     report = made_report(2, 1)

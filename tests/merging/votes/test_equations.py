@@ -89,6 +89,28 @@ def test_the_counts_of_votes() -> None:
     assert (int(opposed.silent), opposed.values.tolist()) == (4, [0.0] * 4)
 
 
+def test_sign_conflicts_are_no_abstentions() -> None:
+    """A kept entry against the elected sign is a conflict; a step of 0, a tie and a masked entry are none."""
+    base, one = torch.zeros(5), torch.ones(5)
+    thetas = [torch.tensor([1.0, -1.0, 1.0, 0.0, -1.0]), 2 * one, torch.tensor([-1.0, 1.0, -3.0, 1.0, -4.0])]
+    kept = [None, torch.tensor([True, True, True, True, False]), torch.tensor([True, False, True, True, True])]
+    merged = voted_mean(thetas, [one] * 3, [1.0] * 3, [1.0] * 3, base, kept=kept, elected=True)
+    # Sums of the steps: 2, 1, 0 (a tie), 3, -5.
+    assert merged.values.tolist() == [1.5, 2.0, 0.0, 1.5, -2.5]
+    assert [int(count) for count in merged.sign_conflicts] == [1, 0, 1]
+    assert [int(count) for count in merged.abstained] == [0, 1, 1]
+    plain = voted_mean(thetas, [one] * 3, [1.0] * 3, [1.0] * 3, base, kept=kept)
+    assert list(plain.sign_conflicts) == []
+
+
+def test_tokens_that_the_base_lacks_have_no_sign_conflict() -> None:
+    """Models of weight 0 and entries outside of ``based`` are not counted."""
+    base, one = torch.zeros(3), torch.ones(3)
+    based = torch.tensor([True, False, True])
+    merged = voted_mean([3 * one, one, -one], [one] * 3, [1.0, 0.0, 1.0], [1.0] * 3, base, elected=True, based=based)
+    assert [int(count) for count in merged.sign_conflicts] == [0, 0, 2]
+
+
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
 def test_gradient_matching(count: int, power: float) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from scripts.experiments import (
     encoder,
+    merge_methods,
     merging,
     structure,
     structure_adapters,
@@ -36,7 +37,7 @@ def test_the_seeds_are_new(module, seeds):
     assert set(counts.values()) == {len(cells) // seeds}
 
 
-@pytest.mark.parametrize("module", [*EXPERIMENTS, structure_adapters, structure_optimizers])
+@pytest.mark.parametrize("module", [*EXPERIMENTS, merge_methods, structure_adapters, structure_optimizers])
 def test_a_kept_report_has_planned_cells(module):
     """The cells of a kept report are planned ones of the current revision, in their order, and say how many are."""
     report = structure_report.results(module.EXPERIMENT.name)

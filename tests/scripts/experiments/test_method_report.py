@@ -1,0 +1,80 @@
+"""Tables and primary comparison of ``merge_methods``, from made-up cells."""
+
+import pytest
+
+from scripts.experiments import merge_methods, method_report
+from scripts.experiments.method_rows import ROWS, methods
+
+TASKS = ("bbc", "spam")
+
+
+def _cell(settings, gap):
+    """Return a cell in which kron is some points above the field, which is ``sce``; ``ram`` is best on test texts."""
+    seed = settings["seed"]
+    level = dict.fromkeys(ROWS, 60.0) | {"single": 90.0, "sce": 70.0 + seed, "ram": 80.0, "kron": 70.0 + seed + gap}
+    table = methods(len(TASKS), seed)
+    result = {
+        "test": {row: {"bbc": value - 2, "spam": value + 2} for row, value in level.items()},
+        "validation": dict.fromkeys(table, 50.0) | {"sce": 75.0, "kron": 99.0},
+        "chosen": {row: dict(method.settings[0]) for row, method in table.items()},
+        "searched": {},
+    }
+    return {
+        "settings": settings,
+        "result": result,
+        "timings": {"merge": dict.fromkeys(table, 1.5), "training": 5.0},
+    }
+
+
+def _report(gaps, cells=None):
+    """Return a report; the gaps of the two starts of the heads vary by 0.1 points with the seed."""
+    planned = merge_methods.EXPERIMENT.full
+    made = []
+    for one in planned[:cells]:
+        made.append(_cell(one, gaps.get(one.get("heads"), 0.0) + 0.1 * (one["seed"] % 2)))
+    return {"cells": made, "planned": len(planned)}
+
+
+def test_the_cells_are_three_a_seed():
+    """Both starts of the heads and the domains have five seeds, and nine settings a method."""
+    planned = merge_methods.EXPERIMENT.full
+    assert [sum(one["seed"] == seed for one in planned) for seed in range(41, 46)] == [3] * 5
+    assert {one["budget"] for one in planned} == {9}
+
+
+def test_the_field_is_chosen_on_validation_texts():
+    """The best method on the test texts is not the field, and neither is one of ours."""
+    report = _report({})
+    assert {method_report.field(one) for one in report["cells"]} == {"sce"}
+    assert method_report.less_field(report["cells"][:1], "ram") == [80.0 - 70.0 - 41]
+
+
+@pytest.mark.parametrize(
+    ("gaps", "cells", "verdict"),
+    [
+        ({"apart": 2.0, "equal": 1.0}, None, "`structure: kron` with a base is recommended"),
+        ({"apart": 2.0, "equal": -0.05}, None, "no recipe is recommended"),
+        ({"apart": -2.0, "equal": 3.0}, None, "no recipe is recommended"),
+        ({"apart": 2.0, "equal": 1.0}, 9, "Seeds are missing"),
+    ],
+)
+def test_a_recommendation_needs_both_intervals_above_0(gaps, cells, verdict):
+    """One start below 0, an interval with 0 inside, or a missing seed allows no recommendation."""
+    report = _report(gaps, cells)
+    text = method_report.tables(report, merge_methods.EXPERIMENT)[0].notes[0]
+    assert verdict in text
+    assert method_report.holds(report, 5) == ("is recommended for" in text)
+
+
+def test_a_table_has_a_row_for_each_method():
+    """Means, the worst task, the largest loss, and differences to the field, ties and Eq. 13."""
+    found = merge_methods.tables(_report({"apart": 2.0, "equal": 1.0}, 14))
+    assert [len(table.rows) for table in found] == [len(ROWS)] * 3
+    rows = dict(found[0].rows)
+    assert rows["`ties`"][:3] == ["60.0 ± 0.0", "58.0 ± 0.0", "30.0 ± 0.0"]
+    assert rows["`ties`"][4:] == ["", "+0.0 ± 0.0", "1.5"]
+    assert rows["`structure: kron`"][3].startswith("+2.1")
+    assert "4 seeds of 5 planned" in found[2].title
+    assert "400 products" in found[2].title
+    assert "1 cells are missing" in found[2].notes[-1]
+    assert merge_methods.pictures(_report({}))["merge_methods.png"].startswith(b"\x89PNG")
