@@ -31,9 +31,7 @@ _AUTO_CLASSES: dict[DataTask, str] = {
 }
 
 
-def load_model(
-    model: str, task: DataTask, progress: bool, dtype: torch.dtype = torch.float32
-) -> tuple[nn.Module, Any]:
+def load_model(model: str, task: DataTask, progress: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """Return a model on the CPU, and its tokenizer; only the adapter of a LoRA is trainable, and stays in float32.
 
     Args:

@@ -153,7 +153,7 @@ def _check_request(
         )
     if sharded and offload:
         raise ConfigError(
-            "--offload keeps the sums of a whole model in host memory, but --shard shards the model; give one of the two"
+            "--offload keeps the sums of a whole model in host memory, but --shard shards it; give one of the two"
         )
     if sharded and processes == 1:
         raise ConfigError("--shard needs several processes, found one; start more, by accelerate launch or torchrun")
