@@ -30,6 +30,7 @@ class _Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch):
+    """Record the advice in place of the system's."""
     recorded = _Kernel()
     monkeypatch.setattr(read_ahead.os, "posix_fadvise", recorded)
     return recorded
@@ -37,6 +38,7 @@ def kernel(monkeypatch):
 
 @pytest.fixture
 def files(tmp_path):
+    """Write two files of 100 bytes."""
     made = [tmp_path / name for name in ("a", "b")]
     for file in made:
         file.write_bytes(bytes(100))

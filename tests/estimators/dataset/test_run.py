@@ -215,5 +215,5 @@ def test_a_killed_run_resumes(saved, tmp_path):
 
 def test_offload_and_shard_are_refused_together(saved, tmp_path):
     """Offloading is for whole models."""
-    with pytest.raises(ConfigError, match="--offload .* --shard .* give one of the two"):
+    with pytest.raises(ConfigError, match=r"--offload .* --shard .* give one of the two"):
         estimate_from(_request(saved), tmp_path / "out", sharded=True, offload=True)
