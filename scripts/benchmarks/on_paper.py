@@ -11,11 +11,9 @@ import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from squisher_mergekit.fisher.compact import BLOCK
-
 GB = 1e9
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
-FISHER_WIDTH = {"float32": 4.0, "bfloat16": 2.0, "log8": 1 + 4 / BLOCK}  # bytes of an entry, scales included
+FISHER_WIDTH = {"float32": 4.0, "bfloat16": 2.0, "log8": 1 + 4 / 128}  # bytes of an entry, scales included
 CARD = 80  # GB
 # Bytes of saved activations of one token in one layer, in units of hidden size times the width of the dtype, with
 # fused attention (Korthikanti et al., arXiv 2205.05198, have 34 bytes at 2 bytes an entry).
