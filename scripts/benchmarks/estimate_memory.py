@@ -1,7 +1,7 @@
 """Peak memory of an estimate by dtype of the model, measured on a small Llama beside the calculation of ``on_paper``.
 
-Each dtype runs in a process of its own. The figures are bytes a parameter beyond the interpreter: weights, accumulators,
-the gradients of the first batch, and activations of short examples.
+Each dtype runs in a process of its own. The figures are bytes a parameter beyond the interpreter: weights,
+accumulators, the gradients of the first batch, and activations of short examples.
 """
 
 from __future__ import annotations

@@ -211,8 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=8, help="examples of a batch (default: 8)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of an example (default: 512)")
     options = parser.parse_args(arguments)
-    rates = Rates(options.read * GB, options.write * GB, options.cores, Rates.core, options.link * GB,
-                  options.memory * GB)  # fmt: skip
+    given = {name: getattr(options, name) * GB for name in ("read", "write", "link", "memory")}
+    rates = Rates(**given, cores=options.cores)
     print("\n".join([*memory_lines(options.examples, options.tokens), "", *merge_lines(rates)]))
     return 0
 
