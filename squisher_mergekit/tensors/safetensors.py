@@ -213,8 +213,8 @@ class SafetensorsStore:
 
 def file_ranges(store: TensorStore, name: str) -> list[FileRange]:
     """Return the parts of files with the bytes of a tensor; none for a store that does not tell."""
-    found: list[FileRange] = store.file_ranges(name) if hasattr(store, "file_ranges") and name in store.infos else []
-    return found
+    ranges = getattr(store, "file_ranges", None)
+    return [] if ranges is None or name not in store.infos else list(ranges(name))
 
 
 def _read_bytes(header: SafetensorsHeader, name: str) -> torch.Tensor:

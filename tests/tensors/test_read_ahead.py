@@ -5,7 +5,6 @@ import threading
 
 import pytest
 
-from squisher_mergekit.tensors import read_ahead
 from squisher_mergekit.tensors.read_ahead import FileRange, ReadAhead
 
 
@@ -32,7 +31,7 @@ class _Kernel:
 def kernel(monkeypatch):
     """Record the advice in place of the system's."""
     recorded = _Kernel()
-    monkeypatch.setattr(read_ahead.os, "posix_fadvise", recorded)
+    monkeypatch.setattr(os, "posix_fadvise", recorded)
     return recorded
 
 
