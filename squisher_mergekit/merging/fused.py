@@ -146,7 +146,8 @@ def weighted_sum(fishers: Sequence[Tensor], factors: Sequence[float], power: flo
 
     size, shape = fishers[0].numel(), grid(1, torch.float64)
     programs = shape.programs(size)
-    partial = torch.empty(len(fishers), programs, dtype=torch.float64, device=fishers[0].device)
+    # Rows of an even length are all aligned alike; Triton compiles anew for another alignment.
+    partial = torch.zeros(len(fishers), programs + programs % 2, dtype=torch.float64, device=fishers[0].device)
     with _on(fishers[0].device):
         for fisher, factor, row in zip(fishers, factors, partial, strict=True):
             fused_kernels.weighted_sum[(programs,)](
