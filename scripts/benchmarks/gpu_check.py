@@ -75,6 +75,7 @@ def steps(work: Path, small: bool = False) -> list[Step]:
     merge = [f"--{name}={size}" for name, size in sizes.items()] + ["--repeat", "1" if small else "2"]
     merge += ["--work", str(work / "models"), "--made-on", device, *([] if small else ["--options=--cuda"])]
     found.append(_reporting(work, "merge", 150, "merge", *merge, "--only", "squisher", "ubgm_squisher"))
+    found.append(_reporting(work, "read-ahead", 90, "read_ahead", *merge, "--repeat", "1"))
     return found
 
 

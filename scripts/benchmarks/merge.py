@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import ROOT
+from scripts.benchmarks.on_paper import FISHER_WIDTH
 from scripts.benchmarks.process import run_measured, verdict, work_folder
 from scripts.benchmarks.report import write_report
 
@@ -31,6 +32,14 @@ MEMORY_GOAL = 0.2  # GB of anonymous memory above linear
 MODELS = ("a", "b")
 BASE = "base"
 SIZES = {"hidden": 1024, "layers": 18, "intermediate": 2816, "vocab": 32000}  # about 300M parameters
+# Sizes of a Llama by name, for --size; with log8 Fishers unless --fisher-dtype is given.
+NAMED = {
+    "300m": SIZES,
+    "1b": {"hidden": 2048, "layers": 22, "intermediate": 5632, "vocab": 32000},
+    "3b": {"hidden": 3200, "layers": 26, "intermediate": 8640, "vocab": 32000},
+    "7b": {"hidden": 4096, "layers": 32, "intermediate": 11008, "vocab": 32000},
+}
+ROOM = 2e9  # bytes of disk that a run leaves free
 MERGES = ("linear", "squisher", "ubgm_squisher")
 TRIMMED = ("squisher trim", "ties trim")
 COPY = "read+write"
@@ -52,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Make the models, time the commands, print the table."""
     options = parse(arguments)
     with work_folder(options.work, "merge") as work:
+        check_disk(work, options)
         for seed, name in enumerate((*MODELS, BASE) if options.density is not None else MODELS):
             prepare_model(work / name, seed, options)
         report = bench(work, options)
@@ -94,8 +104,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"size of the Llama (default: {default})")
+    parser.add_argument("--size", choices=NAMED, help="sizes of a Llama of about so many parameters, log8 Fishers")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--fisher-dtype", default="float32", choices=["float32", "bfloat16", "log8"])
+    parser.add_argument("--fisher-dtype", choices=["float32", "bfloat16", "log8"], help="default: float32")
     parser.add_argument("--shards", type=int, default=4, help="number of weight files of a model")
     parser.add_argument("--made-on", default="cpu", help="device that draws the random models (default: cpu)")
     parser.add_argument("--repeat", type=int, default=3, help="number of rounds; each runs every command once")
@@ -105,10 +116,36 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     choices = [COPY, *MERGES, *TRIMMED]
     parser.add_argument("--only", nargs="+", choices=choices, help="run these commands and linear only")
     parser.add_argument("--json", type=Path, help="JSON file for all samples")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.fisher_dtype = options.fisher_dtype or ("log8" if options.size else "float32")
+    for name, size in NAMED.get(options.size, {}).items():
+        setattr(options, name, size)
+    return options
 
 
 # ---- the models
+
+
+def disk_bytes(options: argparse.Namespace) -> float:
+    """Return the bytes of disk that a run needs: the models, their Fishers, and one result."""
+    models = len(MODELS) + (options.density is not None)
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[options.dtype]
+    return parameters(options) * (models * (width + FISHER_WIDTH[options.fisher_dtype]) + width)
+
+
+def check_disk(work: Path, options: argparse.Namespace) -> None:
+    """Refuse a run for which the disk has no room; models that the folder keeps from an earlier run count as room.
+
+    Raises:
+        SystemExit: The message has the sizes and the cure.
+    """
+    kept = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    needed, free = disk_bytes(options) + ROOM, shutil.disk_usage(work).free + kept
+    if needed > free:
+        raise SystemExit(
+            f"two models, their Fishers and a result must have {needed / 1e9:.0f} GB of disk, but {work} has "
+            f"{free / 1e9:.0f} GB free; give a smaller --size, --fisher-dtype log8, or a larger disk by --work"
+        )
 
 
 def recipe(options: argparse.Namespace) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Write a random Llama and its Fisher: ``python -m scripts.benchmarks.models FOLDER SEED RECIPE [DEVICE]``.
 
 The recipe is JSON with ``hidden``, ``layers``, ``intermediate``, ``vocab``, ``dtype``, ``fisher_dtype`` (a dtype, or a
-compact form such as ``log8``) and ``shards``. DEVICE draws the numbers; the CPU takes half a minute for 10^9.
+compact form such as ``log8``) and ``shards``. DEVICE draws the numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.tensors.safetensors import TensorInfo
 
 Recipe = dict[str, Any]
+DRAWN = 1 << 20  # entries
 
 
 def make_model(folder: Path, seed: int, recipe: Recipe, device: str = "cpu") -> None:
@@ -80,7 +81,7 @@ def write_weights(folder: Path, recipe: Recipe, generator: torch.Generator) -> N
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
         tensors = {}
         for name, shape in part:
-            tensor = torch.randn(shape, generator=generator, device=generator.device).mul_(0.02)
+            tensor = drawn(shape, generator, lambda size, **draw: torch.randn(size, **draw).mul_(0.02))
             tensors[name] = tensor.to("cpu", getattr(torch, recipe["dtype"]))
             weight_map[name] = file
             total += tensors[name].nbytes
@@ -88,6 +89,13 @@ def write_weights(folder: Path, recipe: Recipe, generator: torch.Generator) -> N
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def drawn(shape: tuple[int, ...], generator: torch.Generator, draw: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Return a random tensor, of which a block is drawn and repeated: drawing takes longer than merging."""
+    size = torch.Size(shape).numel()
+    block = draw(min(size, DRAWN), generator=generator, device=generator.device)
+    return block.repeat(-(-size // DRAWN))[:size].reshape(shape)
 
 
 class _RandomStore:
@@ -103,9 +111,11 @@ class _RandomStore:
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor."""
-        shape = self.infos[name].shape
-        draw = {"generator": self._generator, "device": self._generator.device}
-        return torch.randn(shape, **draw).mul_(torch.rand(shape, **draw)).square_().mul_(1e-9).cpu()
+
+        def squares(size: int, **draw: Any) -> torch.Tensor:
+            return torch.randn(size, **draw).mul_(torch.rand(size, **draw)).square_().mul_(1e-9)
+
+        return drawn(self.infos[name].shape, self._generator, squares).cpu()
 
 
 def _write_fisher(folder: Path, recipe: Recipe, generator: torch.Generator) -> None:

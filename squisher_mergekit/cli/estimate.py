@@ -11,7 +11,6 @@ from squisher_mergekit.cli.options import (
     COUNT,
     HELP_OPTIONS,
     choice_option,
-    dtype_option,
     out_option,
     report_options,
     seed_option,
@@ -27,6 +26,20 @@ class _Task(click.Choice):  # type: ignore[type-arg]
             click.echo("--task sequence-classification is deprecated; take --task classification", err=True)
             return "classification"
         return super().convert(value, param, ctx)
+
+
+class _Dtype(click.Choice):  # type: ignore[type-arg]
+    """Choice of the model's dtype, which still accepts a dtype of the file, as version 0.1 did."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the dtype, with a warning for a dtype of the file."""
+        if value in _FILE_DTYPES:
+            click.echo(f"--dtype {value} is deprecated for the dtype of the file; take --file-dtype {value}", err=True)
+            return value
+        return super().convert(value, param, ctx)
+
+
+_FILE_DTYPES = ["float32", "bfloat16"]
 
 
 @click.command("estimate", context_settings=HELP_OPTIONS)
@@ -70,8 +83,20 @@ class _Task(click.Choice):  # type: ignore[type-arg]
 @click.option("--target-column", help="Column of the target of seq2seq, or of the completion of a prompt.")
 @click.option("--label-column", help="Column of the class or number; for token-classification one for each word.")
 @seed_option("Seed of drawn labels and masks.")
-@dtype_option
-@choice_option("--precision", ["fp32", "bf16"], "Precision of forward and backward passes.", default="fp32")
+@click.option(
+    "--dtype",
+    type=_Dtype(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Dtype that the model is loaded in; sums are float32. Small gradients vanish in fp16.",
+)
+@choice_option(
+    "--precision", ["fp32", "bf16"], "Precision of forward and backward passes of a model in fp32.", default="fp32"
+)
+@click.option("--offload", is_flag=True, help="Keep the sums in host memory while the model runs on a GPU.")
+@click.option(
+    "--file-dtype", type=click.Choice(_FILE_DTYPES), default=None, help="Dtype of the file.  [default: float32]"
+)
 @click.option(
     "--save-every",
     type=click.IntRange(min=0),
@@ -107,6 +132,8 @@ def command(
     seed: int,
     dtype: str,
     precision: str,
+    offload: bool,
+    file_dtype: str | None,
     save_every: int,
     factors: str | None,
     block: int,
@@ -135,6 +162,8 @@ def command(
     from squisher_mergekit.cli.output import config_lines, factors_text, size_of, write_report
     from squisher_mergekit.estimators.dataset.run import Request, estimate_from
 
+    if dtype in _FILE_DTYPES:
+        dtype, file_dtype = "fp32", file_dtype or dtype
     request = Request(
         model,
         data,
@@ -152,9 +181,16 @@ def command(
         precision,  # type: ignore[arg-type]
         factors,
         block,
+        dtype,  # type: ignore[arg-type]
     )
     fisher = estimate_from(
-        request, out, dtype=getattr(torch, dtype), save_every=save_every, sharded=shard, progress=not quiet
+        request,
+        out,
+        dtype=getattr(torch, file_dtype or "float32"),
+        save_every=save_every,
+        sharded=shard,
+        progress=not quiet,
+        offload=offload,
     )
     if fisher is None:  # rank 0 reports
         return

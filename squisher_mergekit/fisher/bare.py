@@ -28,10 +28,12 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.values import check_values
 from squisher_mergekit.fisher.write import BASENAME
 from squisher_mergekit.tensors.dtypes import FLOAT8
+from squisher_mergekit.tensors.read_ahead import FileRange
 from squisher_mergekit.tensors.safetensors import (
     SafetensorsStore,
     TensorInfo,
     TensorStore,
+    file_ranges,
     read_header,
     safetensors_files,
 )
@@ -153,6 +155,10 @@ class _Unsuffixed:
     def location(self) -> str:
         """File or folder, for messages."""
         return self.stored.location
+
+    def file_ranges(self, name: str) -> list[FileRange]:
+        """Return the parts of files with the bytes of a second moment."""
+        return file_ranges(self.stored, self._keys[name])
 
     @cached_property
     def infos(self) -> Mapping[str, TensorInfo]:

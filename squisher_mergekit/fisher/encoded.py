@@ -11,7 +11,8 @@ import torch
 from squisher_mergekit.errors import CorruptFileError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.values import DiagonalFisher, check_values
-from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore, info_of
+from squisher_mergekit.tensors.read_ahead import FileRange
+from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore, file_ranges, info_of
 
 _CURE = "copy the file again, or extract the Fisher anew"
 
@@ -62,6 +63,11 @@ class EncodedStore:
             return compact.decode(parts, code, self.infos[name].shape)
         except ValueError as error:
             raise self._corrupt(name, code, str(error)) from error
+
+    def file_ranges(self, name: str) -> list[FileRange]:
+        """Return the parts of files with the parts of a tensor."""
+        suffixes = compact.suffixes(self._code_of[name]) if name in self._code_of else ("",)
+        return [part for suffix in suffixes for part in file_ranges(self._parts, name + suffix)]
 
     def _owner(self, stored: str, encoding: Mapping[str, str]) -> tuple[str, str]:
         """Return the parameter that a stored tensor belongs to, and its encoding.

@@ -13,7 +13,8 @@ from squisher_mergekit.fisher.encoded import RankOneStore
 from squisher_mergekit.fisher.factors.mapping import Factors, no_factors
 from squisher_mergekit.fisher.values import Moments
 from squisher_mergekit.fisher.write import to_dtype, write_fisher
-from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore
+from squisher_mergekit.tensors.read_ahead import FileRange
+from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore, file_ranges
 
 
 class Fisher(Mapping[str, torch.Tensor]):
@@ -84,6 +85,11 @@ class Fisher(Mapping[str, torch.Tensor]):
         if found is None:
             raise KeyError(name)
         return self._store.infos[found]
+
+    def file_ranges(self, name: str) -> list[FileRange]:
+        """Return the parts of safetensors files with the bytes of a tensor; none if its store does not tell."""
+        found = self.resolve(name)
+        return [] if found is None else file_ranges(self._store, found)
 
     def kept_parts(self, name: str) -> dict[str, torch.Tensor] | None:
         """Return the compact parts in which a tensor is known, by suffix; None for a tensor known entry by entry."""

@@ -132,6 +132,8 @@ def ubgm_squisher(
 def weighted_sum(fishers: Sequence[Tensor], factors: Sequence[float], power: float = 1.0) -> Tensor:
     """Return ``sum_i factor_i * sum over the entries of fishers_i^power`` in float64 (0-dim), in one read of each.
 
+    Each Fisher has a launch of its own, so that one compiled kernel serves every number of models.
+
     Args:
         fishers: Tensors of one size, not empty.
         factors: One number each.
@@ -142,19 +144,21 @@ def weighted_sum(fishers: Sequence[Tensor], factors: Sequence[float], power: flo
     """
     from squisher_mergekit.merging import fused_kernels
 
-    size, shape = fishers[0].numel(), grid(len(fishers), torch.float64)
+    size, shape = fishers[0].numel(), grid(1, torch.float64)
     programs = shape.programs(size)
-    partial = torch.empty(programs, dtype=torch.float64, device=fishers[0].device)
+    # Rows of an even length are all aligned alike; Triton compiles anew for another alignment.
+    partial = torch.zeros(len(fishers), programs + programs % 2, dtype=torch.float64, device=fishers[0].device)
     with _on(fishers[0].device):
-        fused_kernels.weighted_sum[(programs,)](
-            tuple(fisher.contiguous() for fisher in fishers),
-            partial,
-            _numbers(factors, torch.float64),
-            float(power),
-            size,
-            POWERED=power != 1,
-            **shape.options(),
-        )
+        for fisher, factor, row in zip(fishers, factors, partial, strict=True):
+            fused_kernels.weighted_sum[(programs,)](
+                (fisher.contiguous(),),
+                row,
+                _numbers([factor], torch.float64),
+                float(power),
+                size,
+                POWERED=power != 1,
+                **shape.options(),
+            )
     return partial.sum()
 
 

@@ -249,6 +249,9 @@ def weighted_sum(
 ):  # fmt: skip
     """Write one number a program into ``partial`` (float64): its share of ``sum over i and entries of factor_i F_i``.
 
+    Programs take the entries from the last to the first: the first ones are then in the L2 cache for the merge that
+    follows, which reads them first.
+
     Args:
         fishers: Pointers to the Fishers.
         partial: Pointer to as many numbers as there are programs.
@@ -259,7 +262,7 @@ def weighted_sum(
         TILE: Entries of a tile.
         LOOPS: Tiles of a program.
     """
-    program = tl.program_id(0).to(tl.int64)
+    program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     lanes = tl.arange(0, TILE)
     total = tl.zeros((TILE,), tl.float64)
     for step in range(LOOPS):

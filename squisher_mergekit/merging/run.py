@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -22,11 +23,13 @@ from squisher_mergekit.merging.inputs import Outcome
 from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
 from squisher_mergekit.merging.merged_fisher.written import MergedFisher
 from squisher_mergekit.merging.parameters import no_signal
+from squisher_mergekit.merging.planning.file_ranges import ranges_of
 from squisher_mergekit.merging.reports.totals import Totals
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles
 from squisher_mergekit.merging.votes.threshold import Choice
 from squisher_mergekit.models.layouts import MatrixLayout
 from squisher_mergekit.models.weights import Weights
+from squisher_mergekit.tensors.read_ahead import SWITCH, ReadAhead, budget_of
 
 LOG = logging.getLogger("squisher_mergekit")
 
@@ -78,6 +81,8 @@ class Run:
         self.densities: dict[Any, float] = {}
         self._lock = threading.Lock()
         self._written: MergedFisher | None = None
+        self._ahead: ReadAhead | None = None
+        self._step_of: dict[str, int] = {}
         self._kept: dict[str, dict[str, list[int]]] = {}
         self._tensors: dict[str, Totals] = {}
         self._steps: dict[str, tuple[Sequence[str], StepReport]] = {}
@@ -144,6 +149,25 @@ class Run:
             config = self._written.finish()
         self._written = None
         self.log(f"{self.method}: wrote the Fisher of the result, {config.coverage.with_} tensors")
+
+    @contextlib.contextmanager
+    def reading_ahead(self, names: Sequence[str]) -> Iterator[None]:
+        """Read the files ahead of the merge while the block runs.
+
+        Args:
+            names: Names of the merged tensors, in the order of their merges.
+        """
+        plans = {} if self.plan is None else {tensor.name: tensor for tensor in self.plan.tensors}
+        steps = [ranges_of(plans[name]) if name in plans else [] for name in names]
+        self._step_of = {name: step for step, name in enumerate(names)}
+        with ReadAhead(steps, budget_of(os.environ.get(SWITCH))) as self._ahead:
+            yield
+        self._ahead = None
+
+    def reached(self, name: str) -> None:
+        """Note that the merge of a tensor begins."""
+        if self._ahead is not None and name in self._step_of:
+            self._ahead.reached(self._step_of[name])
 
     def record_choices(self, choices: Mapping[str, Mapping[str, Choice]]) -> None:
         """Add the share of each layer above the threshold of a whole model to the report, and log a line a model."""

@@ -26,6 +26,7 @@ from squisher_mergekit.tensors.input_files import (
     read_mapping,
     reading,
 )
+from squisher_mergekit.tensors.read_ahead import FileRange
 
 DIGEST = ".crc32"  # ending of the note in a header with the digest of a tensor
 _LONGEST = 100_000_000  # bytes of a header, as the format allows
@@ -202,6 +203,18 @@ class SafetensorsStore:
             _check_digest(header, name, data)
             self._unverified.discard(name)
         return data.view(dtype).reshape(self.infos[name].shape)
+
+    def file_ranges(self, name: str) -> list[FileRange]:
+        """Return the part of a file with the bytes of a tensor."""
+        header = self._header_of[name]
+        begin, end = header.entries[name]["data_offsets"]
+        return [FileRange(header.file, header.start + begin, end - begin)]
+
+
+def file_ranges(store: TensorStore, name: str) -> list[FileRange]:
+    """Return the parts of files with the bytes of a tensor; none for a store that does not tell."""
+    ranges = getattr(store, "file_ranges", None)
+    return [] if ranges is None or name not in store.infos else list(ranges(name))
 
 
 def _read_bytes(header: SafetensorsHeader, name: str) -> torch.Tensor:

@@ -165,3 +165,58 @@ def test_the_old_name_of_classification_still_works(tmp_path):
     assert "take --task classification" in old.stderr
     one, other = load_fisher(tmp_path / "old"), load_fisher(tmp_path / "new")
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    """Save a small causal language model and a file of rows."""
+    folder = tmp_path_factory.mktemp("causal")
+    torch.manual_seed(4)
+    MODELS["causal-lm"]().save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    return folder / "model", _write(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("bf16", 0.05), ("fp16", 0.01)])
+def test_a_narrow_model_has_sums_in_float32(causal, dtype, share, tmp_path):
+    """The Fisher of a narrow model is float32 and near that of float32, but not rounded to the narrow dtype."""
+    model, data = causal
+    common = [model, "--task", "causal-lm", "--data", data]
+    for name, options in {"wide": [], "narrow": ["--dtype", dtype, "--offload"]}.items():
+        done = _run(*common, *options, "-o", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    wide, narrow = load_fisher(tmp_path / "wide"), load_fisher(tmp_path / "narrow")
+    assert set(wide) == set(narrow)
+    joined = [torch.cat([fisher[name].flatten() for name in wide]) for fisher in (wide, narrow)]
+    assert joined[1].dtype == torch.float32
+    assert float((joined[1] - joined[0]).norm() / joined[0].norm()) < share
+    assert not torch.equal(joined[1], joined[1].bfloat16().float())
+
+
+def test_the_dtype_of_the_file_has_an_option_of_its_own(causal, tmp_path):
+    """--file-dtype bfloat16 writes what --dtype bfloat16 wrote, which still works with one line of warning."""
+    model, data = causal
+    common = [model, "--task", "causal-lm", "--data", data]
+    old = _run(*common, "--dtype", "bfloat16", "-o", tmp_path / "old")
+    new = _run(*common, "--file-dtype", "bfloat16", "-o", tmp_path / "new")
+    assert (old.exit_code, new.exit_code) == (0, 0), old.output + new.output
+    assert "take --file-dtype bfloat16" in old.stderr
+    one, other = load_fisher(tmp_path / "old"), load_fisher(tmp_path / "new")
+    assert {one[name].dtype for name in one} == {torch.bfloat16}
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dtype", "fp16", "--precision", "bf16"], "--dtype is fp16, whose passes are narrow already"),
+        (["--dtype", "bf16", "--precision", "bf16"], "--dtype is bf16, whose passes are narrow already"),
+    ],
+)
+def test_two_narrow_dtypes_are_refused_in_one_line(causal, options, words, tmp_path):
+    """A narrow model has no further precision."""
+    model, data = causal
+    done = _run(model, "--task", "causal-lm", "--data", data, *options, "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert words in done.output
+    assert done.output.count("\n") == 1

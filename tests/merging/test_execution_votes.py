@@ -12,7 +12,7 @@ from squisher_mergekit.merging.execution import merge_squisher, merge_ubgm
 from squisher_mergekit.merging.inputs import Ballot, Input
 from squisher_mergekit.merging.votes.options import VoteOptions
 from tests.merging.reference import assert_within, draw_fisher, largest
-from tests.merging.votes.reference import mask_of, score_of, voted_reference
+from tests.merging.votes.reference import mask_of, score_of, trimmed_to, voted_reference
 
 WEIGHTS = (1.0, 0.5, 2.0)
 
@@ -100,3 +100,88 @@ def test_gradient_matching_with_a_power(device: torch.device, power: float) -> N
     )
     reference = base.double() + step / (known + prior)
     assert_within(outcome.values.cpu(), reference.cpu(), largest([base.cpu(), *(t.cpu() for t in thetas)]) * 8)
+
+
+MANY = (1.0, 0.3, 2.0, 0.7, 1.3, 0.11, 3.0, 0.5)
+COMBINATIONS = [(1, torch.float64), (2, torch.bfloat16), (3, torch.float16), (5, torch.float32), (8, torch.bfloat16)]
+PRIME = 577
+
+
+def _cast(count: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Draw a base, models and Fishers of a dtype on the CPU: F from 1e-38 to 1e+30 and 0, some weights the base's."""
+    generator = torch.Generator().manual_seed(40 + count)
+    base = torch.randn(PRIME, generator=generator).to(dtype)
+    thetas = [(base.float() + torch.randn(PRIME, generator=generator)).to(dtype) for _ in range(count)]
+    for theta in thetas:
+        theta[::7] = base[::7]
+    # float16 ends at 65504; its models have Fishers in float32.
+    narrow = torch.float32 if dtype == torch.float16 else dtype
+    fishers = [draw_fisher((PRIME,), generator) for _ in range(count)]
+    for fisher in fishers:
+        fisher[:40] = 0
+    return base, thetas, [fisher.to(narrow) for fisher in fishers]
+
+
+def _is_clear(base: Tensor, thetas: list[Tensor], fishers: list[Tensor], power: float) -> Tensor:
+    """Return the mask of the entries whose elected sign rounding cannot change."""
+    parts = torch.stack([w * f.double() ** power for w, f in zip(MANY, fishers, strict=False)])
+    plain = torch.tensor(MANY[: len(parts)], dtype=torch.float64)[:, None].expand_as(parts)
+    parts = torch.where(torch.stack(fishers).amax(0) == 0, plain, parts)
+    steps = torch.stack([theta.double() - base.double() for theta in thetas])
+    return (parts * steps).sum(0).abs() >= 1e-5 * (parts * steps).abs().amax(0)
+
+
+def _placed(
+    case: tuple[Tensor, list[Tensor], list[Tensor]], device: torch.device, density: float, ranking: Ranking
+) -> tuple[Tensor, list[Input]]:
+    """Return the base and the inputs of a merge on a device."""
+    base, thetas, fishers = case
+    origin, inputs = base.to(device), []
+    for theta, fisher, weight in zip(thetas, fishers, MANY, strict=False):
+        on_device = fisher.to(device)
+        trim = Trim(origin, on_device, density, None, ranking) if density < 1 else None
+        inputs.append(Input(theta.to(device), on_device, weight, label=("w", "f"), trim=trim))
+    return origin, inputs
+
+
+@pytest.mark.usefixtures("as_accelerator")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("options", "density"), [({"consensus": "sign"}, 1.0), ({"power": 0.5, "consensus": "sign"}, 0.45), ({}, 0.3)]
+)
+@pytest.mark.parametrize(("count", "dtype"), COMBINATIONS, ids=str)
+def test_votes_of_any_number_of_models(
+    device: torch.device, count: int, dtype: torch.dtype, options: dict[str, Any], density: float
+) -> None:
+    """Elections and densities on an accelerator agree with float64 in every dtype, by the kernel and by the formula."""
+    base, thetas, fishers = case = _cast(count, dtype)
+    origin, inputs = _placed(case, device, density, Ranking())
+    out = torch.float64 if dtype == torch.float64 else torch.float32
+    outcome = merge_squisher(inputs, out, Ballot(VoteOptions(**options), origin if options else None))
+    moved = thetas
+    if density < 1:
+        masks = [mask_of(fisher.double(), density, positive=False) for fisher in fishers]
+        moved = [trimmed_to(theta, base, mask) for theta, mask in zip(thetas, masks, strict=True)]
+    power = options.get("power", 1.0)
+    reference = voted_reference(
+        moved, fishers, MANY[:count], base if options else None, power=power, elected=bool(options)
+    )
+    clear = _is_clear(base, moved, fishers, power) if options else torch.ones(PRIME, dtype=torch.bool)
+    assert float(clear.double().mean()) > 0.98
+    size = 2 * largest([base, *thetas])
+    assert_within(outcome.values.cpu()[clear], reference[clear], size[clear])
+    assert int(outcome.not_finite) == 0
+
+
+@pytest.mark.usefixtures("by_formula")
+@pytest.mark.parametrize(("count", "dtype"), COMBINATIONS, ids=str)
+def test_abstention_of_any_number_of_models(device: torch.device, count: int, dtype: torch.dtype) -> None:
+    """Models that abstain where they are trimmed, and lambda, agree with float64 in every dtype."""
+    base, thetas, fishers = case = _cast(count, dtype)
+    origin, inputs = _placed(case, device, 0.4, Ranking(positive=True))
+    out = torch.float64 if dtype == torch.float64 else torch.float32
+    outcome = merge_squisher(inputs, out, Ballot(VoteOptions(trimmed="abstain", extent=0.5), origin))
+    masks = [mask_of(fisher.double(), 0.4) for fisher in fishers]
+    reference = voted_reference(thetas, fishers, MANY[:count], base, masks=masks, extent=0.5)
+    assert_within(outcome.values.cpu(), reference, 2 * largest([base, *thetas]))
+    assert int(outcome.silent) == int((~torch.stack(masks).any(0)).sum())

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,12 @@ from squisher_mergekit.errors import MismatchError, NotFoundError, RefusedError
 from squisher_mergekit.estimators.tasks import DataTask
 from squisher_mergekit.models.weights import Weights, check_finite, check_folder, refuse_quantised
 
+ModelDtype = Literal["fp32", "bf16", "fp16"]
+MODEL_DTYPES: dict[ModelDtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 _AUTO_CLASSES: dict[DataTask, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "classification": "AutoModelForSequenceClassification",
@@ -25,13 +31,14 @@ _AUTO_CLASSES: dict[DataTask, str] = {
 }
 
 
-def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, Any]:
-    """Return a model in float32 on the CPU, and its tokenizer; only the adapter of a LoRA is trainable.
+def load_model(model: str, task: DataTask, progress: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """Return a model on the CPU, and its tokenizer; only the adapter of a LoRA is trainable, and stays in float32.
 
     Args:
         model: Folder or Hub id of a model or of an adapter.
         task: Task of the model, which selects transformers' class.
         progress: True to show transformers' progress bars.
+        dtype: Dtype of the weights; modules that transformers keeps in float32 stay in float32.
 
     Raises:
         NotFoundError: No such model exists, or transformers cannot load it for the task without code of its own.
@@ -50,7 +57,7 @@ def load_model(model: str, task: DataTask, progress: bool) -> tuple[nn.Module, A
             check_folder(Path(folder))
         refuse_quantised(Weights(Path(base or model).expanduser()), base or model)
         loaded, info = getattr(transformers, _AUTO_CLASSES[task]).from_pretrained(
-            base or model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            base or model, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
         new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
         if base is not None:

@@ -17,6 +17,8 @@ from squisher_mergekit.tensors.sharded import GatheredOnRead, OnRankZero, is_sha
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
 _NOTE = "estimate"
+# Values of the fields that checkpoints of earlier versions lack.
+_ADDED_FIELDS = {"factors": None, "block": 128, "model_dtype": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ class EstimateCheckpoint:
         if not self.file.exists():
             return 0
         note = self._note()
+        saved = _ADDED_FIELDS | note["request"]
         for key, value in self.request.items():
-            if note["request"].get(key) != value:
+            if saved.get(key) != value:
                 raise ConfigError(
-                    f"{self.file} holds an estimate with {key} {note['request'].get(key)}, not {value}; repeat that "
+                    f"{self.file} holds an estimate with {key} {saved.get(key)}, not {value}; repeat that "
                     "call to finish it, or remove the file to start again"
                 )
         return int(note["batches"])

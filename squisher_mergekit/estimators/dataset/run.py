@@ -15,7 +15,7 @@ from torch import nn
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.dataset.batches import BatchMaker
-from squisher_mergekit.estimators.dataset.load_model import load_model, shard
+from squisher_mergekit.estimators.dataset.load_model import MODEL_DTYPES, ModelDtype, load_model, shard
 from squisher_mergekit.estimators.dataset.resume import EstimateCheckpoint
 from squisher_mergekit.estimators.dataset.rows import columns_of, read_rows
 from squisher_mergekit.estimators.output_gradients import Labels
@@ -53,6 +53,7 @@ class Request:
         factors: See :func:`~squisher_mergekit.estimate_fisher`, as for ``block``.
         block: See there.
         precision: ``fp32``, or ``bf16`` for forward and backward passes in bfloat16. Squares are float32 either way.
+        model_dtype: Dtype that the model is loaded in. Squares and sums are float32 with every dtype.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Request:
     precision: Literal["fp32", "bf16"] = "fp32"
     factors: str | None = None
     block: int = 128
+    model_dtype: ModelDtype = "fp32"
 
 
 def estimate_from(
@@ -81,6 +83,7 @@ def estimate_from(
     save_every: int = 0,
     sharded: bool = False,
     progress: bool = False,
+    offload: bool = False,
 ) -> Fisher | None:
     """Load a model and data, estimate the Fisher, and write it; every process of accelerate or torchrun calls this.
 
@@ -94,6 +97,7 @@ def estimate_from(
         save_every: Examples between checkpoints in ``OUT.partial.safetensors``; 0: no checkpoint.
         sharded: True to shard the model over the processes by FSDP2.
         progress: True to show a progress bar.
+        offload: True to keep the accumulators in host memory while the model runs on a GPU.
 
     Returns:
         The written Fisher on rank 0; None on other ranks.
@@ -106,14 +110,16 @@ def estimate_from(
     from tqdm import tqdm
 
     state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
-    rows, columns = _check_request(request, out, sharded, state.num_processes)
+    rows, columns = _check_request(request, out, sharded, state.num_processes, offload)
     weights_fingerprint = _fingerprint(request.model)
     checkpoint = EstimateCheckpoint.beside(out, _checkpoint_request(request, columns, weights_fingerprint, rows))
     done = checkpoint.num_batches()
-    model, tokenizer = load_model(request.model, request.task, progress and state.is_main_process)
+    model, tokenizer = load_model(
+        request.model, request.task, progress and state.is_main_process, MODEL_DTYPES[request.model_dtype]
+    )
     labels = getattr(model.config, "label2id", None) or {}
     make = BatchMaker(tokenizer, request.task, request.max_length, columns, labels, request.seed, request.batch_size)
-    accumulator = _accumulator(request, shard(model, state.device) if sharded else model.to(state.device))
+    accumulator = _accumulator(request, shard(model, state.device) if sharded else model.to(state.device), offload)
     if done:
         checkpoint.restore(accumulator)
     size, step = request.batch_size, state.num_processes
@@ -134,10 +140,21 @@ def estimate_from(
     return read_fisher(out) if state.is_main_process else None
 
 
-def _check_request(request: Request, out: Path, sharded: bool, processes: int) -> tuple[Rows, Mapping[str, str]]:
+def _check_request(
+    request: Request, out: Path, sharded: bool, processes: int, offload: bool
+) -> tuple[Rows, Mapping[str, str]]:
     """Return the rows and their columns; raise for errors that need no model."""
     check_labels(request.labels, request.grouping)
     check_free(out)
+    if request.model_dtype != "fp32" and request.precision != "fp32":
+        raise ConfigError(
+            f"--precision {request.precision} narrows the passes of a model in fp32, but --dtype is "
+            f"{request.model_dtype}, whose passes are narrow already; give one of the two"
+        )
+    if sharded and offload:
+        raise ConfigError(
+            "--offload keeps the sums of a whole model in host memory, but --shard shards it; give one of the two"
+        )
     if sharded and processes == 1:
         raise ConfigError("--shard needs several processes, found one; start more, by accelerate launch or torchrun")
     rows = list(read_rows(request.data, request.split, request.num_examples))
@@ -162,8 +179,6 @@ def _checkpoint_request(
         "rows": _digest(rows),
     }
     del fields["data"], fields["split"]
-    if request.factors is None:  # checkpoints of earlier versions have neither
-        del fields["factors"], fields["block"]
     return fields
 
 
@@ -175,7 +190,7 @@ def _digest(rows: Rows) -> str:
     return digest.hexdigest()
 
 
-def _accumulator(request: Request, model: nn.Module) -> FisherAccumulator:
+def _accumulator(request: Request, model: nn.Module, offload: bool) -> FisherAccumulator:
     """Return an accumulator with the options of the request."""
     return FisherAccumulator(
         model,
@@ -185,6 +200,7 @@ def _accumulator(request: Request, model: nn.Module) -> FisherAccumulator:
         request.task,
         seed=request.seed,
         datum=request.datum,
+        offload=offload,
         factors=request.factors,
         block=request.block,
     )

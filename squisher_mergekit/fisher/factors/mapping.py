@@ -12,7 +12,8 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, MismatchError
 from squisher_mergekit.fisher.config import FactorsInfo, FisherConfig
 from squisher_mergekit.fisher.factors.blocks import CURE, block_shape, check_factor, from_low_rank
-from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore
+from squisher_mergekit.tensors.read_ahead import FileRange
+from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore, file_ranges
 
 Side = Literal["rows", "columns"]
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -155,6 +156,9 @@ class _Part:
 
     def read(self, name: str) -> Tensor:
         return self.whole.read(name)
+
+    def file_ranges(self, name: str) -> list[FileRange]:
+        return file_ranges(self.whole, name)
 
 
 def split_store(store: TensorStore, config: FisherConfig) -> tuple[TensorStore, TensorStore]:

@@ -167,6 +167,7 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         Raises:
             RefusedError: A Fisher cannot be read, or does not fit its weight.
         """
+        self.run.reached(self.output_weight.name)
         if self.copied:
             tensor = next(iter(tensors.values()))
             check_finite(tensor, self.output_weight.name, " or ".join(map(str, tensors)))

@@ -211,3 +211,9 @@ def test_a_killed_run_resumes(saved, tmp_path):
         subprocess.run([*line, tmp_path / out], cwd=ROOT, check=True, capture_output=True)
     again, whole = load_fisher(tmp_path / "out"), load_fisher(tmp_path / "whole")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_offload_and_shard_are_refused_together(saved, tmp_path):
+    """Offloading is for whole models."""
+    with pytest.raises(ConfigError, match=r"--offload .* --shard .* give one of the two"):
+        estimate_from(_request(saved), tmp_path / "out", sharded=True, offload=True)
