@@ -121,7 +121,7 @@ def in_groups(dimensions: Dimensions) -> Move:
     def move(tensor: Tensor) -> Tensor:
         groups, width, rest = dimensions.groups, dimensions.width, tensor.shape[1:]
         counts = [dimensions.heads * width, groups * width, groups * width]
-        parts = [part.reshape(groups, -1, width, *rest) for part in tensor.split(counts)]
+        parts = [part.reshape(groups, -1, width, *rest) for part in torch.split(tensor, counts)]
         return torch.cat(parts, 1).reshape(tensor.shape)
 
     return move
