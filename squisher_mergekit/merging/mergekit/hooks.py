@@ -342,24 +342,18 @@ def _extend_executor(executor: Any) -> None:
         if run is None:
             yield from run_graph(self, *args, **kwargs)
             return
+        from squisher_mergekit.merging.mergekit.tasks import scheduled_names
         from squisher_mergekit.tensors.temporary import cleaned_up_at_signals
 
         with run:
             output = _atomic_output(self.universe, run)
-            ahead = run.reading_ahead(_scheduled_names(self))
+            ahead = run.reading_ahead(scheduled_names(self))
             with cleaned_up_at_signals([signal.SIGTERM]), output as folder, run.writing(folder), ahead:
                 yield from run_graph(self, *args, **kwargs)
                 run.check()
             run.log_summary()
 
     executor.run = run_and_close
-
-
-def _scheduled_names(executor: Any) -> list[str]:
-    """Return the names of the merged tensors in the order of an executor's schedule; none if it has several."""
-    schedule = getattr(getattr(executor, "schedule", None), "tasks", ())
-    tasks = [handle.task() for handle in schedule]
-    return [task.output_weight.name for task in tasks if getattr(task, "method_name", None) in METHODS]
 
 
 def _run_of(universe: Any) -> Any:

@@ -23,6 +23,7 @@ from squisher_mergekit.merging.coupling.execution import Structure
 from squisher_mergekit.merging.density import Rows
 from squisher_mergekit.merging.mergekit.methods import ResolvedFisher
 from squisher_mergekit.merging.output_folder import OutputFolder
+from squisher_mergekit.merging.parameters import METHODS
 from squisher_mergekit.merging.read import LoadedFisher, load_tensor
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import OpenFisher
@@ -310,3 +311,14 @@ def permute_rows(tensor: Tensor, permutation: dict[int, int], rows: int, axis: i
         new, old = (torch.tensor(side, device=tensor.device) for side in zip(*pairs, strict=True))
         result.index_copy_(axis, new, tensor.index_select(axis, old))
     return result
+
+
+def scheduled_names(executor: Any) -> list[str]:
+    """Return the names of the tensors that our methods merge, in the order of an executor's schedule.
+
+    Args:
+        executor: mergekit's ``Executor``; one for several GPUs has no single schedule, and gets an empty list.
+    """
+    schedule = getattr(getattr(executor, "schedule", None), "tasks", ())
+    tasks = [handle.task() for handle in schedule]
+    return [task.output_weight.name for task in tasks if getattr(task, "method_name", None) in METHODS]
