@@ -14,7 +14,6 @@ Rank correlations are Spearman's. Of each run the median over the weights is tak
 Decided before a run was looked at: the task bbc, 40 steps, seeds 51 to 53, and the settings of ``structure_adapters``.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,8 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from scripts.experiments import encoder, structure_adapters, structure_tasks
-from scripts.experiments.runner import WORK, Experiment, Result, Settings, main, run
+from scripts.experiments.runner import Experiment, Result, Settings, main
+from scripts.experiments.tables import Table, mean_sd
 from squisher_mergekit import load_fisher
 from squisher_mergekit.fisher.compact import outer_of_means
 from squisher_mergekit.fisher.compare import spearman
@@ -128,17 +128,22 @@ def medians(report: Mapping[str, Any], kind: str) -> list[float]:
     ]
 
 
-def lines(report: Mapping[str, Any]) -> list[str]:
-    """Return one line of text for each Fisher."""
-    found = []
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """Return the table: a row for each Fisher, with the correlations of the runs and the scale over all weights."""
+    rows = []
     for kind in KINDS:
         runs = medians(report, kind)
         scales = [weight[kind]["log_scale"] for one in report["cells"] for weight in one["result"]["weights"].values()]
-        found.append(
-            f"{kind}: rank correlation {statistics.median(runs):.3f} (runs {', '.join(f'{one:.3f}' for one in runs)}), "
-            f"log scale {statistics.fmean(scales):+.2f}, s.d. {statistics.pstdev(scales):.2f} over weights"
-        )
-    return found
+        cells = [f"{statistics.median(runs):.3f}", ", ".join(f"{one:.3f}" for one in runs), mean_sd(scales, 2)]
+        rows.append((kind, cells))
+    weights = len(report["cells"][0]["result"]["weights"])
+    title = f"**Rank correlation with the average of the squared gradient**, median over {weights} weights of a LoRA"
+    return [Table(title, ["median of the runs", "runs", "log of the scale, over weights"], rows)]
+
+
+def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return no picture: the table is small."""
+    return {}
 
 
 _FULL = {**structure_tasks.FULL, "tasks": ("bbc",), "factors_every": 0, "adapter": structure_adapters.ADAPTER}
@@ -152,18 +157,5 @@ EXPERIMENT = Experiment(
 )
 
 
-def command() -> int:
-    """Run the experiment as a command, and print one line for each Fisher."""
-    status = main(EXPERIMENT)
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--work", type=Path, default=WORK)
-    options, _ = parser.parse_known_args()
-    print(
-        "\n".join(lines(run(EXPERIMENT, "full" if options.full else "quick", options.work, quiet=True, finished=True)))
-    )
-    return status
-
-
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(main(EXPERIMENT))

@@ -38,6 +38,7 @@ EXPERIMENTS = (
     "cost",
     "questions",
     "structure",
+    "lora_rank",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
 GAIN, SETUP = "gain", "setup"

@@ -42,5 +42,5 @@ def test_a_cell_compares_three_fishers(monkeypatch, tmp_path):
         assert set(weight) == set(lora_rank.KINDS)
         assert all(-1 <= found["spearman"] <= 1 and math.isfinite(found["log_scale"]) for found in weight.values())
         assert abs(weight["rows x columns"]["log_scale"]) < 1e-5
-    lines = lora_rank.lines({"cells": [{"result": result}] * 3})
-    assert [line.partition(":")[0] for line in lines] == list(lora_rank.KINDS)
+    (table,) = lora_rank.tables({"cells": [{"result": result}] * 3})
+    assert [row for row, _ in table.rows] == list(lora_rank.KINDS)
