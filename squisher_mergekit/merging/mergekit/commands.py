@@ -108,9 +108,11 @@ def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = Fals
     from mergekit.plan import MergePlanner
 
     from squisher_mergekit.merging.mergekit.hooks import need
+    from squisher_mergekit.merging.mergekit.lookup import forget_files
     from squisher_mergekit.merging.mergekit.model_folders import resolve_models
     from squisher_mergekit.merging.run import Run
 
+    forget_files()
     model_out_config = need(merge, "_model_out_config", "trust_remote_code")
     resolve_models(config, options.get("lora_merge_cache"))
     with (
@@ -219,8 +221,6 @@ def run_as_adapter(
         )
     config.dtype, config.out_dtype = "float32", None
     changes = {"lora_merge_dtype": "float32", "lora_merge_cache": None, "copy_tokenizer": False}
-    for model in models:
-        LoaderCache.loaders.pop(model, None)  # its W0 may be of another dtype
     with scratch_beside(folder) as scratch:
         given = options.model_copy(update={**changes, "write_model_card": False})
         run = run_config(config, text, scratch / "merged", given, strict=strict, allow_missing=allow_missing)

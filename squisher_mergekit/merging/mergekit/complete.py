@@ -20,7 +20,14 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
 from squisher_mergekit.errors import ConfigError, MismatchError, SquisherError
-from squisher_mergekit.merging.mergekit.lookup import converts_to, find_weight, gather_of, load_task, model_config
+from squisher_mergekit.merging.mergekit.lookup import (
+    converts_to,
+    find_weight,
+    gather_of,
+    load_task,
+    model_config,
+    own_class,
+)
 from squisher_mergekit.merging.parameters import UBGM_SQUISHER
 from squisher_mergekit.models.loading import LoadableModel, loadable
 from squisher_mergekit.models.weights import Weights
@@ -247,14 +254,9 @@ def _converts_to_any(model: ModelReference, targets: frozenset[str], name: str) 
     return converts_to(model, name, targets)
 
 
-@functools.cache
-def _own_class(model: ModelReference) -> LoadableModel | None:
-    return loadable(model_config(model))
-
-
 def _unties(model: ModelReference, name: str) -> bool:
     """Return True if a model's own config does not tie a tensor to another one."""
-    own = _own_class(model)
+    own = own_class(model)
     return own is not None and not own.is_tied(name)
 
 

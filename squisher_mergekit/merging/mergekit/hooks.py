@@ -269,8 +269,10 @@ def _extend_merge(module: ModuleType) -> None:
             return run_merge(**bound)
         from squisher_mergekit.merging.mergekit.commands import mergekit_errors
         from squisher_mergekit.merging.mergekit.document import read_yaml
+        from squisher_mergekit.merging.mergekit.lookup import forget_files
         from squisher_mergekit.merging.mergekit.model_folders import resolve_models
 
+        forget_files()
         if bound.get("config_source") is not None:
             read_yaml(bound["config_source"])
         resolve_models(bound["merge_config"], bound["options"].lora_merge_cache)

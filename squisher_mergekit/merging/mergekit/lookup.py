@@ -9,6 +9,8 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache, LoadTensor
 
+from squisher_mergekit.models.loading import LoadableModel, loadable
+
 
 @dataclass(frozen=True)
 class FoundWeight:
@@ -75,6 +77,19 @@ def model_type(model: Any) -> str | None:
     """Return the ``model_type`` of a model's config."""
     found: str | None = model_config(model).model_type
     return found
+
+
+@functools.cache
+def own_class(model: Any) -> LoadableModel | None:
+    """Return the class that a model's config names, without weights."""
+    return loadable(model_config(model))
+
+
+def forget_files() -> None:
+    """Forget loaders and configs of earlier merges of this process; their files may have been replaced since."""
+    LoaderCache.loaders.clear()
+    model_type.cache_clear()
+    own_class.cache_clear()
 
 
 def model_config(model: Any) -> Any:

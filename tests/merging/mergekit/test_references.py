@@ -239,13 +239,24 @@ def test_slices_of_different_layers_are_not_copied(tmp_path: Path, layers: tuple
     assert_within(found[name.format(0)], sum(theta.double() for theta in thetas) / 2, largest(thetas))  # type: ignore[arg-type]
 
 
+def test_files_that_are_replaced_between_merges_are_read_again(tmp_path: Path) -> None:
+    """A second merge of the process has the new files of a LoRA under its old name."""
+    _, second = _runs(tmp_path, "llama", [{}, {}])
+    config = _config(tmp_path)
+    merged(config, tmp_path / "before")
+    shutil.rmtree(tmp_path / "l0" / "adapter")
+    shutil.copytree(tmp_path / "l1" / "adapter", tmp_path / "l0" / "adapter")
+    found = merged(config, tmp_path / "after")
+    for name, theta in second.items():
+        torch.testing.assert_close(found[name], theta, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("form", ["shards", "pytorch_model.bin", "bfloat16"])
 def test_bases_in_other_forms(tmp_path: Path, form: str) -> None:
     """Shards and pickled weights give the tensors of one file; bfloat16 is kept as by peft's own merge."""
     import transformers
 
     _runs(tmp_path, "llama", [{}, {}])
-    # mergekit keeps the loaders of a process: other files need another folder.
     other = tmp_path / "other"
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     model = model.bfloat16() if form == "bfloat16" else model
