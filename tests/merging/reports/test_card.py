@@ -28,7 +28,7 @@ def test_an_id_of_the_hub_keeps_its_organisation(name):
     ],
 )
 def test_a_local_path_is_not_shown(name, shown):
-    """Of a path the last part is shown, and for a checkpoint the name of its run."""
+    """The card shows the last part of a path, and for a checkpoint the name of its run."""
     assert public_name(name) == shown
 
 
