@@ -38,6 +38,7 @@ EXPERIMENTS = (
     "cost",
     "questions",
     "structure",
+    "structure_controls",
     "lora_rank",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
