@@ -140,7 +140,8 @@ def check_disk(work: Path, options: argparse.Namespace) -> None:
         SystemExit: The message has the sizes and the cure.
     """
     kept = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
-    needed, free = disk_bytes(options) + ROOM, shutil.disk_usage(work).free + kept
+    disk = next(folder for folder in (work, *work.resolve().parents) if folder.exists())
+    needed, free = disk_bytes(options) + ROOM, shutil.disk_usage(disk).free + kept
     if needed > free:
         raise SystemExit(
             f"two models, their Fishers and a result must have {needed / 1e9:.0f} GB of disk, but {work} has "
