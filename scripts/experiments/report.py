@@ -39,6 +39,7 @@ EXPERIMENTS = (
     "questions",
     "structure",
     "structure_controls",
+    "structure_language",
     "lora_rank",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)

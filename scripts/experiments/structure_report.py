@@ -11,10 +11,11 @@ from scripts.experiments.structure_merges import ROWS, STRUCTURES, mean, shown
 from scripts.experiments.tables import Table, difference, mean_sd, spread
 
 Cell = Mapping[str, Any]
-RIVALS = ("ties", "ota", "masked", "diagonal")
+RIVALS = ("ties", "task_arithmetic", "ota", "masked", "diagonal")
 FEW = 3  # with fewer seeds, a finding is a first one
 NAMES = {
     "ties": "tuned `ties`",
+    "task_arithmetic": "tuned `task_arithmetic`",
     "ota": "OTA-merge",
     "masked": "the masked diagonal",
     "diagonal": "the diagonal",
@@ -53,7 +54,8 @@ def rest(report: Mapping[str, Any], name: str) -> list[str]:
     """Return a note with the command that runs the missing cells, if there are any."""
     missing = report.get("planned", len(report["cells"])) - len(report["cells"])
     command = f"python -m scripts.experiments.{name} --full"
-    return [f"Unfinished: {missing} cells are missing, which `{command}` runs."] if missing else []
+    are = "cell is" if missing == 1 else "cells are"
+    return [f"Unfinished: {missing} {are} missing, which `{command}` runs."] if missing else []
 
 
 def number(cells: Sequence[Cell]) -> str:
