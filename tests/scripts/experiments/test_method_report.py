@@ -76,5 +76,5 @@ def test_a_table_has_a_row_for_each_method():
     assert rows["`structure: kron`"][3].startswith("+2.1")
     assert "4 seeds of 5 planned" in found[2].title
     assert "400 products" in found[2].title
-    assert "1 cells are missing" in found[2].notes[-1]
+    assert "1 cell is missing" in found[2].notes[-1]
     assert merge_methods.pictures(_report({}))["merge_methods.png"].startswith(b"\x89PNG")
