@@ -110,23 +110,10 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Concatenated:
-    """Tensor made of lazy tensors that follow one another along an axis.
-
-    Attributes:
-        pieces: The lazy tensors, in order.
-        axis: The axis.
-    """
+class _OfPieces:
+    """Tensor made of others of one dtype, lazy or not."""
 
     pieces: tuple[MaybeLazy, ...]
-    axis: int
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the whole tensor."""
-        shape = list(self.pieces[0].shape)
-        shape[self.axis] = sum(piece.shape[self.axis] for piece in self.pieces)
-        return torch.Size(shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,6 +125,25 @@ class Concatenated:
         """Stored tensors of all pieces."""
         return [part for piece in self.pieces for part in parts(piece)]
 
+
+@dataclass(frozen=True)
+class Concatenated(_OfPieces):
+    """Tensor made of lazy tensors that follow one another along an axis.
+
+    Attributes:
+        pieces: The lazy tensors, in order.
+        axis: The axis.
+    """
+
+    axis: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the whole tensor."""
+        shape = list(self.pieces[0].shape)
+        shape[self.axis] = sum(piece.shape[self.axis] for piece in self.pieces)
+        return torch.Size(shape)
+
     def read(self) -> Tensor:
         """Return the whole tensor."""
         return torch.cat([read(piece) for piece in self.pieces], self.axis)
@@ -147,7 +153,7 @@ Region: TypeAlias = tuple[tuple[int, int], ...]  # first position, and position 
 
 
 @dataclass(frozen=True)
-class Assembled:
+class Assembled(_OfPieces):
     """Tensor whose regions are regions of others, as tensor parallelism cuts it.
 
     Attributes:
@@ -162,7 +168,6 @@ class Assembled:
         tensor([1., 0., 0.])
     """
 
-    pieces: tuple[MaybeLazy, ...]
     regions: tuple[tuple[Region, Region], ...]
     shape: torch.Size
 
@@ -186,16 +191,6 @@ class Assembled:
         if overlap or count != shape.numel() or len({piece.dtype for piece in pieces}) > 1:
             raise ValueError(f"the regions {filled} do not fill {list(shape)}")
         return cls(pieces, regions, shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the entries."""
-        return self.pieces[0].dtype
-
-    @property
-    def parts(self) -> Sequence[Tensor]:
-        """Stored tensors of all pieces."""
-        return [part for piece in self.pieces for part in parts(piece)]
 
     def read(self) -> Tensor:
         """Return the whole tensor."""
