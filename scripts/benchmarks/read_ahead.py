@@ -18,8 +18,8 @@ from scripts.benchmarks.merge import MODELS, commands, output_folder, parameters
 from scripts.benchmarks.merge import parse as parse_merge
 from scripts.benchmarks.process import run_measured, work_folder
 from scripts.benchmarks.report import write_report
+from squisher_mergekit.tensors.read_ahead import SWITCH
 
-SWITCH = "SQUISHER_MERGEKIT_READ_AHEAD"
 OFF = "0"
 
 

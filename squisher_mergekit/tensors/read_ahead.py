@@ -87,7 +87,7 @@ class ReadAhead:
             for part in parts:
                 with contextlib.suppress(OSError), _opened(part.file) as file:
                     for piece in _pieces(part, self._piece):
-                        if not self._wait(step, asked + piece.length):
+                        if not self._wait(asked + piece.length):
                             break
                         if not self._is_over(step):
                             os.posix_fadvise(file, piece.start, piece.length, os.POSIX_FADV_WILLNEED)
@@ -96,7 +96,7 @@ class ReadAhead:
                     return
             asked = self._ends[step]  # also after a file that could not be opened
 
-    def _wait(self, step: int, asked: int) -> bool:
+    def _wait(self, asked: int) -> bool:
         """Wait until the budget permits a number of bytes from the first step on; return False if closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or asked <= self._permitted())
