@@ -21,8 +21,7 @@ from squisher_mergekit.estimators.per_example.accumulate import (
     zero_accumulators,
 )
 from squisher_mergekit.estimators.per_example.host_sums import HostSums
-from squisher_mergekit.estimators.per_example.tape import Tape
-from squisher_mergekit.estimators.per_example.verify import TapedModel, Verification, mixing_parameters, verify
+from squisher_mergekit.estimators.per_example.verify import TapedModel, Verification, check_mixing, verify
 from squisher_mergekit.estimators.requirements import ESTIMATORS, Grouping, check_labels, check_model, check_task
 from squisher_mergekit.estimators.tasks import (
     Batch,
@@ -169,7 +168,7 @@ class FisherAccumulator:
             self._verification = self._verify_first_batch(taped_model, batch)
         seed = batch_seed(self._seed, number)
         # The first batch compiles kernels, which says nothing of the time of its launches.
-        if self._graphs is None or not counts or not self.batches or self._is_checked():
+        if self._graphs is None or not counts or not self.batches:
             return self._add_eagerly(taped_model, batch, seed, counts)
         return self._graphs.add(
             batch,
@@ -177,6 +176,7 @@ class FisherAccumulator:
             self._graph_state(),
             lambda mark: self._add_eagerly(taped_model, batch, seed, counts, mark),
             lambda batch, generator: self._add_captured(taped_model, batch, generator),
+            lambda: self._check_alone(taped_model, batch),
         )
 
     def _graph_state(self) -> Any:
@@ -212,18 +212,19 @@ class FisherAccumulator:
         draw: int | torch.Generator,
         counts: bool = True,
         mark: Callable[[], None] | None = None,
+        check: bool = False,
     ) -> tuple[Outputs, set[nn.Parameter]]:
         """Add a batch to some accumulators; return its outputs, and the parameters that have yet to be verified.
 
-        ``mark`` is called between forward and backward pass.
+        ``mark`` is called between forward and backward pass. ``check`` asks for a check that no layer mixes examples.
         """
         known = self._verification
         assert known is not None
         with taped_model.run(batch, known.owner_of, known.broadcast_modules) as (tape, outputs):
             if mark is not None:
                 mark()
-            if self._is_checked():
-                self._check_mixing(tape, outputs)
+            if check:
+                check_mixing(tape, outputs, self.names, self.batches, retain_graph=True)
             others = [p for p in tape.without_call(self.accumulators) if not is_sharded(p)]
             reached: set[nn.Parameter] = set()
             output_gradients = self._output_gradients(outputs, draw, counts)
@@ -245,7 +246,7 @@ class FisherAccumulator:
         while True:
             known = self._verification
             assert known is not None
-            outputs, new = self._accumulate(taped_model, batch, accumulators, seed, counts, mark)
+            outputs, new = self._accumulate(taped_model, batch, accumulators, seed, counts, mark, self._is_checked())
             # No earlier example used these parameters (a rarely chosen expert, say): verify them now.
             if not new:
                 return self._size_of(outputs)
@@ -272,17 +273,13 @@ class FisherAccumulator:
         """Return True at the second batch, the fourth, the eighth and so on."""
         return self._verify and self.batches > 0 and not self.batches & (self.batches + 1)
 
-    def _check_mixing(self, tape: Tape, outputs: Outputs) -> None:
-        """Check that no layer mixes its examples.
-
-        Raises:
-            UnsupportedStateError: A layer does.
-        """
-        for parameter, error in mixing_parameters(tape, outputs, self.accumulators, retain_graph=True).items():
-            raise UnsupportedStateError(
-                f"{self.names[parameter]} must have a gradient for each example, but in batch {self.batches + 1} "
-                "its module gets other parts of the examples than before; freeze it, or take grouping batch"
-            ) from error
+    def _check_alone(self, taped_model: TapedModel, batch: Batch) -> None:
+        """Check a batch that a graph adds, if it is to be checked: its launches hide behind those of the graph."""
+        known = self._verification
+        if known is None or not self._is_checked():
+            return
+        with taped_model.run(batch, known.owner_of, known.broadcast_modules) as (tape, outputs):
+            check_mixing(tape, outputs, self.names, self.batches, retain_graph=False)
 
     def _output_gradients(self, outputs: Outputs, draw: int | torch.Generator, counts: bool) -> Iterator[Tensor]:
         """Yield the gradients at the outputs of a batch; zeros for a batch that does not count.

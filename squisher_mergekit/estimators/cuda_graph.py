@@ -151,7 +151,13 @@ class BatchGraphs:
         self._logged = False
 
     def add(
-        self, batch: Batch, seed: int, state: Any, eager: Callable[[Callable[[], None]], Count], work: Work
+        self,
+        batch: Batch,
+        seed: int,
+        state: Any,
+        eager: Callable[[Callable[[], None]], Count],
+        work: Work,
+        replayed: Callable[[], None],
     ) -> Count:
         """Add a batch, eagerly or by its graph.
 
@@ -161,6 +167,7 @@ class BatchGraphs:
             state: Everything else that the pass depends on and that may change from batch to batch.
             eager: Adds the batch, and calls its argument between forward and backward pass.
             work: Adds a batch with the labels that a generator draws; never waits for the host.
+            replayed: Called after a graph was launched, while it runs.
 
         Returns:
             The number of data of the batch.
@@ -175,6 +182,7 @@ class BatchGraphs:
                 graph.inputs[place].copy_(tensor, non_blocking=True)
             graph.generator.manual_seed(seed)
             graph.replay()
+            replayed()
             return graph.count
         if key in self._timings or key in self._refused or any(t.device != self._cuda.device for t in inputs.values()):
             return eager(lambda: None)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.estimators import accumulator as accumulator_module
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.cuda_graph import BatchGraphs, Timing, graphs_for, shape_of, tensors_of, with_tensors
@@ -71,7 +72,7 @@ def test_replays_add_what_eager_batches_add(recorder, labels):
     for batch in batches:
         accumulator.add(batch)
     expected = estimate_fisher(model, batches, labels, statistic="sum", task="classification", cuda_graph=False)
-    assert recorder.replays == 4  # batches 4, 5, 6 and 8; batch 2 is timed, and the others are checked
+    assert recorder.replays == 7  # batch 0 is verified, and batch 1 is timed
     assert accumulator.examples == 36
     for parameter, name in accumulator.names.items():
         torch.testing.assert_close(accumulator.accumulators[parameter], expected[name])
@@ -85,9 +86,29 @@ def test_a_language_model_is_captured_too(recorder):
     for batch in batches:
         accumulator.add(batch)
     expected = estimate_fisher(model, batches, statistic="sum", datum="token", cuda_graph=False)
-    assert recorder.replays == 2
+    assert recorder.replays == 4
     assert accumulator.examples == expected.config.num_examples
     assert_close(accumulator.fisher(statistic="sum", num_examples=accumulator.examples), expected, model=model)
+
+
+def test_a_replayed_batch_is_checked_too(recorder):
+    """A layer that begins to mix its examples in a checked batch is refused there, though a graph adds the batch."""
+
+    class _Mixing(nn.Linear):
+        mixes = False
+
+        def forward(self, x):
+            return super().forward(x.roll(1, 0) if self.mixes else x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), _Mixing(7, 3))
+    accumulator = _accumulator(recorder, model, task="classification")
+    for batch in _batches(7):
+        accumulator.add(batch)
+    model[2].mixes = True
+    with pytest.raises(UnsupportedStateError, match="in batch 8 its module gets other parts"):
+        accumulator.add(_batches(1)[0])
+    assert recorder.replays == 6
 
 
 def test_each_shape_has_its_graph(recorder):
@@ -148,12 +169,12 @@ def test_parameters_of_a_later_batch_end_a_capture(recorder, caplog):
             return self.out(self.seldom(x) if self.late else x)
 
     torch.manual_seed(0)
-    model, batches = _Late(), _batches(5)
+    model, batches = _Late(), _batches(3)
     accumulator = _accumulator(recorder, model, task="classification")
     for number, batch in enumerate(batches):
-        model.late = number == 4
+        model.late = number == 2
         accumulator.add(batch)
-    expected = estimate_fisher(model, batches[4:], statistic="sum", task="classification", cuda_graph=False)
+    expected = estimate_fisher(model, batches[2:], statistic="sum", task="classification", cuda_graph=False)
     torch.testing.assert_close(accumulator.accumulators[model.seldom.weight], expected["seldom.weight"])
     assert "must use the parameters of the batches before" in caplog.text
 

@@ -202,6 +202,28 @@ def mixing_parameters(
     return mismatches
 
 
+def check_mixing(
+    tape: Tape, outputs: Outputs, names: Mapping[nn.Parameter, str], batches: int, retain_graph: bool
+) -> None:
+    """Check that no layer mixes the examples of a batch.
+
+    Args:
+        tape: Record of the forward pass.
+        outputs: Outputs of that forward pass.
+        names: Trainable parameter -> name in memory.
+        batches: Number of batches before.
+        retain_graph: True if another backward pass follows.
+
+    Raises:
+        UnsupportedStateError: A layer does.
+    """
+    for parameter, error in mixing_parameters(tape, outputs, names, retain_graph).items():
+        raise UnsupportedStateError(
+            f"{names[parameter]} must have a gradient for each example, but in batch {batches + 1} "
+            "its module gets other parts of the examples than before; freeze it, or take grouping batch"
+        ) from error
+
+
 def _to_host(scalars: Mapping[Key, Tensor]) -> dict[Key, float]:
     """Return the values of scalars on any devices; the host waits once for each device, not for each scalar."""
     keys_on: dict[torch.device, list[Key]] = {}
