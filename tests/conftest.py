@@ -2,20 +2,25 @@
 
 import importlib.util
 import os
+import sys
 
 import pytest
 import torch
+
+# Triton reads the variable when it is imported, which the conftest of a folder does before pytest has parsed options.
+# Workers of pytest-xdist inherit it.
+_AFTER = " ".join(sys.argv).replace("--device=", "--device ").partition("--device ")[2]
+if (
+    _AFTER.split(" ")[0] in ("", "cpu")
+    and "PYTEST_XDIST_WORKER" not in os.environ
+    and importlib.util.find_spec("triton")
+):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--device``."""
     parser.addoption("--device", default="cpu", help="device of the tests that take one (default: cpu)")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Enable Triton's interpreter for the CPU; Triton reads the variable when it is imported."""
-    if config.getoption("--device") == "cpu" and importlib.util.find_spec("triton"):
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -36,7 +36,7 @@ PACKAGES = (
     "pydantic-core",
     "typing-inspection",
 )
-TESTS = ("tests/merging", "tests/estimators", "tests/applications", "tests/training")
+TESTS = ("tests/tensors", "tests/fisher", "tests/merging", "tests/estimators", "tests/applications", "tests/training")
 # 1.1e9 parameters.
 LLAMA = {"hidden": 2048, "layers": 19, "intermediate": 5632, "vocab": 32000, "shards": 4}
 TAIL = 6000

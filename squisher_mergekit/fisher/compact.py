@@ -38,6 +38,7 @@ _LEAST = -149 * _UNIT  # the smallest float32
 _NORMAL = -126 * _UNIT  # below, float32 itself has steps that add to the error
 _MOST = 128 * _UNIT
 _CHUNK = 1 << 18  # entries per step: their float64 copy fits a core's cache
+_LAUNCH = 16  # times as many on an accelerator, which has no such cache and a cost for each launch
 _SMALLEST = 2.0**-149
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -239,15 +240,16 @@ def _unlog(stream: Tensor, scale: Tensor, code: LogCode, count: int) -> Tensor:
     sizes = code.sizes(bits, count)
     if sum(sizes.values()) != stream.numel():
         raise ValueError(f"its scales need {sum(sizes.values())} bytes of codes, but it has {stream.numel()}")
-    out = torch.zeros(len(scale), BLOCK, dtype=torch.float32)
+    out = torch.zeros(len(scale), BLOCK, dtype=torch.float32, device=scale.device)
+    step = _CHUNK // BLOCK * (1 if out.is_cpu else _LAUNCH)
     begin = 0
     for width in code.widths:
         group = stream[begin : begin + sizes[width]]
         begin += sizes[width]
         places = (bits == width).nonzero().squeeze(-1)
         size = BLOCK * width // 8  # bytes a block
-        for start in range(0, len(places), _CHUNK // BLOCK):
-            some = places[start : start + _CHUNK // BLOCK]
+        for start in range(0, len(places), step):
+            some = places[start : start + step]
             codes = group[start * size : (start + len(some)) * size]
             codes = torch.nn.functional.pad(codes, (0, len(some) * size - codes.numel()))
             out[some] = _value(_unpack(codes, width), scale[some], width)
@@ -304,7 +306,7 @@ def outer_of_means(row: Tensor, col: Tensor) -> Tensor:
     # Absolute, so that negative rows of a damaged file do not cancel out.
     mean = rows.mean(-1, keepdim=True).abs()
     rows = torch.where(mean == 0, 0.0, rows / mean)
-    out = torch.empty(*rows.shape, columns.shape[-1], dtype=torch.float32)
+    out = torch.empty(*rows.shape, columns.shape[-1], dtype=torch.float32, device=row.device)
     for one, some in _slabs(*out.shape):
         out[one, some] = (rows[one, some, None] * columns[one, None, :]).clamp_max_(_LARGEST)
     return out.view(*row.shape, col.shape[-1])

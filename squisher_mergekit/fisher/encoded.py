@@ -13,6 +13,7 @@ from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.values import DiagonalFisher, check_values
 from squisher_mergekit.tensors.read_ahead import FileRange
 from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore, file_ranges, info_of
+from squisher_mergekit.tensors.transfer import moved
 
 _CURE = "copy the file again, or extract the Fisher anew"
 
@@ -52,10 +53,18 @@ class EncodedStore:
         Raises:
             CorruptFileError: The parts of the tensor do not fit each other.
         """
+        return self.read_to(name, torch.device("cpu"))
+
+    def read_to(self, name: str, device: torch.device) -> torch.Tensor:
+        """Read one tensor, and decode it on a device, which its compact parts reach sooner than the whole.
+
+        Raises:
+            CorruptFileError: The parts of the tensor do not fit each other.
+        """
         code = self._code_of.get(name)
         if code is None:
-            return self._parts.read(name)
-        parts = {suffix: self._parts.read(name + suffix) for suffix in compact.suffixes(code)}
+            return moved(self._parts.read(name), device)
+        parts = {suffix: moved(self._parts.read(name + suffix), device) for suffix in compact.suffixes(code)}
         changed = [suffix for suffix, part in parts.items() if part.dtype != self._parts.infos[name + suffix].dtype]
         if changed:
             raise self._corrupt(name, code, f"{name}{changed[0]} is {parts[changed[0]].dtype}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 
 from squisher_mergekit.fisher.compact import Compression
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
-from squisher_mergekit.fisher.encoded import RankOneStore
+from squisher_mergekit.fisher.encoded import EncodedStore, RankOneStore
 from squisher_mergekit.fisher.factors.mapping import Factors, no_factors
 from squisher_mergekit.fisher.values import Moments
 from squisher_mergekit.fisher.write import to_dtype, write_fisher
 from squisher_mergekit.tensors.read_ahead import FileRange
 from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore, file_ranges
+from squisher_mergekit.tensors.transfer import moved
 
 
 class Fisher(Mapping[str, torch.Tensor]):
@@ -161,6 +163,12 @@ class Fisher(Mapping[str, torch.Tensor]):
         """Return the same Fisher with other factors."""
         return Fisher(self._store, self.config, self.aliases, factors)
 
+    def on(self, device: torch.device) -> Fisher:
+        """Return the same Fisher with tensors on a device, where compact ones are decoded; factors stay."""
+        found = copy.copy(self)
+        found._store = StoreOnDevice(self._store, device)
+        return found
+
     def without_initial_value(self) -> Fisher:
         """Return the same Fisher less the optimizer's initial accumulator value (Adagrad's)."""
         assert self.config.optimizer is not None
@@ -189,6 +197,20 @@ class Fisher(Mapping[str, torch.Tensor]):
 def rescaled(raw: torch.Tensor, offset: float, factor: float) -> torch.Tensor:
     """Return ``(F - offset) factor`` as a new float64 tensor (:meth:`Fisher.offset`, :meth:`Fisher.factor`)."""
     return raw.to(torch.float64, copy=True).sub_(offset).mul_(factor)
+
+
+class StoreOnDevice:
+    """Store of another store's tensors on a device."""
+
+    def __init__(self, store: TensorStore, device: torch.device) -> None:
+        self._store, self._device = store, device
+        self.location, self.infos = store.location, store.infos
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, on the device."""
+        if isinstance(self._store, EncodedStore):
+            return self._store.read_to(name, self._device)
+        return moved(self._store.read(name), self._device)
 
 
 class WithoutInitialValue:

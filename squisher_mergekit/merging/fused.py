@@ -22,6 +22,7 @@ from squisher_mergekit.merging.equations import relative
 
 MOST_MODELS = 32
 BLOCK = 8192
+SUMMED = 4  # Fishers of one launch of a sum
 
 LOG = logging.getLogger("squisher_mergekit")
 
@@ -132,7 +133,7 @@ def ubgm_squisher(
 def weighted_sum(fishers: Sequence[Tensor], factors: Sequence[float], power: float = 1.0) -> Tensor:
     """Return ``sum_i factor_i * sum over the entries of fishers_i^power`` in float64 (0-dim), in one read of each.
 
-    Each Fisher has a launch of its own, so that one compiled kernel serves every number of models.
+    A launch sums at most ``SUMMED`` Fishers, so that few compiled kernels serve every number of models.
 
     Args:
         fishers: Tensors of one size, not empty.
@@ -144,16 +145,17 @@ def weighted_sum(fishers: Sequence[Tensor], factors: Sequence[float], power: flo
     """
     from squisher_mergekit.merging import fused_kernels
 
-    size, shape = fishers[0].numel(), grid(1, torch.float64)
+    size, shape = fishers[0].numel(), grid(min(len(fishers), SUMMED), torch.float64)
     programs = shape.programs(size)
+    starts = range(0, len(fishers), SUMMED)
     # Rows of an even length are all aligned alike; Triton compiles anew for another alignment.
-    partial = torch.zeros(len(fishers), programs + programs % 2, dtype=torch.float64, device=fishers[0].device)
+    partial = torch.zeros(len(starts), programs + programs % 2, dtype=torch.float64, device=fishers[0].device)
     with _on(fishers[0].device):
-        for fisher, factor, row in zip(fishers, factors, partial, strict=True):
+        for start, row in zip(starts, partial, strict=True):
             fused_kernels.weighted_sum[(programs,)](
-                (fisher.contiguous(),),
+                tuple(fisher.contiguous() for fisher in fishers[start : start + SUMMED]),
                 row,
-                _numbers([factor], torch.float64),
+                _numbers(factors[start : start + SUMMED], torch.float64),
                 float(power),
                 size,
                 POWERED=power != 1,

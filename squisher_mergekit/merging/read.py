@@ -15,6 +15,7 @@ from squisher_mergekit.merging.coupling.recorded import read_side
 from squisher_mergekit.merging.density import Rows
 from squisher_mergekit.tensors.safetensors import MemoryStore
 from squisher_mergekit.tensors.topk import Cut
+from squisher_mergekit.tensors.transfer import moved as move
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class LoadedFisher:
         """Return the same with all tensors on a device."""
 
         def moved(tensor: Tensor | None) -> Tensor | None:
-            # As mergekit's executor moves weights: the host does not wait for the copy.
-            return None if tensor is None else tensor.to(device, non_blocking=device.type in ("cuda", "xpu"))
+            return None if tensor is None else move(tensor, device)
 
         rows = None
         if self.rows is not None:

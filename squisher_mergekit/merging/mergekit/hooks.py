@@ -8,9 +8,8 @@ mergekit that are needed, and changes classes in place, so that the order of imp
 * ``MergePlanner`` and the planner of ``mergekit-pytorch`` refuse what headers show to be wrong before any file is
   written, replace each merge task of our methods by one that reads the Fishers, and leave out of the sum a base that
   ``squisher`` is only given for its tokenizer;
-* the executors write into a temporary folder until the merge is complete, report at the end, and close the merge.
-
-Merges by other methods pass through unchanged.
+* the executors write into a temporary folder until the merge is complete, report at the end, and close the merge;
+  meanwhile they move large tensors through pinned memory. Merges by other methods pass through unchanged.
 """
 
 import contextlib
@@ -336,6 +335,9 @@ def _refuse_damaged_weights(loader_cache: Any) -> None:
 
 
 def _extend_executor(executor: Any) -> None:
+    from squisher_mergekit.merging.mergekit.transfers import RUNNING, extend_moves
+
+    extend_moves(executor)
     run_graph = need(executor, "run", "quiet")
 
     @functools.wraps(run_graph)
@@ -347,7 +349,7 @@ def _extend_executor(executor: Any) -> None:
         from squisher_mergekit.merging.mergekit.tasks import scheduled_names
         from squisher_mergekit.tensors.temporary import cleaned_up_at_signals
 
-        with run:
+        with run, RUNNING.merge():
             output = _atomic_output(self.universe, run)
             ahead = run.reading_ahead(scheduled_names(self))
             with cleaned_up_at_signals([signal.SIGTERM]), output as folder, run.writing(folder), ahead:

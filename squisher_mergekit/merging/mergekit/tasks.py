@@ -31,6 +31,8 @@ from squisher_mergekit.merging.votes.threshold import Choice
 from squisher_mergekit.models.weights import check_finite
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
+CPU = torch.device("cpu")
+
 
 class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
     """Request for one tensor of one model's Fisher, at the scale of the merge (see :func:`.read.load_tensor`).
@@ -63,15 +65,15 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
     padding: tuple[int, int] | None = None
     sides: tuple[Side, ...] = ()
 
-    def load(self) -> LoadedFisher:
-        """Read the tensor.
+    def load(self, device: torch.device = CPU) -> LoadedFisher:
+        """Read the tensor, to a device.
 
         Raises:
             RefusedError: The tensor cannot be read.
         """
         if self.opened is None:
             return LoadedFisher(self.name)
-        fisher = self.opened.fisher
+        fisher = self.opened.fisher if device == CPU else self.opened.fisher.on(device)
         loaded = load_tensor(
             fisher if self.model_type is None else _Converted(fisher, self.name, self.model_type),
             self.name,
@@ -174,7 +176,8 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
             check_finite(tensor, self.output_weight.name, " or ".join(map(str, tensors)))
             return tensor
         parameters = {**self.input_parameters}
-        for model, fisher in self.load(tokenizer_info, origins).items():
+        device = next((tensor.device for tensor in tensors.values()), CPU)
+        for model, fisher in self.load(tokenizer_info, origins, device).items():
             if model in tensors:
                 choice = thresholds.get(model, {}).get(self.output_weight.name)
                 fisher = fisher if choice is None else replace(fisher, cut=choice.cut)
@@ -188,14 +191,17 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
             check_finite(merged, self.output_weight.name, " or ".join(map(str, tensors)))
         return merged
 
-    def load(self, tokenizer_info: Any, origins: dict[str, Tensor]) -> dict[ModelReference, LoadedFisher]:
+    def load(
+        self, tokenizer_info: Any, origins: dict[str, Tensor], device: torch.device = CPU
+    ) -> dict[ModelReference, LoadedFisher]:
         """Read the Fishers of the tensor, with theta_0, in the order of the vocabulary of the output.
 
         Args:
             tokenizer_info: mergekit's record of the vocabularies; None if none is re-ordered.
             origins: Name of an argument -> theta_0 of a model.
+            device: Device of the Fishers.
         """
-        loaded = {request.model: request.load() for request in self.requests}
+        loaded = {request.model: request.load(device) for request in self.requests}
         for model, _ in self.origins:
             loaded[model] = replace(loaded[model], origin=origins[f"origin of {model}"])
         if tokenizer_info is not None:
