@@ -69,13 +69,17 @@ def steps(work: Path, small: bool = False) -> list[Step]:
         cache = (("TRITON_CACHE_DIR", str(work / f"triton {method}")),)
         first = _module(f"first call {method}", 40, "scripts.benchmarks.gpu_kernel", *kernel, "--first", "--methods")
         found.append(first._replace(command=[*first.command, method], environment=cache))
-    feed = ["--device", device, *(["--megabytes", "1", "--rounds", "1"] if small else [])]
-    found.append(_reporting(work, "feed", 60, "gpu_feed", *feed, "--work", str(work)))
+    estimator = ["--device", device, "--seconds", "50", *(["--quick"] if small else [])]
+    found.append(_reporting(work, "estimator", 75, "fisher_gpu", *estimator))
     sizes = LLAMA if not small else {"hidden": 36, "layers": 2, "intermediate": 47, "vocab": 61, "shards": 2}
-    merge = [f"--{name}={size}" for name, size in sizes.items()] + ["--repeat", "1" if small else "2"]
-    merge += ["--work", str(work / "models"), "--made-on", device, *([] if small else ["--options=--cuda"])]
-    found.append(_reporting(work, "merge", 150, "merge", *merge, "--only", "squisher", "ubgm_squisher"))
-    found.append(_reporting(work, "read-ahead", 90, "read_ahead", *merge, "--repeat", "1"))
+    merge = [f"--{name}={size}" for name, size in sizes.items()] + ["--repeat", "1"]
+    merge += ["--work", str(work / "models"), "--made-on", device]
+    found.append(_reporting(work, "merges in one process", 150, "gpu_merge", *merge, "--device", device))
+    merge += [] if small else ["--options=--cuda"]
+    found.append(_reporting(work, "merge", 100, "merge", *merge, "--only", "squisher", "ubgm_squisher"))
+    feed = ["--device", device, "--megabytes", "1" if small else "2048", "--rounds", "1" if small else "2"]
+    found.append(_reporting(work, "feed", 40, "gpu_feed", *feed, "--work", str(work)))
+    found.append(_reporting(work, "read-ahead", 90, "read_ahead", *merge))
     return found
 
 

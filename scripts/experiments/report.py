@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import ROOT
+from scripts.benchmarks import gpu_table
 from scripts.benchmarks import tables as benchmarks
 from scripts.experiments import gain
 from scripts.experiments.runner import RESULTS
@@ -43,7 +44,7 @@ EXPERIMENTS = (
     "lora_rank",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
-GAIN, SETUP = "gain", "setup"
+GAIN, SETUP, GPU = "gain", "setup", "check_gpu"
 BLOCK = re.compile(r"<!-- BEGIN (\w+) -->.*?<!-- END \1 -->", re.DOTALL)
 
 
@@ -73,6 +74,10 @@ def blocks() -> dict[Path, dict[str, str]]:
         EVIDENCE: {name: block(name, reports[name]) for name in EXPERIMENTS if name in reports},
         COMMANDS: {name: block(name, reports[name]) for name in BENCHMARKS if name in reports},
     }
+    if (report := found(GPU)) is not None:
+        placed[COMMANDS][GPU] = "\n\n".join(
+            [*(table.markdown() for table in gpu_table.tables(report)), gpu_table.made_by(report)]
+        )
     placed[README] = {}
     marks = BLOCK.findall(README.read_text(encoding="utf-8"))
     if GAIN in marks:

@@ -274,7 +274,7 @@ class FisherAccumulator:
         return self._verify and self.batches > 0 and not self.batches & (self.batches + 1)
 
     def _check_alone(self, taped_model: TapedModel, batch: Batch) -> None:
-        """Check a batch that a graph adds, if it is to be checked: its launches hide behind those of the graph."""
+        """Check a batch that a graph adds, if it is to be checked."""
         known = self._verification
         if known is None or not self._is_checked():
             return

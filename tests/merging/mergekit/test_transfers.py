@@ -49,7 +49,7 @@ def test_a_merge_on_the_device_agrees_with_one_on_the_cpu(tmp_path, device, monk
     found = _run(tmp_path, config, "device", *flags)
     assert not transfers.RUNNING
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6 * float(tensor.abs().max()))
     used = transfer.lanes_of.cache_info().currsize
     assert (used > 0) == (device.type == "cuda")
 

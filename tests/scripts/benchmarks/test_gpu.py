@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from scripts.benchmarks import gpu_check, gpu_feed, gpu_kernel
+from scripts.benchmarks import gpu_check, gpu_feed, gpu_kernel, gpu_merge
 from squisher_mergekit.merging import execution, fused
 
 
@@ -48,6 +48,18 @@ def test_first_calls_are_printed_by_method_and_number(capsys):
     arguments = ["--device", "cpu", "--shape", "7", "--counts", "2", "--methods", "ubgm prior", "--first"]
     assert gpu_kernel.main(arguments) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["ubgm prior 2"]
+
+
+def test_merges_of_one_process_are_timed_by_way(tmp_path):
+    """Each way has its least time and its rate; the switch of the pinned buffers is undone."""
+    sizes = ["--hidden", "36", "--layers", "1", "--intermediate", "47", "--vocab", "61", "--shards", "1"]
+    report, least = tmp_path / "report.json", gpu_merge.transfer.LEAST
+    arguments = ["--device", "cpu", *sizes, "--repeat", "1", "--log8", "--work", str(tmp_path), "--json", str(report)]
+    assert gpu_merge.main(arguments) == 0
+    found = json.loads(report.read_text())["measured"]
+    assert [one["way"] for one in found] == [*gpu_merge.WAYS, *gpu_merge.LOG8]
+    assert all(0 < one["least_s"] == one["median_s"] and one["gb_per_s"] > 0 for one in found)
+    assert least == gpu_merge.transfer.LEAST
 
 
 def test_all_ways_of_loading_give_the_same_bytes(tmp_path):
