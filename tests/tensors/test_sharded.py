@@ -1,9 +1,6 @@
 """Several processes on the CPU (gloo), compared with torch's gathered state and with a run of one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from safetensors.torch import load_file
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import SquisherError
 from squisher_mergekit.tensors.sharded import OnRankZero
+from tests import processes
 from tests.checkpoints import named_on_disk
 from tests.training import worker
 
@@ -21,21 +19,9 @@ ROOT = Path(__file__).parents[2]
 KINDS = ["ddp", "fsdp1", "fsdp2", "fsdp2_mixtral"]
 
 
-def _start(kind, folder, rank, world):
-    command = [sys.executable, "-m", "tests.training.worker", kind, str(folder), str(rank), str(world)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
 def _run(kind, folder, world):
     """Run the processes, and return their exit codes and output."""
-    folder.mkdir()
-    processes = [_start(kind, folder, rank, world) for rank in range(world)]
-    try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], said
+    return processes.run("tests.training.worker", kind, folder, world)
 
 
 @pytest.fixture
@@ -114,26 +100,11 @@ def test_a_failure_of_the_first_process_reaches_the_others(tmp_path):
     assert not [file for file in (tmp_path / "run").rglob("*") if "fisher" in file.name or file.name.startswith(".")]
 
 
-TRAINER = """
-import sys
-from squisher_mergekit import SquisherCallback
-from tests.training.cases import trainer
-run = trainer("bert", sys.argv[1], [SquisherCallback(beta=0.9)], ddp_backend="gloo", max_grad_norm=0.6)
-run.train()
-"""
-
-
 @pytest.mark.slow
 def test_the_trainer_in_two_processes(tmp_path):
     """Each checkpoint has one Fisher that extract would write. The batch size counts both processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = tmp_path / "run.py"
-    script.write_text(TRAINER)
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path / "run")],
-        capture_output=True, text=True, check=False, timeout=240, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    codes, said = processes.run("tests.training.trainer_worker", "squisher", tmp_path / "run", 2, as_torchrun=True)
+    assert codes == [0, 0], said
     checkpoint = tmp_path / "run" / "checkpoint-3"
     live, read = load_fisher(checkpoint), load_fisher(checkpoint / "optimizer.pt", model=checkpoint)
     assert all(torch.equal(live[name], read[name]) for name in read)

@@ -1,7 +1,5 @@
-"""Process of a run with the callback: ``python -m tests.training.average_worker KIND FOLDER RANK WORLD``."""
+"""Process of a run with the callback of an average."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -33,7 +31,3 @@ def main(kind, folder, rank, world):
     if world > 1:
         dist.barrier()  # no process leaves while another one still communicates
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

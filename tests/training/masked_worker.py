@@ -1,7 +1,4 @@
-"""Process of a run under a mask: ``python -m tests.training.masked_worker KIND FOLDER RANK WORLD``."""
-
-import sys
-from pathlib import Path
+"""Process of a run under a mask."""
 
 import torch
 import torch.distributed as dist
@@ -58,7 +55,3 @@ def main(kind, folder, rank, world):
     )
     dist.barrier()  # no process leaves while another one still communicates
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

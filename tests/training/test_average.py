@@ -2,8 +2,6 @@
 
 import copy
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import transformers as tf
 from squisher_mergekit import estimate_fisher, load_fisher
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.training import FisherAverageCallback
+from tests import processes
 
 
 class _Watch(tf.TrainerCallback):
@@ -127,11 +126,8 @@ def test_two_processes_average_both_parts(tmp_path, kind):
     files = {}
     for world in (1, 2):
         folder = tmp_path / str(world)
-        folder.mkdir()
-        line = [sys.executable, "-m", "tests.training.average_worker", kind, str(folder)]
-        runs = [subprocess.Popen([*line, str(rank), str(world)], stderr=subprocess.PIPE) for rank in range(world)]
-        said = [run.communicate(timeout=240)[1].decode() for run in runs]
-        assert not any(run.returncode for run in runs), said
+        codes, said = processes.run("tests.training.average_worker", kind, folder, world)
+        assert not any(codes), said
         files[world] = load_fisher(folder / "fisher_average")
     assert set(files[1]) == set(files[2])
     largest = max(float(files[1][name].max()) for name in files[1])

@@ -2,9 +2,6 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +15,7 @@ from squisher_mergekit.applications.ewc.penalty import EWCPenalty
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.training import GradientSquares
 from squisher_mergekit.training.ewc import EWCCallback, live_squisher
+from tests import processes
 from tests.training.cases import make, trainer
 from tests.training.worker import wrap
 
@@ -280,39 +278,16 @@ def test_a_sharded_model_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
-TRAINER = """
-import sys
-import torch
-from squisher_mergekit.training.ewc import EWCCallback
-from tests.training.cases import trainer
-from tests.training.test_ewc import SETTINGS, model, penalty_of
-# Or else the Trainer multiplies this model's loss by the number of processes.
-more = {"average_tokens_across_devices": False}
-more |= {"ddp_backend": "gloo", "per_device_train_batch_size": 1} if sys.argv[2] == "2" else {}
-learner = model()
-penalty = penalty_of(learner)
-run = trainer("bert", sys.argv[1], [EWCCallback(penalty)], learner, **SETTINGS | more)
-run.train()
-if run.is_world_process_zero():
-    torch.save(penalty.state_dict(), sys.argv[1] + "/penalty.pt")
-"""
-
-
 @pytest.mark.slow
 def test_the_trainer_in_two_processes(tmp_path):
     """Two processes on halves of each batch end with the anchors and the Fisher of one process on the whole."""
-    script = tmp_path / "run.py"
-    script.write_text(TRAINER)
     found = []
-    for world in ("1", "2"):
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if world == "2" else []
-        done = subprocess.run(
-            [sys.executable, *start, str(script), str(tmp_path / world), world],
-            capture_output=True, text=True, check=False, timeout=240, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        codes, said = processes.run("tests.training.trainer_worker", "ewc", folder, world, as_torchrun=world == 2)
+        assert not any(codes), said
         penalty = EWCPenalty(LAM)
-        penalty.load_state_dict(torch.load(tmp_path / world / "penalty.pt", weights_only=True))
+        penalty.load_state_dict(torch.load(folder / "penalty.pt", weights_only=True))
         found.append(penalty)
     assert found[0].tasks == 2
     _same_state(*found, rtol=1e-3)

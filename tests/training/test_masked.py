@@ -1,8 +1,6 @@
 """Training of the weights in a mask; the others are compared by their bits."""
 
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import accelerate
@@ -16,6 +14,7 @@ from squisher_mergekit.applications.masks import MASK_NAME, Mask, read_mask, wri
 from squisher_mergekit.errors import MismatchError, UnsupportedStateError
 from squisher_mergekit.models.weights import open_weights
 from squisher_mergekit.training.masked import MaskCallback, MaskedTraining
+from tests import processes
 from tests.training.cases import Tokens, make, trainer
 from tests.training.masked_worker import CLIP, data, mlp, random_mask, steps
 
@@ -378,16 +377,8 @@ def test_weights_in_parts_are_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["ddp", "ddp_views"])
 def test_two_processes_train_as_one(tmp_path, kind):
     """DDP averages masked gradients. Both processes end with the bits of one process on the whole batch."""
-    processes = []
-    for rank in range(2):
-        line = [sys.executable, "-m", "tests.training.masked_worker", kind, str(tmp_path), str(rank), "2"]
-        processes.append(subprocess.Popen(line, stderr=subprocess.PIPE, text=True))
-    try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    codes, said = processes.run("tests.training.masked_worker", kind, tmp_path, 2)
+    assert codes == [0, 0], said
     ends = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     model = mlp()
     mask, before = random_mask(model, 0.3), _bits(model)

@@ -1,7 +1,4 @@
-"""Process of a distributed run: ``python -m tests.training.worker KIND FOLDER RANK WORLD``; WORLD 1 is one process."""
-
-import sys
-from pathlib import Path
+"""Process of a distributed run that writes a Fisher; of one process with world 1."""
 
 import torch
 import torch.distributed as dist
@@ -100,7 +97,3 @@ def main(kind, folder, rank, world):
     if world > 1:
         dist.barrier()  # no process leaves while another one still communicates
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

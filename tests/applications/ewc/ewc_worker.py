@@ -1,8 +1,6 @@
-"""Process of a run with ``EWCPenalty``: ``python -m tests.applications.ewc.ewc_worker KIND FOLDER RANK WORLD``."""
+"""Process of a run with ``EWCPenalty``."""
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -68,7 +66,3 @@ def main(kind, folder, rank, world):
 
 def _local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

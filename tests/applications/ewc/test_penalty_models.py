@@ -1,8 +1,5 @@
 """EWC penalty on new heads and on frozen, half-precision, wrapped, sharded and adapted models."""
 
-import subprocess
-import sys
-
 import peft
 import pytest
 import torch
@@ -10,6 +7,7 @@ from torch import nn
 
 from squisher_mergekit.applications.ewc.penalty import EWCPenalty
 from squisher_mergekit.training import GradientSquares
+from tests import processes
 from tests.applications.ewc.tasks import assert_close, eq14, gradients_of, moved, random_fisher, small_model
 from tests.training.cases import make
 
@@ -93,11 +91,8 @@ def test_two_processes_agree_with_one(tmp_path, kind):
     found = {}
     for world in (1, 2):
         folder = tmp_path / str(world)
-        folder.mkdir()
-        line = [sys.executable, "-m", "tests.applications.ewc.ewc_worker", kind, str(folder)]
-        runs = [subprocess.Popen([*line, str(rank), str(world)], stderr=subprocess.PIPE) for rank in range(world)]
-        said = [run.communicate(timeout=240)[1].decode() for run in runs]
-        assert not any(run.returncode for run in runs), said
+        codes, said = processes.run("tests.applications.ewc.ewc_worker", kind, folder, world)
+        assert not any(codes), said
         found[world] = torch.load(folder / "found.pt", weights_only=True)
     one, two = found[1], found[2]
     assert one["value"] > 0

@@ -1,7 +1,6 @@
 """``squisher estimate`` with several processes, interruptions and adapters."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.dataset import run
 from squisher_mergekit.estimators.dataset.run import Request, estimate_from
+from tests import processes
 from tests.small_models import SMALL, word_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -145,37 +145,23 @@ def test_a_folder_of_an_adapter_gives_the_fisher_of_the_adapter(saved, tmp_path)
     assert load_fisher(tmp_path / "out", base=saved / "model").config == fisher.config
 
 
-def _launch(saved, out, *options, launcher=("torch.distributed.run", "--nproc-per-node", "2")):
-    arguments = [
-        "estimate",
-        saved / "model",
-        "--task",
-        "causal-lm",
-        "--data",
-        saved / "rows.jsonl",
-        "--labels",
-        "sampled",
-    ]
-    arguments += ["--num-samples", "2", "--batch-size", "3", "-o", out, "--quiet", *options]
-    line = [sys.executable, "-m", *launcher, "-m", "squisher_mergekit", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
-
-
-LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "--nproc-per-node", "2"),
-    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-}
+def _launch(saved, out, *options):
+    """Run the command in two processes that see the environment variables of torchrun."""
+    arguments = ["estimate", saved / "model", "--task", "causal-lm", "--data", saved / "rows.jsonl", "-o", out]
+    arguments += ["--labels", "sampled", "--num-samples", "2", "--batch-size", "3", "--quiet", *options]
+    text = json.dumps(list(map(str, arguments)))
+    folder = out.parent / "group"
+    return processes.run("tests.estimators.dataset.estimate_worker", text, folder, 2, as_torchrun=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "options"), [("torchrun", ()), ("accelerate", ("--shard",))])
-def test_two_processes_agree_with_one(saved, tmp_path, launcher, options):
+@pytest.mark.parametrize("options", [(), ("--shard",)])
+def test_two_processes_agree_with_one(saved, tmp_path, options):
     """Two processes, replicated or sharded, compute the Fisher of one process within rounding."""
     one = estimate_from(_request(saved), tmp_path / "one")
-    done = _launch(saved, tmp_path / "two", *options, launcher=LAUNCHERS[launcher])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("num examples  23") == 1
+    codes, said = _launch(saved, tmp_path / "two", *options)
+    assert codes == [0, 0], said
+    assert [text.count("num examples  23") for text in said] == [1, 0]
     two = load_fisher(tmp_path / "two", model=saved / "model")
     assert _close(two, one)
     assert (two.config.num_examples, two.config.weights_fingerprint) == (23, one.config.weights_fingerprint)
@@ -186,8 +172,8 @@ def test_two_processes_resume_the_checkpoint_of_one(saved, tmp_path, monkeypatch
     """Two processes that share the parameters resume the checkpoint of one process."""
     one = estimate_from(_request(saved), tmp_path / "one")
     _interrupted(saved, tmp_path / "two", 7, monkeypatch)
-    done = _launch(saved, tmp_path / "two", "--save-every", "3", "--shard")
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, said = _launch(saved, tmp_path / "two", "--save-every", "3", "--shard")
+    assert codes == [0, 0], said
     assert _close(load_fisher(tmp_path / "two"), one)
     assert not (tmp_path / "two.partial.safetensors").exists()
 

@@ -1,8 +1,5 @@
 """Recorder of merged weights: against gradients of the weights themselves, in loops of torch."""
 
-import subprocess
-import sys
-
 import peft
 import pytest
 import torch
@@ -11,6 +8,7 @@ from torch import nn
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.training import LoraRecorder
+from tests import processes
 from tests.small_models import MODELS
 from tests.training.lora.reference import Reference
 from tests.training.lora.worker import record
@@ -247,10 +245,8 @@ def test_nothing_recorded_is_refused():
 @pytest.mark.slow
 def test_two_processes_record_what_one_does(tmp_path):
     """With DDP and accumulation, F is that of one process on all rows."""
-    line = [sys.executable, "-m", "tests.training.lora.worker", str(tmp_path)]
-    runs = [subprocess.Popen([*line, str(rank), "2"], stderr=subprocess.PIPE) for rank in range(2)]
-    said = [run.communicate(timeout=600)[1].decode() for run in runs]
-    assert not any(run.returncode for run in runs), said
+    codes, said = processes.run("tests.training.lora.worker", "ddp", tmp_path, 2)
+    assert codes == [0, 0], said
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0"]
     one, two = record(lambda model: model, 0, 1).fisher(), load_fisher(tmp_path / "0")
     assert set(one) == set(two)

@@ -1,8 +1,6 @@
-"""Process of a recorded run with DDP: ``python -m tests.training.lora.worker FOLDER RANK WORLD``."""
+"""Process of a recorded run with DDP."""
 
-import sys
 import warnings
-from pathlib import Path
 
 import peft
 import torch
@@ -37,7 +35,7 @@ def record(wrap, rank, world):
     return recorder
 
 
-def main(folder, rank, world):
+def main(kind, folder, rank, world):
     """Record in one of the processes."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     recorder = record(DistributedDataParallel, rank, world)
@@ -46,7 +44,3 @@ def main(folder, rank, world):
         raise AssertionError("the first process alone writes")
     dist.barrier()  # no process leaves while another one still communicates
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
