@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.by_parameter import in_memory
-from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.fisher.write import to_dtype
 from squisher_mergekit.models.parameters import describe, parameters_of, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
@@ -21,11 +19,11 @@ from squisher_mergekit.optimizers.second_moments import Moment
 from squisher_mergekit.optimizers.slots import OptimizerSlot
 from squisher_mergekit.tensors.lazy import MaybeLazy
 from squisher_mergekit.tensors.safetensors import check_shape
-from squisher_mergekit.tensors.sharded import OnRankZero, distributed_like, is_sharded, rank
-from squisher_mergekit.training.writing import Attach, replace_fisher
+from squisher_mergekit.tensors.sharded import OnRankZero, distributed_like, is_sharded
+from squisher_mergekit.training.writing import Attach, SavedFisher, replace_fisher
 
 
-class GradientSquares:
+class GradientSquares(SavedFisher):
     """Moving average of the squared gradient: ``a_t = beta a_(t-1) + (1 - beta) g_t^2``, ``a_0 = 0``.
 
     Like Adam's second moment, it averages the squared batch gradient over about ``1 / (1 - beta)`` steps. It has its
@@ -112,37 +110,6 @@ class GradientSquares:
             MismatchError: No gradient was added yet, or the average does not fit the weights.
         """
         return self._fisher(self.squares, None if weights is None else Path(weights), info or TrainingInfo())
-
-    def save(
-        self,
-        out: str | Path,
-        *,
-        weights: str | Path | None = None,
-        examples_per_step: float | None = None,
-        tokens_per_step: float | None = None,
-        max_grad_norm: float | None = None,
-        clipped_share: float | None = None,
-        loss_reduction: str | None = None,
-        datum: str | None = None,
-        dtype: torch.dtype | str = torch.float32,
-        compress: str | None = None,
-    ) -> Fisher | None:
-        """Write the average as a portable Fisher.
-
-        Call the method in all processes; the first one writes. The arguments are those of
-        :func:`~squisher_mergekit.save_squisher`.
-
-        Returns:
-            The written Fisher; None in all processes but the first.
-
-        Raises:
-            MismatchError: No gradient was added yet, or the average does not fit the weights.
-        """
-        info = TrainingInfo(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
-        folder = Path(out).expanduser()
-        weights_folder = folder if weights is None else Path(weights).expanduser()
-        self.write(folder, weights_folder, info, to_dtype(dtype), compress)
-        return read_fisher(folder) if rank() == 0 else None
 
     def write(
         self,

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,48 @@ from squisher_mergekit.tensors.sharded import OnRankZero, rank
 
 LOG = logging.getLogger("squisher_mergekit")
 Attach = Callable[[Fisher], Fisher]
+
+
+class SavedFisher(ABC):
+    """Record of a training run that is written as a portable Fisher."""
+
+    def save(
+        self,
+        out: str | Path,
+        *,
+        weights: str | Path | None = None,
+        examples_per_step: float | None = None,
+        tokens_per_step: float | None = None,
+        max_grad_norm: float | None = None,
+        clipped_share: float | None = None,
+        loss_reduction: str | None = None,
+        datum: str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        compress: str | None = None,
+    ) -> Fisher | None:
+        """Write the record as a portable Fisher, in place of an older one.
+
+        Call the method in all processes; the first one writes. The arguments are those of
+        :func:`~squisher_mergekit.save_squisher`. For a LoRA ``weights`` is the folder of the adapter, and ``dtype`` and
+        ``compress`` are for the weights that the adapter holds whole.
+
+        Returns:
+            The written Fisher; None in all processes but the first.
+
+        Raises:
+            MismatchError: No gradient was added yet, or the record does not fit the weights.
+        """
+        info = TrainingInfo(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
+        folder = Path(out).expanduser()
+        weights_folder = folder if weights is None else Path(weights).expanduser()
+        self.write(folder, weights_folder, info, to_dtype(dtype), compress)
+        return read_fisher(folder) if rank() == 0 else None
+
+    @abstractmethod
+    def write(
+        self, out: Path, weights: Path | None, info: TrainingInfo, dtype: torch.dtype, compress: str | None
+    ) -> None:
+        """Write the record; :meth:`save` with its arguments resolved."""
 
 
 def save_squisher(

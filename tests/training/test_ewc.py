@@ -17,32 +17,10 @@ from squisher_mergekit.training import GradientSquares
 from squisher_mergekit.training.ewc import EWCCallback, live_squisher
 from tests import processes
 from tests.training.cases import make, trainer
+from tests.training.trainer_worker import CLIP, LAM, SETTINGS, model, penalty_of
 from tests.training.worker import wrap
 
 ROOT = Path(__file__).parents[2]
-LAM, CLIP = 3.0, 0.5
-SETTINGS = {"lr_scheduler_type": "constant", "max_grad_norm": CLIP, "learning_rate": 1e-2}
-
-
-def model():
-    """Return a classifier without dropout, so that two runs can agree."""
-    made = make("bert")
-    for module in made.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return made
-
-
-def penalty_of(learner, **settings):
-    """Return a penalty with one task, with another anchor and a Fisher that varies between weights."""
-    anchor, generator = copy.deepcopy(learner), torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in anchor.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    fisher = {name: torch.rand(p.shape, generator=generator) for name, p in anchor.named_parameters()}
-    penalty = EWCPenalty(LAM, **settings)
-    penalty.add(anchor, fisher)
-    return penalty
 
 
 class _Watch(transformers.TrainerCallback):

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import ConfigError, MismatchError, RefusedError, UnsupportedStateError
 from squisher_mergekit.fisher.config import FisherConfig, OptimizerInfo, SourceInfo, per_parameter
 from squisher_mergekit.fisher.encoded import RankOneStore
-from squisher_mergekit.fisher.files import read_fisher, tied_aliases
+from squisher_mergekit.fisher.files import tied_aliases
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.fisher.write import to_dtype
 from squisher_mergekit.models.lora.live import LiveLayer, live_lora
 from squisher_mergekit.models.lora.pairs import AdaptedWeights, read_lora
 from squisher_mergekit.models.parameters import uses_deepspeed, uses_fsdp1
@@ -28,14 +27,14 @@ from squisher_mergekit.tensors.safetensors import check_shape
 from squisher_mergekit.tensors.sharded import is_sharded, rank
 from squisher_mergekit.training.lora.equations import final_scale, recorded_means
 from squisher_mergekit.training.lora.probes import LayerProbe, ProbeBuffer
-from squisher_mergekit.training.writing import replace_fisher
+from squisher_mergekit.training.writing import SavedFisher, replace_fisher
 
 LOG = logging.getLogger("squisher_mergekit")
 LIFT_CURE = "take squisher extract --lift on the checkpoint"
 NO_GRADIENT = "no gradient was recorded"
 
 
-class LoraRecorder:
+class LoraRecorder(SavedFisher):
     """Recorder of the Fisher of the merged weights ``W0 + s B A``, in row means and column means.
 
     The backward pass of each wrapped layer multiplies the gradient G of W, which is never formed, by random signs; the
@@ -193,39 +192,6 @@ class LoraRecorder:
         except RefusedError as error:  # such as a quantised base: the Fisher is right without
             LOG.warning("the recorded Fisher for %s has no fingerprint of the merged weights: %s", adapter, error)
             return None
-
-    def save(
-        self,
-        out: str | Path,
-        *,
-        weights: str | Path | None = None,
-        examples_per_step: float | None = None,
-        tokens_per_step: float | None = None,
-        max_grad_norm: float | None = None,
-        clipped_share: float | None = None,
-        loss_reduction: str | None = None,
-        datum: str | None = None,
-        dtype: torch.dtype | str = torch.float32,
-        compress: str | None = None,
-    ) -> Fisher | None:
-        """Write the recorded Fisher as a portable one, in place of an older one.
-
-        Call the method in all processes; the first one writes. The arguments are those of
-        :func:`~squisher_mergekit.save_squisher`; ``weights`` is the folder of the saved adapter, by default ``out``.
-        ``dtype`` and ``compress`` are for the weights that the adapter holds whole.
-
-        Returns:
-            The written Fisher; None in all processes but the first.
-
-        Raises:
-            MismatchError: No gradient was added yet.
-        """
-        if rank() != 0:
-            return None
-        info = TrainingInfo(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
-        folder = Path(out).expanduser()
-        self.write(folder, folder if weights is None else Path(weights).expanduser(), info, to_dtype(dtype), compress)
-        return read_fisher(folder)
 
     def write(
         self, out: Path, weights: Path | None, info: TrainingInfo, dtype: torch.dtype, compress: str | None
