@@ -169,10 +169,9 @@ class Moved:
         """Return the source; one that is read from pieces of files stays in memory until another is read."""
         if isinstance(self.source, Tensor) or self.parts:
             return read(self.source)
-        kept = self.last[0] if self.last else None
-        if kept is not None and kept[0] == self.source:
-            return kept[1]  # type: ignore[no-any-return]
-        self.last.clear()
+        if self.last and self.last[0][0] == self.source:
+            return self.last[0][1]  # type: ignore[no-any-return]
+        self.last.clear()  # before the next one takes its memory
         tensor = read(self.source)
         self.last.append((self.source, tensor))
         return tensor

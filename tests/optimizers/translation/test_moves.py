@@ -1,5 +1,6 @@
 """Moves of rows: views where a range of rows is kept, and one read of a source in pieces for all its parts."""
 
+import weakref
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -71,6 +72,25 @@ def test_a_source_in_pieces_is_read_once_for_all_its_parts(copied):
     other = moved(Pieces(torch.rand(2, 2), "b", count), [Part(0)], last)
     read(other)
     assert len(last) == 1  # one source at a time stays in memory
+
+
+def test_the_last_source_is_freed_before_the_next_is_read():
+    """Stacked layers are the largest tensors of a state: two of them never are in memory at once."""
+    alive = []
+
+    @dataclass(frozen=True)
+    class _Watched(Pieces):
+        def read(self):
+            assert not any(reference() is not None for reference in alive)
+            content = self.value.clone()
+            alive.append(weakref.ref(content))
+            return content
+
+    last, count = [], []
+    for name in ("a", "b"):
+        stacked = _Watched(torch.rand(3, 2), name, count)
+        assert torch.equal(moved(stacked, [Part(1)], last).read(), stacked.value[1])
+    assert len(alive) == 2
 
 
 def test_rows_that_a_tensor_lacks_are_refused():
