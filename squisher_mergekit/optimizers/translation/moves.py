@@ -163,7 +163,13 @@ class Moved:
         tensor = self._whole()
         for move in self.moves:
             tensor = move(tensor)
-        return tensor.contiguous()
+        # A view of the last layer would keep all layers in memory while the next ones are read.
+        return tensor.clone(memory_format=torch.contiguous_format) if self._is_last_layer() else tensor.contiguous()
+
+    def _is_last_layer(self) -> bool:
+        """Return True for a part of the last of the stacked layers, which are read in order."""
+        first = self.moves[0]
+        return isinstance(first, Part) and first.number == self.source.shape[0] - 1
 
     def _whole(self) -> Tensor:
         """Return the source; one that is read from pieces of files stays in memory until another is read."""
