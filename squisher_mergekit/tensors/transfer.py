@@ -7,6 +7,7 @@ that page faults, copies on the host and transfers overlap.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+LOG = logging.getLogger("squisher_mergekit")
 LEAST = 32 << 20  # bytes; smaller tensors take torch's own way
 PIECE = 8 << 20
 THREADS = 4
@@ -37,13 +39,20 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     if gpu.type != "cuda" or device.type == tensor.device.type or tensor.nbytes < LEAST or not tensor.is_contiguous():
         return tensor.to(device, non_blocking=device.type in ("cuda", "xpu"))
     lanes = lanes_of(torch.device("cuda", torch.cuda.current_device()) if gpu.index is None else gpu)
+    if lanes is None:
+        return tensor.to(device)
     return lanes.download(tensor) if device.type == "cpu" else lanes.upload(tensor)
 
 
 @cache
-def lanes_of(device: torch.device) -> Lanes:
-    """Return the threads and buffers of a device, which are made at the first call."""
-    return Lanes(device)
+def lanes_of(device: torch.device) -> Lanes | None:
+    """Return the threads and buffers of a device, which are made at the first call; None where none can be had."""
+    try:
+        return Lanes(device)
+    except RuntimeError as error:  # a limit on locked memory, say
+        reason = " ".join(str(error).split())[:200]
+        LOG.warning("tensors move to %s without pinned memory, which is slower: %s", device, reason)
+        return None
 
 
 _Pairs = Sequence[tuple[Tensor, Tensor]]

@@ -61,6 +61,18 @@ def test_a_failed_piece_is_an_error():
         lanes._move(torch.zeros(100), torch.zeros(99), transfer._Lane.upload)
 
 
+def test_a_machine_without_pinned_memory_has_the_plain_way(monkeypatch, caplog):
+    """One line says so, and not for every tensor."""
+    monkeypatch.setattr(transfer, "Lanes", lambda device: (_ for _ in ()).throw(RuntimeError("no memory to lock")))
+    lanes_of.cache_clear()
+    found = [lanes_of(torch.device("cuda", 7)) for _ in range(3)]
+    lanes_of.cache_clear()
+    assert found == [None] * 3
+    assert [record.message for record in caplog.records] == [
+        "tensors move to cuda:7 without pinned memory, which is slower: no memory to lock"
+    ]
+
+
 def test_a_tensor_stays_where_it_is():
     """No copy is made of a tensor that is on the device."""
     tensor = torch.ones(3)
