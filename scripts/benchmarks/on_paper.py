@@ -19,6 +19,7 @@ CARD = 80  # GB
 # fused attention (Korthikanti et al., arXiv 2205.05198, have 34 bytes at 2 bytes an entry).
 SAVED = 17
 LOGITS = 4  # copies of the logits in float32: outputs, probabilities, gradients, and one temporary
+DECODING = 50  # bytes of the GPU's memory that decoding an entry in log8 moves: it computes in float64
 CHECKED = 2  # examples whose gradients the first batch compares one by one
 
 
@@ -141,7 +142,7 @@ class Rates:
     cores: int = 2
     core: float = 0.23e9
     digest: float = 2.5e9
-    decode: float = 0.05e9
+    decode: float = 0.1e9
     link: float = 13 * GB
     memory: float = 3350 * GB
 
@@ -170,7 +171,7 @@ def merge_cost(
 ) -> MergeCost:
     """Return bytes and seconds of ``squisher`` over a number of models.
 
-    Digests and compact Fishers cost time of one core, also where the GPU merges.
+    Digests cost time of one core, also where the GPU merges; compact Fishers do where it does not.
 
     Args:
         shape: Sizes of each model.
@@ -178,24 +179,24 @@ def merge_cost(
         models: Number of models.
         fisher: Dtype or compact form of the Fishers in their files.
         width: Bytes of an entry of the weights.
-        gpu: True for a merge on the GPU, to which compact Fishers go decoded.
+        gpu: True for a merge on the GPU, which decodes compact Fishers.
 
     Example:
         >>> cost = merge_cost(LLAMAS["Llama-2 7B"], Rates(), fisher="float32")
         >>> round(cost.read / 1e9), round(cost.written / 1e9), cost.bound
         (81, 13, 'CPU')
         >>> merge_cost(LLAMAS["Llama-2 7B"], Rates(), gpu=True).bound
-        'CPU'
+        'disk, reading'
     """
     entries = shape.parameters
     read, written = models * entries * (width + FISHER_WIDTH[fisher]), float(entries * width)
     seconds = {"disk, reading": read / rates.read, "disk, writing": written / rates.write}
+    compact = models * entries if fisher == "log8" else 0
     if gpu:
-        sent = models * entries * (width + (4.0 if fisher == "log8" else FISHER_WIDTH[fisher]))
-        seconds |= {"link": (sent + written) / rates.link, "GPU memory": (sent + written) / rates.memory}
-    merged = 0.0 if gpu else models * entries / (rates.core * rates.cores)
-    decoded = models * entries / rates.decode if fisher == "log8" else 0.0
-    seconds["CPU"] = merged + decoded + models * entries * FISHER_WIDTH[fisher] / rates.digest
+        decoding = compact * DECODING
+        seconds |= {"link": (read + written) / rates.link, "GPU memory": (read + written + decoding) / rates.memory}
+    merged = 0.0 if gpu else models * entries / (rates.core * rates.cores) + compact / rates.decode
+    seconds["CPU"] = merged + models * entries * FISHER_WIDTH[fisher] / rates.digest
     return MergeCost(read, written, seconds)
 
 
@@ -240,14 +241,14 @@ def merge_lines(rates: Rates) -> list[str]:
     lines = [
         f"squisher over 2 models in bf16, seconds of each resource: disk {rates.read / GB:g} and {rates.write / GB:g} "
         f"GB/s, {rates.cores} cores, link {rates.link / GB:g} GB/s, GPU memory {rates.memory / GB:g} GB/s",
-        f"{'':<16}{'Fishers':<10}{'read GB':>9}{'write GB':>10}  seconds",
+        f"{'':<16}{'Fishers':<10}{'on':<5}{'read GB':>8}{'write GB':>10}  seconds",
     ]
     for name, shape in LLAMAS.items():
         for fisher in ("log8", "float32"):
             for gpu in (False, True):
                 cost = merge_cost(shape, rates, fisher=fisher, gpu=gpu)
                 seconds = ", ".join(f"{key} {value:,.1f}" for key, value in cost.seconds.items())
-                sizes = f"{cost.read / GB:>9,.0f}{cost.written / GB:>10,.0f}"
+                sizes = f"{'GPU' if gpu else 'CPU':<5}{cost.read / GB:>8,.0f}{cost.written / GB:>10,.0f}"
                 lines.append(f"{name:<16}{fisher:<10}{sizes}  {seconds}; bound: {cost.bound}")
     return lines
 

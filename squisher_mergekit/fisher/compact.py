@@ -234,13 +234,14 @@ def _unlog(stream: Tensor, scale: Tensor, code: LogCode, count: int) -> Tensor:
     """
     if scale.shape != (-(-count // BLOCK), 2):
         raise ValueError(f"{count} entries make {-(-count // BLOCK)} blocks, but {len(scale)} blocks have a scale")
-    if len(scale) and (int(scale.min()) < _LEAST or int(scale.max()) > _MOST):
+    highest = int(scale.max()) if len(scale) else 0
+    if len(scale) and (int(scale.min()) < _LEAST or highest > _MOST):
         raise ValueError("a block has a scale beyond the range of float32")
     bits = code.bits(scale)
     sizes = code.sizes(bits, count)
     if sum(sizes.values()) != stream.numel():
         raise ValueError(f"its scales need {sum(sizes.values())} bytes of codes, but it has {stream.numel()}")
-    out = torch.zeros(len(scale), BLOCK, dtype=torch.float32, device=scale.device)
+    out = torch.empty(len(scale), BLOCK, dtype=torch.float32, device=scale.device)
     step = _CHUNK // BLOCK * (1 if out.is_cpu else _LAUNCH)
     begin = 0
     for width in code.widths:
@@ -249,20 +250,29 @@ def _unlog(stream: Tensor, scale: Tensor, code: LogCode, count: int) -> Tensor:
         places = (bits == width).nonzero().squeeze(-1)
         size = BLOCK * width // 8  # bytes a block
         for start in range(0, len(places), step):
-            some = places[start : start + step]
-            codes = group[start * size : (start + len(some)) * size]
-            codes = torch.nn.functional.pad(codes, (0, len(some) * size - codes.numel()))
-            out[some] = _value(_unpack(codes, width), scale[some], width)
+            # Blocks of one width alone follow one another, and need no index.
+            some = slice(start, start + step) if len(places) == len(scale) else places[start : start + step]
+            blocks = scale[some]
+            codes = group[start * size : (start + len(blocks)) * size]
+            if len(codes) < len(blocks) * size:
+                codes = torch.nn.functional.pad(codes, (0, len(blocks) * size - len(codes)))
+            out[some] = _value(_unpack(codes, width), blocks, width, highest == _MOST)
     return out.view(-1)[:count]
 
 
-def _value(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Return the entries that the codes of blocks of one width stand for, in float32."""
+def _value(codes: Tensor, scale: Tensor, bits: int, clamp: bool) -> Tensor:
+    """Return the entries that the codes of blocks of one width stand for, in float32.
+
+    ``clamp`` is True if a scale reaches the end of float32's range.
+    """
     low, high = scale.to(torch.float64).unbind(-1)
     step = (high - low) / ((2**bits - 2) * _UNIT)
     # In float64: float32 has too few digits for a step of 16 bits, and no room above its largest number.
     logs = torch.addcmul((low / _UNIT - step)[:, None], codes.to(torch.float64), step[:, None])
-    return logs.exp2_().clamp_max_(_LARGEST).mul_(codes != 0).to(torch.float32)
+    values = logs.exp2_()
+    values = (values.clamp_max_(_LARGEST) if clamp else values).to(torch.float32)
+    # Few tensors have zeros, and looking for one is cheaper than a mask. A GPU would wait for the answer.
+    return values if codes.is_cpu and bool(codes.all()) else values.mul_(codes != 0)
 
 
 # ---- rank 1
