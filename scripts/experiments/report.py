@@ -40,6 +40,7 @@ EXPERIMENTS = (
     "questions",
     "structure",
     "structure_controls",
+    "structure_counts",
     "structure_domains",
     "structure_language",
     "lora_rank",
