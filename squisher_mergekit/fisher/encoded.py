@@ -144,8 +144,15 @@ class RankOneStore:
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, in float32."""
+        return self.read_to(name, torch.device("cpu"))
+
+    def read_to(self, name: str, device: torch.device) -> torch.Tensor:
+        """Return one tensor, in float32, computed on a device."""
         found = self._means.get(name)
-        return self._whole[name] if found is None else compact.outer_of_means(*found)
+        if found is None:
+            return moved(self._whole[name], device)
+        row, col = (moved(means, device) for means in found)
+        return compact.outer_of_means(row, col)
 
     def kept_parts(self, name: str) -> dict[str, torch.Tensor] | None:
         """Return the means of a tensor by suffix; None for a tensor kept whole."""

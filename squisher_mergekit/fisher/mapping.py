@@ -208,7 +208,7 @@ class StoreOnDevice:
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, on the device."""
-        if isinstance(self._store, EncodedStore):
+        if isinstance(self._store, EncodedStore | RankOneStore):
             return self._store.read_to(name, self._device)
         return moved(self._store.read(name), self._device)
 

@@ -10,6 +10,9 @@ from mergekit.graph import Executor
 from mergekit.scripts.run_yaml import main as run_yaml
 
 from squisher_mergekit import load_fisher
+from squisher_mergekit.fisher.config import FisherConfig
+from squisher_mergekit.fisher.encoded import RankOneStore
+from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.mergekit import transfers
 from squisher_mergekit.merging.mergekit.tasks import FisherRequest
 from squisher_mergekit.models.weights import Weights
@@ -65,6 +68,17 @@ def test_compact_fishers_are_decoded_on_the_device(tmp_path, device, compress):
         assert there[name].device.type == device.type
         torch.testing.assert_close(there[name].cpu(), fisher[name], rtol=1e-6, atol=0)
     assert there.moments() == fisher.moments()
+
+
+def test_a_lifted_fisher_is_computed_on_the_device(device):
+    """A tensor that is known by its means is multiplied out where the merge runs."""
+    means = {"w": (torch.rand(13), torch.rand(7))}
+    whole = {"b": torch.rand(5)}
+    fisher = Fisher(RankOneStore(means, whole, "memory"), FisherConfig(statistic="mean"))
+    there = fisher.on(device)
+    for name in ("w", "b"):
+        assert there[name].device.type == device.type
+        torch.testing.assert_close(there[name].cpu(), fisher[name], rtol=1e-6, atol=0)
 
 
 def test_mergekit_moves_tensors_itself_in_other_merges(monkeypatch):
