@@ -89,6 +89,7 @@ def _adapted(folder: Path, model: Any) -> Any:
 
     config: Any = peft.PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False  # in inference mode no parameter is trainable
+    config.base_model_name_or_path = None  # peft warns of a base in another folder than that of the training
     if isinstance(config, peft.LoraConfig):
         config.init_lora_weights = True  # other initial values are computed from weights, which are not here
     with torch.device("meta"), warnings.catch_warnings():

@@ -333,3 +333,12 @@ def test_the_adapter_above_a_checkpoint_is_not_taken_for_its_own(step, tmp_path)
         load_fisher(run / step, base=tmp_path / "base", lift=True)
     found = load_fisher(run / step, model=run, base=tmp_path / "base", lift=True)
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_base_in_another_folder_than_at_training_is_no_warning(tmp_path, recwarn):
+    """The base has moved since: its shapes decide, and peft's remark about its name does not reach the user."""
+    train(tmp_path, "llama")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    fisher = load_fisher(tmp_path / "adapter", base=tmp_path / "moved", lift=True)
+    assert len(fisher)
+    assert not [str(one.message) for one in recwarn if "base_model_name_or_path" in str(one.message)]
