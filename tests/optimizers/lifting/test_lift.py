@@ -338,6 +338,9 @@ def test_the_adapter_above_a_checkpoint_is_not_taken_for_its_own(step, tmp_path)
 def test_a_base_in_another_folder_than_at_training_is_no_warning(tmp_path, recwarn):
     """The base has moved since: its shapes decide, and peft's remark about its name does not reach the user."""
     train(tmp_path, "llama")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
+    file.write_text(json.dumps(settings))
     (tmp_path / "base").rename(tmp_path / "moved")
     fisher = load_fisher(tmp_path / "adapter", base=tmp_path / "moved", lift=True)
     assert len(fisher)
