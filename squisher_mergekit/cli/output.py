@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,6 +28,24 @@ def progress_bar(items: Iterable[T], label: str, quiet: bool, unit: str = "tenso
     from tqdm import tqdm
 
     return tqdm(list(items), desc=label, unit=unit, disable=quiet, delay=_BAR_DELAY)
+
+
+@contextmanager
+def each_warning_once() -> Iterator[None]:
+    """Let each line of the package's log through once while the block runs, which repeats its work."""
+    seen: set[str] = set()
+
+    def first_time(record: logging.LogRecord) -> bool:
+        known = record.getMessage() in seen
+        seen.add(record.getMessage())
+        return not known
+
+    log = logging.getLogger("squisher_mergekit")
+    log.addFilter(first_time)
+    try:
+        yield
+    finally:
+        log.removeFilter(first_time)
 
 
 def write_report(file: Path | None, report: object) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from squisher_mergekit.cli.options import HELP_OPTIONS, out_option, strict_option
-from squisher_mergekit.cli.output import progress_bar, write_picture
+from squisher_mergekit.cli.output import each_warning_once, progress_bar, write_picture
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.merging.mergekit.commands import help_class, merge_options
 
@@ -30,6 +30,7 @@ PICTURE = "sweep.png"
 @click.option("--keep-all", is_flag=True, help="Keep all models, not the best alone.")
 @strict_option
 @merge_options
+@each_warning_once()
 def command(
     config: Path,
     more: tuple[str, ...],
@@ -75,17 +76,22 @@ def command(
     sweep = Sweep(out, every, identity(document, grid, evaluation, not lower), not lower, keep_all)
     sweep.resume()
     sources = FisherSources()
+    each = merge_options.model_copy(update={"quiet": True})  # the sweep has one bar, and a line for each point
+    merged = ""
 
     def merge(point: Mapping[str, Any], folder: Path) -> None:
-        text = texts[label(point)]
-        run_config(read_config(text), text, folder, merge_options, strict=strict, sources=sources)
+        nonlocal merged
+        merged = label(point)
+        run_config(read_config(texts[merged]), texts[merged], folder, each, strict=strict, sources=sources)
+
+    def score(model: Path) -> float:
+        found = command_score(evaluation, model)
+        if not merge_options.quiet:
+            click.echo(f"{merged.replace(',', ', ')}: score {found:g}")
+        return found
 
     try:
-        sweep.run(
-            merge,
-            lambda model: command_score(evaluation, model),
-            lambda items: progress_bar(items, "sweep", merge_options.quiet, unit="merge"),
-        )
+        sweep.run(merge, score, lambda items: progress_bar(items, "sweep", merge_options.quiet, unit="merge"))
     finally:
         sources.close()
         if sweep.scores:

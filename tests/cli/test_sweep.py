@@ -18,7 +18,7 @@ SCORE = (
 )
 
 
-def _sweep(root, *arguments, command=SCORE):
+def _sweep(root, *arguments, command=SCORE, quiet=True):
     if not (root / "merge.yml").exists():
         base_and_models(root, 3)
         document = {
@@ -29,7 +29,26 @@ def _sweep(root, *arguments, command=SCORE):
         }
         (root / "merge.yml").write_text(yaml.safe_dump(document))
     given = [str(root / "merge.yml"), "--eval", f"{command} {{model}}", "-o", str(root / "out"), "--no-copy-tokenizer"]
-    return CliRunner().invoke(main, ["sweep", *given, "--quiet", *arguments])
+    return CliRunner().invoke(main, ["sweep", *given, *(["--quiet"] if quiet else []), *arguments])
+
+
+def test_each_point_is_a_line_and_each_warning_comes_once(tmp_path, caplog):
+    """The merges of a sweep are quiet; a user sees points, scores, and what to know about the configuration."""
+    (tmp_path / "run").mkdir()
+    base_and_models(tmp_path / "run", 3)
+    for i in (1, 2):  # the folder of a run, whose last checkpoint is taken with a line
+        (tmp_path / f"run{i}").mkdir()
+        (tmp_path / "run" / f"m{i}").rename(tmp_path / f"run{i}" / "checkpoint-3")
+    models = [{"model": str(tmp_path / f"run{i}")} for i in (1, 2)]
+    document = {"merge_method": "squisher", "base_model": str(tmp_path / "run" / "m0"), "models": models}
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(document))
+    done = _sweep(tmp_path, "--grid", "lambda=1,2", quiet=False)
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [["lambda=1:", "score"], ["lambda=2:", "score"], ["best", "of"]]
+    told = [record.getMessage() for record in caplog.records if "is the folder of a run" in record.getMessage()]
+    assert len(told) == 2
+    assert not [record for record in caplog.records if "effective weight" in record.getMessage()]
 
 
 def test_the_table_and_the_best_model(tmp_path, monkeypatch):
