@@ -43,6 +43,7 @@ EXPERIMENTS = (
     "structure_counts",
     "structure_domains",
     "structure_language",
+    "structure_adapters",
     "lora_rank",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)

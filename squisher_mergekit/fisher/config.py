@@ -22,7 +22,8 @@ Estimator = Literal[
 ]  # fmt: skip
 Statistic = Literal["ema", "sum", "mean"]
 Scaling = Literal["raw", "debiased", "per_example"]
-_SQUISHERS = ("squisher", "lifted_lora", "recorded_lora")
+_OF_LORAS = ("lifted_lora", "recorded_lora")
+_SQUISHERS = ("squisher", *_OF_LORAS)
 
 # Ranges of the numbers: products and quotients of them with entries of a float32 tensor stay finite.
 _LEAST, _MOST = 1e-307, 1e200
@@ -223,6 +224,11 @@ class FisherConfig(_Frozen):
     def of_squishers(self) -> bool:
         """True for a Squisher, and for the Fisher of a merge of Squishers at their own scales."""
         return self.from_optimizer or (self.estimator == "merged" and self.source.layout == "merge of squishers")
+
+    @property
+    def of_lora(self) -> bool:
+        """True for the Fisher of a LoRA's merged weights, which has rank 1 in each of them."""
+        return self.estimator in _OF_LORAS
 
     @property
     def as_stored(self) -> bool:

@@ -63,7 +63,8 @@ def draft(
     lines.append("models:")
     for model, (label, _) in zip(models, known, strict=True):
         lines += _model_lines(model, found.get(label))
-    lines += ["parameters:", *_settings(method, structure)]
+    adapters = any("lora" in str(each.get("estimator")) for each in found.values())
+    lines += ["parameters:", *_settings(method, structure, adapters)]
     lines += _dtype_lines([dtype for _, dtype in known])
     return "\n".join(lines) + "\n"
 
@@ -98,15 +99,15 @@ def _model_lines(model: str, found: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _settings(method: str, structure: str | None) -> list[str]:
-    """Return the settings of all models with their defaults."""
+def _settings(method: str, structure: str | None, adapters: bool) -> list[str]:
+    """Return the settings of all models with their defaults; a structure is no suggestion for LoRAs."""
     defaults = {parameter.name: parameter.default for parameter in PARAMETERS if method in parameter.methods}
     hints = {name: hint for name, hint in _HINTS.items() if name in defaults}
     lines = [f"  {name}: {defaults[name]}  # {hint}" for name, hint in hints.items()]
     if structure is not None:
         lines.append(f"  structure: {structure}  # couples the weights of each matrix")
         lines += [f"  {name}: {defaults[name]}  # {hint}" for name, hint in _STRUCTURE_HINTS.items()]
-    elif method == SQUISHER:
+    elif method == SQUISHER and not adapters:
         lines.append("  # structure: columns  # couples the weights of each matrix; needs base_model")
     return lines
 

@@ -90,6 +90,7 @@ def test_a_plan_needs_no_copy_of_the_model(tmp_path: Path, form: str) -> None:
     assert [model["estimator"] for model in preview["models"]] == ["lifted_lora"] * 2
     assert [model["covered"] == model["entries"] > 0 for model in preview["models"]] == [True, True]
     assert "24 tensors are copied from the base, as no LoRA changes them" in preview["text"]
+    assert "every structure merged LoRAs worse" not in preview["text"]
     assert sorted(path for path in tmp_path.rglob("*") if path.suffix not in (".yml", ".json")) == [
         path for path in before if path.suffix not in (".yml", ".json")
     ]
@@ -223,6 +224,14 @@ def test_an_adapter_and_a_full_model(tmp_path: Path) -> None:
         thetas = [model[name] for model in weights]
         reference = squisher_reference(thetas, [fisher[name] for fisher in fishers], [1.0, 1.0])
         assert_within(found[name], reference, largest(thetas))
+
+
+def test_a_plan_says_that_structures_merge_loras_worse(tmp_path: Path) -> None:
+    """The evidence is against it: whoever asks for a structure reads so before the merge."""
+    _runs(tmp_path, "llama", [{}, {}])
+    config = _config(tmp_path)
+    config |= {"base_model": str(tmp_path / "base"), "parameters": {"structure": "columns", "block": 4}}
+    assert "every structure merged LoRAs worse than the diagonal" in preview_of(tmp_path, config)["text"]
 
 
 @pytest.mark.parametrize("layers", [(0, 2), (2, 1)])
