@@ -172,8 +172,8 @@ class MergePlan:
             )
         if any(use.opened and use.opened.fisher.config.of_lora for t in self.tensors if t.coupled for use in t.uses):
             notes.append(
-                "task vector and Fisher of a LoRA have a low rank; in our experiments every structure merged LoRAs worse"
-                " than the diagonal: compare both"
+                "task vector and Fisher of a LoRA have a low rank; in our experiments every structure merged LoRAs "
+                "worse than the diagonal: compare both"
             )
         for reason in dict.fromkeys(uncoupled.values()):
             names = [name for name, why in uncoupled.items() if why == reason]
