@@ -241,7 +241,7 @@ def _unlog(stream: Tensor, scale: Tensor, code: LogCode, count: int) -> Tensor:
     sizes = code.sizes(bits, count)
     if sum(sizes.values()) != stream.numel():
         raise ValueError(f"its scales need {sum(sizes.values())} bytes of codes, but it has {stream.numel()}")
-    out = torch.empty(len(scale), BLOCK, dtype=torch.float32, device=scale.device)
+    out = torch.zeros(len(scale), BLOCK, dtype=torch.float32, device=scale.device)  # blocks of zeros are in no group
     step = _CHUNK // BLOCK * (1 if out.is_cpu else _LAUNCH)
     begin = 0
     for width in code.widths:

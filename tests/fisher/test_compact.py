@@ -267,3 +267,15 @@ def test_parts_that_cannot_belong_together_are_refused(change, said):
     parts = {suffix: change.get(suffix, lambda part: part)(part) for suffix, part in parts.items()}
     with pytest.raises(ValueError, match=said):
         compact.decode(parts, "log4", (141,))
+
+
+@pytest.mark.parametrize("code", ["log8", "log4"])
+def test_blocks_of_zeros_are_zeros_whatever_memory_held(code, monkeypatch):
+    """A block of zeros has no codes: nothing but the start value of the result makes it 0."""
+    tensor = torch.zeros(5 * compact.BLOCK)
+    tensor[: compact.BLOCK] = torch.rand(compact.BLOCK) + 0.1
+    parts = compact.encode(tensor, code, 4 * tensor.numel())
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(-7))
+    found = compact.decode(parts, code, tensor.shape)
+    assert torch.equal(found == 0, tensor == 0)
