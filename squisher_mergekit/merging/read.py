@@ -15,7 +15,7 @@ from squisher_mergekit.merging.coupling.recorded import read_side
 from squisher_mergekit.merging.density import Rows
 from squisher_mergekit.tensors.safetensors import MemoryStore
 from squisher_mergekit.tensors.topk import Cut
-from squisher_mergekit.tensors.transfer import moved as move
+from squisher_mergekit.tensors.transfer import moved
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class LoadedFisher:
     def to(self, device: torch.device) -> "LoadedFisher":
         """Return the same with all tensors on a device."""
 
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else move(tensor, device)
+        def there(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else moved(tensor, device)
 
         rows = None
         if self.rows is not None:
             shared, unbased, axis = self.rows
             rows = Rows(shared.to(device), unbased.to(device), axis)
-        tensor, scores, origin = moved(self.tensor), moved(self.scores), moved(self.origin)
-        factors = (moved(self.factors[0]), moved(self.factors[1]))
+        tensor, scores, origin = there(self.tensor), there(self.scores), there(self.origin)
+        factors = (there(self.factors[0]), there(self.factors[1]))
         return replace(self, tensor=tensor, scores=scores, origin=origin, rows=rows, factors=factors)
 
     def padded(self, axis: int, size: int) -> "LoadedFisher":
