@@ -1,7 +1,8 @@
 """Runner of experiments: it runs each cell, keeps its result, and writes one JSON file.
 
 A cell is a part that needs no other part, such as one seed. Its result is kept as soon as the cell ends, so an
-interrupted run resumes. With the same seed and versions a cell repeats its digits; only CPU seconds differ.
+interrupted run resumes, and a run takes over the cells of the file that it writes, so one that was published in part
+goes on elsewhere. With the same seed and versions a cell repeats its digits; only CPU seconds differ.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     size.add_argument("--quick", action="store_true", help="run a few small cells, to see that everything works")
     parser.add_argument("--out", type=Path, help="JSON file to write; by default in results/ (full) or --work (quick)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of finished cells and trained models")
-    parser.add_argument("--fresh", action="store_true", help="ignore the finished cells of an earlier run")
+    parser.add_argument("--fresh", action="store_true", help="run all cells, also those that are finished")
     parser.add_argument(
         "--finished", action="store_true", help="run no cell; write the results of the cells that are finished"
     )
@@ -87,7 +88,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     try:
         if options.check:
             return check(experiment, tier, out, options.work)
-        report = run(experiment, tier, options.work, fresh=options.fresh, finished=options.finished)
+        report = run(experiment, tier, options.work, fresh=options.fresh, finished=options.finished, published=out)
     finally:
         log.setLevel(level)
     if not report["cells"]:
@@ -122,6 +123,7 @@ def run(
     fresh: bool = False,
     quiet: bool = False,
     finished: bool = False,
+    published: Path | None = None,
 ) -> Result:
     """Run the cells of a tier that have no kept result, and return the report.
 
@@ -132,10 +134,13 @@ def run(
         fresh: If True, ignore the finished cells of an earlier run.
         quiet: If True, draw no progress bar.
         finished: If True, run no cell, and leave those without a result out.
+        published: Report of an earlier run, whose cells count as finished if revision and versions are the same.
     """
     kept = work / "cells" / experiment.name
     if fresh:
         shutil.rmtree(kept, ignore_errors=True)
+    elif published is not None:
+        _take_over(experiment, published, kept)
     cells = []
     settings = experiment.full if tier == "full" else experiment.quick
     for one in tqdm(settings, desc=experiment.name, unit="cell", disable=quiet):
@@ -159,6 +164,19 @@ def run(
         "cpu_seconds": round(sum(cell["cpu_seconds"] for cell in cells), 2),
         "cells": cells,
     }
+
+
+def _take_over(experiment: Experiment, published: Path, kept: Path) -> None:
+    """Keep the cells of an earlier report that are not kept yet."""
+    if not published.is_file():
+        return
+    report = json.loads(published.read_text(encoding="utf-8"))
+    if (report["revision"], report["versions"]) != (experiment.revision, versions()):
+        return
+    for cell in report["cells"]:
+        file = kept / f"{_digest(experiment, cell['settings'])}.json"
+        if not file.is_file():
+            write_json(file, cell)
 
 
 def cached(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -60,8 +60,26 @@ def test_finished_cells_are_written_without_a_run(tmp_path, capsys):
     assert report["planned"] == 5
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        runner.main(_experiment(calls), [*command[:2], "--work", str(tmp_path / "empty"), "--out", str(out)])
+        runner.main(_experiment(calls), [*command[:2], "--work", str(tmp_path / "empty"), "--out", str(out) + ".new"])
     assert "needs a finished cell of squares" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_cells_that_were_published(tmp_path, monkeypatch):
+    """Where no cell is kept, those of the file that is written count, unless they are of another revision."""
+    calls, out = [], tmp_path / "squares.json"
+    with pytest.raises(RuntimeError, match="killed"):
+        runner.run(_experiment(calls, fails=[2]), "full", tmp_path / "first", quiet=True)
+    command = ["--full", "--out", str(out), "--work"]
+    runner.main(_experiment(calls), [*command, str(tmp_path / "first"), "--finished"])
+    runner.main(_experiment(calls), [*command, str(tmp_path / "second")])
+    assert calls == [0, 1, 2, 2, 3, 4]
+    assert [cell["result"]["square"] for cell in json.loads(out.read_text())["cells"]] == [0, 1, 4, 9, 16]
+    runner.main(_experiment(calls), [*command, str(tmp_path / "third")])
+    assert len(calls) == 6
+    runner.main(_experiment(calls), [*command, str(tmp_path / "third"), "--fresh"])
+    assert len(calls) == 11
+    runner.main(dataclasses.replace(_experiment(calls), revision=2), [*command, str(tmp_path / "fourth")])
+    assert len(calls) == 16
 
 
 def test_another_revision_or_version_reuses_nothing(tmp_path, monkeypatch):
