@@ -139,7 +139,7 @@ def test_the_supported_range_is_the_one_installed_for():
     """The supported range comes from the installed metadata, and the plug-in checks the same range."""
     from packaging.specifiers import SpecifierSet
 
-    from squisher_mergekit.merging.mergekit.hooks import SUPPORTED
+    from squisher_mergekit.merging.mergekit.supported import SUPPORTED
 
     assert SpecifierSet(doctor.supported_mergekit()) == SpecifierSet(SUPPORTED)
 

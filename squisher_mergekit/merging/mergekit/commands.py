@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squisher_mergekit.errors import ConfigError, NotFoundError, SquisherError
+from squisher_mergekit.merging.mergekit.supported import need
 from squisher_mergekit.merging.parameters import METHODS
 from squisher_mergekit.tensors.input_files import brief, exists
 
@@ -107,7 +108,6 @@ def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = Fals
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
 
-    from squisher_mergekit.merging.mergekit.hooks import need
     from squisher_mergekit.merging.mergekit.lookup import forget_files
     from squisher_mergekit.merging.mergekit.model_folders import resolve_models
     from squisher_mergekit.merging.run import Run

@@ -25,9 +25,9 @@ from types import ModuleType
 from typing import Any
 
 from squisher_mergekit.errors import SquisherError, UnsupportedMergekitError
+from squisher_mergekit.merging.mergekit.supported import need, unsupported
 from squisher_mergekit.merging.parameters import METHODS, SQUISHER, check_blocks, check_filters
 
-SUPPORTED = ">=0.1.5,<0.2"
 _DONE = "_squisher_mergekit"
 
 
@@ -53,43 +53,9 @@ def activate(name: str, module: ModuleType) -> None:
     setattr(module, _DONE, True)
 
 
-def need(owner: Any, name: str, *parameters: str) -> Any:
-    """Return an attribute of mergekit.
-
-    Args:
-        owner: Module or class.
-        name: Name of the attribute.
-        *parameters: Names of parameters that the attribute must accept.
-
-    Returns:
-        The attribute.
-
-    Raises:
-        UnsupportedMergekitError: The attribute is missing, or does not accept the parameters.
-    """
-    found = getattr(owner, name, None)
-    taken = inspect.signature(found).parameters if callable(found) and parameters else {}
-    if found is None or any(parameter not in taken for parameter in parameters):
-        raise UnsupportedMergekitError(f"{_unsupported()} ({getattr(owner, '__name__', owner)}.{name} differs)")
-    return found
-
-
-def _unsupported() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        found = version("mergekit")
-    except PackageNotFoundError:
-        found = "of unknown version"
-    return (
-        f"the methods {' and '.join(METHODS)} need mergekit {SUPPORTED}, found mergekit {found}; "
-        f"pip install 'mergekit{SUPPORTED}'"
-    )
-
-
 def _explain_unsupported(error: Exception) -> None:
     """Refuse our methods with the supported versions of mergekit; other methods keep working."""
-    message = getattr(error, "message", None) or f"{_unsupported()} ({error})"
+    message = getattr(error, "message", None) or f"{unsupported()} ({error})"
     registry = sys.modules.get("mergekit.merge_methods.registry")
     for owner in (registry, sys.modules.get("mergekit.merge_methods")):
         stock = getattr(owner, "get", None)
@@ -301,7 +267,7 @@ def _extend_tasks(adapter: ModuleType) -> None:
     task = need(adapter, "ExecuteMergeMethodTask")
     for field in ("method_name", "gather_tensors", "model_order", "base_model", "output_weight", "input_parameters"):
         if field not in task.model_fields:
-            raise UnsupportedMergekitError(f"{_unsupported()} (ExecuteMergeMethodTask.{field} is missing)")
+            raise UnsupportedMergekitError(f"{unsupported()} (ExecuteMergeMethodTask.{field} is missing)")
     need(task, "arguments")
     need(task, "execute", "tensors")
     need(io_tasks.LoadTensor, "_resolve_name", "loader")
