@@ -1,4 +1,4 @@
-"""Tables, primary comparison and picture of ``merge_methods``."""
+"""Tables, primary comparison and pictures of ``merge_methods`` and ``merge_methods_language``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,15 +11,19 @@ from scripts.experiments.structure_merges import mean, shown
 from scripts.experiments.structure_report import Cell, cells_of, less, means, number, rest, training
 from scripts.experiments.tables import Table, difference, half_width, mean_sd, spread
 
-PRIMARY, DOMAINS = "kron", "domains"
-TITLES = {**HEADS, DOMAINS: "four sentiment domains, one shared head"}
+PRIMARY, DOMAINS, LANGUAGE = "kron", "domains", "general"
+TITLES = {
+    **HEADS,
+    DOMAINS: "four sentiment domains, one shared head",
+    LANGUAGE: "four tasks as prompts of a generative model",
+}
 COLUMNS = ("mean", "worst task", "largest loss", "less the field", "less `ties`", "less `squisher`", "CPU-s of a merge")
 
 
 def groups(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
-    """Return the cells of each start of the heads and of the domains, without those that have none."""
+    """Return the cells of each start of the heads, domains and generative model, without those that have none."""
     found: dict[str, list[Cell]] = {heads: cells_of(report, heads=heads) for heads in HEADS}
-    found[DOMAINS] = [one for one in report["cells"] if DOMAINS in one["settings"]]
+    found |= {name: [one for one in report["cells"] if name in one["settings"]] for name in (DOMAINS, LANGUAGE)}
     return {name: cells for name, cells in found.items() if cells}
 
 
@@ -50,16 +54,15 @@ def holds(report: Mapping[str, Any], planned: int) -> bool:
 
 
 def tables(report: Mapping[str, Any], experiment: Experiment) -> list[Table]:
-    """Return a table for each group; the primary comparison stands below the first."""
+    """Return a table for each group; the primary comparison stands below the first of ``merge_methods``."""
     found = groups(report)
     planned = {
         name: len(cells) for name, cells in groups({"cells": [{"settings": s} for s in experiment.full]}).items()
     }
     made = []
     for name, cells in found.items():
-        notes = [_field_text(cells), _chosen(cells), _edges(cells), training(cells)]
-        if not made:
-            notes = [_primary(report, planned), *notes]
+        first = [] if made or name == LANGUAGE else [_primary(report, planned)]
+        notes = [*first, _field_text(cells), _chosen(cells), _edges(cells), training(cells)]
         made.append(_table(name, cells, planned[name], [note for note in notes if note]))
     last = made[-1]
     made[-1] = Table(last.title, last.columns, last.rows, [*last.notes, *rest(report, experiment.name)])

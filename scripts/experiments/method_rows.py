@@ -13,6 +13,7 @@ from scripts.experiments.structure_merges import (
     SHARES,
     Models,
     Options,
+    Scores,
     Weights,
     mean,
     merged,
@@ -269,18 +270,25 @@ def _merges(models: Models, method: Method) -> Iterator[tuple[Options, Weights, 
             yield options, weights if scale == 1 else moved(models, weights, scale), seconds
 
 
-def compared(models: Models, table: Mapping[str, Method]) -> Result:
+def compared(models: Models, table: Mapping[str, Method], score: Callable[..., Scores] | None = None) -> Result:
     """Search, merge and score each method, and each model on its own task; test texts are read once a method.
+
+    Args:
+        models: The models.
+        table: The methods.
+        score: Function from merged weights, or None for each model's own, to the scores on test texts; by default the
+            accuracy on each task.
 
     Returns:
         ``test``: scores of each row; ``validation``: accuracy of its chosen setting; ``chosen`` and ``searched``:
         options; and the CPU time of one merge with the chosen setting under ``TIMINGS``.
     """
-    result: Result = {"test": {"single": models.score(None, "test")}, "validation": {}, "chosen": {}, "searched": {}}
+    measure = score or (lambda weights: models.score(weights, "test"))
+    result: Result = {"test": {"single": measure(None)}, "validation": {}, "chosen": {}, "searched": {}}
     seconds = {}
     for name, method in table.items():
         choice = best(models, method)
-        result["test"][name] = models.score(choice.weights, "test")
+        result["test"][name] = measure(choice.weights)
         result["validation"][name] = choice.accuracy
         result["chosen"][name], result["searched"][name] = dict(choice.options), choice.tried
         seconds[name] = choice.seconds

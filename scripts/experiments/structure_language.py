@@ -21,7 +21,7 @@ Decided before a reported seed was looked at:
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,30 @@ from scripts.experiments import language, structure_report
 from scripts.experiments.language import Recipe
 from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, main
 from scripts.experiments.structure_merges import ROWS, Models, Scores, Weights, compared, rows
+from scripts.experiments.structure_report import Cell
 from scripts.experiments.tables import Table, mean_sd
 from squisher_mergekit import load_fisher
 
-LOSS = "loss"
+BEFORE, LOSS = "base", "loss"
+LABEL = "the model before its fine-tuning"
+Measure = Callable[[Weights | None], Scores]
 
 
 def cell(settings: Settings, work: Path) -> Result:
     """Fine-tune, search, merge and score for one seed."""
+    models, measured, training = trained(settings, work)
+    result = separated(compared(models, rows(len(models.weights)), measured), measured(models.base))
+    result[TIMINGS]["training"] = training
+    return result
+
+
+def trained(settings: Settings, work: Path) -> tuple[Models, Measure, float]:
+    """Return the models of a seed, fine-tuned on the first call.
+
+    Returns:
+        The models; the function from merged weights, or None for each model's own, to the accuracies on test texts and
+        the loss on general text; and the CPU time of the fine-tuning.
+    """
     given = {name: settings[name] for name in ("seed", "steps", "train", "validation", "test", "layers", "length")}
     recipes = {task: Recipe(task, **given) for task in settings["tasks"]}
     bottom, top = language.split(work, settings["layers"])
@@ -72,21 +88,19 @@ def cell(settings: Settings, work: Path) -> Result:
         return {**found, LOSS: round(sum(losses) / len(losses), 6)}
 
     models = Models(base, weights, {task: load_fisher(folder) for task, folder in folders.items()}, score)
-    result = separated(compared(models, rows(len(weights)), measured), measured(base))
     seconds = [json.loads((folder / "log.json").read_text())["cpu_seconds"] for folder in folders.values()]
-    result[TIMINGS]["training"] = round(sum(seconds), 2)
-    return result
+    return models, measured, round(sum(seconds), 2)
 
 
 def separated(result: Result, base: Scores) -> Result:
     """Return a result with the scores of the base, and the losses apart from the accuracies."""
-    test = {**result["test"], "base": base}
+    test = {**result["test"], BEFORE: base}
     losses = {row: found[LOSS] for row, found in test.items()}
     accuracies = {row: {task: value for task, value in found.items() if task != LOSS} for row, found in test.items()}
     return {**result, "test": accuracies, LOSS: losses}
 
 
-_FULL: dict[str, Any] = {
+FULL: dict[str, Any] = {
     "tasks": tuple(language.PROMPTS),
     "steps": 40,
     "train": 320,
@@ -96,13 +110,22 @@ _FULL: dict[str, Any] = {
     "length": 48,
     "general": 100,
 }
-_QUICK = {**_FULL, "tasks": ("tweets", "spam"), "steps": 4, "train": 32, "validation": 10, "test": 20, "layers": 2}
+QUICK = {
+    **FULL,
+    "tasks": ("tweets", "spam"),
+    "steps": 4,
+    "train": 32,
+    "validation": 10,
+    "test": 20,
+    "layers": 2,
+    "general": 8,
+}
 EXPERIMENT = Experiment(
     "structure_language",
     "Merges of a generative model with a structure.",
     cell,
-    full=[{"seed": seed, **_FULL} for seed in (31, 32, 33)],
-    quick=[{"seed": 0, **_QUICK, "general": 8}],
+    full=[{"seed": seed, **FULL} for seed in (31, 32, 33)],
+    quick=[{"seed": 0, **QUICK}],
 )
 
 
@@ -111,17 +134,28 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     cells = report["cells"]
     count = structure_report.seeds(cells, report, 1)
     title = f"**Four tasks as prompts of a generative model.** Accuracy in %, mean ± standard deviation over {count}"
-    labels = {"base": "the model before its fine-tuning", **ROWS}
-    losses = {row: [one["result"][LOSS][row] for one in cells] for row in labels}
-    changes = {row: [a - b for a, b in zip(values, losses["base"], strict=True)] for row, values in losses.items()}
-    body = [(label, [mean_sd(losses[row], 3), mean_sd(changes[row], 3)]) for row, label in labels.items()]
-    general = (
-        f"**Loss on general text**, nats a token, {cells[0]['settings']['general']} sentences of editorials, {count}"
-    )
+    labels = {BEFORE: LABEL, **ROWS}
     return [
         structure_report.compared(cells, title, labels, notes=structure_report.rest(report, EXPERIMENT.name)),
-        Table(general, ["loss", "more than before fine-tuning"], body),
+        losses(cells, labels, count),
     ]
+
+
+def losses(cells: Sequence[Cell], labels: Mapping[str, str], count: str) -> Table:
+    """Return the table of losses on general text.
+
+    Args:
+        cells: Cells with the losses of their rows.
+        labels: Label of each row.
+        count: Number of seeds as text.
+    """
+    found = {row: [one["result"][LOSS][row] for one in cells] for row in labels}
+    changes = {row: [a - b for a, b in zip(values, found[BEFORE], strict=True)] for row, values in found.items()}
+    body = [(label, [mean_sd(found[row], 3), mean_sd(changes[row], 3)]) for row, label in labels.items()]
+    title = (
+        f"**Loss on general text**, nats a token, {cells[0]['settings']['general']} sentences of editorials, {count}"
+    )
+    return Table(title, ["loss", "more than before fine-tuning"], body)
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:

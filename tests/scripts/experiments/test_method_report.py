@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.experiments import merge_methods, method_report
+from scripts.experiments import merge_methods, merge_methods_language, method_report, structure_language
 from scripts.experiments.method_rows import ROWS, methods
 
 TASKS = ("bbc", "spam")
@@ -78,3 +78,21 @@ def test_a_table_has_a_row_for_each_method():
     assert "400 products" in found[2].title
     assert "1 cell is missing" in found[2].notes[-1]
     assert merge_methods.pictures(_report({}))["merge_methods.png"].startswith(b"\x89PNG")
+
+
+def test_the_generative_model_has_tables_of_accuracy_and_of_loss():
+    """Accuracies have no primary comparison, and losses stand in a table with the model before its fine-tuning."""
+    planned = merge_methods_language.EXPERIMENT.full
+    cells = [_cell(one, 2.0) for one in planned[:2]]
+    for one in cells:
+        test = dict(one["result"]["test"], base={"bbc": 40.0, "spam": 50.0})
+        losses = {row: 3.0 + (row == "kron") for row in test}
+        one["result"] |= {"test": test, structure_language.LOSS: losses}
+    report = {"cells": cells, "planned": len(planned)}
+    accuracies, losses = merge_methods_language.tables(report)
+    assert "generative model.**" in accuracies.title
+    assert "over 2 seeds of 3 planned, 100 held-out texts" in accuracies.title
+    assert [label for label, _ in accuracies.rows] == list(ROWS.values())
+    assert not any("Primary comparison" in note for note in accuracies.notes)
+    assert dict(losses.rows)["`structure: kron`"] == ["4.000 ± 0.000", "1.000 ± 0.000"]
+    assert dict(losses.rows)[structure_language.LABEL] == ["3.000 ± 0.000", "0.000 ± 0.000"]

@@ -8,12 +8,14 @@ import torch
 from scripts.experiments import (
     encoder,
     merge_methods,
+    merge_methods_language,
     merging,
     structure,
     structure_adapters,
     structure_controls,
     structure_counts,
     structure_domains,
+    structure_language,
     structure_merges,
     structure_optimizers,
     structure_report,
@@ -26,6 +28,14 @@ from tests.scripts.experiments.structure_models import few_models
 
 FIRST = (structure_controls, structure_counts, structure_domains)
 EXPERIMENTS = (structure, *FIRST)
+KEPT = (
+    *EXPERIMENTS,
+    merge_methods,
+    merge_methods_language,
+    structure_adapters,
+    structure_language,
+    structure_optimizers,
+)
 
 
 @pytest.mark.parametrize(("module", "seeds"), [(structure, 5), *((module, 3) for module in FIRST)])
@@ -37,7 +47,7 @@ def test_the_seeds_are_new(module, seeds):
     assert set(counts.values()) == {len(cells) // seeds}
 
 
-@pytest.mark.parametrize("module", [*EXPERIMENTS, merge_methods, structure_adapters, structure_optimizers])
+@pytest.mark.parametrize("module", KEPT)
 def test_a_kept_report_has_planned_cells(module):
     """The cells of a kept report are planned ones of the current revision, in their order, and say how many are."""
     report = structure_report.results(module.EXPERIMENT.name)
