@@ -15,7 +15,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,23 +57,7 @@ class Experiment:
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     """Run an experiment as a command."""
-    parser = argparse.ArgumentParser(
-        description=experiment.about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--full", action="store_true", help="run the cells of the published tables")
-    size.add_argument("--quick", action="store_true", help="run a few small cells, to see that everything works")
-    parser.add_argument("--out", type=Path, help="JSON file to write; by default in results/ (full) or --work (quick)")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of finished cells and trained models")
-    parser.add_argument("--fresh", action="store_true", help="run all cells, also those that are finished")
-    parser.add_argument(
-        "--finished", action="store_true", help="run no cell; write the results of the cells that are finished"
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="run all cells again in an empty folder and compare them with --out, to the digit; write nothing",
-    )
+    parser = _parser(experiment)
     options = parser.parse_args(arguments)
     tier = "full" if options.full else "quick"
     out = options.out or (RESULTS if options.full else options.work / "quick") / f"{experiment.name}.json"
@@ -81,14 +65,20 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{experiment.name} measures seconds, which do not repeat")
     if options.check and not out.is_file():
         parser.error(f"--check compares with {out}, which is not there; run without it first, or name a file by --out")
+    if options.check and options.finished:
+        parser.error("--check runs cells, but --finished runs none; leave one out")
+    count = len(experiment.full if options.full else experiment.quick)
+    if options.cells is not None and not all(0 <= number < count for number in options.cells):
+        parser.error(f"--cells must be between 0 and {count - 1}, found {' '.join(map(str, options.cells))}")
+    cells = () if options.finished else range(count) if options.cells is None else options.cells
     deterministic()
     log = logging.getLogger("squisher_mergekit")
     level = log.level
     log.setLevel(logging.ERROR)  # silences the warning about short runs
     try:
         if options.check:
-            return check(experiment, tier, out, options.work)
-        report = run(experiment, tier, options.work, fresh=options.fresh, finished=options.finished, published=out)
+            return check(experiment, tier, out, options.work, cells)
+        report = run(experiment, tier, options.work, cells, fresh=options.fresh, published=out)
     finally:
         log.setLevel(level)
     if not report["cells"]:
@@ -98,12 +88,41 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(experiment: Experiment, tier: str, kept: Path, work: Path) -> int:
-    """Run all cells in an empty folder below ``work``, print those that differ, and return 1 if there are any."""
+def _parser(experiment: Experiment) -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(
+        description=experiment.about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--full", action="store_true", help="run the cells of the published tables")
+    size.add_argument("--quick", action="store_true", help="run a few small cells, to see that everything works")
+    parser.add_argument("--out", type=Path, help="JSON file to write; by default in results/ (full) or --work (quick)")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of finished cells and trained models")
+    parser.add_argument("--fresh", action="store_true", help="run all cells, also those that are finished")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--finished", action="store_true", help="run no cell; write the results of the cells that are finished"
+    )
+    chosen.add_argument(
+        "--cells", type=int, nargs="+", metavar="N", help="run these cells alone, by their number from 0"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="run the cells again in an empty folder and compare them with --out, to the digit; write nothing",
+    )
+    return parser
+
+
+def check(experiment: Experiment, tier: str, kept: Path, work: Path, cells: Collection[int]) -> int:
+    """Run cells in an empty folder below ``work``, print those that differ, and return 1 if there are any."""
+    planned = experiment.full if tier == "full" else experiment.quick
+    again = json.loads(json.dumps([planned[number] for number in cells]))
     before = json.loads(kept.read_text(encoding="utf-8"))
+    before["cells"] = [cell for cell in before["cells"] if cell["settings"] in again]
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".check.", dir=work) as folder:
-        after = run(experiment, tier, Path(folder))
+        after = run(experiment, tier, Path(folder), cells)
     now = [(cell["settings"], cell["result"]) for cell in after["cells"]]
     differ = [cell["settings"] for cell in before["cells"] if (cell["settings"], cell["result"]) not in now]
     for settings in differ:
@@ -119,21 +138,21 @@ def run(
     experiment: Experiment,
     tier: str,
     work: Path,
+    numbers: Collection[int] | None = None,
     *,
     fresh: bool = False,
     quiet: bool = False,
-    finished: bool = False,
     published: Path | None = None,
 ) -> Result:
-    """Run the cells of a tier that have no kept result, and return the report.
+    """Run cells of a tier that have no kept result, and return the report of all that have one.
 
     Args:
         experiment: Experiment to run.
         tier: ``full`` or ``quick``.
         work: Folder of finished cells and trained models.
+        numbers: Numbers of the cells to run; None for all.
         fresh: If True, ignore the finished cells of an earlier run.
         quiet: If True, draw no progress bar.
-        finished: If True, run no cell, and leave those without a result out.
         published: Report of an earlier run, whose cells count as finished if revision and versions are the same.
     """
     kept = work / "cells" / experiment.name
@@ -143,9 +162,9 @@ def run(
         _take_over(experiment, published, kept)
     cells = []
     settings = experiment.full if tier == "full" else experiment.quick
-    for one in tqdm(settings, desc=experiment.name, unit="cell", disable=quiet):
+    for number, one in enumerate(tqdm(settings, desc=experiment.name, unit="cell", disable=quiet)):
         file = kept / f"{_digest(experiment, one)}.json"
-        if not file.is_file() and finished:
+        if not file.is_file() and numbers is not None and number not in numbers:
             continue
         if not file.is_file():
             wall, cpu = time.perf_counter(), cpu_seconds()

@@ -64,6 +64,26 @@ def test_finished_cells_are_written_without_a_run(tmp_path, capsys):
     assert "needs a finished cell of squares" in capsys.readouterr().err
 
 
+def test_chosen_cells_run_and_are_checked_alone(tmp_path, capsys):
+    """With --cells only these run, the report has all that are finished, and a check repeats only these."""
+    calls, out = [], tmp_path / "squares.json"
+    command = ["--full", "--work", str(tmp_path / "work"), "--out", str(out), "--cells"]
+    assert runner.main(_experiment(calls), [*command, "3"]) == 0
+    assert runner.main(_experiment(calls), [*command, "1", "3"]) == 0
+    assert calls == [3, 1]
+    assert [cell["settings"]["seed"] for cell in json.loads(out.read_text())["cells"]] == [1, 3]
+    report = json.loads(out.read_text())
+    report["cells"][0]["result"]["square"] += 1
+    out.write_text(json.dumps(report))
+    assert runner.main(_experiment(calls), [*command, "3", "--check"]) == 0
+    assert "1 of 1 cells" in capsys.readouterr().out
+    assert runner.main(_experiment(calls), [*command, "1", "--check"]) == 1
+    assert calls == [3, 1, 3, 1]
+    with pytest.raises(SystemExit):
+        runner.main(_experiment(calls), [*command, "5"])
+    assert "--cells must be between 0 and 4, found 5" in capsys.readouterr().err
+
+
 def test_a_run_goes_on_with_the_cells_that_were_published(tmp_path, monkeypatch):
     """Where no cell is kept, those of the file that is written count, unless they are of another revision."""
     calls, out = [], tmp_path / "squares.json"
