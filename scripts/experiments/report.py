@@ -44,6 +44,7 @@ EXPERIMENTS = (
     "structure_domains",
     "structure_language",
     "structure_adapters",
+    "structure_optimizers",
     "lora_rank",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
