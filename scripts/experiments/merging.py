@@ -140,7 +140,7 @@ class Models:
         if kind == "linear":
             return merge_state_dicts(self.trunks, "linear", parameters={"weight": 1.0})
         if kind == "fisher":
-            fishers = self._estimated()
+            fishers = self.estimated()
         else:
             fishers = self.squishers if kind == "squisher" else self.squishers[1:] + self.squishers[:1]
         return merge_state_dicts(self.trunks, "squisher", parameters={"fisher": fishers, "normalize": normalize})
@@ -162,7 +162,8 @@ class Models:
         how = {**normalize, "control": normalize["squisher"]}
         return {row: self.score(None if row == "single" else self.merged(row, how.get(row, "none"))) for row in rows}
 
-    def _estimated(self) -> list[Fisher]:
+    def estimated(self) -> list[Fisher]:
+        """Return the empirical Fisher of each model at its own weights, of its parameters that require a gradient."""
         if not self._fishers:
             for (task, model), own in zip(self.models.items(), self.trunks, strict=True):
                 encoder.with_weights(model, own)

@@ -120,16 +120,13 @@ def task_vectors(count: int, seed: int) -> dict[str, Method]:
     drawn, kept = (0.5, 0.1, 0.9), (0.3, 0.1, 0.6)
     thresholds = (1e-5, 1e-4, 1e-3)
 
-    def seeded(name: str) -> Callable[..., Weights]:
-        return _seeded(name, seed)
-
     return {
         "task_arithmetic": Method(_over("task_arithmetic"), grid(weight=weights)),
         "ties": Method(_over("ties", weight=1.0), grid(density=SHARES, **mean_scales)),
-        "dare_linear": Method(seeded("dare_linear"), grid(density=drawn, **sum_scales)),
-        "dare_ties": Method(seeded("dare_ties"), grid(density=drawn, **elected_scales)),
-        "della": Method(seeded("della"), grid(density=kept, **mean_scales)),
-        "della_linear": Method(seeded("della_linear"), grid(density=kept, **sum_scales)),
+        "dare_linear": Method(seeded("dare_linear", seed), grid(density=drawn, **sum_scales)),
+        "dare_ties": Method(seeded("dare_ties", seed), grid(density=drawn, **elected_scales)),
+        "della": Method(seeded("della", seed), grid(density=kept, **mean_scales)),
+        "della_linear": Method(seeded("della_linear", seed), grid(density=kept, **sum_scales)),
         "breadcrumbs": Method(_over("breadcrumbs", weight=1.0), grid(density=kept, **sum_scales)),
         "breadcrumbs_ties": Method(_over("breadcrumbs_ties", weight=1.0), grid(density=kept, **elected_scales)),
         "sce": Method(_over("sce"), grid(select_topk=(1.0, 0.1, 0.3), **mean_scales)),
@@ -146,14 +143,14 @@ def votes() -> dict[str, Method]:
     change = {"density_by": "change", "density_scope": "model", "normalize": "none"}
     abstain = {**change, "trimmed": "abstain"}
     return {
-        "ota-whole": Method(_squisher(power=0.5), normalized, OTA),
-        "ota": Method(_squisher(power=0.5, **abstain), shares, OTA),
-        "squisher": Method(_squisher(), normalized, VOTES),
-        "density": Method(_squisher(normalize="none"), grid(density=(0.3, 0.1, 0.6), **scaled), VOTES),
-        "change-base": Method(_squisher(**change), shares, VOTES),
-        "change": Method(_squisher(**abstain), shares, VOTES),
-        "sign": Method(_squisher(consensus="sign"), normalized, VOTES),
-        "change-sign": Method(_squisher(consensus="sign", **abstain), shares, VOTES),
+        "ota-whole": Method(squisher_with(power=0.5), normalized, OTA),
+        "ota": Method(squisher_with(power=0.5, **abstain), shares, OTA),
+        "squisher": Method(squisher_with(), normalized, VOTES),
+        "density": Method(squisher_with(normalize="none"), grid(density=(0.3, 0.1, 0.6), **scaled), VOTES),
+        "change-base": Method(squisher_with(**change), shares, VOTES),
+        "change": Method(squisher_with(**abstain), shares, VOTES),
+        "sign": Method(squisher_with(consensus="sign"), normalized, VOTES),
+        "change-sign": Method(squisher_with(consensus="sign", **abstain), shares, VOTES),
         "ubgm": Method(_ubgm, grid(weight=(1.0, 0.5, 0.25), prior=(0.0, 0.1, 1.0)), VOTES),
     }
 
@@ -190,7 +187,7 @@ def _multislerp(models: Models, origin: str) -> Weights:
     return over(models, "multislerp", weight=1.0)
 
 
-def _seeded(method: str, seed: int) -> Callable[..., Weights]:
+def seeded(method: str, seed: int) -> Callable[..., Weights]:
     """Return a merge that draws entries, with draws of its own for each setting."""
 
     def make(models: Models, density: float) -> Weights:
@@ -202,7 +199,7 @@ def _seeded(method: str, seed: int) -> Callable[..., Weights]:
     return make
 
 
-def _squisher(**fixed: Any) -> Callable[..., Weights]:
+def squisher_with(**fixed: Any) -> Callable[..., Weights]:
     """Return a diagonal merge by the options of ``squisher``."""
 
     def make(models: Models, **options: Any) -> Weights:

@@ -41,6 +41,7 @@ from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, ca
 from scripts.experiments.structure_merges import STRUCTURES, Row, compared, structured
 from scripts.experiments.tables import Table
 from squisher_mergekit import extract
+from squisher_mergekit.training import LoraRecorder
 
 LAYERS = r".*\.encoder\..*\.(query|key|value|dense)"
 """Names of the modules with an adapter: the linear layers of the encoder."""
@@ -70,13 +71,14 @@ def fine_tune(recipe: Recipe, adapter: Mapping[str, Any], number: int, work: Pat
 
     Args:
         recipe: Recipe of the fine-tuning; its learning rates are those of the adapter.
-        adapter: Rank, alpha and learning rates.
+        adapter: Rank, alpha and learning rates; with ``record``, the Fisher of W is recorded as well.
         number: Number of the task, which draws the matrices A.
         work: Folder of trained models.
 
     Returns:
         A folder with ``final``, which has the weights with the adapter merged into them and their lifted Fisher;
         ``adapter``, with the state of its optimizer; and ``log.json`` as of :func:`encoder.fine_tune`.
+        ``final/recorded`` has the recorded Fisher, if the adapter's settings ask for it.
     """
 
     def make(folder: Path) -> None:
@@ -88,11 +90,14 @@ def fine_tune(recipe: Recipe, adapter: Mapping[str, Any], number: int, work: Pat
         adapted = with_adapter(model, adapter["r"], adapter["lora_alpha"])
         set_seed(recipe.seed)
         optimizer = torch.optim.AdamW(groups(adapted, adapter["lr"], adapter["head_lr"]))
-        log = encoder.fit(adapted, optimizer, recipe)
+        recorder = LoraRecorder(adapted, recipe.beta2, recipe.seed) if adapter.get("record") else None
+        log = encoder.fit(adapted, optimizer, recipe, lambda *_: recorder.update() if recorder else None)
         adapted.save_pretrained(saved)
         torch.save(optimizer.state_dict(), saved / "optimizer.pt")
         adapted.merge_and_unload().save_pretrained(folder / "final")
         extract(saved, folder / "final", base=base, lift=True, examples_per_step=recipe.batch)
+        if recorder is not None:
+            recorder.fisher().save(folder / "final" / encoder.RECORDED)
         shutil.rmtree(base)
         (folder / encoder.LOG).write_text(json.dumps(log))
 

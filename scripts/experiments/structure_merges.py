@@ -135,17 +135,17 @@ class Row:
     untuned: str = ""
 
 
-def _scaled(make: Callable[..., Weights]) -> Callable[..., Weights]:
+def scaled(make: Callable[..., Weights]) -> Callable[..., Weights]:
     """Return a merge with an option ``lambda``; a search merges once for each value of the other options."""
     kept: dict[str, Weights] = {}
 
-    def scaled(models: Models, **options: Any) -> Weights:
+    def make_scaled(models: Models, **options: Any) -> Weights:
         scale, key = options.pop("lambda"), repr((id(models), options))
         if key not in kept:
             kept[key] = make(models, **options)
         return moved(models, kept[key], scale)
 
-    return scaled
+    return make_scaled
 
 
 def _ties(models: Models, density: float) -> Weights:
@@ -165,7 +165,7 @@ def rows(count: int, widest: int = 1536) -> dict[str, Row]:
     """
 
     def by_mask(power: float) -> Row:
-        return Row(_scaled(lambda models, share: masked(models, share, power)), MASKED)
+        return Row(scaled(lambda models, share: masked(models, share, power)), MASKED)
 
     def by_structure(kind: str) -> Row:
         blocks = (128, 32, 384) if kind == "kron" else (128, 32, 384, widest)
@@ -174,7 +174,7 @@ def rows(count: int, widest: int = 1536) -> dict[str, Row]:
     return {
         "linear": Row(linear),
         "task_arithmetic": Row(_task_arithmetic, {"weight": (1 / count, 0.3, 0.4, 0.6, 1.0)}),
-        "ties": Row(_scaled(_ties), {"density": SHARES, "lambda": LAMBDAS}),
+        "ties": Row(scaled(_ties), {"density": SHARES, "lambda": LAMBDAS}),
         "ota": by_mask(0.5),
         "masked": by_mask(1.0),
         "diagonal": Row(diagonal, {"normalize": ("none", "mean", "l2")}),

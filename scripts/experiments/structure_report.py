@@ -152,10 +152,10 @@ def _verdict(gaps: Sequence[float]) -> str:
     return f"{verb} below" if all(gap < 0 for gap in gaps) else "is on some seeds above, on some not above,"
 
 
-def chosen(cells: Sequence[Cell]) -> str:
-    """Return the choices of each tuned row, seed by seed."""
+def chosen(cells: Sequence[Cell], labels: Mapping[str, str] = ROWS) -> str:
+    """Return the choices of each tuned row, seed by seed, with the labels of rows."""
     lines = [
-        f"{ROWS[row].removesuffix(', tuned')} {'; '.join(shown(one['result']['chosen'][row]) for one in cells)}"
+        f"{labels[row].removesuffix(', tuned')} {'; '.join(shown(one['result']['chosen'][row]) for one in cells)}"
         for row in cells[0]["result"]["chosen"]
     ]
     return (

@@ -45,19 +45,22 @@ def recipes(settings: Settings) -> dict[str, Recipe]:
     return {task: task_recipe(settings, number, task) for number, task in enumerate(settings["tasks"])}
 
 
-def opened(folders: Mapping[str, Path], recipes: Mapping[str, Recipe], work: Path) -> tuple[TaskModels, Models, float]:
+def opened(
+    folders: Mapping[str, Path], recipes: Mapping[str, Recipe], work: Path, fisher_texts: int = 0
+) -> tuple[TaskModels, Models, float]:
     """Return the fine-tuned models of a seed, and the CPU time of their fine-tuning.
 
     Args:
         folders: Folder of each task, as :func:`encoder.fine_tune` describes it.
         recipes: Recipe of each task.
         work: Folder of the published encoder.
+        fisher_texts: Number of training texts for an empirical Fisher.
 
     Returns:
         The models with their heads and texts; the same models over the published encoder, with the tensors that have a
         Fisher, which are those that were trained; and the CPU seconds.
     """
-    tasks = TaskModels({task: folder / "final" for task, folder in folders.items()}, recipes, 0)
+    tasks = TaskModels({task: folder / "final" for task, folder in folders.items()}, recipes, fisher_texts)
     seconds = sum(json.loads((folder / encoder.LOG).read_text())["cpu_seconds"] for folder in folders.values())
     fishers = dict(zip(recipes, tasks.squishers, strict=True))
     base = published(work, next(iter(recipes.values())).layers)
