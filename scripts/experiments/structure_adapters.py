@@ -104,10 +104,18 @@ def fine_tune(recipe: Recipe, adapter: Mapping[str, Any], number: int, work: Pat
     return cached(work / "models" / f"lora-{recipe.data}-{recipe.seed}-{key(recipe.key, adapter, number)}", make)
 
 
-def with_adapter(model: nn.Module, rank: int, alpha: float) -> nn.Module:
-    """Return a model with LoRA on the linear layers of its encoder; pooler and classifier are trained whole."""
-    heads = [name.rstrip(".").rpartition(".")[2] for name in HEAD]
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=LAYERS, modules_to_save=heads)
+def with_adapter(model: nn.Module, rank: int, alpha: float, modules: str = LAYERS, heads: bool = True) -> nn.Module:
+    """Return a model with LoRA on some linear layers.
+
+    Args:
+        model: The model, which is changed.
+        rank: r.
+        alpha: alpha, of the scale ``alpha / r``.
+        modules: Pattern of the names of the linear layers; by default those of the encoder.
+        heads: Train pooler and classifier whole.
+    """
+    whole = [name.rstrip(".").rpartition(".")[2] for name in HEAD] if heads else None
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, modules_to_save=whole)
     with warnings.catch_warnings():
         # peft calls a deprecated function of transformers.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
