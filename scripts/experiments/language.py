@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts.demo_tasks.assets import LANGUAGE, fetch
 from scripts.experiments import texts
+from scripts.experiments.encoder import LOG
 from scripts.experiments.runner import WORK, cached, cpu_seconds, key
 from squisher_mergekit import save_squisher
 
@@ -192,25 +193,40 @@ def fine_tune(recipe: Recipe, top: Any, start: Mapping[str, Tensor], given: Stat
     def make(folder: Path) -> None:
         load(top, start)
         trained = [parameter for name, parameter in top.named_parameters() if name.startswith(TRAINED)]
-        optimizer, order, losses = torch.optim.AdamW(trained, lr=recipe.lr), [], []
-        generator, began = random.Random(recipe.seed), cpu_seconds()
-        for _ in range(recipe.steps):
-            order = order if len(order) >= recipe.batch else generator.sample(range(recipe.train), recipe.train)
-            chosen, order = order[: recipe.batch], order[recipe.batch :]
-            part = given.of(chosen)
-            loss = nn.functional.cross_entropy(top.lm_head(last(top, part)), part.targets)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, recipe.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+        optimizer = torch.optim.AdamW(trained, lr=recipe.lr)
+        log = fit(top, optimizer, recipe, given)
         save_file(layers_of(top), folder / "model.safetensors")
         facts = {"examples_per_step": recipe.batch, "max_grad_norm": recipe.clip}
         save_squisher(top, optimizer, folder, loss_reduction="mean", datum="example", **facts)
-        log = {"losses": losses, "cpu_seconds": round(cpu_seconds() - began, 2)}
-        (folder / "log.json").write_text(json.dumps(log))
+        (folder / LOG).write_text(json.dumps(log))
 
     return cached(work / "models" / f"smollm2-{recipe.data}-{recipe.seed}-{key(asdict(recipe))}", make)
+
+
+def fit(top: Any, optimizer: torch.optim.Optimizer, recipe: Recipe, given: States) -> dict[str, Any]:
+    """Run the steps of a recipe on training prompts, and return the losses and the CPU time.
+
+    Args:
+        top: The last layers.
+        optimizer: Optimizer of the parameters to train.
+        recipe: Recipe of the fine-tuning.
+        given: Hidden states of the training prompts.
+    """
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    order: list[int] = []
+    losses: list[float] = []
+    generator, began = random.Random(recipe.seed), cpu_seconds()
+    for _ in range(recipe.steps):
+        order = order if len(order) >= recipe.batch else generator.sample(range(recipe.train), recipe.train)
+        chosen, order = order[: recipe.batch], order[recipe.batch :]
+        part = given.of(chosen)
+        loss = nn.functional.cross_entropy(top.lm_head(last(top, part)), part.targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {"losses": losses, "cpu_seconds": round(cpu_seconds() - began, 2)}
 
 
 def layers_of(top: nn.Module) -> dict[str, Tensor]:
@@ -219,10 +235,10 @@ def layers_of(top: nn.Module) -> dict[str, Tensor]:
 
 
 def load(top: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into the trained layers."""
+    """Copy weights into the layers by name."""
     with torch.no_grad():
         for name, parameter in top.named_parameters():
-            if name.startswith(TRAINED):
+            if name in weights:
                 parameter.copy_(weights[name])
 
 

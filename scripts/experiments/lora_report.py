@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from scripts.experiments import structure_report
+from scripts.experiments.structure_language import BEFORE, LABEL
 from scripts.experiments.structure_report import Cell, less, means
 from scripts.experiments.tables import Table, difference, mean_sd
 
 OURS = ("lifted", "lifted-options", "out-r", "out-2r", "out-4r")
 ROWS = {
-    "before": "the base, before fine-tuning",
+    BEFORE: LABEL,
     "single": "single models, each on its own task",
     "linear": "plain average (`linear`)",
     "task_arithmetic": "`task_arithmetic`, tuned",

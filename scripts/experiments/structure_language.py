@@ -28,16 +28,20 @@ from typing import Any
 from safetensors.torch import load_file
 
 from scripts.experiments import language, structure_report
-from scripts.experiments.language import Recipe
+from scripts.experiments.encoder import LOG
+from scripts.experiments.language import Recipe, States
 from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, main
 from scripts.experiments.structure_merges import ROWS, Models, Scores, Weights, compared, rows
 from scripts.experiments.structure_report import Cell
 from scripts.experiments.tables import Table, mean_sd
-from squisher_mergekit import load_fisher
+from squisher_mergekit import Fisher, load_fisher
 
 BEFORE, LOSS = "base", "loss"
 LABEL = "the model before its fine-tuning"
 Measure = Callable[[Weights | None], Scores]
+# From a recipe, its number, the layers, their published weights and the states of the training prompts to the merged
+# weights, their Fisher, and a folder with the log.
+Train = Callable[[Recipe, int, Any, Weights, States], tuple[Weights, Fisher, Path]]
 
 
 def cell(settings: Settings, work: Path) -> Result:
@@ -48,8 +52,13 @@ def cell(settings: Settings, work: Path) -> Result:
     return result
 
 
-def trained(settings: Settings, work: Path) -> tuple[Models, Measure, float]:
+def trained(settings: Settings, work: Path, train: Train | None = None) -> tuple[Models, Measure, float]:
     """Return the models of a seed, fine-tuned on the first call.
+
+    Args:
+        settings: Settings of the cell.
+        work: Folder of the published model and of trained ones.
+        train: Function that fine-tunes a model; by default all weights of the last layers.
 
     Returns:
         The models; the function from merged weights, or None for each model's own, to the accuracies on test texts and
@@ -58,19 +67,21 @@ def trained(settings: Settings, work: Path) -> tuple[Models, Measure, float]:
     given = {name: settings[name] for name in ("seed", "steps", "train", "validation", "test", "layers", "length")}
     recipes = {task: Recipe(task, **given) for task in settings["tasks"]}
     bottom, top = language.split(work, settings["layers"])
-    base, folders, parts = language.layers_of(top), {}, {}
-    for task, recipe in recipes.items():
+    start, weights, fishers, folders, parts = language.layers_of(top), {}, {}, [], {}
+    for place, (task, recipe) in enumerate(recipes.items()):
         own = recipe.parts()
         found = {
             part: language.states(bottom, *language.prompts_of(recipe, getattr(own, part), work))
             for part in ("train", "validation", "test")
         }
-        folders[task] = language.fine_tune(recipe, top, base, found.pop("train"), work)
-        parts[task] = found
+        prompts = found.pop("train")
+        made = (train or _whole(work))(recipe, place, top, start, prompts)
+        weights[task], fishers[task], parts[task] = made[0], made[1], found
+        folders.append(made[2])
     other = language.general(settings["general"], settings["length"], settings["seed"], work)
     elsewhere = language.states(bottom, other, None)
     first = {task: language.answers(task, work) for task in recipes}
-    weights = {task: load_file(folder / "model.safetensors") for task, folder in folders.items()}
+    base = {name: start[name] for name in next(iter(weights.values()))}
 
     def score(merged: Weights | None, part: str) -> Scores:
         found = {}
@@ -87,9 +98,18 @@ def trained(settings: Settings, work: Path) -> tuple[Models, Measure, float]:
             losses.append(language.loss(top, elsewhere))
         return {**found, LOSS: round(sum(losses) / len(losses), 6)}
 
-    models = Models(base, weights, {task: load_fisher(folder) for task, folder in folders.items()}, score)
-    seconds = [json.loads((folder / "log.json").read_text())["cpu_seconds"] for folder in folders.values()]
-    return models, measured, round(sum(seconds), 2)
+    seconds = sum(json.loads((folder / LOG).read_text())["cpu_seconds"] for folder in folders)
+    return Models(base, weights, fishers, score), measured, round(seconds, 2)
+
+
+def _whole(work: Path) -> Train:
+    """Return the fine-tuning of all weights of the last layers."""
+
+    def train(recipe: Recipe, place: int, top: Any, start: Weights, given: States) -> tuple[Weights, Fisher, Path]:
+        folder = language.fine_tune(recipe, top, start, given, work)
+        return load_file(folder / "model.safetensors"), load_fisher(folder), folder
+
+    return train
 
 
 def separated(result: Result, base: Scores) -> Result:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scripts.experiments import encoder, lora_merging, lora_report, structure_tasks, texts
+from scripts.experiments import encoder, lora_merging, lora_report, structure_language, structure_tasks, texts
 from scripts.experiments.runner import TIMINGS
 from tests.scripts.experiments import tiny_encoder
 
@@ -39,7 +39,7 @@ def test_a_cell_has_every_row_and_reads_test_texts_once_a_row(monkeypatch, tmp_p
 
     monkeypatch.setattr(encoder, "accuracy", accuracy)
     result = lora_merging.cell(SETTINGS, tmp_path)
-    assert set(result["test"]) == set(lora_report.ROWS) - {"before"}
+    assert set(result["test"]) == set(lora_report.ROWS) - {structure_language.BEFORE}
     assert set(result["chosen"]) == {"task_arithmetic", "ties", "dare_ties", "lifted-options"}
     assert set(result[TIMINGS]["merge"]) == set(result["test"]) - {"single"}
     assert scored.count(12) == 2 * len(result["test"])
@@ -54,7 +54,7 @@ def _report(seeds=2, planned=20):
     for one in lora_merging.EXPERIMENT.full:
         if one["seed"] < lora_merging.SEEDS[0] + seeds:
             shift = one["seed"] - lora_merging.SEEDS[0]
-            test = {row: {"bbc": 50.0 + shift, "spam": 60.0 + shift} for row in lora_report.ROWS if row != "before"}
+            test = {row: {"bbc": 50.0 + shift, "spam": 60.0 + shift} for row in lora_report.ROWS if row != structure_language.BEFORE}
             test["lifted"] = {"bbc": 60.0 + shift, "spam": 70.0 + 2 * shift}
             test["control"] = {"bbc": 45.0 + shift, "spam": 55.0 + shift}
             chosen = {"ties": {"density": 0.1, "lambda": 1.0}}
