@@ -71,7 +71,7 @@ def test_the_tables_have_a_column_for_each_rank_and_start():
     assert "plain average (`linear`)" not in dict(average.rows)
     assert dict(lifted.rows)["plain average (`linear`)"] == ["-10.2 ± 3.2"] * 4
     assert dict(worst.rows)["`squisher`, lifted F"] == ["60.5 ± 0.7"] * 4
-    assert "60 held-out texts a task" in means.title
+    assert "80 held-out texts a task" in means.title
     assert "lifted F less the plain average +10.2 ± 3.2 (above 0 in 8 of 8 cells)" in means.notes[0]
     assert means.notes[1] == (
         "The merge by lifted F is above the plain average on 2 of 2 seeds; the control, with the F of another model, "
