@@ -13,7 +13,7 @@ from squisher_mergekit.fisher.config import FisherConfig, OptimizerInfo
 from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.fisher.write import has_fisher, to_dtype, write_fisher
+from squisher_mergekit.fisher.write import check_free, has_fisher, to_dtype, write_fisher
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
 from squisher_mergekit.models.lora.pairs import read_lora
 from squisher_mergekit.models.weights import BASENAME, Weights
@@ -27,6 +27,7 @@ from squisher_mergekit.tensors.hub import split_revision
 from squisher_mergekit.tensors.input_files import exists
 
 LOG = logging.getLogger("squisher_mergekit")
+_BAR_DELAY = 2  # seconds
 _STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]
 
 
@@ -214,10 +215,11 @@ def extract(
     for key, value in changes.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"{key} must be a positive number, found {value}")
+    check_free(Path(out))
     fisher = load_fisher(source, model, base, names, verify=verify, lift=lift)
     fisher.config = _supplied(fisher.config.model_copy(update=changes), steps, beta2, str(source))
-    bar = tqdm(list(fisher), desc="Extracting", unit="tensor", disable=not progress)
-    write_fisher(fisher, Path(out), wanted, bar, compress=compress)
+    with tqdm(list(fisher), desc="Extracting", unit="tensor", disable=not progress, delay=_BAR_DELAY) as bar:
+        write_fisher(fisher, Path(out), wanted, bar, compress=compress)
     return read_fisher(Path(out))
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.fisher.files import read_fisher
+from squisher_mergekit.optimizers import load
 from tests.adapters import train
 
 STATES = Path(__file__).parents[1] / "fixtures" / "optimizer_states"
@@ -91,9 +92,9 @@ def test_an_existing_fisher_is_not_overwritten(tmp_path):
     """A folder that holds a Fisher is left as it is."""
     assert _run(STATES / "plain_adam", "-o", tmp_path / "out", "--quiet").exit_code == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    result = _run(STATES / "plain_adagrad", "-o", tmp_path / "out", "--quiet")
+    result = _run(STATES / "plain_adagrad", "-o", tmp_path / "out")
     assert result.exit_code == 1
-    assert "must not hold a Fisher yet" in result.output
+    assert result.stderr.startswith(f"Error: {tmp_path / 'out'} must not hold a Fisher yet"), "one line, without a bar"
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -105,8 +106,10 @@ def test_misuse_is_exit_code_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_quiet_disables_the_progress_bar(tmp_path):
-    """A progress bar goes to stderr, and --quiet disables it."""
+def test_quiet_disables_the_progress_bar(tmp_path, monkeypatch):
+    """A progress bar goes to stderr after two seconds, and --quiet disables it."""
+    assert _run(STATES / "plain_adam", "-o", tmp_path / "short").stderr == ""
+    monkeypatch.setattr(load, "_BAR_DELAY", 0)
     loud = _run(STATES / "plain_adam", "-o", tmp_path / "a")
     assert "Extracting" in loud.stderr
     quiet = _run(STATES / "plain_adagrad", "-o", tmp_path / "b", "--quiet")

@@ -20,6 +20,17 @@ from squisher_mergekit.tensors.input_files import parse_yaml
 # mergekit-multi reads the name of each of its documents, and removes it before it reads the rest.
 _FURTHER_KEYS = ("name",)
 _PARAMETER_NAMES = tuple(parameter.name for parameter in PARAMETERS)
+_PYDANTIC = "Value error, "
+# Classes of mergekit and types of pydantic's errors, as a user writes them.
+_FORMS = {
+    "InputModelDefinition": "an entry with model: PATH",
+    "ModelReference": "a path or a Hub id",
+    "OutputSliceDefinition": "an entry with sources:",
+    "InputSliceDefinition": "an entry with model: PATH and layer_range: [first, end]",
+    "list_type": "a list",
+    "tuple_type": "a list of two numbers, [first, end]",
+    "string_type": "a text",
+}
 _OUTPUT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -147,12 +158,30 @@ def _is_schema(annotation: Any) -> bool:
 
 def unreadable(error: Exception) -> ConfigError:
     """Return the one-line error for a document that mergekit cannot read."""
-    text = str(error)
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the configuration"
-        text = f"{place}: {first['msg']}, found {str(first['input'])[:80]}"
+    if not isinstance(error, ValidationError):
+        return ConfigError(f"the configuration must be one that mergekit reads, but {error}; correct it")
+    first = error.errors()[0]
+    loc, found = first["loc"], first["input"]
+    if "ConditionalParameter" in loc:
+        place = _place(loc[: loc.index("ConditionalParameter")])
+        cure = "give a value, or remove the key"
+        if isinstance(found, list) and any(isinstance(item, Mapping) for item in found):
+            cure = "in a list with filters, write the value of all other tensors as {value: ...}, at the end"
+        return ConfigError(
+            f"{place} must be a value, a list of numbers (a gradient over the layers) or a list of {{filter: PART OF A "
+            f"NAME, value: ...}}, found {found!s:.80}; {cure}"
+        )
+    form = _FORMS.get(str(first.get("ctx", {}).get("class_name", first["type"])))
+    if form is not None:
+        return ConfigError(f"{_place(loc)} must be {form}, found {found!s:.80}; correct it")
+    place = _place(loc)
+    text = f"{place}: {first['msg']}, found {found!s:.80}" if place else f"{first['msg'].removeprefix(_PYDANTIC)}"
     return ConfigError(f"the configuration must be one that mergekit reads, but {text}; correct it")
+
+
+def _place(loc: Sequence[int | str]) -> str:
+    """Return a place in the YAML, such as ``models[0].parameters``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
 def refuse_misspelt_method(method: Any) -> None:

@@ -18,6 +18,7 @@ from squisher_mergekit.tensors.input_files import exists, read_mapping
 
 LOG = logging.getLogger("squisher_mergekit")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LONGEST_ID = 300  # letters of org/name@revision; the Hub allows 96 each for the first two
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
 
@@ -36,7 +37,7 @@ def _references(config: Any) -> Iterator[tuple[str, Any, str]]:
                 yield f"{prefix}slices[{i}].sources[{j}].model", source, "model"
 
 
-def resolve_models(config: Any, lora_cache: str | None = None) -> None:
+def resolve_models(config: Any, lora_cache: str | None = None, out: Path | None = None) -> None:
     """Refuse local models that do not exist, and replace runs by their last checkpoint, adapters by base and LoRA.
 
     A base with a LoRA becomes a reference that adds the LoRA as tensors are read, unless mergekit has a folder for a
@@ -45,9 +46,11 @@ def resolve_models(config: Any, lora_cache: str | None = None) -> None:
     Args:
         config: mergekit's ``MergeConfiguration``; changed in place.
         lora_cache: mergekit's folder for models with a LoRA added; None if it has none.
+        out: Output folder of the merge.
 
     Raises:
         NotFoundError: A path does not exist, or holds no model.
+        ConfigError: A model is listed twice or in the output folder, or lacks a layer of a slice.
     """
     for place, owner, attribute in _references(config):
         _check_range(owner, place)
@@ -63,6 +66,10 @@ def resolve_models(config: Any, lora_cache: str | None = None) -> None:
             model = reference.model.model_copy(update={"path": str(path)})
             reference = reference.model_copy(update={"model": model})
         setattr(owner, attribute, reference)
+        _check_layers(owner, place)
+        _check_output(reference, place, out)
+    _check_slices(config)
+    _check_folders_once(config.models or [])
     if config.merge_method == SQUISHER and config.base_model is None:
         config.base_model = _common_base([item.model for item in config.models or []])
     _check_tokenizers(config)
@@ -169,6 +176,80 @@ def _check_range(source: Any, place: str) -> None:
             f"{place.removesuffix('model')}layer_range must be [first, end] with 0 <= first < end <= {MOST_LAYERS} "
             f"(the layer end is left out), found {list(layers)}"
         )
+
+
+def _check_layers(source: Any, place: str) -> None:
+    """Refuse layers beyond the last one of a local model, for which mergekit asks by name.
+
+    Raises:
+        ConfigError: The range ends beyond the last layer.
+    """
+    end = (getattr(source, "layer_range", None) or (0, 0))[1]
+    folder = Path(source.model.model.path) if end else None
+    if folder is None or place.startswith("modules.") or not exists(folder / "config.json"):
+        return
+    settings = Weights(folder).config or {}
+    number = next((settings[key] for key in _LAYER_COUNTS if isinstance(settings.get(key), int)), None)
+    if number is not None and end > number:
+        raise ConfigError(
+            f"{place.removesuffix('model')}layer_range must end at {number} at most, as {source.model} has {number} "
+            f"layers, found {list(source.layer_range)}"
+        )
+
+
+def _check_slices(config: Any) -> None:
+    """Refuse a slice whose sources have different numbers of layers.
+
+    Raises:
+        ConfigError: The numbers differ.
+    """
+    for prefix, part in parts_of(config):
+        for i, piece in enumerate(getattr(part, "slices", None) or []):
+            ranges = [list(source.layer_range) for source in piece.sources]
+            if len({end - first for first, end in ranges}) > 1:
+                raise ConfigError(
+                    f"{prefix}slices[{i}].sources must have equal numbers of layers, found layer_range "
+                    f"{' and '.join(map(str, ranges))}; write ranges of one length"
+                )
+
+
+def _check_folders_once(models: Sequence[Any]) -> None:
+    """Refuse a folder that is listed twice, under whatever spelling.
+
+    Raises:
+        ConfigError: Two models are one folder.
+    """
+    places: dict[tuple[str, str], int] = {}
+    for i, item in enumerate(models):
+        key = (_resolved(item.model.model), _resolved(item.model.lora))
+        if places.setdefault(key, i) != i:
+            first = places[key]
+            raise ConfigError(
+                f"models must list each model once, but models[{first}] ({models[first].model}) and models[{i}] "
+                f"({item.model}) are one folder; remove one, and give the other their common weight"
+            )
+
+
+def _resolved(path: Any) -> str:
+    """Return the absolute path of a local model without links, and the name of a model on the Hub."""
+    if path is None:
+        return ""
+    return str(Path(path.path).resolve()) if exists(Path(path.path)) else str(path)
+
+
+def _check_output(reference: Any, place: str, out: Path | None) -> None:
+    """Refuse an output folder that is a model of the merge, whose weights would be replaced.
+
+    Raises:
+        ConfigError: The output is the folder of a model, or of its LoRA.
+    """
+    for part in (reference.model, reference.lora):
+        folder = None if part is None or out is None else Path(part.path)
+        if folder is not None and out is not None and exists(folder) and exists(out) and folder.samefile(out):
+            raise ConfigError(
+                f"the output must be another folder than the models, but {out} is {place}, whose weights it would "
+                "replace; choose another folder"
+            )
 
 
 def _model_folder(folder: Path, place: str) -> Path | None:

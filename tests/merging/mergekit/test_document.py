@@ -74,6 +74,31 @@ def test_every_field_of_mergekit_passes() -> None:
     document.check_document(given, MergeConfiguration)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parameters": {"normalize": None}}, ["parameters.normalize must be a value", "found None", "remove the key"]),
+        (
+            {"parameters": {"weight": [{"filter": "mlp", "value": 1}, 0.5]}},
+            ["parameters.weight must be a value", "{value: ...}, at the end"],
+        ),
+        ({"models": ["a", "b"]}, ["models[0] must be an entry with model: PATH, found a"]),
+        ({"models": [{"model": None}]}, ["models[0].model must be a path or a Hub id, found None"]),
+        ({"models": {"model": "a"}}, ["models must be a list, found {'model': 'a'}"]),
+        ({"dtype": 5}, ["dtype must be a text, found 5"]),
+        (
+            {"models": None, "slices": [{"sources": [{"model": "a", "layer_range": "0-3"}]}]},
+            ["slices[0].sources[0].layer_range must be a list of two numbers, [first, end], found 0-3"],
+        ),
+    ],
+)
+def test_a_value_of_another_form(changes: dict[str, Any], words: list[str]) -> None:
+    """A value that mergekit cannot read is named with its place, as a user writes it, and with the form it must have."""
+    with pytest.raises(ConfigError) as caught:
+        MergeConfiguration.model_validate(HEAD | changes)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
 def test_stock_commands_refuse_a_misplaced_key(tmp_path: Path, pair: dict[str, Any]) -> None:
     """`mergekit-yaml` refuses for our methods a key that it ignores for its own."""
     pair["models"][1]["fisher_scale"] = 2.0

@@ -10,7 +10,7 @@ from mergekit.config import MergeConfiguration
 
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.merging.mergekit import model_folders
-from tests.merging.reference import assert_config_refused, assert_refused, merged
+from tests.merging.reference import assert_config_refused, assert_refused, merge, merged
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path, pair: dict[str, Any]) -> None:
@@ -149,3 +149,47 @@ def test_a_range_of_layers_that_no_model_has(layers: tuple[int, int]) -> None:
     wanted = "slices[0].sources[0].layer_range must be [first, end] with 0 <= first < end <= 10000"
     assert str(found.value).startswith(wanted)
     assert str(found.value).endswith(f"found {list(layers)}")
+
+
+def _slices(tmp_path: Path, pair: dict[str, Any], *ranges: list[int]) -> dict[str, Any]:
+    models = [item["model"] for item in pair["models"]]
+    sources = [{"model": model, "layer_range": layers} for model, layers in zip(models, ranges, strict=True)]
+    return {"merge_method": "squisher", "slices": [{"sources": sources}]}
+
+
+def test_layers_beyond_the_last_one(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A range that ends beyond the last layer of a local model is refused with the number of its layers."""
+    config = _slices(tmp_path, pair, [0, 2], [0, 9])
+    config["slices"][0]["sources"][0]["layer_range"] = [0, 9]
+    assert_config_refused(
+        tmp_path, config, "slices[0].sources[0].layer_range must end at 3 at most", "m0 has 3 layers, found [0, 9]"
+    )
+
+
+def test_sources_of_different_lengths(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """Sources of a slice with different numbers of layers are refused with their ranges."""
+    config = _slices(tmp_path, pair, [0, 3], [0, 2])
+    assert_config_refused(tmp_path, config, "slices[0].sources must have equal numbers", "[0, 3] and [0, 2]")
+
+
+@pytest.mark.parametrize("spelling", ["{}/", "link", "{}/../m0"])
+def test_one_folder_under_two_names(tmp_path: Path, pair: dict[str, Any], spelling: str) -> None:
+    """A folder that is listed twice, with a slash, through a link or through its parent, is refused."""
+    (tmp_path / "link").symlink_to(tmp_path / "m0")
+    other = str(tmp_path / "link") if spelling == "link" else spelling.format(tmp_path / "m0")
+    pair["models"][1]["model"] = other
+    assert_config_refused(tmp_path, pair, "models must list each model once", f"models[1] ({other}) are one folder")
+
+
+@pytest.mark.parametrize("place", ["models[1].model", "base_model"])
+def test_the_output_is_no_model_of_the_merge(tmp_path: Path, pair: dict[str, Any], place: str) -> None:
+    """A merge into the folder of one of its models is refused, and the model stays."""
+    if place == "base_model":
+        pair["base_model"] = pair["models"].pop()["model"]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m1").iterdir()}
+    (tmp_path / "out").symlink_to(tmp_path / "m1")
+    result = merge(pair, tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: the output must be another folder than the models")
+    assert f"is {place}, whose weights it would replace" in result.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m1").iterdir()} == before
