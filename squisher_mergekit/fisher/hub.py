@@ -13,6 +13,7 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import BASENAME, check_free, has_fisher
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.hub import download, download_file, parse_file, parse_id
+from squisher_mergekit.tensors.input_files import exists
 
 PATTERNS = [f"{BASENAME}.safetensors", f"{BASENAME}-*.safetensors", f"{BASENAME}.safetensors.index.json", CONFIG_NAME]
 FISHER_REVISION = "fisher"
@@ -139,6 +140,11 @@ def pull(source: str, out: Path) -> Fisher:
         CorruptFileError: A file in the repository is truncated or damaged.
     """
     check_free(out)
+    if exists(Path(source)) and (source.count("/") != 1 or source.startswith(("/", "."))):
+        raise ConfigError(
+            f"squisher pull takes a Hub id, org/name[@revision], but {source} is on this machine; copy it, or take "
+            f"squisher extract {source} -o {out}"
+        )
     cached = download_fisher(source)
     if cached.is_file():
         raise ConfigError(

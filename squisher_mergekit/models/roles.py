@@ -99,8 +99,8 @@ def matching(names: Collection[str], pattern: str, what: str) -> list[str]:
         raise ConfigError(f"{what} must be a name or a regular expression, found {pattern!r}: {error}") from error
     if not hit:
         raise ConfigError(
-            f"{what} must be of a tensor's name, but nothing matches {pattern!r}; names are like "
-            f"{next(iter(names), 'none')}"
+            f"{what} must match the name of a tensor, but {pattern!r} matches none; a name is "
+            f"{next(iter(names), 'none')}, for example"
         )
     return hit
 

@@ -23,7 +23,10 @@ from squisher_mergekit.tensors.input_files import brief, read_text
 
 BEST, MODELS, TABLE, STATE = "best", "models", "sweep.csv", "sweep.json"
 _WORK = ".merging"  # a killed sweep leaves it behind
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+# A number by itself: digits within a word, such as those of f1, 7b or a path run6, are none.
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)(?![\w.]*\w)", re.IGNORECASE
+)
 Merge = Callable[[Mapping[str, Any], Path], None]
 Score = Callable[[Path], float]
 Progress = Callable[[Sequence[Mapping[str, Any]]], Iterable[Mapping[str, Any]]]
@@ -166,6 +169,8 @@ def score_of(output: str) -> float | None:
     Example:
         >>> score_of("accuracy on 200 texts: 0.815 (81.5 %)")
         81.5
+        >>> score_of("0.62 (macro f1)")
+        0.62
     """
     numbers = _NUMBER.findall(output)
     value = float(numbers[-1]) if numbers else math.nan

@@ -100,6 +100,10 @@ def test_a_refusal_is_one_line(tmp_path, pair):
             ("select", pair.tuned, "--keep", "0.002", "--score", "random", "-o", out),
             "keep must leave room for the head",
         ),
+        (
+            ("select", pair.tuned, "--keep", "0.00002", "--score", "random", "--no-head", "-o", out),
+            "keep must be a share of one entry at least",
+        ),
         (("select", pair.tuned, "--keep", "0.2", "--fisher", other.fisher, "-o", out), "Fisher"),
         (("select", tmp_path / "none", "--keep", "0.2", "--score", "random", "-o", out), "MODEL must be"),
         (("reset", other.tuned, "--base", other.base, "--mask", mask, "-o", out), "a mask must be of these weights"),

@@ -316,6 +316,14 @@ def test_pull_keeps_existing_files(server, tmp_path):
     assert (tmp_path / "other" / "notes").read_text() == "mine"
 
 
+def test_pull_of_a_local_folder_names_the_other_commands(server, tmp_path):
+    """A folder on this machine is no Hub id; the refusal does not claim that there is no such folder."""
+    _models(tmp_path, server)
+    with pytest.raises(ConfigError, match=r"takes a Hub id.*f0 is on this machine; copy it"):
+        hub.pull(str(tmp_path / "f0"), tmp_path / "out")
+    assert server.requests == []
+
+
 def test_pull_of_half_a_fisher_leaves_nothing(server, tmp_path):
     """A file that is truncated on the server never appears under the final name."""
     _models(tmp_path, server)

@@ -131,10 +131,26 @@ def test_the_identity_has_all_that_changes_a_score():
 
 @pytest.mark.parametrize(
     ("output", "score"),
-    [("loss: 2.5e-3\n", 0.0025), ("1 2\n-3", -3.0), ("none", None), ("", None), ("acc .5%", 0.5), ("1e999", None)],
+    [
+        ("loss: 2.5e-3\n", 0.0025),
+        ("1 2\n-3", -3.0),
+        ("none", None),
+        ("", None),
+        ("acc .5%", 0.5),
+        ("1e999", None),
+        ("0.5 (macro f1)", 0.5),
+        ("0.5 in runs/sweep/point-a6", 0.5),
+        ("0.5 after 12.3s", 0.5),
+        ("epoch 3: nan", None),
+        ("epoch 3: -inf", None),
+        ("3 infinite texts", 3.0),
+        ("a=0.25;", 0.25),
+        ("Score: 83.", 83.0),
+        ("0.5, torch 2.1.0", 0.5),
+    ],
 )
 def test_the_score_is_the_last_number(output, score):
-    """Signs, exponents and units are read; without a finite number there is no score."""
+    """Signs, exponents and units are read, and no digits within a word; without a finite number there is no score."""
     assert score_of(output) == score
 
 

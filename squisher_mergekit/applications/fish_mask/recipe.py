@@ -138,10 +138,15 @@ def plan_mask(recipe: FishMaskRecipe, weights: Weights, parts: ModelParts) -> Se
     if both:
         raise ConfigError(f"a tensor can be kept as head or excluded, but {both[0]} is to be both; name the head anew")
     plan = SelectionPlan(recipe.selection(frozenset(head), frozenset(excluded)), shapes, outside)
-    if plan.keep < max(plan.whole, 1):
+    if plan.keep == 0 and plan.whole == 0:
+        raise ConfigError(
+            f"keep must be a share of one entry at least, but {recipe.keep:g} of {plan.entries} entries is less; "
+            "keep more"
+        )
+    if plan.keep < plan.whole:
         raise ConfigError(
             f"keep must leave room for the head, which counts, but {recipe.keep:g} of {plan.entries} entries are "
-            f"{plan.keep} and the head ({', '.join(sorted(head)) or 'none'}) has {plan.whole}; keep more, or name "
+            f"{plan.keep} and the head ({', '.join(sorted(head))}) has {plan.whole}; keep more, or name "
             "another head (--head, --no-head)"
         )
     return plan_selection(plan.selection, shapes, outside)
