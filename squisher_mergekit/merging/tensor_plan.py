@@ -13,6 +13,7 @@ from squisher_mergekit.merging.planning.checks import check_base, check_origins,
 from squisher_mergekit.merging.planning.records import FisherUse, Settings, TensorPlan, WeightInput
 from squisher_mergekit.merging.sources import FisherSources, find_name, is_untouched
 from squisher_mergekit.models.layouts import MatrixLayout
+from squisher_mergekit.models.roles import is_running_statistic
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors.safetensors import check_shape
 
@@ -47,7 +48,7 @@ def plan_tensor(
         sources: Open Fishers of the merge.
         base: Weights of the base model, for Fishers of partly frozen models.
         passed_through: True if mergekit copies the tensor, because one model alone has it.
-        is_buffer: True for a buffer of the model's class; None if the class is unknown and the Fishers must tell.
+        is_buffer: True for a buffer of the model's class; None if the class is unknown: the name or the Fishers tell.
         can_convert: Function that returns whether transformers' conversion builds a weight from a Fisher's tensors.
         layout: Form of the tensor.
         cache_dir: Folder for files from the Hub.
@@ -66,7 +67,9 @@ def plan_tensor(
     def plan(
         uses: tuple[FisherUse, ...] = (), missing: dict[str, str] | None = None, normalize: str = "none"
     ) -> TensorPlan:
-        told = all(why in _BUFFER for why in (missing or {}).values()) if is_buffer is None else is_buffer
+        told = is_buffer
+        if told is None:
+            told = is_running_statistic(name) or all(why in _BUFFER for why in (missing or {}).values())
         return TensorPlan(name, size, settings, normalize, uses, missing or {}, tuple(inputs), bool(missing) and told)
 
     if any(item.info is not None and not item.info.dtype.is_floating_point for item in inputs):

@@ -158,6 +158,16 @@ def role_by_name(name: str, ndim: int) -> Role | None:
     return role
 
 
+def is_running_statistic(name: str) -> bool:
+    """Return True for the name of a batch norm's running mean or variance, a buffer wherever its class is unknown.
+
+    Example:
+        >>> is_running_statistic("1.running_mean"), is_running_statistic("1.weight")
+        (True, False)
+    """
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
 def output_parameters(model: nn.Module) -> set[int]:
     """Return the ids of the output layer's parameters, of any shape."""
     of_transformers: Any = model

@@ -20,6 +20,7 @@ from squisher_mergekit.fisher.config import (
 from squisher_mergekit.fisher.files import TIED
 from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.convert import MomentStore
+from squisher_mergekit.models.roles import is_running_statistic
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.encodings import Packed
 from squisher_mergekit.optimizers.second_moments import Moment
@@ -139,7 +140,7 @@ def _reason(
     checkpoint_names: CheckpointNames | None,
     weights: Mapping[str, TensorInfo],
 ) -> str:
-    if name in weights and not weights[name].is_floating_point:
+    if (name in weights and not weights[name].is_floating_point) or is_running_statistic(name):
         return "a buffer"
     sources: Collection[str] = (name,)
     if checkpoint_names is not None:

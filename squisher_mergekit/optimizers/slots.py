@@ -11,6 +11,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NothingKeptError, UnsafeFileError, UnsupportedStateError
 from squisher_mergekit.models.parameters import unwrapped
+from squisher_mergekit.models.roles import is_running_statistic
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.stand_ins import QuantizedStandIn, replaced_in
 from squisher_mergekit.optimizers.encodings import Blockwise, Packed, RowsAndColumns
@@ -118,7 +119,7 @@ def parameters_of(model: Mapping[str, Tensor]) -> dict[str, Shape]:
     seen, shapes = set(), {}
     for name, tensor in model.items():
         memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        buffer = not tensor.is_floating_point() or name.endswith(("running_mean", "running_var"))
+        buffer = not tensor.is_floating_point() or is_running_statistic(name)
         if not buffer and (memory not in seen or tensor.numel() == 0):
             seen.add(memory)
             shapes[name] = tuple(tensor.shape)

@@ -46,8 +46,12 @@ def read_rows(data: str, split: str = "train", limit: int | None = None) -> Iter
     import datasets
 
     path = Path(data).expanduser()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the reason that the refusal has as well
     try:
         if path.is_file():
+            if path.stat().st_size == 0:
+                raise ConfigError(f"--data must have rows, but {data} is empty; give data")
             kind, options = _reader(path)
             rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
         else:
@@ -61,6 +65,8 @@ def read_rows(data: str, split: str = "train", limit: int | None = None) -> Iter
             f"--data must be a file of rows or a dataset on the Hub, but {data} cannot be read "
             f"({' '.join(str(error).split())[:150]}); check its name and content"
         ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _reader(path: Path) -> tuple[str, dict[str, str]]:

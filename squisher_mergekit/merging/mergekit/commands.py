@@ -207,7 +207,8 @@ def run_as_adapter(
     from squisher_mergekit.merging.mergekit.model_folders import resolve_models
     from squisher_mergekit.merging.mergekit.references import AdaptedReference
     from squisher_mergekit.merging.reports.card import CARD, bare_card, provenance
-    from squisher_mergekit.models.lora.low_rank import write_adapter
+    from squisher_mergekit.models.adapters import ADAPTER_CONFIG
+    from squisher_mergekit.models.lora.low_rank import common_bias, write_adapter
     from squisher_mergekit.models.weights import Weights
     from squisher_mergekit.tensors.atomic import scratch_beside
 
@@ -219,6 +220,8 @@ def run_as_adapter(
             f"--as-adapter needs LoRAs under models:, but {plain or 'there is none'}"
             f"{' is a full model' if plain else ''}; list LoRAs alone, or leave --as-adapter out"
         )
+    adapters = [Path(model.lora.path) for model in models]
+    common_bias([folder for folder in adapters if exists(folder / ADAPTER_CONFIG)])
     config.dtype, config.out_dtype = "float32", None
     changes = {"lora_merge_dtype": "float32", "lora_merge_cache": None, "copy_tokenizer": False}
     with scratch_beside(folder) as scratch:

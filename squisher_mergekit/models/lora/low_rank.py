@@ -58,6 +58,21 @@ def ranks_of(loras: Sequence[LoraAdapter], rank: int | None) -> dict[str, int]:
     return {name: min(rank or found, *shapes[name]) for name, found in ranks.items()}
 
 
+def common_bias(folders: Sequence[Path]) -> str:
+    """Return the kind of biases that LoRAs train, as in their configs.
+
+    Raises:
+        MismatchError: The LoRAs train different kinds of biases.
+    """
+    biases = {str(read_mapping(folder / ADAPTER_CONFIG).get("bias") or "none") for folder in folders}
+    if len(biases) > 1:
+        raise MismatchError(
+            f"LoRAs that merge to an adapter must train one kind of biases, found bias: {', '.join(sorted(biases))}; "
+            "merge them to a full model (without --as-adapter)"
+        )
+    return biases.pop() if biases else "none"
+
+
 def write_adapter(
     folder: Path, loras: Sequence[LoraAdapter], rank: int | None, base: str, read: Callable[[str], Tensor]
 ) -> dict[str, Any]:
@@ -106,12 +121,7 @@ def _config(
     import peft
 
     given = [read_mapping(lora.weights.folder / ADAPTER_CONFIG) for lora in loras]
-    biases = {config.get("bias") or "none" for config in given}
-    if len(biases) > 1:
-        raise MismatchError(
-            f"LoRAs that merge to an adapter must train one kind of biases, found bias: {', '.join(sorted(biases))}; "
-            "merge them to a full model (without --as-adapter)"
-        )
+    bias = common_bias([lora.weights.folder for lora in loras])
     modules = {pair.a.removeprefix(_PREFIX).removesuffix(".lora_A.weight"): ranks[n] for n, (_, pair) in pairs.items()}
     most = max(modules.values())
     lower = {module: rank for module, rank in modules.items() if rank != most}
@@ -123,7 +133,7 @@ def _config(
         alpha_pattern=lower,
         target_modules=sorted(modules),
         modules_to_save=whole or None,
-        bias=biases.pop(),
+        bias=bias,
         fan_in_fan_out=any(pair.transposed for _, pair in pairs.values()),
         task_type=given[0].get("task_type"),
         base_model_name_or_path=base,

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 
 import datasets
 import pyarrow
@@ -89,6 +90,26 @@ def test_files_with_invalid_content_are_refused(name, error, words, tmp_path):
         list(read_rows(str(tmp_path / name)))
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    """An empty file is refused as such."""
+    (tmp_path / "data.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"must have rows, but .*data\.jsonl is empty"):
+        list(read_rows(str(tmp_path / "data.jsonl")))
+
+
+def test_invalid_content_is_told_once(tmp_path, caplog):
+    """The log of datasets does not repeat the reason of the refusal, and has its level again afterwards."""
+    level = datasets.logging.get_verbosity()
+    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n{"tex": \n')
+    logger = logging.getLogger("datasets")
+    logger.addHandler(caplog.handler)
+    with pytest.raises(NotFoundError, match="JSON parse error"):
+        list(read_rows(str(tmp_path / "data.jsonl")))
+    logger.removeHandler(caplog.handler)
+    assert caplog.records == []
+    assert datasets.logging.get_verbosity() == level
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path, monkeypatch):

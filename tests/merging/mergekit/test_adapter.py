@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.merging.models import entry, models_with_fishers, nets
 from tests.merging.reference import (
@@ -138,6 +139,25 @@ def test_mergekit_pytorch(tmp_path: Path) -> None:
         thetas = [model[name] for model in weights[1:]]
         reference = squisher_reference(thetas, [f[name] for f in fishers[1:]], [1.0, 1.0])
         assert_within(found[name], reference, largest(thetas))
+
+
+def test_mergekit_pytorch_averages_the_statistics_of_a_batch_norm(tmp_path: Path) -> None:
+    """Running means and variances of plain torch have no Fisher: the weighted mean, without ``missing: average``."""
+    _, fishers = nets(tmp_path, 2)
+    statistics = [torch.randn(2, 7, generator=torch.Generator().manual_seed(i)).abs() for i in range(2)]
+    for i, (mean, variance) in enumerate(statistics):
+        file = tmp_path / f"n{i}" / "net.safetensors"
+        save_file(load_file(file) | {"norm.running_mean": mean, "norm.running_var": variance}, file)
+    models = [
+        {"model": str(tmp_path / f"n{i}" / "net.safetensors"), "parameters": {"weight": i + 1.0}} for i in range(2)
+    ]
+    result = merge_raw(tmp_path, {"merge_method": "squisher", "models": models})
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    wanted = (statistics[0] + 2 * statistics[1]) / 3
+    for name, reference in zip(("norm.running_mean", "norm.running_var"), wanted, strict=True):
+        assert torch.allclose(found[name], reference, rtol=0, atol=1e-6)
+    assert set(fishers[0]) | {"steps", "norm.running_mean", "norm.running_var"} == set(found)
 
 
 def test_each_tensor_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

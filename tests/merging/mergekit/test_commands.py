@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from squisher_mergekit.cli.merge import command
+from squisher_mergekit.merging.mergekit import commands
 from tests.adapters import train
 from tests.merging.reference import assert_config_refused, assert_refused, give_fisher, llama, merge, merged
 
@@ -85,6 +86,15 @@ def test_a_full_model_is_refused(tmp_path: Path, place: str) -> None:
     config = _config(tmp_path, {})
     config["models"].insert(0 if place == "first" else 1, {"model": str(tmp_path / "l0" / "base")})
     assert_refused(_run(tmp_path, config, "--as-adapter"), tmp_path / "out", "--as-adapter needs LoRAs", "full model")
+
+
+def test_different_kinds_of_biases_are_refused_before_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configs of the adapters tell that they cannot be one adapter, so that no merge runs for nothing."""
+    config = _config(tmp_path, {}, {"bias": "lora_only"})
+    monkeypatch.setattr(commands, "run_config", lambda *_, **__: pytest.fail("the merge has begun"))
+    assert_refused(_run(tmp_path, config, "--as-adapter"), tmp_path / "out", "must train one kind of biases")
 
 
 def test_a_rank_without_an_adapter_is_refused(tmp_path: Path) -> None:

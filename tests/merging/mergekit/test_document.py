@@ -93,7 +93,7 @@ def test_every_field_of_mergekit_passes() -> None:
     ],
 )
 def test_a_value_of_another_form(changes: dict[str, Any], words: list[str]) -> None:
-    """A value that mergekit cannot read is named with its place, as a user writes it, and with the form it must have."""
+    """A value that mergekit cannot read is named with its place in the YAML and with the form that it must have."""
     with pytest.raises(ConfigError) as caught:
         MergeConfiguration.model_validate(HEAD | changes)
     assert [word for word in words if word not in str(caught.value)] == []
