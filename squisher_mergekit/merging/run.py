@@ -22,9 +22,8 @@ from squisher_mergekit.merging.fused import refuse_not_finite
 from squisher_mergekit.merging.inputs import Outcome
 from squisher_mergekit.merging.merge_plan import MergePlan, describe_model
 from squisher_mergekit.merging.merged_fisher.written import MergedFisher
-from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.planning.file_ranges import ranges_of
-from squisher_mergekit.merging.reports.totals import Totals
+from squisher_mergekit.merging.reports.totals import Totals, blank_text
 from squisher_mergekit.merging.sources import FisherSources, ModelFiles
 from squisher_mergekit.merging.votes.threshold import Choice
 from squisher_mergekit.models.layouts import MatrixLayout
@@ -83,6 +82,7 @@ class Run:
         self._written: MergedFisher | None = None
         self._ahead: ReadAhead | None = None
         self._step_of: dict[str, int] = {}
+        self._averaged: frozenset[str] = frozenset()
         self._kept: dict[str, dict[str, list[int]]] = {}
         self._tensors: dict[str, Totals] = {}
         self._steps: dict[str, tuple[Sequence[str], StepReport]] = {}
@@ -108,6 +108,7 @@ class Run:
             MismatchError: A Fisher was made at other weights, and the run is strict.
         """
         self.plan = plan
+        self._averaged = frozenset(tensor.name for tensor in plan.tensors if tensor.missing)
         for warning in plan.warnings():
             if self.strict:
                 raise MismatchError(f"{warning}; merge without --strict if that is meant")
@@ -214,6 +215,7 @@ class Run:
         has the share of entries that each does not keep, ``sign_conflicts`` that of its kept entries that move against
         the elected sign, and ``silent`` the share of entries without any vote.
 
+        ``fell_back`` is the share of the entries that no Fisher weighs, ``without_fisher`` that in tensors without one.
         ``kept`` has, for each model with one threshold, the share of the entries of each layer above it.
         With ``reported``, ``structure`` is the report of the coupled matrices, see :func:`structure_report`.
         """
@@ -231,9 +233,12 @@ class Run:
             for label, layers in self._kept.items()
         }
         structure |= {"kept": kept} if kept else {}
+        every = Totals.joined(self._tensors.values())
+        averaged = sum(totals.blank() for name, totals in self._tensors.items() if name in self._averaged)
         return {
             "method": self.method,
-            **Totals.joined(self._tensors.values()).report(),
+            **every.report(),
+            "without_fisher": averaged / max(every.entries, 1),
             **plan,
             "kinds": {kind: Totals.joined(parts).report() for kind, parts in sorted(kinds.items())},
             "by_tensor": {name: self._tensors[name].report() for name in sorted(self._tensors, key=by_number)},
@@ -256,6 +261,5 @@ class Run:
         """Log the closing line."""
         report = self.report()
         weights = ", ".join(f"{label} {share:.1%}" for label, share in report["effective_weight"].items())
-        blank = f"{report['fell_back']:.2%} of the entries, {no_signal(self.method)}"
         silent = f"; {report['silent']:.2%} without a vote: base value" if report.get("silent") else ""
-        self.log(f"{self.method}: {blank}{silent}; effective weight: {weights}")
+        self.log(f"{self.method}: {blank_text(report)}{silent}; effective weight: {weights}")

@@ -1,6 +1,7 @@
 """Ownership of the Fishers of a merge by its run, and their release."""
 
 import gc
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from squisher_mergekit.cli.merge import command as merge_command
 from squisher_mergekit.cli.plan import command as plan_command
 from squisher_mergekit.errors import RefusedError
 from squisher_mergekit.fisher.mapping import Fisher
@@ -167,3 +169,21 @@ def test_headers_and_fingerprints_are_read_once(tmp_path: Path, monkeypatch: pyt
     planned(config, tmp_path / "out")
     assert sorted(read) == [tmp_path / f"m{i}" / "model.safetensors" for i in range(2)]
     assert len(fingerprints) == 2
+
+
+def test_the_report_counts_tensors_without_a_fisher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The share of the entries in tensors that ``missing: average`` merges is no share of entries without a signal."""
+    config, fishers = _models(tmp_path)
+    name = "model.norm.weight"
+    store_fisher(tmp_path / "m1", {key: value for key, value in fishers[1].items() if key != name})
+    file, report = tmp_path / "merge.yml", tmp_path / "report.json"
+    file.write_text(yaml.safe_dump(config | {"parameters": {"missing": "average"}}))
+    with caplog.at_level(logging.INFO, "squisher_mergekit"):
+        result = CliRunner().invoke(
+            merge_command, [str(file), str(tmp_path / "out"), "--no-copy-tokenizer", "--json", str(report)]
+        )
+    assert result.exit_code == 0, result.output
+    found = json.loads(report.read_text())
+    assert found["without_fisher"] == pytest.approx(fishers[0][name].numel() / found["entries"], abs=1e-12)
+    text = f"{found['without_fisher']:.2%} in tensors without a Fisher: weighted mean"
+    assert any(text in record.message for record in caplog.records)

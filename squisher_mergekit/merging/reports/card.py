@@ -6,7 +6,8 @@ import re
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from squisher_mergekit.merging.parameters import UBGM_SQUISHER, no_signal
+from squisher_mergekit.merging.parameters import UBGM_SQUISHER
+from squisher_mergekit.merging.reports.totals import blank_text
 
 if TYPE_CHECKING:
     from squisher_mergekit.merging.run import Run
@@ -26,7 +27,7 @@ def provenance(run: Run, base: str | None = None) -> str:
         "## Fisher provenance",
         "",
         f"Merged by `{run.method}` of squisher-mergekit {version('squisher-mergekit')} with mergekit "
-        f"{version('mergekit')}; {report['fell_back']:.2%} of the entries, {no_signal(run.method)}.",
+        f"{version('mergekit')}; {blank_text(report)}.",
         "",
         "| model | Fisher | estimator | optimizer | steps | beta2 | scale | effective weight |",
         "|---|---|---|---|---|---|---|---|",

@@ -9,8 +9,8 @@ from html import escape
 from typing import Any
 
 from squisher_mergekit.merging.merge_plan import size_text
-from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.reports.heat_maps import VOTES, HeatMap, counted_votes, letter, share_maps
+from squisher_mergekit.merging.reports.totals import blank_text
 
 _DARK = 0.55  # figures above it have white text
 
@@ -63,7 +63,7 @@ def _summary(preview: Mapping[str, Any], report: Mapping[str, Any] | None) -> st
     if report is None:
         return f'<p class="soft">Plan. {found}</p>'
     silent = f"; {report['silent']:.2%} without a vote: base value" if report.get("silent") else ""
-    return f'<p class="soft">{found}; {report["fell_back"]:.2%} {escape(no_signal(method))}{silent}</p>'
+    return f'<p class="soft">{found}; {escape(blank_text(report))}{silent}</p>'
 
 
 def _warnings(preview: Mapping[str, Any]) -> list[str]:

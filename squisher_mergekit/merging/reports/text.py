@@ -3,8 +3,8 @@
 from typing import Any
 
 from squisher_mergekit.merging.coupling.report import structure_lines
-from squisher_mergekit.merging.parameters import no_signal
 from squisher_mergekit.merging.reports.heat_maps import VOTES, counted_votes, letter
+from squisher_mergekit.merging.reports.totals import blank_text
 from squisher_mergekit.models.whole import names_text
 
 
@@ -17,9 +17,8 @@ def report_text(report: dict[str, Any], rows: int = 40) -> str:
     """
     labels = list(report["effective_weight"])
     columns = [letter(place) for place in range(len(labels))]
-    lines = [
-        f"{report['method']}: {report['fell_back']:.3%} of {report['entries']:,} entries, {no_signal(report['method'])}"
-    ]
+    entries = f"{report['entries']:,} entries"
+    lines = [f"{report['method']}: {blank_text(report, entries, 3)}"]
     lines += _vote_lines(report)
     if report.get("lost"):
         whole = report["whole"]

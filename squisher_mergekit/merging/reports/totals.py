@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from squisher_mergekit.merging.inputs import Outcome
+from squisher_mergekit.merging.parameters import no_signal
 
 
 @dataclass
@@ -55,13 +56,17 @@ class Totals:
         for label, share in zip(labels, outcome.shares, strict=True):
             self.shares.setdefault(label, []).append((share, size))
 
+    def blank(self) -> int:
+        """Return the number of entries where no model had information."""
+        return sum(int(count) for count in self.fell_back)
+
     def report(self) -> dict[str, Any]:
         """Return the number of entries, shares of entries, and the mean effective weight of each model."""
         size, silent = max(self.entries, 1), sum(int(count) for count in self.silent)
         voted = max(self.entries - silent, 1)
         found = {
             "entries": self.entries,
-            "fell_back": sum(int(count) for count in self.fell_back) / size,
+            "fell_back": self.blank() / size,
             "effective_weight": {
                 label: sum(float(share) * entries for share, entries in shares) / voted
                 for label, shares in self.shares.items()
@@ -76,3 +81,21 @@ class Totals:
 def _shares(counts: Mapping[str, Sequence[int | Tensor]], size: int) -> dict[str, float]:
     """Return the share of entries of each model."""
     return {label: sum(map(int, numbers)) / size for label, numbers in counts.items()}
+
+
+def blank_text(report: Mapping[str, Any], whole: str = "the entries", digits: int = 2) -> str:
+    """Return the shares of the entries that no Fisher weighs: without a signal, and in tensors without a Fisher.
+
+    Args:
+        report: Report of a run.
+        whole: Name of all entries.
+        digits: Digits after the point.
+
+    Example:
+        >>> blank_text({"method": "squisher", "fell_back": 0.3, "without_fisher": 0.2}, digits=0).split("; ")[1]
+        '20% in tensors without a Fisher: weighted mean'
+    """
+    without = report.get("without_fisher", 0.0)
+    blank = max(report["fell_back"] - without, 0.0)
+    text = f"{blank:.{digits}%} of {whole}, {no_signal(report['method'])}"
+    return f"{text}; {without:.{digits}%} in tensors without a Fisher: weighted mean" if without else text

@@ -26,3 +26,11 @@ def test_abstentions_and_sign_conflicts_have_lines_of_their_own():
 def test_a_merge_in_which_all_vote_has_no_such_line():
     """Without options of the vote there is nothing to count."""
     assert not [line for line in _text() if "vote" in line or "elected" in line]
+
+
+def test_tensors_without_a_fisher_are_told_apart_from_entries_without_a_signal():
+    """The first line has two shares, which sum to that of all entries that no Fisher weighs."""
+    assert _text(fell_back=0.5, without_fisher=0.375)[0] == (
+        "squisher: 12.500% of 12 entries, no signal in any model (mostly unseen tokens): plain mean; "
+        "37.500% in tensors without a Fisher: weighted mean"
+    )
