@@ -8,15 +8,15 @@ optimizer's entries are nested (``optimizer.param_groups.0.betas``) or flattened
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
+from squisher_mergekit.optimizers.checkpoints.dcp_pieces import Piece, Pieces, check_pieces
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.torch_save import without_prefix
 from squisher_mergekit.optimizers.checkpoints.trainers import megatron, olmo_core
@@ -24,57 +24,6 @@ from squisher_mergekit.optimizers.checkpoints.trainers import megatron, olmo_cor
 INDEX = ".metadata"
 _GROUPS = "param_groups."
 _STATE = "state."
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Piece of a tensor.
-
-    Attributes:
-        offsets: Position of the piece in the tensor.
-        sizes: Shape of the piece.
-        file: File that holds the piece.
-        start: Offset in the file, in bytes.
-        length: Length in the file, in bytes.
-    """
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: Path
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Lazy tensor stored in pieces; reading it takes the memory of the tensor alone.
-
-    Attributes:
-        name: Key in the checkpoint.
-        shape: Shape of the tensor.
-        dtype: Dtype of the tensor.
-        pieces: The pieces that make up the tensor.
-        verify: True if checksums are verified.
-    """
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    pieces: tuple[Piece, ...]
-    verify: bool
-
-    @property
-    def parts(self) -> Sequence[Tensor]:
-        """Empty: the pieces are not mapped, but read and verified one by one."""
-        return ()
-
-    def read(self) -> Tensor:
-        """Return the tensor."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        for piece in self.pieces:
-            region = tuple(slice(begin, begin + size) for begin, size in zip(piece.offsets, piece.sizes, strict=True))
-            safe_pickle.read_part(piece.file, piece.start, piece.length, tensor[region], self.verify)
-        return tensor
 
 
 def find(folder: Path) -> Path | None:
@@ -135,6 +84,7 @@ def _entries(metadata: Any, folder: Path, verify: bool) -> Iterator[tuple[str, A
         offset = getattr(position, "offset", None)
         stored_pieces[str(position.fqn)].append((None if offset is None else tuple(offset), stored))
     sizes: dict[Path, int] = {}
+    notes = getattr(metadata, "mcore_data", None) or {}
     for key, described in metadata.state_dict_metadata.items():
         chunks = getattr(described, "chunks", None)
         pieces = [
@@ -146,8 +96,9 @@ def _entries(metadata: Any, folder: Path, verify: bool) -> Iterator[tuple[str, A
         shape, dtype = torch.Size(described.size), described.properties.state[0]
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{key} has no dtype")
-        _check_pieces(str(key), shape, dtype, pieces, len(chunks), folder)
-        yield str(key), Pieces(str(key), shape, dtype, tuple(pieces), verify)
+        check_pieces(str(key), shape, dtype, pieces, len(chunks), folder)
+        whole = Pieces(str(key), shape, dtype, tuple(pieces), verify)
+        yield str(key), megatron.unflattened(whole, notes.get(key))
 
 
 def _piece(
@@ -179,35 +130,6 @@ def _piece(
         )
     (chunk,) = [chunk for chunk in chunks if tuple(chunk.offsets) == offset] or [None]
     return Piece(offset or (), () if chunk is None else tuple(chunk.sizes), file, start, length)
-
-
-def _check_pieces(
-    key: str, shape: torch.Size, dtype: torch.dtype, pieces: Sequence[Piece], count: int, folder: Path
-) -> None:
-    """Refuse pieces that do not make up the tensor exactly, or that have fewer bytes than entries.
-
-    Raises:
-        CorruptFileError: The pieces overlap, leave gaps, or are too short.
-    """
-    total = 0
-    for piece in pieces:
-        axes = zip(piece.offsets, piece.sizes, shape, strict=True)
-        inside = all(begin >= 0 and size >= 0 and begin + size <= length for begin, size, length in axes)
-        entries = torch.Size(piece.sizes).numel()
-        total += entries if inside and entries * dtype.itemsize <= piece.length else shape.numel() + 1
-    overlap = any(_overlap(a, b) for i, a in enumerate(pieces) for b in pieces[:i])
-    if len(pieces) != count or total != shape.numel() or overlap:
-        raise CorruptFileError(
-            f"the pieces of {key} in {folder} must make up its {list(shape)} entries, but do not; copy the checkpoint "
-            "again"
-        )
-
-
-def _overlap(a: Piece, b: Piece) -> bool:
-    axes = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-    return bool(a.sizes) and all(
-        max(start_a, start_b) < min(start_a + size_a, start_b + size_b) for start_a, size_a, start_b, size_b in axes
-    )
 
 
 class _Settings(Mapping[str, Any]):

@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -216,45 +217,48 @@ def _part(path: Path, start: int, length: int) -> Iterator[tuple[Any, dict[str, 
         raise _corrupt(location, error) from None
 
 
-# Classes in the index of a distributed checkpoint. All of them are replaced by stand-ins; shapes and dtypes are not.
-_METADATA = {
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"),
-    "pathlib._local": ("PosixPath", "WindowsPath"),
-}  # fmt: skip
+_LAYOUT = ("torch.serialization", "_get_layout")
+
+
+class _IndexObject(StandIn):
+    """Inert replacement for an object in an index; entries of containers are not kept."""
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        """Keep nothing."""
+
+    def append(self, _: Any) -> None:
+        """Keep nothing."""
+
+    extend = add = append
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickler that accepts the classes of ``_METADATA`` by name, shapes and dtypes, and nothing else."""
+    """Unpickler of an index: shapes and dtypes as they are, stand-ins for all classes that hold data, and no more.
+
+    Torch, OLMo-core and Megatron-Core pickle objects of their own classes, the plans of saving among them.
+    """
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         super().__init__(stream)
         self._path = path
         # New classes for each pickle, as a pickle can write to the classes it is given.
-        self._known: dict[tuple[str, str], Any] = {
-            (module, name): type(name, (StandIn,), {}) for module, names in _METADATA.items() for name in names
-        }
+        self._known: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         value = getattr(torch, global_name, None) if module_name == "torch" else None
         if value is torch.Size or isinstance(value, torch.dtype):
             return value
-        # OLMo-core has subclasses of torch's classes, under their names.
-        foreign = module_name.partition(".")[0] != "torch" and is_data(f"{module_name}.{global_name}")
-        if foreign and any(global_name in names for names in _METADATA.values()):
-            self._known.setdefault((module_name, global_name), type(global_name, (StandIn,), {}))
-        found = self._known.get((module_name, global_name))
-        if found is not None:
-            return found
-        raise UnsafeFileError(
-            f"{self._path} must be the index of a distributed checkpoint, but its pickle asks for "
-            f"{module_name}.{global_name}; nothing of it was run. Save the checkpoint again"
-        )
+        if (module_name, global_name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        foreign = module_name.partition(".")[0] != "torch" or (module_name, global_name) == _LAYOUT
+        known = foreign or module_name.startswith("torch.distributed.")
+        if not known or not is_data(f"{module_name}.{global_name}"):
+            raise UnsafeFileError(
+                f"{self._path} must be the index of a distributed checkpoint, but its pickle asks for "
+                f"{module_name}.{global_name}; nothing of it was run. Save the checkpoint again"
+            )
+        new = type(global_name.rpartition(".")[2], (_IndexObject,), {})
+        return self._known.setdefault((module_name, global_name), new)
 
 
 def load_metadata(path: Path) -> Any:

@@ -7,6 +7,7 @@ A family is chosen by the layout, or by names that no other trainer gives. The s
 import re
 from dataclasses import replace
 
+from squisher_mergekit.optimizers.translation.pipelines import BLOOM, NEOX, NEOX_BLOCK, NEOX_HEAD
 from squisher_mergekit.optimizers.translation.schemes import (
     Family,
     Prepare,
@@ -33,7 +34,6 @@ _EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 _BEFORE_ATTENTION, _BEFORE_MLP = "input_layernorm", "post_attention_layernorm"
 _REORDERED = ("post_attention_layernorm", "post_feedforward_layernorm")
 _BEFORE_FEEDFORWARD = "pre_feedforward_layernorm"
-_NEOX_BLOCK, _NEOX_HEAD = "gpt_neox.layers.{}.", {"embed_out.weight": "lm_head.weight"}
 _Q, _K, _V, _O = (f"self_attn.{part}_proj" for part in "qkvo")
 _GATE, _UP, _DOWN = (f"mlp.{part}_proj" for part in ("gate", "up", "down"))
 _Q_NORM, _K_NORM = "self_attn.q_norm", "self_attn.k_norm"
@@ -174,10 +174,10 @@ _LITGPT_PYTHIA = replace(
             "mlp.fc": to("mlp.dense_h_to_4h"),
             "mlp.proj": to("mlp.dense_4h_to_h"),
         },
-        _NEOX_BLOCK,
+        NEOX_BLOCK,
         ("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out"),
     ),
-    since=_NEOX_HEAD,
+    since=NEOX_HEAD,
 )
 LITGPT = Family(
     "litgpt",
@@ -287,87 +287,33 @@ NANOTRON_PAIRS = Family(
     "nanotron with rope_interleaved", None, _NANOTRON_BLOCK, dict.fromkeys(_NANOTRON_MODELS, _nanotron(True))
 )
 
+_MEGATRON = Scheme(
+    _LLAMA_BLOCK,
+    _outside("embedding.word_embeddings", "decoder.final_layernorm", "output_layer", vocabulary_rows),
+    {
+        "self_attention.linear_qkv.layer_norm": to(_BEFORE_ATTENTION),
+        "self_attention.linear_qkv": _QKV_IN_GROUPS,
+        "self_attention.q_layernorm": to(_Q_NORM),
+        "self_attention.k_layernorm": to(_K_NORM),
+        "self_attention.linear_proj": to(_O),
+        "mlp.linear_fc1.layer_norm": to(_BEFORE_MLP),
+        "mlp.linear_fc1": _GATE_UP,
+        "mlp.linear_fc1.w": to(_GATE),  # with singleton_local_shards, each half has a key
+        "mlp.linear_fc1.v": to(_UP),
+        "mlp.linear_fc2": to(_DOWN),
+        "input_layernorm": to(_BEFORE_ATTENTION),
+        "pre_mlp_layernorm": to(_BEFORE_MLP),
+    },
+)
 MEGATRON = Family(
     "Megatron-Core",
-    re.compile(r"decoder\.layers\.(?:\d+\.)?self_attention\.linear_qkv\.\w+"),
+    re.compile(r"(?:module\.|model\.)*decoder\.layers\.(?:\d+\.)?self_attention\.linear_qkv\.\w+"),
     re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)"),
-    dict.fromkeys(
-        ("llama", "mistral", "qwen2"),
-        Scheme(
-            _LLAMA_BLOCK,
-            _outside("embedding.word_embeddings", "decoder.final_layernorm", "output_layer", vocabulary_rows),
-            {
-                "self_attention.linear_qkv.layer_norm": to(_BEFORE_ATTENTION),
-                "self_attention.linear_qkv": _QKV_IN_GROUPS,
-                "self_attention.linear_proj": to(_O),
-                "mlp.linear_fc1.layer_norm": to(_BEFORE_MLP),
-                "mlp.linear_fc1": _GATE_UP,
-                "mlp.linear_fc2": to(_DOWN),
-                "input_layernorm": to(_BEFORE_ATTENTION),
-                "pre_mlp_layernorm": to(_BEFORE_MLP),
-            },
-        ),
-    ),
-    rewrites=((r"\.layer_norm_(weight|bias)$", r".layer_norm.\1"),),
-)
-
-NEOX = Family(
-    "GPT-NeoX",
-    re.compile(r"(?:sequential\.)?\d+\.attention\.query_key_value\.weight"),
-    re.compile(r"(\d+)\.(.+)"),
-    {
-        "gpt_neox": Scheme(
-            _NEOX_BLOCK,
-            {
-                "word_embeddings": to("gpt_neox.embed_in"),
-                "norm": to("gpt_neox.final_layer_norm"),
-                "final_linear": to("embed_out"),
-            },
-            {
-                "input_layernorm": to("input_layernorm"),
-                "post_attention_layernorm": to("post_attention_layernorm"),
-                "attention.query_key_value": to("attention.query_key_value"),
-                "attention.dense": to("attention.dense"),
-                "mlp.dense_h_to_4h": to("mlp.dense_h_to_4h"),
-                "mlp.dense_4h_to_h": to("mlp.dense_4h_to_h"),
-                "mlp.linear1": to("mlp.dense_h_to_4h"),
-                "mlp.linear2": to("mlp.dense_4h_to_h"),
-            },
-            since=_NEOX_HEAD,
-        )
-    },
-    first=2,
+    dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _MEGATRON),
     rewrites=(
-        (r"^sequential\.", ""),
-        (r"^tied_modules\.embed\.", ""),
-        (r"^\d+\.(word_embeddings|norm|final_linear)\.", r"\1."),
-    ),
-)
-
-_BLOOM_PARTS = (
-    "input_layernorm", "self_attention.query_key_value", "self_attention.dense", "post_attention_layernorm",
-    "mlp.dense_h_to_4h", "mlp.dense_4h_to_h",
-)  # fmt: skip
-BLOOM = Family(
-    "Megatron-DeepSpeed",
-    re.compile(r"\d+\.self_attention\.query_key_value\.weight"),
-    re.compile(r"(\d+)\.(.+\..+)"),
-    {
-        "bloom": Scheme(
-            "transformer.h.{}.",
-            {
-                "word_embeddings": to("transformer.word_embeddings", vocabulary_rows),
-                "word_embeddings.norm": to("transformer.word_embeddings_layernorm"),
-                "final": to("transformer.ln_f"),
-            },
-            {part: to(part) for part in _BLOOM_PARTS},
-        )
-    },
-    first=3,
-    rewrites=(
-        (r"^tied_modules\.embed\.", ""),
-        (r"^\d+\.word_embeddings\.", "word_embeddings."),
-        (r"^\d+\.(weight|bias)$", r"final.\1"),
+        (r"^(?:module\.|model\.)+", ""),  # NeMo's
+        (r"\.layer_norm_(weight|bias)$", r".layer_norm.\1"),
+        (r"\.(weight|bias)_([wv])$", r".\2.\1"),
     ),
 )
 
