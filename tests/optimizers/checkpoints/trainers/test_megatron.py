@@ -1,9 +1,14 @@
 """Megatron-Core's distributed checkpoint: keys, stacked layers, settings, several optimizers, refused buckets."""
 
 import argparse
+import pickle
+from itertools import pairwise
 
 import pytest
 import torch
+from torch.distributed.checkpoint import metadata as index
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.planner import SavePlan
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import MismatchError, UnsafeFileError, UnsupportedStateError
@@ -120,3 +125,111 @@ def test_a_malicious_common_file_runs_nothing(tmp_path):
     with pytest.raises(UnsafeFileError, match="nothing of it was run"):
         load_fisher(tmp_path / "iter_0000030", world.folder)
     assert not (tmp_path / "marker").exists()
+
+
+def _write_flat(folder, world, tensor_ranks, data_ranks, note=True):
+    """Write iter_N as before version 0.14: each chunk of tensor parallelism flat, in ranges of the data ranks.
+
+    The settings are in an object of the distributed optimizer, and the index has the plans of saving.
+    """
+    folder.mkdir(parents=True)
+    described, stored, notes, content = {}, {}, {}, bytearray()
+
+    def write(key, value, offset=None):
+        torch.save(value, folder / "piece")
+        data = (folder / "piece").read_bytes()
+        stored[index.MetadataIndex(key, offset)] = _StorageInfo("__0_0.distcp", len(content), len(data))
+        content.extend(data)
+
+    for name, tensor in to_megatron(world, world.moments, padding=1).items():
+        columns = "linear_proj" in name or "linear_fc2" in name
+        matrix = 0 if "norm" in name else tensor_ranks * (2 if "linear_fc1" in name else 1)
+        grid = [tensor.shape[0]] * (".layers." in name)
+        grid += [matrix or 1, 1][: tensor.ndim - len(grid)] if not columns else [1, tensor_ranks]
+        sizes = [size // n for size, n in zip(tensor.shape, grid, strict=True)]
+        length, key = torch.Size(sizes).numel(), f"optimizer.state.exp_avg_sq.{name}"
+        chunks = []
+        for position in torch.cartesian_prod(*map(torch.arange, grid)).reshape(-1, len(grid)).tolist():
+            region = tuple(slice(n * size, (n + 1) * size) for n, size in zip(position, sizes, strict=True))
+            ends = [length * k // data_ranks for k in range(data_ranks)] + [length]
+            for start, stop in pairwise(ends):
+                part = tensor[region].reshape(-1)[start:stop].reshape(*[1] * len(grid), -1).clone()
+                chunks.append(index.ChunkStorageMetadata(torch.Size([*position, start]), part.shape))
+                write(key, part, torch.Size([*position, start]))
+        properties = index.TensorProperties(torch.float32)
+        described[key] = index.TensorStorageMetadata(properties, torch.Size([*grid, length]), chunks)
+        notes[key] = {"nd_reformulated_orig_global_shape": tuple(tensor.shape)} if note else {}
+    key = "optimizer.distributed.dp_group_idx_0.optimizer/shard_0_1"
+    described[key] = index.BytesStorageMetadata()
+    write(key, [{"param_groups": [{"betas": (0.9, 0.97), "step": 30, "params": [0]}]}])
+    (folder / "__0_0.distcp").write_bytes(content)
+    whole = index.Metadata(described, storage_data=stored)
+    whole.mcore_data, whole.all_local_plans = notes, [SavePlan([])]
+    (folder / ".metadata").write_bytes(pickle.dumps(whole, 4))
+    torch.save({"optimizer": {"param_state_sharding_type": "fully_sharded_model_space"}, "iteration": 44},
+               folder / "common.pt")  # fmt: skip
+
+
+EVEN = [{"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 12,
+         "vocab_size": 31}, {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
+         "intermediate_size": 40, "vocab_size": 17}]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", EVEN)
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 3), (2, 1), (2, 5)])
+def test_flat_chunks_of_the_distributed_optimizer_are_joined(ranks, shape, tmp_path):
+    """With tensor and data parallelism; the steps are those of its object, not the iteration."""
+    world = World(tmp_path / "model", layers=3, tie_word_embeddings=False, **shape)
+    _write_flat(tmp_path / "iter_0000044", world, *ranks)
+    assert_moments(load_fisher(tmp_path / "iter_0000044", world.folder), world.moments)
+
+
+def test_flat_chunks_without_their_shape_are_refused(tmp_path):
+    """The shape of the grid is not that of the parameter."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **EVEN[0])
+    _write_flat(tmp_path / "iter_0000044", world, 2, 2, note=False)
+    with pytest.raises(MismatchError, match="must have the shape that the model's config"):
+        load_fisher(tmp_path / "iter_0000044", world.folder)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module.module."])
+def test_a_prefix_of_nemo_is_dropped(prefix, tmp_path):
+    """Its settings are in a list, and its count is global_step."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[0])
+    own = to_megatron(world, world.moments)
+    save_distributed({f"optimizer.state.exp_avg_sq.{prefix}{n}": t for n, t in own.items()}, tmp_path / "x" / "weights")
+    groups = [{"betas": (0.9, 0.97), "params": []}]
+    common = {"optimizer": [{"optimizer": {"param_groups": groups}}], "global_step": 30}
+    torch.save(common, tmp_path / "x" / "weights" / "common.pt")
+    assert_moments(load_fisher(tmp_path / "x", world.folder), world.moments)
+
+
+def test_halves_with_a_key_each_and_norms_of_heads_are_read(tmp_path):
+    """``singleton_local_shards`` gives gate and up a key each; Qwen 3 has norms of queries and keys."""
+    world = World(tmp_path / "model", "qwen3", tie_word_embeddings=False, **SHAPES[2])
+    saved = {}
+    for name, tensor in to_megatron(world, world.moments, stacked=False).items():
+        if name.endswith("linear_fc1.weight"):
+            saved |= dict(zip((f"{name}_w", f"{name}_v"), tensor.chunk(2), strict=True))
+        else:
+            name = name.replace("self_attn.q_norm", "self_attention.q_layernorm")
+            saved[name.replace("self_attn.k_norm", "self_attention.k_layernorm")] = tensor
+    saved = {f"optimizer.state.exp_avg_sq.{name}": tensor.clone() for name, tensor in saved.items()}
+    save_distributed(saved, tmp_path / "iter_0000030")
+    torch.save({"optimizer": _settings()}, tmp_path / "iter_0000030" / "common.pt")
+    assert_moments(load_fisher(tmp_path / "iter_0000030", world.folder), world.moments)
+
+
+def test_a_chain_without_prefixes_has_the_settings_of_all(tmp_path):
+    """Newer checkpoints leave out ``chained_N`` in the keys, but not in the settings."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[0])
+    _write(tmp_path / "iter_0000044", world, {"optimizer": {0: _settings(), 1: _settings()}, "iteration": 44})
+    assert_moments(load_fisher(tmp_path / "iter_0000044", world.folder), world.moments)
+
+
+def test_gathered_buffers_are_refused_as_such(tmp_path):
+    """``dp_zero_gather_scatter`` has one object of all buffers, and no key of a parameter."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[1])
+    save_distributed({"optimizer.distributed.dp_group_idx_0.param_state": b"x"}, tmp_path / "iter_0000030")
+    with pytest.raises(UnsupportedStateError, match="by parameter, but has flat buckets"):
+        load_fisher(tmp_path / "iter_0000030", world.folder)
