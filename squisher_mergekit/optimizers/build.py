@@ -19,7 +19,7 @@ from squisher_mergekit.optimizers.slot_names import name_slots
 from squisher_mergekit.optimizers.slots import OptimizerSlot, parse
 from squisher_mergekit.optimizers.swap_check import of_another_run, swapped_names
 from squisher_mergekit.optimizers.translation.flat_units import unflatten
-from squisher_mergekit.optimizers.translation.translate import translate
+from squisher_mergekit.optimizers.translation.translate import translate, without_own_weights
 
 
 def build_fisher(raw: RawState, model: Weights | None, base: Weights | None, names: Sequence[str] | None) -> Fisher:
@@ -41,6 +41,7 @@ def build_fisher(raw: RawState, model: Weights | None, base: Weights | None, nam
     folders = find_folders(raw.location, model, base, raw.beside)
     state = unflatten(state, folders)
     if names is None:
+        folders = without_own_weights(folders)
         state = translate(state, folders)
     raw = state.raw
     weights = folders.weights

@@ -354,10 +354,10 @@ def _state_in(folder: Path) -> tuple[layouts.Layout, Path]:
     if found is not None:
         return found
     files = torch_save.others(folder)
-    last = [file for file in files if file.name.partition(".")[0] == "last"]
-    if len(last) == 1 < len(files):
-        LOG.warning("%s holds %d checkpoints; taking %s", folder, len(files), last[0].name)
-        files = last
+    last = torch_save.newest(files)
+    if last is not None and len(files) > 1:
+        LOG.warning("%s holds %d checkpoints; taking %s", folder, len(files), last.name)
+        files = [last]
     if len(files) == 1:
         return layouts.of(files[0])
     foreign = whose(folder)

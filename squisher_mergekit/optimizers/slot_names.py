@@ -171,8 +171,14 @@ def _in_order(state: OptimizerState, model: CheckpointNames | None) -> Sequence[
 
 
 def _without_wrappers(names: Sequence[str], model: CheckpointNames | None, folders: Folders) -> list[str]:
-    """Strip the prefixes of torch.compile, DDP and FSDP from names that the model and the weights do not have."""
+    """Strip the prefixes of torch.compile, DDP and FSDP from names that the model and the weights do not have.
+
+    The attribute in which a user's module keeps the model is stripped as well, if all names have it.
+    """
     known = {*(model.first if model is not None else ()), *folders.weights.infos}
+    inner = [unwrapped(name).partition(".")[2] for name in names]
+    if known and len({name.partition(".")[0] for name in names}) == 1 and not known & set(names):
+        return inner if known.issuperset(inner) else [unwrapped(name) for name in names]
     if known or all(name.startswith(DDP) for name in names):
         return [name if name in known else unwrapped(name) for name in names]
     # A module of the user's can have DDP's name, so that some names alone begin with it.

@@ -91,6 +91,9 @@ class OptimizerState:
         return all(slot.name is not None for slot in self.slots)
 
 
+_MOVING_AVERAGES = frozenset({"exp_avg_sq"})  # 0 before the first step
+
+
 def parse(raw: RawState) -> OptimizerState:
     """Parse optimizer states into slots.
 
@@ -176,8 +179,11 @@ def _slot(index: int | str, name: str | None, state: Any, group: Mapping[str, An
         ) from None
     tensor = _second_moment(state, moment, f"parameter {index} in {file}")
     steps = _steps(state.get("step", group.get("step", group.get("k"))), location)
-    if steps == 0:  # Adagrad makes its accumulators before the first step
-        return OptimizerSlot(index, name)
+    if steps == 0:
+        # Adagrad makes its accumulators before the first step; a trained moving average was stepped without a count.
+        if moment.key not in _MOVING_AVERAGES or not bool(read(tensor).any()):
+            return OptimizerSlot(index, name)
+        steps = None
     momentum = state.get("exp_avg")
     kept = _is_float(momentum) and tuple(momentum.shape) == tuple(tensor.shape)
     return OptimizerSlot(index, name, moment, tensor, steps, tuple(tensor.shape), momentum=momentum if kept else None)

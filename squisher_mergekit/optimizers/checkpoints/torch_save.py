@@ -68,6 +68,28 @@ def others(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES and not _OTHERS.match(file.name))
 
 
+_LAST = re.compile(r"(?:last|latest)\b.*")
+_STEP_OF_FILE = re.compile(r".*?(?:step|global_step|checkpoint|ckpt|ba|iter|epoch)[=_-]?(\d+)(?:-rank0)?(?:\.\w+)+")
+
+
+def newest(files: Sequence[Path]) -> Path | None:
+    """Return the newest of several files by their names: the last one, or that of the highest step; None if unclear.
+
+    Args:
+        files: Files of one folder.
+
+    Example:
+        >>> newest([Path("epoch=0-step=9.ckpt"), Path("epoch=1-step=10.ckpt")]).name, newest([Path("a"), Path("b")])
+        ('epoch=1-step=10.ckpt', None)
+    """
+    last = [file for file in files if _LAST.fullmatch(file.name)]
+    if last:
+        return last[0] if len(last) == 1 else None
+    steps = {file: match for file in files if (match := _STEP_OF_FILE.fullmatch(file.name))}
+    numbers = {int(match[1]): file for file, match in steps.items()}
+    return numbers[max(numbers)] if files and len(numbers) == len(files) else None
+
+
 def read(file: Path, verify: bool) -> RawState:
     """Read an optimizer's file, and those of accelerate's further optimizers beside it.
 
@@ -112,6 +134,7 @@ def content(
     if _is_composer(loaded):
         layout, states = "composer", [without_prefix(state) for state in states]
     if isinstance(loaded, Mapping) and (_LIGHTNING in loaded or _is_composer(loaded)):
+        states = [without_prefix(state, _attribute(model)) for state in states] if layout is None else states
         layout, model = layout or "lightning", None if model is None else _without_attribute(model)
     return RawState(file, tuple(states), model, layout, verify=verify, own=_own_names(loaded, states))
 
@@ -179,13 +202,18 @@ def _is_composer(loaded: Any) -> bool:
     return isinstance(inner, Mapping) and isinstance(inner.get("optimizers"), Mapping)
 
 
-def without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Strip the attribute in which Composer's wrapper keeps a model, if all names have it."""
+def without_prefix(state: Mapping[str, Any], prefix: str = _ATTRIBUTE) -> Mapping[str, Any]:
+    """Strip the attribute in which a wrapper keeps a model, if all names have it.
+
+    Args:
+        state: An optimizer's ``state_dict``.
+        prefix: The attribute, with a dot; the default is that of Composer.
+    """
     names = [name for group in state["param_groups"] for name in group["params"]]
-    if not all(isinstance(name, str) and name.startswith(_ATTRIBUTE) for name in names):
+    if not prefix or not all(isinstance(name, str) and name.startswith(prefix) for name in names):
         return state
-    groups = [{**g, "params": [n.removeprefix(_ATTRIBUTE) for n in g["params"]]} for g in state["param_groups"]]
-    entries = {str(name).removeprefix(_ATTRIBUTE): entry for name, entry in state["state"].items()}
+    groups = [{**g, "params": [n.removeprefix(prefix) for n in g["params"]]} for g in state["param_groups"]]
+    entries = {str(name).removeprefix(prefix): entry for name, entry in state["state"].items()}
     return {**state, "state": entries, "param_groups": groups}
 
 
@@ -205,8 +233,12 @@ def find_model(loaded: Any) -> Mapping[str, Tensor] | None:
     return {unwrapped(str(name)): tensor for name, tensor in found[usual[0] if usual else next(iter(found))].items()}
 
 
+def _attribute(model: Mapping[str, Tensor] | None) -> str:
+    """Return the attribute under which a LightningModule stores its model, with a dot; empty if it stores more."""
+    attributes = {name.partition(".")[0] for name in model or ()}
+    return f"{attributes.pop()}." if len(attributes) == 1 and all("." in name for name in model or ()) else ""
+
+
 def _without_attribute(model: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Strip the attribute under which a LightningModule stores its model, if it stores nothing else."""
-    attributes = {name.partition(".")[0] for name in model}
-    nested = len(attributes) == 1 and all("." in name for name in model)
-    return {name.partition(".")[2] if nested else name: tensor for name, tensor in model.items()}
+    return {name.removeprefix(_attribute(model)): tensor for name, tensor in model.items()}

@@ -11,17 +11,20 @@ from torch import Tensor
 
 from squisher_mergekit.errors import MismatchError, NamingError, RefusedError, UnsupportedStateError
 from squisher_mergekit.models.checkpoint_names import ParameterInfo, checkpoint_names
+from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.assign_names import assign
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
-from squisher_mergekit.optimizers.translation.families import FAMILIES, REORDERED_NORMS
+from squisher_mergekit.optimizers.checkpoints.trainers.olmo_safetensors import is_encoded
+from squisher_mergekit.optimizers.translation.families import FAMILIES, OLMO, REORDERED_NORMS
 from squisher_mergekit.optimizers.translation.fused import PlacedSlot, fused
 from squisher_mergekit.optimizers.translation.moves import Dimensions, Move, Part, moved
 from squisher_mergekit.optimizers.translation.schemes import Family, Scheme, Target
 from squisher_mergekit.tensors.lazy import MaybeLazy, Slices
 
 LOG = logging.getLogger("squisher_mergekit")
+_NO_WEIGHTS = "no_weights"  # basename of no file
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 _KINDS = {"weight": "weight", "bias": "bias", "scale": "weight"}
 
@@ -55,6 +58,25 @@ def translate(state: OptimizerState, folders: Folders) -> OptimizerState:
     _check_norms(state.raw, kind, folders)
     named = _own_names(state, family, (scheme, config, folders))
     return _translated(named, family, scheme, config, folders)
+
+
+def without_own_weights(folders: Folders) -> Folders:
+    """Return folders without weights whose names are a trainer's own, where the config is of a Hugging Face model.
+
+    A Fisher under Hugging Face names belongs to the weights of ``given``, or to none that are here.
+
+    Args:
+        folders: Folders of the config and the weights.
+    """
+    weights, config = folders.weights, folders.config.config
+    names = list(weights.infos)
+    family = OLMO if is_encoded(names) else family_of(names)
+    if family is None or config is None or config.get("model_type") not in family.schemes:
+        return folders
+    none = Weights(weights.folder, _NO_WEIGHTS)
+    given = folders.given if folders.given is not None and folders.given is not weights else none
+    beside = none if folders.beside is weights else folders.beside
+    return replace(folders, weights=given, beside=beside)
 
 
 def family_of(names: Sequence[str]) -> Family | None:

@@ -7,8 +7,9 @@ holds the bytes of a pickle. These pickles are read by an unpickler that knows n
 import base64
 import io
 import pickle
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.tensors.safetensors import SafetensorsStore, read_header
 
 FILE = "optim.safetensors"
+_ENCODED = re.compile(r"gA[A-Za-z0-9_=-]{8,}")  # a pickle of protocol 2 or later
 _LARGEST = 1 << 24  # bytes of a pickle; settings and names are small
 
 
@@ -69,6 +71,16 @@ class _Entry:
     def read(self) -> Tensor:
         """Return the tensor."""
         return self.store.read(self.key)
+
+
+def is_encoded(names: Collection[str]) -> bool:
+    """Return True if names are pickles in base64, as OLMo writes them in its ``model.safetensors`` as well.
+
+    Example:
+        >>> is_encoded(["gASVGAAAAAAAAACMB3d0ZS5hYmOUhZSJhpQu"]), is_encoded(["model.norm.weight"])
+        (True, False)
+    """
+    return bool(names) and all(_ENCODED.fullmatch(name) for name in names)
 
 
 def find(folder: Path) -> Path | None:
