@@ -185,6 +185,22 @@ def _without_wrappers(names: Sequence[str], model: CheckpointNames | None, folde
     return [DDP * name.startswith(DDP) + unwrapped(name) for name in names]
 
 
+def _refuse_untied(names: Sequence[str], model: CheckpointNames, folders: Folders) -> None:
+    """Refuse second moments of two parameters that are one in the model.
+
+    Raises:
+        MismatchError: The state has both.
+    """
+    owner: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        other = owner.setdefault(model.first[name], name)
+        if other != name:
+            raise MismatchError(
+                f"{name} and {other} were trained apart in {folders.location}, but the config in "
+                f"{folders.config.folder} ties them; give the --model that was trained (tie_word_embeddings)"
+            )
+
+
 def _by_name(
     named: Sequence[tuple[str, OptimizerSlot]], model: CheckpointNames | None, folders: Folders
 ) -> tuple[NamedSlots, bool]:
@@ -198,6 +214,7 @@ def _by_name(
     names = _without_wrappers([name for name, _ in named], model, folders)
     in_memory = model is not None and all(name in model.first for name in names)
     if in_memory and model is not None:
+        _refuse_untied(names, model, folders)
         names = [model.first[name] for name in names]
     doubled = [name for name, count in Counter(names).items() if count > 1]
     if doubled:

@@ -15,8 +15,8 @@ from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.assign_names import assign
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
-from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
 from squisher_mergekit.optimizers.checkpoints.trainers.olmo_safetensors import is_encoded
+from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
 from squisher_mergekit.optimizers.translation.families import FAMILIES, OLMO, REORDERED_NORMS
 from squisher_mergekit.optimizers.translation.fused import PlacedSlot, fused
 from squisher_mergekit.optimizers.translation.moves import Dimensions, Move, Part, moved

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from squisher_mergekit import load_fisher
-from squisher_mergekit.errors import MismatchError, UnsupportedStateError
+from squisher_mergekit.errors import MismatchError, NamingError, UnsupportedStateError
 from tests.other_trainers import (
     SHAPES,
     World,
@@ -61,7 +61,7 @@ def test_names_and_rows_come_back(kind, shape, make, tmp_path):
     assert_moments(load_fisher(tmp_path / "state.pt", world.bare(tmp_path / "config")), saved)
 
 
-@pytest.mark.parametrize("make", [to_torchtune, to_nanotron, to_olmo_core, to_torchtitan, to_megatron])
+@pytest.mark.parametrize("make", [to_torchtune, to_nanotron, to_olmo_core, to_torchtitan, to_megatron, to_litgpt])
 def test_a_tied_head_is_once_in_the_state(make, tmp_path):
     """The embeddings hold the second moment of both uses, and the head is listed as tied."""
     world = World(tmp_path / "model", tie_word_embeddings=True, **SHAPES[0])
@@ -139,3 +139,73 @@ def test_parts_are_numbered_in_the_order_of_the_trainer(shape, tmp_path):
     state = adam(to_torchtune(world, world.moments, rotary=False), numbered=True)
     torch.save({"optimizer": state, "epochs_run": 1, "seed": 0}, tmp_path / "recipe_state.pt")
     assert_moments(load_fisher(tmp_path, world.folder), world.moments)
+
+
+# The grid of traps: kind of model, sizes and names of each trainer; every test below is of all of them.
+EVERY = [("llama", SHAPES[0], to_torchtune), ("llama", SHAPES[0], to_torchtitan), ("llama", SHAPES[0], to_litgpt),
+         ("llama", SHAPES[0], to_megatron), ("llama", SHAPES[0], to_nanotron), ("olmo2", OLMO[1], to_olmo),
+         ("olmo2", OLMO[1], to_olmo_core), ("gpt_neox", NEOX[0], to_neox)]  # fmt: skip
+every = pytest.mark.parametrize(("kind", "shape", "make"), EVERY, ids=lambda value: getattr(value, "__name__", None))
+
+
+@every
+def test_a_trained_state_that_counts_no_steps_is_read_without_their_number(kind, shape, make, tmp_path):
+    """Step 0 beside trained second moments is a count that was never made; untrained ones are still refused."""
+    world = World(tmp_path / "model", kind, tie_word_embeddings=False, **shape)
+    own = make(world, world.moments)
+    torch.save(adam(own, steps=0), tmp_path / "state.pt")
+    assert_moments(load_fisher(tmp_path / "state.pt", world.folder), world.moments, steps=None)
+    torch.save(adam({name: torch.zeros_like(t) for name, t in own.items()}, steps=0), tmp_path / "state.pt")
+    with pytest.raises(UnsupportedStateError, match="must come from an optimizer that has stepped"):
+        load_fisher(tmp_path / "state.pt", world.folder)
+
+
+@every
+def test_a_part_of_the_rows_is_never_taken_for_the_whole(kind, shape, make, tmp_path):
+    """The file of one of two ranks, without its rank in the name, contradicts the config."""
+    world = World(tmp_path / "model", kind, tie_word_embeddings=False, **shape)
+    own = {n: t[: t.shape[0] // 2] if t.ndim > 1 else t for n, t in make(world, world.moments).items()}
+    torch.save(adam(own), tmp_path / "state.pt")
+    with pytest.raises(MismatchError):
+        load_fisher(tmp_path / "state.pt", world.bare(tmp_path / "config"))
+    torch.save(adam(own), tmp_path / "state_rank_0.pt")
+    with pytest.raises(NamingError, match="one of several ranks or shards"):
+        load_fisher(tmp_path / "state_rank_0.pt", names=list(own))
+
+
+@every
+def test_flat_slices_of_a_rank_are_refused(kind, shape, make, tmp_path):
+    """Each tensor as one flat slice, as sharding optimizers hold it."""
+    world = World(tmp_path / "model", kind, tie_word_embeddings=False, **shape)
+    own = {n: t.reshape(-1)[: t.numel() // 2] for n, t in make(world, world.moments).items()}
+    torch.save(adam(own), tmp_path / "state.pt")
+    with pytest.raises(MismatchError):
+        load_fisher(tmp_path / "state.pt", world.bare(tmp_path / "config"))
+
+
+@every
+def test_an_untied_head_does_not_vanish_in_a_tied_model(kind, shape, make, tmp_path):
+    """The config of a tied model has no place for the head that was trained."""
+    world = World(tmp_path / "model", kind, tie_word_embeddings=False, **shape)
+    tied = World(tmp_path / "tied", kind, tie_word_embeddings=True, **shape)
+    torch.save(adam(make(world, world.moments)), tmp_path / "state.pt")
+    with pytest.raises(MismatchError, match=r"ties them; give the --model|must be those of the model"):
+        load_fisher(tmp_path / "state.pt", tied.folder)
+
+
+@every
+def test_a_vocabulary_with_fewer_rows_is_refused(kind, shape, make, tmp_path):
+    """Rows of padding are cut where the trainer pads; rows that are missing are never invented."""
+    world = World(tmp_path / "model", kind, tie_word_embeddings=False, **shape)
+    larger = World(tmp_path / "larger", kind, tie_word_embeddings=False, **{**shape, "vocab_size": 57})
+    torch.save(adam(make(world, world.moments)), tmp_path / "state.pt")
+    with pytest.raises(MismatchError):
+        load_fisher(tmp_path / "state.pt", larger.bare(tmp_path / "config"))
+
+
+@every
+def test_the_names_of_the_model_stay_where_they_are_those_of_the_state(kind, shape, make, tmp_path):
+    """A wrapper's attribute before a trainer's own names hides no trainer."""
+    world = World(tmp_path / "model", kind, tie_word_embeddings=False, **shape)
+    torch.save(adam({f"module.{name}": t for name, t in make(world, world.moments).items()}), tmp_path / "state.pt")
+    assert_moments(load_fisher(tmp_path / "state.pt", world.folder), world.moments)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from squisher_mergekit import load_fisher
-from squisher_mergekit.errors import MismatchError, NamingError
+from squisher_mergekit.errors import MismatchError, NamingError, NotFoundError
 from squisher_mergekit.optimizers.translation.translate import dimensions_of, family_of
 from tests.other_trainers import (
     SHAPES,
@@ -136,3 +136,49 @@ def test_a_config_without_sizes_is_refused():
 def test_other_names_are_of_no_trainer(names):
     """Neither Hugging Face's nor a user's own names are taken for those of a trainer."""
     assert family_of(names) is None
+
+
+@pytest.mark.parametrize("attribute", ["model", "pretrained_model"])
+def test_the_attribute_of_a_users_module_is_dropped_where_all_names_have_it(attribute, tmp_path):
+    """Fabric's and Lightning's FSDP, value heads: the names that remain must all be the model's."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[0])
+    state = adam({f"{attribute}.{name}": tensor for name, tensor in world.moments.items()})
+    torch.save(state, tmp_path / "state.pt")
+    assert_moments(load_fisher(tmp_path / "state.pt", world.folder), world.moments)
+    save_distributed({"optimizer_0": state}, tmp_path / "dcp")
+    assert_moments(load_fisher(tmp_path / "dcp", world.folder), world.moments)
+    weights = {f"{attribute}.{name}": tensor for name, tensor in world.weights.items()}
+    bundle = {"pytorch-lightning_version": "2.6", "state_dict": weights, "optimizer_states": [state]}
+    torch.save(bundle, tmp_path / "x.ckpt")
+    assert_moments(load_fisher(tmp_path / "x.ckpt"), world.moments)
+    state["state"]["other"] = state["state"].pop(f"{attribute}.lm_head.weight")
+    state["param_groups"][0]["params"][-1] = "other"
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(MismatchError, match="must be those of the model"):
+        load_fisher(tmp_path / "state.pt", world.folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (("epoch=0-step=9.ckpt", "epoch=1-step=30.ckpt"), 1),
+        (("ep1-ba9-rank0.pt", "ep1-ba30-rank0.pt"), 1),
+        (("checkpoint-9.pth.tar", "checkpoint-30.pth.tar"), 1),
+        (("ep1-ba30-rank0.pt", "latest-rank0.pt"), 1),
+        (("model_best.pth.tar", "checkpoint-30.pth.tar", "last.pth.tar"), 2),
+        (("model_best.pth.tar", "checkpoint-30.pth.tar"), None),
+        (("a.pt", "b.pt"), None),
+    ],
+)
+def test_the_newest_of_several_files_is_taken(names, taken, tmp_path, caplog):
+    """By a name such as last, or by the step in all names; where neither tells, the user is asked."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[1])
+    (tmp_path / "run").mkdir()
+    for number, name in enumerate(names):
+        torch.save({"optimizer": adam(world.moments, steps=30 if number == taken else 9)}, tmp_path / "run" / name)
+    if taken is None:
+        with pytest.raises(NotFoundError, match=f"give the one of {min(names)}"):
+            load_fisher(tmp_path / "run", world.folder)
+        return
+    assert_moments(load_fisher(tmp_path / "run", world.folder), world.moments)
+    assert f"taking {names[taken]}" in caplog.text

@@ -233,3 +233,31 @@ def test_gathered_buffers_are_refused_as_such(tmp_path):
     save_distributed({"optimizer.distributed.dp_group_idx_0.param_state": b"x"}, tmp_path / "iter_0000030")
     with pytest.raises(UnsupportedStateError, match="by parameter, but has flat buckets"):
         load_fisher(tmp_path / "iter_0000030", world.folder)
+
+
+def test_a_malicious_object_of_the_distributed_optimizer_runs_nothing(tmp_path):
+    """Its settings are a file of torch.save within a piece."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **EVEN[0])
+    folder = tmp_path / "iter_0000044"
+    _write_flat(folder, world, 1, 1)
+    whole = pickle.loads((folder / ".metadata").read_bytes())
+    position = next(key for key in whole.storage_data if "distributed" in key.fqn)
+    torch.save([Opens(tmp_path / "marker")], folder / "other.distcp")
+    whole.storage_data[position] = _StorageInfo("other.distcp", 0, (folder / "other.distcp").stat().st_size)
+    (folder / ".metadata").write_bytes(pickle.dumps(whole, 4))
+    with pytest.raises(UnsafeFileError, match="nothing of it was run"):
+        load_fisher(folder, world.folder)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_malicious_plan_in_the_index_runs_nothing(tmp_path):
+    """The plans of saving are read as data, whatever they name."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **EVEN[0])
+    folder = tmp_path / "iter_0000044"
+    _write_flat(folder, world, 1, 1)
+    whole = pickle.loads((folder / ".metadata").read_bytes())
+    whole.all_local_plans = [Opens(tmp_path / "marker")]
+    (folder / ".metadata").write_bytes(pickle.dumps(whole, 4))
+    with pytest.raises(UnsafeFileError, match="nothing of it was run"):
+        load_fisher(folder, world.folder)
+    assert not (tmp_path / "marker").exists()

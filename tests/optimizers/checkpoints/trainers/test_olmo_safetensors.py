@@ -56,6 +56,23 @@ def test_a_step_is_read_at_every_level(kind, shape, numbered, tmp_path):
         assert fisher.config.source.layout == "olmo"
 
 
+@pytest.mark.parametrize("encoded", [True, False])
+@pytest.mark.parametrize(("kind", "shape"), OLMO)
+def test_weights_beside_with_names_of_olmo_are_not_those_of_the_model(kind, shape, encoded, tmp_path):
+    """AI2 publishes model.safetensors beside, its names pickled as well; --model may be a config alone, or beside."""
+    world = World(tmp_path / "model", kind, tie_word_embeddings=False, **shape)
+    step = tmp_path / "run" / "step30-unsharded"
+    _write(step, world)
+    own = to_olmo(world, world.weights)
+    save_file({_key((n,), False) if encoded else n: t for n, t in own.items()}, step / "model.safetensors")
+    for model in (world.folder, world.bare(tmp_path / "config")):
+        fisher = load_fisher(step, model)
+        assert_moments(fisher, world.moments)
+        assert fisher.config.weights_fingerprint is None  # that of OLMo's names would fit no merge
+    world.bare(step)
+    assert_moments(load_fisher(step), world.moments)
+
+
 def test_holes_in_place_of_the_other_tensors_change_nothing(tmp_path):
     """A partial download, by range, needs the header, the settings, the steps and the second moments."""
     world = World(tmp_path / "model", "olmo", tie_word_embeddings=False, **OLMO[0][1])
