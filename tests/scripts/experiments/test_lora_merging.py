@@ -54,7 +54,11 @@ def _report(seeds=2, planned=20):
     for one in lora_merging.EXPERIMENT.full:
         if one["seed"] < lora_merging.SEEDS[0] + seeds:
             shift = one["seed"] - lora_merging.SEEDS[0]
-            test = {row: {"bbc": 50.0 + shift, "spam": 60.0 + shift} for row in lora_report.ROWS if row != structure_language.BEFORE}
+            test = {
+                row: {"bbc": 50.0 + shift, "spam": 60.0 + shift}
+                for row in lora_report.ROWS
+                if row != structure_language.BEFORE
+            }
             test["lifted"] = {"bbc": 60.0 + shift, "spam": 70.0 + 2 * shift}
             test["control"] = {"bbc": 45.0 + shift, "spam": 55.0 + shift}
             chosen = {"ties": {"density": 0.1, "lambda": 1.0}}
