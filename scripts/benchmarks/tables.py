@@ -216,31 +216,35 @@ def merges(measured: Measured) -> list[Table]:
     """Return CPU time and memory of whole merges."""
     (report,) = measured
     low = {
-        name: {key: min(run[key] for run in runs) for key in ("cpu_s", "anonymous_gb")}
+        name: {key: min(run[key] for run in runs) for key in ("wall_s", "cpu_s", "anonymous_gb")}
         for name, runs in report["samples"].items()
     }
-    titles = {"read+write": "only reading and writing the same bytes"} | {
-        f"{name} trim": f"`{name}`, density {report['density']:g}" for name in ("squisher", "ties")
-    }
+    titles = {"read+write": "only reading and writing the same bytes"}
+    if report["density"] is not None:
+        titles |= {f"{name} trim": f"`{name}`, density {report['density']:g}" for name in ("squisher", "ties")}
     linear = low["linear"]
     rows = [
         (
             titles.get(name, f"`{name}`"),
-            [f"{one['cpu_s']:.1f}", f"{one['cpu_s'] / linear['cpu_s']:.2f}", f"{one['anonymous_gb']:.2f}"],
+            [
+                f"{one['wall_s']:.1f}",
+                f"{one['cpu_s']:.1f}",
+                f"{one['cpu_s'] / linear['cpu_s']:.2f}",
+                f"{one['anonymous_gb']:.2f}",
+            ],
         )
         for name, one in low.items()
     ]
     rounds = len(report["samples"]["linear"])
     note = (
         f"Two random Llamas of {report['parameters'] / 1e6:.0f} million weights in {report['recipe']['dtype']}, "
-        f"Fishers in {report['recipe']['fisher_dtype']}; the minimum of {rounds} rounds in turns. `ubgm_squisher` "
-        "takes one of the two as its base, a density below 1 a third model."
+        f"Fishers in {report['recipe']['fisher_dtype']}; "
+        f"{f'the minimum of {rounds} rounds in turns' if rounds > 1 else 'one round'}."
     )
-    return [
-        Table(
-            "**Merging.** Whole commands of `mergekit-yaml`", ["CPU s", "times `linear`", "anonymous GB"], rows, [note]
-        )
-    ]
+    if "ubgm_squisher" in low:
+        note += " `ubgm_squisher` takes one of the two as its base, a density below 1 a third model."
+    columns = ["wall s", "CPU s", "CPU, times `linear`", "anonymous GB"]
+    return [Table("**Merging.** Whole commands of `mergekit-yaml`", columns, rows, [note])]
 
 
 # ---- bench_structure
@@ -363,6 +367,7 @@ TABLES: Mapping[str, Callable[[Measured], list[Table]]] = {
     "bench_fisher_memory": fisher_memory,
     "bench_applications": applications,
     "bench_merge": merges,
+    "bench_merge_7b": merges,
     "bench_structure": structures,
     "bench_average": averages,
     "bench_setup": setup,

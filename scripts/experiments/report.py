@@ -46,8 +46,6 @@ EXPERIMENTS = (
     "structure_adapters",
     "structure_optimizers",
     "lora_rank",
-    "lora_merging",
-    "lora_language",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
 GAIN, SETUP, GPU = "gain", "setup", "check_gpu"

@@ -112,16 +112,27 @@ def test_commands_have_time_memory_and_output(peak, said):
 def test_merges_are_compared_with_linear_by_their_minimum():
     """A row has the minimum of its rounds, and a density is in its label."""
     samples = {
-        "linear": [{"cpu_s": 8.0, "anonymous_gb": 0.5}, {"cpu_s": 10.0, "anonymous_gb": 0.4}],
-        "squisher trim": [{"cpu_s": 20.0, "anonymous_gb": 0.9}, {"cpu_s": 12.0, "anonymous_gb": 1.0}],
+        "linear": [
+            {"wall_s": 9.0, "cpu_s": 8.0, "anonymous_gb": 0.5},
+            {"wall_s": 8.5, "cpu_s": 10.0, "anonymous_gb": 0.4},
+        ],
+        "squisher trim": [
+            {"wall_s": 25.0, "cpu_s": 20.0, "anonymous_gb": 0.9},
+            {"wall_s": 30.0, "cpu_s": 12.0, "anonymous_gb": 1.0},
+        ],
     }
     recipe = {"dtype": "bfloat16", "fisher_dtype": "float32"}
     (table,) = benchmarks.merges([{"samples": samples, "density": 0.2, "parameters": 297_000_000, "recipe": recipe}])
     assert table.rows == [
-        ("`linear`", ["8.0", "1.00", "0.40"]),
-        ("`squisher`, density 0.2", ["12.0", "1.50", "0.90"]),
+        ("`linear`", ["8.5", "8.0", "1.00", "0.40"]),
+        ("`squisher`, density 0.2", ["25.0", "12.0", "1.50", "0.90"]),
     ]
     assert "the minimum of 2 rounds" in table.notes[0]
+    one = {"samples": {"linear": samples["linear"][:1]}, "density": None, "parameters": 7e9, "recipe": recipe}
+    (table,) = benchmarks.merges([one])
+    assert table.rows == [("`linear`", ["9.0", "8.0", "1.00", "0.50"])]
+    assert "one round" in table.notes[0]
+    assert "ubgm" not in table.notes[0]
 
 
 def test_structures_are_compared_with_squisher_and_computed_for_larger_models():
