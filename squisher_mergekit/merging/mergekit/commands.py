@@ -114,7 +114,7 @@ def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = Fals
 
     forget_files()
     model_out_config = need(merge, "_model_out_config", "trust_remote_code")
-    resolve_models(config, options.get("lora_merge_cache"))
+    resolve_models(config, options.get("lora_merge_cache"), options.get("transformers_cache"))
     with (
         Run(config.merge_method, quiet=True, strict=strict, allow_missing=allow_missing) as run,
         mergekit_errors(config),
@@ -212,7 +212,7 @@ def run_as_adapter(
     from squisher_mergekit.models.weights import Weights
     from squisher_mergekit.tensors.atomic import scratch_beside
 
-    resolve_models(config)
+    resolve_models(config, cache_dir=options.transformers_cache)
     models = [item.model for item in config.models or []]
     plain = next((model for model in models if not isinstance(model, AdaptedReference)), None)
     if plain is not None or not models:

@@ -240,7 +240,8 @@ def _extend_merge(module: ModuleType) -> None:
         forget_files()
         if bound.get("config_source") is not None:
             read_yaml(bound["config_source"])
-        resolve_models(bound["merge_config"], bound["options"].lora_merge_cache, Path(bound["out_path"]))
+        options, out = bound["options"], Path(bound["out_path"])
+        resolve_models(bound["merge_config"], options.lora_merge_cache, options.transformers_cache, out)
         with mergekit_errors(bound["merge_config"]):
             return run_merge(**bound)
 

@@ -14,6 +14,7 @@ from squisher_mergekit.models.checkpoint_names import MOST_LAYERS
 from squisher_mergekit.models.weights import Weights, check_folder
 from squisher_mergekit.models.whole import names_text
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
+from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.input_files import exists, read_mapping
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -37,7 +38,9 @@ def _references(config: Any) -> Iterator[tuple[str, Any, str]]:
                 yield f"{prefix}slices[{i}].sources[{j}].model", source, "model"
 
 
-def resolve_models(config: Any, lora_cache: str | None = None, out: Path | None = None) -> None:
+def resolve_models(
+    config: Any, lora_cache: str | None = None, cache_dir: str | None = None, out: Path | None = None
+) -> None:
     """Refuse local models that do not exist, and replace runs by their last checkpoint, adapters by base and LoRA.
 
     A base with a LoRA becomes a reference that adds the LoRA as tensors are read, unless mergekit has a folder for a
@@ -46,6 +49,7 @@ def resolve_models(config: Any, lora_cache: str | None = None, out: Path | None 
     Args:
         config: mergekit's ``MergeConfiguration``; changed in place.
         lora_cache: mergekit's folder for models with a LoRA added; None if it has none.
+        cache_dir: Folder for files from the Hub; None for the default.
         out: Output folder of the merge.
 
     Raises:
@@ -56,8 +60,8 @@ def resolve_models(config: Any, lora_cache: str | None = None, out: Path | None 
         _check_range(owner, place)
         reference = getattr(owner, attribute)
         check_path(reference.model.path, place, "a model's folder or a Hub id")
-        if reference.lora is None and (adapter := adapter_in(Path(reference.model.path), place)) is not None:
-            reference = _with_base(reference, adapter, place)
+        if reference.lora is None:
+            reference = _with_base(reference, place, cache_dir)
         if reference.lora is not None:
             reference = _with_lora(reference, place, lora_cache)
         path = _model_folder(Path(reference.model.path), place)
@@ -84,23 +88,37 @@ def _common_base(models: Sequence[Any]) -> Any:
     return adapted[0].without_lora() if alike else None
 
 
-def _with_base(reference: Any, adapter: Path, place: str) -> Any:
-    """Return the reference to an adapter's base with the adapter.
+def _with_base(reference: Any, place: str, cache_dir: str | None) -> Any:
+    """Return the reference to an adapter's base with the adapter; the same reference for a model.
 
     Raises:
         NotFoundError: The adapter's config names no base, or one that does not exist.
     """
-    named = read_mapping(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    local = adapter_in(Path(reference.model.path), place)
+    folder = _adapter_on_hub(reference.model, cache_dir) if local is None else local
+    if folder is None:
+        return reference
+    lora = reference.model if local is None else reference.model.model_copy(update={"path": str(local)})
+    named = read_mapping(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise NotFoundError(
-            f"{place} must be a model, but {adapter} is a LoRA adapter whose {ADAPTER_CONFIG} names no base; write "
-            f"BASE+{adapter}"
+            f"{place} must be a model, but {lora.path} is a LoRA adapter whose {ADAPTER_CONFIG} names no base; write "
+            f"BASE+{lora.path}"
         )
-    check_path(named, place, f"the base of the LoRA adapter {adapter} (or write BASE+{adapter})")
+    check_path(named, place, f"the base of the LoRA adapter {lora.path} (or write BASE+{lora.path})")
     path, _, revision = named.partition("@") if not exists(Path(named)) else (named, "", "")
     model = reference.model.model_copy(update={"path": path, "revision": revision or None})
-    lora = reference.model.model_copy(update={"path": str(adapter)})
     return reference.model_copy(update={"model": model, "lora": lora})
+
+
+def _adapter_on_hub(model: Any, cache_dir: str | None) -> Path | None:
+    """Return the folder of the config of an adapter on the Hub; None for a model, or where the Hub gives no answer."""
+    if exists(Path(model.path)):
+        return None
+    folder = hub.download(model.path, model.revision, [ADAPTER_CONFIG, "config.json"], cache_dir)
+    if isinstance(folder, str) or (folder / "config.json").is_file():
+        return None
+    return folder if (folder / ADAPTER_CONFIG).is_file() else None
 
 
 def _with_lora(reference: Any, place: str, lora_cache: str | None) -> Any:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from squisher_mergekit import extract, load_fisher
 from squisher_mergekit.cli.merge import command as merge_command
+from tests import hub_server
 from tests.adapters import save_merged, train
 from tests.merging.reference import (
     Tensors,
@@ -290,6 +291,52 @@ def test_an_adapter_that_is_not_on_the_hub(tmp_path: Path) -> None:
     config = _config(tmp_path)
     config["models"][1]["model"] = f"{tmp_path / 'base'}+nobody/adapter"
     assert_config_refused(tmp_path, config, "a LoRA must be a local folder or on the Hub", "nobody/adapter")
+
+
+def _publish(root: Path, served: hub_server.Hub, fisher: str) -> None:
+    """Put two adapters on a server, one at a revision, with the Fisher of the adapter or the lifted one."""
+    for i, revision in enumerate(("main", "v2")):
+        adapter, made = root / f"l{i}" / "adapter", root / f"f{i}"
+        extract(adapter, made, base=root / "base", lift=fisher == "lifted")
+        _name_base(adapter, str(root / "base"))
+        served.add(f"org/l{i}", hub_server.read(adapter) | hub_server.read(made), revision)
+
+
+@pytest.mark.parametrize("fisher", ["adapter's", "lifted"])
+@pytest.mark.parametrize("form", ["BASE+ADAPTER", "ADAPTER"])
+def test_adapters_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, fisher: str) -> None:
+    """``BASE+ORG/ADAPTER`` and ``ORG/ADAPTER`` merge as local adapters do, with the Fishers of their repositories."""
+    _runs(tmp_path, "llama", [{}, {}])
+    wanted = merged(_config(tmp_path), tmp_path / "local")
+    with hub_server.serve() as served:
+        hub_server.point_at(served, tmp_path / "home", monkeypatch, token=None)
+        _publish(tmp_path, served, fisher)
+        base = f"{tmp_path / 'base'}+" if form == "BASE+ADAPTER" else ""
+        models = [{"model": f"{base}{name}"} for name in ("org/l0", "org/l1@v2")]
+        config = {"merge_method": "squisher", "models": models}
+        assert [model["estimator"] for model in preview_of(tmp_path, config)["models"]] == ["lifted_lora"] * 2
+        found = merged(config, tmp_path / "out", "--transformers-cache", str(tmp_path / "cache"))
+        fetched = served.fetched()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        again = merged(config, tmp_path / "offline", "--transformers-cache", str(tmp_path / "cache"))
+    assert "optimizer.pt" not in fetched
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7)
+        assert torch.equal(again[name], found[name])
+
+
+@pytest.mark.parametrize("named", [None, "/home/nobody/base"])
+def test_an_adapter_on_the_hub_whose_base_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    """A base on another machine, or none, is refused in one line with the form that names it."""
+    _runs(tmp_path, "llama", [{}])
+    _name_base(tmp_path / "l0" / "adapter", named)
+    with hub_server.serve() as served:
+        hub_server.point_at(served, tmp_path / "home", monkeypatch, token=None)
+        served.add("org/l0", hub_server.read(tmp_path / "l0" / "adapter"))
+        config = {"merge_method": "squisher", "models": [{"model": "org/l0"}, {"model": str(tmp_path / "base")}]}
+        assert_config_refused(tmp_path, config, "models[0].model", "write BASE+org/l0")
 
 
 def test_gradient_matching_of_adapters(tmp_path: Path) -> None:
