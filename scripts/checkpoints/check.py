@@ -23,7 +23,7 @@ from typing import Any
 
 FOREIGN = (
     "deepspeed", "bitsandbytes", "torchao", "schedulefree", "optimi", "pytorch_optimizer", "ivon", "litgpt",
-    "torchtune", "diffusers", "timm",
+    "torchtune", "diffusers", "timm", "megatron",
 )  # fmt: skip
 
 

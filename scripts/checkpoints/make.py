@@ -17,7 +17,8 @@ The command needs its own environment, because the project must not have these l
         pytorch-optimizer==4.1.0 ivon-opt==0.1.3 galore-torch==1.0 apollo-torch==1.0.3 lomo-optim==0.1.1
 
     pip install --no-deps diffusers==0.42.1 timm importlib_metadata
-    pip install torchtune==0.6.1 torchao==0.18.0 litgpt==0.5.13  # each may want an environment of its own
+    pip install torchtune==0.6.1 torchao==0.9.0 litgpt==0.5.13  # each may want an environment of its own
+    pip install --no-deps megatron-core==0.16.1
 
 ``--no-deps`` keeps packages from bringing torchvision or another torch.
 """

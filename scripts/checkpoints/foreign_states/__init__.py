@@ -5,7 +5,16 @@ from scripts.checkpoints.foreign_states.common import Case
 
 def cases() -> dict[str, Case]:
     """Return all cases by name."""
-    from scripts.checkpoints.foreign_states import adapters, layouts, plain, quantized, sharded, trainers, zero
+    from scripts.checkpoints.foreign_states import (
+        adapters,
+        layouts,
+        megatron,
+        plain,
+        quantized,
+        sharded,
+        trainers,
+        zero,
+    )
 
-    modules = (zero, sharded, quantized, plain, trainers, layouts, adapters)
+    modules = (zero, sharded, quantized, plain, trainers, layouts, megatron, adapters)
     return {name: case for module in modules for name, case in module.CASES.items()}

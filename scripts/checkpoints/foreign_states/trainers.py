@@ -43,9 +43,12 @@ def _seconds(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 
 def _config(folder: Path, kind: str, **settings: Any) -> None:
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
     folder.mkdir(parents=True, exist_ok=True)
-    AutoConfig.for_model(kind, num_hidden_layers=2, tie_word_embeddings=False, **settings).save_pretrained(folder)
+    config = AutoConfig.for_model(kind, num_hidden_layers=2, tie_word_embeddings=False, **settings)
+    config.architectures = [CLASSES[kind]]  # as that of the model that was fine-tuned
+    config.save_pretrained(folder)
 
 
 def litgpt(out: Path, shape: int) -> Made:
@@ -108,8 +111,9 @@ def torchtune(out: Path, kind: str, shape: int, named: bool = False) -> Made:
     )
     optimizer = _train_on_tokens(model, sizes["vocab_size"])
     heads = {"num_heads": sizes["num_attention_heads"], "num_kv_heads": sizes["num_key_value_heads"]}
+    heads |= {"dim": sizes["hidden_size"]}
     to_hugging_face = getattr(importlib.import_module(conversion), convert)
-    truth = to_hugging_face(_seconds(model, optimizer), **heads, dim=sizes["hidden_size"])
+    truth = to_hugging_face(_seconds(model, optimizer), **(heads if kind != "phi3" else {}))
     state = optimizer.state_dict()
     if named:  # as the distributed recipes gather it
         names = [name for name, _ in model.named_parameters()]
