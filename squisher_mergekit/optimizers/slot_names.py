@@ -14,6 +14,7 @@ from squisher_mergekit.models.weights import trained_parameters
 from squisher_mergekit.optimizers.assign_names import assign, divide
 from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import NAME as FSDP_RANK
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
+from squisher_mergekit.optimizers.checkpoints.trainers.foreign import lora_without_order
 from squisher_mergekit.optimizers.ivon import cut, is_flat, split
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
 from squisher_mergekit.tensors.safetensors import check_shape
@@ -82,8 +83,15 @@ def _names_of_model(folders: Folders, needed: bool) -> CheckpointNames | None:
     if folders.adapter is not None:
         base = None if folders.base is None else folders.base.folder
         return adapter_names(folders.adapter, base) if needed or base is not None else None
-    if not needed and not (folders.config.folder / "config.json").is_file():
+    has_config = (folders.config.folder / "config.json").is_file()
+    if not needed and not has_config:
         return None
+    if not has_config and (whose := lora_without_order(folders.location.parent)) is not None:
+        raise NamingError(
+            f"the parameters in {folders.location} must be named, but they are numbered in the order in which {whose} "
+            f"was made, which no file tells and which its weights, sorted by name, do not keep; give {NAMES_CURE}, as "
+            "printed by the network's named_parameters()"
+        )
     try:
         return checkpoint_names(folders.config.folder, folders.weights.infos)
     except CorruptFileError:

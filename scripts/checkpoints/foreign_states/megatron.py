@@ -108,7 +108,7 @@ def _truth(world: World, live: dict[str, Tensor]) -> dict[str, Tensor]:
         # Without Transformer Engine the norms are modules of their own in memory; the checkpoint has them as with it.
         for saved, live_name in _NORMS:
             name = name.replace(saved, live_name)
-        flat[order.reshape(-1)] = live[name].reshape(-1)
+        flat[order.long().reshape(-1)] = live[name].reshape(-1)
     return {name: flat[order] for name, order in numbers.items()}
 
 

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from squisher_mergekit.tensors.safetensors import read_header, safetensors_files
+
 _ESTIMATE = "convert the weights to a Hugging Face model and estimate a Fisher from data"
 _JAX = f"reading it takes JAX's tensorstore, which this package does not use; {_ESTIMATE}"
 _TENSORFLOW = f"reading it takes TensorFlow, which this package does not use; {_ESTIMATE}"
@@ -26,6 +28,8 @@ _NAMES = (
         f"of Megatron-LM or verl, whose checkpoint it names is missing; {_ESTIMATE}",
     ),
 )
+_KOHYA = re.compile(r"lora_(?:unet|te\d?|transformer)_\w+\.(?:lora_(?:down|up)\.weight|alpha)")
+_DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 _MOST = 20_000  # entries of a folder that are looked at
 
 
@@ -47,3 +51,15 @@ def whose(path: Path) -> str | None:
         if found is not None:
             return f"{found} is {reason}"
     return None
+
+
+def lora_without_order(folder: Path) -> str | None:
+    """Return whose LoRA a folder has, where no file tells the order of its parameters; None for any other folder.
+
+    Args:
+        folder: Folder of a numbered state.
+    """
+    if (folder / _DIFFUSERS_LORA).is_file():
+        return f"a LoRA of diffusers ({_DIFFUSERS_LORA})"
+    names = (name for file in safetensors_files(folder, "model") for name in read_header(file).infos)
+    return "a LoRA of kohya's sd-scripts" if any(map(_KOHYA.fullmatch, names)) else None
