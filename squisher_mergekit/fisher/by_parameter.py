@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.config import Scaling
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.models.checkpoint_names import CheckpointNames
+from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.models.parameters import describe, parameters_of, unwrap_model
 from squisher_mergekit.tensors.safetensors import check_shape
 

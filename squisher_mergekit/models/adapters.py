@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, RefusedError, UnsupportedStateError
-from squisher_mergekit.models.checkpoint_names import CheckpointNames, ParameterInfo, meta_model, types_around
+from squisher_mergekit.models.checkpoint_names import meta_model, types_around
+from squisher_mergekit.models.names import CheckpointNames, ParameterInfo
 
 ADAPTER_CONFIG = "adapter_config.json"
 

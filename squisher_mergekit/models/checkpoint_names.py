@@ -1,11 +1,9 @@
 """Parameters of a Hugging Face model, in their order, with their names in memory and on disk; no weights needed."""
 
 import copy
-import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,60 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import CorruptFileError, NamingError, UnsupportedStateError
+from squisher_mergekit.models.diffusers_names import diffusers_names, is_diffusers
+from squisher_mergekit.models.names import NAMES_CURE, CheckpointNames, Convert, ParameterInfo
 from squisher_mergekit.tensors.input_files import read_mapping
 
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ParameterInfo:
-    """Parameter of a model, without its values.
-
-    Attributes:
-        name: Name in memory.
-        shape: Shape of the tensor.
-        types: Class names of the modules around the parameter, without the root, and of their base classes.
-        trainable: False for a parameter that the constructor freezes; ``from_pretrained`` may make it trainable.
-    """
-
-    name: str
-    shape: Shape
-    types: frozenset[str] = frozenset()
-    trainable: bool = True
-
-    @property
-    def numel(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
-
-
 LAYER_NORM = "torch.nn.LayerNorm"
-NAMES_CURE = "--names FILE with one name a line, line i for the optimizer's parameter i"
 # Limits of a config, above all published models.
 _COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|blocks|experts)$")
 MOST_LAYERS, _MOST_LABELS, _MOST_MODULES = 10_000, 1_000_000, 100_000
-Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class CheckpointNames:
-    """Names of a model's parameters in memory and on disk, and the conversion between them.
-
-    Attributes:
-        parameters: The parameters in the model's order; tied ones once, under their first name.
-        first: Name in memory -> first name of the same (perhaps tied) parameter.
-        sources: Name on disk -> names in memory of the parameters that ``convert`` makes the tensor of.
-        shapes: Name on disk -> shape.
-        aliases: Other name on disk of a tied tensor -> name that is saved.
-        convert: Function from tensors by name in memory to tensors by name on disk.
-    """
-
-    parameters: tuple[ParameterInfo, ...]
-    first: Mapping[str, str]
-    sources: Mapping[str, tuple[str, ...]]
-    shapes: Mapping[str, tuple[int, ...]]
-    aliases: Mapping[str, str]
-    convert: Convert = field(repr=False)
 
 
 def checkpoint_names(folder: Path, stored: Collection[str] = ()) -> CheckpointNames:
@@ -88,8 +40,6 @@ def checkpoint_names(folder: Path, stored: Collection[str] = ()) -> CheckpointNa
             f"the order of a model's parameters follows from its config.json, but {folder} has none; "
             f"give --model DIR, or {NAMES_CURE}"
         )
-    from squisher_mergekit.models.diffusers_names import diffusers_names, is_diffusers
-
     if is_diffusers(read_mapping(file)):
         return diffusers_names(folder)
     return _cached(file.absolute(), file.stat().st_mtime_ns, frozenset(stored))

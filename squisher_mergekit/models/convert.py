@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squisher_mergekit.models.checkpoint_names import CheckpointNames
+from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.models.parameters import describe
 from squisher_mergekit.tensors.lazy import MaybeLazy, in_memory, read, unverified
 from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore

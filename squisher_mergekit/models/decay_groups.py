@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from squisher_mergekit.models.checkpoint_names import LAYER_NORM, ParameterInfo
+from squisher_mergekit.models.checkpoint_names import LAYER_NORM
+from squisher_mergekit.models.names import ParameterInfo
 
 # Modules without weight decay in transformers up to 4.52, beside torch's LayerNorm: the norms that its modelling files
 # had registered. The norms of Qwen2, Mistral, Mixtral, Gemma and Phi-3 were not registered.

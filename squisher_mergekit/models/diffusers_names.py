@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from squisher_mergekit.errors import CorruptFileError, NamingError
-from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointNames, ParameterInfo
+from squisher_mergekit.models.names import NAMES_CURE, CheckpointNames, ParameterInfo
 from squisher_mergekit.tensors.input_files import read_mapping
 from squisher_mergekit.tensors.safetensors import read_header, safetensors_files
 

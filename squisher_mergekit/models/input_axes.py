@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from squisher_mergekit.models.checkpoint_names import CheckpointNames
+from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.models.weights import Weights
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from squisher_mergekit.errors import NamingError
 from squisher_mergekit.models.adapters import disk_names
-from squisher_mergekit.models.checkpoint_names import CheckpointNames, ParameterInfo, of_model
+from squisher_mergekit.models.checkpoint_names import of_model
+from squisher_mergekit.models.names import CheckpointNames, ParameterInfo
 
 DDP = "module."
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.models.checkpoint_names import CheckpointNames
+from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.models.parameters import parameters_of, unwrap_model
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors.safetensors import TensorInfo

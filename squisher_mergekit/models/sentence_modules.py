@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from squisher_mergekit.errors import CorruptFileError
-from squisher_mergekit.models.checkpoint_names import ParameterInfo
+from squisher_mergekit.models.names import ParameterInfo
 from squisher_mergekit.tensors.input_files import is_name, read_json
 from squisher_mergekit.tensors.safetensors import read_header, safetensors_files
 

@@ -21,8 +21,9 @@ from squisher_mergekit.errors import (
     UnsupportedStateError,
     ValuesError,
 )
-from squisher_mergekit.models.checkpoint_names import CheckpointNames, check_config, meta_model, of_model
+from squisher_mergekit.models.checkpoint_names import check_config, meta_model, of_model
 from squisher_mergekit.models.fingerprint import fingerprint_of
+from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.dtypes import FLOAT8

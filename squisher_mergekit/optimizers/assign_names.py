@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from squisher_mergekit.errors import MismatchError, NamingError
-from squisher_mergekit.models.checkpoint_names import NAMES_CURE, ParameterInfo, Shape
 from squisher_mergekit.models.decay_groups import AXES_RULES, DECAY_RULES, Rule, candidates, variants
+from squisher_mergekit.models.names import NAMES_CURE, ParameterInfo, Shape
 from squisher_mergekit.tensors.safetensors import resized_rows
 
 Names = list[list[str | None]]

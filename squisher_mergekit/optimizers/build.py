@@ -7,8 +7,8 @@ from squisher_mergekit.fisher.files import tied_aliases
 from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.values import has_signal, zeros_refusal
-from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointNames
 from squisher_mergekit.models.convert import MomentStore, store_moments
+from squisher_mergekit.models.names import NAMES_CURE, CheckpointNames
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.flat_buffers import verify_masters
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState

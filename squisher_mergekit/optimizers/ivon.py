@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from squisher_mergekit.errors import NamingError
-from squisher_mergekit.models.checkpoint_names import NAMES_CURE, ParameterInfo
 from squisher_mergekit.models.decay_groups import candidates, variants
+from squisher_mergekit.models.names import NAMES_CURE, ParameterInfo
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState
 from squisher_mergekit.tensors.lazy import Slices
 

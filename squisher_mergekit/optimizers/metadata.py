@@ -18,8 +18,8 @@ from squisher_mergekit.fisher.config import (
     per_parameter,
 )
 from squisher_mergekit.fisher.files import TIED
-from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.convert import MomentStore
+from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.models.roles import is_running_statistic
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.encodings import Packed

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError
 from squisher_mergekit.models.adapters import adapter_names
-from squisher_mergekit.models.checkpoint_names import NAMES_CURE, CheckpointNames, ParameterInfo, checkpoint_names
+from squisher_mergekit.models.checkpoint_names import checkpoint_names
+from squisher_mergekit.models.names import NAMES_CURE, CheckpointNames, ParameterInfo
 from squisher_mergekit.models.parameters import DDP, unwrapped
 from squisher_mergekit.models.sentence_modules import module_parameters
 from squisher_mergekit.models.weights import trained_parameters

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from squisher_mergekit.models.checkpoint_names import CheckpointNames
+from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.slots import OptimizerSlot
 from squisher_mergekit.tensors.lazy import read

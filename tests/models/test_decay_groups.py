@@ -1,7 +1,7 @@
 """Rules by which trainers split parameters into groups."""
 
-from squisher_mergekit.models.checkpoint_names import ParameterInfo
 from squisher_mergekit.models.decay_groups import AXES_RULES, candidates, variants
+from squisher_mergekit.models.names import ParameterInfo
 
 LINEAR = frozenset({"Linear"})
 PARAMETERS = [

@@ -9,7 +9,8 @@ from torch import nn
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import MismatchError, NamingError
-from squisher_mergekit.models.checkpoint_names import ParameterInfo, types_around
+from squisher_mergekit.models.checkpoint_names import types_around
+from squisher_mergekit.models.names import ParameterInfo
 from squisher_mergekit.optimizers.assign_names import assign, divide
 
 

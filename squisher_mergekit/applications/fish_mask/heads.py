@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.convert import store_moments
+from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.models.parameters import describe, memory_names, parameters_of, unwrap_model
 from squisher_mergekit.models.roles import output_parameters
 from squisher_mergekit.models.weights import Weights

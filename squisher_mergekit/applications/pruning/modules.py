@@ -20,9 +20,9 @@ from squisher_mergekit.applications.selection import ScoreInputs, select_masks
 from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
 from squisher_mergekit.fisher.by_parameter import by_parameter
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.models.checkpoint_names import CheckpointNames
 from squisher_mergekit.models.convert import MomentStore, store_moments
 from squisher_mergekit.models.input_axes import input_axes
+from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.models.parameters import describe, memory_names, parameters_of, unwrap_model
 from squisher_mergekit.models.roles import named_on_disk, roles_of
 from squisher_mergekit.tensors.sharded import is_sharded

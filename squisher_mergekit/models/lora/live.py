@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.models.checkpoint_names import CheckpointNames, of_model
+from squisher_mergekit.models.checkpoint_names import of_model
 from squisher_mergekit.models.convert import unchanged_matrices
 from squisher_mergekit.models.lora.pairs import (
     PREFIX,
@@ -20,6 +20,7 @@ from squisher_mergekit.models.lora.pairs import (
     replaced_on_disk,
     weight_on_disk,
 )
+from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.models.parameters import describe, parameters_of, rebuilt, unwrap_model, unwrapped
 from squisher_mergekit.models.weights import Weights
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from squisher_mergekit.errors import MismatchError, NotFoundError, UnsupportedStateError
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG, adapted_model, disk_names
-from squisher_mergekit.models.checkpoint_names import CheckpointNames, checkpoint_names
+from squisher_mergekit.models.checkpoint_names import checkpoint_names
 from squisher_mergekit.models.convert import unchanged_matrices
 from squisher_mergekit.models.fingerprint import fingerprint_of
+from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.models.weights import Weights, refuse_quantised
 from squisher_mergekit.tensors.input_files import read_mapping
 from squisher_mergekit.tensors.safetensors import TensorInfo

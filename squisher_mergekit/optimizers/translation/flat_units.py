@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from squisher_mergekit.errors import MismatchError, NamingError
-from squisher_mergekit.models.checkpoint_names import ParameterInfo, meta_model
+from squisher_mergekit.models.checkpoint_names import meta_model
+from squisher_mergekit.models.names import ParameterInfo
 from squisher_mergekit.optimizers.checkpoints.flat_buffers import cut
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState

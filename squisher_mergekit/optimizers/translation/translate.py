@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import MismatchError, NamingError, RefusedError, UnsupportedStateError
-from squisher_mergekit.models.checkpoint_names import ParameterInfo, checkpoint_names
+from squisher_mergekit.models.checkpoint_names import checkpoint_names
+from squisher_mergekit.models.names import ParameterInfo
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.assign_names import assign
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
