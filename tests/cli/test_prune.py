@@ -96,7 +96,7 @@ def test_a_layer_without_weights_is_pointed_out(run):
     [
         (("--sparsity", "1"), "sparsity must be in [0, 1), found 1.0"),
         (("--sparsity", "0.5"), "score fisher needs a Fisher; give --fisher"),
-        (("--sparsity", "0.5", "--score", "random", "--ignore", "nothing"), "nothing matches 'nothing'"),
+        (("--sparsity", "0.5", "--score", "random", "--ignore", "nothing"), "'nothing' matches none"),
         (("--sparsity", "0.5", "--score", "random", "--ignore", "."), "all 41 tensors are ignored"),
         (("--sparsity", "0.95", "--score", "random", "--min-keep", "0.1"), "lower min_keep"),
         (("--pattern", "2:5", "--score", "random"), "has 12; ignore it"),

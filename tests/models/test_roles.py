@@ -97,7 +97,7 @@ def test_ignored_weights_have_a_reason():
     assert roles.ignored({"a.bias": "bias"}, names, skip=()) == {}
 
 
-@pytest.mark.parametrize(("pattern", "message"), [("(", "found '\\('"), ("nothing", "nothing matches 'nothing'")])
+@pytest.mark.parametrize(("pattern", "message"), [("(", "found '\\('"), ("nothing", "'nothing' matches none")])
 def test_an_unused_pattern_is_refused(pattern, message):
     """An invalid pattern, or one without a match, is refused as a likely typing error."""
     with pytest.raises(ConfigError, match=message):

@@ -165,7 +165,7 @@ def test_harmonic_rounds_remove_the_originals_share_of_the_rest(sparsity, rounds
         ({"pattern": (4, 4)}, "0 < n < m"),
         ({"sparsity": 0.5, "score": "fischer"}, "score must be one of fisher, magnitude"),
         ({"sparsity": 0.5, "scope": "tensor"}, "scope must be one of global, layer, found 'tensor'"),
-        ({"sparsity": 0.5, "ignore": ("nothing",)}, "nothing matches 'nothing'"),
+        ({"sparsity": 0.5, "ignore": ("nothing",)}, "'nothing' matches none"),
         ({"sparsity": 0.5, "ignore": ("(",)}, "a regular expression"),
         ({"sparsity": 0.5, "ignore": ("weight",)}, "something must be left to choose from"),
         ({"sparsity": 0.95, "min_keep": 0.2}, "takes 29 entries, but 7 of 142 are to be kept; lower min_keep"),
