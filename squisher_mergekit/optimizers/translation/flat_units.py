@@ -1,7 +1,8 @@
 """Flat parameters of FSDP1, as ``optimizer.state_dict()`` of each rank holds them: cut by the model's modules.
 
 Without original parameters, each wrapped module has one flat parameter: first that of the root, with everything outside
-of the decoder layers, then one for each layer. With original parameters, each parameter is flat on its own.
+of the decoder layers, then one for each layer. With original parameters, each parameter is flat on its own; so is each
+trained parameter of an adapter of peft, whose wrapping policy puts every trained layer into a module of its own.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from squisher_mergekit.errors import MismatchError, NamingError
+from squisher_mergekit.models.adapters import adapter_names
 from squisher_mergekit.models.checkpoint_names import meta_model
 from squisher_mergekit.models.names import ParameterInfo
 from squisher_mergekit.optimizers.checkpoints.flat_buffers import cut
@@ -24,35 +26,53 @@ def unflatten(state: OptimizerState, folders: Folders) -> OptimizerState:
 
     Args:
         state: The slots, flat on all ranks together.
-        folders: Folders of the model's config.
+        folders: Folders of the model's config, and of the adapter's.
 
     Raises:
         NamingError: There is no config, or the number of flat parameters is that of neither layers nor parameters.
+        NotFoundError: An adapter's names need its base model.
         MismatchError: A flat parameter has another length than the parameters in it.
     """
     if not state.raw.ranks:
         return state
-    if not (folders.config.folder / "config.json").is_file():
-        raise NamingError(
-            f"{state.location} holds flat parameters of FSDP, whose order follows from the model's config.json; give "
-            "--model DIR, a folder with it"
-        )
-    units = units_of(meta_model(folders.config.folder))
     slots = list(state.slots)
-    parameters = [parameter for unit in units for parameter in unit]
-    in_order = sorted(parameters, key=lambda one: one[0])
-    if len(slots) == len(parameters) > len(units):
-        units = [[one] for one in in_order]
-    elif len(slots) != len(units):
-        raise NamingError(
-            f"{state.location} must have a flat parameter for each of the {len(units)} wrapped modules, or one for "
-            f"each of the {len(parameters)} parameters, found {len(slots)}; give the --model that was trained"
-        )
+    units = _of_adapter(state, folders) if folders.adapter is not None else _of_model(state, folders)
     cut_slots = (part for slot, unit in zip(slots, units, strict=True) for part in _parts(slot, unit, state))
     return OptimizerState(replace(state.raw, ranks=0), ((tuple(cut_slots),),))
 
 
 Unit = list[tuple[int, ParameterInfo]]  # positions in the model, and parameters
+
+
+def _of_model(state: OptimizerState, folders: Folders) -> list[Unit]:
+    """Return the parameters in each flat parameter of a full model."""
+    if not (folders.config.folder / "config.json").is_file():
+        raise NamingError(
+            f"{state.location} holds flat parameters of FSDP, whose order follows from the model's config.json; give "
+            "--model DIR, a folder with it"
+        )
+    units, slots = units_of(meta_model(folders.config.folder)), list(state.slots)
+    parameters = [parameter for unit in units for parameter in unit]
+    if len(slots) == len(parameters) > len(units):
+        return [[one] for one in sorted(parameters, key=lambda one: one[0])]
+    if len(slots) != len(units):
+        raise NamingError(
+            f"{state.location} must have a flat parameter for each of the {len(units)} wrapped modules, or one for "
+            f"each of the {len(parameters)} parameters, found {len(slots)}; give the --model that was trained"
+        )
+    return units
+
+
+def _of_adapter(state: OptimizerState, folders: Folders) -> list[Unit]:
+    """Return the trained parameters of an adapter, each of which is a flat parameter."""
+    assert folders.adapter is not None
+    names = adapter_names(folders.adapter, None if folders.base is None else folders.base.folder)
+    if len(list(state.slots)) != len(names.parameters):
+        raise NamingError(
+            f"{state.location} must have a flat parameter for each of the {len(names.parameters)} trained parameters "
+            f"of the adapter in {folders.adapter}, found {len(list(state.slots))}; save with a full state dict"
+        )
+    return [[(number, parameter)] for number, parameter in enumerate(names.parameters)]
 
 
 def units_of(model: nn.Module) -> list[Unit]:
