@@ -137,6 +137,8 @@ def torch_dist(out: Path, shape: int, halves: bool = False) -> Made:
     parts: list[Any] = [None] * dist.get_world_size()
     own = {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
     dist.all_gather_object(parts, own)
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
     if int(os.environ["RANK"]):
         return Made()
     world = World(out / "model_config", layers=_LAYERS, tie_word_embeddings=False, **sizes)
