@@ -103,6 +103,9 @@ class MergePlan:
         for tensor in self.tensors:
             for use in tensor.uses:
                 label = use.input.model.label
+                if use.left:
+                    summaries.setdefault(label, _blank(use.input))["entries"] += tensor.size
+                    continue
                 if label not in described:
                     counted = summaries.get(label, {"entries": 0})
                     summaries[label] = _describe(use, tensor) | {"entries": counted["entries"]}
@@ -182,7 +185,7 @@ class MergePlan:
         return notes + self._factor_notes()
 
     def _lora_notes(self) -> list[str]:
-        """Return one line about the weights that no LoRA changes, and one for each model with F of the same kind."""
+        """Return lines about weights that no LoRA changes, and about F of weights that some LoRA left alone."""
         untouched = [tensor.name for tensor in self.tensors if tensor.is_untouched]
         notes = []
         if untouched:
@@ -190,10 +193,16 @@ class MergePlan:
                 f"{len(untouched)} tensors are copied from the base, as no LoRA changes them ({names_text(untouched)})"
             )
         filled: dict[str, list[str]] = {}
+        left: dict[str, list[str]] = {}
         for tensor in self.tensors:
             for use in tensor.uses:
-                if use.filled:
-                    filled.setdefault(use.input.model.label, []).append(tensor.name)
+                if use.filled or use.left:
+                    (filled if use.filled else left).setdefault(use.input.model.label, []).append(tensor.name)
+        notes += [
+            f"{len(names)} tensors that the LoRA of {label} left alone are left to the other models, as its F there is "
+            f"unknown ({names_text(names)})"
+            for label, names in left.items()
+        ]
         return notes + [
             f"{len(names)} tensors that the LoRA of {label} left alone and another one changed have the mean of its F "
             f"over layers of the same kind ({names_text(names)})"

@@ -89,6 +89,8 @@ def plan_tensor(
             missing[item.model.label] = use
         else:
             uses.append(use)
+    if method == SQUISHER and missing and settings.missing == "error" and settings.structure == "diagonal":
+        uses, missing = _left_to_others(inputs, uses, missing)
     fishers = [use.opened.fisher for use in uses if use.opened is not None]
     normalize = settings.normalize
     if normalize == "auto":
@@ -97,6 +99,27 @@ def plan_tensor(
     if method == SQUISHER:
         check_origins(planned.differenced(), settings.votes)
     return planned if missing or settings.structure == "diagonal" else _with_structure(planned, layout)
+
+
+def _left_to_others(
+    inputs: Sequence[WeightInput], uses: list[FisherUse], missing: dict[str, str]
+) -> tuple[list[FisherUse], dict[str, str]]:
+    """Return Fishers and reasons, with F = 0 for models whose LoRA left the weight alone.
+
+    F of such a weight is unknown; the model kept W0 there, so that the weight is left to the full models that have F.
+    Nothing changes where another model lacks F, where no full model has it, or in slices of different weights.
+    """
+    kept = {
+        item.model.label: FisherUse(item, None, item.stored, left=True)
+        for item in inputs
+        if item.model.lora is not None and item.stored is not None and item.model.lora.keeps(item.stored)
+    }
+    full = any(use.input.model.lora is None and use.input.weight > 0 and use.opened for use in uses)
+    alike = len({item.stored for item in inputs}) == 1 and all(item.info is not None for item in inputs)
+    if not full or not alike or not missing.keys() <= kept.keys():
+        return uses, missing
+    known = {use.input.model.label: use for use in uses}
+    return [known.get(item.model.label) or kept[item.model.label] for item in inputs], {}
 
 
 def _with_structure(planned: TensorPlan, layout: MatrixLayout) -> TensorPlan:

@@ -224,6 +224,7 @@ def _request(use: FisherUse, plan: TensorPlan) -> FisherRequest:
         model_type=model_type(use.input.key) if use.converted else None,
         padding=use.padding,
         sides=use.sides,
+        zeros=use.input.info.shape if use.left and use.input.info is not None else None,
     )
 
 

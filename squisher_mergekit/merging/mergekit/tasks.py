@@ -50,6 +50,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
         model_type: Architecture whose checkpoint conversion builds the tensor; None if the Fisher has the tensor.
         padding: Axis and size to which rows of F = 0 are added.
         sides: Sides whose recorded factors are read.
+        zeros: Shape of a tensor of zeros, for a weight that the model leaves to others; None for a tensor that is read.
     """
 
     model: ModelReference
@@ -64,6 +65,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
     model_type: str | None = None
     padding: tuple[int, int] | None = None
     sides: tuple[Side, ...] = ()
+    zeros: tuple[int, ...] | None = None
 
     def load(self, device: torch.device = CPU) -> LoadedFisher:
         """Read the tensor, to a device.
@@ -72,7 +74,9 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
             RefusedError: The tensor cannot be read.
         """
         if self.opened is None:
-            return LoadedFisher(self.name)
+            return LoadedFisher(
+                self.name, tensor=None if self.zeros is None else torch.zeros(self.zeros, device=device)
+            )
         fisher = self.opened.fisher if device == CPU else self.opened.fisher.on(device)
         loaded = load_tensor(
             fisher if self.model_type is None else _Converted(fisher, self.name, self.model_type),

@@ -103,6 +103,7 @@ class FisherUse:
         padding: Axis and size to which rows of F = 0 are added: vocabulary entries added after training.
         sides: Sides of the stored matrix whose recorded factors the merge takes.
         filled: True if F is the mean over layers of the same kind, because the model's LoRA left this one alone.
+        left: True if F is 0, because the model's LoRA left the weight alone and knows no layer of its kind.
     """
 
     input: WeightInput
@@ -112,6 +113,7 @@ class FisherUse:
     padding: tuple[int, int] | None = None
     sides: tuple[Side, ...] = ()
     filled: bool = False
+    left: bool = False
 
     @property
     def warning(self) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from squisher_mergekit import extract, load_fisher
 from squisher_mergekit.cli.merge import command as merge_command
@@ -19,6 +19,7 @@ from tests.merging.reference import (
     Tensors,
     assert_config_refused,
     assert_within,
+    give_fisher,
     largest,
     merged,
     preview_of,
@@ -225,6 +226,52 @@ def test_an_adapter_and_a_full_model(tmp_path: Path) -> None:
         thetas = [model[name] for model in weights]
         reference = squisher_reference(thetas, [fisher[name] for fisher in fishers], [1.0, 1.0])
         assert_within(found[name], reference, largest(thetas))
+
+
+@pytest.mark.parametrize("options", [{}, {"density": 0.5}, {"density": 0.3, "density_scope": "model"}, {"lambda": 0.5}])
+def test_weights_that_a_lora_left_alone_are_those_of_the_full_models(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Beside full models with F everywhere, F of a LoRA is 0 where it knows no layer of the kind; the plan says so."""
+    adapted = _runs(tmp_path, "llama", [{}])[0]
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    full, fishers = [], [_lifted(tmp_path, 0)]
+    for i in range(2):
+        torch.manual_seed(i)
+        full.append({name: tensor + torch.randn_like(tensor) for name, tensor in base.items()})
+        shutil.copytree(tmp_path / "base", tmp_path / f"m{i}")
+        save_file(full[i], tmp_path / f"m{i}" / "model.safetensors", metadata={"format": "pt"})
+        fishers.append(give_fisher(tmp_path / f"m{i}", full[i], i, tmp_path / f"f{i}"))
+    config = _config(tmp_path, count=1, base_model=str(tmp_path / "base"), parameters=options)
+    config["models"] += [
+        {"model": str(tmp_path / f"m{i}"), "parameters": {"fisher": str(tmp_path / f"f{i}")}} for i in range(2)
+    ]
+    text = preview_of(tmp_path, config)["text"]
+    assert "tensors that the LoRA of" in text
+    assert "are left to the other models" in text
+    assert "lack a Fisher" not in text
+    found = merged(config, tmp_path / "out")
+    without = merged(config | {"models": config["models"][1:]}, tmp_path / "without")
+    for name, tensor in found.items():
+        if name not in fishers[0]:
+            known = fishers[1][name] + fishers[2][name] > 0  # elsewhere nobody has F, and all vote
+            assert known.float().mean() > 0.5
+            torch.testing.assert_close(tensor[known], without[name][known], rtol=1e-6, atol=1e-6)
+        elif not options:
+            thetas = [model[name] for model in (adapted, *full)]
+            reference = squisher_reference(thetas, [fisher[name] for fisher in fishers], [1.0] * 3)
+            assert_within(tensor, reference, largest(thetas))
+
+
+def test_a_full_model_without_some_f_is_refused_as_before(tmp_path: Path) -> None:
+    """Where the full model has no F either, nobody knows the weight's F, and the merge is refused."""
+    _runs(tmp_path, "llama", [{}])
+    full = {name: tensor + 1 for name, tensor in load_file(tmp_path / "base" / "model.safetensors").items()}
+    shutil.copytree(tmp_path / "base", tmp_path / "m0")
+    save_file(full, tmp_path / "m0" / "model.safetensors", metadata={"format": "pt"})
+    some = {name: tensor for name, tensor in full.items() if "norm" not in name}
+    give_fisher(tmp_path / "m0", some, 0, tmp_path / "f0")
+    config = _config(tmp_path, count=1)
+    config["models"].append({"model": str(tmp_path / "m0"), "parameters": {"fisher": str(tmp_path / "f0")}})
+    assert_config_refused(tmp_path, config, "must cover every merged tensor", "norm")
 
 
 def test_a_plan_says_that_structures_merge_loras_worse(tmp_path: Path) -> None:
