@@ -241,4 +241,5 @@ def _attribute(model: Mapping[str, Tensor] | None) -> str:
 
 def _without_attribute(model: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Strip the attribute under which a LightningModule stores its model, if it stores nothing else."""
-    return {name.removeprefix(_attribute(model)): tensor for name, tensor in model.items()}
+    attribute = _attribute(model)
+    return {name.removeprefix(attribute): tensor for name, tensor in model.items()}
