@@ -261,9 +261,10 @@ def _check_output(reference: Any, place: str, out: Path | None) -> None:
     Raises:
         ConfigError: The output is the folder of a model, or of its LoRA.
     """
+    if out is None or not exists(out):
+        return
     for part in (reference.model, reference.lora):
-        folder = None if part is None or out is None else Path(part.path)
-        if folder is not None and out is not None and exists(folder) and exists(out) and folder.samefile(out):
+        if part is not None and exists(Path(part.path)) and out.samefile(part.path):
             raise ConfigError(
                 f"the output must be another folder than the models, but {out} is {place}, whose weights it would "
                 "replace; choose another folder"

@@ -7,6 +7,7 @@ trained parameter of an adapter of peft, whose wrapping policy puts every traine
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -36,7 +37,11 @@ def unflatten(state: OptimizerState, folders: Folders) -> OptimizerState:
     if not state.raw.ranks:
         return state
     slots = list(state.slots)
-    units = _of_adapter(state, folders) if folders.adapter is not None else _of_model(state, folders)
+    if folders.adapter is None:
+        units = _of_model(state, folders)
+    else:
+        base = None if folders.base is None else folders.base.folder
+        units = _of_adapter(state, folders.adapter, base)
     cut_slots = (part for slot, unit in zip(slots, units, strict=True) for part in _parts(slot, unit, state))
     return OptimizerState(replace(state.raw, ranks=0), ((tuple(cut_slots),),))
 
@@ -63,16 +68,15 @@ def _of_model(state: OptimizerState, folders: Folders) -> list[Unit]:
     return units
 
 
-def _of_adapter(state: OptimizerState, folders: Folders) -> list[Unit]:
+def _of_adapter(state: OptimizerState, adapter: Path, base: Path | None) -> list[Unit]:
     """Return the trained parameters of an adapter, each of which is a flat parameter."""
-    assert folders.adapter is not None
-    names = adapter_names(folders.adapter, None if folders.base is None else folders.base.folder)
-    if len(list(state.slots)) != len(names.parameters):
+    parameters, count = adapter_names(adapter, base).parameters, len(list(state.slots))
+    if count != len(parameters):
         raise NamingError(
-            f"{state.location} must have a flat parameter for each of the {len(names.parameters)} trained parameters "
-            f"of the adapter in {folders.adapter}, found {len(list(state.slots))}; save with a full state dict"
+            f"{state.location} must have a flat parameter for each of the {len(parameters)} trained parameters of the "
+            f"adapter in {adapter}, found {count}; save with a full state dict"
         )
-    return [[(number, parameter)] for number, parameter in enumerate(names.parameters)]
+    return [[(number, parameter)] for number, parameter in enumerate(parameters)]
 
 
 def units_of(model: nn.Module) -> list[Unit]:
