@@ -133,7 +133,7 @@ def verdict(cells: Sequence[Cell]) -> str:
 
 
 def choices(groups: Groups) -> list[str]:
-    """Return the choices of each group as text, and those at an end of their lists."""
+    """Return the choices of each group as text."""
     return [f"{name}. {structure_report.chosen(cells, ROWS)}" for name, cells in groups.items()]
 
 

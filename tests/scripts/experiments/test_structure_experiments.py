@@ -7,6 +7,8 @@ import torch
 
 from scripts.experiments import (
     encoder,
+    lora_language,
+    lora_merging,
     merge_methods,
     merge_methods_language,
     merging,
