@@ -30,14 +30,8 @@ from tests.scripts.experiments.structure_models import few_models
 
 FIRST = (structure_controls, structure_counts, structure_domains)
 EXPERIMENTS = (structure, *FIRST)
-KEPT = (
-    *EXPERIMENTS,
-    merge_methods,
-    merge_methods_language,
-    structure_adapters,
-    structure_language,
-    structure_optimizers,
-)
+LORA = (lora_language, lora_merging, structure_adapters)
+KEPT = (*EXPERIMENTS, *LORA, merge_methods, merge_methods_language, structure_language, structure_optimizers)
 
 
 @pytest.mark.parametrize(("module", "seeds"), [(structure, 5), *((module, 3) for module in FIRST)])
