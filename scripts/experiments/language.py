@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts.demo_tasks.assets import LANGUAGE, fetch
-from scripts.experiments import texts
+from scripts.experiments import device, texts
 from scripts.experiments.encoder import LOG
 from scripts.experiments.runner import WORK, cached, cpu_seconds, key
 from squisher_mergekit import save_squisher
@@ -117,7 +117,7 @@ def published(work: Path) -> Path:
 def split(work: Path, layers: int) -> tuple[nn.Module, nn.Module]:
     """Return the frozen part, which ends with hidden states, and the last layers as a model of its own."""
     whole = AutoModelForCausalLM.from_pretrained(published(work), dtype=torch.float32, attn_implementation="eager")
-    return divide(whole, layers)
+    return divide(whole.to(device.chosen()), layers)
 
 
 def divide(whole: Any, layers: int) -> tuple[nn.Module, nn.Module]:
@@ -142,16 +142,16 @@ def divide(whole: Any, layers: int) -> tuple[nn.Module, nn.Module]:
 def states(bottom: nn.Module, prompts: Sequence[Ids], targets: Sequence[int] | None) -> States:
     """Return the hidden states of prompts; without targets the tokens themselves are kept."""
     longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    real = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device.chosen())
+    real = torch.zeros_like(ids, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
+        ids[row, : len(prompt)] = torch.tensor(prompt, device=ids.device)
         real[row, : len(prompt)] = True
     hidden = [
         bottom(input_ids=ids[at : at + 16], attention_mask=real[at : at + 16].long(), use_cache=False)[0]
         for at in range(0, len(ids), 16)
     ]
-    return States(torch.cat(hidden), real, ids if targets is None else torch.tensor(targets))
+    return States(torch.cat(hidden), real, ids if targets is None else torch.tensor(targets, device=ids.device))
 
 
 def prompts_of(recipe: Recipe, rows: Sequence[tuple[str, int]], work: Path) -> tuple[list[Ids], list[int]]:
@@ -183,7 +183,7 @@ def _tokenizer(work: Path = WORK) -> Any:
 def last(top: Any, part: States) -> Tensor:
     """Return the last layer's state at the end of each prompt, after the final norm."""
     found = top.model(inputs_embeds=part.hidden, attention_mask=part.real.long(), use_cache=False)[0]
-    result: Tensor = found[torch.arange(len(found)), part.real.sum(1) - 1]
+    result: Tensor = found[torch.arange(len(found), device=found.device), part.real.sum(1) - 1]
     return result
 
 
@@ -245,7 +245,7 @@ def load(top: nn.Module, weights: Mapping[str, Tensor]) -> None:
 @torch.inference_mode()
 def accuracy(top: Any, part: States, first: Sequence[int]) -> float:
     """Return the share of prompts in % whose answer has the most likely first token of all answers."""
-    right, choices = 0, torch.tensor(first)
+    right, choices = 0, torch.tensor(first, device=part.hidden.device)
     for batch in part.batches(50):
         logits = last(top, batch) @ top.lm_head.weight[choices].T
         right += int((choices[logits.argmax(-1)] == batch.targets).sum())

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from scripts.experiments import language, lora_report, lora_rows, structure_adapters, structure_language
+from scripts.experiments import device, language, lora_report, lora_rows, structure_adapters, structure_language
 from scripts.experiments.encoder import LOG
 from scripts.experiments.language import Recipe, States
 from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, cached, key, main
@@ -52,7 +52,8 @@ def cell(settings: Settings, work: Path) -> Result:
         folder = fine_tune(recipe, adapter, place, top, base, given, work)
         lora = read_lora(WeightFiles(folder, "adapter_model"), WeightFiles(base))
         merged = AdaptedWeights(lora)
-        return {name: merged.read(name) for name in lora.pairs}, load_fisher(folder / LIFTED), folder
+        read = device.placed({name: merged.read(name) for name in lora.pairs})
+        return read, load_fisher(folder / LIFTED), folder
 
     models, measured, training = structure_language.trained(settings, work, train)
     table = lora_rows.shared(len(models.weights), adapter["r"])

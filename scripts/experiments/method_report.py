@@ -8,7 +8,7 @@ from scripts.experiments.merging import HEADS
 from scripts.experiments.method_rows import MERGEKIT, OTA, ROWS, STRUCTURE, Method, methods
 from scripts.experiments.runner import Experiment
 from scripts.experiments.structure_merges import mean, shown
-from scripts.experiments.structure_report import Cell, cells_of, less, means, number, rest, training
+from scripts.experiments.structure_report import Cell, cells_of, cost, less, means, number, rest, timed, training
 from scripts.experiments.tables import Table, difference, half_width, mean_sd, spread
 
 PRIMARY, DOMAINS, LANGUAGE = "kron", "domains", "general"
@@ -75,8 +75,9 @@ def _table(name: str, cells: Sequence[Cell], planned: int, notes: Sequence[str])
         f"**Every merge method, {TITLES[name]}.** Accuracy in %, mean ± standard deviation over {number(cells)}{of}, "
         f"{_texts(cells[0])}"
     )
-    rows = [(label, _row(cells, row)) for row, label in ROWS.items()]
-    return Table(title, COLUMNS, rows, notes)
+    columns = COLUMNS if timed(cells) else COLUMNS[:-1]
+    rows = [(label, _row(cells, row)[: len(columns)]) for row, label in ROWS.items()]
+    return Table(title, columns, rows, notes)
 
 
 def _row(cells: Sequence[Cell], row: str) -> list[str]:
@@ -87,9 +88,8 @@ def _row(cells: Sequence[Cell], row: str) -> list[str]:
     if row == "single":
         return [mean_sd(means(cells, row)), mean_sd(worst), "", difference(less_field(cells, row)), "", "", ""]
     pairs = ["" if row == other else difference(less(cells, row, other)) for other in ("ties", "squisher")]
-    seconds = spread([one["timings"]["merge"][row] for one in cells])[0]
     gap = difference(less_field(cells, row))
-    return [mean_sd(means(cells, row)), mean_sd(worst), mean_sd(lost), gap, *pairs, f"{seconds:.1f}"]
+    return [mean_sd(means(cells, row)), mean_sd(worst), mean_sd(lost), gap, *pairs, cost(cells, row)]
 
 
 def _texts(cell: Cell) -> str:

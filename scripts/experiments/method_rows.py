@@ -192,7 +192,7 @@ def seeded(method: str, seed: int) -> Callable[..., Weights]:
 
     def make(models: Models, density: float) -> Weights:
         spread = {"epsilon": min(0.15, density / 2)} if method.startswith("della") else {}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(int(key(method, seed, density), 16) % 2**63)
             return over_base(models, method, weight=1.0, density=density, **spread)
 

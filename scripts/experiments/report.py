@@ -64,11 +64,18 @@ def block(name: str, report: Mapping[str, Any]) -> str:
         tables, made = benchmarks.TABLES[name](report["measured"]), benchmarks.made_by(report)
     else:
         tables = importlib.import_module(f"scripts.experiments.{name}").tables(report)
-        count, minutes = len(report["cells"]), report["cpu_seconds"] / 60
-        made = f"`python -m scripts.experiments.{name} --full`: {count} cells, {minutes:.0f} CPU-minutes on one thread"
+        made = _made(name, report)
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
     last = f"<sub>{made}; {versions}; raw results in scripts/experiments/results/{name}.json</sub>"
     return "\n\n".join([*(table.markdown() for table in tables), last])
+
+
+def _made(name: str, report: Mapping[str, Any]) -> str:
+    """Return the command of an experiment, with the number of its cells and their CPU time."""
+    command, cells = f"python -m scripts.experiments.{name} --full", f"{len(report['cells'])} cells"
+    if "device" in report["versions"]:
+        return f"`{command} --device cuda`: {cells}"
+    return f"`{command}`: {cells}, {report['cpu_seconds'] / 60:.0f} CPU-minutes on one thread"
 
 
 def blocks() -> dict[Path, dict[str, str]]:

@@ -23,12 +23,13 @@ from typing import Any
 from tqdm import tqdm
 
 from scripts import ROOT
+from scripts.experiments import device
 
 Settings = Mapping[str, Any]
 Result = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 WORK = ROOT / ".experiments"
-TIMINGS = "timings"  # key of a result for seconds, which are kept beside the result because they do not repeat
+TIMINGS = "timings"  # key of a result for CPU seconds, kept beside it because they do not repeat; none from a GPU
 _PACKAGES = ("torch", "transformers", "mergekit", "squisher-mergekit")
 
 
@@ -71,7 +72,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     if options.cells is not None and not all(0 <= number < count for number in options.cells):
         parser.error(f"--cells must be between 0 and {count - 1}, found {' '.join(map(str, options.cells))}")
     cells = () if options.finished else range(count) if options.cells is None else options.cells
-    deterministic()
+    deterministic(options.device)
     log = logging.getLogger("squisher_mergekit")
     level = log.level
     log.setLevel(logging.ERROR)  # silences the warning about short runs
@@ -98,6 +99,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     size.add_argument("--quick", action="store_true", help="run a few small cells, to see that everything works")
     parser.add_argument("--out", type=Path, help="JSON file to write; by default in results/ (full) or --work (quick)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of finished cells and trained models")
+    parser.add_argument("--device", default="cpu", help="device of models and merges, such as cuda")
     parser.add_argument("--fresh", action="store_true", help="run all cells, also those that are finished")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
@@ -170,7 +172,8 @@ def run(
             wall, cpu = time.perf_counter(), cpu_seconds()
             result = experiment.cell(one, work)
             spent = {"cpu_seconds": round(cpu_seconds() - cpu, 2), "seconds": round(time.perf_counter() - wall, 2)}
-            measured = {TIMINGS: result.pop(TIMINGS)} if TIMINGS in result else {}
+            timings = result.pop(TIMINGS, None)
+            measured = {TIMINGS: timings} if timings is not None and device.card() is None else {}
             write_json(file, {"settings": dict(one), "result": result} | spent | measured)
         cells.append(json.loads(file.read_text(encoding="utf-8")))
     return {
@@ -231,8 +234,10 @@ def write_json(file: Path, data: object) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that can change a result."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    """Return the versions of the packages that can change a result, and the GPU if one is used."""
+    found = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    card = device.card()
+    return found if card is None else {**found, "device": card}
 
 
 def cpu_seconds() -> float:
@@ -241,12 +246,17 @@ def cpu_seconds() -> float:
     return own.user + own.system + own.children_user + own.children_system
 
 
-def deterministic() -> None:
-    """Make torch deterministic: one thread, and no operation with a random order of summation."""
+def deterministic(device_name: str = "cpu") -> None:
+    """Choose the device and make torch deterministic: one thread, no operation with a random order of summation.
+
+    On a GPU torch warns of an operation that has no other form.
+    """
     import torch
 
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA reads at its start
+    device.use(device_name)
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=device_name != "cpu")
 
 
 def _digest(experiment: Experiment, settings: Settings) -> str:

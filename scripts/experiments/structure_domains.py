@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from scripts.experiments import encoder, gradient_matching, structure_report
+from scripts.experiments import device, encoder, gradient_matching, structure_report
 from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, main
 from scripts.experiments.structure_merges import ROWS, Models, Scores, Weights, compared, rows
 from scripts.experiments.structure_tasks import FIRST_SEEDS
@@ -49,7 +49,8 @@ def trained(settings: Settings, work: Path) -> tuple[Models, float]:
     recipes = gradient_matching.domain_recipes(settings)
     folders = {name: encoder.fine_tune(recipe, work) for name, recipe in recipes.items()}
     seconds = sum(json.loads((folder / "log.json").read_text())["cpu_seconds"] for folder in folders.values())
-    weights = {name: load_file(folder / "final" / "model.safetensors") for name, folder in folders.items()}
+    files = {name: folder / "final" / "model.safetensors" for name, folder in folders.items()}
+    weights = {name: device.placed(load_file(file)) for name, file in files.items()}
     fishers = {name: load_fisher(folder / "final") for name, folder in folders.items() if name != "base"}
     base = weights.pop("base")
     model = encoder.load(folders["base"] / "final")

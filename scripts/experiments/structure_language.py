@@ -27,7 +27,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from scripts.experiments import language, structure_report
+from scripts.experiments import device, language, structure_report
 from scripts.experiments.encoder import LOG
 from scripts.experiments.language import Recipe, States
 from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, main
@@ -107,7 +107,7 @@ def _whole(work: Path) -> Train:
 
     def train(recipe: Recipe, place: int, top: Any, start: Weights, given: States) -> tuple[Weights, Fisher, Path]:
         folder = language.fine_tune(recipe, top, start, given, work)
-        return load_file(folder / "model.safetensors"), load_fisher(folder), folder
+        return device.placed(load_file(folder / "model.safetensors")), load_fisher(folder), folder
 
     return train
 

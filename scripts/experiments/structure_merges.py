@@ -100,7 +100,7 @@ def masked(models: Models, share: float, power: float) -> Weights:
     votes = {name: torch.zeros_like(origin) for name, origin in models.base.items()}
     for name, weights in models.weights.items():
         steps = {key: weights[key] - origin for key, origin in models.base.items()}
-        squares = {key: models.fishers[name][key] for key in steps}
+        squares = {key: models.fishers[name][key].to(step.device) for key, step in steps.items()}
         scores = {key: squares[key] * step.square() for key, step in steps.items()}
         least = _threshold(scores.values(), share)
         for key, step in steps.items():

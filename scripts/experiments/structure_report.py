@@ -6,7 +6,7 @@ from typing import Any
 
 from scripts.experiments import drawing, structure_merges
 from scripts.experiments.merging import HEADS
-from scripts.experiments.runner import RESULTS
+from scripts.experiments.runner import RESULTS, TIMINGS
 from scripts.experiments.structure_merges import ROWS, STRUCTURES, mean, shown
 from scripts.experiments.tables import Table, difference, mean_sd, spread
 
@@ -79,11 +79,12 @@ def compared(cells: Sequence[Cell], title: str, labels: Mapping[str, str] = ROWS
         gaps = [
             "" if row in ("single", other) else difference(less(cells, row, other)) for other in ("ties", "diagonal")
         ]
-        rows.append((label, [mean_sd(means(cells, row)), mean_sd(worst), *gaps, _cost(cells, row)]))
+        rows.append((label, [mean_sd(means(cells, row)), mean_sd(worst), *gaps, cost(cells, row)]))
     columns = ["mean", "worst task", "less tuned `ties`", "less the diagonal", "CPU-s of a merge"]
     rivals = [rival for rival in RIVALS if rival in cells[0]["result"]["test"]]
     found = " ".join(findings(cells, rivals))
-    return Table(title, columns, rows, [found, chosen(cells), *on_edge(cells), training(cells), *notes])
+    made = [found, chosen(cells), *on_edge(cells), training(cells), *notes]
+    return Table(title, columns, rows, [note for note in made if note])
 
 
 def grouped(
@@ -118,9 +119,9 @@ def grouped(
     return found
 
 
-def _cost(cells: Sequence[Cell], row: str) -> str:
+def cost(cells: Sequence[Cell], row: str) -> str:
     """Return the CPU seconds of one merge, mean over the cells that have them."""
-    found = [one["timings"]["merge"][row] for one in cells if row in one["timings"]["merge"]]
+    found = [one["timings"]["merge"][row] for one in timed(cells) if row in one["timings"]["merge"]]
     return f"{spread(found)[0]:.1f}" if found else ""
 
 
@@ -189,9 +190,16 @@ def added(cells: Sequence[Cell], suffix: str, other: str) -> str:
     return f"Points of a structure above the same {other}: {gaps}."
 
 
+def timed(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells with CPU times, which those from a GPU lack."""
+    return [one for one in cells if TIMINGS in one]
+
+
 def training(cells: Sequence[Cell]) -> str:
-    """Return the CPU time of fine-tuning, which experiments share."""
-    found = spread([one["timings"]["training"] for one in cells])[0]
+    """Return the CPU time of fine-tuning, which experiments share, or nothing for cells from a GPU."""
+    if not timed(cells):
+        return ""
+    found = spread([one["timings"]["training"] for one in timed(cells)])[0]
     return f"Fine-tuning the models of a seed takes {found:.0f} CPU-s, once for all experiments that use them."
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scripts.experiments import encoder
+from scripts.experiments import device, encoder
 from scripts.experiments.encoder import Recipe
 from scripts.experiments.merging import HEADS, TASKS, task_recipe
 from scripts.experiments.merging import Models as TaskModels
@@ -66,7 +66,9 @@ def opened(
     base = published(work, next(iter(recipes.values())).layers)
     merged = [name for name in base if any(name in fisher for fisher in fishers.values())]
     weights = {task: {name: trunk[name] for name in merged} for task, trunk in zip(recipes, tasks.trunks, strict=True)}
-    return tasks, Models({name: base[name] for name in merged}, weights, fishers, tasks.score), round(seconds, 2)
+    models = {task: device.placed(found) for task, found in weights.items()}
+    origin = device.placed({name: base[name] for name in merged})
+    return tasks, Models(origin, models, fishers, tasks.score), round(seconds, 2)
 
 
 def recorded(settings: Settings, work: Path) -> dict[str, Fisher]:

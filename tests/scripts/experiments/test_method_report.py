@@ -96,3 +96,16 @@ def test_the_generative_model_has_tables_of_accuracy_and_of_loss():
     assert not any("Primary comparison" in note for note in accuracies.notes)
     assert dict(losses.rows)["`structure: kron`"] == ["4.000 ± 0.000", "1.000 ± 0.000"]
     assert dict(losses.rows)[structure_language.LABEL] == ["3.000 ± 0.000", "0.000 ± 0.000"]
+
+
+def test_cells_from_a_gpu_have_no_column_of_cpu_time():
+    """Cells without CPU times make the same table less one column, and no note on the time of fine-tuning."""
+    whole = _report({})
+    bare = {
+        **whole,
+        "cells": [{key: value for key, value in one.items() if key != "timings"} for one in whole["cells"]],
+    }
+    before, after = (method_report.tables(report, merge_methods.EXPERIMENT)[0] for report in (whole, bare))
+    assert after.columns == before.columns[:-1]
+    assert [cells for _, cells in after.rows] == [cells[:-1] for _, cells in before.rows]
+    assert after.notes == [note for note in before.notes if "CPU-s" not in note]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from scripts.experiments import runner
+from scripts.experiments import device, runner
 
 
 def _experiment(calls, fails=()):
@@ -45,6 +45,24 @@ def test_seconds_stand_beside_the_result(tmp_path, capsys):
     (found,) = json.loads(out.read_text())["cells"]
     assert (found["result"], found["timings"]) == ({"one": 1}, {"merge": 0})
     assert runner.main(experiment, [*command, "--check"]) == 0
+
+
+def test_a_run_on_a_gpu_names_the_card_and_has_no_cpu_times(tmp_path, monkeypatch):
+    """The versions name the card, so a CPU takes over no cell from a GPU; seconds of the host are left out."""
+    monkeypatch.setattr(device, "card", lambda: "Card 1")
+
+    def cell(settings, work):
+        return {"one": 1, runner.TIMINGS: {"merge": 2.0}}
+
+    experiment = runner.Experiment("timed", "Timed.", cell, full=[{"seed": 0}], quick=[])
+    report = runner.run(experiment, "full", tmp_path, quiet=True)
+    assert report["versions"]["device"] == "Card 1"
+    assert runner.TIMINGS not in report["cells"][0]
+    assert report["cells"][0]["result"] == {"one": 1}
+    kept = tmp_path / "timed.json"
+    runner.write_json(kept, report)
+    monkeypatch.undo()
+    assert runner.run(experiment, "full", tmp_path / "cpu", (), quiet=True, published=kept)["cells"] == []
 
 
 def test_finished_cells_are_written_without_a_run(tmp_path, capsys):
