@@ -176,7 +176,8 @@ class FisherAccumulator:
             self._graph_state(),
             lambda mark: self._add_eagerly(taped_model, batch, seed, counts, mark),
             lambda batch, generator: self._add_captured(taped_model, batch, generator),
-            lambda: self._check_alone(taped_model, batch),
+            (lambda: self._check_alone(taped_model, batch)) if self._verify else None,
+            due=self._is_checked(),
         )
 
     def _graph_state(self) -> Any:
@@ -191,12 +192,14 @@ class FisherAccumulator:
         """Add a batch without waiting for the device; return the number of data.
 
         Raises:
-            UnsupportedStateError: The batch uses parameters that no earlier batch used.
+            UnsupportedStateError: The batch uses parameters that no earlier batch used, or the pass writes to a buffer.
         """
-        assert self._verification is not None
+        versions = [buffer._version for buffer in self.model.buffers()]
         outputs, new = self._accumulate(taped_model, batch, self._verified_accumulators(), generator)
         if new:
             raise UnsupportedStateError("a batch must use the parameters of the batches before, but has further ones")
+        if versions != [buffer._version for buffer in self.model.buffers()]:  # a check would write to it meanwhile
+            raise UnsupportedStateError("a forward pass must not write to a buffer of the model, but one does")
         return self._size_of(outputs)
 
     def _verified_accumulators(self) -> Accumulators:
@@ -274,10 +277,9 @@ class FisherAccumulator:
         return self._verify and self.batches > 0 and not self.batches & (self.batches + 1)
 
     def _check_alone(self, taped_model: TapedModel, batch: Batch) -> None:
-        """Check a batch that a graph adds, if it is to be checked."""
+        """Check a batch that a graph adds."""
         known = self._verification
-        if known is None or not self._is_checked():
-            return
+        assert known is not None
         with taped_model.run(batch, known.owner_of, known.broadcast_modules) as (tape, outputs):
             check_mixing(tape, outputs, self.names, self.batches, retain_graph=False)
 

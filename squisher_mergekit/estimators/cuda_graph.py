@@ -2,8 +2,8 @@
 
 A batch of a new shape runs eagerly, and is timed. If launching took most of the time, the next batch of this shape is
 captured: forward pass, backward pass and the rules of all layers become one launch. The captured work adds to the same
-accumulators, and draws the same labels. Nothing is captured that waits for the host, such as experts in a loop; one
-log line says so, and batches stay eager.
+accumulators, and draws the same labels. A check of the batch is launched on a second stream meanwhile. Nothing is
+captured that waits for the host, such as experts in a loop; one log line says so, and batches stay eager.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from squisher_mergekit.estimators.tasks import Batch
 from squisher_mergekit.tensors.sharded import is_sharded
+from squisher_mergekit.tensors.streams import SecondStream
 
 LOG = logging.getLogger("squisher_mergekit")
 Count = Tensor | int
@@ -63,10 +64,16 @@ class Graph:
 
 
 class Cuda:
-    """Access to the graphs and clocks of a CUDA device."""
+    """Access to the graphs, clocks and streams of a CUDA device.
+
+    Attributes:
+        device: The device.
+        second: Stream of the checks.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.second = SecondStream(device)
         self._pool: Any = None
         self._stream: Any = None
 
@@ -157,7 +164,9 @@ class BatchGraphs:
         state: Any,
         eager: Callable[[Callable[[], None]], Count],
         work: Work,
-        replayed: Callable[[], None],
+        check: Callable[[], None] | None = None,
+        *,
+        due: bool = False,
     ) -> Count:
         """Add a batch, eagerly or by its graph.
 
@@ -167,7 +176,9 @@ class BatchGraphs:
             state: Everything else that the pass depends on and that may change from batch to batch.
             eager: Adds the batch, and calls its argument between forward and backward pass.
             work: Adds a batch with the labels that a generator draws; never waits for the host.
-            replayed: Called after a graph was launched, while it runs.
+            check: Checks the batch, while its graph runs; it writes to nothing that ``work`` uses. None: there are no
+                checks. ``eager`` has checks of its own.
+            due: True if this batch is to be checked.
 
         Returns:
             The number of data of the batch.
@@ -177,12 +188,17 @@ class BatchGraphs:
         graph = self._graphs.get(key)
         if graph is None and self._is_worth_it(key):
             graph = self._capture(key, batch, inputs, work)
+            if graph is not None and check is not None:
+                self._cuda.second.reserve(self._timings[key].memory)  # the capture has freed all memory
         if graph is not None:
             for place, tensor in inputs.items():
                 graph.inputs[place].copy_(tensor, non_blocking=True)
             graph.generator.manual_seed(seed)
-            graph.replay()
-            replayed()
+            if check is None or not due:
+                graph.replay()
+            else:
+                with self._cuda.second.beside(graph.replay):
+                    check()
             return graph.count
         if key in self._timings or key in self._refused or any(t.device != self._cuda.device for t in inputs.values()):
             return eager(lambda: None)

@@ -1,4 +1,6 @@
-"""Batches as CUDA graphs: captured shapes, inputs of a replay, and the eager fallback."""
+"""Batches as CUDA graphs: captured shapes, inputs of a replay, checks beside them, and the eager fallback."""
+
+import contextlib
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from squisher_mergekit.estimators import accumulator as accumulator_module
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.cuda_graph import BatchGraphs, Timing, graphs_for, shape_of, tensors_of, with_tensors
 from squisher_mergekit.estimators.estimate import estimate_fisher
+from squisher_mergekit.tensors.streams import SecondStream
 from tests.estimators.models import assert_close, batch_of, make
 
 
@@ -20,6 +23,7 @@ class _Recorder:
     def __init__(self, host=1.0, memory=0.0, error=None):
         self.timing = Timing(host, lambda: 1.0, memory)
         self.error, self.captures, self.replays = error, 0, 0
+        self.second = SecondStream(self.device)
 
     def capture(self, work, generator):
         self.captures += 1
@@ -91,15 +95,17 @@ def test_a_language_model_is_captured_too(recorder):
     assert_close(accumulator.fisher(statistic="sum", num_examples=accumulator.examples), expected, model=model)
 
 
+class _Mixing(nn.Linear):
+    """Layer that can begin to mix its examples."""
+
+    mixes = False
+
+    def forward(self, x):
+        return super().forward(x.roll(1, 0) if self.mixes else x)
+
+
 def test_a_replayed_batch_is_checked_too(recorder):
     """A layer that begins to mix its examples in a checked batch is refused there, though a graph adds the batch."""
-
-    class _Mixing(nn.Linear):
-        mixes = False
-
-        def forward(self, x):
-            return super().forward(x.roll(1, 0) if self.mixes else x)
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), _Mixing(7, 3))
     accumulator = _accumulator(recorder, model, task="classification")
@@ -109,6 +115,56 @@ def test_a_replayed_batch_is_checked_too(recorder):
     with pytest.raises(UnsupportedStateError, match="in batch 8 its module gets other parts"):
         accumulator.add(_batches(1)[0])
     assert recorder.replays == 6
+
+
+class _LoggedStream:
+    """Second stream of a CPU that logs what runs beside what."""
+
+    def __init__(self):
+        self.log = []
+
+    @contextlib.contextmanager
+    def beside(self, launch):
+        self.log.append("launch")
+        launch()
+        yield
+        self.log.append("checked")
+
+    def reserve(self, share):
+        self.log.append(f"reserve {share}")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_checks_run_beside_their_graph(recorder, verify):
+    """The fourth and the eighth batch are checked beside the launch of their graph; memory is reserved at the capture.
+
+    Without verification nothing is.
+    """
+    recorder.second, recorder.timing = _LoggedStream(), Timing(1.0, lambda: 1.0, 0.125)
+    accumulator = _accumulator(recorder, _classifier(), task="classification", verify=verify)
+    for batch in _batches(9):
+        accumulator.add(batch)
+    assert recorder.replays == 7
+    assert recorder.second.log == (["reserve 0.125", *["launch", "checked"] * 2] if verify else [])
+
+
+def test_a_model_that_writes_to_a_buffer_runs_eagerly(recorder, caplog):
+    """A check beside the graph would write to the buffer that the graph reads."""
+
+    class _Scratch(nn.Linear):
+        def __init__(self):
+            super().__init__(5, 3)
+            self.register_buffer("scratch", torch.zeros(4, 5))
+
+        def forward(self, x):
+            return super().forward(x + self.scratch[: len(x)].copy_(x.detach()).roll(1, 1))
+
+    torch.manual_seed(0)
+    accumulator = _accumulator(recorder, _Scratch(), task="classification")
+    for batch in _batches(4):
+        accumulator.add(batch)
+    assert recorder.replays == 0
+    assert "must not write to a buffer of the model" in caplog.text
 
 
 def test_each_shape_has_its_graph(recorder):
@@ -252,3 +308,52 @@ def test_a_gpu_draws_random_numbers_after_a_failed_capture(device, caplog):
         accumulator.add((x.to(device), y.to(device)))
     assert "its batches run eagerly" in caplog.text
     assert bool(torch.randn(5, device=device).isfinite().all())
+
+
+def _with_checks_beside(device, beside, mixes):
+    """Return the sums of nine batches, the last one but one checked, and the streams that ran the layers of that one.
+
+    Args:
+        device: A GPU.
+        beside: If True, the check runs on the second stream; else on that of the graph.
+        mixes: If True, a layer mixes the examples of the checked batch.
+    """
+    torch.manual_seed(0)
+    model, streams = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), _Mixing(7, 3)).to(device), []
+    accumulator = FisherAccumulator(model, "sampled", task="classification")
+    if not beside:
+        accumulator._graphs._cuda.second = SecondStream(torch.device("cpu"))
+    for number, (x, y) in enumerate(_batches(9)):
+        if number == 7:
+            assert accumulator._graphs._graphs
+            model[2].mixes = mixes
+            model[0].register_forward_hook(lambda *_: streams.append(torch.cuda.current_stream(device)))
+        # The inputs are late, so that a stream that does not wait for them reads others.
+        late, x, y = torch.full_like(x, torch.nan, device=device), x.to(device), y.to(device)
+        torch.cuda._sleep(10_000_000)
+        accumulator.add((late.copy_(x), y))
+    return list(accumulator.accumulators.values()), streams
+
+
+@pytest.mark.gpu
+def test_gpu_checks_on_a_second_stream_change_no_digit(device):
+    """Right batches pass, and the sums are those of a check on the stream of the graph."""
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    current = torch.cuda.current_stream(device)
+    sums, streams = _with_checks_beside(device, True, False)
+    others, inline = _with_checks_beside(device, False, False)
+    assert (len(streams), len(inline), inline[0] == current, streams[0] == current) == (1, 1, True, False)
+    for total, other in zip(sums, others, strict=True):
+        torch.testing.assert_close(total, other, rtol=0, atol=0)
+        assert bool(total.any())
+
+
+@pytest.mark.gpu
+def test_gpu_checks_on_a_second_stream_find_mixing(device):
+    """A layer that mixes the examples of a checked batch is refused there, though its graph does not mix them."""
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    with pytest.raises(UnsupportedStateError, match="in batch 8 its module gets other parts"):
+        _with_checks_beside(device, True, True)
+    assert bool(torch.ones(3, device=device).sum() == 3)
