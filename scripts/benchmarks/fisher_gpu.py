@@ -29,6 +29,7 @@ from scripts.benchmarks.fisher_gpu_kernels import measure_kernels
 from scripts.benchmarks.fisher_models import Batch, build, convert, labels_of, task_of, terms
 from scripts.benchmarks.gpu_timing import Budget, environment, median_ms, milliseconds, peak_gb, relative_l2
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
+from squisher_mergekit.tensors.streams import SecondStream
 
 SECONDS = 150.0
 GOALS = {"large bfloat16": 1.4, "checked": 2.0, "bert": 1.5, "llama": 1.5}  # as ratios to a plain pass
@@ -81,18 +82,32 @@ def totals(model: nn.Module, accumulator: FisherAccumulator) -> dict[str, Tensor
 
 
 def passes(
-    model: nn.Module, batch: Batch, device: torch.device, count: int, **options: Any
+    model: nn.Module, batch: Batch, device: torch.device, count: int, inline: bool = False, **options: Any
 ) -> tuple[FisherAccumulator, dict[str, Any]]:
-    """Add one batch again and again; return the accumulator, and the times in ms of all kinds of passes."""
+    """Add one batch again and again; return the accumulator, and the times in ms of all kinds of passes.
+
+    ``inline`` launches the checks of replayed batches on the stream of their graph, not on a second one.
+    """
     accumulator = FisherAccumulator(model, task=task_of(batch), **options)
-    times = [milliseconds(lambda: accumulator.add(batch), device) for _ in range(count)]
+    if inline and accumulator._graphs:
+        accumulator._graphs._cuda.second = SecondStream(torch.device("cpu"))
+    times, graphs = [], []
+    for _ in range(count):
+        times.append(milliseconds(lambda: accumulator.add(batch), device))
+        graphs.append(len(accumulator._graphs._graphs) if accumulator._graphs else 0)
     others = [ms for number, ms in enumerate(times) if number and number not in CHECKED]
     figures = {
         "first_ms": times[0],
         "checked_ms": statistics.median(times[number] for number in CHECKED if number < count),
+        "checked": [
+            {"batch": number + 1, "ms": times[number], "replayed": graphs[number] > 0}
+            for number in CHECKED
+            if number < count
+        ],
         # Kernels are compiled and captured in the first passes.
         "ms": statistics.median(others[-4:]),
         "all_ms": [round(ms, 3) for ms in times],
+        "graphs": graphs[-1],
     }
     return accumulator, figures
 
@@ -100,7 +115,8 @@ def passes(
 def ratios(figures: dict[str, Any], plain_ms: float) -> dict[str, Any]:
     """Add the ratios to a plain pass."""
     kinds = {"ratio": "ms", "first_ratio": "first_ms", "checked_ratio": "checked_ms"}
-    return figures | {ratio: figures[ms] / plain_ms for ratio, ms in kinds.items()}
+    checked = [one | {"ratio": one["ms"] / plain_ms} for one in figures["checked"]]
+    return figures | {ratio: figures[ms] / plain_ms for ratio, ms in kinds.items()} | {"checked": checked}
 
 
 def measure_large(
@@ -137,6 +153,9 @@ def measure_large(
 
         found[kind] = budget.attempt(f"large {kind} {'narrow' if narrow else 'wide'}", run, least=5.0)
     if narrow:
+        found["inline"] = budget.attempt(
+            "large inline", lambda: ratios(passes(model, batch, device, 9, inline=True)[1], plain_ms), least=5.0
+        )
         found["loop_error"] = budget.attempt(
             "large loop", lambda: relative_l2(one_by_one(model, batch), expected), least=5.0
         )
@@ -219,7 +238,6 @@ def measure_small(name: str, dtype: torch.dtype, device: torch.device, quick: bo
         accumulator, figures = passes(model, batch, device, count, cuda_graph=graph)
         sums[title] = {key: total / count for key, total in totals(model, accumulator).items()}
         figures["error"] = relative_l2(sums[title], expected)
-        figures["graphs"] = len(accumulator._graphs._graphs) if accumulator._graphs else 0
         found[title] = ratios(figures, plain_ms)
     found["graph_against_eager"] = relative_l2(sums["graph"], sums["eager"])
     drawn = [passes(model, batch, device, 8, labels="sampled", cuda_graph=graph)[0] for graph in (False, True)]
@@ -238,10 +256,13 @@ def measure_fallback(device: torch.device) -> dict[str, Any]:
     ids = torch.randint(64, (4, 16), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     expected = one_by_one(model, batch)
-    accumulator, _ = passes(model, batch, device, 7)
+    accumulator, figures = passes(model, batch, device, 7)
     error = relative_l2({key: total / 7 for key, total in totals(model, accumulator).items()}, expected)
-    graphs = len(accumulator._graphs._graphs) if accumulator._graphs else 0
-    return {"error": error, "graphs": graphs, "random": float(torch.randn(3, device=device).isfinite().all())}
+    return {
+        "error": error,
+        "graphs": figures["graphs"],
+        "random": float(torch.randn(3, device=device).isfinite().all()),
+    }
 
 
 def measure(device: torch.device | str, quick: bool = False, seconds: float = SECONDS) -> dict[str, Any]:
@@ -324,7 +345,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     for title, figures in found["large"].items():
         if figures:
             rows.append(f"large {title}: plain {figures['plain']['ms']:.1f} ms, peak {figures['plain']['peak_gb']} GB")
-            rows += [f"  {kind}: {_row(figures[kind])}" for kind in ("true", "sampled", "offload") if figures.get(kind)]
+            kinds = ("true", "sampled", "inline", "offload")
+            rows += [f"  {kind}: {_row(figures[kind])}" for kind in kinds if figures.get(kind)]
     for title, figures in found["small"].items():
         if figures:
             rows.append(f"{title}: plain {figures['plain_ms']:.2f} ms")
@@ -340,6 +362,8 @@ def lines(found: dict[str, Any]) -> list[str]:
 def _row(figures: dict[str, Any]) -> str:
     kept = ("ratio", "checked_ratio", "first_ratio", "error", "graphs", "peak_gb")
     shown = {key: figures[key] for key in kept if key in figures}
+    for one in figures.get("checked", ()):
+        shown[f"batch {one['batch']}{' (graph)' if one['replayed'] else ''}"] = one["ratio"]
     return ", ".join(
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
     )
