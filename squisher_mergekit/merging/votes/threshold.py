@@ -55,7 +55,7 @@ class _Search:
 
     def look(self, name: str, blocks: Iterable[Tensor]) -> None:
         """Count the scores of a tensor above the range, and keep those inside it."""
-        above, inside = 0, [torch.empty(0)]
+        above, inside = 0, list[Tensor]()
         for block in blocks:
             if self.high < math.inf:
                 above += int((block > self.high).sum())
@@ -63,7 +63,7 @@ class _Search:
             else:
                 inside.append(block[block >= self.low])
         self.above[name] = above
-        found = torch.cat(inside)
+        found = _joined(inside)
         self.inside[name] = found[found > 0]
 
     def narrow(self, keep: int) -> None:
@@ -78,7 +78,7 @@ class _Search:
 
     def choices(self, keep: int) -> dict[str, Choice] | None:
         """Return the choice of each tensor; None if the threshold is outside the range."""
-        wanted, everything = keep - sum(self.above.values()), torch.cat([*self.inside.values(), torch.empty(0)])
+        wanted, everything = keep - sum(self.above.values()), _joined(self.inside.values())
         if wanted <= 0 or (wanted > len(everything) and self.low > 0):
             return None
         threshold = torch.zeros(())
@@ -162,6 +162,12 @@ def _by_histograms(
             above[name] += int((block > key).sum())
             equal[name] += int((block == key).sum()) if key else 0
     return search.with_ties(key, keep, above, equal)
+
+
+def _joined(scores: Iterable[Tensor]) -> Tensor:
+    """Return scores as one tensor, on their device; those of no tensor are on the CPU."""
+    found = [each for each in scores if len(each)]
+    return torch.cat(found) if found else torch.empty(0)
 
 
 def _counted(search: _Search, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:

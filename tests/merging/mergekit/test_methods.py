@@ -63,6 +63,33 @@ def test_state_dicts_by_id_with_a_base() -> None:
         assert_within(result[name], ubgm_reference(base, base_fisher, thetas, others, [1.0, 1.0], 0.5), size)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("squisher", {}),
+        ("squisher", {"power": 0.5, "normalize": "l2"}),
+        ("squisher", {"density": 0.3}),
+        ("squisher", {"density": 0.3, "density_by": "change", "density_scope": "model"}),
+        ("squisher", {"consensus": "sign", "lambda": 1.5}),
+        ("squisher", {"structure": "rows", "block": 5}),
+        ("squisher", {"structure": "columns", "block": 5}),
+        ("squisher", {"structure": "kron", "block": 5, "density": 0.5, "trimmed": "abstain"}),
+        ("ubgm_squisher", {"prior": 0.1}),
+    ],
+)
+def test_the_device_of_the_weights(method: str, options: dict[str, Any], device: torch.device) -> None:
+    """A merge of weights on a device with Fishers on the CPU is there, and is the merge of the CPU."""
+    weights, fishers = _models(3)
+    keys = ["base", "a", "b"]
+    parameters = {"fisher": dict(zip(keys, fishers, strict=True)), **options}
+    expected = merge_state_dicts(dict(zip(keys, weights, strict=True)), method, base="base", parameters=parameters)
+    placed = {key: {n: t.to(device) for n, t in model.items()} for key, model in zip(keys, weights, strict=True)}
+    result = merge_state_dicts(placed, method, base="base", parameters=parameters)
+    for name in SHAPES:
+        assert result[name].device.type == device.type
+        assert_within(result[name].cpu(), expected[name], 10 * largest([model[name] for model in weights]))
+
+
 def test_one_tensor_by_name() -> None:
     """`merge_tensors` looks its tensor up by the given name."""
     weights, fishers = _models(2)

@@ -48,8 +48,8 @@ def test_a_global_sort(tmp_path: Path, by: str, sample: int, monkeypatch: pytest
     assert_global(result, weights, fishers, masks)
 
 
-def test_in_memory() -> None:
-    """`merge_state_dicts` keeps the entries that one sort over the whole model keeps."""
+def test_in_memory(device: torch.device) -> None:
+    """`merge_state_dicts` keeps the entries that one sort over the whole model keeps, with Fishers on the CPU."""
     generator = torch.Generator().manual_seed(3)
     shapes = {"encoder.weight": (17, 13), "encoder.bias": (13,), "head.weight": (5, 13)}
     weights = [{n: torch.randn(*s, generator=generator) for n, s in shapes.items()} for _ in range(4)]
@@ -64,7 +64,9 @@ def test_in_memory() -> None:
         "trimmed": "abstain",
         "power": 0.5,
     }
-    result = merge_state_dicts(dict(zip(keys, weights, strict=True)), "squisher", base="base", parameters=parameters)
+    placed = {key: {n: t.to(device) for n, t in model.items()} for key, model in zip(keys, weights, strict=True)}
+    found = merge_state_dicts(placed, "squisher", base="base", parameters=parameters)
+    result = {name: tensor.cpu() for name, tensor in found.items()}
     masks = global_masks("change", weights, fishers, [0.3] * 3, list(shapes))
     assert_global(result, weights, fishers, masks, power=0.5)
 
