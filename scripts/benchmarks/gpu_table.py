@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from scripts.benchmarks.fisher_gpu import CHECKED
 from scripts.experiments.tables import Table
 
 SMALL = {"cnn": "CNN", "bert": "BERT, 4 layers", "llama": "Llama, 4 layers"}
@@ -66,6 +67,35 @@ def _estimator(found: Mapping[str, Any]) -> Table:
     )
     title = "**Time of a Fisher on a GPU.** Relative to a plain forward and backward pass"
     return Table(title, columns, rows, [note])
+
+
+def checked(found: Mapping[str, Any]) -> Table:
+    """Return the table of checked batches from a report of ``scripts.benchmarks.fisher_gpu``."""
+    large, rows = found["large"]["bfloat16"], []
+    for kind, label in (("true", "true labels"), ("sampled", "sampled")):
+        rows.append((f"Llama, 1.1 B weights, bfloat16, {label}", large[kind], large["plain"]["ms"]))
+    for name, title in SMALL.items():
+        figures = found["small"][f"{name} float32"]
+        rows.append((f"{title}, float32", figures["graph"], figures["plain_ms"]))
+    cells = [
+        (title, _numbers([figures["all_ms"][number] / plain for number in CHECKED])) for title, figures, plain in rows
+    ]
+    note = (
+        "The check of a batch that a CUDA graph adds, from the fourth batch on, runs on a second stream beside the "
+        "graph. The first such check also allocates its memory."
+    )
+    title = "**Checked batches, with a second stream.** Relative to a plain forward and backward pass"
+    return Table(title, ["second batch", "fourth", "eighth"], cells, [note])
+
+
+def checked_by(found: Mapping[str, Any]) -> str:
+    """Return command and machine of the table of checked batches as text."""
+    machine = found["environment"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "triton", "transformers"))
+    return (
+        f"<sub>`python -m scripts.benchmarks.fisher_gpu --device cuda` on one {machine['card']}, driver "
+        f"{machine['driver']}; {versions}; raw results in scripts/experiments/results/fisher_gpu.json</sub>"
+    )
 
 
 def _numbers(values: list[float | None]) -> list[str]:

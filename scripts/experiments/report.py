@@ -48,7 +48,7 @@ EXPERIMENTS = (
     "lora_rank",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
-GAIN, SETUP, GPU = "gain", "setup", "check_gpu"
+GAIN, SETUP, GPU, CHECKED = "gain", "setup", "check_gpu", "fisher_gpu"
 BLOCK = re.compile(r"<!-- BEGIN (\w+) -->.*?<!-- END \1 -->", re.DOTALL)
 
 
@@ -86,9 +86,10 @@ def blocks() -> dict[Path, dict[str, str]]:
         COMMANDS: {name: block(name, reports[name]) for name in BENCHMARKS if name in reports},
     }
     if (report := found(GPU)) is not None:
-        placed[COMMANDS][GPU] = "\n\n".join(
-            [*(table.markdown() for table in gpu_table.tables(report)), gpu_table.made_by(report)]
-        )
+        parts = [*(table.markdown() for table in gpu_table.tables(report)), gpu_table.made_by(report)]
+        if (report := found(CHECKED)) is not None:
+            parts += [gpu_table.checked(report).markdown(), gpu_table.checked_by(report)]
+        placed[COMMANDS][GPU] = "\n\n".join(parts)
     placed[README] = {}
     marks = BLOCK.findall(README.read_text(encoding="utf-8"))
     if GAIN in marks:
