@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from scripts.benchmarks import votes
 from scripts.experiments.tables import Table
 
 Measured = Sequence[Mapping[str, Any]]
@@ -368,6 +369,7 @@ TABLES: Mapping[str, Callable[[Measured], list[Table]]] = {
     "bench_applications": applications,
     "bench_merge": merges,
     "bench_merge_7b": merges,
+    "bench_votes": votes.tables,
     "bench_structure": structures,
     "bench_average": averages,
     "bench_setup": setup,

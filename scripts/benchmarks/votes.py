@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.benchmarks.merge import BASE, MODELS, compare, comparison_parser, output_folder, parameters, recipe
 from scripts.benchmarks.process import run_measured, verdict
+from scripts.experiments.tables import Table
 
 PLAIN = "squisher"
 CHANGE = {"density_by": "change", "density_scope": "model"}
@@ -27,6 +29,10 @@ OPTIONS: dict[str, dict[str, object]] = {
     "change, abstain": {"density": 0.1, "trimmed": "abstain", **CHANGE},
     "OTA-merge": {"density": 0.1, "trimmed": "abstain", "power": 0.5, **CHANGE},
     "write_fisher": {"write_fisher": True},
+}
+LABELS = {
+    "change, abstain": "`density_by: change` of the model, `trimmed: abstain`",
+    "OTA-merge": "OTA-merge, as options",
 }
 CPU_GOALS = {"consensus: sign": 1.25, "density_scope: model": 2.0}  # times squisher
 
@@ -79,6 +85,28 @@ def lines(report: dict[str, Any]) -> list[str]:
             text += f" (goal <= {CPU_GOALS[name]:g}: {verdict(ratio <= CPU_GOALS[name])})"
         found.append(text)
     return found
+
+
+def tables(measured: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return the table of CPU time and memory of each option."""
+    (report,) = measured
+    least = {
+        name: {key: min(run[key] for run in runs) for key in ("cpu_s", "anonymous_gb")}
+        for name, runs in report["samples"].items()
+    }
+    rows = []
+    for name, one in least.items():
+        times = one["cpu_s"] / least[PLAIN]["cpu_s"]
+        label = LABELS.get(name, f"`{name}`")
+        rows.append((label, [f"{one['cpu_s']:.1f}", f"{times:.2f}", f"{one['anonymous_gb']:.2f}"]))
+    rounds = min(map(len, report["samples"].values()))
+    note = (
+        f"Two random Llamas of {report['parameters'] / 1e6:.0f} million weights, Fishers in "
+        f"{report['recipe']['fisher_dtype']}, one thread; the minimum of {rounds} round{'s' if rounds > 1 else ''} in "
+        f"turns. All but `{PLAIN}` read a third model, the base; a share of the kept entries adds their masks."
+    )
+    columns = ["CPU s", f"times `{PLAIN}`", "anonymous GB"]
+    return [Table("**Options of the vote.** Whole commands", columns, rows, [note])]
 
 
 if __name__ == "__main__":
