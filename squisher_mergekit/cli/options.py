@@ -19,16 +19,59 @@ class OutputFile(click.Path):
     """Path of a file to write, by one process; with ``-``, standard output, other text goes to standard error."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path."""
+        """Return the path; refuse one that cannot be written, before any work."""
         from squisher_mergekit.tensors.atomic import is_standard_output, one_writer, text_on_standard_error
+        from squisher_mergekit.tensors.writable import check_file
 
         path = Path(str(super().convert(value, param, ctx)))
         if ctx is not None and not ctx.resilient_parsing:
+            check_file(path)
+            _refuse_twice(path, ctx)
             ctx.with_resource(text_on_standard_error() if is_standard_output(path) else one_writer(path))
         return path
 
 
+class OutputFolder(click.Path):
+    """Path of a folder to write.
+
+    Args:
+        file_ending: End of the names that stand for a file; empty if there are none.
+    """
+
+    def __init__(self, file_ending: str = "") -> None:
+        super().__init__(path_type=Path)
+        self.file_ending = file_ending
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path; refuse one that cannot be written, before any work."""
+        from squisher_mergekit.tensors.writable import check_file, check_folder
+
+        path = Path(str(super().convert(value, param, ctx)))
+        if ctx is not None and not ctx.resilient_parsing:
+            is_file = self.file_ending and path.suffix == self.file_ending and not path.is_dir()
+            (check_file if is_file else check_folder)(path)
+            _refuse_twice(path, ctx)
+        return path
+
+
+def _refuse_twice(path: Path, ctx: click.Context) -> None:
+    """Refuse an output that another option of the same command names as well."""
+    import os
+
+    from squisher_mergekit.errors import OutputError
+    from squisher_mergekit.tensors.atomic import is_standard_output, is_stream
+
+    if is_stream(path) and not is_standard_output(path):
+        return
+    outputs: set[str] = ctx.meta.setdefault(f"{__name__}.outputs", set())
+    place = os.path.realpath(path)
+    if place in outputs:
+        raise OutputError(f"each output must have a name of its own, but two are {path}; choose another for one")
+    outputs.add(place)
+
+
 FILE = OutputFile(path_type=Path)
+FOLDER = OutputFolder()
 COUNT = click.IntRange(min=1)
 
 
@@ -48,7 +91,7 @@ def choice_option(name: str, values: list[str], text: str, default: str | None =
     return click.option(name, type=click.Choice(values), default=default, show_default=True, help=text)
 
 
-def out_option(text: str = "Folder to create.", kind: click.Path = PATH) -> Callable[[Command], Command]:
+def out_option(text: str = "Folder to create.", kind: click.Path = FOLDER) -> Callable[[Command], Command]:
     """Return the option for the output."""
     return click.option("-o", "--out", type=kind, required=True, help=text)
 

@@ -269,7 +269,16 @@ def parse_yaml(text: str, required: str, loader_class: Any = None) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # PyYAML raises errors of Python for wrong values of known types
-        raise ConfigError(f"{required}, but {brief(error)}; correct it") from error
+        raise ConfigError(f"{required}, but {_yaml_reason(error)}; correct it") from error
+
+
+def _yaml_reason(error: Exception) -> str:
+    """Return the text of an error of PyYAML with its line alone; the excerpts of the document would be cut."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return brief(error)
+    reason = ", ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {reason:.200}"
 
 
 def _expanded(node: Any, known: dict[int, int]) -> int:

@@ -220,3 +220,16 @@ def test_two_narrow_dtypes_are_refused_in_one_line(causal, options, words, tmp_p
     assert done.exit_code == 1
     assert words in done.output
     assert done.output.count("\n") == 1
+
+
+def test_the_bar_of_a_short_estimate_does_not_appear(tmp_path, monkeypatch):
+    """It appears after two seconds, as in the other commands; the clock stands still here."""
+    model = MODELS["classification"]()
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    _write(tmp_path / "rows.jsonl")
+    monkeypatch.setattr("tqdm.std.time", lambda: 0.0)
+    given = [str(tmp_path / "model"), "--task", "classification", "--data", str(tmp_path / "rows.jsonl")]
+    found = CliRunner().invoke(command, [*given, "-o", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output
+    assert "Estimating" not in found.output

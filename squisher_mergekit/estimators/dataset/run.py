@@ -29,6 +29,7 @@ from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.tensors.input_files import exists
 from squisher_mergekit.tensors.sharded import OnRankZero
 
+_BAR_DELAY = 2  # seconds
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -125,7 +126,7 @@ def estimate_from(
     size, step = request.batch_size, state.num_processes
     bar = tqdm(
         desc="Estimating", unit="example", total=len(rows), initial=min(done * size, len(rows)),
-        disable=not (progress and state.is_main_process),
+        disable=not (progress and state.is_main_process), delay=_BAR_DELAY,
     )  # fmt: skip
     with bar, torch.autocast(state.device.type, torch.bfloat16, enabled=request.precision == "bf16"):
         for first in range(done, -(-len(rows) // size), step):
