@@ -12,7 +12,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Every command has these, not only the group: click keeps the help option of a command's first context.
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
-PATH = click.Path(path_type=Path)
 
 
 class OutputFile(click.Path):
@@ -72,6 +71,7 @@ def _refuse_twice(path: Path, ctx: click.Context) -> None:
 
 FILE = OutputFile(path_type=Path)
 FOLDER = OutputFolder()
+PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 
 

@@ -24,6 +24,7 @@ from squisher_mergekit.tensors.safetensors import (
     safetensors_files,
 )
 
+_INDEX = ".safetensors.index.json"
 LOG = logging.getLogger("squisher_mergekit")
 
 
@@ -50,6 +51,11 @@ def read_fisher(source: Path, verify: bool = True) -> Fisher:
             f"a Fisher must be a folder with {BASENAME}.safetensors and {CONFIG_NAME}, but {source} is a file of "
             "weights; name the checkpoint's folder if it has optimizer state, or make a Fisher by squisher extract or, "
             "from data, squisher estimate"
+        )
+    if source.is_file() and source.suffix == ".json" and source.name not in (CONFIG_NAME, f"{BASENAME}{_INDEX}"):
+        raise CorruptFileError(
+            f"a Fisher must be a folder with {BASENAME}.safetensors and {CONFIG_NAME}, but {source} is another JSON "
+            "file; name the folder of the Fisher, or of the checkpoint"
         )
     folder = settled(source) if source.is_dir() else source.parent
     single = source.is_file() and source.suffix == ".safetensors"

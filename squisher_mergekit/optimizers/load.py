@@ -30,7 +30,7 @@ LOG = logging.getLogger("squisher_mergekit")
 _BAR_DELAY = 2  # seconds
 _STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]
 # Files of a model: weights of any trainer, or a config.
-_MODEL_PATTERNS = ["*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt", "*.json", "*.distcp", "*.yaml"]
+_MODEL_FILES = ["*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt", "*.json", "*.distcp", "*.yaml"]
 
 
 def find_state(folder: Path) -> Path | None:
@@ -270,10 +270,10 @@ def _weights(given: str | Path | Weights | None, option: str) -> Weights | None:
             f"{option} must be a local folder with weights or their config.json, but there is no {path}"
         )
     folder = path if path.is_dir() else path.parent
-    if not any(any(folder.glob(pattern)) for pattern in _MODEL_PATTERNS):
+    if not any(path.match(each) if path.is_file() else any(folder.glob(each)) for each in _MODEL_FILES):
         raise NotFoundError(
-            f"{option} must be a folder with weights or their config.json, but {folder} has neither; give the folder "
-            "that save_pretrained wrote"
+            f"{option} must be a folder with weights or their config.json, but {path} is none; give the folder that "
+            "save_pretrained wrote"
         )
     return Weights(folder)
 

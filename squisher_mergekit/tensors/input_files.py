@@ -65,8 +65,9 @@ def brief(error: BaseException) -> str:
     if isinstance(error, TypeError | AttributeError | LookupError):  # their texts alone say little
         text = f"{type(error).__name__}: {error}"
     text = " ".join(text.split())
-    # torch puts its advice about weights_only before the reason.
-    return (text.partition("WeightsUnpickler error: ")[2] or text)[:200] or type(error).__name__
+    # torch puts its advice about weights_only before the reason, and a further one behind it.
+    reason = (text.partition("WeightsUnpickler error: ")[2] or text).partition(" Check the documentation of torch")[0]
+    return reason[:200] or type(error).__name__
 
 
 def open_input(file: Path) -> BinaryIO:

@@ -34,14 +34,17 @@ def _base(folder, **tensors):
 
 
 @pytest.mark.parametrize(
-    ("tensors", "found"),
-    [({"decoder__a": (5, 3)}, "has no such tensor"), ({"net__a": (7, 3)}, r"has \[7, 3\]")],
+    ("names", "tensors", "found"),
+    [
+        (["net.a", "net.b"], {"decoder__a": (5, 3)}, "has no such tensor"),
+        (["net.b", "net.a"], {"net__a": (7, 3)}, r"has \[7, 3\]"),
+    ],
     ids=["other names", "other shapes"],
 )
-def test_a_base_of_another_architecture_is_refused(tensors, found, tmp_path):
+def test_a_base_of_another_architecture_is_refused(names, tensors, found, tmp_path):
     """Neither other names nor other shapes are ignored, and the message shows one tensor of both."""
     with pytest.raises(MismatchError, match=rf"net\.a is \[5, 3\], and the base {found}"):
-        check_base(_fisher(["net.b", "net.a"]), _base(tmp_path, **tensors))
+        check_base(_fisher(names), _base(tmp_path, **tensors))
 
 
 @pytest.mark.parametrize(

@@ -335,8 +335,13 @@ def test_a_base_of_another_architecture_is_refused_where_none_is_needed(base, tm
 
 
 @pytest.mark.parametrize("option", ["model", "base"])
-def test_a_folder_without_a_model_is_refused(option, tmp_path):
-    """An empty folder is a mistake, not a model without weights."""
+@pytest.mark.parametrize("kind", ["empty folder", "text file"])
+def test_a_folder_without_a_model_is_refused(kind, option, tmp_path):
+    """An empty folder is a mistake, not a model without weights, and a text file does not stand for its folder."""
+    if kind == "text file":
+        shutil.copy(STATES / "trainer_llama_decay" / "config.json", tmp_path)
+        (tmp_path / "notes.txt").touch()
+        tmp_path /= "notes.txt"
     with pytest.raises(NotFoundError, match=f"--{option} must be a folder with weights or their config.json, but"):
         load_fisher(STATES / "trainer_llama_decay", **{option: tmp_path})
 
