@@ -30,7 +30,7 @@ class OutputFile(click.Path):
         return path
 
 
-class OutputFolder(click.Path):
+class OutputFolderPath(click.Path):
     """Path of a folder to write.
 
     Args:
@@ -70,7 +70,7 @@ def _refuse_twice(path: Path, ctx: click.Context) -> None:
 
 
 FILE = OutputFile(path_type=Path)
-FOLDER = OutputFolder()
+FOLDER = OutputFolderPath()
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 

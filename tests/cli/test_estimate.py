@@ -235,3 +235,4 @@ def test_the_bar_of_a_short_estimate_does_not_appear(tmp_path, monkeypatch):
     found = CliRunner().invoke(command, [*given, "-o", str(tmp_path / "out")])
     assert found.exit_code == 0, found.output
     assert "Estimating" not in found.output
+    assert "Loading weights" not in found.output

@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from squisher_mergekit.cli.main import main
-from squisher_mergekit.cli.options import OutputFile, OutputFolder
+from squisher_mergekit.cli.options import OutputFile, OutputFolderPath
 
 NAMES = {"out", "plot", "json_file", "report_file", "csv"}
 
@@ -28,7 +28,7 @@ OUTPUTS = [
 @pytest.mark.parametrize(("path", "option"), OUTPUTS, ids=[" ".join((*p, o.name)) for p, o in OUTPUTS])
 def test_every_output_is_checked_before_the_work(path, option, tmp_path):
     """A place below a file is refused by the option itself, before the command reads its inputs."""
-    assert isinstance(option.type, OutputFile | OutputFolder)
+    assert isinstance(option.type, OutputFile | OutputFolderPath)
     (tmp_path / "file").touch()
     inputs = [str(tmp_path / "file")] * 2 if path == ("merge",) else []
     given = [inputs[0], str(tmp_path / "file" / "out")] if option.name == "out" and inputs else inputs
