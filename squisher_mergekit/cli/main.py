@@ -9,7 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from squisher_mergekit import __version__
-from squisher_mergekit.cli.options import HELP_OPTIONS
+from squisher_mergekit.cli.options import ARGUMENTS, HELP_OPTIONS
 
 # Name of a command -> (module in this folder that defines it as `command`, line in the help of the group).
 VERBS = {
@@ -68,6 +68,7 @@ class LazyGroup(click.Group):
         Raises:
             UsageError: An argument or the value of an option is empty.
         """
+        ctx.meta[ARGUMENTS] = tuple(args)
         for place, argument in enumerate(args):
             if not argument or (argument.startswith("--") and argument.find("=") == len(argument) - 1):
                 before = f" after {args[place - 1]}" if not argument and place else f": {argument}" if argument else ""

@@ -49,12 +49,15 @@ class OutputFolderPath(click.Path):
         if ctx is not None and not ctx.resilient_parsing:
             is_file = self.file_ending and path.suffix == self.file_ending and not path.is_dir()
             (check_file if is_file else check_folder)(path)
-            _refuse_twice(path, ctx)
         return path
 
 
 def _refuse_twice(path: Path, ctx: click.Context) -> None:
-    """Refuse an output that another option of the same command names as well."""
+    """Refuse a file to write that another argument names as well, as an input or as an output.
+
+    Raises:
+        OutputError: The command line has the path twice.
+    """
     import os
 
     from squisher_mergekit.errors import OutputError
@@ -62,16 +65,17 @@ def _refuse_twice(path: Path, ctx: click.Context) -> None:
 
     if is_stream(path) and not is_standard_output(path):
         return
-    outputs: set[str] = ctx.meta.setdefault(f"{__name__}.outputs", set())
-    place = os.path.realpath(path)
-    if place in outputs:
-        raise OutputError(f"each output must have a name of its own, but two are {path}; choose another for one")
-    outputs.add(place)
+    words = [part for word in ctx.meta.get(ARGUMENTS, ()) for part in {word, word.partition("=")[2]} if part]
+    if [os.path.realpath(word) for word in words].count(os.path.realpath(path)) > 1:
+        raise OutputError(
+            f"each output must have a name of its own, but the command names {path} twice; choose another"
+        )
 
 
 FILE = OutputFile(path_type=Path)
 FOLDER = OutputFolderPath()
 PATH = click.Path(path_type=Path)
+ARGUMENTS = f"{__name__}.arguments"  # key of the words of the command line in the context
 COUNT = click.IntRange(min=1)
 
 

@@ -42,6 +42,16 @@ def test_every_output_is_checked_before_the_work(path, option, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_an_output_in_the_place_of_an_input(tmp_path):
+    """A report does not replace the configuration that it is about."""
+    (tmp_path / "merge.yml").write_text("models: []")
+    for option in ("--json", "--report"):
+        given = ["plan", str(tmp_path / "merge.yml"), option, str(tmp_path / "x" / ".." / "merge.yml")]
+        found = CliRunner().invoke(main, given)
+        assert "each output must have a name of its own" in found.output
+    assert (tmp_path / "merge.yml").read_text() == "models: []"
+
+
 def test_two_outputs_of_one_name(tmp_path):
     """The second would replace the first; a device may be given twice."""
     both = ["--json", str(tmp_path / "x"), "--plot", str(tmp_path / "x")]
