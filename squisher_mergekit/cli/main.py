@@ -9,7 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from squisher_mergekit import __version__
-from squisher_mergekit.cli.options import HELP_OPTIONS
+from squisher_mergekit.cli.options import ARGUMENTS, HELP_OPTIONS
 
 # Name of a command -> (module in this folder that defines it as `command`, line in the help of the group).
 VERBS = {
@@ -61,6 +61,21 @@ class LazyGroup(click.Group):
 
         with cleaned_up_at_signals(ENDINGS):
             return super().main(*args, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; an empty one, of a shell variable that is not set, would name the working directory.
+
+        Raises:
+            UsageError: An argument or the value of an option is empty.
+        """
+        ctx.meta[ARGUMENTS] = tuple(args)
+        for place, argument in enumerate(args):
+            if not argument or (argument.startswith("--") and argument.find("=") == len(argument) - 1):
+                before = f" after {args[place - 1]}" if not argument and place else f": {argument}" if argument else ""
+                raise click.UsageError(
+                    f"no argument may be empty, found one{before}; is a shell variable not set?", ctx
+                )
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; an error of the operating system about a path becomes one line.

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from squisher_mergekit.cli.options import (
+    FOLDER,
     HELP_OPTIONS,
     allow_missing_option,
     json_option,
@@ -33,7 +34,7 @@ from squisher_mergekit.tensors.input_files import read_text
 
 @click.command("merge", cls=help_class(), context_settings=HELP_OPTIONS)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=FOLDER)
 @strict_option
 @allow_missing_option
 @report_option

@@ -12,23 +12,70 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Every command has these, not only the group: click keeps the help option of a command's first context.
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
-PATH = click.Path(path_type=Path)
 
 
 class OutputFile(click.Path):
     """Path of a file to write, by one process; with ``-``, standard output, other text goes to standard error."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path."""
+        """Return the path; refuse one that cannot be written, before any work."""
         from squisher_mergekit.tensors.atomic import is_standard_output, one_writer, text_on_standard_error
+        from squisher_mergekit.tensors.writable import check_file
 
         path = Path(str(super().convert(value, param, ctx)))
         if ctx is not None and not ctx.resilient_parsing:
+            check_file(path)
+            _refuse_twice(path, ctx)
             ctx.with_resource(text_on_standard_error() if is_standard_output(path) else one_writer(path))
         return path
 
 
+class OutputFolderPath(click.Path):
+    """Path of a folder to write.
+
+    Args:
+        file_ending: End of the names that stand for a file; empty if there are none.
+    """
+
+    def __init__(self, file_ending: str = "") -> None:
+        super().__init__(path_type=Path)
+        self.file_ending = file_ending
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path; refuse one that cannot be written, before any work."""
+        from squisher_mergekit.tensors.writable import check_file, check_folder
+
+        path = Path(str(super().convert(value, param, ctx)))
+        if ctx is not None and not ctx.resilient_parsing:
+            is_file = self.file_ending and path.suffix == self.file_ending and not path.is_dir()
+            (check_file if is_file else check_folder)(path)
+        return path
+
+
+def _refuse_twice(path: Path, ctx: click.Context) -> None:
+    """Refuse a file to write that another argument names as well, as an input or as an output.
+
+    Raises:
+        OutputError: The command line has the path twice.
+    """
+    import os
+
+    from squisher_mergekit.errors import OutputError
+    from squisher_mergekit.tensors.atomic import is_standard_output, is_stream
+
+    if is_stream(path) and not is_standard_output(path):
+        return
+    words = [part for word in ctx.meta.get(ARGUMENTS, ()) for part in {word, word.partition("=")[2]} if part]
+    if [os.path.realpath(word) for word in words].count(os.path.realpath(path)) > 1:
+        raise OutputError(
+            f"each output must have a name of its own, but the command names {path} twice; choose another"
+        )
+
+
 FILE = OutputFile(path_type=Path)
+FOLDER = OutputFolderPath()
+PATH = click.Path(path_type=Path)
+ARGUMENTS = f"{__name__}.arguments"  # key of the words of the command line in the context
 COUNT = click.IntRange(min=1)
 
 
@@ -48,7 +95,7 @@ def choice_option(name: str, values: list[str], text: str, default: str | None =
     return click.option(name, type=click.Choice(values), default=default, show_default=True, help=text)
 
 
-def out_option(text: str = "Folder to create.", kind: click.Path = PATH) -> Callable[[Command], Command]:
+def out_option(text: str = "Folder to create.", kind: click.Path = FOLDER) -> Callable[[Command], Command]:
     """Return the option for the output."""
     return click.option("-o", "--out", type=kind, required=True, help=text)
 

@@ -11,6 +11,7 @@ import click
 from squisher_mergekit.cli.options import (
     HELP_OPTIONS,
     PATH,
+    OutputFolderPath,
     choice_option,
     combined,
     models_option,
@@ -80,7 +81,7 @@ _distance_options = combined(
 
 @command.command("embed")
 @click.argument("fishers", metavar="FISHER...", nargs=-1, required=True)
-@out_option("Folder for NAME.safetensors, or a .safetensors file.")
+@out_option("Folder for NAME.safetensors, or a .safetensors file.", OutputFolderPath(".safetensors"))
 @choice_option(
     "--per",
     ["row", "tensor", "entry"],

@@ -60,6 +60,17 @@ def is_bare(file: Path) -> bool:
     return file.suffix == ".safetensors" and not _OTHERS.fullmatch(_basename(file))
 
 
+def is_weights(file: Path) -> bool:
+    """Return True for a file, a shard or an index with a name of weights.
+
+    Example:
+        >>> is_weights(Path("runs/math/model.safetensors")), is_weights(Path("fishers/math/fisher.safetensors"))
+        (True, False)
+    """
+    named = file.name.endswith((".safetensors", ".safetensors.index.json"))
+    return named and bool(_OTHERS.fullmatch(_basename(file))) and _basename(file) not in (BASENAME, "optim")
+
+
 def find_bare(folder: Path, usual: bool = False) -> list[Path]:
     """Return the files of second moments in a folder, ``exp_avg_sq.safetensors`` or its shards; empty if it has none.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError, UnsupportedStateError, ValuesError
 from squisher_mergekit.fisher import compact
-from squisher_mergekit.fisher.bare import is_bare, read_bare
+from squisher_mergekit.fisher.bare import is_bare, is_weights, read_bare
 from squisher_mergekit.fisher.config import CONFIG_NAME, FisherConfig
 from squisher_mergekit.fisher.encoded import EncodedStore
 from squisher_mergekit.fisher.factors.mapping import read_factors, split_store
@@ -24,6 +24,7 @@ from squisher_mergekit.tensors.safetensors import (
     safetensors_files,
 )
 
+_INDEX = ".safetensors.index.json"
 LOG = logging.getLogger("squisher_mergekit")
 
 
@@ -45,6 +46,17 @@ def read_fisher(source: Path, verify: bool = True) -> Fisher:
         ConfigError: A value in the metadata does not fit, or this version does not know an encoding.
         ValuesError: The metadata say that all entries of an accumulator are 0.
     """
+    if not source.is_dir() and is_weights(source):
+        raise NotFoundError(
+            f"a Fisher must be a folder with {BASENAME}.safetensors and {CONFIG_NAME}, but {source} is a file of "
+            "weights; name the checkpoint's folder if it has optimizer state, or make a Fisher by squisher extract or, "
+            "from data, squisher estimate"
+        )
+    if source.is_file() and source.suffix == ".json" and source.name not in (CONFIG_NAME, f"{BASENAME}{_INDEX}"):
+        raise CorruptFileError(
+            f"a Fisher must be a folder with {BASENAME}.safetensors and {CONFIG_NAME}, but {source} is another JSON "
+            "file; name the folder of the Fisher, or of the checkpoint"
+        )
     folder = settled(source) if source.is_dir() else source.parent
     single = source.is_file() and source.suffix == ".safetensors"
     files = [source] if single else safetensors_files(folder, BASENAME)

@@ -10,6 +10,8 @@ from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors.safetensors import check_shape
 
+_Tensor = tuple[str, tuple[int, ...]]  # name and shape
+
 
 def check_headers(fisher: Fisher, weights: Weights) -> None:
     """Check the names and shapes of a Fisher against the headers of weights.
@@ -28,6 +30,48 @@ def check_headers(fisher: Fisher, weights: Weights) -> None:
                 f"{weights.folder}; give the model that was trained"
             )
         check_shape(name, fisher.info(name).shape, weights.infos[name].shape, fisher.location)
+
+
+def check_base(fisher: Fisher, base: Weights) -> None:
+    """Check from headers that a base is a model of the Fisher's architecture.
+
+    One common tensor suffices: a head may be new, a vocabulary larger, and a bare model saves names without the prefix
+    that a model with a head adds.
+
+    Args:
+        fisher: The Fisher.
+        base: The model before training, or a folder with its ``config.json``; one with neither checks nothing.
+
+    Raises:
+        MismatchError: No tensor of the Fisher has name and shape of one in the base.
+    """
+    shapes: dict[str, tuple[int, ...]] = {name: info.shape for name, info in base.infos.items()}
+    if not shapes and base.outline is not None:
+        shapes = dict(base.outline[1].shapes)
+    if not shapes or not fisher:
+        return
+    found = [(name, fisher.info(name).shape) for name in fisher]
+    if _share(shapes.items(), found) or _share(_bare(shapes.items()), found) or _share(shapes.items(), _bare(found)):
+        return
+    name, shape = next(((name, shape) for name, shape in found if name in shapes), found[0])
+    # A Fisher of a new head alone lists frozen tensors that the base knows.
+    if name not in shapes and not shapes.keys().isdisjoint(fisher.config.coverage.without):
+        return
+    theirs = f"has {list(shapes[name])}" if name in shapes else "has no such tensor"
+    raise MismatchError(
+        f"the base must be the model before training, but no tensor of {fisher.location} is in {base.folder} with its "
+        f"shape: {name} is {list(shape)}, and the base {theirs}; give the model that the training began with, or leave "
+        "the base out"
+    )
+
+
+def _share(some: Iterable[_Tensor], others: Iterable[_Tensor]) -> bool:
+    return not set(some).isdisjoint(others)
+
+
+def _bare(tensors: Iterable[_Tensor]) -> Iterable[_Tensor]:
+    """Yield tensors under their names without the first part."""
+    return ((name.partition(".")[2], shape) for name, shape in tensors)
 
 
 def check_fits(fisher: Fisher, weights: Weights, names: Iterable[str]) -> str | None:

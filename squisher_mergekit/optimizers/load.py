@@ -11,7 +11,7 @@ from squisher_mergekit.fisher import hub
 from squisher_mergekit.fisher.bare import find_bare, read_bare
 from squisher_mergekit.fisher.config import FisherConfig, OptimizerInfo
 from squisher_mergekit.fisher.files import read_fisher
-from squisher_mergekit.fisher.fits import check_headers
+from squisher_mergekit.fisher.fits import check_base, check_headers
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import check_free, has_fisher, to_dtype, write_fisher
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
@@ -29,6 +29,8 @@ from squisher_mergekit.tensors.input_files import exists
 LOG = logging.getLogger("squisher_mergekit")
 _BAR_DELAY = 2  # seconds
 _STATE_PATTERNS = ["optimizer.pt", "optimizer.bin", "trainer_state.json", "config.json", "adapter_config.json"]
+# Files of a model: weights of any trainer, or a config.
+_MODEL_FILES = ["*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt", "*.json", "*.distcp", "*.yaml"]
 
 
 def find_state(folder: Path) -> Path | None:
@@ -101,7 +103,10 @@ def load_fisher(
     if path.is_dir():
         path = _checkpoint_in(path, tuned)
     if not lift:
-        return _opened(path, tuned, before, names, verify)
+        fisher = _opened(path, tuned, before, names, verify)
+        if before is not None and fisher.config.parameters != "adapter":
+            check_base(fisher, before)
+        return fisher
     adapter = _adapter_of(path, tuned)
     if before is None:
         raise NotFoundError(
@@ -121,6 +126,11 @@ def _opened(
     """Open the Fisher of a local file or folder."""
     fisher = _portable(path, verify)
     if fisher is not None:
+        if names is not None:
+            raise ConfigError(
+                f"--names is for optimizer states that number their parameters, but {path} has the names already; "
+                "leave it out"
+            )
         if tuned is not None:
             adapter = fisher.config.parameters == "adapter"
             check_headers(fisher, Weights(tuned.folder, "adapter_model") if adapter else tuned)
@@ -250,7 +260,7 @@ def _weights(given: str | Path | Weights | None, option: str) -> Weights | None:
     """Return the weights in the folder that an option names, or in the folder of the file it names.
 
     Raises:
-        NotFoundError: The folder or file does not exist.
+        NotFoundError: The folder or file does not exist, or the folder has no file of a model.
     """
     if given is None or isinstance(given, Weights):
         return given
@@ -259,7 +269,13 @@ def _weights(given: str | Path | Weights | None, option: str) -> Weights | None:
         raise NotFoundError(
             f"{option} must be a local folder with weights or their config.json, but there is no {path}"
         )
-    return Weights(path if path.is_dir() else path.parent)
+    folder = path if path.is_dir() else path.parent
+    if not any(path.match(each) if path.is_file() else any(folder.glob(each)) for each in _MODEL_FILES):
+        raise NotFoundError(
+            f"{option} must be a folder with weights or their config.json, but {path} is none; give the folder that "
+            "save_pretrained wrote"
+        )
+    return Weights(folder)
 
 
 def find_source(weights: Weights) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -20,6 +21,7 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError, RefusedError
 from squisher_mergekit.recipes.grid import label
 from squisher_mergekit.tensors.atomic import claimed_folder, write_json, write_whole
 from squisher_mergekit.tensors.input_files import brief, read_text
+from squisher_mergekit.tensors.temporary import cleaned_up
 
 BEST, MODELS, TABLE, STATE = "best", "models", "sweep.csv", "sweep.json"
 _WORK = ".merging"  # a killed sweep leaves it behind
@@ -107,15 +109,19 @@ class Sweep:
             RefusedError: A merge or the command fails; the finished points are kept.
             OutputError: Another process runs a sweep in the folder.
         """
-        work = self.folder / _WORK
+        work, is_new = self.folder / _WORK, not self.folder.exists()
+
+        def clean_up() -> None:
+            shutil.rmtree(work, ignore_errors=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # it has finished points
+                    self.folder.rmdir()
+
         work.mkdir(parents=True, exist_ok=True)
-        with claimed_folder(work):
-            try:
-                for point in progress(self.points):
-                    if label(point) not in self.scores:
-                        self._finish(point, merge, score, work)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        with claimed_folder(work), cleaned_up(clean_up):
+            for point in progress(self.points):
+                if label(point) not in self.scores:
+                    self._finish(point, merge, score, work)
 
     def _finish(self, point: Mapping[str, Any], merge: Merge, score: Score, work: Path) -> None:
         """Merge and score one point, and keep its score, and its model if it is the best or all are kept."""

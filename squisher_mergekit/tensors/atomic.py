@@ -123,7 +123,7 @@ def written_file(file: Path, new: bool = False) -> Iterator[Path]:
             (since :func:`one_writer` began, if the call is inside such a block).
     """
     with output_errors(file, "file"):
-        if _is_stream(file):
+        if is_stream(file):
             with temporary_folder(Path(tempfile.gettempdir()), "output") as scratch:
                 yield scratch / "output"
                 with (scratch / "output").open("rb") as source, _stream(file) as stream:
@@ -255,7 +255,7 @@ def is_standard_output(file: Path) -> bool:
     return str(file) in (STANDARD_OUTPUT, "/dev/stdout")
 
 
-def _is_stream(file: Path) -> bool:
+def is_stream(file: Path) -> bool:
     """Return True for standard output, a device, a pipe, or an open file under its number."""
     if str(file) == STANDARD_OUTPUT:
         return True

@@ -65,8 +65,9 @@ def brief(error: BaseException) -> str:
     if isinstance(error, TypeError | AttributeError | LookupError):  # their texts alone say little
         text = f"{type(error).__name__}: {error}"
     text = " ".join(text.split())
-    # torch puts its advice about weights_only before the reason.
-    return (text.partition("WeightsUnpickler error: ")[2] or text)[:200] or type(error).__name__
+    # torch puts its advice about weights_only before the reason, and a further one behind it.
+    reason = (text.partition("WeightsUnpickler error: ")[2] or text).partition(" Check the documentation of torch")[0]
+    return reason[:200] or type(error).__name__
 
 
 def open_input(file: Path) -> BinaryIO:
@@ -269,7 +270,16 @@ def parse_yaml(text: str, required: str, loader_class: Any = None) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # PyYAML raises errors of Python for wrong values of known types
-        raise ConfigError(f"{required}, but {brief(error)}; correct it") from error
+        raise ConfigError(f"{required}, but {_yaml_reason(error)}; correct it") from error
+
+
+def _yaml_reason(error: Exception) -> str:
+    """Return the text of an error of PyYAML with its line alone; the excerpts of the document would be cut."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return brief(error)
+    reason = ", ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {reason:.200}"
 
 
 def _expanded(node: Any, known: dict[int, int]) -> int:

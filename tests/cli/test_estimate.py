@@ -1,6 +1,7 @@
 """``squisher estimate`` on saved models and files of rows."""
 
 import csv
+import itertools
 import json
 import re
 from typing import get_args
@@ -138,8 +139,9 @@ def test_exact_labels_of_tokens_are_refused(tmp_path):
     assert (done.exit_code, "take labels sampled" in done.output) == (1, True)
 
 
-def test_a_bar_tells_the_rate_and_the_time_left(saved, tmp_path):
-    """The progress bar shows the examples done and in total, the times and the rate."""
+def test_a_bar_tells_the_rate_and_the_time_left(saved, tmp_path, monkeypatch):
+    """The progress bar shows the examples done and in total, the times and the rate; its clock runs fast here."""
+    monkeypatch.setattr("tqdm.std.time", itertools.count(0.0, 3.0).__next__)
     task, _, folder = saved
     data = _write(tmp_path / "rows.jsonl")
     arguments = ["estimate", folder, "--task", task, "--data", data, "--batch-size", "2", "-o", tmp_path / "out"]
@@ -220,3 +222,17 @@ def test_two_narrow_dtypes_are_refused_in_one_line(causal, options, words, tmp_p
     assert done.exit_code == 1
     assert words in done.output
     assert done.output.count("\n") == 1
+
+
+def test_the_bar_of_a_short_estimate_does_not_appear(tmp_path, monkeypatch):
+    """It appears after two seconds, as in the other commands; the clock stands still here."""
+    model = MODELS["classification"]()
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    _write(tmp_path / "rows.jsonl")
+    monkeypatch.setattr("tqdm.std.time", lambda: 0.0)
+    given = [str(tmp_path / "model"), "--task", "classification", "--data", str(tmp_path / "rows.jsonl")]
+    found = CliRunner().invoke(command, [*given, "-o", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output
+    assert "Estimating" not in found.output
+    assert "Loading weights" not in found.output

@@ -117,6 +117,16 @@ def test_version():
     assert CliRunner().invoke(main, ["--version"]).output == f"squisher, version {__version__}\n"
 
 
+@pytest.mark.parametrize("given", ["inspect|", "extract|run|-o|", "extract|run|--out=", "inspect|run|--json|"])
+def test_an_empty_argument_is_a_usage_error(given, tmp_path, monkeypatch):
+    """A shell variable that is not set does not stand for the working directory."""
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(main, given.split("|"))
+    assert found.exit_code == 2
+    assert "no argument may be empty, found one" in found.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_verb_is_a_usage_error():
     """An unknown command exits with 2 and its name."""
     done = subprocess.run([PROGRAM, "extrat"], capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
 """``squisher merge`` as a command: the report of a structure, its picture."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -76,3 +77,24 @@ def test_a_page_of_the_plan(tmp_path):
     result = CliRunner().invoke(main, ["plan", str(tmp_path / "merge.yml"), "--report", str(tmp_path / "plan.html")])
     assert result.exit_code == 0, result.output
     assert "structure: rows couples 22 tensors" in (tmp_path / "plan.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [(False, "m0 has no tokenizer, so the merged model has none"), (True, "the tokenizer of .*m0 cannot be copied")],
+)
+def test_a_model_without_a_tokenizer(tmp_path, caplog, broken, said):
+    """The merge goes on with one line, where mergekit logs a traceback."""
+    base_and_models(tmp_path, 3)
+    if broken:
+        (tmp_path / "m0" / "tokenizer_config.json").write_text("{")
+    models = [{"model": str(tmp_path / f"m{i}")} for i in (1, 2)]
+    config = {"merge_method": "squisher", "base_model": str(tmp_path / "m0"), "models": models}
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    result = CliRunner().invoke(main, ["merge", str(tmp_path / "merge.yml"), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    records = [record for record in caplog.records if "tokenizer" in record.getMessage()]
+    assert len(records) == 1
+    assert re.search(said, records[0].getMessage())
+    assert not any(record.exc_info for record in caplog.records)
+    assert not list((tmp_path / "out").glob("tokenizer*"))

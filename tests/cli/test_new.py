@@ -27,3 +27,19 @@ def test_a_refusal_is_one_line(tmp_path):
     done = CliRunner().invoke(main, ["new", str(tmp_path / "m0"), str(tmp_path / "m1")])
     assert (done.exit_code, done.stdout) == (1, "")
     assert "no Fisher for" in done.stderr
+
+
+def test_an_edited_file_stays(tmp_path):
+    """The draft replaces no other content, unless asked to; the same draft is no other content."""
+    base_and_models(tmp_path, 3)
+    file = tmp_path / "merge.yml"
+    given = ["new", *(str(tmp_path / f"m{i}") for i in (1, 2)), "-o", str(file)]
+    assert [CliRunner().invoke(main, given).exit_code for _ in range(2)] == [0, 0]
+    draft = file.read_text()
+    file.write_text(draft.replace("weight: 1.0", "weight: 2.0"))
+    refused = CliRunner().invoke(main, given)
+    assert refused.exit_code == 1
+    assert "merge.yml has other content; choose another file, or give --overwrite" in refused.stderr
+    assert "weight: 2.0" in file.read_text()
+    assert CliRunner().invoke(main, [*given, "--overwrite"]).exit_code == 0
+    assert file.read_text() == draft

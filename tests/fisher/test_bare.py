@@ -102,9 +102,30 @@ def test_weights_are_no_second_moments(tmp_path):
         load_fisher(tmp_path / "exp_avg_sq.safetensors")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00001.safetensors", "fisher.safetensors"])
-def test_a_file_of_another_name_needs_its_metadata(name, tmp_path):
-    """Weights, and a portable Fisher that lost its metadata, are not read as second moments."""
+@pytest.mark.parametrize("beside", ["nothing", "a Fisher"])
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors"])
+def test_weights_are_no_fisher(name, beside, tmp_path):
+    """A file of weights is refused by its name, also beside a Fisher, whose metadata are not those of the weights."""
+    save_file(_moments(), tmp_path / name)
+    if beside == "a Fisher":
+        save_file(_moments(), tmp_path / "moments.safetensors")
+        extract(tmp_path / "moments.safetensors", tmp_path / "fisher")
+        for file in (tmp_path / "fisher").iterdir():
+            file.rename(tmp_path / file.name)
+    with pytest.raises(NotFoundError, match=rf"{name} is a file of weights; .* or make a Fisher by squisher extract"):
+        load_fisher(tmp_path / name)
+
+
+def test_the_index_of_weights_is_no_fisher(tmp_path):
+    """Nor is the index of its shards."""
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(NotFoundError, match=r"model\.safetensors\.index\.json is a file of weights"):
+        load_fisher(tmp_path / "model.safetensors.index.json")
+
+
+def test_a_portable_fisher_needs_its_metadata(tmp_path):
+    """A portable Fisher that lost its metadata is not read as second moments."""
+    name = "fisher.safetensors"
     save_file(_moments(), tmp_path / name)
     with pytest.raises(NotFoundError, match=r"fisher_config\.json must be in the folder"):
         load_fisher(tmp_path / name)

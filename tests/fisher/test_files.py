@@ -254,3 +254,13 @@ def test_a_fisher_in_float8_is_refused(tmp_path, dtype):
     (tmp_path / "fisher_config.json").write_text(FisherConfig(statistic="mean").to_json())
     with pytest.raises(UnsupportedStateError, match=r"w in .* is float8"):
         read_fisher(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "trainer_state.json"])
+def test_another_json_file_is_no_fisher(name, tmp_path):
+    """It does not stand for the Fisher beside it, as the files of the Fisher do."""
+    write_fisher(_fisher(), tmp_path / "out")
+    (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(CorruptFileError, match=rf"a Fisher must be a folder .* but .*{name} is another JSON file"):
+        read_fisher(tmp_path / "out" / name)
+    _assert_same(read_fisher(tmp_path / "out" / "fisher_config.json"), _tensors())

@@ -321,3 +321,33 @@ def test_each_header_is_parsed_once(name, base, tmp_path, monkeypatch):
         parsed.clear()
         load_fisher(folder, model=model, base=None if base is None else folder / base)
         assert parsed == Counter(files)
+
+
+@pytest.mark.parametrize("base", ["trainer_bert_cls", "config alone"])
+def test_a_base_of_another_architecture_is_refused_where_none_is_needed(base, tmp_path):
+    """A base that the names do not need is compared all the same, by its weights or by its config."""
+    folder = STATES / "trainer_bert_cls"
+    if base == "config alone":
+        shutil.copy(folder / "config.json", tmp_path)
+        folder = tmp_path
+    with pytest.raises(MismatchError, match="the base must be the model before training, but no tensor of"):
+        load_fisher(STATES / "trainer_llama_decay", base=folder)
+
+
+@pytest.mark.parametrize("option", ["model", "base"])
+@pytest.mark.parametrize("kind", ["empty folder", "text file"])
+def test_a_folder_without_a_model_is_refused(kind, option, tmp_path):
+    """An empty folder is a mistake, not a model without weights, and a text file does not stand for its folder."""
+    if kind == "text file":
+        shutil.copy(STATES / "trainer_llama_decay" / "config.json", tmp_path)
+        (tmp_path / "notes.txt").touch()
+        tmp_path /= "notes.txt"
+    with pytest.raises(NotFoundError, match=f"--{option} must be a folder with weights or their config.json, but"):
+        load_fisher(STATES / "trainer_llama_decay", **{option: tmp_path})
+
+
+def test_names_for_a_fisher_with_names_are_refused(tmp_path):
+    """A portable Fisher would ignore them."""
+    extract(STATES / "trainer_llama_decay", tmp_path / "fisher")
+    with pytest.raises(ConfigError, match="--names is for optimizer states that number their parameters, but"):
+        load_fisher(tmp_path / "fisher", names=["a"])

@@ -1,6 +1,8 @@
 """Sweeps: what is kept, how they resume, and how a command gives a score."""
 
 import json
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -178,3 +180,21 @@ def test_the_state_is_plain_json(tmp_path):
     Sweep(tmp_path / "out", POINTS, "x").run(_merge, _scores(1.0, 3.0, 2.0))
     state = json.loads((tmp_path / "out" / module.STATE).read_text())
     assert state == {"identity": "x", "best": "a=2", "scores": {"a=1": 1.0, "a=2": 3.0, "a=3": 2.0}}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_a_signal_ends_leaves_nothing(tmp_path, number):
+    """Neither a part of a model remains, nor the folder, if no point was finished."""
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from squisher_mergekit.recipes.sweep import Sweep\n"
+        "from squisher_mergekit.tensors.temporary import ENDINGS, cleaned_up_at_signals\n"
+        "def merge(point, folder):\n"
+        "    folder.mkdir()\n"
+        "    os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "with cleaned_up_at_signals(ENDINGS):\n"
+        "    Sweep(Path(sys.argv[1]) / 'out', [{'a': 1}], 'identity').run(merge, lambda model: 1.0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(int(number))], check=False)
+    assert done.returncode == -number
+    assert not list(tmp_path.iterdir())

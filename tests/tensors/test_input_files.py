@@ -85,3 +85,20 @@ def test_every_error_inside_the_block_becomes_ours(error):
     """No list of exception classes can be complete."""
     with pytest.raises(CorruptFileError, match=r"f must be whole, but .*; copy it again"), reading("f", "whole"):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "a: [1\nb: }",
+            r"line 2, column 2: while parsing a flow sequence, expected ',' or '\]', but got ':'; correct",
+        ),
+        ("a: 1\n---\nb: 2", "line 2, column 1: expected a single document in the stream, but found another document"),
+        ("? [a]\n: 1", "line 1, column 3: while constructing a mapping, found unhashable key"),
+    ],
+)
+def test_the_line_of_broken_yaml_is_named(text, said):
+    """The message has line and reason, without PyYAML's excerpt of the text."""
+    with pytest.raises(ConfigError, match=f"^x must be YAML, but {said}"):
+        parse_yaml(text, "x must be YAML")

@@ -30,6 +30,8 @@ _AUTO_CLASSES: dict[DataTask, str] = {
     "regression": "AutoModelForSequenceClassification",
 }
 
+BAR_DELAY = 2  # seconds
+
 
 def load_model(model: str, task: DataTask, progress: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """Return a model on the CPU, and its tokenizer; only the adapter of a LoRA is trainable, and stays in float32.
@@ -51,6 +53,8 @@ def load_model(model: str, task: DataTask, progress: bool, dtype: torch.dtype = 
     bars.set_verbosity_error()  # its table of new weights has many lines, of which the error needs one
     if not progress:
         bars.disable_progress_bar()
+    hooked = getattr(bars, "set_tqdm_hook", lambda hook: None)  # transformers before 5 has none
+    previous = hooked(lambda bar, given, options: bar(*given, **{"delay": BAR_DELAY, **options}))
     try:
         base = _base_of(model)
         for folder in filter(None, (model, base)):
@@ -75,6 +79,7 @@ def load_model(model: str, task: DataTask, progress: bool, dtype: torch.dtype = 
             f"{_reason(error)}; check its name and --task"
         ) from error
     finally:
+        hooked(previous)
         bars.enable_progress_bar()
         bars.set_verbosity(verbosity)
     if getattr(loaded.config, "pad_token_id", None) is None:

@@ -15,7 +15,7 @@ from torch import nn
 from squisher_mergekit.errors import ConfigError
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.dataset.batches import BatchMaker
-from squisher_mergekit.estimators.dataset.load_model import MODEL_DTYPES, ModelDtype, load_model, shard
+from squisher_mergekit.estimators.dataset.load_model import BAR_DELAY, MODEL_DTYPES, ModelDtype, load_model, shard
 from squisher_mergekit.estimators.dataset.resume import EstimateCheckpoint
 from squisher_mergekit.estimators.dataset.rows import columns_of, read_rows
 from squisher_mergekit.estimators.output_gradients import Labels
@@ -125,7 +125,7 @@ def estimate_from(
     size, step = request.batch_size, state.num_processes
     bar = tqdm(
         desc="Estimating", unit="example", total=len(rows), initial=min(done * size, len(rows)),
-        disable=not (progress and state.is_main_process),
+        disable=not (progress and state.is_main_process), delay=BAR_DELAY,
     )  # fmt: skip
     with bar, torch.autocast(state.device.type, torch.bfloat16, enabled=request.precision == "bf16"):
         for first in range(done, -(-len(rows) // size), step):

@@ -4,6 +4,7 @@ mergekit is imported inside the functions: it takes seconds, and ``squisher --he
 """
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from squisher_mergekit.errors import ConfigError, NotFoundError, SquisherError
 from squisher_mergekit.merging.mergekit.supported import need
 from squisher_mergekit.merging.parameters import METHODS
 from squisher_mergekit.tensors.input_files import brief, exists
+
+LOG = logging.getLogger("squisher_mergekit")
 
 if TYPE_CHECKING:
     import click
@@ -312,3 +315,29 @@ def without_hub(generate_card: Callable[..., str]) -> Callable[..., str]:
             return bare_card(name or "", config.merge_method, config_yaml)
 
     return card
+
+
+def with_tokenizer_warning(copy_tokenizer: Callable[..., None]) -> Callable[..., None]:
+    """Return mergekit's function that copies the tokenizer, with one line in place of a traceback where there is none.
+
+    Args:
+        copy_tokenizer: mergekit's function, which raises any error of transformers.
+    """
+
+    @functools.wraps(copy_tokenizer)
+    def copy(merge_config: Any, out_path: str, options: Any) -> None:
+        if merge_config.merge_method not in METHODS:
+            copy_tokenizer(merge_config, out_path, options=options)
+            return
+        from squisher_mergekit.merging.mergekit.model_folders import lacks_tokenizer
+
+        donor = merge_config.base_model or merge_config.referenced_models()[0]
+        if lacks_tokenizer(donor):
+            LOG.warning("%s has no tokenizer, so the merged model has none; copy one into its folder", donor)
+            return
+        try:
+            copy_tokenizer(merge_config, out_path, options=options)
+        except Exception as error:  # transformers raises nearly anything for a tokenizer that it cannot load
+            LOG.warning("the tokenizer of %s cannot be copied, so the merged model has none: %s", donor, brief(error))
+
+    return copy

@@ -245,8 +245,10 @@ def _extend_merge(module: ModuleType) -> None:
         with mergekit_errors(bound["merge_config"]):
             return run_merge(**bound)
 
-    from squisher_mergekit.merging.mergekit.commands import without_hub
+    from squisher_mergekit.merging.mergekit.commands import with_tokenizer_warning, without_hub
 
+    copy_tokenizer = need(module, "_copy_tokenizer", "merge_config", "out_path", "options")
+    module._copy_tokenizer = with_tokenizer_warning(copy_tokenizer)  # type: ignore[attr-defined]
     module.run_merge = run_with_models  # type: ignore[attr-defined]
     module.generate_card = without_hub(need(module, "generate_card", "config", "config_yaml", "name"))  # type: ignore[attr-defined]
 

@@ -174,12 +174,17 @@ def _check_tokenizers(config: Any) -> None:
             raise ConfigError(f"{key} must be union, base or a model, found {path!r}{hint}")
         check_path(path, key, "union, base, a model's folder or a Hub id")
     for model in config.referenced_models():
-        folder = Path(model.model.path)
-        if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
+        if lacks_tokenizer(model):
             raise NotFoundError(
-                f"{key} needs the tokenizer of every model, but {folder} has none; copy tokenizer.json and "
+                f"{key} needs the tokenizer of every model, but {model.model.path} has none; copy tokenizer.json and "
                 f"tokenizer_config.json there, or remove {key.split('.')[0]}:"
             )
+
+
+def lacks_tokenizer(model: Any) -> bool:
+    """Return True for a reference to a local model whose folder has no file of a tokenizer."""
+    folder = Path(model.model.path)
+    return folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES)
 
 
 def _check_range(source: Any, place: str) -> None:
