@@ -29,7 +29,7 @@ from scripts.benchmarks.fisher_gpu_kernels import measure_kernels
 from scripts.benchmarks.fisher_models import Batch, build, convert, labels_of, task_of, terms
 from scripts.benchmarks.gpu_timing import Budget, environment, median_ms, milliseconds, peak_gb, relative_l2
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
-from squisher_mergekit.tensors.streams import SecondStream
+from squisher_mergekit.tensors.devices.streams import SecondStream
 
 SECONDS = 150.0
 GOALS = {"large bfloat16": 1.4, "checked": 2.0, "bert": 1.5, "llama": 1.5}  # as ratios to a plain pass

@@ -21,7 +21,7 @@ from scripts.benchmarks.merge import MODELS, merge_config, output_folder, prepar
 from scripts.benchmarks.merge import parse as parse_merge
 from scripts.benchmarks.process import work_folder
 from scripts.benchmarks.report import write_report
-from squisher_mergekit.tensors import transfer
+from squisher_mergekit.tensors.devices import transfer
 
 WAYS = ("linear", "squisher", "squisher pageable", "ubgm_squisher")
 LOG8 = ("squisher log8", "squisher log8 pageable")

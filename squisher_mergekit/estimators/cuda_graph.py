@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from squisher_mergekit.estimators.tasks import Batch
+from squisher_mergekit.tensors.devices.streams import SecondStream
 from squisher_mergekit.tensors.sharded import is_sharded
-from squisher_mergekit.tensors.streams import SecondStream
 
 LOG = logging.getLogger("squisher_mergekit")
 Count = Tensor | int

@@ -11,9 +11,9 @@ import torch
 from squisher_mergekit.errors import CorruptFileError
 from squisher_mergekit.fisher import compact
 from squisher_mergekit.fisher.values import DiagonalFisher, check_values
+from squisher_mergekit.tensors.devices.transfer import moved
 from squisher_mergekit.tensors.read_ahead import FileRange
 from squisher_mergekit.tensors.safetensors import TensorInfo, TensorStore, file_ranges, info_of
-from squisher_mergekit.tensors.transfer import moved
 
 _CURE = "copy the file again, or extract the Fisher anew"
 

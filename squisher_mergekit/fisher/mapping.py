@@ -14,9 +14,9 @@ from squisher_mergekit.fisher.encoded import EncodedStore, RankOneStore
 from squisher_mergekit.fisher.factors.mapping import Factors, no_factors
 from squisher_mergekit.fisher.values import Moments
 from squisher_mergekit.fisher.write import to_dtype, write_fisher
+from squisher_mergekit.tensors.devices.transfer import moved
 from squisher_mergekit.tensors.read_ahead import FileRange
 from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore, file_ranges
-from squisher_mergekit.tensors.transfer import moved
 
 
 class Fisher(Mapping[str, torch.Tensor]):

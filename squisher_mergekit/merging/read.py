@@ -13,9 +13,9 @@ from squisher_mergekit.fisher.factors.mapping import SIDES, Side
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.coupling.recorded import read_side
 from squisher_mergekit.merging.density import Rows
+from squisher_mergekit.tensors.devices.transfer import moved
 from squisher_mergekit.tensors.safetensors import MemoryStore
 from squisher_mergekit.tensors.topk import Cut
-from squisher_mergekit.tensors.transfer import moved
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from squisher_mergekit.estimators import accumulator as accumulator_module
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
 from squisher_mergekit.estimators.cuda_graph import BatchGraphs, Timing, graphs_for, shape_of, tensors_of, with_tensors
 from squisher_mergekit.estimators.estimate import estimate_fisher
-from squisher_mergekit.tensors.streams import SecondStream
+from squisher_mergekit.tensors.devices.streams import SecondStream
 from tests.estimators.models import assert_close, batch_of, make
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from squisher_mergekit.tensors.transfer import moved
+from squisher_mergekit.tensors.devices.transfer import moved
 
 
 class Running:

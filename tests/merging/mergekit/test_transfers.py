@@ -15,7 +15,7 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.merging.mergekit import transfers
 from squisher_mergekit.merging.mergekit.tasks import FisherRequest
 from squisher_mergekit.models.weights import Weights
-from squisher_mergekit.tensors import transfer
+from squisher_mergekit.tensors.devices import transfer
 from tests.merging.models import entry, models_with_fishers
 
 

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from squisher_mergekit.tensors.streams import SecondStream
+from squisher_mergekit.tensors.devices.streams import SecondStream
 
 LONG = 200_000_000  # cycles, about a tenth of a second
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from squisher_mergekit.tensors import transfer
-from squisher_mergekit.tensors.transfer import Lanes, lanes_of, moved
+from squisher_mergekit.tensors.devices import transfer
+from squisher_mergekit.tensors.devices.transfer import Lanes, lanes_of, moved
 
 
 @pytest.mark.parametrize("size", [1, 101, 1009, 10007])
