@@ -1,6 +1,7 @@
 """Parameters of a Hugging Face model, in their order, with their names in memory and on disk; no weights needed."""
 
 import copy
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from squisher_mergekit.models.diffusers_names import diffusers_names, is_diffuse
 from squisher_mergekit.models.names import NAMES_CURE, CheckpointNames, Convert, ParameterInfo
 from squisher_mergekit.tensors.input_files import read_mapping
 
+LOG = logging.getLogger("squisher_mergekit")
 LAYER_NORM = "torch.nn.LayerNorm"
 # Limits of a config, above all published models.
 _COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|blocks|experts)$")
@@ -80,16 +82,38 @@ def model_of_config(config: Any) -> nn.Module:
     """
     import transformers
 
-    names = config.architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
+    names = config.architectures or _only_architecture(config.model_type)
+    if not names:
+        raise ValueError(
+            f"it names no architectures, and {config.model_type} has more than one kind of model; add "
+            '"architectures": ["CLASS"] to it, with the class that was trained'
+        )
+    model_class = getattr(transformers, names[0], None)
     if model_class is None:
-        raise ValueError(f"transformers {transformers.__version__} has no architecture {names}")
+        raise ValueError(f"transformers {transformers.__version__} has no architecture {names[0]}")
     config = copy.deepcopy(config)
     if isinstance(config.dtype, str):  # mergekit sets a name, which constructors of layers do not take
         config.dtype = getattr(torch, config.dtype, None)
     with torch.device("meta"), _bounded_modules():
         model: nn.Module = model_class(config)
     return model
+
+
+def _only_architecture(kind: str) -> list[str]:
+    """Return the class of a decoder's language model; empty where ``model_type`` is not that of a decoder of text."""
+    from transformers.models.auto import modeling_auto as auto
+
+    other = (
+        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    )
+    name = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if not isinstance(name, str) or any(kind in mapping for mapping in other):
+        return []
+    LOG.warning("the config of a %s names no architectures; it is taken to be that of a %s", kind, name)
+    return [name]
 
 
 def check_config(folder: Path) -> None:

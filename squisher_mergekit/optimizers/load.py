@@ -19,6 +19,7 @@ from squisher_mergekit.models.lora.pairs import read_lora
 from squisher_mergekit.models.weights import BASENAME, Weights
 from squisher_mergekit.optimizers.build import build_fisher
 from squisher_mergekit.optimizers.checkpoints import layouts, torch_save
+from squisher_mergekit.optimizers.checkpoints.below import checkpoint_below
 from squisher_mergekit.optimizers.checkpoints.run_folder import STEP, steps_in
 from squisher_mergekit.optimizers.checkpoints.trainers.foreign import whose
 from squisher_mergekit.optimizers.lifting.lift import lift as lift_fisher
@@ -313,7 +314,7 @@ def saved_weights(folder: Path) -> Weights:
 
 
 def _checkpoint_in(folder: Path, tuned: Weights | None) -> Path:
-    """Return the checkpoint to read in a run's folder; any other folder is returned unchanged.
+    """Return the checkpoint to read in a run's folder, or in the one folder below with a run; else the folder itself.
 
     The checkpoint is the last one with the weights of the model, or of the run's folder; else the last one with a
     Fisher or an optimizer's state. A warning names it where the run has several.
@@ -321,10 +322,16 @@ def _checkpoint_in(folder: Path, tuned: Weights | None) -> Path:
     Args:
         folder: The folder of a checkpoint or of a run.
         tuned: The model that the Fisher belongs to; None if it is not given.
+
+    Raises:
+        NamingError: Several folders below hold checkpoints.
     """
-    steps = {} if _has_source(folder) else steps_in(folder)
-    if not steps:
+    if _has_source(folder) or find_bare(folder):
         return folder
+    steps = steps_in(folder)
+    if not any(map(_has_source, steps.values())) and not torch_save.others(folder):
+        below = checkpoint_below(folder, _has_source)
+        return folder if below is None else _checkpoint_in(below, tuned)
     model = saved_weights(folder if tuned is None else tuned.folder)
     equal = next((path for path in _equal_checkpoints(folder, model) if _has_source(path)), None)
     chosen = equal or next((path for path in steps.values() if _has_source(path)), None)

@@ -1,5 +1,6 @@
 """Names of an optimizer's slots: given by the user, stored in the file, or the one assignment that fits the model."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import NAME as FSDP_RAN
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
 from squisher_mergekit.optimizers.checkpoints.trainers.foreign import lora_without_order
 from squisher_mergekit.optimizers.ivon import cut, is_flat, split
+from squisher_mergekit.optimizers.layer_groups import assign_by_layers
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
 from squisher_mergekit.tensors.safetensors import check_shape
 
+LOG = logging.getLogger("squisher_mergekit")
 NamedSlots = dict[str, OptimizerSlot]
 
 
@@ -124,7 +127,9 @@ def _named(
         needed = [[slot.tensor is not None for slot in group] for group in state.groups]
         chosen = divide(shapes, parameters, trained, needed, str(state.location))
     else:
-        chosen = assign(shapes, parameters, trained, str(state.location))
+        settings = state.raw.states[0]["param_groups"]
+        by_layers = assign_by_layers(shapes, settings, parameters, str(state.location))
+        chosen = by_layers or assign(shapes, parameters, trained, str(state.location))
     pairs = zip((name for group in chosen for name in group), slots, strict=True)
     left_out = {parameter.name for parameter in further}  # the Fisher is that of the transformer
     return [(name, slot) for name, slot in pairs if name is not None and name not in left_out]
@@ -194,6 +199,36 @@ def _without_wrappers(names: Sequence[str], model: CheckpointNames | None, folde
     return [DDP * name.startswith(DDP) + unwrapped(name) for name in names]
 
 
+def _of_one_attribute(
+    named: Sequence[tuple[str, OptimizerSlot]], model: CheckpointNames | None, folders: Folders
+) -> Sequence[tuple[str, OptimizerSlot]]:
+    """Return the slots of the one attribute in which a user's module keeps the model, where it has more modules."""
+    stored = folders.weights.infos
+    known = {*(model.first if model is not None else ()), *stored}
+    least = len(model.parameters if model is not None else stored) / 2
+    prefixes: Counter[str] = Counter()
+    for name, _ in named:
+        parts = name.split(".")
+        ends = [".".join(parts[:k]) for k in range(1, len(parts)) if ".".join(parts[k:]) in known]
+        prefixes.update(f"{end}." for end in ends)
+    whole = [
+        prefix
+        for prefix, count in prefixes.items()
+        if count == sum(name.startswith(prefix) for name, _ in named) and count > least
+    ]
+    if len(whole) != 1 or prefixes[whole[0]] == len(named) or any(name in known for name, _ in named):
+        return named
+    others = [name for name, _ in named if not name.startswith(whole[0])]
+    LOG.warning(
+        "%s: the model is %s of the module that was trained; left out: %s%s",
+        folders.location,
+        whole[0][:-1],
+        others[0],
+        f" and {len(others) - 1} more" if len(others) > 1 else "",
+    )
+    return [(name.removeprefix(whole[0]), slot) for name, slot in named if name.startswith(whole[0])]
+
+
 def _refuse_untied(names: Sequence[str], model: CheckpointNames, folders: Folders) -> None:
     """Refuse second moments of two parameters that are one in the model.
 
@@ -220,6 +255,7 @@ def _by_name(
         MismatchError: A name is not in the model.
         NotFoundError: A name is an adapter's in memory, and there is no base model to turn it into that on disk.
     """
+    named = _of_one_attribute(named, model, folders)
     names = _without_wrappers([name for name, _ in named], model, folders)
     in_memory = model is not None and all(name in model.first for name in names)
     if in_memory and model is not None:

@@ -233,6 +233,27 @@ def test_a_config_of_no_known_model_is_refused(content, words, tmp_path):
     assert "--names FILE" in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen3"])
+def test_a_decoder_without_architectures_is_a_language_model(kind, tmp_path, caplog):
+    """The names are those of the config that names the class, and a warning says which was taken."""
+    config = transformers.AutoConfig.for_model(kind, **_TEXT)
+    config.architectures = [transformers.AutoModelForCausalLM.from_config(config).__class__.__name__]
+    config.save_pretrained(tmp_path / "named")
+    named = checkpoint_names(tmp_path / "named")
+    config.architectures = None
+    config.save_pretrained(tmp_path / "bare")
+    assert checkpoint_names(tmp_path / "bare").parameters == named.parameters
+    assert f"the config of a {kind} names no architectures" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "vit", "whisper"])
+def test_other_models_without_architectures_are_refused_with_the_cure(kind, tmp_path):
+    """An encoder has heads for many tasks, whose parameters follow it in the model's order."""
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(CorruptFileError, match=rf"{kind} has more than one kind of model; add \"architectures\""):
+        checkpoint_names(tmp_path)
+
+
 def test_a_models_own_code_is_not_run(tmp_path):
     """Code next to the config is not run, for any auto_map."""
     marker = tmp_path / "ran"

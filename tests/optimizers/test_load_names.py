@@ -115,6 +115,42 @@ def test_groups_by_axes_follow_from_the_model_in_the_file(build, first, prefix, 
     _assert_fisher(tmp_path / "ckpt.pt", truth)
 
 
+def _wrapped(attribute, more, tmp_path):
+    """Save the optimizer of a LightningModule with a Llama and further modules; return the model's accumulators."""
+    config = transformers.LlamaConfig(
+        vocab_size=23, hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=12
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    parameters = {f"{attribute}.{name}": p for name, p in model.named_parameters()}
+    parameters |= {name: nn.Parameter(torch.randn(shape)) for name, shape in more.items()}
+    optimizer, truth = _step(parameters, [{"params": list(parameters.values())}])
+    content = {"pytorch-lightning_version": "2.6.0", "state_dict": {n: p.detach() for n, p in parameters.items()}}
+    torch.save({**content, "optimizer_states": [optimizer.state_dict()]}, tmp_path / "last.ckpt")
+    inside = {name: tensor for name, tensor in truth.items() if name.startswith(attribute)}
+    return {name.removeprefix(f"{attribute}."): tensor for name, tensor in inside.items()}
+
+
+@pytest.mark.parametrize("attribute", ["model", "net.backbone"])
+def test_modules_beside_the_model_are_left_out(attribute, tmp_path, caplog):
+    """A probe with the shape of a layer is no part of the model, and the warning names it."""
+    truth = _wrapped(attribute, {"probe.weight": (12, 12), "probe.bias": (12,)}, tmp_path)
+    _assert_fisher(tmp_path / "last.ckpt", truth, model=tmp_path / "model")
+    assert f"the model is {attribute} of the module that was trained; left out: probe.weight and 1 more" in caplog.text
+
+
+def test_two_copies_of_a_model_in_a_module_are_refused(tmp_path):
+    """Teacher and student have the same names: neither is taken."""
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=23, hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=12
+        )
+    )
+    _wrapped("student", {f"teacher.{name}": p.shape for name, p in model.named_parameters()}, tmp_path)
+    with pytest.raises(MismatchError, match=r"student\.model\.embed_tokens\.weight is not among them"):
+        load_fisher(tmp_path / "last.ckpt", model=tmp_path / "model")
+
+
 def test_groups_of_an_unknown_rule_are_named_where_one_division_fits(tmp_path):
     """Timm's no_weight_decay puts positions and the class token into the group of the vectors."""
     model = _Patches()

@@ -22,7 +22,7 @@ from squisher_mergekit.optimizers.checkpoints.torch_save import without_prefix
 from squisher_mergekit.optimizers.checkpoints.trainers import megatron, olmo_core
 
 INDEX = ".metadata"
-_GROUPS = "param_groups."
+_GROUPS = ("param_groups.", "param_to_group_meta.")  # the second by Megatron's FSDP, with the settings of each name
 _STATE = "state."
 
 
@@ -71,7 +71,7 @@ def _states(folder: Path, verify: bool) -> Iterator[Mapping[str, Any]]:
     if megatron.is_megatron(entries):
         yield from megatron.states_of(entries, folder)
         return
-    prefixes = {key[: key.index(_GROUPS)] for key in entries if _GROUPS in key}
+    prefixes = {key[: key.index(word)] for key in entries for word in _GROUPS if word in key}
     for prefix in sorted(prefix for prefix in prefixes if not prefix or prefix.endswith(".")):
         state = _state(prefix, entries, index)
         yield without_prefix(state) if ".optimizers." in prefix else state  # Composer's
@@ -166,6 +166,9 @@ def _state(prefix: str, entries: Mapping[str, Any], index: Path) -> Mapping[str,
             groups[owner][field] = entry
         elif rest.startswith(_STATE) and key.startswith(prefix) and owner:
             state[owner][field] = _value(entry) if field == "step" else entry
+    for owner in state.keys() & groups.keys():
+        if "step" not in state[owner] and "step" in groups[owner]:
+            state[owner]["step"] = _value(groups[owner]["step"])
     nested = all(re.fullmatch(r"\d+", owner) and "params" in group for owner, group in groups.items())
     settings = []
     for owner in sorted(groups, key=int) if nested else groups:

@@ -107,6 +107,26 @@ def of_groups(dimensions: Dimensions, part: str) -> Move:
     return move
 
 
+def of_heads(dimensions: Dimensions, part: str) -> Move:
+    """Return the move that takes queries, keys or values out of rows that are stored query head by query head.
+
+    Each query head has its rows, then its share of the rows of keys, then that of values.
+
+    Args:
+        dimensions: Sizes of the model.
+        part: ``q``, ``k`` or ``v``.
+    """
+    share = dimensions.width * dimensions.groups // dimensions.heads
+    ends = (0, dimensions.width, dimensions.width + share, dimensions.width + 2 * share)
+    number = "qkv".index(part)
+
+    def move(tensor: Tensor) -> Tensor:
+        by_head = tensor.reshape(dimensions.heads, ends[-1], *tensor.shape[1:])
+        return by_head[:, ends[number] : ends[number + 1]].reshape(-1, *tensor.shape[1:])
+
+    return move
+
+
 def in_groups(dimensions: Dimensions) -> Move:
     """Return the move of rows of all queries, then all keys, then all values, into groups, as GPT-NeoX fuses them.
 

@@ -2,10 +2,34 @@
 
 import re
 
-from squisher_mergekit.optimizers.translation.schemes import Family, Scheme, to, vocabulary_rows
+from squisher_mergekit.optimizers.translation.schemes import (
+    Family,
+    Scheme,
+    Target,
+    rows_of_heads,
+    to,
+    vocabulary_rows,
+)
 
 NEOX_BLOCK, NEOX_HEAD = "gpt_neox.layers.{}.", {"embed_out.weight": "lm_head.weight"}
 
+_NEOX_LLAMA = Scheme(
+    "model.layers.{}.",
+    {
+        "word_embeddings": to("model.embed_tokens", vocabulary_rows),
+        "norm": to("model.norm"),
+        "final_linear": to("lm_head", vocabulary_rows),
+    },
+    {
+        "input_layernorm": to("input_layernorm"),
+        "post_attention_layernorm": to("post_attention_layernorm"),
+        "attention.query_key_value": tuple(Target(f"self_attn.{part}_proj", (rows_of_heads(part),)) for part in "qkv"),
+        "attention.dense": to("self_attn.o_proj"),
+        "mlp.w1": to("mlp.gate_proj"),
+        "mlp.w2": to("mlp.down_proj"),
+        "mlp.w3": to("mlp.up_proj"),
+    },
+)
 NEOX = Family(
     "GPT-NeoX",
     re.compile(r"(?:sequential\.)?\d+\.attention\.query_key_value\.weight"),
@@ -29,7 +53,8 @@ NEOX = Family(
                 "mlp.linear2": to("mlp.dense_4h_to_h"),
             },
             since=NEOX_HEAD,
-        )
+        ),
+        **dict.fromkeys(("llama", "mistral"), _NEOX_LLAMA),
     },
     first=2,
     rewrites=(

@@ -11,6 +11,7 @@ from squisher_mergekit.optimizers.translation.moves import (
     halves_of_pairs,
     in_groups,
     of_groups,
+    of_heads,
     transposed,
 )
 
@@ -134,6 +135,11 @@ def turned(_: Dimensions, __: int) -> Move:
 def rows_of_groups(part: str) -> Prepare:
     """Return the function that makes the move of queries, keys or values out of groups."""
     return lambda sizes, _: of_groups(sizes, part)
+
+
+def rows_of_heads(part: str) -> Prepare:
+    """Return the function that makes the move of queries, keys or values out of query heads."""
+    return lambda sizes, _: of_heads(sizes, part)
 
 
 def rows_in_groups(sizes: Dimensions, _: int) -> Move:

@@ -7,7 +7,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from squisher_mergekit.optimizers.translation.moves import Moved, Part, RowRange, halves_of_pairs, moved
+from squisher_mergekit.optimizers.translation.moves import (
+    Dimensions,
+    Moved,
+    Part,
+    RowRange,
+    halves_of_pairs,
+    moved,
+    of_heads,
+)
 from squisher_mergekit.tensors.lazy import Slices, in_memory, read
 
 
@@ -120,3 +128,13 @@ def test_a_moved_tensor_has_the_shape_that_it_is_read_with():
     lazy = moved(Pieces(torch.rand(4, 6, 2), "c", []), [Part(1), halves_of_pairs(1, 6)], [])
     assert isinstance(lazy, Moved)
     assert lazy.shape == lazy.read().shape == (6, 2)
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(3, 3, 5), (6, 2, 3), (4, 1, 4)])
+def test_rows_fused_by_query_head_are_those_of_the_parts(heads, groups, width):
+    """Each query head holds its own rows, then a share of the rows of keys and of values in their order."""
+    sizes = Dimensions(heads, groups, width, 9)
+    parts = [torch.randn(count * width, 7) for count in (heads, groups, groups)]
+    fused = [piece for head in range(heads) for part in parts for piece in [part.chunk(heads)[head]]]
+    for number, part in enumerate("qkv"):
+        assert torch.equal(of_heads(sizes, part)(torch.cat(fused)), parts[number])

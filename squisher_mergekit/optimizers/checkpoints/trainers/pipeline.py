@@ -19,9 +19,11 @@ from squisher_mergekit.tensors.lazy import MaybeLazy, concatenated
 _TIED = "tied_modules."
 LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _ACROSS_ROWS = re.compile(
-    r".*\b(?:query_key_value|dense_h_to_4h|linear1)\.(?:weight|bias)|.*\b(?:word_embeddings|final_linear)\.weight"
+    r".*\b(?:query_key_value|dense_h_to_4h|linear1|w1|w3)\.(?:weight|bias)|.*\b(?:word_embeddings|final_linear)\.weight"
 )
-_ACROSS_COLUMNS = re.compile(r".*\b(?:attention|self_attention)\.dense\.weight|.*\b(?:dense_4h_to_h|linear2)\.weight")
+_ACROSS_COLUMNS = re.compile(
+    r".*\b(?:attention|self_attention)\.dense\.weight|.*\b(?:dense_4h_to_h|linear2|w2)\.weight"
+)
 # A bias that is added after the sum over the ranks has the gradient of the sum on every rank, as a norm has.
 _WHOLE = re.compile(
     r".*\b(?:input_layernorm|post_attention_layernorm|norm)\.(?:weight|bias|scale)|\d+\.(?:weight|bias)|"

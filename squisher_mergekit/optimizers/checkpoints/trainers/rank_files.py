@@ -1,7 +1,8 @@
 """States of ``optimizer.state_dict()`` of each rank under FSDP: ``optim_world_size_W_rank_R.pt``, as verl writes them.
 
 The parameters are numbered in the model's order. Under FSDP2 each tensor is a ``DTensor``. Under FSDP1 each rank has a
-flat part of a whole module, or with original parameters of one parameter, of which a rank may have nothing.
+flat part of a whole module, or with original parameters of one parameter, of which a rank may have nothing. On a single
+rank, FSDP1 leaves original parameters whole.
 """
 
 import re
@@ -54,11 +55,12 @@ def read(file: Path, verify: bool) -> RawState:
     loaded = load_ranks(files, checksums)
     entries = [entry for state in loaded.values() for entry in state["state"].values() if isinstance(entry, Mapping)]
     sharded = any(hasattr(value, "placements") for entry in entries for value in entry.values())
-    state = joined(loaded, file) if sharded else _flat(loaded, file)
-    beside = tuple(place for place in (folder / _CONFIG,) if place.is_dir())
-    return RawState(
-        file, (state,), layout="verl", verify=checksums.verify, beside=beside, ranks=0 if sharded else world
+    whole = sharded or (
+        world == 1 and any(getattr(value, "ndim", 0) > 1 for entry in entries for value in entry.values())
     )
+    state = joined(loaded, file) if whole else _flat(loaded, file)
+    beside = tuple(place for place in (folder / _CONFIG,) if place.is_dir())
+    return RawState(file, (state,), layout="verl", verify=checksums.verify, beside=beside, ranks=0 if whole else world)
 
 
 def _files(folder: Path) -> dict[int, Path]:

@@ -55,6 +55,24 @@ def test_an_iteration_is_read_at_every_level(shape, stacked, tmp_path):
         assert fisher.config.source.layout == "megatron-core"
 
 
+@pytest.mark.parametrize("prefix", ["module.module.", "module."])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_its_own_fsdp_keeps_the_settings_of_each_name(shape, prefix, tmp_path):
+    """``fsdp_dtensor`` has steps among the settings, and the halves of the gated MLP apart."""
+    world = World(tmp_path / "model", tie_word_embeddings=False, **shape)
+    saved = {}
+    for name, tensor in to_megatron(world, world.moments, stacked=False).items():
+        gated = name.endswith("linear_fc1.weight")
+        parts = dict(zip((f"{name}_w", f"{name}_v"), tensor.chunk(2), strict=True)) if gated else {name: tensor}
+        for own, part in parts.items():
+            saved[f"optimizer.state.{prefix}{own}.exp_avg_sq"] = part.contiguous()
+            saved[f"optimizer.state.{prefix}{own}.exp_avg"] = torch.randn(part.shape)
+            for key, value in {"betas": (0.9, 0.97), "step": 30, "lr": 1e-3}.items():
+                saved[f"optimizer.param_to_group_meta.{prefix}{own}.{key}"] = value
+    save_distributed(saved, tmp_path / "iter_0000030")
+    assert_moments(load_fisher(tmp_path / "iter_0000030", world.folder), world.moments)
+
+
 @pytest.mark.parametrize("keys", [("chained_0", "chained_1"), (0, 1)])
 def test_several_optimizers_are_joined(keys, tmp_path):
     """A mixture of experts chains two, each with its settings, under names or numbers."""

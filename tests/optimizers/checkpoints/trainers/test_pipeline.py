@@ -17,9 +17,10 @@ def _part(own, rank, ranks):
     result = {}
     for name, tensor in own.items():
         rows = any(
-            part in name for part in ("query_key_value", "dense_h_to_4h", "word_embeddings.weight", "final_linear")
+            part in name
+            for part in ("query_key_value", "dense_h_to_4h", "word_embeddings.weight", "final_linear", "w1", "w3")
         )
-        columns = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
+        columns = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight", "w2.weight"))
         result[name] = tensor.chunk(ranks, 0)[rank] if rows else tensor.chunk(ranks, 1)[rank] if columns else tensor
     return {name: tensor.contiguous() for name, tensor in result.items()}
 
@@ -83,6 +84,36 @@ def test_gpt_neox_over_stages_and_parts(options, shape, tmp_path):
     assert_moments(load_fisher(tmp_path / "global_step30", world.folder), world.moments)
 
 
+def _to_neox_of_llama(world, tensors):
+    """Return GPT-NeoX's names of a Llama; each query head has its rows, then its share of keys and of values."""
+    names = {"self_attn.o_proj": "attention.dense", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    result = {"0.word_embeddings.weight": tensors["model.embed_tokens.weight"]}
+    for number in range(world.layers):
+        block = f"model.layers.{number}."
+        parts = [tensors[f"{block}self_attn.{part}_proj.weight"] for part in "qkv"]
+        heads = [torch.cat([part.chunk(world.heads)[head] for part in parts]) for head in range(world.heads)]
+        result[f"{number + 2}.attention.query_key_value.weight"] = torch.cat(heads)
+        for name, tensor in tensors.items():
+            if name.startswith(block) and not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+                own = name.removeprefix(block).replace("layernorm.weight", "layernorm.scale")
+                for theirs, ours in names.items():
+                    own = own.replace(theirs, ours)
+                result[f"{number + 2}.{own}"] = tensor
+    result[f"{world.layers + 3}.norm.scale"] = tensors["model.norm.weight"]
+    return result | {f"{world.layers + 4}.final_linear.weight": tensors["lm_head.weight"]}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("groups", [2, 4])
+def test_a_llama_of_gpt_neox_fuses_its_projections_by_query_head(groups, parts, tmp_path):
+    """Grouped queries share the rows of a head of keys; shapes alone would allow other orders."""
+    shape = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 28, "vocab_size": 22}
+    world = World(tmp_path / "model", tie_word_embeddings=False, num_key_value_heads=groups, **shape)
+    moments, weights = (_to_neox_of_llama(world, tensors) for tensors in (world.moments, world.weights))
+    _write(tmp_path / "global_step30", moments, weights, parts=parts)
+    assert_moments(load_fisher(tmp_path / "global_step30", world.folder), world.moments)
+
+
 @pytest.mark.parametrize("shape", BLOOM)
 @pytest.mark.parametrize("options", [{}, {"stages": 2}, {"stages": 3, "parts": 2}])
 def test_bloom_has_tied_embeddings_in_two_stages(options, shape, tmp_path):
@@ -106,11 +137,8 @@ def test_files_of_layers_verify_the_cuts(tmp_path):
 def test_parts_of_an_unknown_kind_are_refused(tmp_path):
     """It is not known along which axis they follow one another."""
     world = World(tmp_path / "model", "gpt_neox", tie_word_embeddings=False, **NEOX[0])
-    own = {
-        f"{n}.w3.weight" if n == "9" else n.replace("dense_h_to_4h", "w3"): t
-        for n, t in to_neox(world, world.moments).items()
-    }
+    own = {n.replace("dense_h_to_4h", "other"): t for n, t in to_neox(world, world.moments).items()}
     weights = dict(zip(own, to_neox(world, world.weights).values(), strict=True))
     _write(tmp_path / "global_step30", own, weights, parts=2, layers=False)
-    with pytest.raises(UnsupportedStateError, match=r"w3\.\w+ .*in a way that is not known"):
+    with pytest.raises(UnsupportedStateError, match=r"other\.\w+ .*in a way that is not known"):
         load_fisher(tmp_path / "global_step30", world.folder)

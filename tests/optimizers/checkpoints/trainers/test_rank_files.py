@@ -61,6 +61,15 @@ def test_flat_parts_are_joined_and_cut(shape, ranks, original, tmp_path):
     assert_moments(load_fisher(actor, world.folder), world.moments)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_original_parameters_of_a_single_rank_are_whole(tied, tmp_path):
+    """FSDP1 shards nothing in a world of one process."""
+    world = World(tmp_path / "model", tie_word_embeddings=tied, **SHAPES[0])
+    world.bare(tmp_path / "actor" / "huggingface")
+    torch.save(adam(world.moments, numbered=True), tmp_path / "actor" / "optim_world_size_1_rank_0.pt")
+    assert_moments(load_fisher(tmp_path / "actor"), world.moments)
+
+
 def test_a_tied_head_is_in_the_flat_parameter_of_the_root_once(tmp_path):
     """The root has the embeddings and the last norm."""
     world = World(tmp_path / "model", tie_word_embeddings=True, **SHAPES[0])
