@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
+from typing import Any
 
 from squisher_mergekit.models.checkpoint_names import LAYER_NORM
 from squisher_mergekit.models.names import ParameterInfo
@@ -79,3 +81,26 @@ def candidates(
     if len(filled) == 1:
         groups["the model's order"] = [list(parameters) if number in filled else [] for number in range(len(sizes))]
     return groups
+
+
+_SCALE = "lr_scale"
+
+
+def layers_of_groups(settings: Sequence[Mapping[str, Any]]) -> list[list[int]] | None:
+    """Return the numbers of each layer's groups, where the learning rate decays layer by layer; None elsewhere.
+
+    timm and the scripts after BEiT's make up to two groups for each layer, with and without weight decay, and record
+    ``lr_scale`` in both. The layers follow the model's order.
+
+    Args:
+        settings: Settings of each group.
+
+    Example:
+        >>> layers_of_groups([{"lr_scale": 0.5}, {"lr_scale": 0.5}, {"lr_scale": 1.0}])
+        [[0, 1], [2]]
+    """
+    scales = [group.get(_SCALE) for group in settings]
+    layers = [(scale, [k for k, _ in run]) for scale, run in groupby(enumerate(scales), key=lambda pair: pair[1])]
+    if None in scales or len({scale for scale, _ in layers}) != len(layers) or len(layers) < 2:
+        return None
+    return [numbers for _, numbers in layers]

@@ -6,19 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError
+from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError, RefusedError
 from squisher_mergekit.models.adapters import adapter_names
 from squisher_mergekit.models.checkpoint_names import checkpoint_names
-from squisher_mergekit.models.names import NAMES_CURE, CheckpointNames, ParameterInfo
+from squisher_mergekit.models.decay_groups import layers_of_groups
+from squisher_mergekit.models.names import NAMES_CURE, CheckpointNames, ParameterInfo, Shape
 from squisher_mergekit.models.parameters import DDP, unwrapped
 from squisher_mergekit.models.sentence_modules import module_parameters
 from squisher_mergekit.models.weights import trained_parameters
-from squisher_mergekit.optimizers.assign_names import assign, divide
+from squisher_mergekit.optimizers.assign_names import Names, assign, divide
 from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import NAME as FSDP_RANK
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
 from squisher_mergekit.optimizers.checkpoints.trainers.foreign import lora_without_order
 from squisher_mergekit.optimizers.ivon import cut, is_flat, split
-from squisher_mergekit.optimizers.layer_groups import assign_by_layers
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
 from squisher_mergekit.tensors.safetensors import check_shape
 
@@ -128,11 +128,35 @@ def _named(
         chosen = divide(shapes, parameters, trained, needed, str(state.location))
     else:
         settings = state.raw.states[0]["param_groups"]
-        by_layers = assign_by_layers(shapes, settings, parameters, str(state.location))
+        by_layers = _assign_by_layers(shapes, layers_of_groups(settings), parameters, str(state.location))
         chosen = by_layers or assign(shapes, parameters, trained, str(state.location))
     pairs = zip((name for group in chosen for name in group), slots, strict=True)
     left_out = {parameter.name for parameter in further}  # the Fisher is that of the transformer
     return [(name, slot) for name, slot in pairs if name is not None and name not in left_out]
+
+
+def _assign_by_layers(
+    slots: Sequence[Sequence[Shape | None]],
+    layers: Sequence[Sequence[int]] | None,
+    parameters: Sequence[ParameterInfo],
+    location: str,
+) -> Names | None:
+    """Return the name of each slot, where each layer has the parameters after those of the one before; else None."""
+    if layers is None or [k for layer in layers for k in layer] != list(range(len(slots))):
+        return None
+    if sum(map(len, slots)) != len(parameters):  # with frozen parameters, the borders of the layers are not known
+        return None
+    names: Names = []
+    first = 0
+    for layer in layers:
+        groups = [slots[number] for number in layer]
+        count = sum(map(len, groups))
+        try:
+            names += assign(groups, parameters[first : first + count], None, location)
+        except RefusedError:  # the layers are in another order, or divided otherwise
+            return None
+        first += count
+    return names
 
 
 def _trained(folders: Folders, model: CheckpointNames | None) -> set[str] | None:

@@ -1,6 +1,8 @@
 """Rules by which trainers split parameters into groups."""
 
-from squisher_mergekit.models.decay_groups import AXES_RULES, candidates, variants
+import pytest
+
+from squisher_mergekit.models.decay_groups import AXES_RULES, candidates, layers_of_groups, variants
 from squisher_mergekit.models.names import ParameterInfo
 
 LINEAR = frozenset({"Linear"})
@@ -31,3 +33,20 @@ def test_a_parameter_frozen_by_the_constructor_may_have_been_trained():
     assert [parameter.name for parameter in frozen] == ["cls_token", "gain"]
     assert [parameter.name for parameter in thawed] == ["cls_token", "positions", "gain"]
     assert all(parameter.trainable for parameter in thawed)
+
+
+@pytest.mark.parametrize(
+    ("scales", "layers"),
+    [
+        ((0.5, 0.5, 1.0), [[0, 1], [2]]),
+        ((0.25, 0.5, 0.5, 1.0), [[0], [1, 2], [3]]),
+        ((None, 0.5, 1.0), None),
+        ((1.0, 1.0, 1.0), None),
+        ((0.5, 1.0, 0.5), None),
+    ],
+    ids=["two", "three", "unknown", "one scale", "a layer in two places"],
+)
+def test_groups_of_equal_scale_are_a_layer(scales, layers):
+    """Only layers that follow each other tell which parameters are theirs."""
+    settings = [{} if scale is None else {"lr_scale": scale} for scale in scales]
+    assert layers_of_groups(settings) == layers

@@ -139,6 +139,21 @@ def test_modules_beside_the_model_are_left_out(attribute, tmp_path, caplog):
     assert f"the model is {attribute} of the module that was trained; left out: probe.weight and 1 more" in caplog.text
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_layers_in_another_order_are_left_to_the_general_rules(frozen, tmp_path):
+    """The scales tell nothing where shapes contradict them, or where a parameter was frozen."""
+    parameters = {f"p{k}": nn.Parameter(torch.randn(3 + k % 2)) for k in range(4 + frozen)}
+    groups = [[0, 1], [2, 3]] if frozen else [[1, 2], [0, 3]]
+    optimizer, truth = _step(
+        {f"p{k}": parameters[f"p{k}"] for group in groups for k in group},
+        [{"params": [parameters[f"p{k}"] for k in group], "lr_scale": 0.5 + n} for n, group in enumerate(groups)],
+    )
+    weights = {name: p.detach() for name, p in parameters.items()}
+    torch.save({"state_dict": weights, "optimizer": optimizer.state_dict()}, tmp_path / "a.pth")
+    with pytest.raises(NamingError, match="in one way only"):
+        load_fisher(tmp_path / "a.pth")
+
+
 def test_two_copies_of_a_model_in_a_module_are_refused(tmp_path):
     """Teacher and student have the same names: neither is taken."""
     model = transformers.LlamaForCausalLM(
@@ -149,6 +164,47 @@ def test_two_copies_of_a_model_in_a_module_are_refused(tmp_path):
     _wrapped("student", {f"teacher.{name}": p.shape for name, p in model.named_parameters()}, tmp_path)
     with pytest.raises(MismatchError, match=r"student\.model\.embed_tokens\.weight is not among them"):
         load_fisher(tmp_path / "last.ckpt", model=tmp_path / "model")
+
+
+_WIDTH = 5
+
+
+def _vision_shapes(layers=3):
+    """Return name -> shape, in the order of a vision transformer, with the class token first."""
+    shapes = {"cls_token": (1, 1, _WIDTH), "patch.weight": (_WIDTH, 3), "patch.bias": (_WIDTH,)}
+    for k in range(layers):
+        shapes |= {f"blocks.{k}.norm.weight": (_WIDTH,), f"blocks.{k}.norm.bias": (_WIDTH,)}
+        shapes |= {f"blocks.{k}.fc.weight": (_WIDTH, _WIDTH), f"blocks.{k}.fc.bias": (_WIDTH,)}
+    return shapes | {"norm.weight": (_WIDTH,), "head.weight": (2, _WIDTH), "head.bias": (2,)}
+
+
+def _groups_of_timm(shapes, vectors=()):
+    """Return timm's groups, in the order in which the parameters open them: (layer, without decay) -> names."""
+    groups = {}
+    for name, shape in shapes.items():
+        layer = (
+            int(name.split(".")[1]) + 1 if name.startswith("blocks") else 0 if "patch" in name or "cls" in name else 9
+        )
+        groups.setdefault((layer, len(shape) < 2 or name in vectors), []).append(name)
+    return groups
+
+
+@pytest.mark.parametrize("vectors", [(), ("cls_token",)])
+def test_the_groups_of_each_layer_follow_the_order_of_the_model(vectors, tmp_path):
+    """Equal shapes in all layers fit in many ways without the scales; the model may exempt matrices from decay."""
+    shapes = _vision_shapes()
+    groups = _groups_of_timm(shapes, vectors)
+    parameters = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    optimizer, truth = _step(parameters, [{"params": [parameters[n] for n in names]} for names in groups.values()])
+    state, weights = optimizer.state_dict(), {name: p.detach() for name, p in parameters.items()}
+    file = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": weights, "optimizer": state, "arch": "vit"}, file)
+    with pytest.raises(NamingError, match="that no known rule makes"):
+        load_fisher(file)
+    for group, (layer, _) in zip(state["param_groups"], groups, strict=True):
+        group["lr_scale"] = 0.75 ** (10 - layer)
+    torch.save({"state_dict": weights, "optimizer": state, "arch": "vit"}, file)
+    _assert_fisher(file, truth)
 
 
 def test_groups_of_an_unknown_rule_are_named_where_one_division_fits(tmp_path):

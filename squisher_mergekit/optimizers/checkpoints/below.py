@@ -1,4 +1,4 @@
-"""Search for the one checkpoint below a folder that holds none itself, such as Lightning's ``version_0/checkpoints``."""
+"""Search for the one checkpoint below a folder that holds none itself: Lightning's ``version_0/checkpoints``."""
 
 import logging
 from collections.abc import Callable, Iterator
