@@ -144,7 +144,7 @@ def test_layers_in_another_order_are_left_to_the_general_rules(frozen, tmp_path)
     """The scales tell nothing where shapes contradict them, or where a parameter was frozen."""
     parameters = {f"p{k}": nn.Parameter(torch.randn(3 + k % 2)) for k in range(4 + frozen)}
     groups = [[0, 1], [2, 3]] if frozen else [[1, 2], [0, 3]]
-    optimizer, truth = _step(
+    optimizer, _ = _step(
         {f"p{k}": parameters[f"p{k}"] for group in groups for k in group},
         [{"params": [parameters[f"p{k}"] for k in group], "lr_scale": 0.5 + n} for n, group in enumerate(groups)],
     )
