@@ -23,6 +23,7 @@ from squisher_mergekit.optimizers.checkpoints.below import checkpoint_below
 from squisher_mergekit.optimizers.checkpoints.run_folder import STEP, steps_in
 from squisher_mergekit.optimizers.checkpoints.trainers.foreign import whose
 from squisher_mergekit.optimizers.lifting.lift import lift as lift_fisher
+from squisher_mergekit.optimizers.slot_names import read_names
 from squisher_mergekit.tensors.hub import download as download_files
 from squisher_mergekit.tensors.hub import split_revision
 from squisher_mergekit.tensors.input_files import exists
@@ -137,7 +138,7 @@ def _opened(
             check_headers(fisher, Weights(tuned.folder, "adapter_model") if adapter else tuned)
         return fisher
     layout, location = _state_of(path) if path.is_file() else _state_in(path)
-    return build_fisher(layout.load(location, verify), tuned, before, _read_names(names))
+    return build_fisher(layout.load(location, verify), tuned, before, read_names(names))
 
 
 def is_portable(path: Path) -> bool:
@@ -391,16 +392,3 @@ def _state_in(folder: Path) -> tuple[layouts.Layout, Path]:
         f"FSDP or DeepSpeed, there or in a checkpoint-N below{several}{unread}; save with save_only_model=False and "
         "point at checkpoint-N, not at the final model"
     )
-
-
-def _read_names(names: str | Path | Sequence[str] | None) -> list[str] | None:
-    if names is None or not isinstance(names, str | Path):
-        return None if names is None else list(names)
-    path = Path(names)
-    if not path.is_file():
-        raise NotFoundError(f"--names must be a text file with one name a line, but there is no {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise NotFoundError(f"--names must be a text file with one name a line, but {path} is none: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]

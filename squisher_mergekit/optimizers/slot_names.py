@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError, RefusedError
+from squisher_mergekit.errors import CorruptFileError, MismatchError, NamingError, NotFoundError, RefusedError
 from squisher_mergekit.models.adapters import adapter_names
 from squisher_mergekit.models.checkpoint_names import checkpoint_names
 from squisher_mergekit.models.decay_groups import layers_of_groups
@@ -59,6 +59,27 @@ def name_slots(
         if slot.shape is not None and name in shapes:
             check_shape(name, slot.shape, shapes[name], str(state.location))
     return slots, model
+
+
+def read_names(names: str | Path | Sequence[str] | None) -> list[str] | None:
+    """Return the user's names: a list, or the lines of a text file; None if there are none.
+
+    Args:
+        names: The names, or their file.
+
+    Raises:
+        NotFoundError: There is no such text file.
+    """
+    if names is None or not isinstance(names, str | Path):
+        return None if names is None else list(names)
+    path = Path(names)
+    if not path.is_file():
+        raise NotFoundError(f"--names must be a text file with one name a line, but there is no {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise NotFoundError(f"--names must be a text file with one name a line, but {path} is none: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 _RANK = re.compile(r"rank[_.-]?\d+|shard[_.-]?\d+|\d+[_-]of[_-]\d+", re.IGNORECASE)
