@@ -139,17 +139,26 @@ def test_modules_beside_the_model_are_left_out(attribute, tmp_path, caplog):
     assert f"the model is {attribute} of the module that was trained; left out: probe.weight and 1 more" in caplog.text
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_layers_in_another_order_are_left_to_the_general_rules(frozen, tmp_path):
-    """The scales tell nothing where shapes contradict them, or where a parameter was frozen."""
-    parameters = {f"p{k}": nn.Parameter(torch.randn(3 + k % 2)) for k in range(4 + frozen)}
-    groups = [[0, 1], [2, 3]] if frozen else [[1, 2], [0, 3]]
-    optimizer, _ = _step(
-        {f"p{k}": parameters[f"p{k}"] for group in groups for k in group},
-        [{"params": [parameters[f"p{k}"] for k in group], "lr_scale": 0.5 + n} for n, group in enumerate(groups)],
-    )
+def _by_scale(shapes, groups, file):
+    """Save an optimizer whose groups have scales; return the accumulators."""
+    parameters = {f"p{k}": nn.Parameter(torch.randn(shape)) for k, shape in enumerate(shapes)}
+    stepped = {f"p{k}": parameters[f"p{k}"] for group in groups for k in group}
+    settings = [{"params": [parameters[f"p{k}"] for k in g], "lr_scale": 0.5 + n} for n, g in enumerate(groups)]
+    optimizer, truth = _step(stepped, settings)
     weights = {name: p.detach() for name, p in parameters.items()}
-    torch.save({"state_dict": weights, "optimizer": optimizer.state_dict()}, tmp_path / "a.pth")
+    torch.save({"state_dict": weights, "optimizer": optimizer.state_dict()}, file)
+    return truth
+
+
+def test_layers_in_another_order_are_left_to_the_general_rules(tmp_path):
+    """Shapes contradict the scales, and one division alone fits them."""
+    truth = _by_scale([3, 4, 3, 4], [[1, 2], [0, 3]], tmp_path / "a.pth")
+    _assert_fisher(tmp_path / "a.pth", truth)
+
+
+def test_a_frozen_parameter_leaves_the_borders_of_layers_unknown(tmp_path):
+    """The scales tell nothing where a layer may have more parameters than its groups."""
+    _by_scale([3, 4, 3, 4, 3], [[0, 1], [2, 3]], tmp_path / "a.pth")
     with pytest.raises(NamingError, match="in one way only"):
         load_fisher(tmp_path / "a.pth")
 
