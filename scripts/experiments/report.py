@@ -46,6 +46,7 @@ EXPERIMENTS = (
     "structure_adapters",
     "structure_optimizers",
     "lora_rank",
+    "lora_merging",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
 GAIN, SETUP, GPU, CHECKED = "gain", "setup", "check_gpu", "fisher_gpu"
