@@ -120,6 +120,7 @@ EXPERIMENT = Experiment(
     cell,
     full=[{"seed": seed, **_FULL} for seed in (61, 62, 63)],
     quick=[{"seed": 0, **_QUICK}],
+    gpu=True,
 )
 
 

@@ -93,6 +93,7 @@ EXPERIMENT = Experiment(
     cell,
     full=[{**one, "budget": BUDGET} for one in [*FULL_CELLS, *FULL_DOMAINS]],
     quick=[{**one, "budget": 1} for one in structure_tasks.QUICK_CELLS],
+    gpu=True,
 )
 
 

@@ -42,6 +42,7 @@ EXPERIMENT = Experiment(
     cell,
     full=[{"seed": seed, "budget": SETTINGS, **structure_language.FULL} for seed in (34, 35, 36)],
     quick=[{"seed": 0, "budget": 1, **structure_language.QUICK}],
+    gpu=True,
 )
 
 

@@ -45,6 +45,7 @@ class Experiment:
         quick: settings of a few small cells.
         revision: number to raise when ``cell`` changes, so that older results are not reused.
         repeats: True if a cell repeats its digits; seconds do not.
+        gpu: True if it can run on a GPU.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Experiment:
     quick: Sequence[Settings]
     revision: int = 1
     repeats: bool = True
+    gpu: bool = False
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +70,8 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--check compares with {out}, which is not there; run without it first, or name a file by --out")
     if options.check and options.finished:
         parser.error("--check runs cells, but --finished runs none; leave one out")
+    if options.device != "cpu" and not experiment.gpu:
+        parser.error(f"--device must be cpu for {experiment.name}, found {options.device}")
     count = len(experiment.full if options.full else experiment.quick)
     if options.cells is not None and not all(0 <= number < count for number in options.cells):
         parser.error(f"--cells must be between 0 and {count - 1}, found {' '.join(map(str, options.cells))}")

@@ -47,6 +47,15 @@ def test_seconds_stand_beside_the_result(tmp_path, capsys):
     assert runner.main(experiment, [*command, "--check"]) == 0
 
 
+def test_an_experiment_for_the_cpu_refuses_a_gpu(tmp_path, capsys):
+    """Without ``gpu``, ``--device`` is refused before any cell runs."""
+    calls = []
+    with pytest.raises(SystemExit):
+        runner.main(_experiment(calls), ["--quick", "--device", "cuda", "--work", str(tmp_path)])
+    assert "--device must be cpu for squares, found cuda" in capsys.readouterr().err
+    assert calls == []
+
+
 def test_a_run_on_a_gpu_names_the_card_and_has_no_cpu_times(tmp_path, monkeypatch):
     """The versions name the card, so a CPU takes over no cell from a GPU; seconds of the host are left out."""
     monkeypatch.setattr(device, "card", lambda: "Card 1")
