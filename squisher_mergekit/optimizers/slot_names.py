@@ -263,6 +263,10 @@ def _of_one_attribute(
     ]
     if len(whole) != 1 or prefixes[whole[0]] == len(named) or any(name in known for name, _ in named):
         return named
+    present = {name.removeprefix(whole[0]) for name, _ in named if name.startswith(whole[0])}
+    left_out = {slot.shape for name, slot in named if not name.startswith(whole[0])}
+    if None in left_out or left_out & _missing_shapes(present, model, folders):
+        return named  # a parameter of the model may have another name
     others = [name for name, _ in named if not name.startswith(whole[0])]
     LOG.warning(
         "%s: the model is %s of the module that was trained; left out: %s%s",
@@ -272,6 +276,14 @@ def _of_one_attribute(
         f" and {len(others) - 1} more" if len(others) > 1 else "",
     )
     return [(name.removeprefix(whole[0]), slot) for name, slot in named if name.startswith(whole[0])]
+
+
+def _missing_shapes(present: set[str], model: CheckpointNames | None, folders: Folders) -> set[Shape]:
+    """Return the shapes of the model's parameters that are not among the names."""
+    if model is not None and all(name in model.first for name in present):
+        held = {model.first[name] for name in present}
+        return {parameter.shape for parameter in model.parameters if parameter.name not in held}
+    return {info.shape for name, info in folders.weights.infos.items() if name not in present}
 
 
 def _refuse_untied(names: Sequence[str], model: CheckpointNames, folders: Folders) -> None:

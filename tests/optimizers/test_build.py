@@ -207,7 +207,7 @@ def test_base_and_model_must_be_there(tmp_path):
     for option in ("base", "model"):
         with pytest.raises(NotFoundError, match=f"--{option} must be a local folder"):
             load_fisher(STATES / "plain_adam", **{option: tmp_path / "nowhere"})
-    with pytest.raises(NotFoundError, match=r"has no config\.json"):
+    with pytest.raises(NotFoundError, match=r"--base must be a folder with weights or their config\.json"):
         load_fisher(STATES / "trainer_lora_llama", base=tmp_path)
 
 
