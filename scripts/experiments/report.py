@@ -47,6 +47,7 @@ EXPERIMENTS = (
     "structure_optimizers",
     "lora_rank",
     "lora_merging",
+    "lora_language",
 )
 BENCHMARKS = tuple(benchmarks.TABLES)
 GAIN, SETUP, GPU, CHECKED = "gain", "setup", "check_gpu", "fisher_gpu"
