@@ -18,6 +18,7 @@ from squisher_mergekit.merging.read import LoadedFisher
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.votes.options import VoteOptions
 from squisher_mergekit.merging.votes.threshold import Choice, model_choices
+from squisher_mergekit.tensors.freed_memory import give_back
 
 Cuts: TypeAlias = Mapping[Any, Mapping[str, Choice]]
 
@@ -94,6 +95,7 @@ class ThresholdTask(Task[Cuts]):  # type: ignore[misc]
             for name, models, entries, task in self.run.trimmed
         ]
         found = find_choices(tensors, self.run.densities)
+        give_back()
         self.run.record_choices({str(model): choices for model, choices in found.items()})
         return found
 
