@@ -186,12 +186,13 @@ def test_the_state_is_plain_json(tmp_path):
 def test_a_sweep_that_a_signal_ends_leaves_nothing(tmp_path, number):
     """Neither a part of a model remains, nor the folder, if no point was finished."""
     code = (
-        "import os, sys\nfrom pathlib import Path\n"
+        "import os, signal, sys\nfrom pathlib import Path\n"
         "from squisher_mergekit.recipes.sweep import Sweep\n"
         "from squisher_mergekit.tensors.temporary import ENDINGS, cleaned_up_at_signals\n"
         "def merge(point, folder):\n"
         "    folder.mkdir()\n"
         "    os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "with cleaned_up_at_signals(ENDINGS):\n"
         "    Sweep(Path(sys.argv[1]) / 'out', [{'a': 1}], 'identity').run(merge, lambda model: 1.0)\n"
     )
