@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import ROOT
-from scripts.benchmarks.process import run_measured, verdict, work_folder
+from scripts.benchmarks.process import minima, run_measured, verdict, work_folder
 from scripts.benchmarks.states import OF_TRAINERS
 
 SPEED_GOAL = 0.7  # of the plain copy's bytes per second
@@ -130,7 +130,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 def table(report: dict[str, Any]) -> list[str]:
     """Return the minima, the speed relative to the copy, and a verdict on each goal."""
-    low = {name: {key: min(run[key] for run in runs) for key in runs[0]} for name, runs in report["samples"].items()}
+    low = minima(report["samples"])
     size = report["bytes"] / 1e9
     rows = [
         f"{report['size']} {report['layout']}: {size:.2f} GB of second moments",

@@ -19,7 +19,7 @@ from typing import Any
 
 from scripts import ROOT
 from scripts.benchmarks.merge import BASE, comparison_parser, output_folder, parameters, prepare_model, recipe
-from scripts.benchmarks.process import run_measured, verdict, work_folder
+from scripts.benchmarks.process import minima, run_measured, verdict, work_folder
 from scripts.benchmarks.report import write_report
 
 ADAPTERS = ("lora-a", "lora-b")
@@ -125,8 +125,7 @@ def bench(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def lines(report: dict[str, Any]) -> list[str]:
     """Return the figures of each merge, with the verdicts on the goals."""
-    keys = ("cpu_s", "anonymous_gb")
-    least = {name: {key: min(run[key] for run in runs) for key in keys} for name, runs in report["samples"].items()}
+    least = minima(report["samples"])
     found = [f"{report['parameters'] / 1e6:.0f} million weights, two LoRAs of rank {report['rank']}"]
     for name, figures in least.items():
         found.append(f"{name:<18} CPU {figures['cpu_s']:6.1f} s, anonymous {figures['anonymous_gb']:.2f} GB")

@@ -24,7 +24,7 @@ from typing import Any
 
 from scripts import ROOT
 from scripts.benchmarks.on_paper import FISHER_WIDTH
-from scripts.benchmarks.process import run_measured, verdict, work_folder
+from scripts.benchmarks.process import minima, run_measured, verdict, work_folder
 from scripts.benchmarks.report import write_report
 
 CPU_GOAL = 1.15  # squisher / linear
@@ -247,7 +247,7 @@ def table(report: dict[str, object]) -> list[str]:
     """Return the table of minima and medians, ratios to linear, and a verdict on each goal."""
     samples: dict[str, list[dict[str, float]]] = report["samples"]  # type: ignore[assignment]
     keys = ("wall_s", "cpu_s", "rss_gb", "anonymous_gb")
-    low = {name: {key: min(run[key] for run in runs) for key in keys} for name, runs in samples.items()}
+    low = minima(samples)
     mid = {name: {key: statistics.median(run[key] for run in runs) for key in keys} for name, runs in samples.items()}
     linear = low["linear"]
     titles = ("wall s", "user+sys s", "peak RSS GB", "anonymous GB")

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +109,16 @@ def work_folder(given: Path | None, name: str) -> Iterator[Path]:
     finally:
         if given is None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def minima(samples: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return the smallest value of each figure over the runs of each command.
+
+    Example:
+        >>> minima({"linear": [{"cpu_s": 3.0}, {"cpu_s": 2.0}]})
+        {'linear': {'cpu_s': 2.0}}
+    """
+    return {name: {key: min(run[key] for run in runs) for key in runs[0]} for name, runs in samples.items()}
 
 
 def verdict(met: bool) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from scripts.benchmarks import votes
+from scripts.benchmarks.process import minima
 from scripts.experiments.tables import Table
 
 Measured = Sequence[Mapping[str, Any]]
@@ -216,10 +217,7 @@ def _bytes(size: int) -> str:
 def merges(measured: Measured) -> list[Table]:
     """Return CPU time and memory of whole merges."""
     (report,) = measured
-    low = {
-        name: {key: min(run[key] for run in runs) for key in ("wall_s", "cpu_s", "anonymous_gb")}
-        for name, runs in report["samples"].items()
-    }
+    low = minima(report["samples"])
     titles = {"read+write": "only reading and writing the same bytes"}
     if report["density"] is not None:
         titles |= {f"{name} trim": f"`{name}`, density {report['density']:g}" for name in ("squisher", "ties")}
@@ -256,10 +254,7 @@ PROGRAMS = {"": "`mergekit-yaml`", ", report": "`squisher merge`, with the repor
 def structures(measured: Measured) -> list[Table]:
     """Return CPU time and memory of merges with a structure, and the computed costs of larger models."""
     (report,) = measured
-    low = {
-        name: {key: min(run[key] for run in runs) for key in ("cpu_s", "anonymous_gb")}
-        for name, runs in report["samples"].items()
-    }
+    low = minima(report["samples"])
     rows = []
     for name, one in low.items():
         kind, comma, _ = name.partition(",")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.benchmarks.merge import BASE, MODELS, compare, comparison_parser, output_folder, parameters, recipe
-from scripts.benchmarks.process import run_measured, verdict
+from scripts.benchmarks.process import minima, run_measured, verdict
 from scripts.experiments.tables import Table
 
 PLAIN = "squisher"
@@ -72,10 +72,7 @@ def bench(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def lines(report: dict[str, Any]) -> list[str]:
     """Return the figures of each merge, with a verdict on each goal."""
-    least = {
-        name: {key: min(run[key] for run in runs) for key in ("cpu_s", "anonymous_gb")}
-        for name, runs in report["samples"].items()
-    }
+    least = minima(report["samples"])
     found = [f"{report['parameters'] / 1e6:.0f} million weights"]
     for name, figures in least.items():
         ratio = figures["cpu_s"] / least[PLAIN]["cpu_s"]
@@ -90,10 +87,7 @@ def lines(report: dict[str, Any]) -> list[str]:
 def tables(measured: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Return the table of CPU time and memory of each option."""
     (report,) = measured
-    least = {
-        name: {key: min(run[key] for run in runs) for key in ("cpu_s", "anonymous_gb")}
-        for name, runs in report["samples"].items()
-    }
+    least = minima(report["samples"])
     rows = []
     for name, one in least.items():
         times = one["cpu_s"] / least[PLAIN]["cpu_s"]
