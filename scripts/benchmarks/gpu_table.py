@@ -1,4 +1,4 @@
-"""Tables of check_gpu.json for scripts/README.md."""
+"""Tables of check_gpu.json and fisher_gpu.json for scripts/README.md."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def checked(found: Mapping[str, Any]) -> Table:
     ]
     note = (
         "The check of a batch that a CUDA graph adds, from the fourth batch on, runs on a second stream beside the "
-        "graph. The first such check also allocates its memory."
+        "graph."
     )
     title = "**Checked batches, with a second stream.** Relative to a plain forward and backward pass"
     return Table(title, ["second batch", "fourth", "eighth"], cells, [note])

@@ -166,6 +166,8 @@ def run(
         shutil.rmtree(kept, ignore_errors=True)
     elif published is not None:
         _take_over(experiment, published, kept)
+    card = device.card()
+    models = work if card is None else work / card.replace(" ", "-")  # models of two devices differ in their digits
     cells = []
     settings = experiment.full if tier == "full" else experiment.quick
     for number, one in enumerate(tqdm(settings, desc=experiment.name, unit="cell", disable=quiet)):
@@ -174,10 +176,10 @@ def run(
             continue
         if not file.is_file():
             wall, cpu = time.perf_counter(), cpu_seconds()
-            result = experiment.cell(one, work)
+            result = experiment.cell(one, models)
             spent = {"cpu_seconds": round(cpu_seconds() - cpu, 2), "seconds": round(time.perf_counter() - wall, 2)}
             timings = result.pop(TIMINGS, None)
-            measured = {TIMINGS: timings} if timings is not None and device.card() is None else {}
+            measured = {TIMINGS: timings} if timings is not None and card is None else {}
             write_json(file, {"settings": dict(one), "result": result} | spent | measured)
         cells.append(json.loads(file.read_text(encoding="utf-8")))
     return {

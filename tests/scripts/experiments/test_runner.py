@@ -57,10 +57,11 @@ def test_an_experiment_for_the_cpu_refuses_a_gpu(tmp_path, capsys):
 
 
 def test_a_run_on_a_gpu_names_the_card_and_has_no_cpu_times(tmp_path, monkeypatch):
-    """The versions name the card, so a CPU takes over no cell from a GPU; seconds of the host are left out."""
+    """The versions name the card, so a CPU takes over no cell or model from a GPU; seconds of the host are left out."""
     monkeypatch.setattr(device, "card", lambda: "Card 1")
 
     def cell(settings, work):
+        assert work == tmp_path / "Card-1"
         return {"one": 1, runner.TIMINGS: {"merge": 2.0}}
 
     experiment = runner.Experiment("timed", "Timed.", cell, full=[{"seed": 0}], quick=[])
