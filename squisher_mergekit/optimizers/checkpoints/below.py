@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from squisher_mergekit.errors import NamingError
@@ -31,8 +32,8 @@ def checkpoint_below(folder: Path, holds: Callable[[Path], bool]) -> Path | None
         >>> checkpoint_below(Path("/nonexistent"), lambda folder: True) is None
         True
     """
-    folders = [path for _, path in zip(range(_MOST), _folders(folder, holds), strict=False)]
-    found = [path for path in folders if _is_source(path, holds)]
+    folders = dict(islice(_folders(folder, holds), _MOST))
+    found = [path for path, is_source in folders.items() if is_source]
     if not found and whose(folder) is None:
         found = [path for path in folders if torch_save.others(path)]
     distinct = list({path.resolve(): path for path in found}.values())
@@ -47,17 +48,17 @@ def checkpoint_below(folder: Path, holds: Callable[[Path], bool]) -> Path | None
     return distinct[0] if distinct else None
 
 
-def _is_source(folder: Path, holds: Callable[[Path], bool]) -> bool:
-    return holds(folder) or any(map(holds, steps_in(folder).values()))
-
-
-def _folders(folder: Path, holds: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yield the folders below, level by level, but none inside of a checkpoint or run."""
+def _folders(folder: Path, holds: Callable[[Path], bool]) -> Iterator[tuple[Path, bool]]:
+    """Yield the folders below, level by level, and whether each is a checkpoint or run, whose inside is left out."""
     level = [folder]
     for _ in range(_DEPTH):
         below = [path for parent in level for path in _inside(parent)]
-        yield from below
-        level = [path for path in below if not _is_source(path, holds)]
+        level = []
+        for path in below:
+            is_source = holds(path) or any(map(holds, steps_in(path).values()))
+            yield path, is_source
+            if not is_source:
+                level.append(path)
 
 
 def _inside(folder: Path) -> list[Path]:
