@@ -3,6 +3,7 @@
 Each process would otherwise import torch and transformers anew, which takes longer than the test itself.
 """
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ import sys
 import traceback
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+
+import torch.distributed as dist
 
 PRELOADED = ["torch", "torch.distributed", "transformers", "accelerate", "peft", "tests.training.worker"]
 
@@ -36,7 +39,7 @@ def run(
     outputs = [folder / f".output-{rank}" for rank in range(world)]
     port = _free_port()
     arguments = [
-        (module, kind, folder, rank, world, output, _variables(rank, world, port) if as_torchrun else {})
+        (module, kind, folder, rank, world, output, timeout, _variables(rank, world, port) if as_torchrun else {})
         for rank, output in enumerate(outputs)
     ]
     processes = [context.Process(target=_work, args=each) for each in arguments]
@@ -70,14 +73,31 @@ def _variables(rank: int, world: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
-def _work(module: str, kind: str, folder: Path, rank: int, world: int, output: Path, variables: dict[str, str]) -> None:
-    """Run the module's ``main`` with its output in a file; a failed one ends with exit code 1."""
+def _work(
+    module: str,
+    kind: str,
+    folder: Path,
+    rank: int,
+    world: int,
+    output: Path,
+    timeout: float,
+    variables: dict[str, str],
+) -> None:
+    """Run the module's ``main`` with its output in a file; a failed one ends with exit code 1.
+
+    A process that is not done shortly before the timeout writes the stacks of its threads. Process groups stay until
+    the process ends: the destructor of a gloo group joins a thread that may need the GIL, which the caller of the
+    destructor holds (torch 2.13), for example where the last reference to a DDP model goes.
+    """
     os.environ |= variables
     sys.stdout = sys.stderr = output.open("w", buffering=1)
     os.dup2(sys.stderr.fileno(), 1)
     os.dup2(sys.stderr.fileno(), 2)
+    faulthandler.dump_traceback_later(timeout * 0.9)
     try:
         importlib.import_module(module).main(kind, folder, rank, world)
+        if dist.is_initialized():
+            dist.barrier()  # no process leaves while another one still communicates
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

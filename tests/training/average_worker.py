@@ -28,6 +28,3 @@ def main(kind, folder, rank, world):
         optimizer.step()
         state.global_step += 1
     average.on_train_end(args, state, None)
-    if world > 1:
-        dist.barrier()  # no process leaves while another one still communicates
-        dist.destroy_process_group()

@@ -53,5 +53,3 @@ def main(kind, folder, rank, world):
         {name: p.detach() for name, p in model.named_parameters()} | {"norms": torch.stack(norms)},
         folder / f"{rank}.pt",
     )
-    dist.barrier()  # no process leaves while another one still communicates
-    dist.destroy_process_group()

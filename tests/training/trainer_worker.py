@@ -42,8 +42,6 @@ def main(kind, folder, rank, world):
         run.train()
     else:
         train_with_penalty(folder, world)
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 def train_with_penalty(folder, world):

@@ -94,6 +94,3 @@ def main(kind, folder, rank, world):
             dist.barrier()
         if not resumed(squares, wrapped, folder / "out" / "fisher_ema"):
             raise AssertionError("the average did not come back from its file")
-    if world > 1:
-        dist.barrier()  # no process leaves while another one still communicates
-        dist.destroy_process_group()

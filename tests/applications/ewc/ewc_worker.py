@@ -59,9 +59,6 @@ def main(kind, folder, rank, world):
     if rank == 0:
         weights = {name: tensor.clone() for name, tensor in weights.items()}
         torch.save({"value": value.item(), "ratio": ratio, "weights": weights}, folder / "found.pt")
-    if world > 1:
-        dist.barrier()  # no process leaves while another one still communicates
-        dist.destroy_process_group()
 
 
 def _local(tensor):
