@@ -21,6 +21,11 @@ MOST_JSON = 200_000_000  # bytes; the history of a long run is the largest JSON 
 MOST_YAML = 2_000_000  # bytes; PyYAML needs about ten seconds for each million
 _MOST_NODES = 200_000  # values in a YAML document with its aliases expanded
 _COPY = "copy it again"
+# First bytes of files that stand in place of another one, with the noun phrase and the cure of the message.
+_SUBSTITUTES = (
+    (b"version https://git-lfs.", "a pointer of Git LFS", "fetch the file itself by git lfs pull"),
+    (b"<", "a web page or XML", "download the file again (the address or the login was wrong)"),
+)
 FileState = tuple[int, int, int]  # inode, size, time of change
 
 
@@ -47,7 +52,27 @@ def reading(place: object, required: str, cure: str = _COPY) -> Iterator[None]:
     except SquisherError:
         raise
     except Exception as error:  # hostile content can make a parser raise nearly anything
-        raise CorruptFileError(f"{place} must be {required}, but {brief(error)}; {cure}") from error
+        reason, cure = substitute(place) or (brief(error), cure)
+        raise CorruptFileError(f"{place} must be {required}, but {reason}; {cure}") from error
+
+
+def substitute(place: object) -> tuple[str, str] | None:
+    """Return the reason and the cure for a file in place of the one that was meant; None for any other content.
+
+    A clone without Git LFS leaves pointers, a failed download a web page or nothing.
+
+    Args:
+        place: The file; anything but a path of a regular file is no substitute.
+    """
+    try:
+        with open_input(Path(str(place))) as stream:
+            begin = stream.read(64)
+    except (OSError, ValueError, SquisherError):
+        return None
+    if not begin:
+        return "it is empty", _COPY
+    found = (one for one in _SUBSTITUTES if begin.lstrip().startswith(one[0]))
+    return next(((f"it is {kind}", cure) for _, kind, cure in found), None)
 
 
 def brief(error: BaseException) -> str:

@@ -168,7 +168,7 @@ REFUSED = {
     "bad_malicious_pickle": (UnsafeFileError, ["optimizer.pt", "nothing of it was run", "state_dict"]),
     "bad_malicious_dcp_metadata": (UnsafeFileError, [".metadata", "io.open", "nothing of it was run", "again"]),
     "bad_missing_ds_rank": (NotFoundError, ["global_step4", "rank 1 is missing", "copy it"]),
-    "bad_truncated": (CorruptFileError, ["optimizer.pt", "truncated or damaged", "copy it again"]),
+    "bad_truncated": (CorruptFileError, ["optimizer.pt", "truncated, damaged or of another format", "copy it again"]),
     "bad_wrong_model_shape": (MismatchError, ["optimizer.pt", "embed_tokens", "[32, 8]", "[32, 16]", "--model"]),
 }
 

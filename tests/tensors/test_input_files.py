@@ -5,7 +5,9 @@ import os
 import pytest
 
 from squisher_mergekit.errors import ConfigError, CorruptFileError
+from squisher_mergekit.optimizers.checkpoints.safe_pickle import load
 from squisher_mergekit.tensors.input_files import parse_shape, parse_yaml, read_json, read_mapping, read_text, reading
+from squisher_mergekit.tensors.safetensors import read_header
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a":' * 50_000, "[" * 50_000, "\x00", "9" * 5000])
@@ -15,6 +17,26 @@ def test_text_that_is_no_json_is_refused_in_one_line(tmp_path, text):
     with pytest.raises(CorruptFileError, match=r"x\.json must be JSON, but .*; copy it again") as caught:
         read_json(tmp_path / "x.json")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it is empty; copy it again"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "it is a pointer of Git LFS; fetch the file itself",
+        ),
+        ("\n<!DOCTYPE html><title>404</title>", "it is a web page or XML; download the file again"),
+        ("<?xml version='1.0'?><Error/>", "it is a web page or XML; download the file again"),
+    ],
+)
+def test_a_file_in_place_of_the_one_that_was_meant_is_named(tmp_path, text, message):
+    """Readers of JSON, safetensors and pickles say that the file is a pointer, a web page or empty."""
+    for name, read in (("x.json", read_json), ("x.safetensors", read_header), ("x.pt", load)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(CorruptFileError, match=f"{name} must be .*, but {message}"):
+            read(tmp_path / name)
 
 
 @pytest.mark.parametrize("text", ["3", "[]", "null", '"a"'])

@@ -19,7 +19,7 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints.stand_ins import STAND_INS, StandIn, container, inert, is_data
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import ArchiveRecord, Checksums, check_archive
-from squisher_mergekit.tensors.input_files import brief, open_input
+from squisher_mergekit.tensors.input_files import brief, open_input, substitute
 
 LOG = logging.getLogger("squisher_mergekit")
 _SHOWN = 8
@@ -309,10 +309,9 @@ def _refusal(path: Path, needed: Sequence[str]) -> UnsafeFileError | Unsupported
 def _corrupt(path: Path | str, error: Exception) -> CorruptFileError:
     if isinstance(error, CorruptFileError):
         return error if str(path) in str(error) else CorruptFileError(f"{path}: {error}; copy it again")
-    return CorruptFileError(
-        f"{path} must be a whole file that torch.save wrote, but it is truncated or damaged ({brief(error):.120}); "
-        "copy it again"
-    )
+    damaged = f"it is truncated, damaged or of another format ({brief(error):.120})", "copy it again"
+    reason, cure = substitute(path) or damaged
+    return CorruptFileError(f"{path} must be a whole file that torch.save wrote, but {reason}; {cure}")
 
 
 def _unsafe_globals(path: Path, error: pickle.UnpicklingError) -> list[str]:
