@@ -109,6 +109,19 @@ class BatchMaker:
             )
         return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
+    def check(self, rows: Sequence[Mapping[str, Any]], first: int = 0) -> None:
+        """Refuse a row that no batch could hold, before a long pass reaches it.
+
+        Args:
+            rows: All rows.
+            first: Number of the first row to check.
+
+        Raises:
+            ConfigError: A value is missing or is no text, the model lacks a label, or a row can have no loss.
+        """
+        for number in range(first, len(rows)):
+            self._example(_Row(rows[number], number))
+
     def tokenize(self, *texts: Any, **options: Any) -> Any:
         """Return the tokenizer's encoding of one row, truncated to ``max_length``."""
         return self.tokenizer(*texts, truncation=True, max_length=self.max_length, **options)

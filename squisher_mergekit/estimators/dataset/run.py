@@ -119,6 +119,7 @@ def estimate_from(
     )
     labels = getattr(model.config, "label2id", None) or {}
     make = BatchMaker(tokenizer, request.task, request.max_length, columns, labels, request.seed, request.batch_size)
+    make.check(rows, done * request.batch_size)
     accumulator = _accumulator(request, shard(model, state.device) if sharded else model.to(state.device), offload)
     if done:
         checkpoint.restore(accumulator)

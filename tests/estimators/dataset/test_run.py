@@ -1,5 +1,6 @@
 """``squisher estimate`` with several processes, interruptions and adapters."""
 
+import dataclasses
 import json
 import random
 import signal
@@ -114,6 +115,17 @@ def test_another_file_in_its_place_is_refused(saved, tmp_path):
     with pytest.raises(CorruptFileError, match="must be the checkpoint of an estimate"):
         estimate_from(_request(saved), tmp_path / "out")
     assert (tmp_path / "out.partial.safetensors").read_bytes() == b"mine"
+
+
+def test_a_bad_last_row_is_refused_before_the_first_batch(saved, tmp_path, monkeypatch):
+    """A pass of hours must not end at a row that it could have been asked about."""
+    rows = [{"text": "the cat sat"}] * 22 + [{"text": "  "}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _stop_after(monkeypatch, 0)
+    request = dataclasses.replace(_request(saved), data=str(tmp_path / "rows.jsonl"))
+    with pytest.raises(ConfigError, match="row 22 is empty in column text"):
+        estimate_from(request, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_sharding_needs_processes(saved, tmp_path):
