@@ -14,6 +14,11 @@ _FILE = "modules.json"
 _NUMBER = re.compile(r"\d+")
 
 
+def has_modules(folder: Path) -> bool:
+    """Return True for the folder of a model of sentence-transformers."""
+    return (folder / _FILE).is_file()
+
+
 def module_parameters(folder: Path) -> list[ParameterInfo]:
     """Return the parameters of the modules after the transformer, in the order of the model; empty without modules.
 

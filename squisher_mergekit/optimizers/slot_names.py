@@ -12,13 +12,14 @@ from squisher_mergekit.models.checkpoint_names import checkpoint_names
 from squisher_mergekit.models.decay_groups import layers_of_groups
 from squisher_mergekit.models.names import NAMES_CURE, CheckpointNames, ParameterInfo, Shape
 from squisher_mergekit.models.parameters import DDP, unwrapped
-from squisher_mergekit.models.sentence_modules import module_parameters
+from squisher_mergekit.models.sentence_modules import has_modules, module_parameters
 from squisher_mergekit.models.weights import trained_parameters
 from squisher_mergekit.optimizers.assign_names import Names, assign, divide
 from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import NAME as FSDP_RANK
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
 from squisher_mergekit.optimizers.checkpoints.trainers.foreign import lora_without_order
 from squisher_mergekit.optimizers.ivon import cut, is_flat, split
+from squisher_mergekit.optimizers.loss_parameters import assign_beside_loss
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
 from squisher_mergekit.tensors.safetensors import check_shape
 
@@ -147,6 +148,10 @@ def _named(
     if len(state.optimizers) > 1:
         needed = [[slot.tensor is not None for slot in group] for group in state.groups]
         chosen = divide(shapes, parameters, trained, needed, str(state.location))
+    elif len(slots) > len(parameters) and has_modules(folders.location.parent):
+        chosen = assign_beside_loss(shapes, parameters, str(state.location))
+        extra = len(slots) - len(parameters)
+        LOG.warning("%s: left out, as of the loss: %d of the optimizer's parameters", folders.location, extra)
     else:
         settings = state.raw.states[0]["param_groups"]
         by_layers = _assign_by_layers(shapes, layers_of_groups(settings), parameters, str(state.location))
