@@ -12,14 +12,13 @@ from squisher_mergekit.models.checkpoint_names import checkpoint_names
 from squisher_mergekit.models.decay_groups import layers_of_groups
 from squisher_mergekit.models.names import NAMES_CURE, CheckpointNames, ParameterInfo, Shape
 from squisher_mergekit.models.parameters import DDP, unwrapped
-from squisher_mergekit.models.sentence_modules import has_modules, module_parameters
+from squisher_mergekit.models.sentence_modules import assign_beside_loss, has_modules, module_parameters
 from squisher_mergekit.models.weights import trained_parameters
 from squisher_mergekit.optimizers.assign_names import Names, assign, divide
 from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import NAME as FSDP_RANK
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
 from squisher_mergekit.optimizers.checkpoints.trainers.foreign import lora_without_order
 from squisher_mergekit.optimizers.ivon import cut, is_flat, split
-from squisher_mergekit.optimizers.loss_parameters import assign_beside_loss
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
 from squisher_mergekit.tensors.safetensors import check_shape
 
