@@ -99,7 +99,8 @@ def test_the_parameters_of_a_loss_are_left_out(loss, tmp_path, caplog):
     truth = _saved(loss(nn.ModuleDict({"0": model})), model, folder)
     with caplog.at_level(logging.WARNING):
         fisher = load_fisher(folder)
-    assert_moments(fisher, truth)
+    assert set(fisher) == set(truth)
+    assert all(torch.equal(fisher[name], moment) for name, moment in truth.items())
     assert "left out, as of the loss: 2 of the optimizer's parameters" in caplog.text
 
 
