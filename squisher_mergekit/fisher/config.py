@@ -304,7 +304,8 @@ class FisherConfig(_Frozen):
         if not steps or beta2 is None:
             missing = "steps" if not steps else "beta2"
             raise ConfigError(
-                f"scaling debiased needs the {missing} of {name}, which this Fisher does not record; use scaling: raw"
+                f"scaling debiased needs the {missing} of {name}, which this Fisher does not record; give "
+                f"--{missing} to squisher extract, or use scaling: raw"
             )
         return 1.0 / (1.0 - float(beta2) ** steps)
 

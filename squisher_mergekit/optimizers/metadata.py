@@ -79,7 +79,7 @@ def make_config(
             statistic=moments[0].statistic,
             parameters="adapter" if adapter else "model",
             optimizer=OptimizerInfo.model_validate(settings),
-            steps=per_parameter(steps) if len(steps) == len(kinds) else None,
+            steps=per_parameter(steps) if len(steps) == len(kinds) else None if steps else _global_step(file.parent),
             bias_corrected=moments[0].corrected,
             examples_per_step=known.get("examples_per_step"),
             encoding=encoding if isinstance(encoding, dict) else {"default": str(encoding)},

@@ -24,7 +24,13 @@ from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import tagged
 from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
 from squisher_mergekit.optimizers.checkpoints.trainers import neox_elastic
-from squisher_mergekit.optimizers.checkpoints.trainers.pipeline import LAYER, joined, layer_weights
+from squisher_mergekit.optimizers.checkpoints.trainers.pipeline import (
+    LAYER,
+    fused_weights,
+    joined,
+    joined_fused,
+    layer_weights,
+)
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.input_files import reading
 from squisher_mergekit.tensors.lazy import Slices
@@ -78,7 +84,9 @@ def read(folder: Path, verify: bool) -> RawState:
     for group in (group for one in states for group in one["param_groups"]):
         groups.append({**group, "params": [name for name in group["params"] if name not in present]})
         present.update(group["params"])
-    return replace(parts[0], states=({"state": state, "param_groups": groups},), masters={}, model=None)
+    fused, count = joined_fused([part.fused for part in parts], folder)
+    states_of_all = ({"state": state, "param_groups": groups},)
+    return replace(parts[0], states=states_of_all, masters={}, model=None, fused=fused, tensor_ranks=count)
 
 
 def _read_rank(folder: Path, model_rank: int, files: Sequence[Path], checksums: Checksums) -> RawState:
@@ -98,7 +106,7 @@ def _read_rank(folder: Path, model_rank: int, files: Sequence[Path], checksums: 
         raise CorruptFileError(
             f"{folder} must hold whole states of DeepSpeed, but lacks or mistakes {error!s:.100}; copy it again"
         ) from None
-    known = known_of(model) | {"max_grad_norm": positive(ranks[0].get("clip_grad"))}
+    known, fused = known_of(model) | {"max_grad_norm": positive(ranks[0].get("clip_grad"))}, fused_weights(masters)
     module = module_of(model)
     layers = next((path.name for path in folder.iterdir() if LAYER.fullmatch(path.name)), None)
     if module is not None and layers is not None:
@@ -107,7 +115,7 @@ def _read_rank(folder: Path, model_rank: int, files: Sequence[Path], checksums: 
         verify_masters(masters, module, folder)
     elif verify_masters(masters, layer_weights(folder, model_rank, checksums), folder):
         masters = {}
-    return RawState(folder, (state,), module, "deepspeed", known, checksums.verify, masters)
+    return RawState(folder, (state,), module, "deepspeed", known, checksums.verify, masters, fused=fused)
 
 
 def _model(file: Path, checksums: Checksums) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ A family is chosen by the layout, or by names that no other trainer gives. The s
 import re
 from dataclasses import replace
 
-from squisher_mergekit.optimizers.translation.pipelines import BLOOM, NEOX, NEOX_BLOCK, NEOX_HEAD
+from squisher_mergekit.optimizers.translation.pipelines import BLOOM, NEOX, NEOX_BLOCK, NEOX_BY_RANK, NEOX_HEAD
 from squisher_mergekit.optimizers.translation.schemes import (
     Family,
     Prepare,
@@ -339,5 +339,6 @@ NANOGPT = Family(
 )
 
 FAMILIES = (
-    TORCHTUNE, TORCHTITAN, LITGPT, OLMO_CORE, OLMO, NANOTRON, NANOTRON_PAIRS, MEGATRON, NEOX, BLOOM, NANOGPT,
+    TORCHTUNE, TORCHTITAN, LITGPT, OLMO_CORE, OLMO, NANOTRON, NANOTRON_PAIRS, MEGATRON, NEOX,
+    NEOX_BY_RANK, BLOOM, NANOGPT,
 )  # fmt: skip

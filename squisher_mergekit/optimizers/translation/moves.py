@@ -24,12 +24,14 @@ class Dimensions:
         groups: Number of heads of keys and values.
         width: Width of a head.
         vocabulary: Number of rows of the embeddings.
+        ranks: Number of ranks of tensor parallelism, each of which fuses its own rows.
     """
 
     heads: int
     groups: int
     width: int
     vocabulary: int
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,27 @@ def of_heads(dimensions: Dimensions, part: str) -> Move:
     def move(tensor: Tensor) -> Tensor:
         by_head = tensor.reshape(dimensions.heads, ends[-1], *tensor.shape[1:])
         return by_head[:, ends[number] : ends[number + 1]].reshape(-1, *tensor.shape[1:])
+
+    return move
+
+
+def of_ranks(ranks: int, counts: Sequence[int], number: int) -> Move:
+    """Return the move that takes one of several parts out of rows, which each rank of tensor parallelism fuses.
+
+    Args:
+        ranks: Number of ranks.
+        counts: Relative numbers of rows of the parts.
+        number: Number of the part.
+
+    Example:
+        >>> of_ranks(2, (2, 1), 0)(torch.arange(6)), of_ranks(2, (2, 1), 1)(torch.arange(6))
+        (tensor([0, 1, 3, 4]), tensor([2, 5]))
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        by_rank = tensor.reshape(ranks, sum(counts), -1, *tensor.shape[1:])
+        begin = sum(counts[:number])
+        return by_rank[:, begin : begin + counts[number]].reshape(-1, *tensor.shape[1:])
 
     return move
 

@@ -5,30 +5,50 @@ import re
 from squisher_mergekit.optimizers.translation.schemes import (
     Family,
     Scheme,
+    Table,
     Target,
+    half_of_ranks,
     rows_of_heads,
+    rows_of_ranks,
     to,
     vocabulary_rows,
 )
 
 NEOX_BLOCK, NEOX_HEAD = "gpt_neox.layers.{}.", {"embed_out.weight": "lm_head.weight"}
 
-_NEOX_LLAMA = Scheme(
-    "model.layers.{}.",
-    {
-        "word_embeddings": to("model.embed_tokens", vocabulary_rows),
-        "norm": to("model.norm"),
-        "final_linear": to("lm_head", vocabulary_rows),
-    },
-    {
-        "input_layernorm": to("input_layernorm"),
-        "post_attention_layernorm": to("post_attention_layernorm"),
-        "attention.query_key_value": tuple(Target(f"self_attn.{part}_proj", (rows_of_heads(part),)) for part in "qkv"),
-        "attention.dense": to("self_attn.o_proj"),
-        "mlp.w1": to("mlp.gate_proj"),
-        "mlp.w2": to("mlp.down_proj"),
-        "mlp.w3": to("mlp.up_proj"),
-    },
+_PARTS = tuple((f"self_attn.{part}_proj", part) for part in "qkv")
+
+
+def _neox_llama(query_key_value: tuple[Target, ...], mlp: Table) -> Scheme:
+    return Scheme(
+        "model.layers.{}.",
+        {
+            "word_embeddings": to("model.embed_tokens", vocabulary_rows),
+            "norm": to("model.norm"),
+            "final_linear": to("lm_head", vocabulary_rows),
+        },
+        {
+            "input_layernorm": to("input_layernorm"),
+            "post_attention_layernorm": to("post_attention_layernorm"),
+            "attention.query_key_value": query_key_value,
+            "attention.dense": to("self_attn.o_proj"),
+            **mlp,
+        },
+    )
+
+
+_BY_HEAD = tuple(Target(name, (rows_of_heads(part),)) for name, part in _PARTS)
+_BY_RANK = tuple(Target(name, (rows_of_ranks(part),)) for name, part in _PARTS)
+_THREE_MATRICES = {"mlp.w1": to("mlp.gate_proj"), "mlp.w2": to("mlp.down_proj"), "mlp.w3": to("mlp.up_proj")}
+# The first half of each rank's rows is multiplied by the activation of the second half.
+_TWO_MATRICES = {
+    "mlp.linear1": (Target("mlp.up_proj", (half_of_ranks(0),)), Target("mlp.gate_proj", (half_of_ranks(1),))),
+    "mlp.linear2": to("mlp.down_proj"),
+}
+_NEOX_REWRITES = (
+    (r"^sequential\.", ""),
+    (r"^tied_modules\.embed\.", ""),
+    (r"^\d+\.(word_embeddings|norm|final_linear)\.", r"\1."),
 )
 NEOX = Family(
     "GPT-NeoX",
@@ -54,14 +74,20 @@ NEOX = Family(
             },
             since=NEOX_HEAD,
         ),
-        **dict.fromkeys(("llama", "mistral"), _NEOX_LLAMA),
+        **dict.fromkeys(("llama", "mistral"), _neox_llama(_BY_HEAD, {**_THREE_MATRICES, **_TWO_MATRICES})),
     },
     first=2,
-    rewrites=(
-        (r"^sequential\.", ""),
-        (r"^tied_modules\.embed\.", ""),
-        (r"^\d+\.(word_embeddings|norm|final_linear)\.", r"\1."),
-    ),
+    rewrites=_NEOX_REWRITES,
+)
+# With grouped queries, GPT-NeoX fused the rows of each query head until November 2024, and those of each rank since
+# then. The MLP had three matrices until September 2024, so that two of them are of either time.
+NEOX_BY_RANK = Family(
+    "GPT-NeoX since November 2024",
+    None,
+    NEOX.block,
+    dict.fromkeys(("llama", "mistral"), _neox_llama(_BY_RANK, _TWO_MATRICES)),
+    first=2,
+    rewrites=_NEOX_REWRITES,
 )
 
 _BLOOM_PARTS = (

@@ -12,6 +12,7 @@ from squisher_mergekit.optimizers.translation.moves import (
     in_groups,
     of_groups,
     of_heads,
+    of_ranks,
     transposed,
 )
 
@@ -140,6 +141,16 @@ def rows_of_groups(part: str) -> Prepare:
 def rows_of_heads(part: str) -> Prepare:
     """Return the function that makes the move of queries, keys or values out of query heads."""
     return lambda sizes, _: of_heads(sizes, part)
+
+
+def rows_of_ranks(part: str) -> Prepare:
+    """Return the function that makes the move of queries, keys or values out of the rows of each rank."""
+    return lambda sizes, _: of_ranks(sizes.ranks, (sizes.heads // sizes.groups, 1, 1), "qkv".index(part))
+
+
+def half_of_ranks(number: int) -> Prepare:
+    """Return the function that makes the move of the first or the second half of the rows of each rank."""
+    return lambda sizes, _: of_ranks(sizes.ranks, (1, 1), number)
 
 
 def rows_in_groups(sizes: Dimensions, _: int) -> Move:

@@ -21,6 +21,7 @@ from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, pa
 from squisher_mergekit.optimizers.translation.families import FAMILIES, OLMO, REORDERED_NORMS
 from squisher_mergekit.optimizers.translation.fused import PlacedSlot, fused
 from squisher_mergekit.optimizers.translation.moves import Dimensions, Move, Part, moved
+from squisher_mergekit.optimizers.translation.neox_rows import by_rows
 from squisher_mergekit.optimizers.translation.schemes import Family, Scheme, Target
 from squisher_mergekit.tensors.lazy import MaybeLazy, Slices
 
@@ -57,6 +58,9 @@ def translate(state: OptimizerState, folders: Folders) -> OptimizerState:
             "Fisher from data"
         )
     _check_norms(state.raw, kind, folders)
+    sizes = replace(dimensions_of(config), ranks=state.raw.tensor_ranks)
+    family = by_rows(state.raw, family, kind, sizes, folders.weights)
+    scheme = family.schemes[kind]
     named = _own_names(state, family, (scheme, config, folders))
     return _translated(named, family, scheme, config, folders)
 
@@ -168,7 +172,7 @@ def _parameters(family: Family, scheme: Scheme, config: Mapping[str, Any], folde
 def _translated(
     state: OptimizerState, family: Family, scheme: Scheme, config: Mapping[str, Any], folders: Folders
 ) -> OptimizerState:
-    sizes, last = dimensions_of(config), list[Any]()
+    sizes, last = replace(dimensions_of(config), ranks=state.raw.tensor_ranks), list[Any]()
     layers = _number(config, _LAYERS)
     scheme = _in_use(scheme, folders)
     optimizers = []

@@ -14,9 +14,9 @@ from torch import Tensor
 from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import safe_pickle
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
-from squisher_mergekit.tensors.lazy import MaybeLazy, concatenated
+from squisher_mergekit.tensors.lazy import MaybeLazy, Slices, concatenated
 
-_TIED = "tied_modules."
+_TIED, _FUSED = "tied_modules.", "attention.query_key_value.weight"
 LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _ACROSS_ROWS = re.compile(
     r".*\b(?:query_key_value|dense_h_to_4h|linear1|w1|w3)\.(?:weight|bias)|.*\b(?:word_embeddings|final_linear)\.weight"
@@ -62,6 +62,23 @@ def tensor_ranks(folder: Path) -> int:
     """Return the number of ranks of tensor parallelism by the files of the layers; 0 without such files."""
     matches = (LAYER.fullmatch(path.name) for path in folder.iterdir())
     return max((int(match[2] or 0) + 1 for match in matches if match), default=0)
+
+
+def fused_weights(masters: Mapping[str, Slices]) -> dict[str, MaybeLazy]:
+    """Return the float32 weights of fused queries, keys and values."""
+    return {name: master for name, master in masters.items() if name.endswith(_FUSED)}
+
+
+def joined_fused(ranks: Sequence[Mapping[str, MaybeLazy]], folder: Path) -> tuple[dict[str, MaybeLazy], int]:
+    """Join the fused weights of all ranks of the model; return them, and the number of ranks that share one.
+
+    Args:
+        ranks: Name -> float32 weight on each rank.
+        folder: The step's folder, for messages.
+    """
+    whole = joined([{name: {"weight": weight} for name, weight in rank.items()} for rank in ranks], folder)
+    counts = [sum(name in rank for rank in ranks) for name in whole]
+    return {name: entry["weight"] for name, entry in whole.items()}, max(counts, default=1)
 
 
 def joined(ranks: Sequence[Mapping[str, Mapping[str, Any]]], folder: Path) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from squisher_mergekit import load_fisher
-from squisher_mergekit.errors import MismatchError, UnsupportedStateError
+from squisher_mergekit.errors import MismatchError, NamingError, UnsupportedStateError
 from tests.other_trainers import World, assert_moments, to_bloom, to_neox
 
 NEOX = [{"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 20},
@@ -18,9 +18,17 @@ def _part(own, rank, ranks):
     for name, tensor in own.items():
         rows = any(
             part in name
-            for part in ("query_key_value", "dense_h_to_4h", "word_embeddings.weight", "final_linear", "w1", "w3")
+            for part in (
+                "query_key_value",
+                "dense_h_to_4h",
+                "word_embeddings.weight",
+                "final_linear",
+                "w1",
+                "w3",
+                "linear1",
+            )
         )
-        columns = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight", "w2.weight"))
+        columns = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight", "w2.weight", "linear2.weight"))
         result[name] = tensor.chunk(ranks, 0)[rank] if rows else tensor.chunk(ranks, 1)[rank] if columns else tensor
     return {name: tensor.contiguous() for name, tensor in result.items()}
 
@@ -112,6 +120,48 @@ def test_a_llama_of_gpt_neox_fuses_its_projections_by_query_head(groups, parts, 
     moments, weights = (_to_neox_of_llama(world, tensors) for tensors in (world.moments, world.weights))
     _write(tmp_path / "global_step30", moments, weights, parts=parts)
     assert_moments(load_fisher(tmp_path / "global_step30", world.folder), world.moments)
+
+
+def _with_two_matrices(world, tensors, blocks, parts):
+    """Return the names since September 2024: the MLP has two matrices, and rows are fused block by block."""
+    result = {}
+    for name, tensor in _to_neox_of_llama(world, tensors).items():
+        block = f"model.layers.{int(name.partition('.')[0]) - 2}."
+        if ".w1." in name:
+            pairs = [tensors[f"{block}mlp.{part}_proj.weight"].chunk(parts) for part in ("up", "gate")]
+            result[name.replace("w1", "linear1")] = torch.cat(
+                [half for rank in zip(*pairs, strict=True) for half in rank]
+            )
+        elif "query_key_value" in name:
+            fused = [tensors[f"{block}self_attn.{part}_proj.weight"].chunk(blocks) for part in "qkv"]
+            result[name] = torch.cat([part for one in zip(*fused, strict=True) for part in one])
+        elif ".w3." not in name:
+            result[name.replace("w2", "linear2")] = tensor
+    return result
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("by_rank", [False, True])
+def test_the_weights_tell_the_order_of_grouped_queries(by_rank, parts, tmp_path):
+    """The order changed in November 2024; the names and shapes did not, and no file tells the version."""
+    shape = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 28, "vocab_size": 22}
+    world = World(tmp_path / "model", tie_word_embeddings=False, num_key_value_heads=2, **shape)
+    blocks = parts if by_rank else world.heads
+    own = [_with_two_matrices(world, tensors, blocks, parts) for tensors in (world.moments, world.weights)]
+    _write(tmp_path / "global_step30", *own, parts=parts)
+    assert_moments(load_fisher(tmp_path / "global_step30", world.folder), world.moments)
+    with pytest.raises(NamingError, match=r"one query head after another, or, since November 2024"):
+        load_fisher(tmp_path / "global_step30", world.bare(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_heads_of_their_own_keys_have_one_order(parts, tmp_path):
+    """Without grouped queries the config is enough; each rank has its halves of the fused MLP."""
+    shape = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 28, "vocab_size": 22}
+    world = World(tmp_path / "model", tie_word_embeddings=False, **shape)
+    own = [_with_two_matrices(world, tensors, world.heads, parts) for tensors in (world.moments, world.weights)]
+    _write(tmp_path / "global_step30", *own, parts=parts)
+    assert_moments(load_fisher(tmp_path / "global_step30", world.bare(tmp_path / "bare")), world.moments)
 
 
 @pytest.mark.parametrize("shape", BLOOM)
