@@ -20,6 +20,7 @@ from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.stand_ins import ShardedStandIn
 from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
+from squisher_mergekit.optimizers.second_moments import unwrapped_state
 from squisher_mergekit.tensors.lazy import Joined, MaybeLazy
 
 NAME = re.compile(r"optimizer_(\d+)_rank(\d+)\.bin")
@@ -69,7 +70,31 @@ def load_ranks(files: Mapping[int, Path], checksums: Checksums) -> dict[int, Map
     for rank, state in loaded.items():
         if not is_state(state):
             raise CorruptFileError(f"{files[rank]} must hold an optimizer's state_dict, found none; copy it again")
-    return loaded
+    if len(loaded) == 1:
+        return loaded
+    return {rank: {**state, "state": without_codes(state["state"], files[rank])} for rank, state in loaded.items()}
+
+
+def without_codes(state: Mapping[Any, Any], file: Path) -> dict[Any, Any]:
+    """Return the states of a rank's parameters, out of the wrapper of bitsandbytes.
+
+    Args:
+        state: Name or number -> state.
+        file: The rank's file, for messages.
+
+    Raises:
+        UnsupportedStateError: A second moment is in 8-bit codes.
+    """
+    plain = {name: unwrapped_state(entry) if isinstance(entry, Mapping) else entry for name, entry in state.items()}
+    for name, entry in plain.items():
+        for key, value in entry.items() if isinstance(entry, Mapping) else ():
+            local = getattr(value, "_local_tensor", value)
+            if hasattr(local, "codes") or key in ("qmap2", "absmax2"):
+                raise UnsupportedStateError(
+                    f"the state of {name} in {file} must be in floats to be joined and cut, but it is "
+                    "in 8-bit or 4-bit codes, of blocks of each rank's own; train with adamw_torch"
+                )
+    return plain
 
 
 @contextmanager
@@ -111,7 +136,16 @@ def _join(shards: Mapping[int, Any], value: Any, location: str) -> Any:
     """Join the shards of a tensor sharded by FSDP2 or FSDP1; return any other value as it is."""
     if hasattr(value, "placements"):
         return _join_mesh(shards, location)
-    return _join_shards(shards, location) if isinstance(value, ShardedStandIn) else value
+    if isinstance(value, ShardedStandIn):
+        return _join_shards(shards, location)
+    if isinstance(value, Tensor) and value.ndim:
+        others = [shard for shard in shards.values() if shard is not value]
+        if not all(isinstance(other, Tensor) and torch.equal(other, value) for other in others):
+            raise CorruptFileError(
+                f"{location} must be a sharded tensor, or whole on every rank, but the ranks have different plain "
+                f"tensors, here of shape {list(value.shape)}; save with state_dict_type FULL_STATE_DICT"
+            )
+    return value
 
 
 def _join_shards(shards: Mapping[int, Any], location: str) -> MaybeLazy:

@@ -53,3 +53,14 @@ def test_flipped_bytes_are_found(tmp_path):
     with pytest.raises(CorruptFileError, match="checksum"):
         fisher[name]
     assert not torch.equal(load_fisher(folder, verify=False)[name], truth(NAME)[name])
+
+
+def test_parts_that_tell_no_place_are_refused(tmp_path):
+    """Plain tensors that differ between the ranks are parts of a tensor; that of the first rank is not the whole."""
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": ["w"]}
+    for rank in (0, 1):
+        moment = torch.full((3, 5), 1.0 + rank)
+        state = {"w": {"step": torch.tensor(7.0), "exp_avg": moment.clone(), "exp_avg_sq": moment}}
+        torch.save({"state": state, "param_groups": [group]}, tmp_path / f"optimizer_0_rank{rank}.bin")
+    with pytest.raises(CorruptFileError, match="different plain tensors"):
+        load_fisher(tmp_path, names=["w"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, NotFoundError
-from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import joined, load_ranks
+from squisher_mergekit.optimizers.checkpoints.fsdp_ranks import joined, load_ranks, without_codes
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.lazy import Slices
@@ -76,10 +76,10 @@ def _files(folder: Path) -> dict[int, Path]:
 
 def _flat(loaded: Mapping[int, Mapping[str, Any]], file: Path) -> Mapping[str, Any]:
     """Join the flat parts of all ranks; a rank without an entry has nothing of the parameter."""
-    numbers = dict.fromkeys(number for state in loaded.values() for number in state["state"])
+    ranks = [without_codes(one["state"], file) for one in loaded.values()]
     state = {}
-    for number in numbers:
-        entries = [one["state"][number] for one in loaded.values() if number in one["state"]]
+    for number in dict.fromkeys(number for rank in ranks for number in rank):
+        entries = [rank[number] for rank in ranks if number in rank]
         keys = dict.fromkeys(key for entry in entries for key in entry)
         state[number] = {key: _joined_parts([e[key] for e in entries if key in e], number, file) for key in keys}
     return {"state": state, "param_groups": loaded[min(loaded)]["param_groups"]}

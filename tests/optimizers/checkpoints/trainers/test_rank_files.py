@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from squisher_mergekit import load_fisher
-from squisher_mergekit.errors import MismatchError, NamingError, NotFoundError, UnsafeFileError
+from squisher_mergekit.errors import MismatchError, NamingError, NotFoundError, UnsafeFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints import fsdp_ranks, safe_pickle
 from tests.checkpoints import STATES, truth
 from tests.other_trainers import SHAPES, Opens, World, adam, assert_moments, write_json
@@ -157,3 +157,21 @@ def test_a_malicious_pickle_runs_nothing(tmp_path):
     with pytest.raises(UnsafeFileError, match="nothing of it was run"):
         load_fisher(tmp_path / "actor")
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_codes_of_each_rank_are_refused(wrapped, ranks, tmp_path):
+    """Bitsandbytes cuts blocks of each rank's own part, so that the first rank's codes are not the whole tensor's."""
+    _write(tmp_path / "actor", World(tmp_path / "model", **SHAPES[0]), ranks)
+    for file in (tmp_path / "actor").glob("optim_*.pt"):
+        loaded = torch.load(file)
+        for number, entry in loaded["state"].items():
+            codes = torch.zeros(entry["exp_avg_sq"].shape, dtype=torch.uint8)
+            scales = torch.ones(-(-codes.numel() // 256))
+            parts = {f"{key}{k}": value for k in (1, 2) for key, value in
+                     (("state", codes), ("qmap", torch.linspace(0, 1, 256)), ("absmax", scales))}  # fmt: skip
+            loaded["state"][number] = {"step": 30} | ({"__bnb_optimizer_quant_state__": parts} if wrapped else parts)
+        torch.save(loaded, file)
+    with pytest.raises(UnsupportedStateError, match="in 8-bit or 4-bit codes"):
+        load_fisher(tmp_path / "actor")
