@@ -25,6 +25,13 @@ _IN_TABLE = (
 )  # fmt: skip
 _VERSION = "_diffusers_version"
 _REORDERED = {"FluxTransformer2DModel": (0, 35)}  # class -> version of diffusers that registers its modules otherwise
+_OLDEST = (0, 17)  # earlier versions register the norms of a transformer's block after its attentions
+# Blocks of a U-Net whose modules the table has in order; others, such as those of the K-diffusion, have another one.
+_BLOCKS = frozenset(f"{kind}{way}" for kind in ("", "Attn", "CrossAttn") for way in ("DownBlock2D", "UpBlock2D")) | {
+    "ResnetDownsampleBlock2D",
+    "ResnetUpsampleBlock2D",
+}
+_MIDDLE = (None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
 _BUFFER = "pos_embed.pos_embed"  # positions of Stable Diffusion 3, which are not trained
 # Children of one module, in the order of registration; the first line that has all children of a module counts.
 _ORDERS: tuple[tuple[str, ...], ...] = tuple(
@@ -131,7 +138,30 @@ def _of_files(config: Mapping[str, Any], folder: Path) -> list[ParameterInfo]:
             f"the order of the parameters of {config[_CLASS]} in {folder} follows from its class in diffusers, which "
             f"is not installed; install diffusers, or give {NAMES_CURE}"
         )
+    _check_table(config, folder)
     return [ParameterInfo(name, infos[name].shape) for name in in_order(list(infos))]
+
+
+def _check_table(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model whose modules the table would put into a wrong order.
+
+    Raises:
+        NamingError: A block is not in the table, or the model was trained with a version before it.
+    """
+    types = [kind for key in ("down_block_types", "up_block_types") for kind in config.get(key) or ()]
+    middle = config.get("mid_block_type")
+    other = next((kind for kind in types if kind not in _BLOCKS), None if middle in _MIDDLE else middle)
+    if other is not None:
+        raise NamingError(
+            f"the order of the modules in {other} of {folder} follows from its class in diffusers, which is not "
+            f"installed; install diffusers, or give {NAMES_CURE}"
+        )
+    version = tuple(map(int, re.findall(r"\d+", str(config.get(_VERSION, "")))[:2]))
+    if version and version < _OLDEST:
+        raise NamingError(
+            f"the order of the modules of {config[_CLASS]} in {folder} changed after diffusers {config[_VERSION]}, "
+            f"which trained it; give {NAMES_CURE}, as printed by named_parameters() under that version"
+        )
 
 
 def in_order(names: Sequence[str]) -> list[str]:

@@ -143,3 +143,23 @@ def test_an_unknown_module_is_not_guessed():
     """A module that the table lacks has no place in the order."""
     with pytest.raises(NamingError, match="ip_adapter"):
         in_order(["conv_in.weight", "ip_adapter.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"down_block_types": ["DownBlock2D", "KCrossAttnDownBlock2D"]}, "modules in KCrossAttnDownBlock2D"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "modules in UNetMidBlock2DSimpleCrossAttn"),
+        ({"_diffusers_version": "0.14.0"}, "changed after diffusers 0.14.0"),
+    ],
+)
+def test_blocks_of_another_order_are_refused(changes, reason, tmp_path):
+    """Their modules have the names in the table, but were registered in another order."""
+    folder = tmp_path / "checkpoint-30" / "unet"
+    folder.mkdir(parents=True)
+    tensors = {name: torch.rand(shape) for name, shape in _u_net().items()}
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **changes}))
+    torch.save(adam(tensors, numbered=True), folder.parent / "optimizer.bin")
+    with pytest.raises(NamingError, match=reason):
+        load_fisher(folder.parent)
