@@ -131,3 +131,15 @@ def test_a_single_file_comes_before_an_index_as_in_transformers(basename, tmp_pa
     assert Weights(tmp_path, basename).read("w").all()
     assert Weights(tmp_path, basename).fingerprint is not None
     assert caplog.text.count("holds both") == 1
+
+
+def test_steps_that_the_optimizer_did_not_count_are_the_trainers(tmp_path):
+    """Trained second moments with step 0 take the count of ``trainer_state.json``, by which they are debiased."""
+    moment = torch.rand(3, 5)
+    state = {0: {"step": torch.tensor(0.0), "exp_avg": torch.zeros(3, 5), "exp_avg_sq": moment}}
+    group = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "params": [0]}
+    torch.save({"state": state, "param_groups": [group]}, tmp_path / "optimizer.pt")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 7}')
+    fisher = load_fisher(tmp_path, names=["w"])
+    assert fisher.config.steps == 7
+    assert torch.allclose(fisher.scaled("w"), moment / (1 - 0.99**7))

@@ -18,7 +18,7 @@ from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.run_folder import Folders
 from squisher_mergekit.optimizers.checkpoints.trainers.olmo_safetensors import is_encoded
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
-from squisher_mergekit.optimizers.translation.families import FAMILIES, OLMO, REORDERED_NORMS
+from squisher_mergekit.optimizers.translation.families import FAMILIES, NANOGPT, OLMO, REORDERED_NORMS
 from squisher_mergekit.optimizers.translation.fused import PlacedSlot, fused
 from squisher_mergekit.optimizers.translation.moves import Dimensions, Move, Part, moved
 from squisher_mergekit.optimizers.translation.neox_rows import by_rows
@@ -28,6 +28,7 @@ from squisher_mergekit.tensors.lazy import MaybeLazy, Slices
 LOG = logging.getLogger("squisher_mergekit")
 _NO_WEIGHTS = "no_weights"  # basename of no file
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+_BLOCK_NUMBER = re.compile(r"\.\d+\.")
 _KINDS = {"weight": "weight", "bias": "bias", "scale": "weight"}
 
 
@@ -62,7 +63,9 @@ def translate(state: OptimizerState, folders: Folders) -> OptimizerState:
     family = by_rows(state.raw, family, kind, sizes, folders.weights)
     scheme = family.schemes[kind]
     named = _own_names(state, family, (scheme, config, folders))
-    return _translated(named, family, scheme, config, folders)
+    translated = _translated(named, family, scheme, config, folders)
+    _refuse_other_kind(translated, family, scheme, folders)
+    return translated
 
 
 def without_own_weights(folders: Folders) -> Folders:
@@ -189,6 +192,32 @@ def _translated(
             if isinstance(tensor, Slices):
                 masters[scheme.since.get(new, new)] = tensor
     return OptimizerState(replace(state.raw, masters=masters), tuple(optimizers))
+
+
+def _refuse_other_kind(state: OptimizerState, family: Family, scheme: Scheme, folders: Folders) -> None:
+    """Refuse a model with a parameter in each block that the trained one had in none.
+
+    Frozen embeddings are not in a state, and nanoGPT's models without biases are Hugging Face models with biases of 0.
+
+    Raises:
+        MismatchError: The config is of another kind of model, for which rows may have another order.
+    """
+    try:
+        parameters = checkpoint_names(folders.config.folder, folders.weights.infos).parameters
+    except RefusedError:
+        return
+    saved = [name for name in state.raw.model or () if _is_known(name, family, scheme)]
+    names = [name for own in saved for name, _, _ in _targets(own, family, scheme, Dimensions(1, 1, 1, 1), 1, None)]
+    present = {_BLOCK_NUMBER.sub(".", str(name)) for name in (*names, *(slot.name for slot in state.slots))}
+    for parameter in parameters:
+        kind = _BLOCK_NUMBER.sub(".", parameter.name)
+        optional = kind == parameter.name or (family is NANOGPT and kind.endswith("bias"))
+        if not optional and kind not in present:
+            raise MismatchError(
+                f"{state.location} must be of the model in {folders.config.folder}, which has {parameter.name}, but "
+                "has that parameter in no layer, so that it is of another kind of model; give the --model that was "
+                "trained"
+            )
 
 
 def _in_use(scheme: Scheme, folders: Folders) -> Scheme:

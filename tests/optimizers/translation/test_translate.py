@@ -182,3 +182,17 @@ def test_the_newest_of_several_files_is_taken(names, taken, tmp_path, caplog):
         return
     assert_moments(load_fisher(tmp_path / "run", world.folder), world.moments)
     assert f"taking {names[taken]}" in caplog.text
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize(("kind", "more"), [("qwen3", {"head_dim": 8}), ("qwen2", {})])
+def test_a_config_of_another_kind_is_refused(kind, more, numbered, tmp_path):
+    """All shapes fit, but rotary rows of torchtune's Llamas are in pairs, those of its Qwens in halves."""
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
+    world = World(tmp_path / "model", tie_word_embeddings=False, vocab_size=19, **shape)
+    other = World(tmp_path / "other", kind, tie_word_embeddings=False, vocab_size=19, **shape, **more)
+    own = to_torchtune(world, world.moments)
+    torch.save({"optimizer": adam(own, numbered=numbered), "epochs_run": 1}, tmp_path / "recipe_state.pt")
+    assert_moments(load_fisher(tmp_path / "recipe_state.pt", world.folder), world.moments)
+    with pytest.raises(MismatchError, match="has that parameter in no layer"):
+        load_fisher(tmp_path / "recipe_state.pt", other.folder)
