@@ -97,7 +97,8 @@ def _read_rank(folder: Path, model_rank: int, files: Sequence[Path], checksums: 
     _check_ranks(ranks, model, folder)
     try:
         if neox_elastic.MARK in ranks[0]:
-            state, masters = neox_elastic.cut_stage_1(ranks, _flat_shapes(loaded[0], folder), model, folder)
+            shapes = shapes_of({"param_shapes": [loaded[0].get("param_shapes")]}, folder)[0]  # of all parameters
+            state, masters = neox_elastic.cut_stage_1(ranks, shapes, model, folder)
         else:
             state, masters = (_stage_3 if "fp32_flat_groups" in ranks[0] else _stage_2)(ranks, model, folder)
     except RefusedError:
@@ -123,11 +124,6 @@ def _model(file: Path, checksums: Checksums) -> Mapping[str, Any]:
     if not isinstance(model, Mapping):
         raise CorruptFileError(f"{file} must hold DeepSpeed's states of a model; copy it again")
     return model
-
-
-def _flat_shapes(loaded: Mapping[str, Any], folder: Path) -> Mapping[str, torch.Size]:
-    """Return the shapes of all parameters, which DeepSpeed 0.3 stored in the optimizer's files."""
-    return shapes_of({"param_shapes": [loaded.get("param_shapes")]}, folder)[0]
 
 
 def _without_zero(model: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
