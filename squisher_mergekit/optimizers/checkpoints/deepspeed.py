@@ -36,7 +36,6 @@ from squisher_mergekit.tensors.input_files import reading
 from squisher_mergekit.tensors.lazy import Slices
 
 LOG = logging.getLogger("squisher_mergekit")
-
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _TAG = re.compile(r"global_step(\d+)")
@@ -84,8 +83,8 @@ def read(folder: Path, verify: bool) -> RawState:
     for group in (group for one in states for group in one["param_groups"]):
         groups.append({**group, "params": [name for name in group["params"] if name not in present]})
         present.update(group["params"])
-    fused, count = joined_fused([part.fused for part in parts], folder)
     states_of_all = ({"state": state, "param_groups": groups},)
+    fused, count = joined_fused([part.fused for part in parts], folder)
     return replace(parts[0], states=states_of_all, masters={}, model=None, fused=fused, tensor_ranks=count)
 
 
