@@ -7,8 +7,10 @@ def cases() -> dict[str, Case]:
     """Return all cases by name."""
     from scripts.checkpoints.foreign_states import (
         adapters,
+        composer,
         layouts,
         megatron,
+        olmo,
         plain,
         quantized,
         sharded,
@@ -16,5 +18,5 @@ def cases() -> dict[str, Case]:
         zero,
     )
 
-    modules = (zero, sharded, quantized, plain, trainers, layouts, megatron, adapters)
+    modules = (zero, sharded, quantized, plain, trainers, layouts, megatron, olmo, composer, adapters)
     return {name: case for module in modules for name, case in module.CASES.items()}

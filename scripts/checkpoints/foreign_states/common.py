@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -165,6 +166,23 @@ def keep_weights(out: Path, config: Any, state: Mapping[str, Tensor]) -> None:
     config.dtype = next(iter(kept.values())).dtype
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(out)
+
+
+def declare_torchvision() -> None:
+    """Declare the operators for which torchvision registers rules on import, where its compiled part cannot be loaded."""
+    for operator in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",):
+        for name in (operator, f"q{operator}"):
+            with contextlib.suppress(RuntimeError):  # declared already
+                torch.library.define(f"torchvision::{name.partition('(')[0]}", f"({name.partition('(')[2]}")
+
+
+def keep_config(folder: Path, config: Any) -> None:
+    """Write the ``config.json`` of a causal language model alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config.architectures = [CLASSES[config.model_type]]
+    config.save_pretrained(folder)
 
 
 def keep_case(out: Path, name: str, case: Case, made: Made) -> None:
