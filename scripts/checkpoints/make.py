@@ -80,6 +80,8 @@ def run(out: Path, name: str, ranks: int) -> bool:
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
     ranked = {
         "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "NODE_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
@@ -121,8 +123,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], until: float) -> bool:
 def make(out: Path, name: str) -> int:
     """Make one rank's part of a case."""
     from scripts.checkpoints.foreign_states import cases
-    from scripts.checkpoints.foreign_states.common import keep_case
+    from scripts.checkpoints.foreign_states.common import declare_torchvision, keep_case
 
+    declare_torchvision()
     case, rank = cases()[name], os.environ["RANK"]
     made = case.make(out, **case.options)
     if rank == "0":

@@ -10,13 +10,15 @@ def cases() -> dict[str, Case]:
         composer,
         layouts,
         megatron,
+        nanotron,
         olmo,
         plain,
         quantized,
         sharded,
         trainers,
+        verl,
         zero,
     )
 
-    modules = (zero, sharded, quantized, plain, trainers, layouts, megatron, olmo, composer, adapters)
+    modules = (zero, sharded, quantized, plain, trainers, layouts, megatron, olmo, composer, verl, nanotron, adapters)
     return {name: case for module in modules for name, case in module.CASES.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 from collections.abc import Callable, Mapping
@@ -169,11 +170,17 @@ def keep_weights(out: Path, config: Any, state: Mapping[str, Tensor]) -> None:
 
 
 def declare_torchvision() -> None:
-    """Declare the operators for which torchvision registers rules on import, where its compiled part cannot be loaded."""
-    for operator in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",):
-        for name in (operator, f"q{operator}"):
-            with contextlib.suppress(RuntimeError):  # declared already
-                torch.library.define(f"torchvision::{name.partition('(')[0]}", f"({name.partition('(')[2]}")
+    """Declare the two operators for which torchvision registers rules on import, where its compiled part does not load.
+
+    transformers, timm and Composer import torchvision where it is installed, and use none of its operators here.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    with contextlib.suppress(RuntimeError):
+        importlib.import_module("torchvision")
+        return
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def keep_config(folder: Path, config: Any) -> None:

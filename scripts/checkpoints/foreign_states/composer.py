@@ -21,7 +21,6 @@ from scripts.checkpoints.foreign_states.common import (
     Case,
     Made,
     batches,
-    declare_torchvision,
     keep_config,
     tiny,
 )
@@ -42,22 +41,24 @@ def composer(out: Path, shape: int, tied: bool, optimizer: str = "DecoupledAdamW
         optimizer: Class in ``composer.optim``, or AdamW of torch.
         sharded: State of FSDP2, ``full`` or ``sharded``; empty for a run without it.
     """
-    declare_torchvision()
     sys.modules.setdefault("mcli", types.ModuleType("mcli"))
     import composer.optim
     from composer import Trainer
     from composer.models import HuggingFaceModel
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, DistributedSampler
 
     model = tiny(layers=3, tie_word_embeddings=tied, **_SHAPES[shape])
     keep_config(out / "model_config", model.config)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cls = torch.optim.AdamW if optimizer == "AdamW" else getattr(composer.optim, optimizer)
     wrapped = HuggingFaceModel(model, use_logits=True, shift_labels=True)
-    data = [{"input_ids": ids, "labels": ids.clone()} for ids in torch.cat(batches(rank, ranks))]
+    data = [{"input_ids": ids, "labels": ids.clone()} for ids in torch.cat(batches(0, ranks))]
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    sampler = DistributedSampler(data) if ranks > 1 else None  # type: ignore[arg-type, var-annotated]
     trainer = Trainer(
         model=wrapped,
-        train_dataloader=DataLoader(data, batch_size=4),  # type: ignore[arg-type]
+        train_dataloader=DataLoader(data, batch_size=4, sampler=sampler),  # type: ignore[arg-type]
         optimizers=cls(wrapped.parameters(), lr=1e-3, betas=BETAS),
         max_duration=f"{STEPS}ba",
         save_folder=str(out / "checkpoints"),
