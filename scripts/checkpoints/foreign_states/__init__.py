@@ -15,10 +15,11 @@ def cases() -> dict[str, Case]:
         plain,
         quantized,
         sharded,
+        torchtitan,
         trainers,
         verl,
         zero,
     )
 
-    modules = (zero, sharded, quantized, plain, trainers, layouts, megatron, olmo, composer, verl, nanotron, adapters)
+    modules = (zero, sharded, quantized, plain, trainers, layouts, megatron, olmo, composer, verl, nanotron, torchtitan, adapters)
     return {name: case for module in modules for name, case in module.CASES.items()}

@@ -169,6 +169,28 @@ def keep_weights(out: Path, config: Any, state: Mapping[str, Tensor]) -> None:
     config.save_pretrained(out)
 
 
+def under_numbers(
+    order: Mapping[str, Tensor], rename: Callable[[dict[str, Tensor]], Mapping[str, Tensor]], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return tensors under the names of Hugging Face, where a trainer's own are known.
+
+    The entries of the Hugging Face model are numbered, renamed as the trainer's, and looked up there.
+
+    Args:
+        order: Tensors of the Hugging Face model, for their names and shapes.
+        rename: Function that gives tensors with the names of Hugging Face those of the trainer.
+        own: Tensors under the trainer's names.
+    """
+    numbers, count = {}, 0
+    for name, tensor in order.items():
+        numbers[name] = torch.arange(count, count + tensor.numel()).reshape(tensor.shape)
+        count += tensor.numel()
+    flat = torch.full((count,), torch.nan)
+    for name, places in rename(numbers).items():
+        flat[places.long().reshape(-1)] = own[name].reshape(-1)
+    return {name: flat[places] for name, places in numbers.items()}
+
+
 def declare_torchvision() -> None:
     """Declare the two operators for which torchvision registers rules on import, where its compiled part does not load.
 

@@ -71,35 +71,6 @@ def _megatron_core(out: Path, moments: dict[str, Tensor], weights: dict[str, Ten
     (out / "latest_checkpointed_iteration.txt").write_text(str(STEPS))
 
 
-def _state(moments: dict[str, Tensor], **options: Any) -> dict[str, Any]:
-    return adam(moments, STEPS, betas=BETAS, **options)
-
-
-def _olmo(out: Path, moments: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    step = out / f"step{STEPS}-unsharded"
-    step.mkdir()
-    names = sorted(moments)
-    state = _state({name: moments[name] for name in names}, numbered=True)
-    state["param_groups"][0]["param_names"] = names
-    torch.save(state, step / "optim.pt")
-    torch.save(weights, step / "model.pt")
-    (step / "config.yaml").write_text("model:\n  d_model: 20\n")
-
-
-def _torchtitan(out: Path, moments: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    save_distributed({"optimizer": _state(moments), **weights}, out / f"step-{STEPS}")
-
-
-def _nanotron(out: Path, moments: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    folder = out / str(STEPS) / "optimizer"
-    folder.mkdir(parents=True)
-    state = _state(moments, numbered=True)
-    torch.save({**state, "names": dict(enumerate(moments))}, folder / "optimizer_pp-0-of-1_tp-0-of-1_exp-0-of-1.pt")
-    (folder / "optimizer_config.json").write_text(json.dumps({"type": "NamedOptimizer", "configs": {}}))
-    (folder.parent / "model_config.json").write_text(json.dumps({"is_llama_config": True}))
-    (out / "latest.txt").write_text(str(STEPS))
-
-
 def _megatron_deepspeed(out: Path, moments: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
     folder = out / f"global_step{STEPS}_universal"
     for name, tensor in moments.items():
@@ -121,8 +92,5 @@ def _cases(name: str, kind: str, names: str, write: Write, *more: dict[str, Any]
 
 CASES = {
     **_cases("megatron_core", "llama", "to_megatron", _megatron_core, *_GROUPED),
-    **_cases("torchtitan", "llama", "to_torchtitan", _torchtitan, *_GROUPED),
-    **_cases("nanotron", "llama", "to_nanotron", _nanotron, *_GROUPED),
-    **_cases("olmo_2", "olmo2", "to_olmo", _olmo),
     **_cases("bloom", "bloom", "to_bloom", _megatron_deepspeed, {"n_head": 5}, {"n_head": 3}),
 }

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scripts.checkpoints.foreign_states.common import BETAS, STEPS, Case, Made
+from scripts.checkpoints.foreign_states.common import BETAS, STEPS, Case, Made, under_numbers
 from tests.other_trainers import World, to_nanotron
 
 _LAYERS = 3
@@ -58,10 +58,14 @@ def _on_the_cpu() -> None:
 
 def _model(context: Any, parallel: Any, sizes: dict[str, int], tied: bool) -> tuple[Any, Any]:
     from nanotron.config import LlamaConfig
+    from nanotron.models import llama
     from nanotron.models import build_model
     from nanotron.models.llama import LlamaForTraining
     from nanotron.trainer import mark_tied_parameters
 
+    pipes = llama.P2P
+    llama.P2P = lambda group, device: pipes(group, torch.device("cpu"))
+    llama.RotaryEmbedding = llama.FlashRotaryEmbedding  # its table of angles is no parameter, and is put on CUDA
     config = LlamaConfig(
         **sizes, num_hidden_layers=_LAYERS, tie_word_embeddings=tied, pad_token_id=None, max_position_embeddings=32
     )
@@ -151,19 +155,9 @@ def nanotron(out: Path, shape: int, tied: bool, zero: int, parts: int = 1, missi
         max((folder / "optimizer").glob("optimizer_pp*")).unlink()
     world = World(out / "model_config", layers=_LAYERS, tie_word_embeddings=tied, **sizes)
     (out / "model_config" / "model.safetensors").unlink()
-    return Made(_renamed(world, truth), trainer="nanotron", more={"zero": zero})
-
-
-def _renamed(world: World, truth: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return second moments under the names of Hugging Face; nanotron 0.4 has rotary rows in pairs."""
-    numbers, count = {}, 0
-    for name, tensor in world.moments.items():
-        numbers[name] = torch.arange(count, count + tensor.numel()).reshape(tensor.shape)
-        count += tensor.numel()
-    flat = torch.empty(count)
-    for name, order in to_nanotron(world, numbers, rotary=True).items():
-        flat[order.reshape(-1)] = truth[name].reshape(-1)
-    return {name: flat[order] for name, order in numbers.items()}
+    # Version 0.4 has rotary rows in pairs.
+    named_truth = under_numbers(world.moments, lambda tensors: to_nanotron(world, tensors, rotary=True), truth)
+    return Made(named_truth, trainer="nanotron", more={"zero": zero})
 
 
 def _case(shape: int, tied: bool, zero: int, ranks: int = 1, **options: Any) -> Case:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scripts.checkpoints.foreign_states.common import BETAS, STEPS, Case, Made, keep_config
+from scripts.checkpoints.foreign_states.common import BETAS, STEPS, Case, Made, keep_config, under_numbers
+from scripts.checkpoints.foreign_states.sharded import of_pieces
+from tests.other_trainers import World, to_olmo
 
 _LENGTH = 8
 _CORE: dict[str, dict[str, Any]] = {  # sizes of OLMo-core's own constructors; all differ
@@ -136,11 +138,117 @@ def olmo_core(
     return Made(truth, name, trainer="OLMo-core, Checkpointer", step=steps)
 
 
+_UNSHARDED: tuple[dict[str, int], ...] = (
+    {"d_model": 20, "n_heads": 5, "n_kv_heads": 5, "mlp_hidden_size": 56, "vocab_size": 39},
+    {"d_model": 24, "n_heads": 6, "n_kv_heads": 3, "mlp_hidden_size": 48, "vocab_size": 41},
+)
+
+
+def olmo(out: Path, kind: str, shape: int, tied: bool = False, form: str = "ddp") -> Made:
+    """Save ``stepN-unsharded`` by OLMo's FullCheckpointer.
+
+    Args:
+        out: Folder of the case.
+        kind: ``olmo`` or ``olmo2``.
+        shape: Number of the shape.
+        tied: Tie the head to the embeddings.
+        form: ``ddp`` or ``fsdp``, the two that the checkpointer knows, or ``safetensors``, the published form of it.
+    """
+    from olmo.checkpoint import FullCheckpointer
+    from olmo.config import ModelConfig, OptimizerConfig, TrainConfig
+    from olmo.model import OLMo
+    from olmo.optim import build_optimizer
+    from olmo.safetensors_util import state_dict_to_safetensors_file
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo")
+    rank, sizes = dist.get_rank(), _UNSHARDED[shape]
+    after: dict[str, Any] = {"layer_norm_type": "rms", "layer_norm_with_affine": True, "norm_after": True}
+    after |= {"attention_layer_norm": True, "attention_layer_norm_with_affine": True}
+    before: dict[str, Any] = {"layer_norm_type": "low_precision", "layer_norm_with_affine": False}
+    config = TrainConfig(
+        model=ModelConfig(
+            **sizes,
+            **(after if kind == "olmo2" else before),
+            n_layers=3,
+            embedding_size=sizes["vocab_size"],
+            weight_tying=tied,
+            include_bias=False,
+            rope=True,
+            activation_type="swiglu",
+            attention_dropout=0.0,
+            residual_dropout=0.0,
+            embedding_dropout=0.0,
+            max_sequence_length=32,
+            init_device="cpu",
+            pad_token_id=0,
+            eos_token_id=1,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, betas=BETAS),
+        save_folder=str(out),
+    )
+    torch.manual_seed(3)
+    model: Any = OLMo(config.model)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    if form == "fsdp":
+        wrapped: Any = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    else:
+        wrapped = DistributedDataParallel(model)
+    optimizer = build_optimizer(config, wrapped)
+    for step in range(STEPS):
+        ids = torch.randint(0, 39, (2, 8), generator=torch.Generator().manual_seed(10 * step + rank))
+        logits = wrapped(ids).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = out / f"step{STEPS}-unsharded"
+    FullCheckpointer(config).save_checkpoint(folder, wrapped, optimizer, {"global_step": STEPS})
+    if form == "fsdp":
+        own = of_pieces(wrapped, optimizer, None, shapes)
+    else:
+        own = {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
+    dist.barrier()
+    if rank:
+        return Made()
+    if form == "safetensors":
+        for name in ("optim", "model"):
+            state = torch.load(folder / f"{name}.pt", weights_only=False)
+            state_dict_to_safetensors_file(state, folder / f"{name}.safetensors")
+            (folder / f"{name}.pt").unlink()
+    world = World(
+        out / "model_config",
+        kind,
+        layers=3,
+        hidden_size=sizes["d_model"],
+        num_attention_heads=sizes["n_heads"],
+        num_key_value_heads=sizes["n_kv_heads"],
+        intermediate_size=sizes["mlp_hidden_size"] // 2,  # gate and up together in OLMo's config
+        vocab_size=sizes["vocab_size"],
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    (out / "model_config" / "model.safetensors").unlink()
+    truth = under_numbers(world.moments, lambda tensors: to_olmo(world, tensors), own)
+    return Made(truth, trainer="OLMo, FullCheckpointer", more={"form": form})
+
+
 def _core(kind: str, ranks: int = 1, **options: Any) -> Case:
     return Case(olmo_core, {"kind": kind, "sharded": ranks > 1, **options}, ranks, libraries=("ai2-olmo-core",))
 
 
+def _olmo(kind: str, shape: int, ranks: int = 1, **options: Any) -> Case:
+    return Case(olmo, {"kind": kind, "shape": shape, **options}, ranks, libraries=("ai2-olmo",))
+
+
 CASES = {
+    "olmo_1": _olmo("olmo", 0),
+    "olmo_1_tied_safetensors": _olmo("olmo", 1, tied=True, form="safetensors"),
+    "olmo_2": _olmo("olmo2", 0),
+    "olmo_2_safetensors": _olmo("olmo2", 1, form="safetensors"),
+    "olmo_2_fsdp": _olmo("olmo2", 1, ranks=2, form="fsdp"),
     "olmo_core_2": _core("olmo2"),
     "olmo_core_2_gqa_flat": _core("olmo2_gqa", flat=True),
     "olmo_core_3_gqa": _core("olmo3_gqa", skip_step=False),

@@ -39,7 +39,6 @@ def _sharded(model: Any, mode: str) -> nn.Module:
         auto_wrap_policy=get_fsdp_wrap_policy(model),
         device_id=torch.device("cpu"),
         sharding_strategy=ShardingStrategy.FULL_SHARD,
-        sync_module_states=True,
         device_mesh=mesh,
         use_orig_params=mode == "fsdp1_original",
     )
