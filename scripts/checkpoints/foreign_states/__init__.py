@@ -14,6 +14,7 @@ def cases() -> dict[str, Case]:
         olmo,
         plain,
         quantized,
+        sentences,
         sharded,
         torchtitan,
         trainers,
@@ -21,5 +22,5 @@ def cases() -> dict[str, Case]:
         zero,
     )
 
-    modules = (zero, sharded, quantized, plain, trainers, layouts, megatron, olmo, composer, verl, nanotron, torchtitan, adapters)
+    modules = (zero, sharded, quantized, plain, trainers, layouts, megatron, olmo, composer, verl, nanotron, torchtitan, sentences, adapters)
     return {name: case for module in modules for name, case in module.CASES.items()}

@@ -1,8 +1,8 @@
-"""Cases of trainers that need GPUs or large installations: their layouts, written by own code.
+"""Cases of layouts that no library writes on a CPU, written by own code: Megatron-Core, and BLOOM.
 
 The second moments are those of a live AdamW that trains a model of transformers. The own names and the moves of rows
 are those of ``tests.other_trainers``, written independently of the package, and the files have the form that the
-trainers' sources describe: Megatron-Core, OLMo, torchtitan, nanotron, Megatron-DeepSpeed (BLOOM).
+trainers' sources describe: Megatron-Core with stacked layers (``megatron.py`` has its library), and Megatron-DeepSpeed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scripts.checkpoints.foreign_states.common import BETAS, STEPS, Case, Made, adamw, loss_of
 from tests import other_trainers
-from tests.other_trainers import World, adam, save_distributed
+from tests.other_trainers import World, save_distributed
 
 _SIZES = (
     {"hidden_size": 20, "num_attention_heads": 5, "intermediate_size": 28, "vocab_size": 39},

@@ -37,8 +37,14 @@ def _stand_in(*names: str) -> None:
     """Replace modules whose classes and functions only a forward pass needs."""
     for name in names:
         module = types.ModuleType(name)
-        module.__getattr__ = lambda attribute: type(attribute, (nn.Module,), {"__init__": _nothing})  # type: ignore[method-assign]
+        module.__getattr__ = _module  # type: ignore[method-assign]
         sys.modules[name] = module
+
+
+def _module(name: str) -> type:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (nn.Module,), {"__init__": _nothing})
 
 
 def _nothing(module: nn.Module, *_: Any, **__: Any) -> None:

@@ -155,7 +155,7 @@ def olmo(out: Path, kind: str, shape: int, tied: bool = False, form: str = "ddp"
         form: ``ddp`` or ``fsdp``, the two that the checkpointer knows, or ``safetensors``, the published form of it.
     """
     from olmo.checkpoint import FullCheckpointer
-    from olmo.config import ModelConfig, OptimizerConfig, TrainConfig
+    from olmo.config import ModelConfig, OptimizerConfig, OptimizerType, TrainConfig
     from olmo.model import OLMo
     from olmo.optim import build_optimizer
     from olmo.safetensors_util import state_dict_to_safetensors_file
@@ -185,7 +185,7 @@ def olmo(out: Path, kind: str, shape: int, tied: bool = False, form: str = "ddp"
             pad_token_id=0,
             eos_token_id=1,
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, betas=BETAS),
+        optimizer=OptimizerConfig(name=OptimizerType.adamw, learning_rate=1e-3, betas=BETAS),
         save_folder=str(out),
     )
     torch.manual_seed(3)
