@@ -22,5 +22,20 @@ def cases() -> dict[str, Case]:
         zero,
     )
 
-    modules = (zero, sharded, quantized, plain, trainers, layouts, megatron, olmo, composer, verl, nanotron, torchtitan, sentences, adapters)
+    modules = (
+        zero,
+        sharded,
+        quantized,
+        plain,
+        trainers,
+        layouts,
+        megatron,
+        olmo,
+        composer,
+        verl,
+        nanotron,
+        torchtitan,
+        sentences,
+        adapters,
+    )
     return {name: case for module in modules for name, case in module.CASES.items()}

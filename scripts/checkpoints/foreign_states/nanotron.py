@@ -137,7 +137,9 @@ def nanotron(out: Path, shape: int, tied: bool, zero: int, parts: int = 1, missi
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
         torch_adam_is_fused=False,
-        learning_rate_scheduler=LRSchedulerArgs(1e-3, lr_warmup_style="linear", lr_decay_style="linear", min_decay_lr=0.0),
+        learning_rate_scheduler=LRSchedulerArgs(
+            1e-3, lr_warmup_style="linear", lr_decay_style="linear", min_decay_lr=0.0
+        ),
     )
     optimizer, _ = init_optimizer_and_grad_accumulator(model, arguments, context)
     truth = {name: torch.zeros(_shape(parameter)) for name, parameter in named.items()}

@@ -117,7 +117,9 @@ def _trained(
     model = _fsdp1(model, bf16, original, mesh if hybrid else None) if version == 1 else _fsdp2(model, bf16, mesh)
     optimizer = adamw(groups_of(model, two))
     train(model, optimizer, rank=rank, ranks=ranks)
-    truth = of_pieces(model, optimizer, mesh if hybrid else None, shapes) if version == 1 else of_tensors(model, optimizer)
+    truth = (
+        of_pieces(model, optimizer, mesh if hybrid else None, shapes) if version == 1 else of_tensors(model, optimizer)
+    )
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         compare_with_plain_run(truth, ranks, frozen, two, rough=bf16)
