@@ -14,7 +14,8 @@ each other. All of them begin with
     pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 einops psutil setuptools wheel
 
 ``--only`` then makes the cases of the installed packages. ``--no-deps`` keeps packages from bringing torchvision or
-another torch; where an import asks for a further package, install it in the same way. DeepSpeed, FSDP, adapters and optimizers:
+another torch; where an import asks for a further package, install it in the same way. For DeepSpeed, FSDP,
+adapters and optimizers:
 
     pip install hjson msgpack ninja py-cpuinfo
     DS_BUILD_OPS=0 pip install --no-build-isolation --no-deps deepspeed==0.19.8

@@ -1,14 +1,13 @@
-"""Cases of nanotron: its Llama, optimizers (ZeRO 0 and 1, float32 accumulation) and ``serialize`` in gloo processes.
+"""Cases of nanotron: its Llama, optimizers (ZeRO 0 and 1) and ``serialize``, in gloo processes.
 
-The gradients are random: the forward pass needs kernels of flash-attn. Its modules, imported by nanotron's Llama, are
-replaced by empty ones, and the choice of a CUDA device is turned off. In the package's version 0.4, ``logging`` and
-``config`` import each other; ``logging`` comes first, with empty modules for the annotation that it takes. Parts of tensor parallelism are
-joined by the slices in nanotron's own parameters. The names of Hugging Face follow from numbers: the entries of a
-Hugging Face model are numbered, put in nanotron's order by ``tests.other_trainers``, and looked up there.
+The gradients are random: the forward pass needs kernels of flash-attn, whose modules, imported by nanotron's Llama, are
+replaced by empty ones. Its pipes between stages and its table of rotary angles are kept from CUDA. In version 0.4,
+``logging`` and ``config`` import each other; ``logging`` comes first, with empty modules for the annotation that it
+takes. Parts of ZeRO and of tensor parallelism are put together by the offsets and slices in nanotron's own objects. The
+names of Hugging Face are looked up by ``under_numbers``.
 """
 
 from __future__ import annotations
-
 
 import dataclasses
 import importlib
@@ -17,7 +16,6 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
-
 
 import torch
 import torch.distributed as dist
@@ -64,8 +62,7 @@ def _on_the_cpu() -> None:
 
 def _model(context: Any, parallel: Any, sizes: dict[str, int], tied: bool) -> tuple[Any, Any]:
     from nanotron.config import LlamaConfig
-    from nanotron.models import llama
-    from nanotron.models import build_model
+    from nanotron.models import build_model, llama
     from nanotron.models.llama import LlamaForTraining
     from nanotron.trainer import mark_tied_parameters
 
@@ -100,6 +97,35 @@ def _shape(parameter: Any) -> torch.Size:
     return torch.Size(parameter.get_sharded_info().unsharded_shape) if parameter.is_sharded else parameter.shape
 
 
+def _live(optimizer: Any, named: dict[str, Any], rank: int) -> dict[str, Tensor]:
+    """Return the second moments of all ranks, put together by nanotron's own offsets and slices."""
+    base = optimizer
+    while hasattr(base, "optimizer"):
+        base = base.optimizer
+    offsets = getattr(optimizer, "param_name_to_dp_rank_offsets", None)
+    own = []
+    for parameter, entry in base.state.items():
+        name = optimizer.id_to_name[id(parameter)]
+        whole = named[name]
+        begin, end = offsets[name][rank] if offsets else (0, whole.numel())
+        sharded = whole.is_sharded
+        pairs = whole.get_sharded_info().local_global_slices_pairs if sharded else None
+        places = torch.arange(_shape(whole).numel()).reshape(_shape(whole))
+        local = torch.empty(whole.shape, dtype=torch.long)
+        if pairs is None:
+            local = places
+        else:
+            for pair in pairs:
+                local[pair.local_slices] = places[pair.global_slices]
+        own.append((name, _shape(whole), local.reshape(-1)[begin:end], entry["exp_avg_sq"].reshape(-1)))
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    truth: dict[str, Tensor] = {}
+    for name, shape, places, values in (one for parts in ranks for one in parts):
+        truth.setdefault(name, torch.full((shape.numel(),), torch.nan))[places] = values
+    return {name: flat.reshape(_shape(named[name])) for name, flat in truth.items()}
+
+
 def nanotron(out: Path, shape: int, tied: bool, zero: int, parts: int = 1, missing: bool = False) -> Made:
     """Save ``N/`` by nanotron's ``save_weights``, ``save_optimizer`` and ``save_meta``.
 
@@ -114,8 +140,8 @@ def nanotron(out: Path, shape: int, tied: bool, zero: int, parts: int = 1, missi
     _on_the_cpu()
     dist.init_process_group("gloo")
     from nanotron.config import LRSchedulerArgs, OptimizerArgs, ParallelismArgs
-    from nanotron.parallel.context import ParallelContext
     from nanotron.helpers import init_optimizer_and_grad_accumulator
+    from nanotron.parallel.context import ParallelContext
     from nanotron.serialize.metadata import save_meta
     from nanotron.serialize.optimizer import save_optimizer
     from nanotron.serialize.weights import save_weights
@@ -142,18 +168,17 @@ def nanotron(out: Path, shape: int, tied: bool, zero: int, parts: int = 1, missi
         ),
     )
     optimizer, _ = init_optimizer_and_grad_accumulator(model, arguments, context)
-    truth = {name: torch.zeros(_shape(parameter)) for name, parameter in named.items()}
     for step in range(1, STEPS + 1):
         for name, parameter in named.items():
             whole = _seeded(name, step, _shape(parameter))
-            truth[name].mul_(BETAS[1]).addcmul_(whole, whole, value=1 - BETAS[1])
             parameter.grad = _own(parameter, whole)
         optimizer.step()
         optimizer.zero_grad()
     folder = out / str(STEPS)
     save_weights(model, context, folder)
     save_optimizer(optimizer, context, folder)
-    save_meta(folder, context, {"metas": {"last_train_step": STEPS, "consumed_train_samples": STEPS}})
+    save_meta(context, folder, {"last_train_step": STEPS, "consumed_train_samples": STEPS})
+    truth = _live(optimizer, named, dist.get_rank(context.dp_pg))
     dist.barrier()
     if dist.get_rank():
         return Made()
