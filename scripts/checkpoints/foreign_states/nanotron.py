@@ -137,8 +137,12 @@ def nanotron(out: Path, shape: int, tied: bool, zero: int, parts: int = 1, missi
         parts: Ranks of tensor parallelism.
         missing: Remove the file of the last rank.
     """
-    _on_the_cpu()
     dist.init_process_group("gloo")
+    sizes = dict(_SHAPES[shape])
+    if dist.get_rank() == 0:  # transformers before the stand-ins
+        world = World(out / "model_config", layers=_LAYERS, tie_word_embeddings=tied, **sizes)
+        (out / "model_config" / "model.safetensors").unlink()
+    _on_the_cpu()
     from nanotron.config import LRSchedulerArgs, OptimizerArgs, ParallelismArgs
     from nanotron.helpers import init_optimizer_and_grad_accumulator
     from nanotron.parallel.context import ParallelContext
@@ -148,7 +152,6 @@ def nanotron(out: Path, shape: int, tied: bool, zero: int, parts: int = 1, missi
 
     ranks = dist.get_world_size() // parts
     context = ParallelContext(tensor_parallel_size=parts, pipeline_parallel_size=1, data_parallel_size=ranks)
-    sizes = dict(_SHAPES[shape])
     model, config = _model(context, ParallelismArgs(dp=ranks, pp=1, tp=parts), sizes, tied)
     named = dict(model.get_named_params_with_correct_tied())
     with torch.no_grad():
@@ -186,8 +189,6 @@ def nanotron(out: Path, shape: int, tied: bool, zero: int, parts: int = 1, missi
     (out / "latest.txt").write_text(str(STEPS))
     if missing:
         max((folder / "optimizer").glob("optimizer_pp*")).unlink()
-    world = World(out / "model_config", layers=_LAYERS, tie_word_embeddings=tied, **sizes)
-    (out / "model_config" / "model.safetensors").unlink()
     # Version 0.4 has rotary rows in pairs.
     named_truth = under_numbers(world.moments, lambda tensors: to_nanotron(world, tensors, rotary=True), truth)
     return Made(named_truth, trainer="nanotron", more={"zero": zero})

@@ -82,8 +82,8 @@ def torchtitan(out: Path, kind: str, shape: int, tied: bool = False, fused: bool
         fully_shard(model, mesh=mesh)
     settings = {"lr": 1e-3, "betas": BETAS}
     groups = [
-        ParamGroupConfig(r"norm", "AdamW", {**settings, "weight_decay": 0.0}),
-        ParamGroupConfig(r".*", "AdamW", {**settings, "weight_decay": 0.1}),
+        ParamGroupConfig(pattern="norm", optimizer_name="AdamW", optimizer_kwargs={**settings, "weight_decay": 0.0}),
+        ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs={**settings, "weight_decay": 0.1}),
     ]
     optimizers = OptimizersContainer(
         OptimizersContainer.Config(param_groups=groups, implementation="for-loop"), model_parts=[model]
