@@ -23,7 +23,8 @@ from typing import Any
 
 FOREIGN = (
     "deepspeed", "bitsandbytes", "torchao", "schedulefree", "optimi", "pytorch_optimizer", "ivon", "litgpt",
-    "torchtune", "diffusers", "timm", "megatron",
+    "torchtune", "diffusers", "timm", "megatron", "olmo", "olmo_core", "composer", "nanotron", "verl", "torchtitan",
+    "sentence_transformers",
 )  # fmt: skip
 
 

@@ -5,22 +5,39 @@
 
 Each case is a folder in OUT as a training run leaves it, plus ``expected.safetensors``, the second moments of the live
 optimizer by parameter name, and ``case.json``, the expected behaviour of a reader. Runs have a few steps on the CPU, in
-two to four gloo processes where the trainer shards. All cases take about 15 minutes on two cores.
+one to four gloo processes where the trainer shards.
 
-The command needs its own environment, because the project must not have these libraries:
+The command needs environments of its own, because the project must not have these libraries, and because they exclude
+each other. All of them begin with
 
     python3.11 -m venv libs && . libs/bin/activate
-    pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 einops hjson msgpack ninja psutil \
-        py-cpuinfo setuptools wheel
+    pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 einops psutil setuptools wheel
+
+``--only`` then makes the cases of the installed packages. ``--no-deps`` keeps packages from bringing torchvision or
+another torch; where an import asks for a further package, install it in the same way. For DeepSpeed, FSDP,
+adapters and optimizers:
+
+    pip install hjson msgpack ninja py-cpuinfo
     DS_BUILD_OPS=0 pip install --no-build-isolation --no-deps deepspeed==0.19.8
     pip install --no-deps bitsandbytes==0.50.2 torchao==0.18.0 schedulefree==1.4.1 torch-optimi==0.3.3 \
         pytorch-optimizer==4.1.0 ivon-opt==0.1.3 galore-torch==1.0 apollo-torch==1.0.3 lomo-optim==0.1.1
 
-    pip install --no-deps diffusers==0.42.1 timm importlib_metadata
-    pip install torchtune==0.6.1 torchao==0.9.0 litgpt==0.5.13  # each may want an environment of its own
-    pip install --no-deps megatron-core==0.16.1
+Trainers with names of their own, one environment for each line:
 
-``--no-deps`` keeps packages from bringing torchvision or another torch.
+    pip install --no-deps diffusers==0.42.1 timm==1.0.31 torchvision importlib_metadata zipp lazy-importer
+    pip install torchtune==0.6.1 torchao==0.9.0
+    pip install litgpt==0.5.13
+    pip install --no-deps megatron-core==0.16.1
+    pip install --no-deps ai2-olmo-core==3.0.0 rich cached_path bettermap dataclass-extensions omegaconf boto3 requests
+    pip install --no-deps ai2-olmo==0.6.0 omegaconf antlr4-python3-runtime==4.9.3 rich cached_path importlib_resources
+    pip install --no-deps mosaicml==0.32.1 torchvision torchmetrics coolname py-cpuinfo importlib_metadata lazy-importer
+    pip install --no-deps nanotron==0.4 dacite
+    pip install --no-deps verl==0.9.1 ray jsonschema tensordict pyvers orjson omegaconf hydra-core codetiming dacite
+    pip install --no-deps torchtitan==0.3.0 tyro spmd-types==0.2.3 torch_checkpointing torchdata datasets
+    pip install --no-deps sentence-transformers==6.2.0 datasets scikit-learn scipy
+
+torchvision's compiled part does not fit a torch of another build; its two operators are declared then, as no case calls
+them. Megatron-Core with stacked layers and BLOOM (Megatron-DeepSpeed) need no library: own code writes their layouts.
 """
 
 from __future__ import annotations
@@ -80,6 +97,8 @@ def run(out: Path, name: str, ranks: int) -> bool:
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
     ranked = {
         "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "NODE_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
@@ -121,8 +140,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], until: float) -> bool:
 def make(out: Path, name: str) -> int:
     """Make one rank's part of a case."""
     from scripts.checkpoints.foreign_states import cases
-    from scripts.checkpoints.foreign_states.common import keep_case
+    from scripts.checkpoints.foreign_states.common import declare_torchvision, keep_case
 
+    declare_torchvision()
     case, rank = cases()[name], os.environ["RANK"]
     made = case.make(out, **case.options)
     if rank == "0":

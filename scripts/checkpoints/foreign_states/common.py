@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 from collections.abc import Callable, Mapping
@@ -165,6 +167,51 @@ def keep_weights(out: Path, config: Any, state: Mapping[str, Tensor]) -> None:
     config.dtype = next(iter(kept.values())).dtype
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(out)
+
+
+def under_numbers(
+    order: Mapping[str, Tensor], rename: Callable[[dict[str, Tensor]], Mapping[str, Tensor]], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return tensors under the names of Hugging Face, where a trainer's own are known.
+
+    The entries of the Hugging Face model are numbered, renamed as the trainer's, and looked up there.
+
+    Args:
+        order: Tensors of the Hugging Face model, for their names and shapes.
+        rename: Function that gives tensors with the names of Hugging Face those of the trainer.
+        own: Tensors under the trainer's names.
+    """
+    numbers, count = {}, 0
+    for name, tensor in order.items():
+        numbers[name] = torch.arange(count, count + tensor.numel()).reshape(tensor.shape)
+        count += tensor.numel()
+    flat = torch.full((count,), torch.nan)
+    for name, places in rename(numbers).items():
+        flat[places.long().reshape(-1)] = own[name].reshape(-1)
+    return {name: flat[places] for name, places in numbers.items()}
+
+
+def declare_torchvision() -> None:
+    """Declare the two operators for which torchvision registers rules on import, where its compiled part does not load.
+
+    transformers, timm and Composer import torchvision where it is installed, and use none of its operators here.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    with contextlib.suppress(RuntimeError):
+        importlib.import_module("torchvision")
+        return
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def keep_config(folder: Path, config: Any) -> None:
+    """Write the ``config.json`` of a causal language model alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config.architectures = [CLASSES[config.model_type]]
+    config.save_pretrained(folder)
 
 
 def keep_case(out: Path, name: str, case: Case, made: Made) -> None:

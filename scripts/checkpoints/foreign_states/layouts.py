@@ -1,8 +1,8 @@
-"""Cases of trainers that need GPUs or large installations: their layouts, written by own code.
+"""Cases of layouts that no library writes on a CPU, written by own code: Megatron-Core, and BLOOM.
 
 The second moments are those of a live AdamW that trains a model of transformers. The own names and the moves of rows
 are those of ``tests.other_trainers``, written independently of the package, and the files have the form that the
-trainers' sources describe: Megatron-Core, OLMo, torchtitan, nanotron, Megatron-DeepSpeed (BLOOM).
+trainers' sources describe: Megatron-Core with stacked layers (``megatron.py`` has its library), and Megatron-DeepSpeed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scripts.checkpoints.foreign_states.common import BETAS, STEPS, Case, Made, adamw, loss_of
 from tests import other_trainers
-from tests.other_trainers import World, adam, save_distributed
+from tests.other_trainers import World, save_distributed
 
 _SIZES = (
     {"hidden_size": 20, "num_attention_heads": 5, "intermediate_size": 28, "vocab_size": 39},
@@ -71,35 +71,6 @@ def _megatron_core(out: Path, moments: dict[str, Tensor], weights: dict[str, Ten
     (out / "latest_checkpointed_iteration.txt").write_text(str(STEPS))
 
 
-def _state(moments: dict[str, Tensor], **options: Any) -> dict[str, Any]:
-    return adam(moments, STEPS, betas=BETAS, **options)
-
-
-def _olmo(out: Path, moments: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    step = out / f"step{STEPS}-unsharded"
-    step.mkdir()
-    names = sorted(moments)
-    state = _state({name: moments[name] for name in names}, numbered=True)
-    state["param_groups"][0]["param_names"] = names
-    torch.save(state, step / "optim.pt")
-    torch.save(weights, step / "model.pt")
-    (step / "config.yaml").write_text("model:\n  d_model: 20\n")
-
-
-def _torchtitan(out: Path, moments: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    save_distributed({"optimizer": _state(moments), **weights}, out / f"step-{STEPS}")
-
-
-def _nanotron(out: Path, moments: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    folder = out / str(STEPS) / "optimizer"
-    folder.mkdir(parents=True)
-    state = _state(moments, numbered=True)
-    torch.save({**state, "names": dict(enumerate(moments))}, folder / "optimizer_pp-0-of-1_tp-0-of-1_exp-0-of-1.pt")
-    (folder / "optimizer_config.json").write_text(json.dumps({"type": "NamedOptimizer", "configs": {}}))
-    (folder.parent / "model_config.json").write_text(json.dumps({"is_llama_config": True}))
-    (out / "latest.txt").write_text(str(STEPS))
-
-
 def _megatron_deepspeed(out: Path, moments: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
     folder = out / f"global_step{STEPS}_universal"
     for name, tensor in moments.items():
@@ -121,8 +92,5 @@ def _cases(name: str, kind: str, names: str, write: Write, *more: dict[str, Any]
 
 CASES = {
     **_cases("megatron_core", "llama", "to_megatron", _megatron_core, *_GROUPED),
-    **_cases("torchtitan", "llama", "to_torchtitan", _torchtitan, *_GROUPED),
-    **_cases("nanotron", "llama", "to_nanotron", _nanotron, *_GROUPED),
-    **_cases("olmo_2", "olmo2", "to_olmo", _olmo),
     **_cases("bloom", "bloom", "to_bloom", _megatron_deepspeed, {"n_head": 5}, {"n_head": 3}),
 }

@@ -66,7 +66,7 @@ def _start(two_dimensions: bool) -> Any:
     return init_device_mesh("cpu", (ranks,))
 
 
-def _of_pieces(model: nn.Module, optimizer: Any, mesh: Any) -> dict[str, Tensor]:
+def of_pieces(model: nn.Module, optimizer: Any, mesh: Any, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Return the second moments under FSDP1, the concatenated flat pieces of the ranks."""
     truth: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
@@ -90,14 +90,11 @@ def _of_pieces(model: nn.Module, optimizer: Any, mesh: Any) -> dict[str, Tensor]
                     truth[prefix + _WRAPPER.sub("", fqn)] = whole[begin : begin + count].reshape(shape)
                 begin += count
         else:
-            truth[clean] = whole.reshape(_SHAPES[clean])
+            truth[clean] = whole.reshape(shapes[clean])
     return truth
 
 
-_SHAPES: dict[str, torch.Size] = {}
-
-
-def _of_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+def of_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     """Return the second moments under FSDP2."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = {name: optimizer.state[p]["exp_avg_sq"] for name, p in parameters.items()}
@@ -115,12 +112,14 @@ def _trained(
     model: Any = tiny()
     if frozen:
         freeze(model, frozen == "most")
-    _SHAPES.update({name: p.shape for name, p in model.named_parameters()})
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     config = model.config
     model = _fsdp1(model, bf16, original, mesh if hybrid else None) if version == 1 else _fsdp2(model, bf16, mesh)
     optimizer = adamw(groups_of(model, two))
     train(model, optimizer, rank=rank, ranks=ranks)
-    truth = _of_pieces(model, optimizer, mesh if hybrid else None) if version == 1 else _of_tensors(model, optimizer)
+    truth = (
+        of_pieces(model, optimizer, mesh if hybrid else None, shapes) if version == 1 else of_tensors(model, optimizer)
+    )
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         compare_with_plain_run(truth, ranks, frozen, two, rough=bf16)

@@ -251,7 +251,7 @@ OLMO = Family(
 
 
 def _nanotron(rotary: bool) -> Scheme:
-    """Return nanotron's scheme; ``rope_interleaved`` in its config tells whether rotary rows are in pairs."""
+    """Return nanotron's scheme; its ``model_config.json`` tells whether rotary rows are in pairs."""
     fused = (
         Target(_Q, (query_rows, *[pairs_of_queries] * rotary)),
         Target(_K, (key_rows, *[pairs_of_keys] * rotary)),

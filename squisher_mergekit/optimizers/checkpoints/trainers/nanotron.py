@@ -56,7 +56,7 @@ def read(folder: Path, verify: bool) -> RawState:
     """Read the files of all ranks.
 
     Raises:
-        NotFoundError: The file of a rank is missing.
+        NotFoundError: The file of a rank is missing, or ``model_config.json``.
         UnsupportedStateError: The parameters are split by expert parallelism.
         RefusedError: A file cannot be read safely, or its slices do not fit.
     """
@@ -79,12 +79,26 @@ def read(folder: Path, verify: bool) -> RawState:
         joined = states[0] if len(states) == 1 else _of_parts(states, folder.parent)
         groups += _groups(of_stage[0][1], [content for _, content in of_stage], state)
         state = {**joined, **state}  # tied embeddings are in the first and in the last stage
-    settings = folder.parent / "model_config.json"
-    interleaved = read_mapping(settings).get("rope_interleaved") if settings.is_file() else None
-    own = OwnNames("nanotron with rope_interleaved" if interleaved is True else "nanotron")
+    own = OwnNames("nanotron with rope_interleaved" if _has_pairs(folder.parent) else "nanotron")
     return RawState(
         folder, ({"state": state, "param_groups": groups},), layout="nanotron", verify=checksums.verify, own=own
     )
+
+
+def _has_pairs(checkpoint: Path) -> bool:
+    """Tell whether rotary rows are in pairs: they always were before the setting was introduced, after version 0.4.
+
+    Raises:
+        NotFoundError: ``model_config.json`` is missing.
+    """
+    settings = checkpoint / "model_config.json"
+    if not settings.is_file():
+        raise NotFoundError(
+            f"{checkpoint} must hold nanotron's model_config.json, which tells the order of rotary rows, found none; "
+            "copy it as well"
+        )
+    found = read_mapping(settings)
+    return found.get("rope_interleaved", "is_qwen2_config" not in found) is True
 
 
 def _files(folder: Path) -> list[_RankFile]:

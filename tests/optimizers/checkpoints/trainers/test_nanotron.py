@@ -44,10 +44,7 @@ def _write(folder, world, ranks=0, stages=1, rotary=False, experts=True, parts=1
     }
     kind = "ZeroDistributedOptimizer" if ranks else "NamedOptimizer"
     write_json(folder / "optimizer" / "optimizer_config.json", {"type": kind, "configs": configs if ranks else {}})
-    settings = {"num_attention_heads": world.heads, "is_llama_config": True} | (
-        {"rope_interleaved": True} if rotary else {}
-    )
-    write_json(folder / "model_config.json", settings)
+    write_json(folder / "model_config.json", {"is_llama_config": True, "rope_interleaved": rotary})
 
 
 def _slice(entry, name, rank, ranks, offsets):
@@ -85,13 +82,35 @@ def test_rotary_rows_in_pairs_are_put_in_halves(shape, tmp_path):
     assert_moments(load_fisher(tmp_path / "30", world.folder), world.moments)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_before_the_setting_rotary_rows_were_in_pairs(shape, tmp_path):
+    """Version 0.4 and earlier write no ``rope_interleaved``; Qwen 2 came later, with halves."""
+    world = World(tmp_path / "model", tie_word_embeddings=True, **shape)
+    _write(tmp_path / "pairs" / "30", world, rotary=True)
+    write_json(tmp_path / "pairs" / "30" / "model_config.json", {"is_llama_config": True})
+    assert_moments(load_fisher(tmp_path / "pairs" / "30", world.folder), world.moments)
+    _write(tmp_path / "halves" / "30", world)
+    write_json(tmp_path / "halves" / "30" / "model_config.json", {"is_qwen2_config": True})
+    assert_moments(load_fisher(tmp_path / "halves" / "30", world.folder), world.moments)
+
+
+def test_without_the_config_of_the_model_the_order_of_rotary_rows_is_not_guessed(tmp_path):
+    """The file's name is in the message."""
+    world = World(tmp_path / "model", tie_word_embeddings=True, **SHAPES[0])
+    _write(tmp_path / "30", world)
+    (tmp_path / "30" / "model_config.json").unlink()
+    with pytest.raises(NotFoundError, match=r"must hold nanotron's model_config\.json.*copy it as well"):
+        load_fisher(tmp_path / "30", world.folder)
+
+
 def test_the_last_of_several_steps_is_taken(tmp_path):
     """Folders are compared as numbers."""
     world = World(tmp_path / "model", tie_word_embeddings=False, **SHAPES[0])
     for step in (9, 30, 100):
         (tmp_path / "run" / str(step)).mkdir(parents=True)
     _write(tmp_path / "run" / "30" / "x", world)
-    (tmp_path / "run" / "30" / "x" / "optimizer").rename(tmp_path / "run" / "30" / "optimizer")
+    for name in ("optimizer", "model_config.json"):
+        (tmp_path / "run" / "30" / "x" / name).rename(tmp_path / "run" / "30" / name)
     (tmp_path / "run" / "latest.txt").write_text("100")
     assert_moments(load_fisher(tmp_path / "run", world.folder), world.moments)
 

@@ -79,7 +79,7 @@ def _write(folder, world, parts=2, ranks=0, stages=1, numpy=False):
                 torch.save(state, folder / "optimizer" / f"optimizer_pp-{stage}-of-{stages}{of_rank}_tp-{part}-of-{parts}_exp-0-of-1.pt")  # fmt: skip # noqa: E501
     configs = {"param_name_to_dp_rank_offsets": offsets, "orig_param_shapes": shapes} if ranks else {}
     write_json(folder / "optimizer" / "optimizer_config.json", {"type": "x", "configs": configs})
-    write_json(folder / "model_config.json", {"is_llama_config": True})
+    write_json(folder / "model_config.json", {"is_llama_config": True, "rope_interleaved": False})
 
 
 @pytest.mark.parametrize(
