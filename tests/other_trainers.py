@@ -116,9 +116,11 @@ def split(tensors, source, targets, world):
     return result
 
 
-def to_torchtitan(world, tensors, rotary=True):
-    """Return torchtitan's names."""
+def to_torchtitan(world, tensors, rotary=True, fuse=False):
+    """Return torchtitan's names; with ``fuse`` those of a state of version 0.3."""
     own = to_torchtune(world, tensors, rotary)
+    if fuse:
+        own = _grouped(world, own, "attention.qkv_linear.wqkv", "attn.q_proj")
     return renamed(
         own, (".scale", ".weight"), ("attn.q_proj", "attention.wq"), ("attn.k_proj", "attention.wk"),
         ("attn.v_proj", "attention.wv"), ("attn.output_proj", "attention.wo"), ("attn.q_norm", "attention.q_norm"),
@@ -242,7 +244,7 @@ def to_nanotron(world, tensors, rotary=False):
     }
 
 
-def _grouped(world, tensors, target):
+def _grouped(world, tensors, target, queries="self_attn.q_proj"):
     """Fuse queries, keys and values group by group."""
     own = dict(tensors)
     for name in tensors:
@@ -253,7 +255,7 @@ def _grouped(world, tensors, target):
             grouped = [t.reshape(world.groups, -1, world.width, *rest) for t in (q, k, v)]
             assert grouped[0].shape[1] == share
             joined = torch.cat(grouped, dim=1).reshape(-1, *rest)
-            own[name.replace("self_attn.q_proj", target)] = joined
+            own[name.replace(queries, target)] = joined
     return own
 
 

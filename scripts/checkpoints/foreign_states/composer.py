@@ -72,7 +72,8 @@ def composer(out: Path, shape: int, tied: bool, optimizer: str = "DecoupledAdamW
     live = trainer.state.optimizers[0].state
     own = {name: live[p]["exp_avg_sq"] for name, p in trainer.state.model.named_parameters()}
     truth = {
-        name.removeprefix("model."): v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in own.items()
+        name.removeprefix("module.").removeprefix("model."): v.full_tensor() if hasattr(v, "full_tensor") else v
+        for name, v in own.items()
     }
     name = f"{cls.__module__.partition('.')[0]}.{optimizer}" if optimizer != "AdamW" else "torch.optim.AdamW"
     trainer.close()

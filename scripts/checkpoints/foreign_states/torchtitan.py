@@ -110,12 +110,14 @@ def torchtitan(out: Path, kind: str, shape: int, tied: bool = False, fused: bool
     )
     manager.save(STEPS)
     live = next(iter(optimizers.optimizers)).state
-    own = {name: live[p]["exp_avg_sq"] for name, p in model.named_parameters()}
-    own = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in own.items()}
+    with torch.no_grad():  # so that torchtitan splits fused moments as it splits weights
+        for parameter in model.parameters():
+            parameter.copy_(live[parameter]["exp_avg_sq"])
+    own = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in model.state_dict().items()}
     dist.barrier()
-    if tied:  # the adapter keeps the embeddings, the parameter is named by the first of the two modules
-        own.setdefault("tok_embeddings.weight", own.get("lm_head.weight", torch.empty(0)))
     truth = adapter.to_hf(own)
+    if tied:
+        truth.pop("lm_head.weight", None)
     extent = {"head_dim": _HEAD_DIM} if kind == "qwen3" else {}
     keep_config(
         out / "model_config",

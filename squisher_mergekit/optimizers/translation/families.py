@@ -92,13 +92,22 @@ TORCHTUNE = Family(
 
 
 def _torchtitan(rotary: bool) -> Scheme:
-    """Return torchtitan's scheme; its Llamas have rotary rows in pairs, its Qwens in halves."""
+    """Return torchtitan's scheme; its Llamas have rotary rows in pairs, its Qwens in halves.
+
+    Version 0.3 fuses queries, keys and values. The weights are split when they are saved, the optimizer's state is not.
+    """
+    queries, keys = [pairs_of_queries] * rotary, [pairs_of_keys] * rotary
     return Scheme(
         _LLAMA_BLOCK,
         {**_outside("tok_embeddings", "norm", "output"), "lm_head": to(_HEAD)},
         {
-            "attention.wq": to(_Q, *[pairs_of_queries] * rotary),
-            "attention.wk": to(_K, *[pairs_of_keys] * rotary),
+            "attention.wqkv": (
+                Target(_Q, (rows_of_groups("q"), *queries)),
+                Target(_K, (rows_of_groups("k"), *keys)),
+                Target(_V, (rows_of_groups("v"),)),
+            ),
+            "attention.wq": to(_Q, *queries),
+            "attention.wk": to(_K, *keys),
             "attention.wv": to(_V),
             "attention.wo": to(_O),
             "attention.q_norm": to(_Q_NORM),
@@ -114,7 +123,7 @@ def _torchtitan(rotary: bool) -> Scheme:
 
 TORCHTITAN = Family(
     "torchtitan",
-    re.compile(r"(?:model\.)?layers\.\d+\.attention\.(?:qkv_linear\.)?wq\.weight"),
+    re.compile(r"(?:model\.)?layers\.\d+\.attention\.(?:qkv_linear\.)?wq(?:kv)?\.weight"),
     re.compile(r"layers\.(\d+)\.(.+)"),
     {"llama": _torchtitan(True), "qwen3": _torchtitan(False)},
     rewrites=((r"^model\.", ""), (r"\.qkv_linear\.", ".")),

@@ -31,6 +31,8 @@ QWEN3 = [{**SHAPES[0], "head_dim": 6}, {**SHAPES[1], "head_dim": 14}]
 PHI3 = [{**shape, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} for shape in SHAPES[:2]]
 _torchtune_in_halves = partial(to_torchtune, rotary=False)
 _torchtitan_in_halves = partial(to_torchtitan, rotary=False)
+_fused_torchtitan = partial(to_torchtitan, fuse=True)
+_fused_torchtitan_in_halves = partial(to_torchtitan, rotary=False, fuse=True)
 _to_early_litgpt = partial(to_litgpt, early=True)
 CASES = [
     *(("llama", shape, make) for shape in SHAPES for make in (to_torchtune, to_torchtitan, to_litgpt, to_megatron)),
@@ -45,7 +47,8 @@ CASES = [
     *(("gemma2", shape, to_litgpt) for shape in GEMMA),
     *(("qwen3", shape, make) for shape in QWEN3 for make in (_torchtune_in_halves, _torchtitan_in_halves, to_litgpt)),
     *(("phi3", shape, make) for shape in PHI3 for make in (_torchtune_in_halves, to_litgpt)),
-    *(("llama", shape, _to_early_litgpt) for shape in SHAPES),
+    *(("llama", shape, make) for shape in SHAPES for make in (_to_early_litgpt, _fused_torchtitan)),
+    *(("qwen3", shape, _fused_torchtitan_in_halves) for shape in QWEN3),
 ]  # fmt: skip
 
 
