@@ -38,7 +38,7 @@ class RawState:
         masters: Float32 weights cut from the trainer's flat buffers: the cuts are verified against the weights.
         own: Facts about the trainer's names; None if the names are those of a Hugging Face model, or tell the trainer.
         beside: Further folders in which the trainer keeps the weights or their config, the first one first.
-        fused: Float32 weights of fused queries, keys and values, by which the order of their rows is told.
+        fused: Own weights of fused queries, keys and values, by which the order of their rows is told.
         tensor_ranks: Number of ranks of tensor parallelism, each of which fuses its own rows.
         ranks: Number of ranks over which parameters were flattened by FSDP1, so that shapes are lost; 0 otherwise.
     """

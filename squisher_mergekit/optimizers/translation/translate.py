@@ -20,8 +20,8 @@ from squisher_mergekit.optimizers.checkpoints.trainers.olmo_safetensors import i
 from squisher_mergekit.optimizers.slots import OptimizerSlot, OptimizerState, parameters_of
 from squisher_mergekit.optimizers.translation.families import FAMILIES, NANOGPT, OLMO, REORDERED_NORMS
 from squisher_mergekit.optimizers.translation.fused import PlacedSlot, fused
+from squisher_mergekit.optimizers.translation.fused_rows import by_rows
 from squisher_mergekit.optimizers.translation.moves import Dimensions, Move, Part, moved
-from squisher_mergekit.optimizers.translation.neox_rows import by_rows
 from squisher_mergekit.optimizers.translation.schemes import Family, Scheme, Target
 from squisher_mergekit.tensors.lazy import MaybeLazy, Slices
 

@@ -23,13 +23,15 @@ from squisher_mergekit.optimizers.checkpoints.torch_save import is_state
 from squisher_mergekit.optimizers.checkpoints.trainers.nanotron_parts import joined_parts, weight_headers
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums
 from squisher_mergekit.tensors.input_files import read_mapping
-from squisher_mergekit.tensors.lazy import Slices
+from squisher_mergekit.tensors.lazy import MaybeLazy, Slices
+from squisher_mergekit.tensors.safetensors import SafetensorsStore
 
 NAME = re.compile(
     r"optimizer_pp-(?P<pp>\d+)-of-(?P<stages>\d+)(?:_dp-(?P<dp>\d+)-of-(?P<ranks>\d+))?"
     r"_tp-(?P<tp>\d+)-of-(?P<parts>\d+)(?:_exp-(?P<exp>\d+)-of-(?P<experts>\d+))?\.pt"
 )
-_SETTINGS = "optimizer_config.json"
+_SETTINGS, _ROTARY = "optimizer_config.json", "rope_interleaved"
+_EARLY = {"max_position_embeddings", "pretraining_tp", "rms_norm_eps"}  # settings that nanotron always writes
 _KINDS = ("pp", "tp", "dp")
 
 
@@ -79,26 +81,46 @@ def read(folder: Path, verify: bool) -> RawState:
         joined = states[0] if len(states) == 1 else _of_parts(states, folder.parent)
         groups += _groups(of_stage[0][1], [content for _, content in of_stage], state)
         state = {**joined, **state}  # tied embeddings are in the first and in the last stage
-    own = OwnNames("nanotron with rope_interleaved" if _has_pairs(folder.parent) else "nanotron")
+    own, is_told = _rotary(folder.parent)
     return RawState(
-        folder, ({"state": state, "param_groups": groups},), layout="nanotron", verify=checksums.verify, own=own
-    )
+        folder, ({"state": state, "param_groups": groups},), layout="nanotron", verify=checksums.verify, own=own,
+        fused={} if is_told else _fused_weights(folder.parent, state),
+    )  # fmt: skip
 
 
-def _has_pairs(checkpoint: Path) -> bool:
-    """Tell whether rotary rows are in pairs: they always were before the setting was introduced, after version 0.4.
+def _rotary(checkpoint: Path) -> tuple[OwnNames, bool]:
+    """Return the names by the order of rotary rows, and True if nanotron's config tells it.
+
+    Up to version 0.4 there was no setting: the rows were in pairs. A config without the other settings of these
+    versions was not written by them; there the default of later versions counts. Weights go before both.
 
     Raises:
         NotFoundError: ``model_config.json`` is missing.
     """
-    settings = checkpoint / "model_config.json"
-    if not settings.is_file():
+    file = checkpoint / "model_config.json"
+    if not file.is_file():
         raise NotFoundError(
             f"{checkpoint} must hold nanotron's model_config.json, which tells the order of rotary rows, found none; "
             "copy it as well"
         )
-    found = read_mapping(settings)
-    return found.get("rope_interleaved", "is_qwen2_config" not in found) is True
+    found = read_mapping(file)
+    is_told = _ROTARY in found or "is_qwen2_config" in found
+    is_early = not is_told and set(found) >= _EARLY
+    return OwnNames("nanotron with rope_interleaved" if found.get(_ROTARY, is_early) is True else "nanotron"), is_told
+
+
+def _fused_weights(checkpoint: Path, names: Collection[str]) -> dict[str, MaybeLazy]:
+    """Return the weights of the first fused queries, keys and values, under their name; none without their files."""
+    name = next((name for name in names if name.endswith(".qkv_proj.weight")), "")
+    parts = {
+        rank or 0: {"weight": SafetensorsStore([header.file], str(header.file)).read("data")}
+        for rank, header in (weight_headers(checkpoint, name) if name else {}).items()
+        if "data" in header.infos
+    }
+    if not parts:
+        return {}
+    whole = joined_parts(name, parts, checkpoint) if len(parts) > 1 else next(iter(parts.values()))
+    return {name: whole["weight"]}
 
 
 def _files(folder: Path) -> list[_RankFile]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsafeFileError, UnsupportedStateError
@@ -82,16 +83,35 @@ def test_rotary_rows_in_pairs_are_put_in_halves(shape, tmp_path):
     assert_moments(load_fisher(tmp_path / "30", world.folder), world.moments)
 
 
+EARLY = {"is_llama_config": True, "max_position_embeddings": 64, "pretraining_tp": 1, "rms_norm_eps": 1e-6}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_before_the_setting_rotary_rows_were_in_pairs(shape, tmp_path):
-    """Version 0.4 and earlier write no ``rope_interleaved``; Qwen 2 came later, with halves."""
+@pytest.mark.parametrize(
+    ("settings", "rotary"), [(EARLY, True), ({"is_llama_config": True}, False), ({"is_qwen2_config": True}, False)]
+)
+def test_without_the_setting_the_version_tells_the_order_of_rotary_rows(settings, rotary, shape, tmp_path):
+    """Version 0.4 and earlier write their settings and always have pairs; elsewhere the later default counts."""
     world = World(tmp_path / "model", tie_word_embeddings=True, **shape)
-    _write(tmp_path / "pairs" / "30", world, rotary=True)
-    write_json(tmp_path / "pairs" / "30" / "model_config.json", {"is_llama_config": True})
-    assert_moments(load_fisher(tmp_path / "pairs" / "30", world.folder), world.moments)
-    _write(tmp_path / "halves" / "30", world)
-    write_json(tmp_path / "halves" / "30" / "model_config.json", {"is_qwen2_config": True})
-    assert_moments(load_fisher(tmp_path / "halves" / "30", world.folder), world.moments)
+    _write(tmp_path / "30", world, rotary=rotary)
+    write_json(tmp_path / "30" / "model_config.json", settings)
+    (world.folder / "model.safetensors").unlink()
+    assert_moments(load_fisher(tmp_path / "30", world.folder), world.moments)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("settings", [EARLY, {"is_llama_config": True}])
+@pytest.mark.parametrize("rotary", [True, False])
+def test_without_the_setting_the_weights_tell_the_order_of_rotary_rows(rotary, settings, shape, tmp_path):
+    """The fused weights of the checkpoint are compared with those of the model in both orders."""
+    world = World(tmp_path / "model", tie_word_embeddings=True, **shape)
+    _write(tmp_path / "30", world, rotary=rotary)
+    write_json(tmp_path / "30" / "model_config.json", settings)
+    place = tmp_path / "30" / "model" / "model" / "decoder" / "0" / "pp_block" / "attn" / "qkv_proj"
+    place.mkdir(parents=True)
+    weight = to_nanotron(world, world.weights, rotary)["model.decoder.0.pp_block.attn.qkv_proj.weight"]
+    save_file({"data": weight}, place / "model_weight_pp-rank-0-of-1_tp-rank-0-of-1.safetensors")
+    assert_moments(load_fisher(tmp_path / "30", world.folder), world.moments)
 
 
 def test_without_the_config_of_the_model_the_order_of_rotary_rows_is_not_guessed(tmp_path):

@@ -1,7 +1,7 @@
-"""Order of the rows of fused queries, keys and values in a Llama of GPT-NeoX, told by the weights.
+"""Order of the rows of fused queries, keys and values, told by the weights where the names leave it open.
 
-With grouped queries, the order changed within the time of one set of names. Shapes are equal in both orders, and no
-file tells the version.
+Shapes are equal in all orders. GPT-NeoX changed the order of a Llama with grouped queries within the time of one set of
+names, and nanotron had no setting for the order of rotary rows in its first versions.
 """
 
 import re
@@ -12,21 +12,22 @@ from torch import Tensor
 from squisher_mergekit.errors import NamingError
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
+from squisher_mergekit.optimizers.translation.families import NANOTRON, NANOTRON_PAIRS
 from squisher_mergekit.optimizers.translation.moves import Dimensions
 from squisher_mergekit.optimizers.translation.pipelines import NEOX, NEOX_BY_RANK
 from squisher_mergekit.optimizers.translation.schemes import Family
 from squisher_mergekit.tensors.lazy import MaybeLazy, read
 
-_FUSED, _SINCE_SEPTEMBER = "attention.query_key_value", ".mlp.linear1."
+_SINCE_SEPTEMBER = ".mlp.linear1."
 _NEAR, _FAR = 0.2, 0.5  # distances of weights after further training, and of rows in another order, to their norm
 
 
 def by_rows(raw: RawState, family: Family, kind: str, sizes: Dimensions, weights: Weights) -> Family:
-    """Return the family with the order of rows that the weights have; any other family as it is.
+    """Return the family with the order of rows that the weights have; a family with one order as it is.
 
     Args:
-        raw: The state, with its own float32 weights of the fused tensors.
-        family: The family by the names.
+        raw: The state, with its own weights of the fused tensors.
+        family: The family by the names and the trainer's config.
         kind: ``model_type`` of the config.
         sizes: Sizes of the model.
         weights: Weights of the Hugging Face model, perhaps none.
@@ -34,19 +35,29 @@ def by_rows(raw: RawState, family: Family, kind: str, sizes: Dimensions, weights
     Raises:
         NamingError: The order is not certain without the weights, or by them.
     """
+    if family in (NANOTRON, NANOTRON_PAIRS) and raw.fused:
+        return _nearest(raw, (NANOTRON, NANOTRON_PAIRS), kind, sizes, weights) or family
     names = [str(name) for state in raw.states for name in state["state"]]
     is_old = not any(_SINCE_SEPTEMBER in name for name in names)
     if family is not NEOX or kind not in NEOX_BY_RANK.schemes or sizes.groups == sizes.heads or is_old:
         return family
-    found = {one.name: _distance(raw.fused, one, kind, sizes, weights) for one in (NEOX, NEOX_BY_RANK)}
-    near = [one for one in (NEOX, NEOX_BY_RANK) if found[one.name] < _NEAR]
-    if len(near) == 1 and max(found.values()) > _FAR:
-        return near[0]
+    nearest = _nearest(raw, (NEOX, NEOX_BY_RANK), kind, sizes, weights)
+    if nearest is not None:
+        return nearest
     raise NamingError(
         f"the rows of queries, keys and values in {raw.location} are in the order of one query head after another, or, "
         f"since November 2024, of one rank after another, which the weights tell, but {weights.folder} has none that "
         "fit one order; give the converted weights as --model DIR"
     )
+
+
+def _nearest(
+    raw: RawState, families: tuple[Family, ...], kind: str, sizes: Dimensions, weights: Weights
+) -> Family | None:
+    """Return the family whose order the weights have; None if they are other weights, or fit several orders."""
+    found = [_distance(raw.fused, one, kind, sizes, weights) for one in families]
+    near = [one for one, distance in zip(families, found, strict=True) if distance < _NEAR]
+    return near[0] if len(near) == 1 and max(found) > _FAR else None
 
 
 def _distance(fused: Mapping[str, MaybeLazy], family: Family, kind: str, sizes: Dimensions, weights: Weights) -> float:
@@ -69,9 +80,11 @@ def _pairs(
     for pattern, replacement in family.rewrites:
         own = re.sub(pattern, replacement, own)
     matched, scheme = family.block.fullmatch(own), family.schemes[kind]
-    tensor = read(master)
-    for target in scheme.inside[_FUSED] if matched is not None else ():
-        name = f"{scheme.block.format(int(matched[1]) - family.first)}{target.module}.weight"  # type: ignore[index]
+    if matched is None:
+        return
+    tensor, block = read(master), scheme.block.format(int(matched[1]) - family.first)
+    for target in scheme.inside[matched[2].removesuffix(".weight")]:
+        name = f"{block}{target.module}.weight"
         if name in weights.infos:
             moved = tensor
             for make in target.moves:
