@@ -294,9 +294,7 @@ class FisherConfig(_Frozen):
             count = self.steps_of(name) if self.from_optimizer else self.num_examples
             if not count:
                 missing = "steps" if self.from_optimizer else "num_examples"
-                raise ConfigError(
-                    f"scaling debiased of a sum needs {missing}, which this Fisher does not record; use raw"
-                )
+                raise ConfigError(f"scaling debiased of a sum needs {missing}, which this Fisher lacks; use raw")
             return 1.0 / count
         if self.bias_corrected or self.as_stored:
             return 1.0
