@@ -1,8 +1,9 @@
-"""Cases of layouts that no library writes on a CPU, written by own code: Megatron-Core, and BLOOM.
+"""Cases of layouts that no package writes on a CPU, written by own code: Megatron-Core, BLOOM, GPT-NeoX and nanoGPT.
 
 The second moments are those of a live AdamW that trains a model of transformers. The own names and the moves of rows
 are those of ``tests.other_trainers``, written independently of the package, and the files have the form that the
-trainers' sources describe: Megatron-Core with stacked layers (``megatron.py`` has its library), and Megatron-DeepSpeed.
+trainers' sources describe: Megatron-Core with stacked layers (``megatron.py`` has its library), Megatron-DeepSpeed,
+ZeRO-1 of DeepSpeed 0.3 under GPT-NeoX, and nanoGPT's script.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from scripts.checkpoints.foreign_states.common import BETAS, STEPS, Case, Made, adamw, loss_of
 from tests import other_trainers
-from tests.other_trainers import World, save_distributed
+from tests.other_trainers import World, adam, save_distributed
 
 _SIZES = (
     {"hidden_size": 20, "num_attention_heads": 5, "intermediate_size": 28, "vocab_size": 39},
@@ -41,7 +42,9 @@ def made(out: Path, kind: str, shape: int, names: str, write: Write, **changes: 
     """
     import transformers
 
-    world = World(out / "model_config", kind, layers=3, tie_word_embeddings=kind == "bloom", **_SIZES[shape], **changes)
+    world = World(
+        out / "model_config", kind, layers=3, tie_word_embeddings=kind in ("bloom", "gpt2"), **_SIZES[shape], **changes
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(world.config)
     optimizer = adamw(model.parameters())
@@ -56,6 +59,8 @@ def made(out: Path, kind: str, shape: int, names: str, write: Write, **changes: 
     rename = getattr(other_trainers, names)
     torch.manual_seed(1)  # of the rows by which a vocabulary is padded
     write(out, rename(world, moments), rename(world, weights))
+    if kind == "gpt_neox":  # transformers 5 calls the head lm_head, and keeps its name in files
+        moments["embed_out.weight"] = moments.pop("lm_head.weight")
     return Made(moments, trainer=f"{write.__name__[1:]} (layout by own code)")
 
 
@@ -82,6 +87,47 @@ def _megatron_deepspeed(out: Path, moments: dict[str, Tensor], weights: dict[str
     torch.save({"args": arguments, "iteration": STEPS}, folder / "mp_rank_00_model_states.pt")
 
 
+def _neox(out: Path, moments: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    folder, ranks, skipped = out / f"global_step{STEPS + 2}", 3, 2
+    folder.mkdir()
+    groups = [[name for name in moments if (moments[name].ndim > 1) == decayed] for decayed in (True, False)]
+    flat = {
+        key: [torch.cat([source[name].reshape(-1) for name in group]) for group in groups]
+        for key, source in (("exp_avg_sq", moments), ("master", weights))
+    }
+    size = [-(-group.numel() // ranks) for group in flat["master"]]
+    for rank in range(ranks):
+        parts = {
+            key: [group[rank * n : (rank + 1) * n].clone() for group, n in zip(found, size, strict=True)]
+            for key, found in flat.items()
+        }
+        state = {
+            "zero_stage": 1,
+            "partition_count": ranks,
+            "num_comm_intervals_per_group": [1, 1],
+            "base_optimizer_state": [[{"exp_avg": -part, "exp_avg_sq": part}] for part in parts["exp_avg_sq"]],
+            "local_sub_partitions_of_fp32_groups": [[part] for part in parts["master"]],
+        }
+        content = {"optimizer_state_dict": state, "param_shapes": {name: t.shape for name, t in moments.items()}}
+        torch.save(content, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    counts = {"module": None, "global_steps": STEPS + skipped, "skipped_steps": skipped, "dp_world_size": ranks}
+    torch.save(counts, folder / "mp_rank_00_model_states.pt")
+    for number in dict.fromkeys(name.partition(".")[0] for name in weights):
+        layer = {n.partition(".")[2]: t.half() for n, t in weights.items() if n.startswith(f"{number}.")}
+        torch.save(layer, folder / f"layer_{int(number):02}-model_00-model_states.pt")
+    (out / "configs").mkdir()
+    settings = {"optimizer": {"type": "Adam", "params": {"betas": BETAS}}}
+    (out / "configs" / "model.yml").write_text(json.dumps(settings))
+
+
+def _nanogpt(out: Path, moments: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    groups = [[name for name in moments if (moments[name].ndim > 1) == decayed] for decayed in (True, False)]
+    model = {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
+    model["_orig_mod.lm_head.weight"] = model["_orig_mod.transformer.wte.weight"]
+    state = adam(moments, STEPS, numbered=True, groups=groups, betas=BETAS)
+    torch.save({"model": model, "optimizer": state, "iter_num": STEPS, "model_args": {}}, out / "ckpt.pt")
+
+
 def _cases(name: str, kind: str, names: str, write: Write, *more: dict[str, Any]) -> dict[str, Case]:
     further = more or ({}, {})
     return {
@@ -93,4 +139,6 @@ def _cases(name: str, kind: str, names: str, write: Write, *more: dict[str, Any]
 CASES = {
     **_cases("megatron_core", "llama", "to_megatron", _megatron_core, *_GROUPED),
     **_cases("bloom", "bloom", "to_bloom", _megatron_deepspeed, {"n_head": 5}, {"n_head": 3}),
+    **_cases("neox", "gpt_neox", "to_neox", _neox),
+    **_cases("nanogpt", "gpt2", "to_nanogpt", _nanogpt),
 }
