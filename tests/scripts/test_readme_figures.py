@@ -32,6 +32,7 @@ ALLOWED = {
         "Python 3.10 or later",
         "(4.1.0 was used)",
         "DeepSpeed 0.3 and later",
+        "(diffusers 0.17 and later)",
         "Llama 3.1 8B",
     ],
     "limit of scripts.benchmarks.gpu_check": ["GPU benchmarks in at most six minutes"],

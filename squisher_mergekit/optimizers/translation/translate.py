@@ -345,7 +345,7 @@ def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
 
     Example:
         >>> dimensions_of({"num_attention_heads": 4, "hidden_size": 32, "vocab_size": 7})
-        Dimensions(heads=4, groups=4, width=8, vocabulary=7)
+        Dimensions(heads=4, groups=4, width=8, vocabulary=7, ranks=1)
     """
     heads, hidden = _number(config, ("num_attention_heads", "n_head")), _number(config, ("hidden_size", "n_embd"))
     groups = config.get("num_key_value_heads")
