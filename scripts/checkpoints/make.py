@@ -37,7 +37,8 @@ Trainers with names of their own, one environment for each line:
     pip install --no-deps sentence-transformers==6.2.0 datasets scikit-learn scipy
 
 torchvision's compiled part does not fit a torch of another build; its two operators are declared then, as no case calls
-them. Megatron-Core with stacked layers and BLOOM (Megatron-DeepSpeed) need no library: own code writes their layouts.
+them. GPT-NeoX, nanoGPT, BLOOM (Megatron-DeepSpeed) and Megatron-Core with stacked layers need no library: own code
+writes their layouts.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def _own(parameter: Any, whole: Tensor) -> Tensor:
     """Return this rank's part of a tensor."""
     if not parameter.is_sharded:
         return whole
-    part = torch.empty(parameter.shape)
+    part = torch.empty(parameter.shape, dtype=whole.dtype)
     for pair in parameter.get_sharded_info().local_global_slices_pairs:
         part[pair.local_slices] = whole[pair.global_slices]
     return part
@@ -108,15 +108,8 @@ def _live(optimizer: Any, named: dict[str, Any], rank: int) -> dict[str, Tensor]
         name = optimizer.id_to_name[id(parameter)]
         whole = named[name]
         begin, end = offsets[name][rank] if offsets else (0, whole.numel())
-        sharded = whole.is_sharded
-        pairs = whole.get_sharded_info().local_global_slices_pairs if sharded else None
         places = torch.arange(_shape(whole).numel()).reshape(_shape(whole))
-        local = torch.empty(whole.shape, dtype=torch.long)
-        if pairs is None:
-            local = places
-        else:
-            for pair in pairs:
-                local[pair.local_slices] = places[pair.global_slices]
+        local = _own(whole, places)
         own.append((name, _shape(whole), local.reshape(-1)[begin:end], entry["exp_avg_sq"].reshape(-1)))
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, own)

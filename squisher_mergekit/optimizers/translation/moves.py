@@ -90,62 +90,23 @@ def halves_of_pairs(heads: int, width: int) -> Move:
     return move
 
 
-def of_groups(dimensions: Dimensions, part: str) -> Move:
-    """Return the move that takes queries, keys or values out of rows that are stored group by group.
-
-    Each group has its queries, then one head of keys, then one of values.
+def of_blocks(blocks: int, counts: Sequence[int], number: int) -> Move:
+    """Return the move that takes one of several parts out of rows that are fused block by block.
 
     Args:
-        dimensions: Sizes of the model.
-        part: ``q``, ``k`` or ``v``.
-    """
-    queries = dimensions.heads // dimensions.groups
-    chosen = {"q": slice(0, queries), "k": slice(queries, queries + 1), "v": slice(queries + 1, queries + 2)}[part]
-
-    def move(tensor: Tensor) -> Tensor:
-        grouped = tensor.reshape(dimensions.groups, queries + 2, dimensions.width, *tensor.shape[1:])
-        return grouped[:, chosen].reshape(-1, *tensor.shape[1:])
-
-    return move
-
-
-def of_heads(dimensions: Dimensions, part: str) -> Move:
-    """Return the move that takes queries, keys or values out of rows that are stored query head by query head.
-
-    Each query head has its rows, then its share of the rows of keys, then that of values.
-
-    Args:
-        dimensions: Sizes of the model.
-        part: ``q``, ``k`` or ``v``.
-    """
-    share = dimensions.width * dimensions.groups // dimensions.heads
-    ends = (0, dimensions.width, dimensions.width + share, dimensions.width + 2 * share)
-    number = "qkv".index(part)
-
-    def move(tensor: Tensor) -> Tensor:
-        by_head = tensor.reshape(dimensions.heads, ends[-1], *tensor.shape[1:])
-        return by_head[:, ends[number] : ends[number + 1]].reshape(-1, *tensor.shape[1:])
-
-    return move
-
-
-def of_ranks(ranks: int, counts: Sequence[int], number: int) -> Move:
-    """Return the move that takes one of several parts out of rows, which each rank of tensor parallelism fuses.
-
-    Args:
-        ranks: Number of ranks.
-        counts: Relative numbers of rows of the parts.
+        blocks: Number of blocks: groups of heads, heads, or ranks of tensor parallelism.
+        counts: Relative numbers of rows of the parts in a block.
         number: Number of the part.
 
     Example:
-        >>> of_ranks(2, (2, 1), 0)(torch.arange(6)), of_ranks(2, (2, 1), 1)(torch.arange(6))
+        >>> of_blocks(2, (2, 1), 0)(torch.arange(6)), of_blocks(2, (2, 1), 1)(torch.arange(6))
         (tensor([0, 1, 3, 4]), tensor([2, 5]))
     """
 
     def move(tensor: Tensor) -> Tensor:
-        by_rank = tensor.reshape(ranks, sum(counts), -1, *tensor.shape[1:])
+        by_block = tensor.reshape(blocks, sum(counts), -1, *tensor.shape[1:])
         begin = sum(counts[:number])
-        return by_rank[:, begin : begin + counts[number]].reshape(-1, *tensor.shape[1:])
+        return by_block[:, begin : begin + counts[number]].reshape(-1, *tensor.shape[1:])
 
     return move
 

@@ -10,9 +10,7 @@ from squisher_mergekit.optimizers.translation.moves import (
     RowRange,
     halves_of_pairs,
     in_groups,
-    of_groups,
-    of_heads,
-    of_ranks,
+    of_blocks,
     transposed,
 )
 
@@ -134,23 +132,28 @@ def turned(_: Dimensions, __: int) -> Move:
 
 
 def rows_of_groups(part: str) -> Prepare:
-    """Return the function that makes the move of queries, keys or values out of groups."""
-    return lambda sizes, _: of_groups(sizes, part)
+    """Return the function that makes the move of ``q``, ``k`` or ``v`` out of groups; each has one head of k and v."""
+    return lambda sizes, _: of_blocks(sizes.groups, (sizes.heads // sizes.groups, 1, 1), "qkv".index(part))
 
 
 def rows_of_heads(part: str) -> Prepare:
-    """Return the function that makes the move of queries, keys or values out of query heads."""
-    return lambda sizes, _: of_heads(sizes, part)
+    """Return the function that makes the move of ``q``, ``k`` or ``v`` out of query heads with shares of k and v."""
+
+    def prepare(sizes: Dimensions, _: int) -> Move:
+        share = sizes.width * sizes.groups // sizes.heads
+        return of_blocks(sizes.heads, (sizes.width, share, share), "qkv".index(part))
+
+    return prepare
 
 
 def rows_of_ranks(part: str) -> Prepare:
     """Return the function that makes the move of queries, keys or values out of the rows of each rank."""
-    return lambda sizes, _: of_ranks(sizes.ranks, (sizes.heads // sizes.groups, 1, 1), "qkv".index(part))
+    return lambda sizes, _: of_blocks(sizes.ranks, (sizes.heads // sizes.groups, 1, 1), "qkv".index(part))
 
 
 def half_of_ranks(number: int) -> Prepare:
     """Return the function that makes the move of the first or the second half of the rows of each rank."""
-    return lambda sizes, _: of_ranks(sizes.ranks, (1, 1), number)
+    return lambda sizes, _: of_blocks(sizes.ranks, (1, 1), number)
 
 
 def rows_in_groups(sizes: Dimensions, _: int) -> Move:

@@ -63,7 +63,7 @@ def translate(state: OptimizerState, folders: Folders) -> OptimizerState:
     family = by_rows(state.raw, family, kind, sizes, folders.weights)
     scheme = family.schemes[kind]
     named = _own_names(state, family, (scheme, config, folders))
-    translated = _translated(named, family, scheme, config, folders)
+    translated = _translated(named, family, scheme, config, folders, sizes)
     _refuse_other_kind(translated, family, scheme, folders)
     return translated
 
@@ -173,9 +173,14 @@ def _parameters(family: Family, scheme: Scheme, config: Mapping[str, Any], folde
 
 
 def _translated(
-    state: OptimizerState, family: Family, scheme: Scheme, config: Mapping[str, Any], folders: Folders
+    state: OptimizerState,
+    family: Family,
+    scheme: Scheme,
+    config: Mapping[str, Any],
+    folders: Folders,
+    sizes: Dimensions,
 ) -> OptimizerState:
-    sizes, last = replace(dimensions_of(config), ranks=state.raw.tensor_ranks), list[Any]()
+    last = list[Any]()
     layers = _number(config, _LAYERS)
     scheme = _in_use(scheme, folders)
     optimizers = []

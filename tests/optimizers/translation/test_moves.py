@@ -14,8 +14,8 @@ from squisher_mergekit.optimizers.translation.moves import (
     RowRange,
     halves_of_pairs,
     moved,
-    of_heads,
 )
+from squisher_mergekit.optimizers.translation.schemes import rows_of_heads
 from squisher_mergekit.tensors.lazy import Slices, in_memory, read
 
 
@@ -137,4 +137,4 @@ def test_rows_fused_by_query_head_are_those_of_the_parts(heads, groups, width):
     parts = [torch.randn(count * width, 7) for count in (heads, groups, groups)]
     fused = [piece for head in range(heads) for part in parts for piece in [part.chunk(heads)[head]]]
     for number, part in enumerate("qkv"):
-        assert torch.equal(of_heads(sizes, part)(torch.cat(fused)), parts[number])
+        assert torch.equal(rows_of_heads(part)(sizes, 0)(torch.cat(fused)), parts[number])
