@@ -12,7 +12,7 @@ Decided before a reported seed was looked at:
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from scripts.experiments.tables import Table, mean_sd, spread
 COUNTS = (2, 3, 4)
 SHOWN = ("single", "linear", "ties", "diagonal", *STRUCTURES)
 RIVALS = ("ties", "diagonal")
+MARKS = "_s^oxDv+"
 
 
 def cell(settings: Settings, work: Path) -> Result:
@@ -51,12 +52,17 @@ EXPERIMENT = Experiment(
 )
 
 
-def by_count(report: Mapping[str, Any], heads: str, six: Mapping[str, Any] | None) -> dict[int, list[Cell]]:
-    """Return the cells of each count of models; ``structure`` has those of six, and more seeds."""
+def by_count(
+    report: Mapping[str, Any],
+    heads: str,
+    six: Mapping[str, Any] | None,
+    seeds: Collection[int] = structure_tasks.FIRST_SEEDS,
+) -> dict[int, list[Cell]]:
+    """Return the cells of each count of models, of some seeds; another report has those of six."""
     found: dict[int, list[Cell]] = {}
     for source in (report, six or {"cells": []}):
         for one in structure_report.cells_of(source, heads=heads):
-            if one["settings"]["seed"] in structure_tasks.FIRST_SEEDS:
+            if one["settings"]["seed"] in seeds:
                 found.setdefault(len(one["settings"]["tasks"]), []).append(one)
     return dict(sorted(found.items()))
 
@@ -84,22 +90,31 @@ def _table(heads: str, groups: Mapping[int, list[Cell]]) -> Table:
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the picture of mean accuracies by count, one panel for each start of the heads."""
     six = structure_report.results("structure")
+    groups = {heads: by_count(report, heads, six) for heads in HEADS}
+    return {"structure_counts.png": picture(groups, {row: ROWS[row] for row in SHOWN})}
+
+
+def picture(groups: Mapping[str, Mapping[int, Sequence[Cell]]], labels: Mapping[str, str]) -> bytes:
+    """Return the picture of mean accuracies by count, one panel for each start of the heads.
+
+    Args:
+        groups: Start of the heads -> count of models -> its cells.
+        labels: Key of a row -> its label; eight rows at most.
+    """
     figure = drawing.new(8, 3.4)
-    panels = figure.subplots(1, len(HEADS), sharey=True)
-    for axes, heads in zip(panels, HEADS, strict=True):
-        groups = by_count(report, heads, six)
-        for row, mark in zip(SHOWN, "_s^oxDv", strict=True):
-            found = [structure_report.means(cells, row) for cells in groups.values()]
-            averages = [spread(values)[0] for values in found]
-            axes.plot(list(groups), averages, marker=mark, color="0.2", linewidth=0.8, label=ROWS[row].replace("`", ""))
-        axes.set_xticks(list(groups))
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, (heads, counts) in zip(panels, groups.items(), strict=True):
+        for (row, label), mark in zip(labels.items(), MARKS, strict=False):
+            averages = [spread(structure_report.means(cells, row))[0] for cells in counts.values()]
+            axes.plot(list(counts), averages, marker=mark, color="0.2", linewidth=0.8, label=label.replace("`", ""))
+        axes.set_xticks(list(counts))
         axes.set_title(HEADS[heads], fontsize=9)
         axes.set_xlabel("models", fontsize=8)
         axes.grid(axis="y", color="0.9")
     panels[0].set_ylabel("mean accuracy (%)")
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return {"structure_counts.png": drawing.png(figure)}
+    return drawing.png(figure)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,14 @@
 
 import pytest
 
-from scripts.experiments import merge_methods, merge_methods_language, method_report, structure_language
+from scripts.experiments import (
+    merge_methods,
+    merge_methods_counts,
+    merge_methods_language,
+    method_report,
+    structure_language,
+    structure_report,
+)
 from scripts.experiments.method_rows import ROWS, methods
 
 TASKS = ("bbc", "spam")
@@ -96,6 +103,25 @@ def test_the_generative_model_has_tables_of_accuracy_and_of_loss():
     assert not any("Primary comparison" in note for note in accuracies.notes)
     assert dict(losses.rows)["`structure: kron`"] == ["4.000 ± 0.000", "1.000 ± 0.000"]
     assert dict(losses.rows)[structure_language.LABEL] == ["3.000 ± 0.000", "0.000 ± 0.000"]
+
+
+def test_counts_stand_beside_the_merge_of_six(monkeypatch):
+    """A column for each count, with three settings a method; six models are those of the same seeds."""
+    planned = merge_methods_counts.EXPERIMENT.full
+    assert [len(one["tasks"]) for one in planned] == [2, 3, 4] * 6
+    assert {one["budget"] for one in planned} == {3}
+    assert {one["seed"] for one in planned} == {46, 47, 48}
+    six = _report({"apart": 5.0, "equal": 5.0})
+    monkeypatch.setattr(structure_report, "results", lambda name: six)
+    report = {"cells": [_cell(one, float(len(one["tasks"]))) for one in planned[:4]], "planned": len(planned)}
+    apart, equal = merge_methods_counts.tables(report)
+    assert apart.columns == ["2 models, 1 seed", "3 models, 1 seed", "4 models, 1 seed", "6 models, 3 seeds"]
+    assert equal.columns == ["2 models, 1 seed", "6 models, 3 seeds"]
+    assert dict(apart.rows)["`structure: kron`"] == ["118.0", "119.0", "120.0", "122.0 ± 1.0"]
+    assert apart.notes[1].startswith("3 models: the field is `sce`. Points above it: `structure: rows` -56.0,")
+    assert "`structure: kron` +3.0," in apart.notes[1]
+    assert "14 cells are missing" in equal.notes[-1]
+    assert merge_methods_counts.pictures(report)["merge_methods_counts.png"].startswith(b"\x89PNG")
 
 
 def test_cells_from_a_gpu_have_no_column_of_cpu_time():

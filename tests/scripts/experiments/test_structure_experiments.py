@@ -10,6 +10,7 @@ from scripts.experiments import (
     lora_language,
     lora_merging,
     merge_methods,
+    merge_methods_counts,
     merge_methods_language,
     merging,
     structure,
@@ -31,7 +32,8 @@ from tests.scripts.experiments.structure_models import few_models
 FIRST = (structure_controls, structure_counts, structure_domains)
 EXPERIMENTS = (structure, *FIRST)
 LORA = (lora_language, lora_merging, structure_adapters)
-KEPT = (*EXPERIMENTS, *LORA, merge_methods, merge_methods_language, structure_language, structure_optimizers)
+METHODS = (merge_methods, merge_methods_counts, merge_methods_language)
+KEPT = (*EXPERIMENTS, *LORA, *METHODS, structure_language, structure_optimizers)
 
 
 @pytest.mark.parametrize(("module", "seeds"), [(structure, 5), *((module, 3) for module in FIRST)])
