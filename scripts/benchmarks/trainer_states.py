@@ -51,6 +51,7 @@ def nanotron(folder: Path, recipe: Recipe, steps: int, draw: Draw) -> None:
     content = {"state": state, "param_groups": groups, "names": dict(enumerate(shapes))}
     torch.save(content, place / "optimizer_pp-0-of-1_tp-0-of-1_exp-0-of-1.pt")
     (place / "optimizer_config.json").write_text(json.dumps({"type": "NamedOptimizer", "configs": {}}))
+    (place.parent / "model_config.json").write_text(json.dumps({"rope_interleaved": False}))
     (folder / "latest.txt").write_text(str(steps))
 
 
