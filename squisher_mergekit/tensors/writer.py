@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from squisher_mergekit.tensors.safetensors import DIGEST, digest_start
 
 _ALIGN = 8
 _BLOCK = 1 << 22  # entries converted at a time
+_FLUSH = 1 << 26  # bytes written between two flushes to the disk
+_sync = getattr(os, "fdatasync", os.fsync)  # macOS and Windows have no fdatasync
 # Bytes of a header entry without its name: dtype, shape and offsets, with room for numbers of 20 digits.
 _ENTRY = 256
 
@@ -26,7 +29,8 @@ class SafetensorsWriter:
     """Writer that appends tensors to a safetensors file and fills in the header at the end.
 
     Room for the header is left at the beginning, and padded with blanks, as the format allows. A second thread writes
-    a tensor while the caller makes the next one, so a tensor must not change after it was added.
+    a tensor while the caller makes the next one, so a tensor must not change after it was added. A third thread flushes
+    written bytes to the disk meanwhile, so that little is left for the sync of the finished file.
 
     Args:
         file: The file to make.
@@ -51,8 +55,10 @@ class SafetensorsWriter:
         self._end = 0
         self._stream = file.open("wb", buffering=0)
         self._stream.seek(8 + room)
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(2)
         self._writing: Future[None] | None = None
+        self._flushing: Future[None] | None = None
+        self._unflushed = 0
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -63,6 +69,8 @@ class SafetensorsWriter:
         try:
             if kind is None:
                 self._wait()
+                if self._flushing is not None:
+                    self._flushing.result()
                 self._finish()
         finally:
             self._pool.shutdown()
@@ -109,10 +117,21 @@ class SafetensorsWriter:
         for block in _blocks(tensor, dtype):
             data = memoryview(block.view(torch.uint8).numpy().data)
             digest = None if digest is None else zlib.crc32(data, digest)
+            self._unflushed += len(data)
             while data:
                 data = data[self._stream.write(data) :]
+            self._flush()
         if digest is not None:
             self.note(name + DIGEST, f"{digest:08x}")
+
+    def _flush(self) -> None:
+        """Start a flush if enough bytes are written and the previous flush has ended, and raise its error."""
+        if self._unflushed < _FLUSH or not (self._flushing is None or self._flushing.done()):
+            return
+        if self._flushing is not None:
+            self._flushing.result()
+        self._flushing = self._pool.submit(_sync, self._stream.fileno())
+        self._unflushed = 0
 
     def _finish(self) -> None:
         text = json.dumps(self._header, separators=(",", ":")).encode()

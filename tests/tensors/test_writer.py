@@ -1,11 +1,14 @@
 """Streaming writer of safetensors, compared with the library's reader in any dtype that both have."""
 
+import os
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from squisher_mergekit.errors import UnsupportedStateError
+from squisher_mergekit.tensors import writer as module
 from squisher_mergekit.tensors.dtypes import DTYPES
 from squisher_mergekit.tensors.safetensors import tensor_infos
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
@@ -43,3 +46,34 @@ def test_a_dtype_that_the_format_lacks_is_refused(tmp_path):
     ):
         writer.add("w", torch.zeros(3, dtype=torch.complex128))
     assert load_file(tmp_path / "x.safetensors") == {}
+
+
+def test_written_bytes_are_flushed_before_the_file_is_finished(tmp_path, monkeypatch):
+    """Flushes of the open file start as soon as enough bytes are written; the content stays that of the tensors."""
+    sizes = []
+    monkeypatch.setattr(module, "_FLUSH", 4000)
+    monkeypatch.setattr(module, "_sync", lambda file: sizes.append(os.fstat(file).st_size))
+    tensors = {name: torch.arange(1009.0) + number for number, name in enumerate("abcde")}
+    file = tmp_path / "x.safetensors"
+    with SafetensorsWriter(file, header_room(list(tensors))) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    assert 1 <= len(sizes) <= len(tensors)
+    assert 4000 < sizes[0] <= file.stat().st_size
+    found = load_file(file)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_an_error_of_a_flush_is_raised(tmp_path, monkeypatch):
+    """A disk that fails while written bytes are flushed is an error of the writer."""
+
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module, "_FLUSH", 1)
+    monkeypatch.setattr(module, "_sync", fail)
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        SafetensorsWriter(tmp_path / "x.safetensors", header_room(["w"])) as writer,
+    ):
+        writer.add("w", torch.zeros(3))
