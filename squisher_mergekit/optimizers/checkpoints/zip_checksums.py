@@ -18,6 +18,7 @@ from squisher_mergekit.tensors.input_files import FileState, file_state, read_in
 _MOST_PICKLE = 1 << 29  # bytes; tensors are stored outside the pickle
 _SMALL = 64  # bytes of a tensor that is copied into memory at once, such as a step
 _BLOCK = 1 << 24  # bytes of a record verified at a time
+_KEPT = 1 << 28  # bytes of the largest record that is kept in memory for the next of its parts
 _LOCAL = struct.Struct("<4s22xHH")  # a local header: signature, ..., lengths of the name and of the extra field
 
 
@@ -131,6 +132,7 @@ class Checksums:
         self._starts: list[int] = []
         self._records: list[tuple[ArchiveRecord, _MappedFile]] = []
         self._verified: set[int] = set()
+        self._kept: tuple[int, Tensor] | None = None
 
     def add(self, path: Path, records: Mapping[str, ArchiveRecord], loaded: Any) -> None:
         """Register an archive, and copy its small tensors, such as steps, into memory.
@@ -186,17 +188,33 @@ class Checksums:
         first = int(tensor.storage_offset()) * tensor.itemsize
         spans = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         length = int(1 + sum(spans)) * tensor.itemsize
-        whole, unchecked = length == record.size, self._wanted and start not in self._verified
-        if unchecked and not whole:
+        data = self._bytes(start, record, file, first, length)
+        return torch.as_strided(data.view(tensor.dtype), tensor.shape, tensor.stride())
+
+    def _bytes(self, start: int, record: ArchiveRecord, file: _MappedFile, first: int, length: int) -> Tensor:
+        """Return bytes of a record, verified the first time.
+
+        Parts of a fused tensor are read one after another, so a record that was read whole for the first of them is
+        kept for the next ones.
+        """
+        kept = self._kept
+        if kept is not None and kept[0] == start:
+            return kept[1][first : first + length]
+        if not self._wanted or start in self._verified:
+            return file.read(record.offset + first, length)
+        if length == record.size or record.size <= _KEPT:
+            data = file.read(record.offset, record.size)
+            record.check_crc(zlib.crc32(data.numpy().data), file.path)
+            self._kept = None if length == record.size else (start, data)
+        else:
             crc = 0
             for block in range(0, record.size, _BLOCK):
                 crc = zlib.crc32(file.read(record.offset + block, min(_BLOCK, record.size - block)).numpy().data, crc)
             record.check_crc(crc, file.path)
-        data = file.read(record.offset + first, length)
-        if unchecked and whole:
-            record.check_crc(zlib.crc32(data.numpy().data), file.path)
+            data = file.read(record.offset + first, length)
+            first = 0
         self._verified.add(start)
-        return torch.as_strided(data.view(tensor.dtype), tensor.shape, tensor.stride())
+        return data[first : first + length]
 
 
 def tensors_in(loaded: Any) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from squisher_mergekit import load_fisher
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import CorruptFileError
-from squisher_mergekit.optimizers.checkpoints import safe_pickle
+from squisher_mergekit.optimizers.checkpoints import safe_pickle, zip_checksums
 from squisher_mergekit.optimizers.checkpoints.zip_checksums import Checksums, check_archive
 from tests.checkpoints import copy, flip, truth
 
@@ -56,6 +56,46 @@ def test_a_flipped_bit_of_the_pickle_is_always_found(tmp_path):
     for verify in (True, False):
         with pytest.raises(CorruptFileError, match=r"optimizer\.pt"):
             load_fisher(file, verify=verify)
+
+
+@pytest.mark.parametrize(("kept", "reads"), [(1 << 28, 2), (100, 7)])
+def test_the_parts_of_a_tensor_share_one_read(tmp_path, monkeypatch, kept, reads):
+    """Parts are views of one verified read, unless the record is too large to keep; the next tensor frees it."""
+    file = tmp_path / "x.pt"
+    tensors = {"fused": torch.arange(21.0 * 13).reshape(21, 13), "other": torch.arange(37.0)}
+    torch.save(tensors, file)
+    sizes = []
+
+    def read_into(buffer, *found):
+        sizes.append(len(buffer))
+        zip_input(buffer, *found)
+
+    zip_input = zip_checksums.read_into
+    monkeypatch.setattr(zip_checksums, "read_into", read_into)
+    monkeypatch.setattr(zip_checksums, "_KEPT", kept)
+    monkeypatch.setattr(zip_checksums, "_BLOCK", 500)
+    checksums = Checksums(wanted=True)
+    fused = safe_pickle.load(file, checksums)["fused"]
+    parts = [checksums.verify(fused[start : start + 7, 2:]) for start in (0, 7, 14)]
+    assert all(torch.equal(part, tensors["fused"][7 * n : 7 * n + 7, 2:]) for n, part in enumerate(parts))
+    other = checksums.verify(safe_pickle.load(file, checksums)["other"])
+    assert torch.equal(other, tensors["other"])
+    assert len(sizes) == reads
+    assert checksums._kept is None
+
+
+@pytest.mark.parametrize("kept", [1 << 28, 100])
+def test_a_flipped_bit_is_found_in_every_part(tmp_path, monkeypatch, kept):
+    """The checksum is that of the whole record, so a part before the damage is refused as well, each time."""
+    file = tmp_path / "x.pt"
+    torch.save({"fused": torch.arange(21.0 * 13)}, file)
+    flip(file, file.read_bytes().index(torch.tensor([200.0, 201.0]).numpy().tobytes()))
+    monkeypatch.setattr(zip_checksums, "_KEPT", kept)
+    checksums = Checksums(wanted=True)
+    fused = safe_pickle.load(file, checksums)["fused"]
+    for start in (0, 0, 13):
+        with pytest.raises(CorruptFileError, match="checksum"):
+            checksums.verify(fused[start : start + 13])
 
 
 def test_a_tensor_must_be_one_record(tmp_path):
