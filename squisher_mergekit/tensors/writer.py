@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from squisher_mergekit.tensors.safetensors import DIGEST, digest_start
 
 _ALIGN = 8
 _BLOCK = 1 << 22  # entries converted at a time
+_WAITING = 1 << 26  # bytes of tensors that may wait to be written when the next tensor comes
 _FLUSH = 1 << 26  # bytes written between two flushes to the disk
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS and Windows have no fdatasync
 # Bytes of a header entry without its name: dtype, shape and offsets, with room for numbers of 20 digits.
@@ -29,7 +31,7 @@ class SafetensorsWriter:
     """Writer that appends tensors to a safetensors file and fills in the header at the end.
 
     Room for the header is left at the beginning, and padded with blanks, as the format allows. A second thread writes
-    a tensor while the caller makes the next one, so a tensor must not change after it was added. A third thread flushes
+    tensors while the caller makes the next ones, so a tensor must not change after it was added. A third thread flushes
     written bytes to the disk meanwhile, so that little is left for the sync of the finished file.
 
     Args:
@@ -55,8 +57,8 @@ class SafetensorsWriter:
         self._end = 0
         self._stream = file.open("wb", buffering=0)
         self._stream.seek(8 + room)
-        self._pool = ThreadPoolExecutor(2)
-        self._writing: Future[None] | None = None
+        self._writer, self._flusher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[int, Future[None]]] = deque()  # bytes of each added tensor, and its writing
         self._flushing: Future[None] | None = None
         self._unflushed = 0
 
@@ -68,12 +70,13 @@ class SafetensorsWriter:
     ) -> None:
         try:
             if kind is None:
-                self._wait()
+                self._wait(0)
                 if self._flushing is not None:
                     self._flushing.result()
                 self._finish()
         finally:
-            self._pool.shutdown()
+            self._writer.shutdown(cancel_futures=True)
+            self._flusher.shutdown()
             self._stream.close()
 
     @property
@@ -99,19 +102,23 @@ class SafetensorsWriter:
         start = self._end
         self.sizes[name] = tensor.numel() * dtype.itemsize
         self._end += self.sizes[name]
-        self._wait()
+        self._wait(_WAITING)
         digest = digest_start(name, stored_dtype, tensor.shape) if self._digests else None
-        self._writing = self._pool.submit(self._write, name, tensor, dtype, digest)
+        writing = self._writer.submit(self._write, name, tensor, dtype, digest)
+        self._waiting.append((tensor.nbytes, writing))
         self._header[name] = {"dtype": stored_dtype, "shape": list(tensor.shape), "data_offsets": [start, self._end]}
 
     def note(self, key: str, value: str) -> None:
         """Set a key of the metadata in the file's header."""
         self._header["__metadata__"][key] = value
 
-    def _wait(self) -> None:
-        """Wait until the previous tensor is written, so that at most two are in memory."""
-        if self._writing is not None:
-            self._writing.result()
+    def _wait(self, most: int) -> None:
+        """Wait until the tensors that are not written yet have at most some bytes, and raise the error of a write."""
+        left = sum(nbytes for nbytes, _ in self._waiting)
+        while self._waiting and (left > most or self._waiting[0][1].done()):
+            nbytes, writing = self._waiting.popleft()
+            writing.result()
+            left -= nbytes
 
     def _write(self, name: str, tensor: torch.Tensor, dtype: torch.dtype, digest: int | None) -> None:
         for block in _blocks(tensor, dtype):
@@ -130,7 +137,7 @@ class SafetensorsWriter:
             return
         if self._flushing is not None:
             self._flushing.result()
-        self._flushing = self._pool.submit(_sync, self._stream.fileno())
+        self._flushing = self._flusher.submit(_sync, self._stream.fileno())
         self._unflushed = 0
 
     def _finish(self) -> None:
