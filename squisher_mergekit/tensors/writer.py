@@ -70,7 +70,8 @@ class SafetensorsWriter:
     ) -> None:
         try:
             if kind is None:
-                self._wait(0)
+                for _, writing in self._waiting:
+                    writing.result()
                 if self._flushing is not None:
                     self._flushing.result()
                 self._finish()
@@ -102,7 +103,7 @@ class SafetensorsWriter:
         start = self._end
         self.sizes[name] = tensor.numel() * dtype.itemsize
         self._end += self.sizes[name]
-        self._wait(_WAITING)
+        self._wait()
         digest = digest_start(name, stored_dtype, tensor.shape) if self._digests else None
         writing = self._writer.submit(self._write, name, tensor, dtype, digest)
         self._waiting.append((tensor.nbytes, writing))
@@ -112,10 +113,10 @@ class SafetensorsWriter:
         """Set a key of the metadata in the file's header."""
         self._header["__metadata__"][key] = value
 
-    def _wait(self, most: int) -> None:
-        """Wait until the tensors that are not written yet have at most some bytes, and raise the error of a write."""
+    def _wait(self) -> None:
+        """Wait until few bytes are left to write, and raise the error of a write."""
         left = sum(nbytes for nbytes, _ in self._waiting)
-        while self._waiting and (left > most or self._waiting[0][1].done()):
+        while self._waiting and (left > _WAITING or self._waiting[0][1].done()):
             nbytes, writing = self._waiting.popleft()
             writing.result()
             left -= nbytes

@@ -64,6 +64,31 @@ def test_written_bytes_are_flushed_before_the_file_is_finished(tmp_path, monkeyp
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("waiting", [0, 5000, 1 << 26])
+def test_tensors_that_wait_are_written_in_order(tmp_path, monkeypatch, waiting):
+    """Whatever may wait, every tensor has its bytes and its digest, also an empty one at the end."""
+    monkeypatch.setattr(module, "_WAITING", waiting)
+    tensors = {f"w{n}": torch.arange(float(n * 101)) for n in (3, 0, 13, 7, 1)} | {"last": torch.zeros(0)}
+    file = tmp_path / "x.safetensors"
+    with SafetensorsWriter(file, header_room(list(tensors), parts=2), digests=True) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    found = load_file(file)
+    assert list(found) == list(tensors)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with safe_open(file, "pt") as opened:
+        assert {f"{name}.crc32" for name in tensors} <= set(opened.metadata())
+
+
+def test_an_error_of_a_write_is_raised(tmp_path):
+    """A stream that cannot be written is an error when the file is finished."""
+    writer = SafetensorsWriter(tmp_path / "x.safetensors", header_room(["a"]))
+    writer._stream.close()
+    writer.add("a", torch.zeros(3))
+    with pytest.raises(ValueError, match="closed file"), writer:
+        pass
+
+
 def test_an_error_of_a_flush_is_raised(tmp_path, monkeypatch):
     """A disk that fails while written bytes are flushed is an error of the writer."""
 
