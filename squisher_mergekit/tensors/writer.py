@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -22,7 +23,6 @@ _ALIGN = 8
 _BLOCK = 1 << 22  # entries converted at a time
 _WAITING = 1 << 26  # bytes of tensors that may wait to be written when the next tensor comes
 _FLUSH = 1 << 26  # bytes written between two flushes to the disk
-_sync = getattr(os, "fdatasync", os.fsync)  # macOS and Windows have no fdatasync
 # Bytes of a header entry without its name: dtype, shape and offsets, with room for numbers of 20 digits.
 _ENTRY = 256
 
@@ -148,6 +148,15 @@ class SafetensorsWriter:
         self._stream.seek(0)
         self._stream.write(struct.pack("<Q", self._room) + text.ljust(self._room))
         self._stream.truncate(8 + self._room + self._end)
+
+
+def _sync(descriptor: int) -> None:
+    """Flush the written bytes of an open file to the disk, where its file system can."""
+    try:
+        getattr(os, "fdatasync", os.fsync)(descriptor)  # macOS and Windows have no fdatasync
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
 
 
 def header_room(names: list[str], parts: int = 1) -> int:

@@ -89,6 +89,20 @@ def test_an_error_of_a_write_is_raised(tmp_path):
         pass
 
 
+def test_a_file_system_that_cannot_flush_is_no_error(tmp_path, monkeypatch):
+    """Some network file systems refuse to sync an open file; the file is written all the same."""
+
+    def refuse(descriptor):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(module, "_FLUSH", 1)
+    monkeypatch.setattr(module.os, "fdatasync", refuse, raising=False)
+    file = tmp_path / "x.safetensors"
+    with SafetensorsWriter(file, header_room(["w"])) as writer:
+        writer.add("w", torch.arange(7.0))
+    assert torch.equal(load_file(file)["w"], torch.arange(7.0))
+
+
 def test_an_error_of_a_flush_is_raised(tmp_path, monkeypatch):
     """A disk that fails while written bytes are flushed is an error of the writer."""
 
