@@ -142,8 +142,8 @@ class BatchMaker:
         if self.task == "seq2seq":
             return transformers.DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         if self.task == "masked-lm":
-            collator = transformers.DataCollatorForLanguageModeling(self.tokenizer, mlm=True, seed=self.seed)
-            # Its own generator would continue from batch to batch, and exist only in a main process.
+            collator = transformers.DataCollatorForLanguageModeling(self.tokenizer, mlm=True)
+            # With a seed, it would make a generator of its own, which exists only in a main process.
             collator.generator = torch.Generator().manual_seed(batch_seed(self.seed, number))
             return collator
         # DataCollatorForLanguageModeling would remove the label of every end of text if that token also pads.

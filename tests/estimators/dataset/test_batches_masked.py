@@ -1,6 +1,7 @@
 """Batches of masked language models."""
 
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -9,9 +10,9 @@ from tests.estimators.dataset.makers import assert_batch, batch_maker, same_batc
 TEXTS = [{"text": "the cat sat on the mat " * 3}, {"text": "a dog ran far"}, {"text": "far " * 16}]
 
 
-def _make_elsewhere(maker, number, results):
+def _make_elsewhere(maker, number):
     torch.manual_seed(number)
-    results.put({key: value.tolist() for key, value in maker(TEXTS, number).items()})
+    return {key: value.tolist() for key, value in maker(TEXTS, number).items()}
 
 
 def test_masks_depend_on_seed_and_number_alone():
@@ -33,12 +34,8 @@ def test_masks_depend_on_seed_and_number_alone():
 def test_masks_are_the_same_in_another_process():
     """A process without shared state makes the same masks."""
     maker = batch_maker("masked-lm")
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    process = context.Process(target=_make_elsewhere, args=(maker, 3, results))
-    process.start()
-    found = results.get()
-    process.join()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(_make_elsewhere, maker, 3).result()
     assert_batch(maker(TEXTS, 3), **found)
 
 
