@@ -45,6 +45,7 @@ EXPERIMENTS = (
     "structure_language",
     "structure_adapters",
     "structure_optimizers",
+    "merge_methods",
     "lora_rank",
     "lora_merging",
     "lora_language",
