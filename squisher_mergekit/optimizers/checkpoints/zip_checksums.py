@@ -202,18 +202,17 @@ class Checksums:
             return kept[1][first : first + length]
         if not self._wanted or start in self._verified:
             return file.read(record.offset + first, length)
-        if length == record.size or record.size <= _KEPT:
-            data = file.read(record.offset, record.size)
-            record.check_crc(zlib.crc32(data.numpy().data), file.path)
-            self._kept = None if length == record.size else (start, data)
-        else:
+        if record.size > _KEPT and length < record.size:
             crc = 0
             for block in range(0, record.size, _BLOCK):
                 crc = zlib.crc32(file.read(record.offset + block, min(_BLOCK, record.size - block)).numpy().data, crc)
             record.check_crc(crc, file.path)
-            data = file.read(record.offset + first, length)
-            first = 0
+            self._verified.add(start)
+            return file.read(record.offset + first, length)
+        data = file.read(record.offset, record.size)
+        record.check_bytes(data.numpy().data, file.path)
         self._verified.add(start)
+        self._kept = None if length == record.size else (start, data)
         return data[first : first + length]
 
 
