@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from scripts.experiments import gain, report, tables
+from scripts.experiments import gain, merge_methods, method_report, report, tables
 from tests.scripts.commands import run
 
 
@@ -48,6 +48,12 @@ def test_the_gain_is_that_of_the_results():
         assert tables.difference([one - other for one, other in zip(kron, ties, strict=True)]) in text
         assert f"{statistics.mean(min(one['kron'].values()) for one in kept):.1f} against " in text
     assert [line.split(" |")[0].strip("| ") for line in text.splitlines()[2:11]] == list(gain.ROWS.values())
+
+
+def test_the_first_page_recommends_what_the_protocol_allows():
+    """The recipe is recommended if, and only if, the primary comparison of ``merge_methods`` holds on all its seeds."""
+    recommended = "take `structure: kron`" in report.README.read_text(encoding="utf-8")
+    assert recommended == method_report.holds(report.found("merge_methods"), len(merge_methods.SEEDS))
 
 
 def test_every_result_is_of_a_full_run():
