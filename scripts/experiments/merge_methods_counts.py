@@ -25,7 +25,7 @@ from scripts.experiments.method_rows import ROWS, STRUCTURE, methods
 from scripts.experiments.runner import Experiment, main
 from scripts.experiments.structure_counts import COUNTS
 from scripts.experiments.structure_report import Cell
-from scripts.experiments.tables import Table, difference, mean_sd
+from scripts.experiments.tables import Table, difference
 
 SEEDS = merge_methods.SEEDS[:3]
 SETTINGS = 3  # of a method
@@ -67,16 +67,8 @@ def _groups(report: Mapping[str, Any]) -> dict[str, dict[int, list[Cell]]]:
 
 
 def _table(heads: str, groups: Mapping[int, list[Cell]]) -> Table:
-    title = (
-        f"**Every merge method by the number of models, {HEADS[heads]}.** Mean accuracy over the tasks in %, mean ± "
-        "standard deviation over seeds"
-    )
-    columns = [f"{count} models, {structure_report.number(cells)}" for count, cells in groups.items()]
-    rows = [
-        (label, [mean_sd(structure_report.means(cells, row)) for cells in groups.values()])
-        for row, label in ROWS.items()
-    ]
-    return Table(title, columns, rows, [_less_field(count, cells) for count, cells in groups.items()])
+    title = f"**Every merge method by the number of models, {HEADS[heads]}.**"
+    return structure_counts.counted(title, ROWS, groups, [_less_field(count, cells) for count, cells in groups.items()])
 
 
 def _less_field(count: int, cells: list[Cell]) -> str:

@@ -75,16 +75,30 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def _table(heads: str, groups: Mapping[int, list[Cell]]) -> Table:
-    body = [(ROWS[row], [mean_sd(structure_report.means(cells, row)) for cells in groups.values()]) for row in SHOWN]
-    columns = [f"{count} models, {structure_report.number(cells)}" for count, cells in groups.items()]
-    title = (
-        f"**Number of models, {HEADS[heads]}.** Mean accuracy over the tasks in %, mean ± standard deviation over seeds"
-    )
+    title = f"**Number of models, {HEADS[heads]}.**"
     notes = [
         f"{count} models: {' '.join(structure_report.findings(cells, rivals=RIVALS))}"
         for count, cells in groups.items()
     ]
-    return Table(title, columns, body, notes)
+    return counted(title, {row: ROWS[row] for row in SHOWN}, groups, notes)
+
+
+def counted(title: str, labels: Mapping[str, str], groups: Mapping[int, list[Cell]], notes: Sequence[str]) -> Table:
+    """Return a table of mean accuracies with a column for each count of models.
+
+    Args:
+        title: Beginning of the title.
+        labels: Key of a row -> its label.
+        groups: Count of models -> its cells.
+        notes: Paragraphs below the table.
+    """
+    body = [
+        (label, [mean_sd(structure_report.means(cells, row)) for cells in groups.values()])
+        for row, label in labels.items()
+    ]
+    columns = [f"{count} models, {structure_report.number(cells)}" for count, cells in groups.items()]
+    scale = "Mean accuracy over the tasks in %, mean ± standard deviation over seeds"
+    return Table(f"{title} {scale}", columns, body, notes)
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
@@ -104,7 +118,7 @@ def picture(groups: Mapping[str, Mapping[int, Sequence[Cell]]], labels: Mapping[
     figure = drawing.new(8, 3.4)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (heads, counts) in zip(panels, groups.items(), strict=True):
-        for (row, label), mark in zip(labels.items(), MARKS, strict=False):
+        for (row, label), mark in zip(labels.items(), MARKS[: len(labels)], strict=True):
             averages = [spread(structure_report.means(cells, row))[0] for cells in counts.values()]
             axes.plot(list(counts), averages, marker=mark, color="0.2", linewidth=0.8, label=label.replace("`", ""))
         axes.set_xticks(list(counts))
