@@ -108,7 +108,7 @@ def _settings(method: str, structure: str | None, adapters: bool) -> list[str]:
         lines.append(f"  structure: {structure}  # couples the weights of each matrix")
         lines += [f"  {name}: {defaults[name]}  # {hint}" for name, hint in _STRUCTURE_HINTS.items()]
     elif method == SQUISHER and not adapters:
-        lines.append("  # structure: columns  # couples the weights of each matrix; needs base_model")
+        lines.append("  # structure: kron  # couples the weights of each matrix, for different tasks; needs base_model")
     return lines
 
 
