@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from squisher_mergekit.tensors.freed_memory import keep_blocks
+
 
 class Pool:
     """Workers of one torch thread each, made again when torch's thread count changes."""
@@ -50,6 +52,7 @@ def map_parts(function: Callable[[Any], Any], parts: Iterable[Any], size: int) -
         with torch.no_grad():
             return function(part)
 
+    keep_blocks()
     threads = torch.get_num_threads()
     if threads == 1 or size < 1 << 15:
         return [without_grad(part) for part in parts]

@@ -1,28 +1,51 @@
-"""Freed memory of the process, given back to the system."""
+"""Freed memory of the process: kept for the next blocks, or given back to the system."""
+
+from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
+
+# Parameters of glibc's mallopt(3), and the environment variables by which a user sets them.
+_SETTINGS = {-1: ("MALLOC_TRIM_THRESHOLD_", 1 << 26), -3: ("MALLOC_MMAP_THRESHOLD_", 1 << 22)}
+
+
+@functools.cache
+def keep_blocks() -> bool:
+    """Let the C library keep up to 64 MB of freed blocks of at most 4 MB for later ones, from now on.
+
+    By default glibc gives the top of its heap back to the system again and again while a tensor is merged in chunks, and
+    the system clears each page anew. Both can take longer than the arithmetic. Larger blocks are given back when they
+    are freed.
+
+    Returns:
+        True if the C library does so; False if the user chose a value, or the C library has no such function.
+    """
+    function = _c_function("mallopt")
+    if function is None or any(variable in os.environ for variable, _ in _SETTINGS.values()):
+        return False
+    return all([function(parameter, size) for parameter, (_, size) in _SETTINGS.items()])
 
 
 def give_back() -> bool:
     """Give the freed memory below the top of the heap back to the system.
 
-    The C library keeps freed blocks of up to 32 MB for later ones. After a phase that read many tensors they would add
-    to the peak of the next phase, whose tensors have other sizes.
+    The C library keeps freed blocks for later ones. After a phase that read many tensors they would add to the peak of
+    the next phase, whose tensors have other sizes.
 
     Returns:
         True if memory was given back; False if there was none, or the C library has no such function.
     """
-    trim = _trim()
+    trim = _c_function("malloc_trim")
     return trim is not None and bool(trim(0))
 
 
 @functools.cache
-def _trim() -> Callable[[int], int] | None:
-    """Return glibc's ``malloc_trim``, or None on another system."""
+def _c_function(name: str) -> Callable[..., int] | None:
+    """Return a function of glibc, or None on another system."""
     try:
-        function: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError, TypeError):  # another C library, or Windows
         return None
     return function

@@ -18,7 +18,7 @@ from squisher_mergekit.merging.read import LoadedFisher
 from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.votes.options import VoteOptions
 from squisher_mergekit.merging.votes.threshold import Choice, model_choices
-from squisher_mergekit.tensors.freed_memory import give_back
+from squisher_mergekit.tensors.freed_memory import give_back, keep_blocks
 
 Cuts: TypeAlias = Mapping[Any, Mapping[str, Choice]]
 
@@ -55,6 +55,7 @@ def find_choices(tensors: Sequence[TrimmedTensor], densities: Mapping[Any, float
                     if wanted is None or model in wanted:
                         yield model, tensor.name, trim.blocks
 
+    keep_blocks()
     entries = {model: sum(each.entries for each in tensors if model in each.models) for model in densities}
     with torch.no_grad():
         return model_choices(read, densities, entries)

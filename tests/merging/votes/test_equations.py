@@ -1,5 +1,7 @@
 """Equations of the vote against slow float64 references."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,16 +65,24 @@ def test_powers_without_a_base(power: float) -> None:
     assert_within(merged.values, voted_reference(thetas, scaled, [1.0, 0.5, 2.0], power=power), largest(thetas))
 
 
-def test_known_extremes_change_nothing() -> None:
-    """The short cut for Fishers of moderate size elects the same signs."""
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("size", [1e-34, 1e-24, 1.0, 1e29])
+def test_known_extremes_change_nothing(count: int, size: float) -> None:
+    """The short cut for Fishers without zeros elects the same signs, also in ties, and leaves its inputs alone."""
     generator = torch.Generator().manual_seed(5)
-    base = torch.randn(999, generator=generator)
-    thetas = [base + torch.randn(999, generator=generator) for _ in range(3)]
-    fishers = [torch.rand(999, generator=generator) + 1e-6 for _ in range(3)]
+    base = torch.randint(-8, 9, (999,), generator=generator) / 4
+    thetas = [base + torch.randint(-2, 3, (999,), generator=generator) / 4 for _ in range(count)]
+    fishers = [torch.randint(1, 4, (999,), generator=generator) * 2.0 ** round(math.log2(size)) for _ in range(count)]
     extremes = [(float(fisher.min()), float(fisher.max())) for fisher in fishers]
-    reference = voted_reference(thetas, fishers, [1.0, 2.0, 0.5], base, elected=True)
-    merged = voted_mean(thetas, fishers, [1.0, 2.0, 0.5], [1.0] * 3, base, elected=True, extremes=extremes)
+    weights, before = list(EXACT[:count]), [tensor.clone() for tensor in (base, *thetas, *fishers)]
+    merged = voted_mean(thetas, fishers, weights, [1.0] * count, base, elected=True, extremes=extremes)
+    slow = voted_mean(thetas, fishers, weights, [1.0] * count, base, elected=True)
+    reference = voted_reference(thetas, fishers, weights, base, elected=True)
     assert_within(merged.values, reference, largest([base, *thetas]))
+    assert torch.equal(merged.values, slow.values)
+    assert [float(share) for share in merged.shares] == pytest.approx([float(share) for share in slow.shares])
+    assert (merged.sign_conflicts, int(merged.silent)) == (slow.sign_conflicts, int(slow.silent))
+    assert all(map(torch.equal, (base, *thetas, *fishers), before))
 
 
 def test_the_counts_of_votes() -> None:
