@@ -20,6 +20,7 @@ from squisher_mergekit.merging.votes.options import VoteOptions
 from squisher_mergekit.merging.votes.threshold import Choice, model_choices
 from squisher_mergekit.tensors.freed_memory import give_back, keep_blocks
 
+_GIVE_BACK = 1 << 24  # entries of tensors that are read before their memory is given back
 Cuts: TypeAlias = Mapping[Any, Mapping[str, Choice]]
 
 
@@ -49,11 +50,17 @@ def find_choices(tensors: Sequence[TrimmedTensor], densities: Mapping[Any, float
     """
 
     def read(wanted: frozenset[Any] | None) -> Iterator[tuple[Any, str, Callable[[int], Iterator[Tensor]]]]:
+        passed = 0
         for tensor in tensors:
             if wanted is None or wanted & tensor.models:
                 for model, trim in tensor.trims().items():
                     if wanted is None or model in wanted:
                         yield model, tensor.name, trim.blocks
+                # The few scores that stay lie between the blocks of tensors that are freed.
+                passed += tensor.entries
+                if passed > _GIVE_BACK:
+                    passed = 0
+                    give_back()
 
     keep_blocks()
     entries = {model: sum(each.entries for each in tensors if model in each.models) for model in densities}
