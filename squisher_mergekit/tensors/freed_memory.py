@@ -25,7 +25,7 @@ def keep_blocks() -> bool:
     function = _c_function("mallopt")
     if function is None or any(variable in os.environ for variable, _ in _SETTINGS.values()):
         return False
-    return all([function(parameter, size) for parameter, (_, size) in _SETTINGS.items()])
+    return all(function(parameter, size) for parameter, (_, size) in _SETTINGS.items())
 
 
 def give_back() -> bool:
