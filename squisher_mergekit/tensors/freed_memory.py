@@ -7,8 +7,12 @@ import functools
 import os
 from collections.abc import Callable
 
-# Parameters of glibc's mallopt(3), and the environment variables by which a user sets them.
-_SETTINGS = {-1: ("MALLOC_TRIM_THRESHOLD_", 1 << 26), -3: ("MALLOC_MMAP_THRESHOLD_", 1 << 25)}
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+# Parameter -> environment variable by which a user sets it, and the value to set.
+_SETTINGS = {
+    _M_TRIM_THRESHOLD: ("MALLOC_TRIM_THRESHOLD_", 1 << 26),
+    _M_MMAP_THRESHOLD: ("MALLOC_MMAP_THRESHOLD_", 1 << 25),
+}
 
 
 @functools.cache
@@ -16,8 +20,8 @@ def keep_blocks() -> bool:
     """Let the C library keep up to 64 MB of freed blocks for later ones, from now on.
 
     Else glibc can give the top of its heap back to the system again and again while a tensor is merged in chunks, and
-    the system clears each page anew. Both can take longer than the arithmetic. glibc chooses these values by itself
-    once a block of 32 MB was freed; larger blocks are never kept.
+    the system clears each page anew. glibc chooses these values by itself once a block of 32 MB was freed; larger
+    blocks are never kept.
 
     Returns:
         True if the C library does so; False if the user chose a value, or the C library has no such function.

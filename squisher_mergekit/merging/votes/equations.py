@@ -325,7 +325,7 @@ def _running_mean(
     """Return the mean of the weights by the votes of the agreeing models, the sum of the votes, and the last share.
 
     Each model moves the mean of those before it by its share of the votes so far, beginning at the base. Buffers are
-    used again: a new one is cold in the cache, which takes longer than the arithmetic. ``positive``: all parts are.
+    used again, as a new one is cold in the cache. ``positive``: all parts are above 0.
     """
     tiny, agrees = torch.finfo(base.dtype).tiny, agreeing[0]
     total = parts[0].clone() if agrees is None else parts[0] * agrees
