@@ -7,7 +7,7 @@ from scripts.experiments import structure_report
 from scripts.experiments.merging import HEADS
 from scripts.experiments.method_rows import MERGEKIT, OTA, ROWS, STRUCTURE, Method, methods
 from scripts.experiments.runner import Experiment
-from scripts.experiments.structure_merges import mean, shown
+from scripts.experiments.structure_merges import mean
 from scripts.experiments.structure_report import Cell, cells_of, cost, less, means, number, rest, timed, training
 from scripts.experiments.tables import Table, difference, half_width, mean_sd, spread
 
@@ -54,7 +54,10 @@ def holds(report: Mapping[str, Any], planned: int) -> bool:
 
 
 def tables(report: Mapping[str, Any], experiment: Experiment) -> list[Table]:
-    """Return a table for each group; the primary comparison stands below the first of ``merge_methods``."""
+    """Return two tables for each group: results, and the chosen settings to open.
+
+    The primary comparison stands below the first of ``merge_methods``, and missing cells below the last results.
+    """
     found = groups(report)
     planned = {
         name: len(cells) for name, cells in groups({"cells": [{"settings": s} for s in experiment.full]}).items()
@@ -62,10 +65,9 @@ def tables(report: Mapping[str, Any], experiment: Experiment) -> list[Table]:
     made = []
     for name, cells in found.items():
         first = [] if made or name == LANGUAGE else [_primary(report, planned)]
-        notes = [*first, _field_text(cells), _chosen(cells), _edges(cells), training(cells)]
-        made.append(_table(name, cells, planned[name], [note for note in notes if note]))
-    last = made[-1]
-    made[-1] = Table(last.title, last.columns, last.rows, [*last.notes, *rest(report, experiment.name)])
+        missing = rest(report, experiment.name) if name == list(found)[-1] else []
+        notes = [*first, _field_text(cells), training(cells), *missing]
+        made += [_table(name, cells, planned[name], [note for note in notes if note]), _choices(name, cells)]
     return made
 
 
@@ -127,25 +129,39 @@ def _field_text(cells: Sequence[Cell]) -> str:
     )
 
 
-def _chosen(cells: Sequence[Cell]) -> str:
-    """Return the choices of each method, seed by seed."""
-    lines = []
-    for row, choice in cells[0]["result"]["chosen"].items():
-        if choice:
-            lines.append(f"{ROWS[row]} {'; '.join(shown(one['result']['chosen'][row]) for one in cells)}")
-    return f"Chosen on the validation texts, seed by seed: {' | '.join(lines)}."
+def _choices(name: str, cells: Sequence[Cell]) -> Table:
+    """Return the settings that the validation texts chose, to open; a row for each method with a choice."""
+    table = methods(len(cells[0]["result"]["test"]["single"]), 0)
+    rows = []
+    for row, method in table.items():
+        choices = [one["result"]["chosen"][row] for one in cells]
+        if any(choices):
+            options = dict.fromkeys(option for choice in choices for option in choice)
+            listed = (f"{option} {', '.join(_value(choice.get(option)) for choice in choices)}" for option in options)
+            rows.append((ROWS[row], ["; ".join(listed), "; ".join(_edges(method, choices))]))
+    return Table(
+        "",
+        ("chosen, seed by seed", "at an end of its list"),
+        rows,
+        ["A better value may be outside of a list that was chosen at its end."],
+        summary=f"Settings that the validation texts chose: {TITLES[name]}",
+    )
 
 
-def _edges(cells: Sequence[Cell]) -> str:
-    """Return a note on choices at an end of their lists, except a block as large as the matrix."""
+def _value(value: object) -> str:
+    """Return a chosen value as text, a dash if the setting has no such option."""
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _edges(method: Method, choices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return how often each number is at an end of its list, except a block as large as the matrix."""
     found = []
-    for row, method in methods(len(cells[0]["result"]["test"]["single"]), 0).items():
-        for option in _numbers(method):
-            values = {setting[option] for setting in method.settings if option in setting}
-            ends = {min(values), max(values)} - ({max(values)} if option == "block" else set())
-            count = sum(one["result"]["chosen"][row].get(option) in ends for one in cells)
-            found += [f"{ROWS[row]} {option} {count} of {len(cells)}"] if count else []
-    return f"At an end of the list, so that a better value may be outside: {'; '.join(found)}." if found else ""
+    for option in _numbers(method):
+        values = {setting[option] for setting in method.settings if option in setting}
+        ends = {min(values), max(values)} - ({max(values)} if option == "block" else set())
+        count = sum(choice.get(option) in ends for choice in choices)
+        found += [f"{option} {count} of {len(choices)}"] if count else []
+    return found
 
 
 def _numbers(method: Method) -> list[str]:

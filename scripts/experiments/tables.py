@@ -16,12 +16,14 @@ class Table:
         columns: titles of the columns.
         rows: label and cells of each row, as text.
         notes: paragraphs below the table.
+        summary: line that a reader opens to see all this, or an empty string.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[str]]]
     notes: Sequence[str] = field(default_factory=tuple)
+    summary: str = ""
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
@@ -30,6 +32,8 @@ class Table:
         lines += ["| " + " | ".join([label, *cells]) + " |" for label, cells in self.rows]
         for note in self.notes:
             lines += ["", note]
+        if self.summary:
+            lines = [f"<details><summary>{self.summary}</summary>", "", *lines, "", "</details>"]
         return "\n".join(lines)
 
 

@@ -75,7 +75,7 @@ def test_a_recommendation_needs_both_intervals_above_0(gaps, cells, verdict):
 
 def test_a_table_has_a_row_for_each_method():
     """Means, the worst task, the largest loss, and differences to the field, ties and Eq. 13."""
-    found = merge_methods.tables(_report({"apart": 2.0, "equal": 1.0}, 14))
+    found = merge_methods.tables(_report({"apart": 2.0, "equal": 1.0}, 14))[::2]
     assert [len(table.rows) for table in found] == [len(ROWS)] * 3
     rows = dict(found[0].rows)
     assert rows["`ties`"][:3] == ["60.0 ± 0.0", "58.0 ± 0.0", "30.0 ± 0.0"]
@@ -87,6 +87,21 @@ def test_a_table_has_a_row_for_each_method():
     assert merge_methods.pictures(_report({}))["merge_methods.png"].startswith(b"\x89PNG")
 
 
+def test_chosen_settings_stand_below_each_table_to_be_opened():
+    """A row for each method with a choice: values seed by seed, and how often a number is at an end of its list."""
+    report = _report({"apart": 2.0, "equal": 1.0}, 4)
+    report["cells"][0]["result"]["chosen"]["ties"] = {"density": 0.2, "lambda": 1.0}
+    apart = merge_methods.tables(report)[1]
+    rows = dict(apart.rows)
+    assert rows["`ties`"][0].startswith("density 0.2, 0.1; lambda 1, 1")
+    assert rows["`ties`"][1].startswith("density 1 of 2")
+    assert rows["`multislerp`"][0].startswith("origin base, base; lambda ")
+    assert "`linear`, the plain average" not in rows
+    text = apart.markdown()
+    assert text.startswith("<details><summary>Settings that the validation texts chose: each classifier drawn")
+    assert text.endswith("</details>")
+
+
 def test_the_generative_model_has_tables_of_accuracy_and_of_loss():
     """Accuracies have no primary comparison, and losses stand in a table with the model before its fine-tuning."""
     planned = merge_methods_language.EXPERIMENT.full
@@ -96,7 +111,8 @@ def test_the_generative_model_has_tables_of_accuracy_and_of_loss():
         losses = {row: 3.0 + (row == "kron") for row in test}
         one["result"] |= {"test": test, structure_language.LOSS: losses}
     report = {"cells": cells, "planned": len(planned)}
-    accuracies, losses = merge_methods_language.tables(report)
+    accuracies, choices, losses = merge_methods_language.tables(report)
+    assert choices.summary
     assert "generative model.**" in accuracies.title
     assert "over 2 seeds of 3 planned, 100 held-out texts" in accuracies.title
     assert [label for label, _ in accuracies.rows] == list(ROWS.values())
