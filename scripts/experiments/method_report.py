@@ -67,7 +67,10 @@ def tables(report: Mapping[str, Any], experiment: Experiment) -> list[Table]:
         first = [] if made or name == LANGUAGE else [_primary(report, planned)]
         missing = rest(report, experiment.name) if name == list(found)[-1] else []
         notes = [*first, _field_text(cells), training(cells), *missing]
-        made += [_table(name, cells, planned[name], [note for note in notes if note]), _choices(name, cells)]
+        made += [
+            _table(name, cells, planned[name], [note for note in notes if note]),
+            choices(methods(len(cells[0]["result"]["test"]["single"]), 0), cells, TITLES[name]),
+        ]
     return made
 
 
@@ -129,22 +132,27 @@ def _field_text(cells: Sequence[Cell]) -> str:
     )
 
 
-def _choices(name: str, cells: Sequence[Cell]) -> Table:
-    """Return the settings that the validation texts chose, to open; a row for each method with a choice."""
-    table = methods(len(cells[0]["result"]["test"]["single"]), 0)
+def choices(table: Mapping[str, Method], cells: Sequence[Cell], title: str) -> Table:
+    """Return the settings that the validation texts chose, to open; a row for each method with a choice.
+
+    Args:
+        table: The methods that were searched.
+        cells: The cells, in the order of the seeds.
+        title: Title of the group of cells.
+    """
     rows = []
     for row, method in table.items():
-        choices = [one["result"]["chosen"][row] for one in cells]
-        if any(choices):
-            options = dict.fromkeys(option for choice in choices for option in choice)
-            listed = (f"{option} {', '.join(_value(choice.get(option)) for choice in choices)}" for option in options)
-            rows.append((ROWS[row], ["; ".join(listed), "; ".join(_edges(method, choices))]))
+        found = [one["result"]["chosen"][row] for one in cells]
+        if any(found):
+            options = dict.fromkeys(option for choice in found for option in choice)
+            listed = (f"{option} {', '.join(_value(choice.get(option)) for choice in found)}" for option in options)
+            rows.append((ROWS[row], ["; ".join(listed), "; ".join(_edges(method, found))]))
     return Table(
         "",
         ("chosen, seed by seed", "at an end of its list"),
         rows,
         ["A better value may be outside of a list that was chosen at its end."],
-        summary=f"Settings that the validation texts chose: {TITLES[name]}",
+        summary=f"Settings that the validation texts chose: {title}",
     )
 
 

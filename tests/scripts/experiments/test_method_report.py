@@ -6,6 +6,7 @@ from scripts.experiments import (
     merge_methods,
     merge_methods_counts,
     merge_methods_language,
+    merge_methods_wider,
     method_report,
     structure_language,
     structure_report,
@@ -138,6 +139,34 @@ def test_counts_stand_beside_the_merge_of_six(monkeypatch):
     assert "`structure: kron` +3.0," in apart.notes[1]
     assert "14 cells are missing" in equal.notes[-1]
     assert merge_methods_counts.pictures(report)["merge_methods_counts.png"].startswith(b"\x89PNG")
+
+
+def test_wider_lists_contain_those_of_nine_settings():
+    """Every setting of ``merge_methods`` is searched again, and numbers reach beyond both ends."""
+    nine = methods(6, 46)
+    for row, method in merge_methods_wider.wider(6, 46).items():
+        assert all(one in method.settings for one in nine[row].settings)
+        for option in nine[row].settings[-1]:
+            before, after = ({one[option] for one in table.settings} for table in (nine[row], method))
+            assert min(after) < min(before)
+            assert max(after) > max(before) or (row, option) == ("sce", "select_topk")  # 1 keeps all
+
+
+def test_wider_lists_stand_beside_kron_of_nine_settings(monkeypatch):
+    """The gain of the wider lists, and the lead of kron over each row and over the best by the validation texts."""
+    planned = merge_methods_wider.EXPERIMENT.full
+    monkeypatch.setattr(structure_report, "results", lambda name: _report({"apart": 5.0, "equal": 5.0}))
+    cells = [_cell(one, 0.0) for one in planned[:3]]
+    for one in cells:
+        one["result"]["test"]["ties"] = {"bbc": 64.03, "spam": 66.03}
+        one["result"]["test"]["sce"] = dict.fromkeys(TASKS, 70.02 + one["settings"]["seed"])
+    apart, settings, equal, _ = merge_methods_wider.tables({"cells": cells, "planned": len(planned)})
+    assert dict(apart.rows)["`ties`"] == ["49", "65.0 ± 0.0", "64.0 ± 0.0", "+5.0 ± 0.0", "+56.5 ± 7.0"]
+    assert dict(apart.rows)["`sce`"][3:] == ["+0.0 ± 0.0", "+5.0 ± 0.6"]
+    assert "(`sce`; `sce`): +5.0 ± 0.6 points, above 0 in 2 of 2." in apart.notes[0]
+    assert settings.summary.endswith("drawn by its own seed")
+    assert "over 1 seed of 5 planned" in equal.title
+    assert "7 cells are missing" in equal.notes[-1]
 
 
 def test_cells_from_a_gpu_have_no_column_of_cpu_time():
