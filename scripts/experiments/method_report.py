@@ -29,7 +29,7 @@ def groups(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
 
 def field(cell: Cell) -> str:
     """Return the method of mergekit, or OTA-merge, whose chosen setting is best on the validation texts."""
-    table = methods(len(cell["result"]["test"]["single"]), cell["settings"]["seed"])
+    table = _searched(cell)
     rivals = [row for row, method in table.items() if method.family in (MERGEKIT, OTA)]
     return max(rivals, key=cell["result"]["validation"].__getitem__)
 
@@ -69,7 +69,7 @@ def tables(report: Mapping[str, Any], experiment: Experiment) -> list[Table]:
         notes = [*first, _field_text(cells), training(cells), *missing]
         made += [
             _table(name, cells, planned[name], [note for note in notes if note]),
-            choices(methods(len(cells[0]["result"]["test"]["single"]), 0), cells, TITLES[name]),
+            choices(_searched(cells[0]), cells, TITLES[name]),
         ]
     return made
 
@@ -132,6 +132,11 @@ def _field_text(cells: Sequence[Cell]) -> str:
     )
 
 
+def _searched(cell: Cell) -> dict[str, Method]:
+    """Return the methods with the settings that a cell tried."""
+    return methods(len(cell["result"]["test"]["single"]), cell["settings"]["seed"], most=cell["settings"]["budget"])
+
+
 def choices(table: Mapping[str, Method], cells: Sequence[Cell], title: str) -> Table:
     """Return the settings that the validation texts chose, to open; a row for each method with a choice.
 
@@ -162,12 +167,12 @@ def _value(value: object) -> str:
 
 
 def _edges(method: Method, choices: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return how often each number is at an end of its list, except a block as large as the matrix."""
+    """Return how often each number is at an end of its list; a block as large as the matrix is no end."""
     found = []
     for option in _numbers(method):
         values = {setting[option] for setting in method.settings if option in setting}
-        ends = {min(values), max(values)} - ({max(values)} if option == "block" else set())
-        count = sum(choice.get(option) in ends for choice in choices)
+        ends = {min(values)} if option == "block" else {min(values), max(values)}
+        count = sum(choice.get(option) in ends for choice in choices) if len(values) > 1 else 0
         found += [f"{option} {count} of {len(choices)}"] if count else []
     return found
 
