@@ -59,10 +59,10 @@ class Ranking:
         """Return random numbers, above 0, that depend on the seed and the place alone; parts start at a block."""
         first, size = part.start // _BLOCK, len(fisher[part])
         drawn = [
-            torch.rand(_BLOCK, generator=torch.Generator().manual_seed(self.seed * (1 << 20) + first + i))
+            torch.rand(_BLOCK, generator=torch.Generator().manual_seed(self.seed * (1 << 20) + first + i), device="cpu")
             for i in range(-(-size // _BLOCK))
         ]
-        return 1 - torch.cat([*drawn, torch.empty(0)])[:size].to(fisher.device)
+        return 1 - torch.cat([*drawn, torch.empty(0, device="cpu")])[:size].to(fisher.device)
 
 
 def seed_of(name: str, place: int) -> int:

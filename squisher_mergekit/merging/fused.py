@@ -316,7 +316,7 @@ def _numbers(values: Sequence[float], work: torch.dtype) -> tuple[float, ...]:
     """Return the arguments that carry numbers: a launch rounds them to float32, so for float64 each comes in two."""
     if work != torch.float64:
         return tuple(values)
-    rounded = torch.tensor(values, dtype=torch.float64).float().double().tolist()
+    rounded = torch.tensor(values, dtype=torch.float64, device="cpu").float().double().tolist()
     return tuple(part for value, high in zip(values, rounded, strict=True) for part in (high, value - high))
 
 

@@ -194,7 +194,7 @@ class Assembled(_OfPieces):
 
     def read(self) -> Tensor:
         """Return the whole tensor."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         for piece, (own, whole) in zip(self.pieces, self.regions, strict=True):
             tensor[_slices(whole)] = read(piece)[_slices(own)]
         return tensor

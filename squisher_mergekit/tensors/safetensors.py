@@ -220,7 +220,7 @@ def file_ranges(store: TensorStore, name: str) -> list[FileRange]:
 def _read_bytes(header: SafetensorsHeader, name: str) -> torch.Tensor:
     """Return the bytes of a tensor."""
     begin, end = header.entries[name]["data_offsets"]
-    data = torch.empty(end - begin, dtype=torch.uint8)
+    data = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
     required = f"a whole safetensors file that nobody changes while {name} is read"
     read_into(data.numpy().data, header.file, header.start + begin, header.state, required)
     return data

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from squisher_mergekit.merging import execution
-from squisher_mergekit.merging.density import Rows, Trim
+from squisher_mergekit.merging.density import Ranking, Rows, Trim
 from squisher_mergekit.merging.execution import merge_squisher, merge_ubgm
 from squisher_mergekit.merging.inputs import Input
 from squisher_mergekit.merging.mergekit.tasks import permute_rows, shared_rows
@@ -146,3 +146,13 @@ def test_a_base_in_double_precision_is_kept_so() -> None:
     fisher = torch.tensor([1.0, 2.0, 3.0])
     one = Input(torch.ones(3), fisher, trim=Trim(base, fisher, 1 / 3))
     assert merge_squisher([one], torch.float64).values.tolist() == [1 / 3, 1 / 7, 1.0]
+
+
+def test_random_scores_are_the_same_inside_another_default(device: torch.device) -> None:
+    """The numbers are drawn in host memory also by mergekit's workers for several GPUs."""
+    trim = Trim(torch.zeros(7, 3), torch.zeros(7, 3), 0.5, ranking=Ranking("random", seed=5))
+    expected = trim.ranked()
+    there = replace(trim, origin=trim.origin.to(device), scores=trim.scores.to(device))
+    with torch.device("meta"):
+        found = [block.cpu() for block in there.blocks()]
+    torch.testing.assert_close(torch.cat(found).reshape(7, 3), expected, rtol=0, atol=0)

@@ -173,3 +173,12 @@ def test_a_file_truncated_after_its_header_was_read_is_refused(tmp_path):
     with pytest.raises(CorruptFileError, match="has changed since its header was read"):
         store.read("b")
     assert first.sum() == 5000
+
+
+def test_tensors_are_read_to_the_host_inside_another_default(tmp_path):
+    """A program may have called ``torch.set_default_device``."""
+    save_file({"w": torch.arange(7.0)}, tmp_path / "model.safetensors")
+    store = SafetensorsStore([tmp_path / "model.safetensors"], "here")
+    with torch.device("meta"):
+        found = store.read("w")
+    assert found.tolist() == list(range(7))

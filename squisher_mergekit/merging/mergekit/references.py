@@ -17,6 +17,7 @@ from squisher_mergekit.merging.lora.files import LoraFiles
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors import hub
+from squisher_mergekit.tensors.devices.default_device import host_by_default
 from squisher_mergekit.tensors.input_files import exists
 
 CACHE_CURE = "let mergekit add it to a copy of the model, by --lora-merge-cache DIR, and give the model fisher: PATH"
@@ -51,6 +52,7 @@ class AdaptedLoader(LazyTensorLoader):  # type: ignore[misc]
                 f"{files.adapter.folder}; name the base that it was trained on, with the same head"
             )
 
+    @host_by_default()
     def get_tensor(
         self, key: str, device: str = "cpu", aliases: list[str] | None = None, raise_on_missing: bool = True
     ) -> Tensor | None:

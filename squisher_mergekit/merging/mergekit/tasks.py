@@ -29,6 +29,7 @@ from squisher_mergekit.merging.run import Run
 from squisher_mergekit.merging.sources import OpenFisher
 from squisher_mergekit.merging.votes.threshold import Choice
 from squisher_mergekit.models.weights import check_finite
+from squisher_mergekit.tensors.devices.default_device import host_by_default
 from squisher_mergekit.tensors.safetensors import MemoryStore
 
 CPU = torch.device("cpu")
@@ -162,6 +163,7 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
             found["tokenizer_info"] = self.gather_tensors.tokenizer_task
         return found | {f"origin of {model}": task for model, task in self.origins}
 
+    @host_by_default()
     def execute(
         self,
         tensors: dict[ModelReference, Tensor],

@@ -108,7 +108,7 @@ class _MappedFile:
         Raises:
             CorruptFileError: The archive has changed since it was mapped.
         """
-        data = torch.empty(length, dtype=torch.uint8)
+        data = torch.empty(length, dtype=torch.uint8, device="cpu")
         read_into(data.numpy().data, self.path, offset, self.state, "a whole file that nobody changes")
         return data
 

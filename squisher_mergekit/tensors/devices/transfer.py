@@ -104,7 +104,7 @@ class _Lane:
 
     def __init__(self, device: torch.device, piece: int) -> None:
         self._device, on_gpu = device, device.type == "cuda"
-        self._buffers = [torch.empty(piece, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+        self._buffers = [torch.empty(piece, dtype=torch.uint8, device="cpu", pin_memory=on_gpu) for _ in range(2)]
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._copied = [torch.cuda.Event() for _ in range(2)] if on_gpu else []  # type: ignore[no-untyped-call]
 

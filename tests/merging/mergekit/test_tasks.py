@@ -280,3 +280,18 @@ def test_on_a_gpu(tmp_path: Path, flags: list[str]) -> None:
     for name, tensor in merged(config, tmp_path / "out", *flags).items():
         thetas = [model[name] for model in weights]
         assert_within(tensor, squisher_reference(thetas, [f[name] for f in fishers], [1.0, 1.0]), largest(thetas))
+
+
+def test_a_merge_inside_another_default_device(
+    pair: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of mergekit for several GPUs run tasks inside ``torch.device``; files are read to the host anyway."""
+    expected, execute = merged(pair, tmp_path / "plain"), tasks.FisherMergeTask.execute
+
+    def inside(self: tasks.FisherMergeTask, *args: Any, **kwargs: Any) -> Tensor | None:
+        with torch.device("meta"):
+            return execute(self, *args, **kwargs)
+
+    monkeypatch.setattr(tasks.FisherMergeTask, "execute", inside)
+    found = merged(pair, tmp_path / "inside")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -77,3 +77,11 @@ def test_a_tensor_stays_where_it_is():
     """No copy is made of a tensor that is on the device."""
     tensor = torch.ones(3)
     assert moved(tensor, torch.device("cpu")) is tensor
+
+
+def test_buffers_are_in_host_memory_inside_another_default(device):
+    """Workers of mergekit for several GPUs run inside ``torch.device``, where pinned memory could not be had."""
+    source = torch.arange(101.0)
+    with torch.device("meta"):
+        there = Lanes(device, threads=2, piece=64).upload(source)
+    torch.testing.assert_close(there.cpu(), source, rtol=0, atol=0)
