@@ -198,11 +198,11 @@ def pattern_mask(keys: Tensor, n: int, m: int, axis: int = -1) -> Tensor:
 
 def _counts(tensors: Iterable[Tensor], part: Callable[[Tensor], Tensor], size: int) -> Tensor:
     """Return the histogram of some bits of the keys."""
-    counts = torch.zeros(size, dtype=torch.int64)
+    counts = torch.zeros(size, dtype=torch.int64, device="cpu")
     for tensor in tensors:
         flat = tensor.reshape(-1)
         for start in range(0, len(flat), _BLOCK):
-            counts += torch.bincount(part(flat[start : start + _BLOCK]), minlength=size)
+            counts += torch.bincount(part(flat[start : start + _BLOCK]), minlength=size).to(counts.device)
     return counts
 
 

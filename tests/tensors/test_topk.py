@@ -84,3 +84,11 @@ def test_each_group_keeps_its_largest(seed, pattern, axis):
     for row, mask in zip(rows.tolist(), kept.tolist(), strict=True):
         best = sorted(range(m), key=lambda place: (-row[place], place))[:n]
         assert [place for place in range(m) if mask[place]] == sorted(best)
+
+
+def test_a_cut_counts_on_the_host_inside_another_default(device):
+    """The histogram is in host memory, wherever the keys are and new tensors go."""
+    values = torch.rand(101, generator=torch.Generator().manual_seed(3))
+    with torch.device("meta"):
+        found = topk.cut(lambda: [topk.keys(values.to(device))], 17)
+    assert int(found.take(topk.keys(values)).sum()) == 17

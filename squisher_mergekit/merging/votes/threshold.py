@@ -68,7 +68,7 @@ class _Search:
 
     def narrow(self, keep: int) -> None:
         """Set the range by the sample."""
-        scores = torch.cat(self.sample).sort(descending=True).values
+        scores = _joined(self.sample).sort(descending=True).values
         count = len(scores)
         share = keep / max(sum(self.sizes.values()), 1)
         margin = 6 * math.sqrt(count * share * (1 - share)) + 0.002 * count + 2
@@ -81,9 +81,9 @@ class _Search:
         wanted, everything = keep - sum(self.above.values()), _joined(self.inside.values())
         if wanted <= 0 or (wanted > len(everything) and self.low > 0):
             return None
-        threshold = torch.zeros(())
+        threshold = torch.zeros((), device="cpu")
         if wanted <= len(everything):
-            threshold = everything.kthvalue(len(everything) - wanted + 1).values
+            threshold = everything.kthvalue(len(everything) - wanted + 1).values.cpu()
         above = {name: self.above[name] + int((found > threshold).sum()) for name, found in self.inside.items()}
         equal = {name: int((found == threshold).sum()) for name, found in self.inside.items()}
         return self.with_ties(int(keys(threshold)), keep, above, equal)
@@ -165,9 +165,9 @@ def _by_histograms(
 
 
 def _joined(scores: Iterable[Tensor]) -> Tensor:
-    """Return scores as one tensor, on their device; those of no tensor are on the CPU."""
+    """Return scores as one tensor, on the device of the first; those of no tensor are on the CPU."""
     found = [each for each in scores if len(each)]
-    return torch.cat(found) if found else torch.empty(0)
+    return torch.cat([each.to(found[0].device) for each in found]) if found else torch.empty(0, device="cpu")
 
 
 def _counted(search: _Search, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
