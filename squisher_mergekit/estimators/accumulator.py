@@ -185,7 +185,7 @@ class FisherAccumulator:
         known, device = self._verification, next(iter(self.accumulators)).device.type
         assert known is not None
         narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        memory = tuple(parameter.data_ptr() for parameter in self.model.parameters())
+        memory = tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
         return len(known.verified), len(known.owner_of), narrow, memory
 
     def _add_captured(self, taped_model: TapedModel, batch: Batch, generator: torch.Generator) -> Tensor | int:

@@ -110,9 +110,10 @@ class Cuda:
         memory = [torch.cuda.memory_allocated(self.device)]
         total = torch.cuda.get_device_properties(self.device).total_memory
         began = time.perf_counter()
-        start.record()
+        stream = torch.cuda.current_stream(self.device)  # an event's own default is that of the current device
+        start.record(stream)
         count = work(lambda: memory.append(torch.cuda.memory_allocated(self.device)))
-        end.record()
+        end.record(stream)
         host = time.perf_counter() - began
 
         def device() -> float:

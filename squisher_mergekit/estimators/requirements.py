@@ -82,6 +82,11 @@ def check_model(model: nn.Module, grouping: Grouping, offload: bool = False) -> 
             "a Fisher needs parameters of their own shapes, but FSDP1 and DeepSpeed flatten them; take FSDP2 "
             "(fully_shard), or a model in each process"
         )
+    if any(parameter.is_meta for parameter in parameters):
+        raise UnsupportedStateError(
+            "a Fisher needs parameters in memory, but some are on the meta device, as a device_map leaves what it "
+            "offloads to the host or the disk; load the whole model on GPUs, or on the CPU"
+        )
     if not any(is_sharded(parameter) for parameter in parameters):
         return
     if not sharded_modules(model):

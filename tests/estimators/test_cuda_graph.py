@@ -1,6 +1,7 @@
 """Batches as CUDA graphs: captured shapes, inputs of a replay, checks beside them, and the eager fallback."""
 
 import contextlib
+import types
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from torch import nn
 from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.estimators import accumulator as accumulator_module
 from squisher_mergekit.estimators.accumulator import FisherAccumulator
-from squisher_mergekit.estimators.cuda_graph import BatchGraphs, Timing, graphs_for, shape_of, tensors_of, with_tensors
+from squisher_mergekit.estimators.cuda_graph import (
+    BatchGraphs,
+    Cuda,
+    Timing,
+    graphs_for,
+    shape_of,
+    tensors_of,
+    with_tensors,
+)
 from squisher_mergekit.estimators.estimate import estimate_fisher
 from squisher_mergekit.tensors.devices.streams import SecondStream
 from tests.estimators.models import assert_close, batch_of, make
@@ -357,3 +366,34 @@ def test_gpu_checks_on_a_second_stream_find_mixing(device):
     with pytest.raises(UnsupportedStateError, match="in batch 8 its module gets other parts"):
         _with_checks_beside(device, True, True)
     assert bool(torch.ones(3, device=device).sum() == 3)
+
+
+def test_a_pass_is_timed_on_the_stream_of_its_gpu(monkeypatch):
+    """An event that names no stream would measure the current GPU, which another one than the model's can be."""
+    recorded = []
+
+    class _Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self, stream=None):
+            recorded.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=1))
+    count, _ = Cuda(torch.device("cuda", 1)).timed(lambda mark: 7)
+    assert (count, recorded) == (7, ["stream of cuda:1"] * 2)
+
+
+def test_a_new_buffer_is_another_state():
+    """A graph reads the memory of the buffers that it was captured with."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
+    accumulator = FisherAccumulator(model, task="classification")
+    accumulator.add(_batches(1)[0])
+    before, old = accumulator._graph_state(), model[1].running_mean
+    assert accumulator._graph_state() == before
+    model[1].running_mean = old.clone()
+    assert accumulator._graph_state() != before

@@ -248,3 +248,31 @@ def test_an_unknown_name(arguments, words):
     """A misspelt choice is refused before anything runs, with the nearest one."""
     with pytest.raises(ConfigError, match=words):
         estimate_fisher(torch.nn.Linear(2, 1), [], **arguments)
+
+
+class _Sum(nn.Module):
+    """Linear map whose weight is a sum of two parameters, which get one tensor as their gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.rand(3, 5)), nn.Parameter(torch.rand(3, 5))
+
+    def forward(self, x):
+        return x @ (self.one + self.other).T
+
+
+def test_parameters_with_one_gradient_are_squared_once_each():
+    """The joint Fisher of both summands is the square of their common gradient."""
+    torch.manual_seed(0)
+    model, x, y = _Sum(), torch.randn(7, 5), torch.randn(7, 3)
+    fisher = estimate_fisher(model, [(x, y)], grouping="batch", task="regression", statistic="sum")
+    gradient = (model(x).detach() - y).T @ x
+    for name in ("one", "other"):
+        torch.testing.assert_close(fisher[name], gradient.square())
+
+
+def test_offloaded_weights_are_refused():
+    """A device map that leaves layers on the host or the disk has parameters without values."""
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2, device="meta"))
+    with pytest.raises(UnsupportedStateError, match="in memory, but some are on the meta device"):
+        estimate_fisher(model, [(torch.ones(2, 5), torch.zeros(2, 2))], task="regression")

@@ -165,7 +165,8 @@ def accumulate_joint(
                 if factor_sums is not None:
                     factor_sums.add_gradients(parameter, gradient[None])
                 with _local_accumulator(accumulators[parameter], parameter, host_sums) as local:
-                    local += gradient.to(local.dtype).square_()
+                    # Not in place: one tensor can be the gradient of two parameters.
+                    local += gradient.to(local.dtype).square()
 
 
 def _with_last(output_gradients: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:

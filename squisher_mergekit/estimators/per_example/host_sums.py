@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+LOG = logging.getLogger("squisher_mergekit")
 SLOT_BYTES = 1 << 26
 SLOTS = 4
 
@@ -16,11 +18,11 @@ SLOTS = 4
 class HostSums:
     """Queue of additions to accumulators in host memory.
 
-    A tensor is copied in pieces to a few pinned buffers, on a stream of its own; a thread adds each piece to the
-    accumulator once it has arrived. If all buffers are in use, :meth:`add` waits for one.
+    A tensor is copied in pieces to a few pinned buffers, on a stream of its own on each GPU; a thread adds each piece
+    to the accumulator once it has arrived. If all buffers are in use, :meth:`add` waits for one.
 
     Args:
-        device: Device of the tensors.
+        device: Device of the tensors, or of some of them if the model is on several GPUs.
         slots: Number of buffers.
         slot_bytes: Size of a buffer, a multiple of 8.
 
@@ -34,11 +36,10 @@ class HostSums:
     """
 
     def __init__(self, device: torch.device, slots: int = SLOTS, slot_bytes: int = SLOT_BYTES) -> None:
-        cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._free: queue.Queue[Tensor] = queue.Queue()
-        for _ in range(slots):
-            self._free.put(torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=cuda))
+        for buffer in _buffers(slots, slot_bytes, pinned=device.type == "cuda"):
+            self._free.put(buffer)
         self._slot_bytes = slot_bytes
         self._adder = ThreadPoolExecutor(1, "host-sums")
         self._pending: list[Future[None]] = []
@@ -62,16 +63,23 @@ class HostSums:
 
     def _copy(self, buffer: Tensor, piece: Tensor) -> Callable[[], None]:
         """Start a copy to a buffer, and return the function that waits for it."""
-        if self._stream is None:
+        if piece.device.type != "cuda":
             buffer.copy_(piece)
             return lambda: None
-        self._stream.wait_stream(torch.cuda.current_stream(piece.device))
-        with torch.cuda.stream(self._stream):
+        stream = self._stream_of(piece.device)
+        stream.wait_stream(torch.cuda.current_stream(piece.device))
+        with torch.cuda.stream(stream):
             buffer.copy_(piece, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record(self._stream)
-        piece.record_stream(self._stream)
+            arrived.record(stream)
+        piece.record_stream(stream)
         return arrived.synchronize
+
+    def _stream_of(self, device: torch.device) -> torch.cuda.Stream:
+        """Return the stream of a GPU: a copy runs on a stream of its tensor's own GPU, whichever was entered."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[device]
 
     def _add_piece(self, target: Tensor, buffer: Tensor, slot: Tensor, arrive: Callable[[], None]) -> None:
         """Add a buffer to its part of an accumulator, and free the buffer."""
@@ -86,3 +94,15 @@ class HostSums:
         pending, self._pending = self._pending, []
         for addition in pending:
             addition.result()
+
+
+def _buffers(count: int, size: int, pinned: bool) -> list[Tensor]:
+    """Return buffers in host memory, pinned ones where they can be had."""
+    try:
+        return [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned) for _ in range(count)]
+    except RuntimeError as error:  # a limit on locked memory, say
+        if not pinned:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        LOG.warning("sums move to host memory without pinned memory, which is slower: %s", reason)
+        return _buffers(count, size, pinned=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 
+import torch
 from torch import Tensor
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -21,6 +23,11 @@ def on_gpu(tensor: Tensor) -> bool:
 def can_launch(kernel: str, tensor: Tensor) -> bool:
     """Return True if a tensor is on a GPU, Triton is installed, and the kernel has not failed on this GPU."""
     return on_gpu(tensor) and (kernel, str(tensor.device)) not in _failed and _has_triton()
+
+
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which a GPU is the current one, where Triton launches whatever the tensors' device is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache

@@ -90,6 +90,17 @@ def gradient_at(call: Call, size: int) -> Tensor:
     return by_example(call.gradient, size, call).detach()
 
 
+def input_of(call: Call) -> Tensor:
+    """Return a call's first argument, on the device of its gradient.
+
+    A hook sees the arguments before ``accelerate`` moves them to a layer on another GPU, as it does for the output
+    layer of a model that is spread over several and has one tied table.
+    """
+    assert call.gradient is not None
+    found: Tensor = call.args[0].detach()
+    return found.to(call.gradient.device)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32, or float64 unchanged: narrower squares would underflow."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -17,6 +17,7 @@ from squisher_mergekit.estimators.per_example.layer_kinds import (
     by_example,
     factor_pair,
     gradient_at,
+    input_of,
     is_conv1d,
     rule_of,
     wide,
@@ -48,7 +49,7 @@ def factors(call: Call, size: int) -> tuple[Tensor, Tensor]:
 
     Example n's gradient is ``B_n^T A_n``. Both have the dtype that :func:`products` takes.
     """
-    b, a = factor_pair(_tokens(gradient_at(call, size), size, call), _tokens(call.args[0], size, call))
+    b, a = factor_pair(_tokens(gradient_at(call, size), size, call), _tokens(input_of(call), size, call))
     return (a, b) if is_conv1d(call.module) else (b, a)
 
 
@@ -121,7 +122,7 @@ def outer_square(uses: Sequence[Use], size: int) -> Tensor | None:
 def add_outer(total: Tensor, b_squared: Tensor, uses: Sequence[Use], size: int) -> None:
     """Add ``sum_n b_n^2 (a_n^2)^T`` to a linear layer's total."""
     ((_, call),) = uses
-    total.addmm_(b_squared.T, wide(_tokens(call.args[0], size, call)[:, 0]).square())
+    total.addmm_(b_squared.T, wide(_tokens(call.args[0].to(b_squared.device), size, call)[:, 0]).square())
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def lookups(call: Call, size: int) -> tuple[Tensor, Tensor]:
             "an embedding must treat each example alone, but max_norm and scale_grad_by_freq use the whole batch; set "
             "neither"
         )
-    ids = by_example(call.args[0], size, call).reshape(size, -1)
+    ids = by_example(input_of(call), size, call).reshape(size, -1)
     b = gradient_at(call, size)
     b = wide(b.reshape(size, -1, b.shape[-1]))
     padding = getattr(module, "padding_idx", None)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squisher_mergekit.estimators.per_example.kernel_fallback import can_launch, give_up
+from squisher_mergekit.estimators.per_example.kernel_fallback import can_launch, give_up, launching_on
 from squisher_mergekit.estimators.per_example.layer_kinds import is_exactly
 
 KERNEL = "norm"
@@ -51,10 +51,11 @@ def norm_gradients(x: Tensor, b: Tensor, norm: Normalization) -> Tensor:
     chunks = max(1, min(-(-rows // _FEWEST_ROWS), -(-4 * _processors(x.device) // max(examples, 1))))
     out = torch.empty((examples, chunks, columns), dtype=torch.float32, device=x.device)
     width = 1 << (columns - 1).bit_length()
-    device_code.sum_products[(examples, chunks)](
-        x, b, out, rows, columns, norm.epsilon, x.stride(0), x.stride(1), b.stride(0), b.stride(1), chunks,
-        COLUMNS=width, CENTERED=norm.centered, num_warps=min(16, max(1, width // 512)),
-    )  # fmt: skip
+    with launching_on(x.device):
+        device_code.sum_products[(examples, chunks)](
+            x, b, out, rows, columns, norm.epsilon, x.stride(0), x.stride(1), b.stride(0), b.stride(1), chunks,
+            COLUMNS=width, CENTERED=norm.centered, num_warps=min(16, max(1, width // 512)),
+        )  # fmt: skip
     return out.sum(1)
 
 

@@ -23,6 +23,7 @@ from squisher_mergekit.estimators.per_example.layer_kinds import (
     factor_pair,
     gradient_at,
     has_channels,
+    input_of,
     is_conv,
     is_conv1d,
     is_exactly,
@@ -100,7 +101,7 @@ def _has_patches(name: str, call: Call) -> bool:
 
 def _add_patches(total: Tensor, call: Call, size: int) -> None:
     """Add the squares of a convolution's weight, as those of a linear layer over the patches of its input."""
-    x, b = by_example(call.args[0], size, call).detach(), gradient_at(call, size)
+    x, b = by_example(input_of(call), size, call), gradient_at(call, size)
     for start in range(0, size, chunk := convolution.MAX_EXAMPLES):
         pair = factor_pair(b[start : start + chunk], x[start : start + chunk])
         b_patches, a_patches = convolution.patch_factors(call.module, pair[1], pair[0])
@@ -131,7 +132,7 @@ def _gradients(use: Use, size: int, examples: slice, shape: torch.Size, values: 
     b = gradient_at(call, size)[examples]
     if rule == "bias":
         return _reduced(b, module, shape)
-    x = call.args[0].detach()
+    x = input_of(call)
     if rule == "convolution":
         return convolution.gradients(name, module, wide(by_example(x, size, call)[examples]), wide(b))
     if len(x) == size and (fused := try_norm_gradients(module, name, x[examples], b)) is not None:
@@ -150,7 +151,7 @@ def _reduced(product: Tensor, module: nn.Module, shape: torch.Size) -> Tensor:
 def _slope(name: str, call: Call) -> Tensor:
     """Return the derivative of each output of a norm by the weight's entry that scales it."""
     module: Any = call.module
-    x = wide(call.args[0].detach())
+    x = wide(input_of(call))
     if is_exactly(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
     if isinstance(module, nn.GroupNorm):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from squisher_mergekit.estimators.per_example.kernel_fallback import can_launch, give_up
+from squisher_mergekit.estimators.per_example.kernel_fallback import can_launch, give_up, launching_on
 from squisher_mergekit.estimators.per_example.layer_kinds import NARROW
 
 KERNEL = "square"
@@ -155,13 +155,14 @@ def _launch(out: Tensor, b: Tensor, a: Tensor, tiling: Tiling, precision: Precis
     left: Any = _descriptor(b, tiling.tokens, tiling.rows) if tma else b
     right: Any = _descriptor(a, tiling.tokens, tiling.columns) if tma else a
     grid = (-(-rows // tiling.rows) * -(-columns // tiling.columns), splits)
-    device_code.add_squares[grid](
-        left, right, out, examples, tokens, rows, columns, *b.stride(), *a.stride(), out.stride(0), out.stride(1),
-        splits, ROWS=tiling.rows, COLUMNS=tiling.columns, TOKENS=tiling.tokens, PRECISION=precision, FLAT=tiling.flat,
-        TMA=tma, ADD=add, WIDEN=not b.is_cuda, EVEN_TOKENS=tokens % tiling.tokens == 0,
-        EVEN_ROWS=rows % tiling.rows == 0, EVEN_COLUMNS=columns % tiling.columns == 0, num_warps=tiling.warps,
-        num_stages=tiling.stages,
-    )  # fmt: skip
+    with launching_on(out.device):
+        device_code.add_squares[grid](
+            left, right, out, examples, tokens, rows, columns, *b.stride(), *a.stride(), out.stride(0), out.stride(1),
+            splits, ROWS=tiling.rows, COLUMNS=tiling.columns, TOKENS=tiling.tokens, PRECISION=precision,
+            FLAT=tiling.flat, TMA=tma, ADD=add, WIDEN=not b.is_cuda, EVEN_TOKENS=tokens % tiling.tokens == 0,
+            EVEN_ROWS=rows % tiling.rows == 0, EVEN_COLUMNS=columns % tiling.columns == 0, num_warps=tiling.warps,
+            num_stages=tiling.stages,
+        )  # fmt: skip
 
 
 def _can_copy(tensor: Tensor) -> bool:

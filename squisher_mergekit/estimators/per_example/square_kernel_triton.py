@@ -46,10 +46,12 @@ def load_tile(
         tile = source.load([example, first_token, first_column]).reshape(TOKENS, COLUMNS)
     else:
         tokens = tl.arange(0, TOKENS)
-        columns = first_column + tl.arange(0, COLUMNS)
+        within = tl.arange(0, COLUMNS)
+        columns = first_column + within
         # The start of the tile may lie beyond 2^31 entries; the offsets within it do not.
         start = source + example.to(tl.int64) * example_stride + first_token.to(tl.int64) * token_stride
-        places = start + (tokens[:, None] * token_stride + columns[None, :] * column_stride)
+        start += first_column.to(tl.int64) * column_stride
+        places = start + (tokens[:, None] * token_stride + within[None, :] * column_stride)
         if EVEN_TOKENS and EVEN_COLUMNS:
             tile = tl.load(places)
         elif EVEN_COLUMNS:

@@ -63,3 +63,12 @@ def test_tables_that_depend_on_the_whole_batch_are_refused(options):
     call = Call(nn.Embedding(5, 3, **options), (torch.zeros(2, 3, dtype=torch.int64),), {}, torch.float32)
     with pytest.raises(UnsupportedStateError, match="set neither"):
         linear_embedding.lookups(call, 2)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(3, 2), nn.Embedding(5, 2)], ids=["matrix", "rows"])
+def test_inputs_are_taken_on_the_device_of_the_gradient(module):
+    """A hook sees the inputs before ``accelerate`` moves them to the layer, here from the CPU."""
+    given = torch.ones(5, 1, dtype=torch.int64) if isinstance(module, nn.Embedding) else torch.ones(5, 1, 3)
+    call = Call(module, (given,), {}, torch.float32, torch.empty(5, 1, 2, device="meta"))
+    take = linear_embedding.lookups if isinstance(module, nn.Embedding) else linear_embedding.factors
+    assert [tensor.device.type for tensor in take(call, 5)] == ["meta", "meta"]

@@ -157,3 +157,13 @@ def test_a_failing_kernel_is_logged_once(offered, monkeypatch, caplog):
     assert [record.message for record in caplog.records] == [
         "the fused kernel norm does not run on cpu (no compiler); torch takes its place"
     ]
+
+
+def test_the_kernel_is_launched_on_the_gpu_of_its_tensors(device, monkeypatch):
+    """Triton launches on the current GPU, which need not be that of the tensors."""
+    entered = []
+    original = norm_kernel.launching_on
+    monkeypatch.setattr(norm_kernel, "launching_on", lambda where: entered.append(where) or original(where))
+    x, b = _pair(device, torch.float32)
+    norm_gradients(x, b, Normalization(1e-5, False))
+    assert entered == [x.device]

@@ -211,3 +211,25 @@ def test_a_failing_kernel_is_logged_once(offered, monkeypatch, caplog):
     assert [record.message for record in caplog.records] == [
         "the fused kernel square does not run on cpu (no compiler); torch takes its place"
     ]
+
+
+def test_columns_may_be_far_apart(device):
+    """The patches of a large image have their columns as far apart as it has positions: beyond 2^31 entries in all."""
+    columns, apart = 41, 2**31 // 37
+    b, values = _factors(device, torch.bfloat16, examples=1, tokens=3, rows=5, columns=columns)
+    a = torch.empty(columns * apart, dtype=torch.bfloat16, device=device).as_strided((1, 3, columns), (3, 1, apart))
+    a.copy_(values)
+    total = torch.zeros(5, columns, device=device)
+    add_product_squares(total, b, a, tiling=TINY)
+    _assert_close(total, _expected(b, values))
+
+
+def test_the_kernel_is_launched_on_the_gpu_of_its_tensors(device, monkeypatch):
+    """Triton launches on the current GPU, which need not be that of the tensors."""
+    entered = []
+    original = square_kernel.launching_on
+    monkeypatch.setattr(square_kernel, "launching_on", lambda where: entered.append(where) or original(where))
+    total = torch.zeros(23, 37, device=device)
+    add_product_squares(total, *_factors(device, torch.bfloat16), tiling=TINY)
+    assert entered == [total.device]
+    assert kernel_fallback.launching_on(torch.device("cuda", 3)).idx == 3
