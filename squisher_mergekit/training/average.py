@@ -101,7 +101,7 @@ class FisherAverageCallback(TrainerCallback):  # type: ignore[misc]
         share = (1 - self.beta) / _global_size(count_examples(batch), accumulator)
         for average in accumulator.accumulators.values():
             average.mul_(self.beta / share)
-        accumulator.add(batch)
+        accumulator.add(_beside(accumulator, batch))
         for average in accumulator.accumulators.values():
             average.mul_(share)
         self.updates += 1
@@ -159,6 +159,12 @@ class FisherAverageCallback(TrainerCallback):  # type: ignore[misc]
         tensors, steps = in_memory(self._accumulator.model, fisher)
         self._accumulator.restore(tensors.__getitem__)
         self.updates = max(steps.values())
+
+
+def _beside(accumulator: FisherAccumulator, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch on the model's GPU: DataParallel gives each of its copies a part on another one."""
+    first, *others = {parameter.device for parameter in accumulator.accumulators}
+    return {key: value if others else value.to(first) for key, value in batch.items()}
 
 
 def _global_size(size: int, accumulator: FisherAccumulator) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import types
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import transformers as tf
 
 from squisher_mergekit import estimate_fisher, load_fisher
 from squisher_mergekit.errors import ConfigError
-from squisher_mergekit.training import FisherAverageCallback
+from squisher_mergekit.training import FisherAverageCallback, average
 from tests import processes
 
 
@@ -133,3 +134,11 @@ def test_two_processes_average_both_parts(tmp_path, kind):
     largest = max(float(files[1][name].max()) for name in files[1])
     for name in files[1]:
         torch.testing.assert_close(files[2][name], files[1][name], rtol=1e-4, atol=1e-7 * largest)
+
+
+def test_a_batch_moves_to_the_model():
+    """DataParallel gives its copies their parts of a batch on GPUs of their own; those of a spread model stay."""
+    weights = [torch.nn.Parameter(torch.zeros(2, device=device)) for device in ("meta", "cpu")]
+    for parameters, expected in ((weights[:1], "meta"), (weights[1:], "cpu"), (weights, "cpu")):
+        accumulator = types.SimpleNamespace(accumulators=dict.fromkeys(parameters))
+        assert average._beside(accumulator, {"x": torch.ones(3)})["x"].device.type == expected
