@@ -10,9 +10,11 @@ the file is written anew after each.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -94,23 +96,32 @@ def _reporting(work: Path, name: str, limit: int, module: str, *arguments: str) 
 
 
 def run(step: Step, left: float) -> dict[str, Any]:
-    """Run a step and return its exit code (None: stopped at its limit), seconds, end of its output, and report."""
+    """Run a step and return its exit code (None: stopped at its limit), seconds, end of its output, and report.
+
+    A step is stopped with all processes that it started. One for which no time is left does not begin.
+    """
+    if left <= 0:
+        return {"code": None, "seconds": 0.0, "output": "left out: no time left"}
     began = time.perf_counter()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **dict(step.environment)}
-    limit = max(1.0, min(step.limit, left))
     with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
+        )
         try:
-            code: int | None = subprocess.run(
-                step.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=limit,
-                check=False,
-            ).returncode  # fmt: skip
+            code: int | None = process.wait(min(step.limit, left))
         except subprocess.TimeoutExpired:
             code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         output.seek(max(0, output.seek(0, os.SEEK_END) - TAIL))
         printed = output.read().decode(errors="replace")
     found: dict[str, Any] = {"code": code, "seconds": round(time.perf_counter() - began, 1), "output": printed}
     if step.report is not None and step.report.exists():
-        found["report"] = json.loads(step.report.read_text())
+        with contextlib.suppress(ValueError):  # a step that was stopped while it wrote
+            found["report"] = json.loads(step.report.read_text())
     return found
 
 
@@ -127,7 +138,8 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         found |= {"card": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # not in every container
+            found["driver"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
     return found
 
 
@@ -158,24 +170,21 @@ def _pins() -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the steps; return 0 if all succeeded."""
-    options = parse(arguments)
+    began, options = time.perf_counter(), parse(arguments)
     if options.wheels:
         print("\n".join(releases()))
         return 0
     if options.install:
         with tempfile.TemporaryDirectory(prefix="check-gpu-") as folder:
             program = install(options.install, Path(folder) / "environment")
-            rest = [
-                "--out",
-                str(options.out),
-                "--seconds",
-                str(options.seconds),
-                *(["--small"] if options.small else []),
-            ]
+            rest = ["--out", str(options.out.absolute()), *(["--small"] if options.small else [])]
+            rest += ["--seconds", str(options.seconds - (time.perf_counter() - began))]
+            rest += ["--work", str(options.work.absolute())] if options.work else []
+            rest += ["--only", *options.only] if options.only else []
             command = [str(program), "-m", "scripts.benchmarks.gpu_check", *rest]
             return subprocess.run(command, cwd=ROOT, check=False).returncode
     options.out.mkdir(parents=True, exist_ok=True)
-    ended = time.perf_counter() + options.seconds
+    ended = began + options.seconds
     report: dict[str, Any] = {"machine": machine(), "steps": {}}
     with tempfile.TemporaryDirectory(prefix="check-gpu-", dir=options.work) as work:
         for step in steps(Path(work), options.small):

@@ -24,7 +24,8 @@ def made_by(report: Mapping[str, Any]) -> str:
     names = ("python", "torch", "triton", "transformers", "mergekit")
     versions = ", ".join(f"{name} {machine[name]}" for name in names if machine.get(name))
     return (
-        f"<sub>`./scripts/check_gpu` on one {machine['card']}, driver {machine['driver']}, {machine['cores']} cores; "
+        f"<sub>`./scripts/check_gpu` on one {machine['card']}, driver {machine.get('driver', 'unknown')}, "
+        f"{machine['cores']} cores; "
         f"{versions}; raw results in scripts/experiments/results/check_gpu.json</sub>"
     )
 

@@ -2,8 +2,11 @@
 
 import json
 import sys
+import time
+import types
 
 import pytest
+import torch
 
 from scripts.benchmarks import gpu_check, gpu_feed, gpu_kernel, gpu_merge
 from squisher_mergekit.merging import execution, fused
@@ -101,3 +104,54 @@ def test_all_steps_fit_the_limit(tmp_path):
     steps = gpu_check.steps(tmp_path)
     assert [step.name for step in steps][:2] == ["tests", "kernel"]
     assert all("cuda" in " ".join(step.command) for step in steps)
+
+
+def test_a_step_is_stopped_with_its_processes(tmp_path):
+    """A process that a step started does not go on beside the next steps."""
+    late = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    start = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {late!r}]); time.sleep(60)"
+    found = gpu_check.run(gpu_check.Step("starts", 1, [sys.executable, "-S", "-c", start]), left=9)
+    time.sleep(4)
+    assert found["code"] is None
+    assert not (tmp_path / "late").exists()
+
+
+def test_without_time_left_a_step_is_left_out(tmp_path):
+    """All steps together end at the limit of the script."""
+    found = gpu_check.run(gpu_check.Step("late", 9, [sys.executable, "-S", "-c", "raise SystemExit(3)"]), left=0)
+    assert found == {"code": None, "seconds": 0.0, "output": "left out: no time left"}
+
+
+def test_a_report_that_was_cut_short_is_left_out(tmp_path):
+    """A step that was stopped while it wrote its report does not end the script."""
+    report = tmp_path / "report.json"
+    report.write_text('{"measured": [')
+    found = gpu_check.run(gpu_check.Step("cut", 9, [sys.executable, "-S", "-c", "1"], report), left=9)
+    assert found["code"] == 0
+    assert "report" not in found
+
+
+def test_a_machine_without_nvidia_smi_has_no_driver(monkeypatch):
+    """The steps run all the same."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "planted")
+    monkeypatch.setenv("PATH", "")
+    found = gpu_check.machine()
+    assert found["card"] == "planted"
+    assert "driver" not in found
+
+
+def test_an_installation_passes_all_options_on(tmp_path, monkeypatch):
+    """The interpreter of the new environment gets steps, folders, and the time that is left."""
+    commands = []
+    monkeypatch.setattr(gpu_check, "install", lambda wheels, folder: "python")
+    monkeypatch.setattr(
+        gpu_check.subprocess,
+        "run",
+        lambda command, **_: commands.append(command) or types.SimpleNamespace(returncode=7),
+    )
+    given = ["--out", str(tmp_path / "out"), "--work", str(tmp_path), "--seconds", "50", "--only", "kernel", "feed"]
+    assert gpu_check.main([*given, "--install", str(tmp_path)]) == 7
+    parsed = gpu_check.parse(commands[0][3:])
+    assert (parsed.out, parsed.work, parsed.only) == (tmp_path / "out", tmp_path, ["kernel", "feed"])
+    assert 40 < parsed.seconds < 50
