@@ -97,10 +97,12 @@ def _restored(
         )
         names = {key: _found(fisher, key, checkpoint_names) or key for key in stored}
         parts = {key: read(name) for key, name in names.items()}
-        whole = torch.empty(sum(sizes), dtype=torch.promote_types(parts[stored[0]].dtype, torch.float32))
+        first = parts[stored[0]]  # of a Fisher in memory it can be on a GPU
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        whole = torch.empty(sum(sizes), dtype=dtype, device=first.device)
         for key, part in parts.items():
             check_shape(key, tuple(part.shape), tuple(indices[key].shape), fisher.location)
-            whole[indices[key].reshape(-1)] = part.reshape(-1).to(whole.dtype)
+            whole[indices[key].reshape(-1).to(whole.device)] = part.reshape(-1).to(whole)
         for source, start, size in zip(sources, starts, sizes, strict=True):
             tensors[source] = whole[start : start + size].reshape(shapes[source])
             steps[source] = min(fisher.config.steps_of(name) or 0 for name in names.values())

@@ -47,6 +47,17 @@ def test_packed_experts_come_back_to_their_places(tmp_path):
         assert tensor.shape == dict(model.named_parameters())[name].shape
 
 
+def test_packed_experts_of_a_fisher_on_another_device_stay_there():
+    """The Fisher of a model on a GPU is in its memory."""
+    model = MixtralForCausalLM(MIXTRAL)
+    ids = torch.randint(0, 37, (3, 5))
+    fisher = estimate_fisher(model, [{"input_ids": ids, "labels": ids}])
+    there = Fisher(MemoryStore({name: fisher[name].to("meta") for name in fisher}), fisher.config, fisher.aliases)
+    found = by_parameter(model, there, "raw")
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert all(tensor.is_meta for tensor in found.values())
+
+
 def test_tensors_come_at_the_scale_asked_for():
     """The ``debiased`` scale undoes the start at 0 of a moving average; ``raw`` does not."""
     model = nn.Linear(3, 1)
