@@ -27,7 +27,9 @@ def can_launch(kernel: str, tensor: Tensor) -> bool:
 
 def launching_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which a GPU is the current one, where Triton launches whatever the tensors' device is."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
 
 
 @functools.cache
