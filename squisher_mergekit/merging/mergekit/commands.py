@@ -5,14 +5,14 @@ mergekit is imported inside the functions: it takes seconds, and ``squisher --he
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squisher_mergekit.errors import ConfigError, NotFoundError, SquisherError
 from squisher_mergekit.merging.mergekit.supported import need
-from squisher_mergekit.merging.parameters import METHODS
+from squisher_mergekit.merging.parameters import METHODS, scalars
 from squisher_mergekit.tensors.input_files import brief, exists
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -89,13 +89,42 @@ def resolved_models(config: Any, trust_remote_code: bool = False) -> list[tuple[
     return found
 
 
-def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = False, **options: Any) -> dict[str, Any]:
+def input_paths(config: Any, further: Iterable[Any] = ()) -> list[Path]:
+    """Return the local folders and files that a merge reads: those of its models and adapters, and its Fishers.
+
+    Args:
+        config: Configuration of the merge; changed in place.
+        further: Further values of ``fisher:``.
+
+    Raises:
+        RefusedError: A model does not exist.
+    """
+    from squisher_mergekit.merging.mergekit.document import blocks_of
+    from squisher_mergekit.merging.mergekit.model_folders import resolve_models
+
+    resolve_models(config)
+    models = [part for item in config.referenced_models() for part in (item.model, item.lora) if part is not None]
+    named = [value for block in blocks_of(config) for value in scalars(block.settings.get("fisher", "auto"))]
+    fishers = [str(value) for value in (*named, *further) if value not in ("auto", "none")]
+    paths = [*(Path(part.path) for part in models), *(Path(fisher).expanduser() for fisher in fishers)]
+    return [path for path in paths if exists(path)]
+
+
+def plan_config(
+    config: Any,
+    *,
+    strict: bool = False,
+    allow_missing: bool = False,
+    sources: "FisherSources | None" = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Plan a merge as ``mergekit-yaml`` does, and stop there.
 
     Args:
         config: Configuration of the merge.
         strict: Refuse a Fisher made at other weights.
         allow_missing: Go on without tensors that the merge would lose.
+        sources: Open Fishers to share with other runs; the caller closes them.
         **options: Fields of mergekit's ``MergeOptions``.
 
     Returns:
@@ -119,7 +148,7 @@ def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = Fals
     model_out_config = need(merge, "_model_out_config", "trust_remote_code")
     resolve_models(config, options.get("lora_merge_cache"), options.get("transformers_cache"))
     with (
-        Run(config.merge_method, quiet=True, strict=strict, allow_missing=allow_missing) as run,
+        Run(config.merge_method, quiet=True, strict=strict, allow_missing=allow_missing, sources=sources) as run,
         mergekit_errors(config),
     ):
         given = _options_of(run, MergeOptions(**options, quiet=True))
