@@ -169,11 +169,12 @@ def inputs_of(paths: Iterable[Path]) -> str:
     Args:
         paths: Folders of models, and files and folders of Fishers.
     """
-    found = {file for path in paths for file in ([path] if path.is_file() else path.rglob("*"))}
+    given = set(paths)
+    found = {file for path in given for file in (path, *path.rglob("*"))}
     states = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
         for file in found
-        if file.is_file() and (file.suffix in _ENDINGS or file.name in _CONFIGS)
+        if file.is_file() and (file in given or file.suffix in _ENDINGS or file.name in _CONFIGS)
     ]
     return hashlib.sha256(json.dumps(sorted(states)).encode()).hexdigest()
 

@@ -37,7 +37,30 @@ def merge_options(function: Callable[..., Any]) -> Callable[..., Any]:
     from mergekit.options import add_merge_options
 
     decorated: Callable[..., Any] = add_merge_options(function)
+    for option in getattr(decorated, "__click_params__", ()):
+        if option.name == "out_shard_size":
+            convert = option.type.convert
+            option.type.convert = functools.partial(_shard_size, convert)
     return decorated
+
+
+def _shard_size(convert: Callable[..., int], value: Any, param: Any, ctx: Any) -> int:
+    """Return a size in bytes.
+
+    Raises:
+        BadParameter: mergekit's function, which ends in a traceback, cannot read it.
+    """
+    import click
+
+    try:
+        return convert(value, param, ctx)
+    except (ValueError, IndexError):
+        raise click.BadParameter(
+            f"a size must be a number of bytes, or a whole number with k, m or b (thousand, million, billion), found "
+            f"{value!r:.80}; write 5b for 5 GB",
+            ctx,
+            param,
+        ) from None
 
 
 def read_config(text: str) -> Any:
