@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 
 from squisher_mergekit.cli.options import HELP_OPTIONS, out_option, strict_option
 from squisher_mergekit.cli.output import each_warning_once, progress_bar, write_picture
-from squisher_mergekit.errors import ConfigError, NotFoundError
+from squisher_mergekit.errors import ConfigError, NotFoundError, RefusedError
 from squisher_mergekit.merging.mergekit.commands import help_class, merge_options
 
 PICTURE = "sweep.png"
@@ -55,10 +56,16 @@ def command(
     Example:
         squisher sweep merge.yml --grid lambda=1,1.5 normalize=none,mean --eval 'python score.py {model}' -o sweep
     """
-    from squisher_mergekit.merging.mergekit.commands import read_config, read_document, run_config
+    from squisher_mergekit.merging.mergekit.commands import (
+        input_paths,
+        plan_config,
+        read_config,
+        read_document,
+        run_config,
+    )
     from squisher_mergekit.merging.sources import FisherSources
     from squisher_mergekit.recipes.grid import check_grid, label, parse_grid, points, with_point
-    from squisher_mergekit.recipes.sweep import Sweep, command_score, identity
+    from squisher_mergekit.recipes.sweep import Sweep, command_score, identity, inputs_of
     from squisher_mergekit.tensors.input_files import read_text
 
     if "{model}" not in evaluation:
@@ -73,7 +80,8 @@ def command(
     texts = {label(point): _yaml(with_point(document, point)) for point in every}
     for text in texts.values():
         read_config(text)
-    sweep = Sweep(out, every, identity(document, grid, evaluation, not lower), not lower, keep_all)
+    inputs = inputs_of(input_paths(read_config(given), grid.get("fisher", ())))
+    sweep = Sweep(out, every, identity(document, grid, evaluation, not lower), not lower, keep_all, inputs)
     sweep.resume()
     sources = FisherSources()
     each = merge_options.model_copy(update={"quiet": True})  # the sweep has one bar, and a line for each point
@@ -90,7 +98,12 @@ def command(
             click.echo(f"{merged.replace(',', ', ')}: score {found:g}")
         return found
 
+    options = {key: value for key, value in merge_options if key != "quiet"}
     try:
+        left = [name for name in texts if name not in sweep.scores]
+        for name in progress_bar(left, "plan", merge_options.quiet, unit="point"):
+            with _named(name):
+                plan_config(read_config(texts[name]), strict=strict, sources=sources, **options)
         sweep.run(merge, score, lambda items: progress_bar(items, "sweep", merge_options.quiet, unit="merge"))
     finally:
         sources.close()
@@ -99,6 +112,19 @@ def command(
     best = sweep.best
     assert best is not None
     click.echo(f"best of {len(every)}: {best.replace(',', ', ')}, score {sweep.scores[best]:g}, in {sweep.place(best)}")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Name the point in the message of a plan that refuses it.
+
+    Raises:
+        RefusedError: The block raised one.
+    """
+    try:
+        yield
+    except RefusedError as error:
+        raise type(error)(f"the point {name.replace(',', ', ')}: {error.message}") from error
 
 
 def _draw(sweep: Any, out: Path, lower: bool) -> None:

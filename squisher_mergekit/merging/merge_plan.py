@@ -166,13 +166,12 @@ class MergePlan:
             notes.append(f"{option}, for {of_all} tensors")
         if any(tensor.settings.write_fisher for tensor in self.tensors):
             notes.append("write_fisher: true, so that fisher: auto finds the Fisher of the result")
-        coupled = [tensor.name for tensor in self.tensors if tensor.coupled]
         uncoupled = self.uncoupled()
-        if coupled or uncoupled:
-            structure = next(t.settings.structure for t in self.tensors if t.coupled or t.uncoupled)
-            notes.append(
-                f"structure: {structure} couples {len(coupled)} tensors and leaves {len(uncoupled)} to the diagonal"
-            )
+        for structure in dict.fromkeys(t.settings.structure for t in self.tensors if t.coupled or t.uncoupled):
+            known = [tensor for tensor in self.tensors if tensor.settings.structure == structure]
+            coupled = sum(tensor.coupled for tensor in known)
+            left = sum(bool(tensor.uncoupled) for tensor in known)
+            notes.append(f"structure: {structure} couples {coupled} tensors and leaves {left} to the diagonal")
         if any(use.opened and use.opened.fisher.config.of_lora for t in self.tensors if t.coupled for use in t.uses):
             notes.append(
                 "task vector and Fisher of a LoRA have a low rank; in our experiments every structure merged LoRAs "

@@ -260,6 +260,16 @@ def _values(setting: Any, place: str, longest: int) -> Iterator[Any]:
         yield setting
 
 
+def scalars(setting: Any) -> Iterator[Any]:
+    """Yield the scalars of a valid setting.
+
+    Example:
+        >>> list(scalars([{"filter": "mlp", "value": 0.5}, {"value": [1, 2]}]))
+        [0.5, 1, 2]
+    """
+    return _values(setting, "", sys.maxsize)
+
+
 def check_filters(blocks: Iterable[Block], names: Mapping[str | None, Collection[str]]) -> None:
     """Refuse filters that decide about no tensor: mergekit ignores them silently.
 

@@ -25,6 +25,9 @@ from squisher_mergekit.tensors.temporary import cleaned_up
 
 BEST, MODELS, TABLE, STATE = "best", "models", "sweep.csv", "sweep.json"
 _WORK = ".merging"  # a killed sweep leaves it behind
+# Files that a merge reads; others, such as logs, can change.
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp")
+_CONFIGS = ("config.json", "adapter_config.json", "fisher_config.json")
 # A number by itself: digits within a word, such as those of f1, 7b or a path run6, are none.
 _NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)(?![\w.]*\w)", re.IGNORECASE
@@ -44,6 +47,7 @@ class Sweep:
         identity: Digest of configuration, grid and command; another sweep cannot continue in the folder.
         higher: True if the highest score is the best.
         keep_all: True to keep all models, not the best alone.
+        inputs: Digest of the files that the merges read, see :func:`inputs_of`.
         scores: Label of a point -> score.
     """
 
@@ -52,6 +56,7 @@ class Sweep:
     identity: str
     higher: bool = True
     keep_all: bool = False
+    inputs: str = ""
     scores: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -65,7 +70,7 @@ class Sweep:
         """Read the finished points of an earlier run.
 
         Raises:
-            ConfigError: The folder belongs to another sweep, or has other files.
+            ConfigError: The folder belongs to another sweep, or has other files, or a model or a Fisher has changed.
             CorruptFileError: The state is damaged.
         """
         state = self.folder / STATE
@@ -86,6 +91,11 @@ class Sweep:
             raise ConfigError(
                 f"{self.folder} must belong to this sweep, but its configuration, grid or command was another; choose "
                 "another folder, or remove it"
+            )
+        if kept.get("inputs", self.inputs) != self.inputs:
+            raise ConfigError(
+                f"the models and Fishers must be those of the finished points in {self.folder}, but one of their files "
+                "has changed since; choose another folder, or remove it"
             )
         self.scores = scores
         if self.best is not None and not self.place(self.best).is_dir():
@@ -136,7 +146,8 @@ class Sweep:
             if place.exists():
                 place.rename(work / "replaced")
             made.rename(place)
-        write_json(self.folder / STATE, {"identity": self.identity, "best": self.best, "scores": self.scores})
+        state = {"identity": self.identity, "inputs": self.inputs, "best": self.best, "scores": self.scores}
+        write_json(self.folder / STATE, state)
         write_whole(self.folder / TABLE, table(self.points, self.scores).encode())
 
 
@@ -150,6 +161,22 @@ def identity(document: Mapping[str, Any], grid: Mapping[str, Sequence[Any]], com
     """Return the digest that identifies a sweep."""
     text = json.dumps([document, grid, command, higher], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def inputs_of(paths: Iterable[Path]) -> str:
+    """Return the digest of size and time of change of the weights, Fishers and configurations below some paths.
+
+    Args:
+        paths: Folders of models, and files and folders of Fishers.
+    """
+    given = set(paths)
+    found = {file for path in given for file in (path, *path.rglob("*"))}
+    states = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in found
+        if file.is_file() and (file in given or file.suffix in _ENDINGS or file.name in _CONFIGS)
+    ]
+    return hashlib.sha256(json.dumps(sorted(states)).encode()).hexdigest()
 
 
 def table(points: Sequence[Mapping[str, Any]], scores: Mapping[str, float]) -> str:

@@ -98,3 +98,15 @@ def test_a_model_without_a_tokenizer(tmp_path, caplog, broken, said):
     assert re.search(said, records[0].getMessage())
     assert not any(record.exc_info for record in caplog.records)
     assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
+@pytest.mark.parametrize("size", ["5GB", "x", "-1", "1.5b"])
+def test_a_size_that_mergekit_cannot_read(tmp_path, size):
+    """It is a usage error in one line, not a traceback, with the form that is read."""
+    (tmp_path / "merge.yml").write_text("merge_method: squisher")
+    done = CliRunner().invoke(
+        main, ["merge", str(tmp_path / "merge.yml"), str(tmp_path / "out"), f"--out-shard-size={size}"]
+    )
+    assert done.exit_code == 2
+    line = done.stderr.splitlines()[-1]
+    assert f"found {size!r}; write 5b for 5 GB" in line

@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.merging.sources import FisherSources
@@ -102,6 +103,24 @@ def test_mistakes_are_refused_before_the_first_merge(tmp_path):
         assert done.exit_code == 1
         assert message in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_a_later_point_that_the_plan_refuses(tmp_path):
+    """It is named before the first merge, which may take hours, and nothing is written."""
+    done = _sweep(tmp_path, "--grid", "structure=diagonal,rows", "density=0.5")
+    assert done.exit_code == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("Error: the point structure=rows, density=0.5: density of")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_fisher_is_no_part_of_the_same_sweep(tmp_path):
+    """Scores of merges by another Fisher are not taken for those of this one."""
+    assert _sweep(tmp_path, "--grid", "damping=1").exit_code == 0
+    file = tmp_path / "m1" / "fisher.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    done = _sweep(tmp_path, "--grid", "damping=1")
+    assert (done.exit_code, "one of their files has changed" in done.stderr) == (1, True)
 
 
 @pytest.mark.parametrize("parameters", [3, [1], "damping"])

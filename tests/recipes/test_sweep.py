@@ -10,7 +10,7 @@ import pytest
 from squisher_mergekit.errors import ConfigError, CorruptFileError, OutputError, RefusedError
 from squisher_mergekit.recipes import sweep as module
 from squisher_mergekit.recipes.grid import points
-from squisher_mergekit.recipes.sweep import Sweep, command_score, identity, score_of
+from squisher_mergekit.recipes.sweep import Sweep, command_score, identity, inputs_of, score_of
 
 POINTS = list(points({"a": (1, 2, 3)}))
 
@@ -124,6 +124,24 @@ def test_a_lost_model_is_noticed(tmp_path):
         Sweep(tmp_path / "out", POINTS, "x").resume()
 
 
+def test_a_changed_model_or_fisher_is_noticed(tmp_path):
+    """Scores of other weights or another optimizer state do not count on; a log that grew changes nothing."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("model.safetensors", "optimizer.pt", "config.json", "log.txt"):
+        (model / name).write_text("a")
+    before = inputs_of([model])
+    Sweep(tmp_path / "out", POINTS, "x", inputs=before).run(_merge, _scores(1.0, 2.0, 3.0))
+    (model / "log.txt").write_text("ab")
+    Sweep(tmp_path / "out", POINTS, "x", inputs=inputs_of([model])).resume()
+    for name in ("model.safetensors", "optimizer.pt", "config.json"):
+        (model / name).write_text("ab")
+        with pytest.raises(ConfigError, match="one of their files has changed"):
+            Sweep(tmp_path / "out", POINTS, "x", inputs=inputs_of([model])).resume()
+        before, changed = inputs_of([model]), before
+        assert before != changed
+
+
 def test_the_identity_has_all_that_changes_a_score():
     """Another configuration, grid, command or direction is another sweep."""
     given = ({"a": 1}, {"b": (1,)}, "run {model}", True)
@@ -179,7 +197,7 @@ def test_the_state_is_plain_json(tmp_path):
     """The state names the best point and the score of each."""
     Sweep(tmp_path / "out", POINTS, "x").run(_merge, _scores(1.0, 3.0, 2.0))
     state = json.loads((tmp_path / "out" / module.STATE).read_text())
-    assert state == {"identity": "x", "best": "a=2", "scores": {"a=1": 1.0, "a=2": 3.0, "a=3": 2.0}}
+    assert state == {"identity": "x", "inputs": "", "best": "a=2", "scores": {"a=1": 1.0, "a=2": 3.0, "a=3": 2.0}}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

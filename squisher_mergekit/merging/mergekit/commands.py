@@ -5,14 +5,14 @@ mergekit is imported inside the functions: it takes seconds, and ``squisher --he
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squisher_mergekit.errors import ConfigError, NotFoundError, SquisherError
 from squisher_mergekit.merging.mergekit.supported import need
-from squisher_mergekit.merging.parameters import METHODS
+from squisher_mergekit.merging.parameters import METHODS, scalars
 from squisher_mergekit.tensors.input_files import brief, exists
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -37,7 +37,30 @@ def merge_options(function: Callable[..., Any]) -> Callable[..., Any]:
     from mergekit.options import add_merge_options
 
     decorated: Callable[..., Any] = add_merge_options(function)
+    for option in getattr(decorated, "__click_params__", ()):
+        if option.name == "out_shard_size":
+            convert = option.type.convert
+            option.type.convert = functools.partial(_shard_size, convert)
     return decorated
+
+
+def _shard_size(convert: Callable[..., int], value: Any, param: Any, ctx: Any) -> int:
+    """Return a size in bytes.
+
+    Raises:
+        BadParameter: mergekit's function, which ends in a traceback, cannot read it.
+    """
+    import click
+
+    try:
+        return convert(value, param, ctx)
+    except (ValueError, IndexError):
+        raise click.BadParameter(
+            f"a size must be a number of bytes, or a whole number with k, m or b (thousand, million, billion), found "
+            f"{value!r:.80}; write 5b for 5 GB",
+            ctx,
+            param,
+        ) from None
 
 
 def read_config(text: str) -> Any:
@@ -89,13 +112,42 @@ def resolved_models(config: Any, trust_remote_code: bool = False) -> list[tuple[
     return found
 
 
-def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = False, **options: Any) -> dict[str, Any]:
+def input_paths(config: Any, further: Iterable[Any] = ()) -> list[Path]:
+    """Return the local folders and files that a merge reads: those of its models and adapters, and its Fishers.
+
+    Args:
+        config: Configuration of the merge; changed in place.
+        further: Further values of ``fisher:``.
+
+    Raises:
+        RefusedError: A model does not exist.
+    """
+    from squisher_mergekit.merging.mergekit.document import blocks_of
+    from squisher_mergekit.merging.mergekit.model_folders import resolve_models
+
+    resolve_models(config)
+    models = [part for item in config.referenced_models() for part in (item.model, item.lora) if part is not None]
+    named = [value for block in blocks_of(config) for value in scalars(block.settings.get("fisher", "auto"))]
+    fishers = [str(value) for value in (*named, *further) if value not in ("auto", "none")]
+    paths = [*(Path(part.path) for part in models), *(Path(fisher).expanduser() for fisher in fishers)]
+    return [path for path in paths if exists(path)]
+
+
+def plan_config(
+    config: Any,
+    *,
+    strict: bool = False,
+    allow_missing: bool = False,
+    sources: "FisherSources | None" = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Plan a merge as ``mergekit-yaml`` does, and stop there.
 
     Args:
         config: Configuration of the merge.
         strict: Refuse a Fisher made at other weights.
         allow_missing: Go on without tensors that the merge would lose.
+        sources: Open Fishers to share with other runs; the caller closes them.
         **options: Fields of mergekit's ``MergeOptions``.
 
     Returns:
@@ -119,7 +171,7 @@ def plan_config(config: Any, *, strict: bool = False, allow_missing: bool = Fals
     model_out_config = need(merge, "_model_out_config", "trust_remote_code")
     resolve_models(config, options.get("lora_merge_cache"), options.get("transformers_cache"))
     with (
-        Run(config.merge_method, quiet=True, strict=strict, allow_missing=allow_missing) as run,
+        Run(config.merge_method, quiet=True, strict=strict, allow_missing=allow_missing, sources=sources) as run,
         mergekit_errors(config),
     ):
         given = _options_of(run, MergeOptions(**options, quiet=True))

@@ -168,12 +168,13 @@ def _extend_raw(module: ModuleType) -> None:
         from squisher_mergekit.merging.mergekit.adapter import add_fishers, check_same_names, names_of
         from squisher_mergekit.merging.mergekit.commands import mergekit_errors
         from squisher_mergekit.merging.mergekit.document import blocks_of
-        from squisher_mergekit.merging.mergekit.model_folders import check_path
+        from squisher_mergekit.merging.mergekit.model_folders import check_path, name_files_alike
 
         blocks = list(blocks_of(config))
         check_blocks(config.merge_method, blocks, layers=False)
         for i, item in enumerate(config.models):
             check_path(item.model, f"models[{i}].model", "a file of weights", local=True)
+        config = bound["config"] = name_files_alike(config)
         listed = {item.model for item in config.models}
         if config.merge_method == SQUISHER and config.base_model not in listed:
             # mergekit would sum the base.

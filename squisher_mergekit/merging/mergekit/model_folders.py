@@ -74,6 +74,7 @@ def resolve_models(
         _check_output(reference, place, out)
     _check_slices(config)
     _check_folders_once(config.models or [])
+    _name_alike(config)
     if config.merge_method == SQUISHER and config.base_model is None:
         config.base_model = _common_base([item.model for item in config.models or []])
     _check_tokenizers(config)
@@ -251,6 +252,36 @@ def _check_folders_once(models: Sequence[Any]) -> None:
                 f"models must list each model once, but models[{first}] ({models[first].model}) and models[{i}] "
                 f"({item.model}) are one folder; remove one, and give the other their common weight"
             )
+
+
+def _name_alike(config: Any) -> None:
+    """Give each model one name, also where base_model: spells its folder in another way than models: or sources:.
+
+    mergekit compares names: it would take a base with a slash at its end for a further model.
+    """
+    names: dict[tuple[str, str], Any] = {}
+    for _, owner, attribute in _references(config):
+        reference = getattr(owner, attribute)
+        setattr(owner, attribute, names.setdefault((_resolved(reference.model), _resolved(reference.lora)), reference))
+
+
+def name_files_alike(config: Any) -> Any:
+    """Return a configuration of single files whose base has the name of the same file under models:.
+
+    Raises:
+        ConfigError: Two models are one file.
+    """
+    names: dict[Path, str] = {}
+    for i, item in enumerate(config.models):
+        first = names.setdefault(Path(item.model).resolve(), item.model)
+        if first != item.model:
+            raise ConfigError(
+                f"models must list each file once, but models[{i}] ({item.model}) is {first} as well; remove one, and "
+                "give the other their common weight"
+            )
+    if config.base_model is None:
+        return config
+    return config.model_copy(update={"base_model": names.get(Path(config.base_model).resolve(), config.base_model)})
 
 
 def _resolved(path: Any) -> str:

@@ -178,6 +178,16 @@ def test_a_plan_counts_the_base(tmp_path: Path) -> None:
     assert coupled["bytes_to_read"]["weights"] > plain["bytes_to_read"]["weights"]
 
 
+def test_a_plan_names_each_structure(tmp_path: Path) -> None:
+    """With filters, each structure has a line with its own number of tensors; 3 layers have 3 and 4 matrices."""
+    _family(tmp_path)
+    config = _config(tmp_path, "rows")
+    kinds = [{"filter": "mlp", "value": "rows"}, {"filter": "self_attn", "value": "kron"}, {"value": "diagonal"}]
+    text = preview_of(tmp_path, config | {"parameters": {**config["parameters"], "structure": kinds}})["text"]
+    assert "structure: rows couples 9 tensors and leaves 0 to the diagonal" in text
+    assert "structure: kron couples 12 tensors and leaves 0 to the diagonal" in text
+
+
 def test_a_plan_names_tensors_that_stay_diagonal_with_the_reason(tmp_path: Path) -> None:
     """Vectors, the embedding, and a matrix that the base lacks."""
     _family(tmp_path)

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mergekit.config import MergeConfiguration
+from safetensors.torch import load_file
 
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.merging.mergekit import model_folders
-from tests.merging.reference import assert_config_refused, assert_refused, merge, merged
+from tests.merging.models import nets
+from tests.merging.reference import assert_config_refused, assert_refused, merge, merge_raw, merged
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path, pair: dict[str, Any]) -> None:
@@ -179,6 +182,34 @@ def test_one_folder_under_two_names(tmp_path: Path, pair: dict[str, Any], spelli
     other = str(tmp_path / "link") if spelling == "link" else spelling.format(tmp_path / "m0")
     pair["models"][1]["model"] = other
     assert_config_refused(tmp_path, pair, "models must list each model once", f"models[1] ({other}) are one folder")
+
+
+@pytest.mark.parametrize("spelling", ["{}/", "link", "{}/../m0"])
+def test_a_base_under_two_names(tmp_path: Path, pair: dict[str, Any], spelling: str) -> None:
+    """A base that models: lists under another name of its folder counts once, as under one name."""
+    (tmp_path / "link").symlink_to(tmp_path / "m0")
+    pair |= {"merge_method": "ubgm_squisher", "base_model": str(tmp_path / "m0")}
+    wanted = merged(pair, tmp_path / "out")
+    pair["models"][0]["model"] = str(tmp_path / "link") if spelling == "link" else spelling.format(tmp_path / "m0")
+    found = merged(pair, tmp_path / "other")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_single_files_under_two_names(tmp_path: Path) -> None:
+    """A file that is listed twice is refused; a base under another name of its file is that file."""
+    nets(tmp_path, 2)
+    files = [str(tmp_path / f"n{i}" / "net.safetensors") for i in range(2)]
+    other = str(tmp_path / "n1" / ".." / "n0" / "net.safetensors")
+    twice = {"merge_method": "squisher", "models": [{"model": file} for file in (*files, other)]}
+    done = merge_raw(tmp_path, twice)
+    assert (done.exit_code, f"models[2] ({other}) is {files[0]} as well" in done.output) == (1, True)
+    found = []
+    for base in (files[0], other):
+        config = {"merge_method": "ubgm_squisher", "base_model": base, "models": [{"model": file} for file in files]}
+        assert merge_raw(tmp_path, config).exit_code == 0
+        found.append(load_file(tmp_path / "out" / "model.safetensors"))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 @pytest.mark.parametrize("place", ["models[1].model", "base_model"])
