@@ -46,6 +46,7 @@ EXPERIMENTS = (
     "structure_adapters",
     "structure_optimizers",
     "merge_methods",
+    "merge_methods_counts",
     "merge_methods_language",
     "lora_rank",
     "lora_merging",
