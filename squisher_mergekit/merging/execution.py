@@ -182,6 +182,10 @@ def _run_chunks(
     thetas = [theta.reshape(-1) for theta in operands.thetas]
     fishers = [fisher.reshape(-1) for fisher in operands.fishers]
     size, work, ballot = operands.size, operands.work, operands.ballot
+    shape = operands.thetas[0].shape
+    if not size:
+        empty = blank_fisher(operands).reshape(shape) if ballot.recorded and information else None
+        return Outcome(torch.empty(shape, dtype=out_dtype), [0.0] * count, 0, fisher=empty)
     origin = None if ballot.origin is None else ballot.origin.reshape(-1)
     based = None if ballot.based is None else ballot.based.reshape(-1)
     out, limit = torch.empty(size, dtype=out_dtype), torch.finfo(out_dtype).max
@@ -221,10 +225,9 @@ def _run_chunks(
         return [float(share) for share in merged.shares], [int(number) for number in counts]
 
     results = map_parts(chunk, range(0, size, CHUNK), size)
-    shares = [sum(shares[i] for shares, _ in results) / max(size, 1) for i in range(count)]
+    shares = [sum(shares[i] for shares, _ in results) / size for i in range(count)]
     fell_back, silent, *rest = (sum(column) for column in zip(*(counts for _, counts in results), strict=True))
-    fisher = None if recorded is None else recorded.reshape(operands.thetas[0].shape)
-    shape = operands.thetas[0].shape
+    fisher = None if recorded is None else recorded.reshape(shape)
     abstained, conflicts = rest[:count], rest[count:]
     return Outcome(out.reshape(shape), list(shares), fell_back, [], 0, list(abstained), silent, fisher, list(conflicts))
 

@@ -9,7 +9,7 @@ import torch
 from squisher_mergekit.errors import ValuesError
 from squisher_mergekit.merging import execution, fused
 from squisher_mergekit.merging.execution import merge_squisher, merge_ubgm
-from squisher_mergekit.merging.inputs import Input
+from squisher_mergekit.merging.inputs import Ballot, Input
 from squisher_mergekit.merging.pool import Pool
 from squisher_mergekit.merging.run import Run
 from tests.merging.reference import assert_within, draw_fisher, largest, squisher_reference, ubgm_reference
@@ -335,3 +335,19 @@ def test_an_accelerator_counts_results_that_are_not_finite(device: torch.device,
     run.record("w", ["a"] * len(outcome.shares), outcome)
     with pytest.raises(ValuesError, match=r"w has . NaN or infinite entries"):
         run.check()
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_tensor_without_entries(known: bool, recorded: bool) -> None:
+    """A tensor without entries, such as the embedding of no token types, merges to itself by both methods."""
+    theta = torch.zeros(0, 7, dtype=torch.bfloat16)
+    inputs = [Input(theta, theta.float() if known else None, weight) for weight in WEIGHTS]
+    ballot = Ballot(recorded=recorded)
+    for outcome in (
+        merge_squisher(inputs, torch.float16, ballot),
+        merge_ubgm(Input(theta, None), inputs, 0.5, torch.float16, ballot),
+    ):
+        assert (outcome.values.shape, outcome.values.dtype) == ((0, 7), torch.float16)
+        assert (outcome.shares, int(outcome.fell_back)) == ([0.0] * 3, 0)
+        assert (outcome.fisher is not None) == (known and recorded)
