@@ -239,10 +239,13 @@ def weighted_mean(thetas: Sequence[Tensor], weights: Sequence[float], base: Tens
     Returns:
         The mean, shaped like the weight.
     """
-    origin = torch.zeros_like(thetas[0]) if base is None else base
-    total = sum(weights)
-    mean = _sum([(theta - origin) * (w / total) for theta, w in zip(thetas, weights, strict=True)]) + origin
-    low, high = bounds(thetas)
+    total, used = sum(weights), [(theta, w) for theta, w in zip(thetas, weights, strict=True) if w > 0]
+    if base is None:
+        mean = _sum([theta * (w / total) for theta, w in used])
+    else:
+        # No step where both are equal, which they can be at infinity, as in the buffer of a mask.
+        mean = _sum([torch.where(theta == base, 0, theta - base) * (w / total) for theta, w in used]) + base
+    low, high = bounds([theta for theta, _ in used])
     return mean.clamp_(low, high)
 
 

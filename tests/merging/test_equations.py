@@ -179,3 +179,11 @@ def test_shares_and_fallback_are_counted() -> None:
     merged = squisher(thetas, fishers, WEIGHTS[:3], [1.0] * 3)
     assert int(merged.fell_back) == int((sum(f.double() for f in fishers) == 0).sum()) >= SHAPE[1]
     assert float(sum(merged.shares)) == pytest.approx(thetas[0].numel(), rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.3), (2.0, 0.0)])
+def test_the_weighted_mean_keeps_infinite_entries_that_all_share(weights: tuple[float, float]) -> None:
+    """The buffer of a mask, 0 and -inf, is its own mean, with and without a base, and for a model of weight 0."""
+    mask = torch.full((7, 7), -torch.inf).triu(1)
+    for base in (None, mask):
+        assert torch.equal(weighted_mean([mask, mask.clone()], weights, base), mask)
