@@ -59,10 +59,15 @@ class Ranking:
         """Return random numbers, above 0, that depend on the seed and the place alone; parts start at a block."""
         first, size = part.start // _BLOCK, len(fisher[part])
         drawn = [
-            torch.rand(_BLOCK, generator=torch.Generator().manual_seed(self.seed * (1 << 20) + first + i), device="cpu")
+            torch.rand(_BLOCK, generator=torch.Generator().manual_seed(_mixed(self.seed, first + i)), device="cpu")
             for i in range(-(-size // _BLOCK))
         ]
         return 1 - torch.cat([*drawn, torch.empty(0, device="cpu")])[:size].to(fisher.device)
+
+
+def _mixed(seed: int, block: int) -> int:
+    """Return the seed of one block; torch's generator on the CPU looks at 32 bits of a seed alone."""
+    return zlib.crc32(f"{seed} {block}".encode())
 
 
 def seed_of(name: str, place: int) -> int:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from squisher_mergekit.merging import execution
-from squisher_mergekit.merging.density import Ranking, Rows, Trim
+from squisher_mergekit.merging.density import Ranking, Rows, Trim, seed_of
 from squisher_mergekit.merging.execution import merge_squisher, merge_ubgm
 from squisher_mergekit.merging.inputs import Input
 from squisher_mergekit.merging.mergekit.tasks import permute_rows, shared_rows
@@ -156,3 +156,11 @@ def test_random_scores_are_the_same_inside_another_default(device: torch.device)
     with torch.device("meta"):
         found = [block.cpu() for block in there.blocks()]
     torch.testing.assert_close(torch.cat(found).reshape(7, 3), expected, rtol=0, atol=0)
+
+
+def test_tensors_and_models_draw_random_numbers_of_their_own() -> None:
+    """No two of 400 tensors have the same random order, though torch's generator looks at 32 bits of a seed alone."""
+    fisher = torch.zeros(7)
+    seeds = [seed_of(f"layers.{layer}.up.weight", place) for layer in range(200) for place in range(2)]
+    drawn = {tuple(Ranking("random", seed=seed).scores(fisher, fisher, slice(0, 7)).tolist()) for seed in seeds}
+    assert len(drawn) == 400
