@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def parse_grid(axes: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         grid[name] = tuple(_value(value.strip(), axis) for value in values.split(","))
         if len({repr(value) for value in grid[name]}) < len(grid[name]):
             raise ConfigError(f"--grid must have each value once, found {axis!r:.80}; remove the second")
-    count = len(list(points(grid))) if all(len(values) <= _MOST for values in grid.values()) else _MOST + 1
+    count = math.prod(map(len, grid.values()))
     if not grid or count > _MOST:
         raise ConfigError(f"--grid must have 1 to {_MOST} points, found {count if grid else 0}; give fewer values")
     return grid
@@ -53,7 +54,8 @@ def _value(text: str, axis: str) -> Any:
     """Return a number, a flag or a word; YAML takes 1e-3 for a word."""
     try:
         value = yaml.safe_load(text)
-        value = float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
+        is_number = isinstance(value, str) and value[:1] in "+-.0123456789" and "/" not in value  # no path
+        value = float(value) if is_number else value
     except (yaml.YAMLError, ValueError):
         value = None
     if not isinstance(value, str | int | float | bool):

@@ -14,6 +14,11 @@ def test_values_are_read_as_yaml():
     }
 
 
+def test_a_path_is_a_word():
+    """A path that begins with a dot, and a Hub id that begins with a digit, are words."""
+    assert parse_grid(["fisher=./a,../b,01-ai/Yi@fisher"]) == {"fisher": ("./a", "../b", "01-ai/Yi@fisher")}
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
@@ -28,6 +33,7 @@ def test_values_are_read_as_yaml():
         (["a=null"], "a number or a word"),
         ([], "1 to 1000 points"),
         ([f"{name}={','.join(map(str, range(11)))}" for name in "abc"], "found 1331"),
+        ([f"{name}={','.join(map(str, range(1000)))}" for name in "abcd"], "found 1000000000000"),
     ],
 )
 def test_a_grid_of_another_form_is_refused(axes, message):
