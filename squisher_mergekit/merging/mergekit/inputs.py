@@ -100,10 +100,15 @@ def from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method:
         RefusedError: A mapping or a tensor is missing, or cannot be scaled.
     """
     sources = {entry.id: given["fisher"][entry.id] for entry in group.entries}
+    base = next((entry.id for entry in group.entries if entry.is_base), None)
     for key, source in sources.items():
         if isinstance(source, Mapping):
             continue
-        base = next((entry.id for entry in group.entries if entry.is_base), None)
+        if source == "none" and key != base and given["density"][key] < 1:
+            raise ConfigError(
+                f"density of input {key!r} must be 1 with fisher: none, as F chooses the entries, found "
+                f"{given['density'][key]:g}; pass its Fisher, or remove one of the two"
+            )
         if source == "none" and ((key == base and method == parameters.UBGM_SQUISHER) or parameters.is_coupled(given)):
             continue
         raise ConfigError(

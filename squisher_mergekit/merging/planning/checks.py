@@ -47,6 +47,11 @@ def _check_structure(name: str, inputs: Sequence[WeightInput], settings: Setting
             f"for {name}; remove one of the two"
         )
     for item in inputs:
+        if item.density < 1 and item.fisher == "none":
+            raise ConfigError(
+                f"density of {item.model.label} must be 1 with fisher: none, as F chooses the entries, found "
+                f"{item.density:g} for {name}; give the model a Fisher, or remove one of the two"
+            )
         if item.density < 1 and not votes.abstain:
             raise ConfigError(
                 f"density of {item.model.label} must be 1 with {structure} and trimmed: base, found "

@@ -249,3 +249,14 @@ def test_values_out_of_range_are_refused(tmp_path: Path, key: str, value: Any) -
     """Each parameter names what it accepts."""
     _family(tmp_path)
     assert_config_refused(tmp_path, _config(tmp_path, "kron", **{key: value}), key)
+
+
+def test_density_without_a_fisher_is_refused(tmp_path: Path) -> None:
+    """F chooses the entries that a density keeps: with `fisher: none` the density would change nothing."""
+    _family(tmp_path)
+    config = _config(tmp_path, "rows")
+    config["parameters"] |= {"trimmed": "abstain", "density": 0.2}
+    for model in config["models"]:
+        model["parameters"]["fisher"] = "none"
+    words = ("density of", "must be 1 with fisher: none", "give the model a Fisher")
+    assert_config_refused(tmp_path / "x", config, *words)
