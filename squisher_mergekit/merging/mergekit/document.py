@@ -7,7 +7,8 @@ documents for the methods of this package are validated.
 import difflib
 import importlib.resources
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -251,6 +252,45 @@ def blocks_of(config: Any) -> Iterator[Block]:
 def _block(place: str, model: Any, settings: Any) -> Iterator[Block]:
     if settings:
         yield Block(place, None if model is None else str(model), settings)
+
+
+def name_files_alike(config: Any) -> Any:
+    """Return a configuration of single files whose base has the name of the same file under models:.
+
+    Raises:
+        ConfigError: Two models are one file.
+    """
+    names: dict[Path, str] = {}
+    for i, item in enumerate(config.models):
+        first = names.setdefault(Path(item.model).resolve(), item.model)
+        if first != item.model:
+            raise ConfigError(
+                f"models must list each file once, but models[{i}] ({item.model}) is {first} as well; remove one, and "
+                "give the other their common weight"
+            )
+    if config.base_model is None:
+        return config
+    return config.model_copy(update={"base_model": names.get(Path(config.base_model).resolve(), config.base_model)})
+
+
+def with_token_sources(tokenizer: Any, find: Callable[[str, Any], Any]) -> Any:
+    """Return the part ``tokenizer:`` of a configuration with other references to the models that tokens come from.
+
+    Args:
+        tokenizer: mergekit's ``TokenizerConfig``.
+        find: Function from a place in the YAML and a reference to the new one.
+    """
+    from mergekit.tokenizer.config import ModelTokenEmbedding, ZeroEmbedding
+
+    tokens = dict(tokenizer.tokens or {})
+    for token, each in tokens.items():
+        place, source = f"tokenizer.tokens.{token}.source", each.source
+        if isinstance(source, ModelTokenEmbedding):
+            source = source.model_copy(update={"model": find(f"{place}.model", source.model)})
+        elif source is not None and not isinstance(source, ZeroEmbedding):
+            source = find(place, source)
+        tokens[token] = each.model_copy(update={"source": source})
+    return tokenizer.model_copy(update={"tokens": tokens}) if tokens else tokenizer
 
 
 def parts_of(config: Any) -> Iterator[tuple[str, Any]]:

@@ -167,8 +167,8 @@ def _extend_raw(module: ModuleType) -> None:
             return plan_flat_merge(**bound)
         from squisher_mergekit.merging.mergekit.adapter import add_fishers, check_same_names, names_of
         from squisher_mergekit.merging.mergekit.commands import mergekit_errors
-        from squisher_mergekit.merging.mergekit.document import blocks_of
-        from squisher_mergekit.merging.mergekit.model_folders import check_path, name_files_alike
+        from squisher_mergekit.merging.mergekit.document import blocks_of, name_files_alike
+        from squisher_mergekit.merging.mergekit.model_folders import check_path
 
         blocks = list(blocks_of(config))
         check_blocks(config.merge_method, blocks, layers=False)

@@ -2,12 +2,12 @@
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from squisher_mergekit.errors import ConfigError, NotFoundError
-from squisher_mergekit.merging.mergekit.document import meant, parts_of
+from squisher_mergekit.merging.mergekit.document import meant, parts_of, with_token_sources
 from squisher_mergekit.merging.parameters import SQUISHER
 from squisher_mergekit.models.adapters import ADAPTER_CONFIG
 from squisher_mergekit.models.checkpoint_names import MOST_LAYERS
@@ -21,6 +21,7 @@ LOG = logging.getLogger("squisher_mergekit")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LONGEST_ID = 300  # letters of org/name@revision; the Hub allows 96 each for the first two
+_Key = tuple[str, str]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
 
 
@@ -56,9 +57,11 @@ def resolve_models(
         NotFoundError: A path does not exist, or holds no model.
         ConfigError: A model is listed twice or in the output folder, or lacks a layer of a slice.
     """
+    given: dict[_Key, Any] = {}
     for place, owner, attribute in _references(config):
         _check_range(owner, place)
         reference = getattr(owner, attribute)
+        key = _key(reference)
         check_path(reference.model.path, place, "a model's folder or a Hub id")
         if reference.lora is None:
             reference = _with_base(reference, place, cache_dir)
@@ -70,11 +73,12 @@ def resolve_models(
             model = reference.model.model_copy(update={"path": str(path)})
             reference = reference.model_copy(update={"model": model})
         setattr(owner, attribute, reference)
+        given[key] = reference
         _check_layers(owner, place)
         _check_output(reference, place, out)
     _check_slices(config)
     _check_folders_once(config.models or [])
-    _name_alike(config)
+    _name_alike(config, given)
     if config.merge_method == SQUISHER and config.base_model is None:
         config.base_model = _common_base([item.model for item in config.models or []])
     _check_tokenizers(config)
@@ -174,7 +178,7 @@ def _check_tokenizers(config: Any) -> None:
         if hint:
             raise ConfigError(f"{key} must be union, base or a model, found {path!r}{hint}")
         check_path(path, key, "union, base, a model's folder or a Hub id")
-    for model in config.referenced_models():
+    for model in (*config.referenced_models(), *(() if isinstance(source, str) else (source,))):
         if lacks_tokenizer(model):
             raise NotFoundError(
                 f"{key} needs the tokenizer of every model, but {model.model.path} has none; copy tokenizer.json and "
@@ -243,9 +247,9 @@ def _check_folders_once(models: Sequence[Any]) -> None:
     Raises:
         ConfigError: Two models are one folder.
     """
-    places: dict[tuple[str, str], int] = {}
+    places: dict[_Key, int] = {}
     for i, item in enumerate(models):
-        key = (_resolved(item.model.model), _resolved(item.model.lora))
+        key = _key(item.model)
         if places.setdefault(key, i) != i:
             first = places[key]
             raise ConfigError(
@@ -254,34 +258,39 @@ def _check_folders_once(models: Sequence[Any]) -> None:
             )
 
 
-def _name_alike(config: Any) -> None:
-    """Give each model one name, also where base_model: spells its folder in another way than models: or sources:.
+def _name_alike(config: Any, given: Mapping[_Key, Any]) -> None:
+    """Give each model one name, also where base_model: or tokenizer: spell its folder in another way than models:.
 
-    mergekit compares names: it would take a base with a slash at its end for a further model.
+    mergekit compares names: it would take a base with a slash at its end for a further model. ``given``: model in the
+    document -> the one that stands for it.
     """
-    names: dict[tuple[str, str], Any] = {}
+    names: dict[_Key, Any] = {}
     for _, owner, attribute in _references(config):
         reference = getattr(owner, attribute)
-        setattr(owner, attribute, names.setdefault((_resolved(reference.model), _resolved(reference.lora)), reference))
+        setattr(owner, attribute, names.setdefault(_key(reference), reference))
+
+    def of_merge(place: str, reference: Any) -> Any:
+        found = names.get(_key(given.get(_key(reference), reference)))
+        if found is None:
+            raise ConfigError(f"{place} must be a model of the merge, found {reference}; name one that is listed")
+        return found
+
+    config.tokenizer_source = _with_tokenizer(config.tokenizer_source, given)
+    if config.tokenizer is not None:
+        tokenizer = with_token_sources(config.tokenizer, of_merge)
+        config.tokenizer = tokenizer.model_copy(update={"source": _with_tokenizer(tokenizer.source, given)})
 
 
-def name_files_alike(config: Any) -> Any:
-    """Return a configuration of single files whose base has the name of the same file under models:.
+def _with_tokenizer(source: Any, given: Mapping[_Key, Any]) -> Any:
+    """Return a tokenizer's source; of a run without a tokenizer of its own the checkpoint that stands for it."""
+    if source is None or isinstance(source, str) or not lacks_tokenizer(source):
+        return source
+    return given.get(_key(source), source)
 
-    Raises:
-        ConfigError: Two models are one file.
-    """
-    names: dict[Path, str] = {}
-    for i, item in enumerate(config.models):
-        first = names.setdefault(Path(item.model).resolve(), item.model)
-        if first != item.model:
-            raise ConfigError(
-                f"models must list each file once, but models[{i}] ({item.model}) is {first} as well; remove one, and "
-                "give the other their common weight"
-            )
-    if config.base_model is None:
-        return config
-    return config.model_copy(update={"base_model": names.get(Path(config.base_model).resolve(), config.base_model)})
+
+def _key(reference: Any) -> _Key:
+    """Return what tells a model from others, under whatever spelling of its folder."""
+    return _resolved(reference.model), _resolved(reference.lora)
 
 
 def _resolved(path: Any) -> str:

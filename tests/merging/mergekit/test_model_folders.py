@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.merging.mergekit import model_folders
-from tests.merging.models import nets
+from tests.merging.models import EMBEDDING, nets, word_tokenizer
 from tests.merging.reference import assert_config_refused, assert_refused, merge, merge_raw, merged
 
 
@@ -224,3 +224,42 @@ def test_the_output_is_no_model_of_the_merge(tmp_path: Path, pair: dict[str, Any
     assert result.stderr.startswith("Error: the output must be another folder than the models")
     assert f"is {place}, whose weights it would replace" in result.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "m1").iterdir()} == before
+
+
+@pytest.mark.parametrize("form", ["{}/", "{}/../m1"])
+@pytest.mark.parametrize("kind", ["model", "model_token"])
+def test_a_token_from_another_spelling_of_a_folder(tmp_path: Path, pair: dict[str, Any], form: str, kind: str) -> None:
+    """The row of a token comes from a model of the merge, however `tokenizer:` spells its folder."""
+    for i in range(2):
+        word_tokenizer(tmp_path / f"m{i}", [f"word{j}" for j in range(28)])
+    path = form.format(tmp_path / "m1")
+    source = path if kind == "model" else {"kind": kind, "model": path, "token": "word7"}
+    pair["tokenizer"] = {"source": "union", "tokens": {"word3": {"source": source, "force": True}}}
+    out = merged(pair, tmp_path / "out")[EMBEDDING]
+    own = load_file(tmp_path / "m1" / "model.safetensors")[EMBEDDING]
+    assert torch.equal(out[4], own[4 if kind == "model" else 8])
+
+
+def test_a_token_from_the_folder_of_a_run(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """The folder of a run in `tokenizer:` stands for the same checkpoint as under `models:`."""
+    for i in range(2):
+        word_tokenizer(tmp_path / f"m{i}", [f"word{j}" for j in range(28)])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "m1").rename(tmp_path / "run" / "checkpoint-7")
+    pair["models"][1]["model"] = str(tmp_path / "run")
+    tokens = {"word3": {"source": str(tmp_path / "run"), "force": True}}
+    own = load_file(tmp_path / "run" / "checkpoint-7" / "model.safetensors")[EMBEDDING]
+    for i, source in enumerate(("union", str(tmp_path / "run"))):
+        tokenizer = {"source": source, "tokens": tokens}
+        assert torch.equal(merged(pair | {"tokenizer": tokenizer}, tmp_path / f"out{i}")[EMBEDDING][4], own[4])
+    plain = merged(pair | {"tokenizer_source": str(tmp_path / "run")}, tmp_path / "out")
+    assert plain[EMBEDDING].shape[0] == 29
+
+
+def test_a_token_from_no_model_of_the_merge(tmp_path: Path, pair: dict[str, Any]) -> None:
+    """A token's source must be a listed model, which is refused before anything is merged."""
+    for i in range(2):
+        word_tokenizer(tmp_path / f"m{i}", [f"word{j}" for j in range(28)])
+    tokens = {"word3": {"source": str(tmp_path / "m2")}}
+    pair["tokenizer"] = {"source": "union", "tokens": tokens}
+    assert_config_refused(tmp_path, pair, "tokenizer.tokens.word3.source must be a model of the merge", "m2")
