@@ -85,6 +85,7 @@ def load_tensor(
     density: float = 1.0,
     ranked: bool = True,
     sides: Sequence[Side] = (),
+    ranks: Fisher | None = None,
 ) -> LoadedFisher:
     """Read one tensor of a Fisher.
 
@@ -101,6 +102,7 @@ def load_tensor(
         density: Share of this model's task vector that is kept.
         ranked: True if F ranks the entries for the density.
         sides: Sides whose recorded factors the merge needs, where there are some.
+        ranks: Fisher with all tensors of the model, where ``source`` has this one alone.
 
     Returns:
         The tensor and its factor.
@@ -130,19 +132,23 @@ def load_tensor(
     scores = None
     if floor > 0 and tensor.numel():
         scores = tensor if density < 1 else None
-        tensor = tensor.clamp_min(floor * tensor.mean(dtype=torch.float64).item())
+        least = floor * tensor.mean(dtype=torch.float64).item()
+        # A narrow dtype would round the floor, in float16 to 0.
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).clamp_min(least)
     rows, columns = (read_side(fisher, stored, side) if side in sides else None for side in SIDES)
-    rank_scale = _rank_scale(fisher, stored, scaling) if density < 1 and ranked else 1.0
+    rank_scale = (
+        _rank_scale(fisher, stored, scaling, fisher if ranks is None else ranks) if density < 1 and ranked else 1.0
+    )
     return LoadedFisher(stored, fisher.location, tensor, scale, density, rank_scale, scores, factors=(rows, columns))
 
 
-def _rank_scale(fisher: Fisher, name: str, scaling: Scaling) -> float:
-    """Return the factor on one tensor of a Fisher for scores over all tensors.
+def _rank_scale(fisher: Fisher, name: str, scaling: Scaling, whole: Fisher) -> float:
+    """Return the factor on one tensor of a Fisher for scores over all tensors, those of the ``whole`` Fisher.
 
     Apart from steps that differ between tensors it is a power of two, so that equal scores stay equal, and near the
     reciprocal of the norm, so that ``F d^2`` stays within float32.
     """
-    norm = fisher.config.norm or 1.0
-    first = next(iter(fisher), name)
-    ratio = fisher.factor(name, scaling) / fisher.factor(first, scaling)
+    norm = whole.config.norm or 1.0
+    first = next(iter(whole), name)
+    ratio = fisher.factor(name, scaling) / whole.factor(first, scaling)
     return ratio * 2.0 ** -min(max(math.frexp(norm)[1], -120), 120)

@@ -102,3 +102,13 @@ def test_floor(tmp_path: Path) -> None:
     result = merged({"merge_method": "squisher", "models": models, "parameters": {"floor": 0.5}}, tmp_path / "out")
     floored = [{n: f.double().clamp_min(0.5 * f.double().mean()) for n, f in model.items()} for model in fishers]
     assert_squisher(result, weights, floored, (1.0, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_floor_is_not_rounded_to_the_dtype_of_the_fisher(dtype: torch.dtype) -> None:
+    """The floor is a share of the mean to the precision of float32, also where the Fisher is stored in 16 bits."""
+    stored = torch.tensor([0.0, 1e-5, 3e-5, 1e-4, 7e-4]).to(dtype)
+    loaded = load_tensor({"w": stored}, "w", scaling="raw", normalize="none", floor=1e-3, fisher_scale=1.0)
+    assert loaded.tensor is not None
+    expected = stored.double().clamp_min(1e-3 * float(stored.double().mean()))
+    torch.testing.assert_close(loaded.tensor.double(), expected, rtol=1e-6, atol=0)

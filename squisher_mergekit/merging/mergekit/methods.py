@@ -183,7 +183,8 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
                 f"{[*options.of_origin, 'trimmed: abstain'][0]} needs a base, the model that all were trained from, "
                 f"but for {name} none is given; give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
             )
-        origin = base.tensor if base is not None else origins[0].origin
+        # In slices, the base can be an input by another of its layers.
+        origin = origins[0].origin if origins else None if base is None else base.tensor
         assert origin is not None
         device = inputs[0].theta.device
         return Ballot(options, origin.detach().to(device), _based(origins, inputs[0].theta), recorded)
@@ -225,9 +226,9 @@ def _structure(
 
 def _origin(name: str, base: TensorEntry | None, loaded: Mapping[Any, LoadedFisher]) -> torch.Tensor:
     """Return theta_0."""
-    origin: torch.Tensor | None = None if base is None else base.tensor
-    if origin is None:
-        origin = next((item.origin for item in loaded.values() if item.origin is not None), None)
+    origin = next((item.origin for item in loaded.values() if item.origin is not None), None)
+    if origin is None and base is not None:
+        origin = base.tensor
     if origin is None:
         raise ConfigError(
             f"a structure beyond the diagonal needs a base, the model that all were trained from, but for {name} none "

@@ -89,6 +89,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
             density=self.density,
             ranked=self.ranked,
             sides=self.sides,
+            ranks=fisher,
         )
         return loaded if self.padding is None else loaded.padded(*self.padding)
 
@@ -182,8 +183,7 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
             check_finite(tensor, self.output_weight.name, " or ".join(map(str, tensors)))
             return tensor
         parameters = {**self.input_parameters}
-        device = next((tensor.device for tensor in tensors.values()), CPU)
-        for model, fisher in self.load(tokenizer_info, origins, device).items():
+        for model, fisher in self.load(tokenizer_info, origins, tensors).items():
             if model in tensors:
                 choice = thresholds.get(model, {}).get(self.output_weight.name)
                 fisher = fisher if choice is None else replace(fisher, cut=choice.cut)
@@ -198,22 +198,24 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         return merged
 
     def load(
-        self, tokenizer_info: Any, origins: dict[str, Tensor], device: torch.device = CPU
+        self, tokenizer_info: Any, origins: dict[str, Tensor], tensors: Mapping[ModelReference, Tensor]
     ) -> dict[ModelReference, LoadedFisher]:
         """Read the Fishers of the tensor, with theta_0, in the order of the vocabulary of the output.
 
         Args:
             tokenizer_info: mergekit's record of the vocabularies; None if none is re-ordered.
             origins: Name of an argument -> theta_0 of a model.
-            device: Device of the Fishers.
+            tensors: The weights, in that order already, on the device that the Fishers get.
         """
+        first = next(iter(tensors.values()), None)
+        device = CPU if first is None else first.device
         loaded = {request.model: request.load(device) for request in self.requests}
         for model, _ in self.origins:
             loaded[model] = replace(loaded[model], origin=origins[f"origin of {model}"])
         if tokenizer_info is not None:
             return self._permute(loaded, tokenizer_info)
-        if isinstance(self.gather_tensors, TruncatedVocabulary):
-            return self._truncate(loaded)
+        if isinstance(self.gather_tensors, TruncatedVocabulary) and first is not None:
+            return self._truncate(loaded, first.shape[self._axis])
         return loaded
 
     @property
@@ -223,25 +225,28 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
     def _permute(
         self, loaded: dict[ModelReference, LoadedFisher], tokenizer_info: Any
     ) -> dict[ModelReference, LoadedFisher]:
-        vocabulary, axis = len(tokenizer_info.tokenizer.get_vocab()), self._axis
+        vocabulary, axis = tokenizer_info.tokenizer.get_vocab(), self._axis
         multiple = self.gather_tensors.pad_to_multiple_of or 1
-        size, permutations = -(-vocabulary // multiple) * multiple, tokenizer_info.permutations
+        size, permutations = -(-len(vocabulary) // multiple) * multiple, tokenizer_info.permutations
+        # A row that the user sets for all models is not the base's: nothing takes it back, and lambda does not move it.
+        tokens = dict(**(self.gather_tensors.tokens or {}))
+        forced = {vocabulary[token]: -1 for token, each in tokens.items() if each.force and token in vocabulary}
+        base = {**permutations.get(self.origin_model, {}), **forced}
         result, origins = {}, dict[int, Tensor]()  # most models share one theta_0
         for model, item in loaded.items():
             permutation, origin, rows = permutations[model], item.origin, None
             if item.density < 1 or origin is not None:
-                rows = shared_rows(permutation, permutations[self.origin_model], size, axis)
+                rows = shared_rows(permutation, base, size, axis)
             if origin is not None:
                 if id(origin) not in origins:
-                    origins[id(origin)] = permute_rows(origin, permutations[self.origin_model], size, axis)
+                    origins[id(origin)] = permute_rows(origin, base, size, axis)
                 origin = origins[id(origin)]
             tensor, scores = (_permuted(part, permutation, size, axis) for part in (item.tensor, item.scores))
             result[model] = replace(item, tensor=tensor, scores=scores, origin=origin, rows=rows)
         return result
 
-    def _truncate(self, loaded: dict[ModelReference, LoadedFisher]) -> dict[ModelReference, LoadedFisher]:
+    def _truncate(self, loaded: dict[ModelReference, LoadedFisher], size: int) -> dict[ModelReference, LoadedFisher]:
         axis, result = self._axis, {}
-        size = min((item.tensor.shape[axis] for item in loaded.values() if item.tensor is not None), default=0)
         for model, item in loaded.items():
             origin, rows = item.origin, None
             if origin is not None:

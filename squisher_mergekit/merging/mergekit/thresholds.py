@@ -112,7 +112,8 @@ def _trims(task: Any, known: dict[Task[Any], Any]) -> dict[ModelReference, Trim]
     """Return the choice of each trimmed model of a task, on the CPU."""
     arguments = {key: _value_of(part, known) for key, part in task.inputs().items()}
     tensors = {model: tensor.cpu() for model, tensor in arguments.pop("tensors").items()}
-    loaded = task.load(arguments.pop("tokenizer_info", None), {key: origin.cpu() for key, origin in arguments.items()})
+    vocabularies = arguments.pop("tokenizer_info", None)
+    loaded = task.load(vocabularies, {key: origin.cpu() for key, origin in arguments.items()}, tensors)
     options = VoteOptions.of(dict(task.parameters.items()))
     present = [model for model in task.model_order if model in tensors]
     base = tensors.get(task.base_model)

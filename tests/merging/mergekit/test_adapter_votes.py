@@ -14,6 +14,7 @@ from tests.merging.models import (
     base_without_norm,
     density_config,
     entry,
+    models_with_fishers,
     nets,
     word_tokenizer,
 )
@@ -23,10 +24,12 @@ from tests.merging.reference import (
     assert_within,
     keep_largest,
     largest,
+    llama,
     merge_raw,
     merged,
     preview_of,
     squisher_reference,
+    store_fisher,
 )
 from tests.merging.votes.reference import mask_of, score_of, voted_reference
 
@@ -197,8 +200,6 @@ def test_single_files(tmp_path: Path) -> None:
 def test_lambda_acts_on_tensors_without_fishers(tmp_path: Path) -> None:
     """The weighted mean of a tensor without a Fisher takes the same step from the base as the others."""
     weights, fishers = base_and_models(tmp_path, 3)
-    from tests.merging.reference import store_fisher
-
     for i in (1, 2):
         store_fisher(tmp_path / f"m{i}", {n: f for n, f in fishers[i].items() if n != EMBEDDING})
     result = merged(_config(tmp_path, 2, missing="average", **{"lambda": 3.0}), tmp_path / "out")
@@ -263,3 +264,46 @@ def test_density_by_fisher_is_todays_choice(tmp_path: Path) -> None:
         own = [f[name] for f in fishers[1:]]
         thetas = [keep_largest(m[name], weights[0][name], f, 0.2) for m, f in zip(weights[1:], own, strict=True)]
         assert_within(tensor, squisher_reference(thetas, own, EXACT[:2]), largest([weights[0][name], *thetas]))
+
+
+@pytest.mark.parametrize("settings", [{"lambda": 2.0}, {"consensus": "sign"}, {"density": 0.3}])
+def test_a_forced_token_keeps_its_row(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """A row that `force: true` sets for all models is the output's, whatever the options do with other rows."""
+    weights, _ = base_and_models(tmp_path, 3)
+    for i in range(3):
+        word_tokenizer(tmp_path / f"m{i}", [f"word{j}" for j in range(28)])
+    tokens = {"word3": {"source": str(tmp_path / "m1"), "force": True}}
+    config = _config(tmp_path, 2, **settings) | {"tokenizer": {"source": "union", "tokens": tokens}}
+    assert torch.equal(merged(config, tmp_path / "out")[EMBEDDING][4], weights[1][EMBEDDING][4])
+
+
+def test_a_base_that_is_an_input_by_another_layer(tmp_path: Path) -> None:
+    """In slices, theta_0 is the base's layer of the other models, also where the base itself is merged by another."""
+    weights, fishers = models_with_fishers(tmp_path, 3)
+    firsts = (1, 0, 0)
+    sources = [{"model": str(tmp_path / f"m{i}"), "layer_range": [lo, lo + 2]} for i, lo in enumerate(firsts)]
+    config = {
+        "merge_method": "squisher",
+        "base_model": str(tmp_path / "m0"),
+        "slices": [{"sources": sources}],
+        "parameters": {"lambda": 2.0},
+    }
+    name = "model.layers.{}.mlp.up_proj.weight"
+    thetas, own = [[m[name.format(lo)] for m, lo in zip(of, firsts, strict=True)] for of in (weights, fishers)]
+    reference = squisher_reference(thetas, own, (1.0, 1.0, 1.0))
+    base = weights[0][name.format(0)]
+    found = merged(config, tmp_path / "out")[name.format(0)]
+    assert_within(found, 2 * reference - base.double(), largest([base, *thetas]) * 4)
+
+
+def test_lambda_of_a_truncated_vocabulary_without_fishers(tmp_path: Path) -> None:
+    """With --unsafe-truncate-embeddings, theta_0 has the rows of the weights, also where no Fisher tells them."""
+    weights, fishers = base_and_models(tmp_path, 3)
+    weights[0] = llama(tmp_path / "m0", 0, vocab_size=31)
+    for i in (1, 2):
+        store_fisher(tmp_path / f"m{i}", {n: f for n, f in fishers[i].items() if n != EMBEDDING})
+    config = _config(tmp_path, 2, missing="average", **{"lambda": 3.0})
+    result = merged(config, tmp_path / "out", "--unsafe-truncate-embeddings")
+    base, thetas = weights[0][EMBEDDING].double()[:29], [m[EMBEDDING].double() for m in weights[1:]]
+    mean: Tensor = (thetas[0] + 0.25 * thetas[1]) / 1.25
+    assert_within(result[EMBEDDING], base + 3 * (mean - base), largest([base, *thetas]) * 4)

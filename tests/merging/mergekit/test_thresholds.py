@@ -7,8 +7,17 @@ import torch
 from mergekit.merge_methods import merge_state_dicts
 
 from squisher_mergekit.merging.votes import threshold
-from tests.merging.models import EMBEDDING, base_and_models, density_config, word_tokenizer
-from tests.merging.reference import Tensors, assert_config_refused, assert_within, largest, merged, preview_of
+from squisher_mergekit.models.fingerprint import fingerprint
+from tests.merging.models import EMBEDDING, base_and_models, density_config, mixtral, packed_experts, word_tokenizer
+from tests.merging.reference import (
+    Tensors,
+    assert_config_refused,
+    assert_within,
+    largest,
+    merged,
+    preview_of,
+    store_fisher,
+)
 from tests.merging.votes.reference import mask_of, score_of, voted_reference
 
 
@@ -138,3 +147,23 @@ def test_the_report_has_the_share_of_each_layer(tmp_path: Path) -> None:
     assert set(kept[str(tmp_path / "m1")]) == {"model.embed_tokens", "model.norm", "lm_head"} | {
         f"model.layers.{layer}" for layer in range(3)
     }
+
+
+def test_experts_that_are_packed_at_reading(tmp_path: Path) -> None:
+    """Scores of tensors that transformers builds are on the scale of all others.
+
+    A Fisher with one tensor per expert keeps the entries that one with packed experts keeps.
+    """
+    weights = [mixtral(tmp_path / f"m{i}", i) for i in range(2)]
+    generator = torch.Generator().manual_seed(5)
+    fisher = {name: torch.rand(tensor.shape, generator=generator) * 1e-6 for name, tensor in weights[1].items()}
+    entries = torch.cat([tensor.flatten() for tensor in fisher.values()]).double() / (1 - 0.9**3)
+    known = {"mean": float(entries.mean()), "norm": float(entries.norm()), "optimizer": {"beta2": 0.9}}
+    results = []
+    for layout, tensors in (("checkpoint", fisher), ("module", packed_experts(fisher))):
+        store_fisher(tmp_path / layout, tensors, fingerprint(tmp_path / "m1"), statistic="ema", steps=3, **known)
+        config = density_config(tmp_path, [0.3], parameters={"density_scope": "model"})
+        config["models"][0]["parameters"]["fisher"] = str(tmp_path / layout)
+        results.append(merged(config, tmp_path / f"out-{layout}"))
+    assert any("gate_up_proj" in name for name in results[0])
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
