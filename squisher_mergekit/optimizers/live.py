@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from squisher_mergekit.errors import MismatchError, UnsupportedStateError
-from squisher_mergekit.fisher.config import FisherConfig, OptimizerInfo, SourceInfo
+from squisher_mergekit.errors import ConfigError, MismatchError, UnsupportedStateError
+from squisher_mergekit.fisher.config import FisherConfig, OptimizerInfo, SourceInfo, first_error
 from squisher_mergekit.fisher.files import tied_aliases
 from squisher_mergekit.fisher.fits import check_headers
 from squisher_mergekit.fisher.mapping import Fisher
@@ -42,6 +43,9 @@ class TrainingInfo:
         clipped_share: Share of the steps in which clipping was active.
         loss_reduction: Reduction of the loss over the examples, such as ``mean``.
         datum: Unit of the loss: ``example`` or ``token``.
+
+    Raises:
+        ConfigError: A value is none that the metadata of a Fisher can have: no reader would open the file.
     """
 
     examples_per_step: float | None = None
@@ -50,6 +54,16 @@ class TrainingInfo:
     clipped_share: float | None = None
     loss_reduction: str | None = None
     datum: str | None = None
+
+    def __post_init__(self) -> None:
+        fields = asdict(self)
+        try:
+            OptimizerInfo(max_grad_norm=fields.pop("max_grad_norm"))
+            FisherConfig(**fields)
+        except ValidationError as error:
+            raise ConfigError(
+                f"the numbers of a training run must be in range, but {first_error(error)}; correct it, or leave it out"
+            ) from error
 
     def note(self, config: FisherConfig) -> FisherConfig:
         """Return the metadata of a Fisher, its unknown fields filled from this run."""

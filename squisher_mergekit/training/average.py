@@ -157,7 +157,11 @@ class FisherAverageCallback(TrainerCallback):  # type: ignore[misc]
             raise ConfigError(f"the saved average must be one with beta {self.beta}, found {beta}; give that beta")
         assert self._accumulator is not None
         tensors, steps = in_memory(self._accumulator.model, fisher)
-        self._accumulator.restore(tensors.__getitem__)
+        try:
+            self._accumulator.restore(tensors.__getitem__)
+        except BaseException:
+            self._accumulator.reset()
+            raise
         self.updates = max(steps.values())
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from squisher_mergekit.errors import SquisherError, UnsupportedStateError
@@ -18,8 +18,9 @@ from squisher_mergekit.models.parameters import unwrap_model, uses_deepspeed, us
 from squisher_mergekit.optimizers.live import TrainingInfo, unwrap_optimizer
 from squisher_mergekit.optimizers.load import find_state, load_fisher
 from squisher_mergekit.tensors.sharded import rank
+from squisher_mergekit.training.clipping import ClippingMonitor, clip_limit
 from squisher_mergekit.training.factors import GradientFactors, check_arguments
-from squisher_mergekit.training.gradients import GradientSquares, gradient_norm
+from squisher_mergekit.training.gradients import GradientSquares, unscale
 from squisher_mergekit.training.lora.files import write_state
 from squisher_mergekit.training.lora.recorder import LoraRecorder
 from squisher_mergekit.training.lora.start import begin, check_lift
@@ -150,7 +151,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         self._searching = bool(state.is_hyper_param_search)
         if self._searching:  # the folders of the trials are unknown here
             LOG.warning("no Fisher is written in a hyper-parameter search; take squisher extract on a checkpoint")
-        seen = None if uses_fsdp1(model) or uses_deepspeed(model, optimizer) else args.max_grad_norm or 0.0
+        seen = None if uses_fsdp1(model) or uses_deepspeed(model, optimizer) else clip_limit(args)
         self._clipping = ClippingMonitor(seen)
         self.squares = GradientSquares(model, self.beta) if self.beta is not None else None
         factors, every, block, factor_beta = self._factor_settings
@@ -166,10 +167,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
             self.recorder.remove()
         self.recorder = None if self.lift is None else begin(model, optimizer, args, state, self.lift_beta)
         if state.global_step:
-            attempt(
-                "the clipping and the average of the resumed checkpoint were not loaded",
-                lambda: self._resume(args, state),
-            )
+            self._resume(args, state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Clear the recorder of passes that belong to no step."""
@@ -178,6 +176,8 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record if clipping was active, and add the gradient to the moving average."""
+        if self.squares is not None or self.gradient_factors is not None or self.recorder is not None:
+            unscale(kwargs["optimizer"])  # older Trainers do so only before they clip
         norm = self._clipping.watch(kwargs["model"])
         if self.squares is not None:
             self.squares.update(norm)
@@ -266,73 +266,32 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
         return TrainingInfo(
             examples_per_step=examples_per_step(args, state, model),
             tokens_per_step=counted or None,
-            max_grad_norm=args.max_grad_norm or None,
+            max_grad_norm=clip_limit(args) or None,
             clipped_share=self._clipping.share,
             loss_reduction=self.loss_reduction,
             datum=self.datum,
         )
 
     def _resume(self, args: Any, state: Any) -> None:
-        """Load clipping and average from the resumed checkpoint."""
-        folder = resumed_from(args, state)
-        configs = [place / CONFIG_NAME for place in (folder, folder / EMA_FOLDER) if has_fisher(place)]
-        if configs:
-            self._clipping.resume(FisherConfig.from_file(configs[0]).clipped_share, state.global_step)
-        if self.squares is not None:
-            self.squares.load_fisher(read_fisher(folder / EMA_FOLDER))
-        if self.gradient_factors is not None:
-            self.gradient_factors.load_fisher(read_fisher(configs[0].parent if configs else folder))
+        """Load clipping, average and factors from the resumed checkpoint, each by itself."""
 
+        def clipping() -> None:
+            place = _first_with_fisher(resumed_from(args, state))
+            if has_fisher(place):
+                self._clipping.resume(FisherConfig.from_file(place / CONFIG_NAME).clipped_share, state.global_step)
 
-class ClippingMonitor:
-    """Counter of clipped steps. A clipped gradient is recognised by its norm, which is then the limit.
-
-    A norm equal to the limit within its precision counts as clipped. The counts stay on the device of the gradients.
-
-    Args:
-        limit: Norm at which gradients are clipped; 0 if they are not; None if the limit is unknown.
-
-    Example:
-        >>> layer = nn.Linear(2, 1, bias=False)
-        >>> clipping = ClippingMonitor(limit=1.0)
-        >>> for gradient in ([[3.0, 4.0]], [[0.3, 0.4]]):
-        ...     layer.weight.grad = torch.tensor(gradient)
-        ...     _ = nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
-        ...     _ = clipping.watch(layer)
-        >>> clipping.share
-        0.5
-    """
-
-    def __init__(self, limit: float | None = None) -> None:
-        self.limit = limit
-        self._clipped: Tensor | float = 0.0
-        self._seen: Tensor | float = 0.0
-
-    def watch(self, model: nn.Module) -> Tensor | None:
-        """Count a step by its gradients after clipping, and return their norm; None without a limit."""
-        if not self.limit:
-            return None
-        trained = [parameter for parameter in unwrap_model(model).parameters() if parameter.grad is not None]
-        norm = gradient_norm(trained)
-        precision = max((torch.finfo(p.grad.dtype).eps for p in trained if p.grad is not None), default=0.0)
-        # Clipping divides by the norm plus 1e-6.
-        reached = self.limit * (1 - max(precision, 1e-5)) - 1e-6
-        self._clipped = self._clipped + (norm >= reached).double()
-        self._seen = self._seen + torch.isfinite(norm).double()
-        return norm
-
-    def resume(self, share: float | None, steps: int) -> None:
-        """Continue from an earlier share of clipped steps."""
-        if share is not None and self.limit:
-            self._clipped, self._seen = share * steps, float(steps)
-
-    @property
-    def share(self) -> float | None:
-        """Share of the steps in which clipping was active; None if unknown."""
-        if self.limit == 0:
-            return 0.0
-        seen = float(self._seen)
-        return float(self._clipped) / seen if seen else None
+        attempt("the clipping of the resumed checkpoint was not loaded", clipping)
+        squares, factors = self.squares, self.gradient_factors
+        if squares is not None:
+            attempt(
+                "the average of the resumed checkpoint was not loaded",
+                lambda: squares.load_fisher(read_fisher(resumed_from(args, state) / EMA_FOLDER)),
+            )
+        if factors is not None:
+            attempt(
+                "the factors of the resumed checkpoint were not loaded",
+                lambda: factors.load_fisher(read_fisher(_first_with_fisher(resumed_from(args, state)))),
+            )
 
 
 def write_saved(checkpoint: Path, out: Path, info: TrainingInfo, dtype: torch.dtype, compress: str | None) -> None:
@@ -366,9 +325,17 @@ def examples_per_step(args: Any, state: Any, model: nn.Module) -> int:
     return batch * max(int(args.world_size) // sharing, 1)
 
 
+def _places(folder: Path) -> tuple[Path, Path]:
+    """Return the folders in a checkpoint that can have a Fisher."""
+    return folder, folder / EMA_FOLDER
+
+
+def _first_with_fisher(folder: Path) -> Path:
+    return next((place for place in _places(folder) if has_fisher(place)), folder)
+
+
 def _copy(source: Path, out: Path) -> None:
-    places = [(source, out), (source / EMA_FOLDER, out / EMA_FOLDER)]
-    found = [pair for pair in places if has_fisher(pair[0])]
+    found = [pair for pair in zip(_places(source), _places(out), strict=True) if has_fisher(pair[0])]
     if not found:
         raise SquisherError("it has no Fisher")
     for place, target in found:

@@ -1,5 +1,6 @@
 """Moving average of the squared gradient, independent of the optimizer."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.parameters import describe, parameters_of, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
-from squisher_mergekit.optimizers.live import LAYOUT, TrainingInfo, fisher_of
+from squisher_mergekit.optimizers.live import LAYOUT, TrainingInfo, fisher_of, unwrap_optimizer
 from squisher_mergekit.optimizers.second_moments import Moment
 from squisher_mergekit.optimizers.slots import OptimizerSlot
 from squisher_mergekit.tensors.lazy import MaybeLazy
@@ -135,7 +136,7 @@ class GradientSquares(SavedFisher):
         return {"beta": self.beta, "steps": dict(self.steps), "squares": dict(self.squares)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state of :meth:`state_dict`.
+        """Load a state of :meth:`state_dict`, in place of the present one.
 
         Args:
             state: The state.
@@ -152,11 +153,12 @@ class GradientSquares(SavedFisher):
                     f"an average must fit the model's parameters, but {name} is none of them; give that model"
                 )
             check_shape(name, tuple(tensor.shape), tuple(self._parameters[name].shape), "the state of GradientSquares")
+        squares = {}
         for name, tensor in state["squares"].items():
             parameter = self._parameters[name]
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            self.squares[name] = distributed_like(tensor, parameter, dtype).clone()
-        self.steps.update(state["steps"])
+            squares[name] = distributed_like(tensor, parameter, dtype).clone()
+        self.squares, self.steps = squares, dict(state["steps"])
 
     def load_fisher(self, fisher: Fisher) -> None:
         """Load a saved average; bit for bit if the file is in float32 and not compressed.
@@ -210,3 +212,19 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     joined: Tensor = torch.stack([norm.to(whole[0].device, torch.float32) for norm in whole])
     total: Tensor = torch.linalg.vector_norm(joined)
     return total
+
+
+def unscale(optimizer: Any) -> None:
+    """Divide the gradients by the loss scale of float16 training, as the next step would do, unless this is done.
+
+    Args:
+        optimizer: An optimizer, wrapped by accelerate or not; without a GradScaler nothing happens.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(1))
+        >>> unscale(torch.optim.SGD([weight]))
+    """
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is not None and scaler.is_enabled():
+        with contextlib.suppress(RuntimeError):  # unscaled already, for clipping
+            scaler.unscale_(unwrap_optimizer(optimizer))

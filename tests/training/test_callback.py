@@ -15,7 +15,8 @@ from squisher_mergekit import SquisherCallback, load_fisher
 from squisher_mergekit.cli.main import main
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
 from squisher_mergekit.optimizers.live import TrainingInfo
-from squisher_mergekit.training.callback import ClippingMonitor, write_saved
+from squisher_mergekit.training.callback import write_saved
+from squisher_mergekit.training.clipping import ClippingMonitor
 from tests.checkpoints import STATES
 from tests.small_models import FROZEN, MODELS
 from tests.training.cases import STEPS, accumulators, make, trainer

@@ -199,3 +199,18 @@ def test_the_norm_is_that_of_one_long_vector():
     expected = torch.cat([p.grad.double().reshape(-1) for p in parameters[:3]]).norm()
     assert gradient_norm(parameters).item() == pytest.approx(expected.item(), rel=1e-6)
     assert gradient_norm([]).item() == 0.0
+
+
+def test_a_loaded_state_replaces_the_present_one():
+    """An average that loads a state has that state alone: what a parameter without gradient in it had is gone."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 1, bias=False), "b": nn.Linear(3, 1, bias=False)})
+    squares = GradientSquares(model, 0.5)
+    model["a"].weight.grad = torch.ones(1, 2)
+    squares.update()
+    state = squares.state_dict()
+    state["squares"] = {name: tensor.clone() for name, tensor in state["squares"].items()}
+    model["b"].weight.grad = torch.ones(1, 3)
+    squares.update()
+    squares.load_state_dict(state)
+    assert squares.steps == {"a.weight": 1}
+    assert {name: tensor.tolist() for name, tensor in squares.squares.items()} == {"a.weight": [[0.5, 0.5]]}

@@ -310,3 +310,25 @@ def test_a_killed_process_leaves_no_incomplete_fisher(tmp_path, older):
     assert out.exists() == older
     if older:
         assert read_fisher(out)["c"][0] == 1.0
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"max_grad_norm": -1.0},
+        {"examples_per_step": 0},
+        {"tokens_per_step": -3},
+        {"clipped_share": 1.5},
+        {"max_grad_norm": float("nan")},
+    ],
+    ids=lambda metadata: next(iter(metadata)),
+)
+def test_numbers_that_no_reader_would_open_are_refused(tmp_path, metadata):
+    """A number out of the range of fisher_config.json is refused by name, before a file is written."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(5, 3)).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match=next(iter(metadata))):
+        save_squisher(model, optimizer, tmp_path / "fisher", **metadata)
+    assert not (tmp_path / "fisher").exists()
