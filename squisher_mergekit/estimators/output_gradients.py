@@ -52,7 +52,7 @@ def class_output_gradients(
         Tensors shaped like ``logits``, 0 where a target is ignored.
 
     Raises:
-        ConfigError: ``true`` without targets, or ``exact`` for tokens.
+        ConfigError: ``true`` without targets, ``exact`` for tokens, a single class, or targets that are no classes.
 
     Source: Li, Dangel, Tam and Raffel, "Fishers for Free? Approximating the Fisher Information Matrix by Recycling the
     Squared Gradient Accumulator", Eq. 4 (Fisher) and 7 (empirical Fisher).
@@ -62,6 +62,7 @@ def class_output_gradients(
         >>> gradient
         tensor([[-0.5000,  0.5000]])
     """
+    _check_classes(logits, targets)
     p = logits.softmax(-1)
     mask = None if targets is None else (targets >= 0).unsqueeze(-1)
     if kind == "exact":
@@ -80,6 +81,24 @@ def class_output_gradients(
         if mask is not None:
             gradient *= mask
         yield gradient / num_samples**0.5 if kind == "sampled" else gradient
+
+
+def _check_classes(logits: Tensor, targets: Tensor | None) -> None:
+    """Refuse a single class, whose probability is always 1, and targets that are no classes.
+
+    Raises:
+        ConfigError: There is one class, or a target of another kind.
+    """
+    if logits.shape[-1] < 2:
+        raise ConfigError(
+            f"a classifier must have outputs for two classes or more, found shape {list(logits.shape)}; take task "
+            "regression, or return a logit for each class"
+        )
+    if targets is not None and (targets.is_floating_point() or targets.shape != logits.shape[:-1]):
+        raise ConfigError(
+            f"labels of a classifier must be whole numbers of shape {list(logits.shape[:-1])}, found {targets.dtype} "
+            f"of shape {list(targets.shape)}; give classes, or take task regression"
+        )
 
 
 def _choose_labels(p: Tensor, targets: Tensor | None, kind: Labels, generator: torch.Generator | None) -> Tensor:

@@ -21,6 +21,8 @@ Batch = Mapping[str, Any] | tuple[Any, Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
 
 IGNORED = -100
+# Tasks whose attention mask tells the tokens of the outputs from padding.
+_MASKED = ("causal-lm", "masked-lm", "token-classification")
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Outputs:
         task: Meaning of the outputs, not ``auto``.
         values: Logits ``(N, C)`` or ``(N, T, C)``, or predictions ``(N, D)``.
         targets: Classes ``(N)`` or ``(N, T)``, negative ones ignored; or numbers ``(N, D)``; None without labels.
+        labelled: False if the targets are no labels, but tell tokens from padding.
     """
 
     task: Task
     values: Tensor
     targets: Tensor | None
+    labelled: bool = True
 
     @property
     def size(self) -> int:
@@ -44,7 +48,7 @@ class Outputs:
 
     @property
     def tokens(self) -> Tensor | int:
-        """Number of tokens with a target; of all tokens, padding included, without targets."""
+        """Number of tokens with a target; of all tokens without targets."""
         if self.targets is None:
             return self.values[..., 0].numel()
         return (self.targets >= 0).sum()
@@ -60,7 +64,8 @@ class Outputs:
         if self.task == "regression":
             found = regression_output_gradients(detached, self.targets, kind, num_samples, noise, generator)
         else:
-            found = class_output_gradients(detached, self.targets, kind, num_samples, generator)
+            targets = self.targets if self.labelled or kind != "true" else None
+            found = class_output_gradients(detached, targets, kind, num_samples, generator)
         if datum == "example":
             yield from found
             return
@@ -89,15 +94,33 @@ def infer_task(task: Task, model: nn.Module, batch: Batch) -> DataTask:
     for name in names:
         for ending, found in _TASK_OF_ENDING.items():
             if name.endswith(ending):
-                if found == "classification" and getattr(model.config, "problem_type", None) == "regression":
-                    return "regression"
-                return found
+                return _by_config(found, getattr(model, "config", None))
     if isinstance(batch, tuple) and isinstance(batch[1], Tensor):
         return "regression" if batch[1].is_floating_point() else "classification"
     raise ConfigError(
         f"task must be given for {architecture}, which is no model of transformers with a head; take one of "
         "classification, token-classification, causal-lm, seq2seq, masked-lm, regression"
     )
+
+
+def _by_config(found: DataTask, config: Any) -> DataTask:
+    """Return the task of an architecture whose name leaves a choice to its config.
+
+    Raises:
+        ConfigError: The model has several labels at once.
+    """
+    if found == "classification":
+        problem = getattr(config, "problem_type", None)
+        if problem == "multi_label_classification":
+            raise ConfigError(
+                "a classifier must have one label for each example, but problem_type is multi_label_classification; "
+                "leave this model out"
+            )
+        # The loss of transformers takes one output as a number.
+        single = problem is None and getattr(config, "num_labels", None) == 1
+        return "regression" if single or problem == "regression" else found
+    # Decoders that see images or hear sounds have the ending as well.
+    return "causal-lm" if found == "seq2seq" and getattr(config, "is_encoder_decoder", True) is False else found
 
 
 _TASK_OF_ENDING: dict[str, DataTask] = {
@@ -130,22 +153,27 @@ def run_model(model: nn.Module, batch: Batch, task: Task, forward: Forward | Non
         found: Any = forward(model, inputs)
     elif isinstance(inputs, Mapping):
         # A cache of keys and values, or of Mamba's states, costs memory, and mixes examples for per-example gradients.
-        cached = "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in inputs
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        cached = "use_cache" in inspect.signature(inner.forward).parameters and "use_cache" not in inputs
         found = model(**inputs, **({"use_cache": False} if cached else {}))
     else:
         found = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
     values = found if isinstance(found, Tensor) else found["logits"] if isinstance(found, Mapping) else found.logits
     values = values if values.dtype == torch.float64 else values.float()
+    labelled = labels is not None
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) and task in _MASKED else None
+    mask = mask if mask is not None and mask.shape == values.shape[:2] else None
+    if labels is None and mask is not None:
+        labels = mask.new_zeros(mask.shape, dtype=torch.int64).masked_fill(mask == 0, IGNORED)
     if task == "causal-lm":
         values = values[:, :-1]
         labels = None if labels is None else labels[:, 1:]
-        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         if labels is not None and mask is not None:
             labels = labels.masked_fill(mask[:, 1:] == 0, IGNORED)
     if task == "regression":
         values = values.reshape(len(values), -1)
         labels = None if labels is None else labels.reshape(values.shape).to(values.dtype)
-    return Outputs(task, values, labels)
+    return Outputs(task, values, labels, labelled)
 
 
 def _split_labels(model: Any, batch: Batch, task: Task) -> tuple[Any, Tensor | None]:

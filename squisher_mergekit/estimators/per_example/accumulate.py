@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from squisher_mergekit.estimators.per_example.factor_sums import FactorSums
 from squisher_mergekit.estimators.per_example.host_sums import HostSums
-from squisher_mergekit.estimators.per_example.layer_kinds import rule_of
+from squisher_mergekit.estimators.per_example.layer_kinds import reruns_module
 from squisher_mergekit.estimators.per_example.linear_embedding import add_outer, outer_square
 from squisher_mergekit.estimators.per_example.rules import add_squares
 from squisher_mergekit.estimators.per_example.tape import Tape, Uses, gradients
@@ -106,7 +106,7 @@ def accumulate_batch(
 
 def _reruns_module(uses: Uses) -> bool:
     """Return True if a rule of these uses runs its module again."""
-    return any(rule_of(name, call.module) == "generic" for name, call in uses)
+    return any(reruns_module(name, call.module) for name, call in uses)
 
 
 @contextmanager

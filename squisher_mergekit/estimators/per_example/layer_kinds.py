@@ -37,6 +37,11 @@ def rule_of(name: str, module: nn.Module) -> Rule:
     return "generic"
 
 
+def reruns_module(name: str, module: nn.Module) -> bool:
+    """Return True if the rule for a module's parameter runs the module again."""
+    return rule_of(name, module) == "generic"
+
+
 def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return True if a module is of a kind and does not override its ``forward``."""
     return isinstance(module, kind) and type(module).forward is kind.forward

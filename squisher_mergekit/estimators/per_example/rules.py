@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.estimators.per_example import convolution, kernel_fallback
+from squisher_mergekit.estimators.per_example.batch_axes import example_of, whole_arguments
 from squisher_mergekit.estimators.per_example.layer_kinds import (
     Rule,
     by_example,
@@ -188,14 +189,15 @@ def _slope_by_difference(name: str, call: Call) -> Tensor:
 def _generic(name: str, call: Call, size: int, examples: slice, values: Values) -> Tensor:
     """Return the gradients of a slice of the examples by running the module once for each.
 
-    Argument tensors with a batch axis are sliced; all others are passed whole.
+    Argument tensors with a batch axis are cut; all others are passed whole.
     """
     b = gradient_at(call, size)
+    whole = whole_arguments(call, size, lambda args, kwargs: _run_again(call.module, values, args, kwargs))
     found = []
     for n in range(size)[examples]:
         with torch.enable_grad():
             parameter = values[name].detach().requires_grad_()
-            args, kwargs = _slice_example((call.args, dict(call.kwargs)), n, size)
+            args, kwargs = example_of((call.args, dict(call.kwargs)), n, size, whole)
             out = first_tensor(_run_again(call.module, {**values, name: parameter}, args, kwargs))
             assert out is not None
             # A parameter that the example does not use, such as another task's token, has no graph.
@@ -220,20 +222,3 @@ def _run_again(module: nn.Module, values: Values, args: tuple[Any, ...], kwargs:
     """Run a module with the given parameters."""
     given = {f"inner.{key}": value for key, value in values.items()}
     return torch.func.functional_call(_Forward(module), given, args, dict(kwargs))
-
-
-def _slice_example(value: Any, n: int, size: int) -> Any:
-    """Return example n of a module's arguments, in nested containers too."""
-    if isinstance(value, Tensor):
-        value = value.detach()
-        if value.ndim and value.shape[0] == size:
-            return value[n : n + 1]
-        if value.ndim > 1 and value.shape[0] and value.shape[0] % size == 0:
-            rows = value.shape[0] // size
-            return value[n * rows : (n + 1) * rows]
-        return value
-    if isinstance(value, dict):
-        return {key: _slice_example(item, n, size) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_slice_example(item, n, size) for item in value)
-    return value

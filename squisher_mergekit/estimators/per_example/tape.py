@@ -28,6 +28,8 @@ class Call:
         kwargs: Keyword arguments.
         dtype: Dtype of the output.
         gradient: Gradient at the output, during a backward pass.
+        output: Output, without its graph, if a rule runs the module again.
+        version: Number of changes of the output in place when it was recorded.
     """
 
     module: nn.Module
@@ -35,6 +37,14 @@ class Call:
     kwargs: Mapping[str, Any]
     dtype: torch.dtype
     gradient: Tensor | None = None
+    output: Tensor | None = None
+    version: int = 0
+
+    @property
+    def unchanged_output(self) -> Tensor | None:
+        """Output; None if it was not recorded, or later layers have written into it."""
+        kept = self.output is not None and self.output._version == self.version
+        return self.output if kept else None
 
 
 Use = tuple[str, Call]  # a parameter's name in a module, and a call of that module
@@ -52,6 +62,8 @@ class Tape:
         calls: Parameter -> its uses; a shared parameter has several.
         used_directly: Parameters of modules that also have recorded children: their own code may use them.
         broadcasted: Modules whose output was expanded.
+        reruns: Function that returns True for a parameter's name in a module if its rule runs the module again.
+        has_frozen: True if the model has frozen parameters, so that another tensor may be the root of the graph.
     """
 
     size: int
@@ -59,8 +71,11 @@ class Tape:
     calls: dict[nn.Parameter, Uses] = field(default_factory=dict)
     used_directly: list[nn.Parameter] = field(default_factory=list)
     broadcasted: set[nn.Module] = field(default_factory=set)
+    reruns: Callable[[str, nn.Module], bool] = lambda name, module: False
+    has_frozen: bool = False
     _parameters_of_call: dict[int, list[nn.Parameter]] = field(default_factory=dict)  # id of a call -> parameters
     _first_edges: list[Any] = field(default_factory=list)  # graph edges without a recorded call behind them
+    _other_roots: list[Tensor] | None = None  # leaves of the graph that are no parameters
     _on_gradient: Callable[[Call, Tensor], None] | None = None
 
     def record(self, call: Call, output: Tensor, names: Mapping[str, nn.Parameter]) -> None:
@@ -74,10 +89,14 @@ class Tape:
         for name, parameter in names.items():
             self.calls.setdefault(parameter, []).append((name, call))
         self._parameters_of_call[id(call)] = list(names.values())
+        if any(self.reruns(name, call.module) for name in names):
+            call.output, call.version = output.detach(), output._version
         output.register_hook(  # type: ignore[no-untyped-call]
             lambda gradient: self._on_gradient(call, gradient) if self._on_gradient else None
         )
-        if not any(tensor.requires_grad for tensor in _tensors((call.args, call.kwargs))):
+        inputs = [tensor for tensor in tensors_of((call.args, call.kwargs)) if tensor.requires_grad]
+        self.has_frozen |= any(tensor.is_leaf and not isinstance(tensor, nn.Parameter) for tensor in inputs)
+        if not inputs:
             self._first_edges.append(torch.autograd.graph.get_gradient_edge(output))
 
     def backward(
@@ -119,7 +138,9 @@ class Tape:
             if not any(waiting[parameter] or parameter in deferred for parameter in used):
                 call.gradient = None
 
-        inputs = [*self._first_edges, *self.used_directly, *uncalled]
+        if self._other_roots is None:
+            self._other_roots = _other_roots(outputs) if self.has_frozen else []
+        inputs = [*self._first_edges, *self.used_directly, *self._other_roots, *uncalled]
         self._on_gradient = on_gradient
         try:
             found = gradients(outputs, inputs, output_gradient, retain_graph)
@@ -142,6 +163,7 @@ class Tape:
         self.used_directly.clear()
         self._parameters_of_call.clear()
         self._first_edges.clear()
+        self._other_roots = None
 
     def drop_gradients(self) -> None:
         """Free the gradients of a backward pass."""
@@ -174,21 +196,36 @@ def gradients(
         ) from error
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _other_roots(outputs: Tensor) -> list[Tensor]:
+    """Return the leaves of a graph that are no parameters, such as embeddings after ``enable_input_require_grads``."""
+    found, seen, waiting = [], set[Any](), [outputs.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
+            found.append(leaf)
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
     """Yield the tensors of nested containers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 def first_tensor(output: Any) -> Tensor | None:
     """Return the first tensor of a module's output."""
-    return next(_tensors(output), None)
+    return next(tensors_of(output), None)
 
 
 ParametersOf = dict[nn.Module, dict[str, nn.Parameter]]
@@ -233,6 +270,7 @@ def taped(
     special_modules: Sequence[tuple[Callable[[nn.Module], bool], Wrap]] = (),
     owner_of: Mapping[nn.Parameter, tuple[nn.Module, str]] | None = None,
     broadcast_modules: Collection[nn.Module] | None = None,
+    reruns: Callable[[str, nn.Module], bool] = lambda name, module: False,
 ) -> Iterator[Tape]:
     """Record the calls of all modules with trainable parameters while the body runs the model.
 
@@ -243,11 +281,13 @@ def taped(
             and records the calls of their child embeddings.
         owner_of: See :func:`parameters_of_calls`.
         broadcast_modules: See :class:`Tape`.
+        reruns: See :class:`Tape`.
 
     Yields:
         The tape, filled by one forward pass.
     """
-    tape = Tape(size, broadcast_modules)
+    tape = Tape(size, broadcast_modules, reruns=reruns)
+    tape.has_frozen = not all(parameter.requires_grad for parameter in model.parameters())
     with ExitStack() as stack:
         recorded_elsewhere: set[nn.Module] = set()
         for applies, wrap in special_modules:

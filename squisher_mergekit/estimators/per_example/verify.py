@@ -24,7 +24,7 @@ from squisher_mergekit.estimators.per_example.accumulate import (
     accumulate_batch,
     zero_accumulators,
 )
-from squisher_mergekit.estimators.per_example.layer_kinds import gradient_at
+from squisher_mergekit.estimators.per_example.layer_kinds import gradient_at, reruns_module
 from squisher_mergekit.estimators.per_example.t5_bias import SPECIAL_MODULES
 from squisher_mergekit.estimators.per_example.tape import Owners, Tape, Uses, gradients, taped
 from squisher_mergekit.estimators.tasks import Batch, Forward, Outputs, Task, count_examples, run_model
@@ -74,7 +74,8 @@ class TapedModel:
         self, batch: Batch, owner_of: Owners, broadcast_modules: Collection[nn.Module] | None
     ) -> Iterator[tuple[Tape, Outputs]]:
         """Run the model on a batch, and yield tape and outputs; the tape is cleared after the body."""
-        with taped(self.model, count_examples(batch), SPECIAL_MODULES, owner_of, broadcast_modules) as tape:
+        size = count_examples(batch)
+        with taped(self.model, size, SPECIAL_MODULES, owner_of, broadcast_modules, reruns_module) as tape:
             outputs = run_model(self.model, batch, self.task, self.forward)
         try:
             yield tape, outputs
