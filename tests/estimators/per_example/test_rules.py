@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from squisher_mergekit import estimate_fisher
-from squisher_mergekit.estimators.per_example.batch_axes import example_of
+from squisher_mergekit.estimators.per_example.rules import example_of
 
 Pair = namedtuple("Pair", "x y")
 
