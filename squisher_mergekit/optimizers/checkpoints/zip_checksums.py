@@ -3,8 +3,7 @@
 import struct
 import zipfile
 import zlib
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -129,8 +128,8 @@ class Checksums:
 
     def __init__(self, wanted: bool) -> None:
         self._wanted = wanted
-        self._starts: list[int] = []
-        self._records: list[tuple[ArchiveRecord, _MappedFile]] = []
+        self._records: dict[int, tuple[ArchiveRecord, _MappedFile]] = {}  # by the address of the mapped storage
+        self._mappings: list[torch.UntypedStorage] = []
         self._verified: set[int] = set()
         self._kept: tuple[int, Tensor] | None = None
 
@@ -161,13 +160,22 @@ class Checksums:
                 f"the tensors in {path} must each be one record of its archive, but their sizes differ; copy it again"
             )
         file = _MappedFile(path, file_state(path))
-        pairs = [*zip(self._starts, self._records, strict=True)]
-        pairs += [(pointer, (record, file)) for pointer, record in found.items() if record is not None]
-        pairs.sort(key=lambda pair: pair[0])
-        self._starts, self._records = [start for start, _ in pairs], [record for _, record in pairs]
+        self._records |= {pointer: (record, file) for pointer, record in found.items() if record is not None}
+        # A mapping that is freed can leave its addresses to the next one, which would then have the wrong records.
+        large = next((t.untyped_storage() for t in tensors if t.untyped_storage().nbytes() > _SMALL), None)
         for tensor in tensors:
             if tensor.untyped_storage().nbytes() <= _SMALL:
                 tensor.data = self.verify(tensor).data
+        if large is not None:
+            self._mappings.append(large)
+        else:
+            self._forget(sizes)
+
+    def _forget(self, addresses: Collection[int]) -> None:
+        for address in addresses:
+            self._records.pop(address, None)
+        self._verified.difference_update(addresses)
+        self._kept = None
 
     def verify(self, tensor: Tensor) -> Tensor:
         """Return a mapped tensor in memory; verify the checksum of its storage, the first time that it is read.
@@ -181,10 +189,9 @@ class Checksums:
         if not tensor.numel():
             return tensor
         start = tensor.untyped_storage().data_ptr()
-        number = bisect_right(self._starts, start) - 1
-        if number < 0 or self._starts[number] != start:
+        if start not in self._records:
             return tensor
-        record, file = self._records[number]
+        record, file = self._records[start]
         first = int(tensor.storage_offset()) * tensor.itemsize
         spans = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         length = int(1 + sum(spans)) * tensor.itemsize

@@ -141,3 +141,18 @@ def test_a_file_cut_while_it_is_mapped_stops_no_process(tmp_path, moment, verify
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert done.returncode == 1, done.returncode
     assert "optimizer.pt must be a whole file that nobody changes, but it has changed" in done.stderr
+
+
+@pytest.mark.parametrize("first", [16, 19])
+def test_a_file_that_was_dropped_leaves_no_record_to_the_next_one(first, tmp_path):
+    """A flipped bit is found in a file that is mapped to the addresses of an earlier one, small or large."""
+    torch.save({"v": torch.arange(float(first)) + 1}, tmp_path / "a.pt")
+    torch.save({"v": torch.arange(17.0) + 1}, tmp_path / "b.pt")
+    flip(tmp_path / "b.pt", (tmp_path / "b.pt").read_bytes().index(torch.tensor([5.0, 6.0]).numpy().tobytes()) + 1)
+    checksums = Checksums(wanted=True)
+    for name in ("a", "a", "b"):
+        tensor = safe_pickle.load(tmp_path / f"{name}.pt", checksums)["v"]
+        if name == "a":
+            assert torch.equal(checksums.verify(tensor), torch.arange(float(first)) + 1)
+    with pytest.raises(CorruptFileError, match="checksum"):
+        checksums.verify(tensor)
