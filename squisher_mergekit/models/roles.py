@@ -17,7 +17,8 @@ from squisher_mergekit.tensors.safetensors import TensorInfo
 Role = Literal["embedding", "norm", "bias", "output"]
 ROLES: tuple[Role, ...] = ("embedding", "norm", "bias", "output")
 # Names that tell a role where there is no config to build the model from.
-_EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|word_embeddings)([._]|$)")
+# T5's table is called shared; the shared experts of a mixture are not one, nor is GPT-NeoX's output layer embed_out.
+_EMBEDDING = re.compile(r"(^|[._])(embed(?!_out\.)\w*|wte|wpe|word_embeddings)([._]|$)|(^|\.)shared(\.|$)")
 _OUTPUT = re.compile(r"^(lm_head|classifier|score|qa_outputs|cls|head|fc_out|output_projection|embed_out)\.")
 
 

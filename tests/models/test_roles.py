@@ -1,6 +1,8 @@
 """Roles of weights."""
 
 import pytest
+import torch
+import transformers
 from torch import nn
 
 from squisher_mergekit.errors import ConfigError
@@ -102,3 +104,32 @@ def test_an_unused_pattern_is_refused(pattern, message):
     """An invalid pattern, or one without a match, is refused as a likely typing error."""
     with pytest.raises(ConfigError, match=message):
         roles.ignored({}, ["a.weight"], [pattern])
+
+
+def test_shared_experts_are_no_embeddings():
+    """The matrices of the experts that see every token have no role, by config and by name."""
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=19, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        moe_intermediate_size=5, shared_expert_intermediate_size=7, num_experts=3, intermediate_size=11,
+    )  # fmt: skip
+    with torch.device("meta"):
+        found = roles.roles_of(transformers.Qwen2MoeForCausalLM(config))
+    assert {name for name, role in found.items() if role == "embedding"} == {"model.embed_tokens.weight"}
+    for name in ("shared_expert.gate_proj", "shared_experts.up_proj", "shared_mlp.input_linear", "shared_expert_gate"):
+        assert roles.role_by_name(f"model.layers.0.mlp.{name}.weight", 2) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("embed_out.weight", "output"),
+        ("gpt_neox.embed_in.weight", "embedding"),
+        ("shared.weight", "embedding"),
+        ("model.shared.weight", "embedding"),
+        ("decoder.embed_positions.weight", "embedding"),
+        ("vit.embeddings.patch_embeddings.projection.weight", "embedding"),
+    ],
+)
+def test_names_tell_embeddings_from_outputs(name, role):
+    """GPT-NeoX calls its output layer embed_out; tables are called shared or embed."""
+    assert roles.role_by_name(name, 2) == role
