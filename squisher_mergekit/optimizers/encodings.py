@@ -9,6 +9,7 @@ from torch import Tensor
 from squisher_mergekit.fisher.compact import outer_of_means
 
 BLOCK = 256
+BLOCKS = (BLOCK, 2048)  # entries per block in newer and in older versions of bitsandbytes
 
 
 @dataclass(frozen=True)

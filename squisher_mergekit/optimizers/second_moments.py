@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from squisher_mergekit.errors import NothingKeptError, UnsupportedStateError
 from squisher_mergekit.fisher.config import Statistic
 
@@ -176,7 +178,11 @@ def _relative(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
     if "betas" in group and group["betas"] is None:  # a layout whose files do not record them
         return Moment("exp_avg_sq", "ema", None, None) if keys <= _ADAM else None
     betas = group.get("betas") or [group.get(key) for key in ("beta1", "beta2")]
-    if not isinstance(betas, Sequence) or len(betas) < 2 or not all(isinstance(beta, float | int) for beta in betas):
+    if not isinstance(betas, Sequence) or len(betas) < 2:
+        return None
+    # torch's Adam takes tensors as well.
+    betas = [beta.item() if isinstance(beta, Tensor) and beta.numel() == 1 else beta for beta in betas]
+    if not all(isinstance(beta, float | int) for beta in betas):
         return None
     marks = keys | set(group)
     decay, decoupled = float(betas[1]), _flag(group, "decouple_weight_decay", "weight_decouple")

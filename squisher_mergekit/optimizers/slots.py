@@ -14,7 +14,7 @@ from squisher_mergekit.models.parameters import unwrapped
 from squisher_mergekit.models.roles import is_running_statistic
 from squisher_mergekit.optimizers.checkpoints.raw_state import RawState
 from squisher_mergekit.optimizers.checkpoints.stand_ins import QuantizedStandIn, replaced_in
-from squisher_mergekit.optimizers.encodings import Blockwise, Packed, RowsAndColumns
+from squisher_mergekit.optimizers.encodings import BLOCKS, Blockwise, Packed, RowsAndColumns
 from squisher_mergekit.optimizers.preconditioners.recognise import preconditioned
 from squisher_mergekit.optimizers.preconditioners.sums import Preconditioned
 from squisher_mergekit.optimizers.second_moments import Moment, ivon, moment_of, nothing_kept, unwrapped_state
@@ -244,13 +244,16 @@ def _steps(value: Any, location: str) -> int | None:
 
 def _second_moment(state: Mapping[str, Any], moment: Moment, location: str) -> MaybeLazy:
     """Return the second moment: a plain tensor, or a lazy one over its encoding."""
+    if moment.key == "state2":
+        _refuse_other_order(state["state2"], location)
     if moment.key == "state2" and "qmap2" in state:
         found = [state[key] for key in ("state2", "qmap2", "absmax2") if _is_plain(state.get(key))]
-        blocks = Blockwise(*found) if len(found) == 3 else None
-        if blocks is None or not blocks.fits():
+        candidates = [Blockwise(*found, block=size) for size in BLOCKS] if len(found) == 3 else []
+        blocks = next((each for each in candidates if each.fits()), None)
+        if blocks is None:
             raise CorruptFileError(
-                f"state2 of {location} must be 8-bit codes with 256 levels and one scale for each 256 entries, but its "
-                "parts do not belong together; save it again"
+                f"state2 of {location} must be 8-bit codes with 256 levels and one scale for each 256 or 2048 entries, "
+                "but its parts do not belong together; save it again"
             )
         return _dense_only(blocks, location)
     stored = state[moment.key]
@@ -275,6 +278,23 @@ def _second_moment(state: Mapping[str, Any], moment: Moment, location: str) -> M
             f"{list(columns.shape)}; save it again"
         )
     return _dense_only(RowsAndColumns(rows, columns), location)
+
+
+def _refuse_other_order(codes: Any, location: str) -> None:
+    """Refuse a state of bitsandbytes for a weight that was not contiguous.
+
+    The strides are the weight's at the first step. Newer versions then make the weight contiguous, and update both in
+    the order of memory, so that the axes of the state mean nothing. No file tells the version.
+
+    Raises:
+        UnsupportedStateError: The state is not contiguous.
+    """
+    if _is_plain(codes) and not codes.is_contiguous():
+        raise UnsupportedStateError(
+            f"state2 of {location} must be contiguous, as bitsandbytes fills it in the order of memory, found strides "
+            f"{list(codes.stride())} for shape {list(codes.shape)}; train with weights in torch.contiguous_format, or "
+            "estimate a Fisher from data"
+        )
 
 
 def _is_plain(value: Any) -> TypeGuard[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from squisher_mergekit.errors import CorruptFileError
+from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints.stand_ins import QuantizedStandIn
 from squisher_mergekit.optimizers.checkpoints.torch_save import content
 from squisher_mergekit.optimizers.slots import parse
@@ -140,3 +140,27 @@ def test_a_stride_of_zero_claims_no_memory():
     state = {"exp_avg_sq": torch.rand(1).expand(1 << 40), "step": 3}
     with pytest.raises(CorruptFileError, match="must have bytes of its own"):
         parse(content({"state": {0: state}, "param_groups": [{**_BETAS, "params": [0]}]}, FILE))
+
+
+def test_older_files_of_bitsandbytes_have_blocks_of_2048_entries():
+    """The number of scales tells the size of the blocks."""
+    generator = torch.Generator().manual_seed(6)
+    codes = torch.randint(0, 256, (59, 73), generator=generator, dtype=torch.uint8)
+    state, _ = _bitsandbytes(False, state2=codes, absmax2=torch.tensor([0.5, 2.0, 7.0]))
+    levels = state["state"][0]["qmap2"]
+    (slot,) = parse(content(state, FILE)).slots
+    expected = [levels[int(code)] * (0.5, 2.0, 7.0)[i // 2048] for i, code in enumerate(codes.flatten())]
+    assert torch.equal(read(slot.tensor), torch.stack(expected).reshape(59, 73))
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_state_of_bitsandbytes_in_another_order_of_memory_is_refused(bits):
+    """It follows the memory of a weight that was not contiguous at the first step, so that its axes mean nothing."""
+    state, _ = _bitsandbytes(True)
+    inner = state["state"][0]["__bnb_optimizer_quant_state__"]
+    inner["state2"] = inner["state2"].T.contiguous().T
+    if bits == 32:
+        inner["state2"] = inner["state2"].float()
+        del inner["qmap2"], inner["absmax2"]
+    with pytest.raises(UnsupportedStateError, match=r"contiguous, .* strides \[1, 17\] for shape \[17, 31\]"):
+        parse(content(state, FILE))

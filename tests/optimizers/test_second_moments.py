@@ -7,6 +7,7 @@ import torch
 
 from squisher_mergekit.errors import CorruptFileError, UnsupportedStateError
 from squisher_mergekit.optimizers.checkpoints.torch_save import content
+from squisher_mergekit.optimizers.second_moments import moment_of
 from squisher_mergekit.optimizers.slots import parse
 
 FILE = Path("optimizer.pt")
@@ -306,3 +307,14 @@ def test_a_step_that_is_no_count_is_refused(step):
     state = {"exp_avg": _M, "exp_avg_sq": _V, "step": step}
     with pytest.raises(CorruptFileError, match="must be a whole number"):
         parse(content({"state": {0: state}, "param_groups": [{**_BETAS, "params": [0]}]}, FILE))
+
+
+def test_betas_can_be_tensors():
+    """Torch's Adam takes tensors as betas, and keeps them in its groups."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], betas=(torch.tensor(0.875), torch.tensor(0.9375)), foreach=False)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    state = optimizer.state_dict()
+    moment = moment_of(state["state"][0], state["param_groups"][0], "optimizer.pt")
+    assert (moment.key, moment.decay, moment.class_) == ("exp_avg_sq", 0.9375, "torch.optim.AdamW")
