@@ -1,5 +1,6 @@
 """Parameters of a model in training: wrappers taken off, names in memory and on disk."""
 
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from squisher_mergekit.models.names import CheckpointNames, ParameterInfo
 
 DDP = "module."
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPED = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, WRAPPERS))})")  # whole parts of a name alone
 
 
 def unwrapped(name: str) -> str:
@@ -25,8 +27,7 @@ def unwrapped(name: str) -> str:
         >>> unwrapped("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
         'encoder.weight'
     """
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
+    name = _WRAPPED.sub("", name)
     while name.startswith(DDP):
         name = name.removeprefix(DDP)
     return name

@@ -76,7 +76,7 @@ def read_names(names: str | Path | Sequence[str] | None) -> list[str] | None:
     if not path.is_file():
         raise NotFoundError(f"--names must be a text file with one name a line, but there is no {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows begins a text file with a mark
     except (OSError, ValueError) as error:
         raise NotFoundError(f"--names must be a text file with one name a line, but {path} is none: {error}") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -191,6 +191,16 @@ def _trained(folders: Folders, model: CheckpointNames | None) -> set[str] | None
     return trained_parameters(folders.weights, folders.base, model)
 
 
+def _frozen(folders: Folders, model: CheckpointNames | None) -> set[str]:
+    """Return the parameters that equal the base's; one that the base lacks, such as a new head, is not among them."""
+    trained = _trained(folders, model)
+    if trained is None or model is None or folders.base is None:
+        return set()
+    compared = folders.weights.infos.keys() & folders.base.infos.keys()
+    stored = (model.sources.get(model.aliases.get(name, name), ()) for name in compared)
+    return {source for sources in stored for source in sources} - trained
+
+
 def _refuse_contradiction(given: Sequence[str], slots: Sequence[OptimizerSlot], location: Path) -> None:
     """Refuse given names that are the file's own in another order; names of another kind are renamings."""
     for name, slot in zip(given, slots, strict=True):
@@ -207,8 +217,8 @@ def _cut_flat(
     """Cut flat second moments by the shapes of the parameters in the model or the weights."""
     names = given if given is not None else [slot.name for slot in state.slots] if state.named else None
     if names is None:
-        parameters, trained = _in_order(state, model), _trained(folders, model)
-        return split(state, [p for p in parameters if trained is None or p.name in trained])
+        parameters, frozen = _in_order(state, model), _frozen(folders, model)
+        return split(state, [p for p in parameters if p.name not in frozen])
     shapes = {name: info.shape for name, info in folders.weights.infos.items()}
     if model is not None:
         shapes |= {parameter.name: parameter.shape for parameter in model.parameters}

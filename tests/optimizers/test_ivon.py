@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.errors import NamingError
@@ -45,3 +46,25 @@ def test_a_tensor_of_another_size_is_refused(tmp_path):
     _saved(tmp_path, entries=31)
     with pytest.raises(NamingError, match="must fill its flat tensors"):
         load_fisher(tmp_path / "run.pt")
+
+
+def test_a_head_that_the_base_lacks_was_trained(tmp_path):
+    """Parameters that equal the base's were frozen; a new head, which the base does not have, was not."""
+    config = transformers.GPT2Config(vocab_size=41, n_embd=12, n_layer=1, n_head=3, n_positions=16, pad_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    model = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    model.transformer.wte.requires_grad_(False)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        parameter.data += 1
+    model.save_pretrained(tmp_path)
+    numel = sum(p.numel() for p in trained.values())
+    group = {"hess_init": 0.5, "beta1": 0.9, "beta2": 0.999, "numel": numel, "hess": torch.rand(numel)}
+    optimizer = {"state": {}, "param_groups": [{**group, "params": [*range(len(trained))]}]}
+    torch.save({"optimizer": optimizer}, tmp_path / "run.pt")
+    fisher = load_fisher(tmp_path / "run.pt", base=tmp_path / "base")
+    parts = torch.split(group["hess"], [p.numel() for p in trained.values()])
+    assert set(fisher) == set(trained)
+    assert all(
+        torch.equal(fisher[name], part.view(p.shape)) for (name, p), part in zip(trained.items(), parts, strict=True)
+    )

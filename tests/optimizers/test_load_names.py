@@ -11,6 +11,7 @@ from torch import nn
 
 from squisher_mergekit import extract, load_fisher
 from squisher_mergekit.errors import MismatchError, NamingError, UnsupportedStateError
+from squisher_mergekit.optimizers.slot_names import read_names
 
 
 def _step(parameters, groups):
@@ -360,3 +361,10 @@ def _recurrent_halves():
     halves = {name: nn.Parameter(p.detach()[: len(p) // 2].clone()) for name, p in model.named_parameters()}
     optimizer, _ = _step(halves, [{"params": list(halves.values())}])
     return optimizer.state_dict(), list(halves)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_file_of_names_can_begin_with_a_byte_order_mark(encoding, tmp_path):
+    """Editors of Windows write the mark, which is no part of the first name."""
+    (tmp_path / "names.txt").write_text("wte.weight\r\nln.bias\r\n", encoding=encoding, newline="")
+    assert read_names(tmp_path / "names.txt") == ["wte.weight", "ln.bias"]

@@ -216,3 +216,8 @@ def test_codes_are_refused_as_second_moments(value):
     state["state"][0]["exp_avg_sq"] = value
     with pytest.raises(UnsupportedStateError, match=r"exp_avg_sq of parameter 0 .* must be a plain tensor of floats"):
         parse(content(state, FILE))
+
+
+def test_a_name_that_ends_like_a_wrapper_is_kept():
+    """Whole parts of a name alone are prefixes of wrappers."""
+    assert unwrapped("module.my_orig_mod._orig_mod.weight") == "my_orig_mod.weight"

@@ -173,7 +173,7 @@ def _whole(inner: nn.Module, key: str, names: CheckpointNames | None) -> dict[st
         if not parameter.requires_grad or ".lora_" in name or name not in saved:
             continue
         if names is None:
-            found[name.removeprefix(PREFIX).replace(f".modules_to_save.{key}", "").replace(".base_layer", "")] = (
+            found[name.removeprefix(PREFIX).replace(f".modules_to_save.{key}.", ".").replace(".base_layer.", ".")] = (
                 parameter
             )
         else:

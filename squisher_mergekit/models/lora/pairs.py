@@ -278,7 +278,7 @@ def replaced_on_disk(memory: str, key: str, names: CheckpointNames, base: str, p
     Raises:
         UnsupportedStateError: The tensor is none of the base's, or its weight is tied or converted.
     """
-    name = memory.removeprefix(PREFIX).replace(f".modules_to_save.{key}", "").replace(".base_layer", "")
+    name = memory.removeprefix(PREFIX).replace(f".modules_to_save.{key}.", ".").replace(".base_layer.", ".")
     made = [stored for stored, sources in names.sources.items() if names.first.get(name) in sources]
     tied = [other for other, found in names.first.items() if found == names.first.get(name)]
     if len(made) != 1 or len(tied) != 1 or len(names.sources[made[0]]) != 1:

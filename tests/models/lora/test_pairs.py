@@ -8,7 +8,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from squisher_mergekit.errors import MismatchError, NotFoundError, UnsupportedStateError
-from squisher_mergekit.models.lora.pairs import AdaptedWeights, read_lora
+from squisher_mergekit.models.lora.pairs import AdaptedWeights, read_lora, replaced_on_disk
+from squisher_mergekit.models.parameters import describe
 from squisher_mergekit.models.weights import Weights
 from tests.adapters import save_merged, train
 
@@ -130,3 +131,17 @@ def test_pickled_adapters_are_refused_with_the_cure(tmp_path):
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
     with pytest.raises(NotFoundError, match=r"adapter_model\.safetensors, but .* has none; save it by save_pretrained"):
         _read(tmp_path)
+
+
+def test_a_module_whose_name_begins_as_pefts_keeps_its_name():
+    """Whole parts of a name alone are peft's: base_layer, and modules_to_save of the one adapter."""
+    model = torch.nn.ModuleDict({"base_layer_norm": torch.nn.LayerNorm(3), "up": torch.nn.Linear(3, 5)})
+    names = describe(torch.nn.ModuleDict({"block": model})).checkpoint_names
+    for held, stored in (
+        ("block.base_layer_norm.weight", "block.base_layer_norm.weight"),
+        ("block.up.base_layer.bias", "block.up.bias"),
+        ("block.up.modules_to_save.a.weight", "block.up.weight"),
+    ):
+        assert replaced_on_disk(f"base_model.model.{held}", "a", names, "base", "adapter") == stored
+    with pytest.raises(UnsupportedStateError):
+        replaced_on_disk("base_model.model.block.up.modules_to_save.ab.weight", "a", names, "base", "adapter")
