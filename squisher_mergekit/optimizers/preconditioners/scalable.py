@@ -62,7 +62,7 @@ class Tiles:
 
     def read(self) -> Tensor:
         """Return the factor, the last block padded with zeros."""
-        factor = torch.zeros(self.shape, dtype=self.dtype)
+        factor = torch.zeros(self.shape, dtype=self.dtype, device=self.tiles[0].device)
         for number, tile in enumerate(self.tiles):
             factor[number // self.across, : len(tile), : len(tile)] += tile
         return factor

@@ -143,3 +143,9 @@ def test_tiles_are_pickled_as_plain_data():
     """A lazy factor is plain data: workers can take it."""
     tiles = Tiles((torch.eye(2), torch.eye(2)), across=2)
     assert torch.equal(pickle.loads(pickle.dumps(tiles)).read(), 2 * torch.eye(2)[None])
+
+
+def test_a_factor_is_on_the_device_of_its_tiles():
+    """In training the tiles can be on another device than the default one."""
+    tiles = tuple(torch.empty(size, size, device="meta") for size in (3, 3, 2, 2))
+    assert Tiles(tiles, across=2).read().device.type == "meta"
