@@ -70,7 +70,8 @@ class TrainingInfo:
         info = config.optimizer or OptimizerInfo()
         if info.max_grad_norm is None:
             info = info.model_copy(update={"max_grad_norm": self.max_grad_norm})
-        known = {key: value for key, value in asdict(self).items() if getattr(config, key, value) is None}
+        facts = {key: value for key, value in asdict(self).items() if key != "max_grad_norm"}
+        known = {key: value for key, value in facts.items() if getattr(config, key) is None}
         return config.model_copy(update=known | {"optimizer": info})
 
 

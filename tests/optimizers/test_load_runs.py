@@ -143,3 +143,16 @@ def test_steps_that_the_optimizer_did_not_count_are_the_trainers(tmp_path):
     fisher = load_fisher(tmp_path, names=["w"])
     assert fisher.config.steps == 7
     assert torch.allclose(fisher.scaled("w"), moment / (1 - 0.99**7))
+
+
+def test_a_file_with_its_step_in_the_name_is_found(tmp_path):
+    """``optimizer_1.bin`` is accelerate's second optimizer; ``optimizer_1000.pt`` is the file of a script."""
+    model = _gpt2()
+    model.save_pretrained(tmp_path)
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.arange(9)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer_1000.pt")
+    truth = {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
+    _assert_step(load_fisher(tmp_path), truth)

@@ -28,7 +28,7 @@ NAMES = ("optimizer.pt", "optimizer.bin")
 # Other files in a checkpoint, which hold no optimizer's state.
 _OTHERS = re.compile(
     r"training_args|rng_state|random_states|scheduler|scaler|sampler|pytorch_model|adapter_model|custom_checkpoint|"
-    r".*(?:model_states|optim_states)|optimizer_\d+"
+    r".*(?:model_states|optim_states)|optimizer_\d+(?:_rank\d+)?\.bin"
 )
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # timm writes last.pth.tar
 _LIGHTNING = "pytorch-lightning_version"
