@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -248,7 +248,7 @@ def _second_moment(state: Mapping[str, Any], moment: Moment, location: str) -> M
         _refuse_other_order(state["state2"], location)
     if moment.key == "state2" and "qmap2" in state:
         found = [state[key] for key in ("state2", "qmap2", "absmax2") if _is_plain(state.get(key))]
-        candidates = [Blockwise(*found, block=size) for size in BLOCKS] if len(found) == 3 else []
+        candidates = [replace(Blockwise(*found), block=size) for size in BLOCKS] if len(found) == 3 else []
         blocks = next((each for each in candidates if each.fits()), None)
         if blocks is None:
             raise CorruptFileError(
