@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -134,12 +135,12 @@ class Selection:
         """Return the number of entries to keep.
 
         Example:
-            >>> Selection(0.005).count(12345), Selection(7).count(12345), Selection(pattern=(2, 4)).count(8)
-            (61, 7, 4)
+            >>> Selection(0.29).count(100), Selection(7).count(12345), Selection(pattern=(2, 4)).count(8)
+            (29, 7, 4)
         """
         if self.pattern is not None:
             return entries * self.pattern[0] // self.pattern[1]
-        return self.keep if isinstance(self.keep, int) else math.floor(self.keep * entries)
+        return self.keep if isinstance(self.keep, int) else math.floor(_exact(self.keep) * entries)
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def min_counts(sizes: Mapping[str, int], keep: int, scope: Scope, min_keep: floa
     Raises:
         ConfigError: ``min_keep`` alone keeps more than ``keep``.
     """
-    counts = {name: math.ceil(size * min_keep) for name, size in sizes.items()}
+    counts = {name: math.ceil(size * _exact(min_keep)) for name, size in sizes.items()}
     if sum(counts.values()) > keep:
         raise ConfigError(
             f"keeping at least {min_keep:g} of each tensor takes {sum(counts.values())} entries, but {keep} of "
@@ -245,12 +246,16 @@ def min_counts(sizes: Mapping[str, int], keep: int, scope: Scope, min_keep: floa
     return _divided(sizes, keep) if scope == "layer" else counts
 
 
+def _exact(share: float) -> Fraction:
+    """Return a share as it is written: 0.29 of 100 is 29, but the nearest number in binary is below 0.29."""
+    return Fraction(str(float(share)))
+
+
 def _divided(sizes: Mapping[str, int], keep: int) -> dict[str, int]:
     """Divide ``keep`` by size, rounded down; the largest remainders get one entry more."""
     total = max(sum(sizes.values()), 1)
-    exact = {name: size * keep / total for name, size in sizes.items()}
-    counts = {name: math.floor(share) for name, share in exact.items()}
-    rest = sorted(sizes, key=lambda name: counts[name] - exact[name])[: keep - sum(counts.values())]
+    counts = {name: size * keep // total for name, size in sizes.items()}
+    rest = sorted(sizes, key=lambda name: -(sizes[name] * keep % total))[: keep - sum(counts.values())]
     return counts | {name: counts[name] + 1 for name in rest}
 
 

@@ -87,6 +87,14 @@ def test_an_invalid_share_is_refused(value):
 SHAPES = {"head": (2, 3), "w": (7, 5), "words": (11, 4), "buffer": (3,)}
 
 
+def test_shares_are_the_decimal_numbers_that_a_user_writes():
+    """In binary 0.29 * 100 is below 29, and 0.07 * 100 above 7."""
+    for hundredths in range(1, 100):
+        share = float(f"0.{hundredths:02}")
+        assert Selection(share).count(100) == hundredths
+        assert min_counts({"w": 100}, 100, "global", share) == {"w": hundredths}
+
+
 def test_a_plan_has_every_count_before_a_weight_is_read():
     """``always`` is counted and kept, ``never`` is not counted, and ``outside`` is not touched.
 
