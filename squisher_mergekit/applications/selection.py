@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -140,7 +139,7 @@ class Selection:
         """
         if self.pattern is not None:
             return entries * self.pattern[0] // self.pattern[1]
-        return self.keep if isinstance(self.keep, int) else math.floor(_exact(self.keep) * entries)
+        return self.keep if isinstance(self.keep, int) else math.floor(_product(self.keep, entries))
 
 
 @dataclass(frozen=True)
@@ -237,7 +236,7 @@ def min_counts(sizes: Mapping[str, int], keep: int, scope: Scope, min_keep: floa
     Raises:
         ConfigError: ``min_keep`` alone keeps more than ``keep``.
     """
-    counts = {name: math.ceil(size * _exact(min_keep)) for name, size in sizes.items()}
+    counts = {name: math.ceil(_product(min_keep, size)) for name, size in sizes.items()}
     if sum(counts.values()) > keep:
         raise ConfigError(
             f"keeping at least {min_keep:g} of each tensor takes {sum(counts.values())} entries, but {keep} of "
@@ -246,9 +245,10 @@ def min_counts(sizes: Mapping[str, int], keep: int, scope: Scope, min_keep: floa
     return _divided(sizes, keep) if scope == "layer" else counts
 
 
-def _exact(share: float) -> Fraction:
-    """Return a share as it is written: 0.29 of 100 is 29, but the nearest number in binary is below 0.29."""
-    return Fraction(str(float(share)))
+def _product(share: float, entries: int) -> float:
+    """Return ``share * entries``, whole where only rounding keeps it from that: 0.29 * 100 is below 29 in binary."""
+    value = share * entries
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-15) else value
 
 
 def _divided(sizes: Mapping[str, int], keep: int) -> dict[str, int]:

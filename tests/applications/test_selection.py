@@ -87,12 +87,15 @@ def test_an_invalid_share_is_refused(value):
 SHAPES = {"head": (2, 3), "w": (7, 5), "words": (11, 4), "buffer": (3,)}
 
 
-def test_shares_are_the_decimal_numbers_that_a_user_writes():
-    """In binary 0.29 * 100 is below 29, and 0.07 * 100 above 7."""
-    for hundredths in range(1, 100):
-        share = float(f"0.{hundredths:02}")
-        assert Selection(share).count(100) == hundredths
-        assert min_counts({"w": 100}, 100, "global", share) == {"w": hundredths}
+@pytest.mark.parametrize("size", [37, 100, 1000, 7919])
+def test_rounding_moves_no_count(size):
+    """In binary 0.29 * 100 is below 29, and 0.07 * 100 above 7; decimals and quotients have the counts they mean."""
+    for count in range(1, size):
+        share = float(f"0.{count:03}") if size == 1000 else count / size
+        assert Selection(share).count(size) == count
+        assert min_counts({"w": size}, size, "global", share) == {"w": count}
+    assert Selection(0.29).count(99) == 28
+    assert min_counts({"w": 99}, 99, "global", 0.07) == {"w": 7}
 
 
 def test_a_plan_has_every_count_before_a_weight_is_read():
