@@ -35,6 +35,7 @@ from scripts.experiments import merge_methods, method_report, method_rows, struc
 from scripts.experiments.merging import HEADS
 from scripts.experiments.method_rows import ROWS, SCALE, Method, compared, grid
 from scripts.experiments.runner import TIMINGS, Experiment, Result, Settings, main
+from scripts.experiments.structure_merges import mean
 from scripts.experiments.structure_report import Cell, means
 from scripts.experiments.tables import Table, difference, mean_sd
 
@@ -89,7 +90,9 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         cells = structure_report.cells_of(report, heads=heads)
         before = [_same(nine, one) for one in cells]
         if cells and all(before):
-            made += [_table(heads, cells, [one for one in before if one]), _choices(heads, cells)]
+            found = wider(len(cells[0]["settings"]["tasks"]), 0)
+            made.append(_table(report, heads, cells, [one for one in before if one]))
+            made.append(method_report.choices(found, cells, HEADS[heads]))
     missing = structure_report.rest(report, EXPERIMENT.name)
     return [*made[:-2], replace(made[-2], notes=[*made[-2].notes, *missing]), made[-1]] if made else []
 
@@ -101,7 +104,7 @@ def _same(report: Mapping[str, Any], cell: Cell) -> Cell | None:
     return found[0] if found else None
 
 
-def _table(heads: str, cells: Sequence[Cell], before: Sequence[Cell]) -> Table:
+def _table(report: Mapping[str, Any], heads: str, cells: Sequence[Cell], before: Sequence[Cell]) -> Table:
     """Return means with wider lists, their gain over the nine settings, and the lead of ``kron``."""
     ours = means(before, OURS)
     rows = []
@@ -113,27 +116,18 @@ def _table(heads: str, cells: Sequence[Cell], before: Sequence[Cell]) -> Table:
         numbers = [mean_sd(found), mean_sd(worst), difference(gain), difference(lead)]
         rows.append((ROWS[row], [str(len(method.settings)), *numbers]))
     best = [max(wider(6, 0), key=one["result"]["validation"].__getitem__) for one in cells]
-    lead = [
-        a - sum(one["result"]["test"][row].values()) / len(one["result"]["test"][row])
-        for a, one, row in zip(ours, cells, best, strict=True)
-    ]
+    lead = [a - mean(one["result"]["test"][row]) for a, one, row in zip(ours, cells, best, strict=True)]
     note = (
         f"{ROWS[OURS]} with the setting that it chose out of nine, {mean_sd(ours)}, less the row that is best on the "
         f"validation texts, seed by seed ({'; '.join(ROWS[row] for row in best)}): {difference(lead)} points, above 0 "
         f"in {sum(gap > 0 for gap in lead)} of {len(lead)}."
     )
-    of = "" if len(cells) == len(merge_methods.SEEDS) else f" of {len(merge_methods.SEEDS)} planned"
     title = (
         f"**Wider lists for the rivals, {HEADS[heads]}.** Accuracy in %, mean ± standard deviation over "
-        f"{structure_report.number(cells)}{of}; differences with 95 % t intervals"
+        f"{structure_report.seeds(cells, report, len(HEADS))}; differences with 95 % t intervals"
     )
     columns = ("settings", "mean", "worst task", "less nine settings", "`kron` less it")
     return Table(title, columns, rows, [note])
-
-
-def _choices(heads: str, cells: Sequence[Cell]) -> Table:
-    """Return the settings that were chosen, to open."""
-    return method_report.choices(wider(len(cells[0]["settings"]["tasks"]), 0), cells, HEADS[heads])
 
 
 if __name__ == "__main__":

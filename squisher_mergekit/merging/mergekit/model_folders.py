@@ -289,7 +289,7 @@ def _with_tokenizer(source: Any, given: Mapping[_Key, Any]) -> Any:
 
 
 def _key(reference: Any) -> _Key:
-    """Return what tells a model from others, under whatever spelling of its folder."""
+    """Return the resolved places of a model and its adapter, equal for all spellings of one folder."""
     return _resolved(reference.model), _resolved(reference.lora)
 
 
