@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,6 @@ def command(
     """
     from squisher_mergekit.merging.mergekit.commands import (
         input_paths,
-        plan_config,
         read_config,
         read_document,
         run_config,
@@ -98,12 +96,8 @@ def command(
             click.echo(f"{merged.replace(',', ', ')}: score {found:g}")
         return found
 
-    options = {key: value for key, value in merge_options if key != "quiet"}
     try:
-        left = [name for name in texts if name not in sweep.scores]
-        for name in progress_bar(left, "plan", merge_options.quiet, unit="point"):
-            with _named(name):
-                plan_config(read_config(texts[name]), strict=strict, sources=sources, **options)
+        _plan({name: text for name, text in texts.items() if name not in sweep.scores}, merge_options, strict, sources)
         sweep.run(merge, score, lambda items: progress_bar(items, "sweep", merge_options.quiet, unit="merge"))
     finally:
         sources.close()
@@ -114,17 +108,20 @@ def command(
     click.echo(f"best of {len(every)}: {best.replace(',', ', ')}, score {sweep.scores[best]:g}, in {sweep.place(best)}")
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Name the point in the message of a plan that refuses it.
+def _plan(texts: Mapping[str, str], merge_options: Any, strict: bool, sources: Any) -> None:
+    """Plan the merge of every point.
 
     Raises:
-        RefusedError: The block raised one.
+        RefusedError: A plan refuses its point, which the message names.
     """
-    try:
-        yield
-    except RefusedError as error:
-        raise type(error)(f"the point {name.replace(',', ', ')}: {error.message}") from error
+    from squisher_mergekit.merging.mergekit.commands import plan_config, read_config
+
+    options = {key: value for key, value in merge_options if key != "quiet"}
+    for name in progress_bar(texts, "plan", merge_options.quiet, unit="point"):
+        try:
+            plan_config(read_config(texts[name]), strict=strict, sources=sources, **options)
+        except RefusedError as error:
+            raise type(error)(f"the point {name.replace(',', ', ')}: {error.message}") from error
 
 
 def _draw(sweep: Any, out: Path, lower: bool) -> None:

@@ -183,8 +183,7 @@ class FisherMergeMethod(GroupMergeMethod):  # type: ignore[misc]
                 f"{[*options.of_origin, 'trimmed: abstain'][0]} needs a base, the model that all were trained from, "
                 f"but for {name} none is given; give merge_state_dicts(base=...) or merge_tensors(base_index=...)"
             )
-        # In slices, the base can be an input by another of its layers.
-        origin = origins[0].origin if origins else None if base is None else base.tensor
+        origin = _given_origin(base, loaded)
         assert origin is not None
         device = inputs[0].theta.device
         return Ballot(options, origin.detach().to(device), _based(origins, inputs[0].theta), recorded)
@@ -224,11 +223,19 @@ def _structure(
     return Structure.of(given), False
 
 
+def _given_origin(base: TensorEntry | None, loaded: Mapping[Any, LoadedFisher]) -> torch.Tensor | None:
+    """Return theta_0: that of the plan, because in slices the base can be an input by another layer; else the base."""
+    planned = next((item.origin for item in loaded.values() if item.origin is not None), None)
+    return base.tensor if planned is None and base is not None else planned
+
+
 def _origin(name: str, base: TensorEntry | None, loaded: Mapping[Any, LoadedFisher]) -> torch.Tensor:
-    """Return theta_0."""
-    origin = next((item.origin for item in loaded.values() if item.origin is not None), None)
-    if origin is None and base is not None:
-        origin = base.tensor
+    """Return theta_0.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    origin = _given_origin(base, loaded)
     if origin is None:
         raise ConfigError(
             f"a structure beyond the diagonal needs a base, the model that all were trained from, but for {name} none "
