@@ -8,6 +8,7 @@ thread each, and there are as many of them as torch has threads, so that mergeki
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import mul
 from typing import Any, TypeAlias
 
@@ -22,7 +23,15 @@ from squisher_mergekit.merging.inputs import PLAIN, Ballot, Input, Operands, Out
 from squisher_mergekit.merging.pool import map_parts
 from squisher_mergekit.merging.votes import equations as votes
 from squisher_mergekit.merging.votes.prior import absolute_prior, powered_prior
-from squisher_mergekit.merging.votes.results import Step, blank_fisher, count_not_finite, extended, record, run_whole
+from squisher_mergekit.merging.votes.results import (
+    Step,
+    blank_fisher,
+    count_not_finite,
+    cutter,
+    extended,
+    record,
+    run_parts,
+)
 
 CHUNK = 1 << 18
 COMPILE_FROM = 1 << 20
@@ -80,7 +89,7 @@ def merge_squisher(inputs: Sequence[Input], out_dtype: torch.dtype, ballot: Ball
     if merged is not None:
         return operands.outcome(merged)
     if not ballot.is_default:
-        return run_whole(step, operands, len(inputs), out_dtype, information)
+        return run_parts(step, operands, len(inputs), out_dtype, information)
     used = tuple(i for i, weight in enumerate(weights) if weight > 0)
     factors = [equations.relative([part[i] for i in used]) for part in (weights, information)]
     return _run_fused(_squisher_pass, operands, used, operands.tensor(factors), len(inputs), out_dtype)
@@ -142,7 +151,7 @@ def merge_ubgm(
         )
 
     information = [*map(mul, weights, scales), *([base.scale] if known else [])]
-    run = run_whole if operands.on_accelerator else _run_chunks
+    run = run_parts if operands.on_accelerator else _run_chunks
     return run(step, operands, len(inputs), out_dtype, information)
 
 
@@ -162,7 +171,7 @@ def _mean(
     operands = Operands.of(bare, ballot)
     if not operands.on_accelerator:
         return _run_chunks(step, operands, count, out_dtype, [])
-    return run_whole(step, operands, count, out_dtype, [])
+    return run_parts(step, operands, count, out_dtype, [])
 
 
 def _models(inputs: Sequence[Input]) -> list[fused.Model]:
@@ -179,44 +188,28 @@ def _run_chunks(
     step: Step, operands: Operands, count: int, out_dtype: torch.dtype, information: list[float]
 ) -> Outcome:
     """Run a step over chunks on the pool; ``information``: factor of each Fisher in the Fisher of the result."""
-    thetas = [theta.reshape(-1) for theta in operands.thetas]
-    fishers = [fisher.reshape(-1) for fisher in operands.fishers]
-    size, work, ballot = operands.size, operands.work, operands.ballot
+    size, ballot = operands.size, operands.ballot
     shape = operands.thetas[0].shape
     if not size:
         empty = blank_fisher(operands).reshape(shape) if ballot.recorded and information else None
         return Outcome(torch.empty(shape, dtype=out_dtype), [0.0] * count, 0, fisher=empty)
-    origin = None if ballot.origin is None else ballot.origin.reshape(-1)
-    based = None if ballot.based is None else ballot.based.reshape(-1)
     out, limit = torch.empty(size, dtype=out_dtype), torch.finfo(out_dtype).max
-    choices = map_parts(kept_entries, operands.trims, size) if any(operands.trims) else [None] * len(thetas)
+    choices = map_parts(kept_entries, operands.trims, size) if any(operands.trims) else [None] * len(operands.thetas)
     recorded = blank_fisher(operands) if ballot.recorded and information else None
-
-    def piece(i: int, part: slice) -> Tensor:
-        theta, choice = thetas[i][part].to(work), choices[i]
-        if choice is None or ballot.options.abstain:
-            return theta
-        return torch.where(choice[0][part], theta, choice[1][part].to(work))
+    cut = cutter(operands, choices)
 
     def chunk(start: int) -> tuple[list[float], list[int]]:
         part = slice(start, min(start + CHUNK, size))
-        pieces = [fisher[part].to(work) for fisher in fishers]
-        extremes = [(low.item(), high.item()) for low, high in map(torch.aminmax, pieces)]
-        for (low, high), fisher, label in zip(extremes, fishers, operands.labels, strict=True):
+        pieces = cut(part)
+        extremes = [(low.item(), high.item()) for low, high in map(torch.aminmax, pieces.fishers)]
+        for (low, high), fisher, label in zip(extremes, operands.fishers, operands.labels, strict=True):
             if not (low >= 0 and high < float("inf")):
-                check_values(fisher, *label)
-        cut = VotePart(
-            [piece(i, part) for i in range(len(thetas))],
-            pieces,
-            extremes,
-            [None if choice is None or not ballot.options.abstain else choice[0][part] for choice in choices],
-            None if origin is None else origin[part].to(work),
-            None if based is None else based[part],
-        )
-        merged = step(cut)
+                check_values(fisher.reshape(-1), *label)
+        pieces = replace(pieces, extremes=extremes)
+        merged = step(pieces)
         if recorded is not None:
-            record(recorded[part], cut, merged, information)
-        values = extended(merged.values, cut, ballot)
+            record(recorded[part], pieces, merged, information)
+        values = extended(merged.values, pieces, ballot)
         out[part] = values
         lowest, highest = (end.item() for end in torch.aminmax(values))
         if not (lowest >= -limit and highest <= limit):

@@ -14,7 +14,9 @@ def raised(fisher, unit, power, POWERED: tl.constexpr):
     if POWERED:
         some = fisher > 0
         near = ratio > 1e-30
-        small = tl.log2(tl.where(some, fisher, 1.0)) + tl.log2(unit)
+        # A GPU's logarithm takes numbers below 1.2e-38 for 0. Where this one counts, both products are finite.
+        lifted = 1099511627776.0  # 2^40
+        small = tl.log2(tl.where(some, fisher * lifted, 1.0)) + tl.log2(unit * lifted) - 80
         logarithm = tl.where(near, tl.log2(tl.where(near, ratio, 1.0)), small)
         ratio = tl.where(some, tl.exp2(power * logarithm), tl.where(power == 0, 1.0, 0.0))
     return ratio

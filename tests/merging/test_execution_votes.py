@@ -10,6 +10,7 @@ from squisher_mergekit.merging import execution
 from squisher_mergekit.merging.density import Ranking, Trim
 from squisher_mergekit.merging.execution import merge_squisher, merge_ubgm
 from squisher_mergekit.merging.inputs import Ballot, Input
+from squisher_mergekit.merging.votes import results
 from squisher_mergekit.merging.votes.options import VoteOptions
 from tests.merging.reference import assert_within, draw_fisher, largest
 from tests.merging.votes.reference import mask_of, score_of, trimmed_to, voted_reference
@@ -49,8 +50,12 @@ def test_one_pass_of_an_accelerator(device: torch.device, options: dict[str, Any
 
 
 @pytest.mark.usefixtures("by_formula")
-def test_a_whole_tensor_on_an_accelerator(device: torch.device) -> None:
-    """Abstention, lambda and the Fisher of the result run without a kernel."""
+@pytest.mark.parametrize("part", [701, 100])
+def test_the_parts_of_a_tensor_on_an_accelerator(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    """Abstention, lambda and the Fisher of the result run without a kernel, and hold a part of the tensor at a time."""
+    monkeypatch.setattr(results, "PART", part)
     base, thetas, fishers = _drawn(701, device)
     ranking = [Ranking("change", theta, positive=True) for theta in thetas]
     trims = [Trim(base, fisher, 0.4, None, order) for fisher, order in zip(fishers, ranking, strict=True)]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -262,6 +263,25 @@ def test_power_is_of_every_fisher(device: torch.device, power: float, dtype: tor
     )
     reference = ubgm_reference(case.base, case.base_fisher.double() ** power, case.thetas, raised, case.weights, 0.1)
     assert_within(matched.values.cpu(), reference, case.spread())
+
+
+@pytest.mark.parametrize("power", [0.1, 0.5])
+def test_power_of_a_fisher_below_1e_38_is_not_that_of_zero(monkeypatch, power: float) -> None:
+    """A logarithm on a GPU takes a number below 1.2e-38 for 0; entries of such Fishers still have their share."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def flushing(builder, x):
+        narrow = x.data.dtype == np.float32
+        return builder.unary_op(x, lambda values: np.log2(np.where(narrow & (values < 1.1754944e-38), 0, values)))
+
+    monkeypatch.setattr(InterpreterBuilder, "create_log2", flushing)
+    fishers = [torch.tensor([1e-40, 3e-45, 1e-39, 0.0]), torch.tensor([1e-5, 1e-12, 1e-39, 1e-3])]
+    thetas = [torch.ones(4), torch.zeros(4)]
+    models = [Model(theta, fisher, 1.0) for theta, fisher in zip(thetas, fishers, strict=True)]
+    merged = fused.squisher(models, torch.float32, torch.float32, power)
+    expected = squisher_reference(thetas, [fisher.double() ** power for fisher in fishers], [1.0, 1.0])
+    assert torch.allclose(merged.values.double(), expected, rtol=1e-4, atol=0)
+    assert float(expected[0]) > 1e-18
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
