@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors.safetensors import check_shape
 
@@ -104,4 +103,4 @@ def check_fits(fisher: Fisher, weights: Weights, names: Iterable[str]) -> str | 
                 f"{weights.folder}; give the Fisher of this model"
             )
         check_shape(name, fisher.info(name).shape, weights.infos[stored].shape, fisher.location)
-    return difference(fisher.config.weights_fingerprint, weights.fingerprint)
+    return weights.difference_from(fisher.config.weights_fingerprint)

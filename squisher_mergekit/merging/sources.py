@@ -15,7 +15,6 @@ from squisher_mergekit.fisher.values import has_signal
 from squisher_mergekit.merging.lora.files import LoraFiles
 from squisher_mergekit.merging.lora.filled import FilledFisher
 from squisher_mergekit.merging.parameters import SQUISHER
-from squisher_mergekit.models.fingerprint import difference
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.optimizers.lifting.lift import OF_LORAS, lift
@@ -128,7 +127,7 @@ class OpenFisher:
         """Open the Fisher of a base with a LoRA: one of the merged weights, or one of the adapter, which is lifted."""
         fisher = self._as_found(files.adapter, files.base)
         if fisher.config.parameters == "adapter":
-            self.changed = difference(fisher.config.weights_fingerprint, files.adapter.fingerprint)
+            self.changed = files.adapter.difference_from(fisher.config.weights_fingerprint)
             fisher = lift(fisher, files.lora, fingerprint=False)
         if fisher.config.estimator not in OF_LORAS:
             return fisher
@@ -276,8 +275,7 @@ def _check(opened: OpenFisher, model: ModelFiles) -> str | None:
             f"the Fisher for {model.label} must have positive entries, but {fisher.location} is 0 everywhere; give a "
             "checkpoint saved after the first optimizer step"
         )
-    made_at = fisher.config.weights_fingerprint
-    changed = opened.changed or (difference(made_at, model.weights.fingerprint) if made_at else None)
+    changed = opened.changed or model.weights.difference_from(fisher.config.weights_fingerprint)
     if not changed and fisher.config.parameters == "adapter":
         return (
             f"{model.label} is an adapter alone, so that A and B are merged entry by entry, which needs LoRAs that "

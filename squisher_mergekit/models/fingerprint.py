@@ -14,6 +14,7 @@ import torch
 
 from squisher_mergekit.tensors.safetensors import SafetensorsHeader, read_header, safetensors_files
 
+VERSION, OLD_VERSION = "fp2", "fp1"
 _BLOCKS, _BLOCK = 8, 128
 
 
@@ -35,30 +36,40 @@ def fingerprint(folder: Path, basename: str = "model") -> str | None:
 def fingerprint_of(
     headers: Iterable[SafetensorsHeader],
     changed: Mapping[str, Callable[[str], torch.Tensor]] = MappingProxyType({}),
+    version: str = VERSION,
 ) -> str | None:
     """Return the fingerprint of the files with these headers; None if there is no file.
 
-    ``fp1:<names, shapes and dtypes>-<sampled bytes>``: two BLAKE2b digests over the tensors in the order of
+    ``fp2:<names, shapes and dtypes>-<sampled bytes>``: two BLAKE2b digests over the tensors in the order of
     their names. Of each tensor eight blocks of 128 bytes are read, evenly spread, the first and last included (all
-    of a small tensor); the cost does not grow with the size of the tensors.
+    of a small tensor); the cost does not grow with the size of the tensors. In ``fp1`` the last block of a tensor of
+    less than 1024 bytes went on into the tensor behind it, so that shards had another digest than a single file.
 
     Args:
         headers: The headers.
         changed: Name -> function that reads the tensor that stands for the one in the files, of its shape and dtype.
+        version: ``fp2``, or ``fp1`` to compare with a fingerprint of 0.1.0.
     """
     headers = list(headers)
     if not headers:
         return None
     structure, content = hashlib.blake2b(digest_size=6), hashlib.blake2b(digest_size=12)
-    for name, shape, dtype, sample in sorted(_samples(headers, changed)):
+    for name, shape, dtype, sample in sorted(_samples(headers, changed, version)):
         structure.update(f"{name}\0{shape}\0{dtype}\0".encode())
         content.update(name.encode() + b"\0" + sample)
-    return f"fp1:{structure.hexdigest()}-{content.hexdigest()}"
+    return f"{version}:{structure.hexdigest()}-{content.hexdigest()}"
+
+
+def version_of(found: str) -> str:
+    """Return the version to compare with a fingerprint."""
+    return OLD_VERSION if found.startswith(f"{OLD_VERSION}:") else VERSION
 
 
 def difference(made_at: str | None, used_with: str | None) -> str | None:
-    """Describe the difference of two fingerprints; None where they agree or one is unknown."""
+    """Describe the difference of two fingerprints; None where they agree, or one is unknown or of another version."""
     if made_at is None or used_with is None or made_at == used_with:
+        return None
+    if made_at.split(":")[0] != used_with.split(":")[0]:
         return None
     if made_at.split("-")[0] != used_with.split("-")[0]:
         return f"names, shapes or dtypes of the weights differ ({made_at} against {used_with})"
@@ -66,16 +77,16 @@ def difference(made_at: str | None, used_with: str | None) -> str | None:
 
 
 def _samples(
-    headers: Iterable[SafetensorsHeader], changed: Mapping[str, Callable[[str], torch.Tensor]]
+    headers: Iterable[SafetensorsHeader], changed: Mapping[str, Callable[[str], torch.Tensor]], version: str
 ) -> Iterable[tuple[str, list[int], str, bytes]]:
     for header in headers:
         with header.file.open("rb") as stream:
             overlay = _Overlay(stream, header, changed)
             for name, entry in header.entries.items():
                 begin, end = entry["data_offsets"]
-                sample = b"".join(
-                    overlay.read(begin + offset, min(_BLOCK, end - begin)) for offset in _offsets(end - begin)
-                )
+                size = end - begin
+                lengths = {at: min(_BLOCK, size if version == OLD_VERSION else size - at) for at in _offsets(size)}
+                sample = b"".join(overlay.read(begin + at, length) for at, length in lengths.items())
                 yield name, entry["shape"], entry["dtype"], sample
 
 
@@ -88,7 +99,7 @@ class _Overlay:
         self._stream, self._start, self._changed = stream, header.start, changed
         entries = {name: header.entries[name]["data_offsets"] for name in changed if name in header.entries}
         self._places = sorted((begin, end, name) for name, (begin, end) in entries.items())
-        # Two: the last block of a small tensor reaches into the next one.
+        # Two: in fp1 the last block of a small tensor reaches into the next one.
         self._bytes = lru_cache(maxsize=2)(self._bytes_of)
 
     def read(self, begin: int, count: int) -> bytes:

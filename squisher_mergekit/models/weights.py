@@ -22,7 +22,7 @@ from squisher_mergekit.errors import (
     ValuesError,
 )
 from squisher_mergekit.models.checkpoint_names import check_config, meta_model, of_model
-from squisher_mergekit.models.fingerprint import fingerprint_of
+from squisher_mergekit.models.fingerprint import VERSION, difference, fingerprint_of, version_of
 from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.atomic import written_beside
@@ -112,7 +112,17 @@ class Weights:
     @cached_property
     def fingerprint(self) -> str | None:
         """Digest of the files, see :mod:`~squisher_mergekit.models.fingerprint`; None if there are none."""
-        return fingerprint_of(self.headers.values())
+        return self._fingerprint(VERSION)
+
+    def _fingerprint(self, version: str) -> str | None:
+        return fingerprint_of(self.headers.values(), version=version)
+
+    def difference_from(self, made_at: str | None) -> str | None:
+        """Describe the difference from the weights with a fingerprint; None where there is none, or it is unknown."""
+        if made_at is None:
+            return None
+        version = version_of(made_at)
+        return difference(made_at, self.fingerprint if version == VERSION else self._fingerprint(version))
 
     @cached_property
     def config(self) -> Mapping[str, Any] | None:

@@ -1,5 +1,6 @@
 """Fingerprint of weights: independent of the file layout, different for different weights."""
 
+import hashlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from squisher_mergekit.models.fingerprint import difference, fingerprint
+from squisher_mergekit.models.weights import Weights
 
 
 def _weights(seed=0):
@@ -22,8 +24,8 @@ def _print(folder, weights, name="model"):
 
 
 def test_the_format_of_a_fingerprint(tmp_path):
-    """A fingerprint is fp1 with a digest of 6 bytes of the structure and one of 12 bytes of the content."""
-    structure, content = _print(tmp_path, _weights()).removeprefix("fp1:").split("-")
+    """A fingerprint is fp2 with a digest of 6 bytes of the structure and one of 12 bytes of the content."""
+    structure, content = _print(tmp_path, _weights()).removeprefix("fp2:").split("-")
     assert (len(bytes.fromhex(structure)), len(bytes.fromhex(content))) == (6, 12)
 
 
@@ -40,6 +42,52 @@ def test_a_fingerprint_does_not_depend_on_the_file_layout(tmp_path):
     (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     assert fingerprint(shards) == one
     assert fingerprint(tmp_path / "one" / "model.safetensors") == one
+
+
+@pytest.mark.parametrize("size", [1, 31, 33, 127, 128, 129, 255, 256, 257, 1000])
+def test_a_tensor_is_read_without_its_neighbour(tmp_path, size):
+    """Tensors between two blocks and eight have the fingerprint of their own bytes, whatever comes behind them."""
+    weights = {"a.norm": torch.arange(float(size)), "b.bias": torch.ones(97)}
+    one = _print(tmp_path / "one", weights)
+    assert _print(tmp_path / "turned", dict(reversed(weights.items()))) == one
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    names = {name: f"model-{i}.safetensors" for i, name in enumerate(weights)}
+    for name, file in names.items():
+        save_file({name: weights[name]}, shards / file)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert fingerprint(shards) == one
+
+
+def _old_print(weights):
+    """Return the fingerprint of 0.1.0 of a single file with these tensors in the order of their names."""
+    everything = b"".join(weights[name].numpy().tobytes() for name in sorted(weights))
+    structure, content = hashlib.blake2b(digest_size=6), hashlib.blake2b(digest_size=12)
+    begin = 0
+    for name in sorted(weights):
+        size = weights[name].numel() * 4
+        places = range(0, size, 128) if size <= 1024 else [i * (size - 128) // 7 for i in range(8)]
+        sample = b"".join(everything[begin + at : begin + at + min(128, size)] for at in places)
+        structure.update(f"{name}\0{list(weights[name].shape)}\0F32\0".encode())
+        content.update(name.encode() + b"\0" + sample)
+        begin += size
+    return f"fp1:{structure.hexdigest()}-{content.hexdigest()}"
+
+
+def test_a_fingerprint_of_the_first_version_is_still_compared(tmp_path):
+    """Fishers of 0.1.0 have fp1: it is computed anew, and other values and names are told apart as before."""
+    weights = {"a": torch.randn(53), "b": torch.randn(7, 59), "c": torch.randn(61)}
+    _print(tmp_path / "same", weights)
+    assert Weights(tmp_path / "same").difference_from(_old_print(weights)) is None
+    _print(tmp_path / "other", weights | {"a": torch.zeros(53)})
+    assert (Weights(tmp_path / "other").difference_from(_old_print(weights)) or "").startswith("same names")
+    _print(tmp_path / "more", weights | {"d": torch.zeros(3)})
+    assert (Weights(tmp_path / "more").difference_from(_old_print(weights)) or "").startswith("names, shapes or dtypes")
+
+
+def test_versions_that_cannot_be_compared_do_not_differ():
+    """A fingerprint of another version says nothing of the weights."""
+    assert difference("fp3:a-b", "fp2:c-d") is None
 
 
 @pytest.mark.parametrize("place", [(0, 0), (52, 30)])
@@ -113,7 +161,7 @@ def test_no_weights_have_no_fingerprint(tmp_path):
 
 def test_an_adapter_has_its_own_fingerprint(tmp_path):
     """The weights of an adapter are read from their own file."""
-    assert _print(tmp_path, _weights(), "adapter_model").startswith("fp1:")
+    assert _print(tmp_path, _weights(), "adapter_model").startswith("fp2:")
     assert fingerprint(tmp_path) is None
 
 

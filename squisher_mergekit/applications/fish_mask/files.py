@@ -25,7 +25,7 @@ from squisher_mergekit.applications.masks import MASK_NAME, Mask, MaskWriter, re
 from squisher_mergekit.applications.selection import SelectionPlan
 from squisher_mergekit.errors import ConfigError, MismatchError
 from squisher_mergekit.fisher.mapping import Fisher
-from squisher_mergekit.models.fingerprint import difference, fingerprint
+from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.weights import Weights, check_out, open_weights, write_changed
 from squisher_mergekit.optimizers.load import load_fisher
 from squisher_mergekit.tensors.atomic import scratch_beside, written_beside, written_file
@@ -246,7 +246,7 @@ def text_of(file: Path) -> str | None:
 
 
 def _check_made_at(mask: Mask, tuned: Weights, strict: bool) -> None:
-    differs = difference(mask.metadata.get("weights_fingerprint"), tuned.fingerprint)
+    differs = tuned.difference_from(mask.metadata.get("weights_fingerprint"))
     if differs:
         _warn(f"the mask {mask.location} was made at other weights than {tuned.folder}: {differs}", strict)
 

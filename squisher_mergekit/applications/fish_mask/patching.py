@@ -14,7 +14,6 @@ from tqdm import tqdm
 from squisher_mergekit.applications.fish_mask.bases import under_names
 from squisher_mergekit.applications.fish_mask.difference import Difference, Side, bits_of, read_difference
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.models.fingerprint import difference as difference_of
 from squisher_mergekit.models.weights import BASENAME, Weights, check_out, copy_rest, open_weights
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.safetensors import tensor_infos
@@ -201,7 +200,7 @@ def _check_names(names: Iterable[str], opened: Difference, side: Side, place: ob
 
 def _check_fingerprint(weights: Weights, opened: Difference, side: Side, strict: bool) -> None:
     made_at: str | None = getattr(opened.metadata, f"{_other(side)}_fingerprint")
-    differs = difference_of(made_at, weights.fingerprint)
+    differs = weights.difference_from(made_at)
     if not differs:
         return
     message = f"{weights.folder} is not the {_other(side)} model that {opened.file} was made from: {differs}"

@@ -124,10 +124,10 @@ class AdaptedWeights(Weights):
         """Return one merged tensor."""
         return self.lora.merged(name, super().read(name))
 
-    @cached_property
-    def fingerprint(self) -> str | None:
-        """Digest of the merged weights, equal to that of the files that peft writes of them; None without weights."""
-        return fingerprint_of(self.headers.values(), dict.fromkeys(self.lora.touched & set(self.infos), self.read))
+    def _fingerprint(self, version: str) -> str | None:
+        """Return the digest of the merged weights, that of the files that peft writes of them; None without."""
+        changed = dict.fromkeys(self.lora.touched & set(self.infos), self.read)
+        return fingerprint_of(self.headers.values(), changed, version)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
