@@ -204,9 +204,15 @@ def squisher_of(
         state = cut(state, [shape or () for shape in shapes])
     slots = {}
     for name, slot, shape in zip(names, state.slots, shapes, strict=True):
-        if name is not None:
-            check_shape(name, slot.shape or shape or (), shape or (), str(raw.location))
-            slots[name] = slot
+        if name is None or (name in slots and slot.tensor is None):
+            continue
+        if name in slots and slots[name].tensor is not None:
+            raise UnsupportedStateError(
+                f"a parameter must have one second moment, but {name} has one in each of two optimizers; give the "
+                "optimizer whose Squisher is wanted"
+            )
+        check_shape(name, slot.shape or shape or (), shape or (), str(raw.location))
+        slots[name] = slot
     fisher = fisher_of(slots, described, raw, weights, info)
     classes = {_class_name(optimizer) for optimizer in optimizers}
     recorded = fisher.config.optimizer

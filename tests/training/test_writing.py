@@ -180,6 +180,19 @@ class Hidden(torch.optim.AdamW):
         del self.param_groups[0]["decoupled_weight_decay"]
 
 
+def test_a_parameter_with_two_second_moments_is_refused(tmp_path):
+    """Two optimizers that stepped one parameter have two second moments; one that never did gives none."""
+    model = _net()
+    first, second = (torch.optim.AdamW(model.parameters(), lr=1e-3) for _ in range(2))
+    _train(model, first)
+    assert _same(save_squisher(model, [second, first], tmp_path / "one"), accumulators(model, first))
+    assert _same(save_squisher(model, [first, second], tmp_path / "two"), accumulators(model, first))
+    _train(model, second)
+    with pytest.raises(UnsupportedStateError, match=r"\.weight has one in each of two optimizers; give the optimizer"):
+        save_squisher(model, [first, second], tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
 def test_the_class_of_an_optimizer_comes_from_the_live_object(tmp_path):
     """The class comes from the live object if the state does not have it."""
     model = _net()
