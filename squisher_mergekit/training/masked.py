@@ -143,9 +143,16 @@ class HeldParameter:
         """Set the gradient and the optimizer's statistics of the held entries to 0."""
         if self.parameter.grad is not None:
             self.parameter.grad = self.masked(self.parameter.grad)
-        for tensor in (value for state in states for value in state.values()):
-            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape == self.parameter.shape:
-                tensor.masked_fill_(self.off.to(tensor.device), 0)
+        for state in states:
+            for key, tensor in state.items():
+                if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape == self.parameter.shape:
+                    tensor.masked_fill_(self.off.to(tensor.device), _zero_of(key, tensor, state))
+
+
+def _zero_of(key: str, tensor: Tensor, state: Mapping[str, Any]) -> int:
+    """Return the entry that stands for 0: an 8-bit state of bitsandbytes has codes, whose values are in ``qmap``."""
+    levels = state.get(f"qmap{key.removeprefix('state')}")
+    return int(levels.abs().argmin()) if tensor.dtype == torch.uint8 and levels is not None else 0
 
 
 class MaskCallback(TrainerCallback):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from squisher_mergekit.applications.masks import MASK_NAME, Mask, read_mask, write_mask
 from squisher_mergekit.errors import MismatchError, UnsupportedStateError
 from squisher_mergekit.models.weights import open_weights
-from squisher_mergekit.training.masked import MaskCallback, MaskedTraining
+from squisher_mergekit.training.masked import HeldParameter, MaskCallback, MaskedTraining
 from tests import processes
 from tests.training.cases import Tokens, make, trainer
 from tests.training.masked_worker import CLIP, data, mlp, random_mask, steps
@@ -129,6 +129,22 @@ def test_earlier_state_is_cleared_off_the_mask():
                 now = p.grad if key == "grad" else optimizer.state[p][key]
                 assert torch.equal(now, was * mask[name]), (name, key)
             assert optimizer.state[p]["step"] == 5
+
+
+def test_codes_of_8_bits_are_cleared_to_the_code_of_zero():
+    """A momentum in 8-bit codes, as bitsandbytes keeps it, becomes the code whose value is 0; code 0 is minus 1."""
+    parameter = nn.Parameter(torch.zeros(5))
+    off = torch.tensor([True, False, True, False, False])
+    state = {
+        "state1": torch.tensor([0, 2, 3, 4, 1], dtype=torch.uint8),
+        "qmap1": torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]),
+        "state2": torch.tensor([4, 3, 2, 1, 0], dtype=torch.uint8),
+        "qmap2": torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]),
+        "absmax1": torch.ones(1),
+    }
+    HeldParameter.now(parameter, off).clear([state])
+    assert state["qmap1"][state["state1"].long()].tolist() == [0.0, 0.0, 0.0, 1.0, -0.5]
+    assert state["qmap2"][state["state2"].long()].tolist() == [0.0, 0.75, 0.0, 0.25, 0.0]
 
 
 def test_gradients_add_up_masked():
