@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from squisher_mergekit.errors import NotFoundError
 from squisher_mergekit.merging.merge_plan import describe_model
 from squisher_mergekit.merging.mergekit.commands import plan_config, read_config, resolved_models
 from squisher_mergekit.merging.parameters import PARAMETERS, SQUISHER, UBGM_SQUISHER
@@ -54,15 +55,24 @@ def draft(
         document["base_model"] = base
     if structure is not None:
         document["parameters"] = {"structure": structure}
-    config = read_config(yaml.safe_dump(document))
     # Before the plan, which turns the models of the configuration into slices.
-    known = resolved_models(config, bool(options.get("trust_remote_code")))
-    preview = plan_config(config, strict=strict, **options)
+    known = resolved_models(read_config(yaml.safe_dump(document)), bool(options.get("trust_remote_code")))
+    bare = False
+    try:
+        preview = plan_config(read_config(yaml.safe_dump(document)), strict=strict, **options)
+    except NotFoundError:
+        bare = method == UBGM_SQUISHER and base is not None and base not in models
+        if not bare:
+            raise
+        document["models"].append({"model": base, "parameters": {"fisher": "none"}})
+        preview = plan_config(read_config(yaml.safe_dump(document)), strict=strict, **options)
     found = {each["model"]: each for each in preview["models"]}
     lines = [*_head(len(models), preview), f"merge_method: {method}", *_base_lines(base, method)]
     lines.append("models:")
     for model, (label, _) in zip(models, known, strict=True):
         lines += _model_lines(model, found.get(label))
+    if bare and base is not None:
+        lines += [f"  - {_entry('model', base)}", "    parameters:", "      fisher: none  # none was found: F_0 = 0"]
     adapters = any("lora" in str(each.get("estimator")) for each in found.values())
     lines += ["parameters:", *_settings(method, structure, adapters)]
     lines += _dtype_lines([dtype for _, dtype in known])

@@ -36,13 +36,25 @@ def test_a_draft_is_accepted_and_states_what_it_found(three, structure):
 
 
 def test_uncertainty_matching_has_its_base_and_prior(three):
-    """The other method needs a base with a Fisher, and its prior is stated."""
+    """The other method has a base, listed without a Fisher where none is found, and its prior is stated."""
     base, *models = three
-    with pytest.raises(SquisherError, match="no Fisher for"):
-        draft(models, base, "ubgm_squisher")
+    text = draft(models, base, "ubgm_squisher")
+    plan_config(read_config(text))
+    parsed = yaml.safe_load(text)
+    assert [item["model"] for item in parsed["models"]] == [*models, base]
+    assert parsed["models"][-1]["parameters"] == {"fisher": "none"}
     give_fisher(Path(base), _weights(base), 9)
     parsed = yaml.safe_load(draft(models, base, "ubgm_squisher"))
     assert (parsed["base_model"], parsed["parameters"]["prior"]) == (base, 0.0)
+    assert [item["model"] for item in parsed["models"]] == models
+
+
+def test_a_model_without_a_fisher_is_refused_beside_a_bare_base(three):
+    """The refusal names the model, not the base, which needs none."""
+    base, *models = three
+    (Path(models[0]) / "fisher.safetensors").unlink()
+    with pytest.raises(SquisherError, match=f"no Fisher for .*{Path(models[0]).name}"):
+        draft(models, base, "ubgm_squisher")
 
 
 def _weights(folder):
