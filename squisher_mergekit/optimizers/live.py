@@ -202,7 +202,7 @@ def squisher_of(
         names, shapes = [described.names.get(id(p)) for p in trained], [tuple(p.shape) for p in trained]
     if is_flat(state):
         state = cut(state, [shape or () for shape in shapes])
-    slots = {}
+    slots: dict[str, OptimizerSlot] = {}
     for name, slot, shape in zip(names, state.slots, shapes, strict=True):
         if name is None or (name in slots and slot.tensor is None):
             continue
