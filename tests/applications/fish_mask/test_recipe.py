@@ -320,3 +320,13 @@ def test_the_report_is_plain(tmp_path):
     assert report.heads == ("classifier.bias", "classifier.weight")
     assert all("embeddings" in name for name in report.excluded)
     assert sum(report.layers.values()) == report.kept
+
+
+def test_compiled_inner_modules_change_no_name():
+    """The mask of a model with a block compiled by itself has the names of the plain model, buffers included."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)), nn.Linear(7, 2))
+    plain = select(model, keep=0.5, score="random")
+    model[0] = torch.compile(model[0], backend="eager")
+    found = select(model, keep=0.5, score="random")
+    assert list(found) == list(plain)
+    assert all(torch.equal(found[name], mask) for name, mask in plain.items())
