@@ -92,7 +92,7 @@ def _cut(tensors: Mapping[str, Tensor], choice: UnitChoice) -> dict[str, Tensor]
     for part, kept in _slices(choice):
         size = tensors[part.tensor].shape[part.axis]
         # Several slices of one axis (queries, keys and values in one layer) are cut together.
-        earlier = masks.get((part.tensor, part.axis), torch.ones(size, dtype=torch.bool))
+        earlier = masks.get((part.tensor, part.axis), torch.ones(size, dtype=torch.bool, device="cpu"))
         masks[part.tensor, part.axis] = earlier & part.axis_mask(kept, size)
     cut = dict(tensors)
     for (name, axis), kept in masks.items():
