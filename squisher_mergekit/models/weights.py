@@ -72,8 +72,9 @@ class Weights:
         self.pickled = (path,) if single else tuple(sorted(path.glob("pytorch_model*.bin")))
         if single:
             self.__dict__["files"] = (path,) if path.suffix == ".safetensors" else ()
-        if store is not None:
-            self.__dict__["store"] = store
+        if store is not None:  # a folder or file of that name has nothing to do with the tensors
+            self.__dict__.update({"store": store, "files": ()})
+            self.pickled = ()
 
     def __repr__(self) -> str:
         return f"Weights({str(self.folder)!r}, {self.basename!r})"

@@ -330,3 +330,12 @@ def test_compiled_inner_modules_change_no_name():
     found = select(model, keep=0.5, score="random")
     assert list(found) == list(plain)
     assert all(torch.equal(found[name], mask) for name, mask in plain.items())
+
+
+def test_a_folder_called_memory_is_not_read(tmp_path, monkeypatch):
+    """Tensors in memory have nothing to do with files of the working directory."""
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "model.safetensors").write_text("damaged")
+    monkeypatch.chdir(tmp_path)
+    fisher = Fisher(MemoryStore(FISHER), FisherConfig(statistic="mean", weights_fingerprint="fp2:0-0"))
+    assert select(TUNED, fisher, 0.4)["a"].tolist() == [[True, False, False]]
