@@ -10,7 +10,7 @@ from torch import nn
 from squisher_mergekit.applications.pruning.modules import unmasked
 from squisher_mergekit.applications.pruning.structured import Units, UnitSlice
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
-from squisher_mergekit.models.parameters import unwrap_model
+from squisher_mergekit.models.parameters import memory_name, unwrap_model
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -98,7 +98,7 @@ def ffn_units(model: nn.Module) -> tuple[Units, ...]:
     inner = unwrap_model(model)
     with unmasked(inner):
         found = []
-        for path, module in inner.named_modules():
+        for path, module in _modules(inner):
             for makers, reader in _FFN:
                 layers = [_child(module, name) for name in (*makers, reader)]
                 if all(layer is not None for layer in layers):
@@ -123,7 +123,7 @@ def head_units(model: nn.Module) -> tuple[Units, ...]:
     """
     inner = unwrap_model(model)
     with unmasked(inner):
-        found = [units for path, module in inner.named_modules() if (units := _heads(path, module)) is not None]
+        found = [units for path, module in _modules(inner) if (units := _heads(path, module)) is not None]
     if not found:
         raise ConfigError(
             f"attention must be of layers called q_proj, k_proj, v_proj, or query, key, value, or c_attn, but "
@@ -265,6 +265,12 @@ def _separate_heads(path: str, module: Any, names: tuple[str, ...], layers: list
     name, width, left = next(readers, ("", 0, 0))
     read = (UnitSlice(f"{_below(path, name)}.weight", 1, width),) if width and not left else ()
     return Units(path or names[0], count, tuple(made), read)
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules by their paths without wrappers, as those of parameters in memory."""
+    for path, module in model.named_modules():
+        yield memory_name(f"{path}.").removesuffix("."), module
 
 
 def _below(path: str, name: str) -> str:
