@@ -21,7 +21,7 @@ from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.models.parameters import parameters_of
 from squisher_mergekit.tensors.atomic import written_file
 from squisher_mergekit.tensors.folder_moves import sync
-from squisher_mergekit.tensors.input_files import parse_json, parse_shape
+from squisher_mergekit.tensors.input_files import expanded, parse_json, parse_shape
 from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorInfo, safetensors_notes
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
@@ -147,7 +147,7 @@ def whole_mask(shape: tuple[int, ...]) -> Tensor:
         >>> whole_mask((2,))
         tensor([True, True])
     """
-    return torch.ones((), dtype=torch.bool).expand(shape)
+    return torch.ones((), dtype=torch.bool, device="cpu").expand(shape)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -217,7 +217,7 @@ def read_mask(source: str | Path) -> Mask:
         NotFoundError: The file does not exist.
         CorruptFileError: The file is truncated, is not a mask, or has a newer version.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     file = path / MASK_NAME if path.is_dir() else path
     if not file.is_file():
         raise NotFoundError(f"a mask must be a file or a folder with {MASK_NAME}, but there is no {file}")
@@ -257,7 +257,7 @@ class _Packed(Mapping[str, Tensor]):
         shape = self.shapes[name]
         if name in self._constant:
             # A mask of one value takes no memory, however large its shape claims to be.
-            return torch.tensor(self._constant[name]).expand(shape)
+            return torch.tensor(self._constant[name], device="cpu").expand(shape)
         bits = np.unpackbits(self._store.read(name).numpy(), count=math.prod(shape), bitorder="little")
         return torch.from_numpy(bits).view(torch.bool).reshape(shape)
 

@@ -90,7 +90,7 @@ def random_score(name: str, seed: int) -> Score:
     """
     digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-    return lambda block: torch.rand(block.shape, generator=generator).double()
+    return lambda block: torch.rand(block.shape, generator=generator, device="cpu").double()
 
 
 def sort_keys(score: Score, *tensors: Tensor, unit: float = 1.0) -> Tensor:
@@ -112,7 +112,7 @@ def sort_keys(score: Score, *tensors: Tensor, unit: float = 1.0) -> Tensor:
         >>> sort_keys(saliency, tiny, tiny).diff().item() > 0
         True
     """
-    keys = torch.empty(tensors[0].shape, dtype=torch.int32)
+    keys = torch.empty(tensors[0].shape, dtype=torch.int32, device="cpu")
     flat = keys.view(-1)
     for start, block in _blocks(score, tensors):
         roots = (block / unit if unit else block).sqrt_().to(torch.float32)

@@ -355,7 +355,7 @@ def select_masks(
         if name in plan.sizes:
             yield next(chosen)
         elif name not in plan.outside:
-            yield name, torch.tensor(name in selection.always).expand(shape)
+            yield name, torch.tensor(name in selection.always, device="cpu").expand(shape)
 
 
 def _chosen(plan: SelectionPlan, sort_keys: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:

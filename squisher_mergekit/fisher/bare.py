@@ -18,6 +18,7 @@ import torch
 from squisher_mergekit.errors import CorruptFileError, NotFoundError, UnsupportedStateError
 from squisher_mergekit.fisher.config import (
     AS_STORED,
+    MOST_COUNT,
     Coverage,
     FisherConfig,
     OptimizerInfo,
@@ -185,7 +186,13 @@ class _Unsuffixed:
         keys = {name: f"{name}{_STEP}" for name in self.infos}
         present = {name: key for name, key in keys.items() if key in self.stored.infos}
         numbers = {name: self.stored.read(key).reshape(-1) for name, key in present.items()}
-        return {name: int(number.item()) for name, number in numbers.items() if number.numel() == 1}
+        found = {name: number.item() for name, number in numbers.items() if number.numel() == 1}
+        wrong = next((name for name, number in found.items() if not 0 <= number <= MOST_COUNT), None)
+        if wrong is not None:
+            raise CorruptFileError(
+                f"{keys[wrong]} in {self.location} must be a number of steps, found {found[wrong]}; export it again"
+            )
+        return {name: int(number) for name, number in found.items()}
 
 
 def _basename(file: Path) -> str:

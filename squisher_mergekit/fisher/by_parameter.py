@@ -91,7 +91,7 @@ def _restored(
         starts = [sum(sizes[:number]) for number in range(len(sizes))]
         indices = checkpoint_names.convert(
             {
-                source: torch.arange(start, start + size).reshape(shapes[source])
+                source: torch.arange(start, start + size, device="cpu").reshape(shapes[source])
                 for source, start, size in zip(sources, starts, sizes, strict=True)
             }
         )

@@ -184,10 +184,13 @@ def _log(flat: Tensor, code: LogCode) -> dict[str, Tensor]:
             chosen = bits == width
             packed[width].append(_pack(_number(logs[chosen], scale[chosen], width), width))
         scales.append(scale)
-    scale = torch.cat(scales) if scales else torch.zeros(0, 2, dtype=torch.int16)
+    scale = torch.cat(scales) if scales else torch.zeros(0, 2, dtype=torch.int16, device=flat.device)
     sizes = code.sizes(code.bits(scale), flat.numel())
     streams = [torch.cat(some)[: sizes[width]] for width, some in packed.items() if some]
-    return {".code": torch.cat(streams) if streams else torch.zeros(0, dtype=torch.uint8), ".scale": scale}
+    return {
+        ".code": torch.cat(streams) if streams else torch.zeros(0, dtype=torch.uint8, device=flat.device),
+        ".scale": scale,
+    }
 
 
 def _scale(logs: Tensor) -> Tensor:
@@ -282,8 +285,8 @@ def _rank1(tensor: Tensor) -> dict[str, Tensor]:
     """Encode a tensor by its row means and column means."""
     *batch, rows, columns = tensor.shape
     whole = tensor.reshape(math.prod(batch), rows, columns)
-    row = torch.zeros(whole.shape[:2], dtype=torch.float64)
-    col = torch.zeros(len(whole), columns, dtype=torch.float64)
+    row = torch.zeros(whole.shape[:2], dtype=torch.float64, device=tensor.device)
+    col = torch.zeros(len(whole), columns, dtype=torch.float64, device=tensor.device)
     for one, some in _slabs(*whole.shape):
         slab = whole[one, some].to(torch.float64)
         row[one, some] = slab.mean(-1)

@@ -194,7 +194,7 @@ def compare(
     generator = torch.Generator().manual_seed(SEED)
     total, rows, samples = _AgreementTotals(), [], []
     bins = (LAST_DECADE - FIRST_DECADE) * BINS_PER_DECADE
-    histogram = torch.zeros(bins, bins, dtype=torch.int64)
+    histogram = torch.zeros(bins, bins, dtype=torch.int64, device="cpu")
     for name in shared if names is None else names:
         first, second = _read(a, name, scaling), _read(b, name, scaling)
         sampled = _sample(first, second, share, generator)
@@ -205,7 +205,7 @@ def compare(
         rows.append(TensorAgreement(**vars(agreement), name=name, shape=tuple(a.info(name).shape)))
         total.merge(sums)
         samples.append(sampled)
-    drawn = [torch.cat(each) if each else torch.empty(0) for each in zip(*samples, strict=True)] or [torch.empty(0)] * 2
+    drawn = [torch.cat(each) for each in zip(*samples, strict=True)] or [torch.empty(0, device="cpu")] * 2
     return Comparison(
         rows=tuple(rows),
         over_all=total.agreement(*drawn),
@@ -319,9 +319,9 @@ def _positive(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _read(fisher: Fisher, name: str, scaling: Scaling) -> Tensor:
-    """Read one tensor, check its entries, and return it flat and scaled, in float32 or wider."""
+    """Read one tensor, check its entries, and return it flat and scaled, in float32 or wider, on the CPU."""
     check_values(fisher[name], name, fisher.location)
-    return fisher.scaled(name, scaling).reshape(-1)
+    return fisher.scaled(name, scaling).reshape(-1).cpu()
 
 
 def _sample(a: Tensor, b: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -330,6 +330,7 @@ def _sample(a: Tensor, b: Tensor, share: float, generator: torch.Generator) -> t
     count = size if share == 1 else round(size * share)
     if count == size:
         return a, b
-    starts = torch.arange(count, dtype=torch.float64) + torch.rand(count, generator=generator, dtype=torch.float64)
+    draws = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+    starts = torch.arange(count, dtype=torch.float64, device="cpu") + draws
     indices = (starts * (size / max(count, 1))).long().clamp_max(size - 1)
     return a[indices], b[indices]

@@ -27,7 +27,7 @@ _SQUISHERS = ("squisher", *_OF_LORAS)
 
 # Ranges of the numbers: products and quotients of them with entries of a float32 tensor stay finite.
 _LEAST, _MOST = 1e-307, 1e200
-_MOST_COUNT = 10**15
+MOST_COUNT = 10**15
 
 
 def _number(value: Any) -> Any:
@@ -39,8 +39,8 @@ def _number(value: Any) -> Any:
 
 _Number = BeforeValidator(_number)
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _Number]
-Count = Annotated[int, Field(ge=0, le=_MOST_COUNT), _Number]
-BatchSize = Annotated[float, Field(gt=0, le=_MOST_COUNT, allow_inf_nan=False), _Number]
+Count = Annotated[int, Field(ge=0, le=MOST_COUNT), _Number]
+BatchSize = Annotated[float, Field(gt=0, le=MOST_COUNT, allow_inf_nan=False), _Number]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _Number]
 NotNegative = Annotated[float, Field(ge=0, le=_MOST, allow_inf_nan=False), _Number]
 Flag = Annotated[bool, Field(strict=True)]

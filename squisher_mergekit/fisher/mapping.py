@@ -15,6 +15,7 @@ from squisher_mergekit.fisher.factors.mapping import Factors, no_factors
 from squisher_mergekit.fisher.values import Moments
 from squisher_mergekit.fisher.write import to_dtype, write_fisher
 from squisher_mergekit.tensors.devices.transfer import moved
+from squisher_mergekit.tensors.input_files import expanded
 from squisher_mergekit.tensors.read_ahead import FileRange
 from squisher_mergekit.tensors.safetensors import MemoryStore, TensorInfo, TensorStore, file_ranges
 
@@ -106,7 +107,7 @@ class Fisher(Mapping[str, torch.Tensor]):
 
         Adagrad's initial value of 0.7 is 0.69999999 in float32: subtracting 0.7 would leave negative entries.
         """
-        return torch.tensor(self.config.offset(scaling), dtype=self.info(name).dtype).item()
+        return torch.tensor(self.config.offset(scaling), dtype=self.info(name).dtype, device="cpu").item()
 
     def scaled(self, name: str, scaling: Scaling = "debiased") -> torch.Tensor:
         """Return one tensor at a scale.
@@ -157,7 +158,7 @@ class Fisher(Mapping[str, torch.Tensor]):
             >>> config.mean, config.encoding
             (2.5, {'default': 'float32'})
         """
-        return write_fisher(self, Path(path).expanduser(), to_dtype(dtype or torch.float32), compress=compress)
+        return write_fisher(self, expanded(path), to_dtype(dtype or torch.float32), compress=compress)
 
     def with_factors(self, factors: Factors) -> Fisher:
         """Return the same Fisher with other factors."""

@@ -144,7 +144,7 @@ def summarize(fisher: Fisher, names: Iterable[str] | None = None, scaling: Scali
         offset, factor = fisher.offset(name, scaling), fisher.factor(name, scaling)
         zeros = int((tensor == offset).sum())
         zero_counts[kind_of(name)] += zeros
-        histogram = histograms.setdefault(kind_of(name), torch.zeros(bins, dtype=torch.int64))
+        histogram = histograms.setdefault(kind_of(name), torch.zeros(bins, dtype=torch.int64, device="cpu"))
         _count(tensor.reshape(-1), histogram, offset, factor)
         raw = (tensor.min(), tensor.flatten().median(), tensor.max()) if tensor.numel() else ()
         low, median, high = [(value.item() - offset) * factor for value in raw] or [0.0] * 3
@@ -159,7 +159,8 @@ def _count(flat: Tensor, histogram: Tensor, offset: float, factor: float) -> Non
     for start in range(0, flat.numel(), Moments.BLOCK):
         block = (flat[start : start + Moments.BLOCK].to(torch.float64) - offset) * factor
         bins = (block[block > 0].log10() - FIRST_DECADE) * BINS_PER_DECADE
-        histogram += torch.bincount(bins.long().clamp(0, len(histogram) - 1), minlength=len(histogram))
+        counts = torch.bincount(bins.long().clamp(0, len(histogram) - 1), minlength=len(histogram))
+        histogram += counts.to(histogram.device)
 
 
 def human_bytes(size: int) -> str:

@@ -19,7 +19,7 @@ from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.optimizers.lifting.lift import OF_LORAS, lift
 from squisher_mergekit.optimizers.load import find_source, find_state, is_portable, load_fisher, saved_weights
-from squisher_mergekit.tensors.input_files import exists
+from squisher_mergekit.tensors.input_files import exists, expanded
 
 # mergekit writes it beside every merged model.
 _MERGE_FILE = "mergekit_config.yml"
@@ -195,7 +195,7 @@ def locate(value: str, model: ModelFiles, cache_dir: str | None = None, base_of:
         NotFoundError: Nothing is found; the message has a cure for a model in this role.
     """
     if value != "auto":
-        path = Path(value).expanduser()
+        path = expanded(value)
         return path if exists(path) else hub.download_fisher(value, cache_dir)
     weights, repo = (model.weights, model.repo) if model.lora is None else (model.lora.adapter, model.lora.repo)
     folder = weights.folder

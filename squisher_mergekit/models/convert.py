@@ -129,7 +129,10 @@ def _is_unchanged(names: CheckpointNames, source: str, key: str, shape: tuple[in
     """Return True if the conversion moves no entry of a matrix; views of two vectors stand for the matrix."""
     if source == key and names.shapes[key] == shape:
         return True
-    indices = (torch.arange(shape[0])[:, None].expand(shape), torch.arange(shape[1]).expand(shape))
+    indices = tuple(
+        torch.arange(size, device="cpu").reshape(view).expand(shape)
+        for size, view in zip(shape, ((-1, 1), (1, -1)), strict=True)
+    )
     moved = [names.convert({source: index}).get(key) for index in indices]
     return all(
         after is not None and after.shape == shape and torch.equal(after, before)

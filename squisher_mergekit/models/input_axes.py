@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from squisher_mergekit.models.names import CheckpointNames
+from squisher_mergekit.models.parameters import memory_name
 from squisher_mergekit.models.weights import Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -66,7 +67,7 @@ def axes_on_disk(weights: Weights, shapes: Shapes) -> dict[str, int | None]:
 def _owners(model: nn.Module) -> dict[str, nn.Module]:
     """Return name in memory -> module that owns the parameter."""
     return {
-        f"{path}.{name}" if path else name: module
+        memory_name(f"{path}.{name}" if path else name): module
         for path, module in model.named_modules()
         for name in module._parameters
     }

@@ -93,7 +93,7 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
         >>> list(parameters_of(nn.DataParallel(nn.Linear(2, 3))))
         ['weight', 'bias']
     """
-    return {_clean(name): parameter for name, parameter in unwrap_model(model).named_parameters()}
+    return {memory_name(name): parameter for name, parameter in unwrap_model(model).named_parameters()}
 
 
 def memory_names(model: nn.Module) -> dict[int, str]:
@@ -115,12 +115,12 @@ def describe(model: nn.Module, stored: Collection[str] = ()) -> ParameterNames:
     inner = unwrap_model(model)
     names = memory_names(model)
     if _is_a("peft", "PeftModel", inner):
-        state = {_clean(name): tensor for name, tensor in (*inner.named_parameters(), *inner.named_buffers())}
+        state = {memory_name(name): tensor for name, tensor in (*inner.named_parameters(), *inner.named_buffers())}
         return ParameterNames(names, adapter=disk_names(inner, state))
     flat = uses_fsdp1(model)
     if not _is_a("transformers", "PreTrainedModel", inner):
         return ParameterNames(names, None if flat else _of_state_dict(inner))
-    wrapped = flat or any(name != _clean(name) for name, _ in inner.named_parameters())
+    wrapped = flat or any(name != memory_name(name) for name, _ in inner.named_parameters())
     return ParameterNames(names, _of_transformers(rebuilt(inner) if wrapped else inner, inner, stored))
 
 
@@ -134,7 +134,13 @@ def _is_a(package: str, name: str, thing: object) -> bool:
     return module is not None and isinstance(thing, getattr(module, name))
 
 
-def _clean(name: str) -> str:
+def memory_name(name: str) -> str:
+    """Return a name in an unwrapped model without the wrappers of its inner modules.
+
+    Example:
+        >>> memory_name("module.0._orig_mod.weight")
+        'module.0.weight'
+    """
     # The outermost wrapper is off, so a leading "module." is the model's own.
     return unwrapped(f".{name}")[1:]
 
@@ -144,7 +150,7 @@ def _of_state_dict(model: nn.Module) -> CheckpointNames:
     shared: dict[int, list[str]] = {}
     parameters = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        shared.setdefault(id(parameter), []).append(_clean(name))
+        shared.setdefault(id(parameter), []).append(memory_name(name))
         parameters[id(parameter)] = parameter
     firsts = {names[0]: tuple(parameters[key].shape) for key, names in shared.items()}
     return CheckpointNames(

@@ -17,6 +17,9 @@ from squisher_mergekit.tensors.safetensors import read_header, safetensors_files
 
 _FILE = "modules.json"
 _NUMBER = re.compile(r"\d+")
+# Parameters of torch's recurrent layers, of which each direction of each layer has some, in this order.
+_RECURRENT = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh|weight_hr)_l(\d+)(_reverse)?")
+_OF_RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
 def has_modules(folder: Path) -> bool:
@@ -50,9 +53,19 @@ def _parameters(folder: Path, path: Any, file: Path) -> Iterator[ParameterInfo]:
     infos = {
         name: info for f in safetensors_files(folder / path, "model") for name, info in read_header(f).infos.items()
     }
-    for name in sorted(infos, key=lambda name: (name.rpartition(".")[0], name.endswith("bias"))):
+    for name in sorted(infos, key=_order):
         if infos[name].is_floating_point:
             yield ParameterInfo(f"{path}/{name}", infos[name].shape, frozenset({path.partition("_")[2]}))
+
+
+def _order(name: str) -> tuple[list[tuple[int, str]], tuple[int, bool, int]]:
+    """Return the sort key of a parameter's name in its module: layer 2 precedes layer 10, the weight the bias."""
+    module, _, own = name.rpartition(".")
+    place = [(int(part), "") if part.isdecimal() else (-1, part) for part in module.split(".")]
+    found = _RECURRENT.fullmatch(own)
+    if found is None:
+        return place, (0, False, own.endswith("bias"))
+    return place, (int(found[2]), found[3] is not None, _OF_RECURRENT.index(found[1]))
 
 
 def assign_beside_loss(

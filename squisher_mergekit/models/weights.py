@@ -28,7 +28,7 @@ from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.atomic import written_beside
 from squisher_mergekit.tensors.dtypes import FLOAT8
 from squisher_mergekit.tensors.folder_moves import is_new
-from squisher_mergekit.tensors.input_files import brief, exists, read_mapping, refuse_irregular
+from squisher_mergekit.tensors.input_files import brief, exists, expanded, read_mapping, refuse_irregular
 from squisher_mergekit.tensors.safetensors import (
     SafetensorsHeader,
     SafetensorsStore,
@@ -72,8 +72,9 @@ class Weights:
         self.pickled = (path,) if single else tuple(sorted(path.glob("pytorch_model*.bin")))
         if single:
             self.__dict__["files"] = (path,) if path.suffix == ".safetensors" else ()
-        if store is not None:
-            self.__dict__["store"] = store
+        if store is not None:  # a folder or file of that name has nothing to do with the tensors
+            self.__dict__.update({"store": store, "files": ()})
+            self.pickled = ()
 
     def __repr__(self) -> str:
         return f"Weights({str(self.folder)!r}, {self.basename!r})"
@@ -89,6 +90,11 @@ class Weights:
         if not found and self.basename == BASENAME:
             found = safetensors_files(self.folder, DIFFUSION)
         return tuple(found)
+
+    @property
+    def stem(self) -> str:
+        """Basename of the safetensors files: ``model``, ``adapter_model``, or that of diffusers."""
+        return DIFFUSION if any(file.name.startswith(DIFFUSION) for file in self.files) else self.basename
 
     @cached_property
     def headers(self) -> Mapping[Path, SafetensorsHeader]:
@@ -183,7 +189,7 @@ def open_weights(source: str | Path, option: str = "MODEL") -> Weights:
         NotFoundError: The source has no such weights.
         CorruptFileError: A file is truncated, a shard is missing, or an entry of the folder is a FIFO or a device.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not exists(folder):
         folder = hub.download_model(str(source), option)
     refuse_irregular(folder)
@@ -342,8 +348,8 @@ def write_changed(
 def copy_rest(weights: Weights, folder: Path) -> None:
     """Copy a model's files other than its weights: config, tokenizer, the index of its shards; no trainer's files."""
     left_out = set(_TRAINER_FILES)
-    if f"{weights.basename}.safetensors" in {file.name for file in weights.files}:
-        left_out.add(f"{weights.basename}.safetensors.index.json")  # of older shards: a single file needs no index
+    if f"{weights.stem}.safetensors" in {file.name for file in weights.files}:
+        left_out.add(f"{weights.stem}.safetensors.index.json")  # of older shards: a single file needs no index
     for path in sorted(weights.folder.iterdir()):
         if path.is_file() and path.suffix in hub.MODEL_ENDINGS and path.name not in left_out:
             shutil.copyfile(path, folder / path.name)
@@ -352,7 +358,7 @@ def copy_rest(weights: Weights, folder: Path) -> None:
 def _write_shard(
     weights: Weights, header: SafetensorsHeader, target: Path, change: Callable[[str, Tensor], Tensor | None]
 ) -> None:
-    with SafetensorsWriter(target, header_room(list(header.infos))) as writer:
+    with SafetensorsWriter(target, header_room(list(header.infos), notes=header.metadata)) as writer:
         for key, value in header.metadata.items():
             writer.note(key, value)
         for name in header.infos:

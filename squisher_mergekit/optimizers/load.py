@@ -26,7 +26,7 @@ from squisher_mergekit.optimizers.lifting.lift import lift as lift_fisher
 from squisher_mergekit.optimizers.slot_names import read_names
 from squisher_mergekit.tensors.hub import download as download_files
 from squisher_mergekit.tensors.hub import split_revision
-from squisher_mergekit.tensors.input_files import exists
+from squisher_mergekit.tensors.input_files import exists, expanded
 
 LOG = logging.getLogger("squisher_mergekit")
 _BAR_DELAY = 2  # seconds
@@ -98,7 +98,7 @@ def load_fisher(
         Traceback (most recent call last):
         squisher_mergekit.errors.NotFoundError: a Fisher must be a file, a folder or a Hub id org/name[@revision], ...
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not exists(path):
         path = download(str(source))
     tuned, before = _weights(model, "--model"), _weights(base, "--base")
@@ -266,7 +266,7 @@ def _weights(given: str | Path | Weights | None, option: str) -> Weights | None:
     """
     if given is None or isinstance(given, Weights):
         return given
-    path = Path(given).expanduser()
+    path = expanded(given)
     if not exists(path):
         raise NotFoundError(
             f"{option} must be a local folder with weights or their config.json, but there is no {path}"

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -25,6 +26,7 @@ from squisher_mergekit.tensors.temporary import cleaned_up
 
 BEST, MODELS, TABLE, STATE = "best", "models", "sweep.csv", "sweep.json"
 _WORK = ".merging"  # a killed sweep leaves it behind
+_LONGEST = 200  # bytes of a folder's name; file systems allow 255
 # Files that a merge reads; others, such as logs, can change.
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp")
 _CONFIGS = ("config.json", "adapter_config.json", "fisher_config.json")
@@ -105,7 +107,16 @@ class Sweep:
 
     def place(self, name: str) -> Path:
         """Return the folder of a finished point's model."""
-        return self.folder / MODELS / name.replace("/", "_") if self.keep_all else self.folder / BEST
+        return self.folder / MODELS / self._file_name(name) if self.keep_all else self.folder / BEST
+
+    def _file_name(self, name: str) -> str:
+        """Return the name of a point's folder: its label; with a digest where another has that name, or it is long."""
+        names = [label(point).replace("/", "_") for point in self.points]
+        plain = name.replace("/", "_")
+        if names.count(plain) <= 1 and len(os.fsencode(plain)) <= _LONGEST:
+            return plain
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        return f"{os.fsencode(plain)[:_LONGEST].decode(errors='ignore')}~{digest}"
 
     def run(self, merge: Merge, score: Score, progress: Progress = iter) -> None:
         """Merge and score the points that are not finished, and keep the table after each.

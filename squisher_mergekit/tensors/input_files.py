@@ -127,6 +127,19 @@ def exists(path: Path) -> bool:
         return False
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with ``~`` or ``~user`` expanded; unchanged, so that it is not found, if there is no such user.
+
+    Example:
+        >>> expanded("models/~base"), expanded("~no-such-user/base")
+        (PosixPath('models/~base'), PosixPath('~no-such-user/base'))
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def file_state(file: Path | BinaryIO) -> FileState:
     """Return inode, size and time of change of a file, open or not, which reveal that it was changed or replaced."""
     found = file.stat() if isinstance(file, Path) else os.fstat(file.fileno())

@@ -68,7 +68,7 @@ class Slices:
             values.append(flat[start : start + length][ends])
             positions += [begin + end for end in ends]
             begin += length
-        return torch.tensor(positions, dtype=torch.int64), torch.cat(values)
+        return torch.tensor(positions, dtype=torch.int64, device="cpu"), torch.cat(values)
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,12 @@ class Assembled(_OfPieces):
             if [end - begin for begin, end in own] != [end - begin for begin, end in whole]:
                 raise ValueError(f"the region {own} does not fill {whole}")
         filled = [whole for _, whole in regions]
+        if any(
+            len(whole) != len(shape)
+            or any(not 0 <= begin <= end <= size for (begin, end), size in zip(whole, shape, strict=True))
+            for whole in filled
+        ):
+            raise ValueError(f"the regions {filled} are not inside of {list(shape)}")
         overlap = any(_meet(a, b) for number, a in enumerate(filled) for b in filled[:number])
         count = sum(torch.Size([end - begin for begin, end in whole]).numel() for whole in filled)
         if overlap or count != shape.numel() or len({piece.dtype for piece in pieces}) > 1:

@@ -20,7 +20,7 @@ from types import FrameType
 
 _SUFFIX = ".squisher"
 _LOCK = "lock"
-_LONGEST_NAME = 100  # file systems allow 255 bytes
+_LONGEST_NAME = 200  # bytes; file systems allow 255
 # A lock that another host sees as free may still be held: not every network file system shares locks.
 _FOREIGN_AGE = 24 * 3600  # seconds
 # Signals that end a process, and that a process can catch.
@@ -38,8 +38,9 @@ def temporary_folder(place: Path, name: str) -> Iterator[Path]:
         name: Name of the output, for the name of the folder.
     """
     remove_stale(place)
+    short = os.fsencode(name)[:_LONGEST_NAME].decode(errors="ignore")
     while True:
-        folder = place / f".{name[:_LONGEST_NAME]}.{secrets.token_hex(4)}{_SUFFIX}"
+        folder = place / f".{short}.{secrets.token_hex(4)}{_SUFFIX}"
         with cleaned_up(lambda folder=folder: _remove(folder)):  # type: ignore[misc]
             folder.mkdir(mode=0o700)
             lock = _locked(folder)

@@ -60,6 +60,7 @@ class Cut:
         kept = keys > self.key
         if self.ties:
             equal = (keys == self.key).reshape(-1).nonzero()[: self.ties, 0]
+            kept = kept.contiguous()  # a comparison keeps the strides of a transposed tensor
             kept.view(-1)[equal] = True
             self.ties -= len(equal)
         return kept
@@ -186,7 +187,7 @@ def pattern_mask(keys: Tensor, n: int, m: int, axis: int = -1) -> Tensor:
     """
     last = keys.movedim(axis, -1)
     groups = last.reshape(-1, m)
-    kept = torch.empty(groups.shape, dtype=torch.bool)
+    kept = torch.empty(groups.shape, dtype=torch.bool, device=keys.device)
     for start in range(0, len(groups), _ROWS):
         block = groups[start : start + _ROWS]
         for i in range(m):

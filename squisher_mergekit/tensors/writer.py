@@ -8,10 +8,10 @@ import os
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -126,11 +126,15 @@ class SafetensorsWriter:
             data = memoryview(block.view(torch.uint8).numpy().data)
             digest = None if digest is None else zlib.crc32(data, digest)
             self._unflushed += len(data)
-            while data:
-                data = data[self._stream.write(data) :]
+            self._put(data)
             self._flush()
         if digest is not None:
             self.note(name + DIGEST, f"{digest:08x}")
+
+    def _put(self, data: memoryview) -> None:
+        """Write all bytes: an unbuffered stream may take a part of them at a time, as on a disk that is nearly full."""
+        while data:
+            data = data[self._stream.write(data) :]
 
     def _flush(self) -> None:
         """Start a flush if enough bytes are written and the previous flush has ended, and raise its error."""
@@ -146,7 +150,7 @@ class SafetensorsWriter:
         if len(text) > self._room:
             raise ValueError(f"the header needs {len(text)} bytes, but {self._room} were left for it")
         self._stream.seek(0)
-        self._stream.write(struct.pack("<Q", self._room) + text.ljust(self._room))
+        self._put(memoryview(struct.pack("<Q", self._room) + text.ljust(self._room)))
         self._stream.truncate(8 + self._room + self._end)
 
 
@@ -159,14 +163,15 @@ def _sync(descriptor: int) -> None:
             raise
 
 
-def header_room(names: list[str], parts: int = 1) -> int:
+def header_room(names: list[str], parts: int = 1, notes: Mapping[str, str] = MappingProxyType({})) -> int:
     """Return an upper bound on the bytes of a header.
 
     Args:
         names: Names of the tensors.
         parts: Largest number of tensors that one name is stored as.
+        notes: Further keys of the metadata, such as those of a file that is copied.
     """
-    longest = sum(parts * (len(json.dumps(name)) + _ENTRY) for name in names)
+    longest = sum(parts * (len(json.dumps(name)) + _ENTRY) for name in names) + len(json.dumps(dict(notes)))
     return -(-(longest + _ENTRY) // _ALIGN) * _ALIGN
 
 

@@ -17,6 +17,7 @@ from squisher_mergekit.fisher.write import has_fisher, to_dtype
 from squisher_mergekit.models.parameters import unwrap_model, uses_deepspeed, uses_fsdp1
 from squisher_mergekit.optimizers.live import TrainingInfo, unwrap_optimizer
 from squisher_mergekit.optimizers.load import find_state, load_fisher
+from squisher_mergekit.tensors.input_files import expanded
 from squisher_mergekit.tensors.sharded import rank
 from squisher_mergekit.training.clipping import ClippingMonitor, clip_limit
 from squisher_mergekit.training.factors import GradientFactors, check_arguments
@@ -114,7 +115,7 @@ class SquisherCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.every_save = every_save
         self.at_end = at_end
-        self.out = None if out is None else Path(out).expanduser()
+        self.out = None if out is None else expanded(out)
         self.dtype = to_dtype(dtype)
         self.compress = compress
         self.beta = beta

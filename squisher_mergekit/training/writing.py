@@ -17,6 +17,7 @@ from squisher_mergekit.fisher.write import fisher_files, to_dtype, write_fisher
 from squisher_mergekit.optimizers.live import TrainingInfo, squisher_of, states_of, unwrap_optimizer
 from squisher_mergekit.optimizers.metadata import warnings_of
 from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.tensors.input_files import expanded
 from squisher_mergekit.tensors.sharded import OnRankZero, rank
 
 LOG = logging.getLogger("squisher_mergekit")
@@ -53,8 +54,8 @@ class SavedFisher(ABC):
             MismatchError: No gradient was added yet, or the record does not fit the weights.
         """
         info = TrainingInfo(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
-        folder = Path(out).expanduser()
-        weights_folder = folder if weights is None else Path(weights).expanduser()
+        folder = expanded(out)
+        weights_folder = folder if weights is None else expanded(weights)
         self.write(folder, weights_folder, info, to_dtype(dtype), compress)
         return read_fisher(folder) if rank() == 0 else None
 
@@ -116,8 +117,8 @@ def save_squisher(
         (tensor([[1., 4.]]), 1)
     """
     info = TrainingInfo(examples_per_step, tokens_per_step, max_grad_norm, clipped_share, loss_reduction, datum)
-    folder = Path(out).expanduser()
-    weights_folder = folder if weights is None else Path(weights).expanduser()
+    folder = expanded(out)
+    weights_folder = folder if weights is None else expanded(weights)
     several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     write_squisher(model, several, folder, weights_folder, info, to_dtype(dtype), compress)
     return read_fisher(folder) if rank() == 0 else None

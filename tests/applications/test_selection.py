@@ -175,3 +175,19 @@ def test_a_selection_refuses_values_out_of_range(options, message):
     with pytest.raises(ConfigError, match=message) as error:
         Selection(**options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"score": "saliency", "drop_zeros": True}, {"score": "random"}])
+@pytest.mark.parametrize("kept", [{"keep": 17, "normalize": "layer"}, {"pattern": (1, 7)}])
+def test_another_default_device_changes_no_selection(options, kept):
+    """A program may have called ``torch.set_default_device``: the scores of weights on the host are on the host."""
+    generator = torch.Generator().manual_seed(0)
+    theta, fisher = ({"a": torch.randn(3, 7, generator=generator), "b": torch.ones(5, 14)} for _ in range(2))
+    selection = Selection(**options, **kept, always=frozenset({"head"}))
+    axes = {"a": 1, "b": 1} if "pattern" in kept else None
+    plan = plan_selection(selection, {"a": (3, 7), "head": (2,), "b": (5, 14)}, axes=axes)
+    inputs = ScoreInputs(theta.get, {name: tensor.abs() for name, tensor in fisher.items()}.get)
+    wanted = dict(select_masks(plan, inputs))
+    with torch.device("meta"):
+        found = dict(select_masks(plan, inputs))
+    assert all(torch.equal(found[name], mask) for name, mask in wanted.items())

@@ -9,7 +9,7 @@ from safetensors.torch import save, save_file
 
 from squisher_mergekit import load_fisher
 from squisher_mergekit.cli.main import main
-from squisher_mergekit.errors import ConfigError, MismatchError, NotFoundError, ValuesError
+from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError, ValuesError
 from squisher_mergekit.optimizers.load import extract
 from squisher_mergekit.tensors.hub import parse_file
 from tests import hub_server
@@ -200,3 +200,12 @@ def test_a_missing_file_of_a_repository_is_one_line(server):
     server.add("org/m", {"config.json": b"{}"})
     with pytest.raises(NotFoundError, match=r"^x\.safetensors must be .* at revision v9 of org/m on the Hub"):
         load_fisher("org/m@v9:x.safetensors")
+
+
+@pytest.mark.parametrize("steps", [-1.0, float("nan"), float("inf"), 1e300])
+def test_steps_that_are_no_count_are_refused(steps, tmp_path):
+    """A damaged number of steps is refused in one line that names it."""
+    tensors = {"w.exp_avg_sq": torch.rand(5, 7), "w.step": torch.tensor(steps, dtype=torch.float64)}
+    save_file(tensors, tmp_path / "exp_avg_sq.safetensors")
+    with pytest.raises(CorruptFileError, match=r"w\.step in .* must be a number of steps, found .*; export it again"):
+        load_fisher(tmp_path)

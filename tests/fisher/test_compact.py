@@ -279,3 +279,12 @@ def test_blocks_of_zeros_are_zeros_whatever_memory_held(code, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(-7))
     found = compact.decode(parts, code, tensor.shape)
     assert torch.equal(found == 0, tensor == 0)
+
+
+def test_the_means_are_on_the_device_of_the_tensor():
+    """A Fisher on an accelerator is encoded there; the device without memory stands for one."""
+    parts = compact.encode(torch.empty(13, 7, device="meta"), "rank1", MUCH)
+    assert {suffix: (part.device.type, part.shape) for suffix, part in parts.items()} == {
+        ".row": ("meta", (13,)),
+        ".col": ("meta", (7,)),
+    }

@@ -216,3 +216,18 @@ def test_scalars_and_empty_tensors_pass():
     result = compare(_fisher(tensors), _fisher(tensors))
     assert [row.spearman for row in result.rows] == [None, None, 1.0]
     assert result.over_all.entries == 4
+
+
+@pytest.mark.parametrize("sample", [10**6, 101])
+def test_another_default_device_changes_no_comparison(sample):
+    """A program may have called ``torch.set_default_device``."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        Fisher({name: torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}, FisherConfig())
+        for _ in range(2)
+    )
+    wanted = compare(a, b, sample=sample, whole=False)
+    with torch.device("meta"):
+        found = compare(a, b, sample=sample, whole=False)
+    assert (found.rows, found.over_all) == (wanted.rows, wanted.over_all)
+    assert torch.equal(found.histogram, wanted.histogram)

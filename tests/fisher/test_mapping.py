@@ -7,6 +7,7 @@ import torch
 
 from squisher_mergekit.errors import ConfigError, MismatchError, ValuesError
 from squisher_mergekit.fisher.config import FisherConfig
+from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.values import Moments, check_values
 from squisher_mergekit.tensors.safetensors import MemoryStore, check_shape
@@ -177,3 +178,16 @@ def test_shapes_must_be_equal():
     for found in ((5, 3), (15,), ()):
         with pytest.raises(MismatchError, match=r"Fisher of w .*\[3, 5\], but here has"):
             check_shape("w", found, (3, 5), "here")
+
+
+@pytest.mark.parametrize("compress", [None, "log8", "log4", "rank1"])
+def test_another_default_device_changes_nothing(compress, tmp_path):
+    """A program may have called ``torch.set_default_device``: a Fisher is written, read and scaled on the host."""
+    tensors = {"w": _random(131, 17), "b": _random(13, seed=1)}
+    plain, other = (Fisher(tensors, _config()).scaled("w"), Fisher(tensors, _config()))
+    wanted = other.save(tmp_path / "plain", compress=compress)
+    with torch.device("meta"):
+        assert other.save(tmp_path / "other", compress=compress) == wanted
+        assert torch.equal(other.scaled("w"), plain)
+        found = read_fisher(tmp_path / "other")
+        assert all(torch.equal(found[name], read_fisher(tmp_path / "plain")[name]) for name in tensors)

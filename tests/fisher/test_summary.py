@@ -139,3 +139,12 @@ def test_layers_of_one_kind_share_it():
     """Weights and biases at one position of every layer share their kind."""
     names = [f"model.layers.{i}.mlp.fc.{part}" for i in range(12) for part in ("weight", "bias")]
     assert {kind_of(name) for name in names} == {"mlp.fc"}
+
+
+def test_another_default_device_changes_no_statistics():
+    """A program may have called ``torch.set_default_device``."""
+    fisher = _fisher(w=_random(13, 7, zeros=0.2))
+    wanted = summarize(fisher)
+    with torch.device("meta"):
+        found = summarize(fisher)
+    assert (found.rows, found.median, found.mean) == (wanted.rows, wanted.median, wanted.mean)

@@ -111,3 +111,22 @@ def test_a_loss_of_the_same_shapes_is_refused():
         assign_beside_loss([[(3, 3)] * 3], parameters, "optimizer.pt")
     with pytest.raises(NamingError, match="but do not"):
         assign_beside_loss([[(3, 3), (5,), (3, 3)]], parameters, "optimizer.pt")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"encoder": lambda: nn.LSTM(5, 5, num_layers=11, bidirectional=True, proj_size=3)},
+        {"encoder": lambda: nn.GRU(5, 5, num_layers=2)},
+        {"convs": lambda: nn.ModuleList(nn.Conv1d(3, 3, 1) for _ in range(11))},
+        {"norm": lambda: nn.LayerNorm(7)},
+    ],
+)
+def test_a_module_has_the_order_of_its_class(layers, tmp_path):
+    """Layer 2 precedes layer 10; a recurrent layer has its weights and biases, which can be of one shape, by layer."""
+    module = nn.ModuleDict({name: make() for name, make in layers.items()})
+    (tmp_path / "1_Own").mkdir()
+    save_file(dict(module.state_dict()), tmp_path / "1_Own" / "model.safetensors")
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Own"}]))
+    found = [parameter.name.removeprefix("1_Own/") for parameter in module_parameters(tmp_path)]
+    assert found == [name for name, _ in module.named_parameters()]

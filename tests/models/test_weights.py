@@ -29,7 +29,7 @@ from squisher_mergekit.models.weights import (
     refuse_quantised,
     write_changed,
 )
-from squisher_mergekit.tensors.safetensors import MemoryStore
+from squisher_mergekit.tensors.safetensors import MemoryStore, safetensors_notes
 from tests import hub_server
 from tests.estimators.models import make
 
@@ -245,3 +245,22 @@ def test_an_overflow_of_float16_is_no_broken_training():
     """The message for infinite entries in float16 names another dtype as the cure."""
     with pytest.raises(ValuesError, match="in float16, which ends at 65504; give dtype: bfloat16"):
         check_finite(torch.tensor([1.0, 1e6]).half(), "w", "model")
+
+
+def test_notes_of_any_length_are_copied(tmp_path):
+    """The copy of a file has its metadata, however long."""
+    notes = {"format": "pt", "training": json.dumps({"steps": 13}) * 401}
+    (tmp_path / "model").mkdir()
+    save_file({"w": torch.ones(3, 5)}, tmp_path / "model" / "model.safetensors", notes)
+    write_changed(Weights(tmp_path / "model"), tmp_path / "out", lambda name, tensor: tensor * 2)
+    assert safetensors_notes(tmp_path / "out" / "model.safetensors") == notes
+
+
+def test_a_single_file_of_diffusers_is_copied_without_an_old_index(tmp_path):
+    """An index of older shards would name files that the copy lacks."""
+    (tmp_path / "unet").mkdir()
+    save_file({"w": torch.ones(3, 5)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    index = {"weight_map": {"w": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    write_changed(Weights(tmp_path / "unet"), tmp_path / "out", lambda name, tensor: tensor)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["diffusion_pytorch_model.safetensors"]

@@ -217,3 +217,19 @@ def test_a_sweep_that_a_signal_ends_leaves_nothing(tmp_path, number):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(int(number))], check=False)
     assert done.returncode == -number
     assert not list(tmp_path.iterdir())
+
+
+def test_each_point_has_a_folder_of_its_own(tmp_path):
+    """Paths that differ in a slash alone do not share a folder, and labels longer than a file's name have one."""
+    values = ("runs/a", "runs_a", "runs/b", "x" * 300 + "1", "x" * 300 + "2")
+    found = Sweep(tmp_path / "out", list(points({"fisher": values})), "x", keep_all=True)
+
+    def merge(point, folder):
+        folder.mkdir()
+        (folder / "fisher").write_text(point["fisher"])
+
+    found.run(merge, lambda model: 1.0)
+    assert {name: (found.place(name) / "fisher").read_text() for name in found.scores} == {
+        f"fisher={value}": value for value in values
+    }
+    assert found.place("fisher=runs/b").name == "fisher=runs_b"

@@ -4,9 +4,19 @@ import os
 
 import pytest
 
-from squisher_mergekit.errors import ConfigError, CorruptFileError
+from squisher_mergekit import load_fisher
+from squisher_mergekit.errors import ConfigError, CorruptFileError, NotFoundError
+from squisher_mergekit.models.weights import open_weights
 from squisher_mergekit.optimizers.checkpoints.safe_pickle import load
-from squisher_mergekit.tensors.input_files import parse_shape, parse_yaml, read_json, read_mapping, read_text, reading
+from squisher_mergekit.tensors.input_files import (
+    expanded,
+    parse_shape,
+    parse_yaml,
+    read_json,
+    read_mapping,
+    read_text,
+    reading,
+)
 from squisher_mergekit.tensors.safetensors import read_header
 
 
@@ -124,3 +134,12 @@ def test_the_line_of_broken_yaml_is_named(text, said):
     """The message has line and reason, without PyYAML's excerpt of the text."""
     with pytest.raises(ConfigError, match=f"^x must be YAML, but {said}"):
         parse_yaml(text, "x must be YAML")
+
+
+def test_the_home_of_an_unknown_user_is_no_path(monkeypatch, tmp_path):
+    """``~`` is expanded; a path of a user who does not exist is not found, in one line."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/base") == tmp_path / "base"
+    for opening in (load_fisher, open_weights):
+        with pytest.raises(NotFoundError, match="there is no ~no-such-user/base"):
+            opening("~no-such-user/base")

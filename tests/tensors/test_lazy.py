@@ -27,6 +27,7 @@ def test_slices_and_shards_are_their_concatenation():
         [(((0, 2),), ((0, 2),)), (((0, 1),), ((3, 4),))],  # a gap
         [(((0, 3),), ((0, 3),)), (((0, 1),), ((3, 4),))],  # outside of its piece
         [(((0, 2),), ((0, 1),)), (((0, 2),), ((1, 4),))],  # other sizes
+        [(((0, 2),), ((0, 2),)), (((0, 2),), ((7, 9),))],  # outside of the tensor
     ],
 )
 def test_regions_that_do_not_fill_a_tensor_are_refused(regions):

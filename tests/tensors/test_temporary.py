@@ -78,3 +78,13 @@ def test_a_forked_child_does_not_clean_up_for_its_parent(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["ready", "True"]
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\u6a21", "\U0001f600"])
+def test_any_name_that_a_file_can_have_gives_a_folder(tmp_path, letter):
+    """File systems count bytes: a name of 255 is cut between letters."""
+    name = letter * (255 // len(letter.encode()))
+    (tmp_path / name).touch()
+    with temporary_folder(tmp_path, name) as folder:
+        assert len(folder.name.encode()) <= 255
+        assert name.startswith(folder.name[1:].split(".")[0])

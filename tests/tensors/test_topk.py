@@ -92,3 +92,11 @@ def test_a_cut_counts_on_the_host_inside_another_default(device):
     with torch.device("meta"):
         found = topk.cut(lambda: [topk.keys(values.to(device))], 17)
     assert int(found.take(topk.keys(values)).sum()) == 17
+
+
+def test_a_transposed_tensor_is_cut_in_the_order_of_its_entries():
+    """Keys with other strides give the mask of a contiguous copy, ties included."""
+    values = torch.tensor([[2.0, 1.0, 2.0], [1.0, 1.0, 3.0]]).T
+    assert not values.is_contiguous()
+    found = topk.cut(lambda: [topk.keys(values)], 5)
+    assert found.take(topk.keys(values)).tolist() == [[True, True], [True, False], [True, True]]

@@ -116,3 +116,38 @@ def test_an_error_of_a_flush_is_raised(tmp_path, monkeypatch):
         SafetensorsWriter(tmp_path / "x.safetensors", header_room(["w"])) as writer,
     ):
         writer.add("w", torch.zeros(3))
+
+
+class _PartlyWriting:
+    """Stream that takes at most some bytes of each write, as one on a disk that is nearly full."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, data):
+        return self._stream.write(bytes(data)[:11])
+
+
+def test_a_stream_that_takes_a_part_gets_the_rest(tmp_path):
+    """Tensors and header are whole although each write of the system takes a part."""
+    tensors = {"a": torch.arange(37.0), "b": torch.arange(13)}
+    with SafetensorsWriter(tmp_path / "x.safetensors", header_room(list(tensors))) as writer:
+        writer._stream = _PartlyWriting(writer._stream)
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    found = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_the_room_counts_notes(tmp_path):
+    """A header with long notes, whose quotes are escaped, fits its room."""
+    notes = {"recipe": '{"a": "b"}' * 997, "author": "\u00e9" * 101}
+    with SafetensorsWriter(tmp_path / "x.safetensors", header_room(["w"], notes=notes)) as writer:
+        for key, value in notes.items():
+            writer.note(key, value)
+        writer.add("w", torch.ones(3))
+    with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        assert opened.metadata() == notes | {"format": "pt"}

@@ -69,5 +69,5 @@ def sum_of_squares(norms: Iterable[Tensor]) -> Tensor:
         groups[getattr(norm, "device_mesh", None), norm.device].append(norm)
     parts = [gathered(torch.linalg.vector_norm(torch.stack(group))).double().square() for group in groups.values()]
     if not parts:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()

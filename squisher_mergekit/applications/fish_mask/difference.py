@@ -22,7 +22,7 @@ from torch import Tensor
 
 from squisher_mergekit.errors import CorruptFileError, MismatchError, NotFoundError
 from squisher_mergekit.tensors.folder_moves import sync
-from squisher_mergekit.tensors.input_files import parse_shape, reading
+from squisher_mergekit.tensors.input_files import expanded, parse_shape, reading
 from squisher_mergekit.tensors.safetensors import SafetensorsStore, TensorInfo, safetensors_notes
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
@@ -263,7 +263,7 @@ def read_difference(source: str | Path) -> Difference:
         NotFoundError: The file does not exist.
         CorruptFileError: The file is truncated, is not a difference, or has a newer version.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     file = path / DIFFERENCE_NAME if path.is_dir() else path
     if not file.is_file():
         raise NotFoundError(f"a difference must be a file or a folder with {DIFFERENCE_NAME}, but there is no {file}")

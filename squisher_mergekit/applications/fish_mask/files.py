@@ -29,6 +29,7 @@ from squisher_mergekit.models.fingerprint import fingerprint
 from squisher_mergekit.models.weights import Weights, check_out, open_weights, write_changed
 from squisher_mergekit.optimizers.load import load_fisher
 from squisher_mergekit.tensors.atomic import scratch_beside, written_beside, written_file
+from squisher_mergekit.tensors.input_files import expanded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -123,7 +124,7 @@ def select_files(
         Traceback (most recent call last):
         squisher_mergekit.errors.NotFoundError: ...
     """
-    recipe, target = FishMaskRecipe(keep, **options), Path(out).expanduser()
+    recipe, target = FishMaskRecipe(keep, **options), expanded(out)
     if target.is_dir():
         raise ConfigError(f"a mask is written to a file, but {target} is a folder; give {target / MASK_NAME}")
     tuned = open_weights(model)
@@ -195,7 +196,7 @@ def reset_files(
         Traceback (most recent call last):
         squisher_mergekit.errors.NotFoundError: ...
     """
-    target = Path(out).expanduser()
+    target = expanded(out)
     if (mask is None) == (keep is None):
         raise ConfigError("either a mask or a share to keep must be given; give --mask, or --keep and --fisher")
     check_out(target)

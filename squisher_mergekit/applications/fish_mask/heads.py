@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from squisher_mergekit.errors import UnsupportedStateError
 from squisher_mergekit.models.convert import store_moments
 from squisher_mergekit.models.names import CheckpointNames
-from squisher_mergekit.models.parameters import describe, memory_names, parameters_of, unwrap_model
+from squisher_mergekit.models.parameters import describe, memory_name, memory_names, parameters_of, unwrap_model
 from squisher_mergekit.models.roles import output_parameters
 from squisher_mergekit.models.weights import Weights
 from squisher_mergekit.tensors.safetensors import MemoryStore
@@ -71,7 +71,7 @@ def in_memory(model: nn.Module) -> tuple[Weights, ModelParts]:
     stored = store_moments(str(_MEMORY), by_name, checkpoint_names, ())
     tensors = {name: stored.read(name) for name in stored.infos}
     known = {name for name, _ in inner.named_parameters(remove_duplicate=False)}
-    tensors |= {name: tensor.detach() for name, tensor in inner.state_dict().items() if name not in known}
+    tensors |= {memory_name(name): tensor.detach() for name, tensor in inner.state_dict().items() if name not in known}
     return weights_in_memory(tensors), _parts(inner, checkpoint_names, tensors)
 
 

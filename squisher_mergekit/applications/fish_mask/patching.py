@@ -14,8 +14,9 @@ from tqdm import tqdm
 from squisher_mergekit.applications.fish_mask.bases import under_names
 from squisher_mergekit.applications.fish_mask.difference import Difference, Side, bits_of, read_difference
 from squisher_mergekit.errors import MismatchError
-from squisher_mergekit.models.weights import BASENAME, Weights, check_out, copy_rest, open_weights
+from squisher_mergekit.models.weights import Weights, check_out, copy_rest, open_weights
 from squisher_mergekit.tensors.atomic import written_beside
+from squisher_mergekit.tensors.input_files import expanded
 from squisher_mergekit.tensors.safetensors import tensor_infos
 from squisher_mergekit.tensors.writer import SafetensorsWriter, header_room
 
@@ -95,7 +96,7 @@ def patched(tensors: Mapping[str, Tensor], difference: Difference, side: Side = 
 def _turn(
     option: str, source: str | Path, difference: str | Path, out: str | Path, side: Side, strict: bool, progress: bool
 ) -> None:
-    target, opened = Path(out).expanduser(), read_difference(difference)
+    target, opened = expanded(out), read_difference(difference)
     check_out(target)
     weights = open_weights(source, option)
     if side == "tuned":
@@ -116,7 +117,7 @@ def _write(weights: Weights, opened: Difference, side: Side, folder: Path, advan
     for file, header in weights.headers.items():
         names = [ours.get(name, name) for name in header.infos]
         last = added if file == weights.files[-1] else []
-        room = header_room([theirs.get(name, name) for name in (*names, *last)])
+        room = header_room([theirs.get(name, name) for name in (*names, *last)], notes=header.metadata)
         with SafetensorsWriter(folder / file.name, room) as writer:
             for key, value in header.metadata.items():
                 writer.note(key, value)
@@ -159,7 +160,9 @@ def _finish(weights: Weights, opened: Difference, side: Side, folder: Path) -> N
             "metadata": {"total_size": sum(info.nbytes for header in infos.values() for info in header.values())},
             "weight_map": {name: file for file, header in infos.items() for name in header},
         }
-        (folder / f"{BASENAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / f"{weights.stem}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _other(side: Side) -> Side:

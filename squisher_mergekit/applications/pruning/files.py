@@ -23,6 +23,7 @@ from squisher_mergekit.models.roles import roles_on_disk
 from squisher_mergekit.models.weights import Weights, check_out, open_weights, refuse_quantised, write_changed
 from squisher_mergekit.optimizers.load import load_fisher
 from squisher_mergekit.tensors.atomic import scratch_beside
+from squisher_mergekit.tensors.input_files import expanded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,7 +73,7 @@ def prune_files(
         squisher_mergekit.errors.NotFoundError: ...
     """
     recipe = PruningRecipe(sparsity, **renamed_options(options, least="min_keep"))
-    target = Path(out).expanduser()
+    target = expanded(out)
     weights = open_weights(model)
     check_out(target)
     plan = _plan(recipe, weights)

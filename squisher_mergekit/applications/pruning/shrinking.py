@@ -13,7 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from squisher_mergekit.applications.pruning.modules import unmasked
 from squisher_mergekit.applications.pruning.structured import UnitChoice, UnitSlice, unit_masks
 from squisher_mergekit.errors import UnsupportedStateError
-from squisher_mergekit.models.parameters import unwrap_model
+from squisher_mergekit.models.parameters import memory_name, unwrap_model
 
 # Keys of the width of a feed-forward part in the configs of transformers.
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")
@@ -60,7 +60,7 @@ def shrink(model: nn.Module, choice: UnitChoice) -> nn.Module:
     small = _plain_copy(inner)
     if hasattr(inner, "config") and hasattr(inner, "save_pretrained"):
         return _of_transformers(small, choice)
-    cut = _cut(dict(small.state_dict()), choice)
+    cut = _cut(_state(small), choice)
     for name in _touched(choice):
         path, _, attribute = name.rpartition(".")
         module: Any = small.get_submodule(path)
@@ -86,13 +86,18 @@ def _touched(choice: UnitChoice) -> list[str]:
     return list(dict.fromkeys(part.tensor for part, _ in _slices(choice)))
 
 
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, without the wrappers of inner modules."""
+    return {memory_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
 def _cut(tensors: Mapping[str, Tensor], choice: UnitChoice) -> dict[str, Tensor]:
     """Return the tensors without the entries of pruned units."""
     masks: dict[tuple[str, int], Tensor] = {}
     for part, kept in _slices(choice):
         size = tensors[part.tensor].shape[part.axis]
         # Several slices of one axis (queries, keys and values in one layer) are cut together.
-        earlier = masks.get((part.tensor, part.axis), torch.ones(size, dtype=torch.bool))
+        earlier = masks.get((part.tensor, part.axis), torch.ones(size, dtype=torch.bool, device="cpu"))
         masks[part.tensor, part.axis] = earlier & part.axis_mask(kept, size)
     cut = dict(tensors)
     for (name, axis), kept in masks.items():
@@ -133,7 +138,7 @@ def _of_transformers(model: Any, choice: UnitChoice) -> nn.Module:
             f"the config of {type(model).__name__} has one width for all layers, but between {min(widths)} and "
             f'{max(widths)} units would be left; choose with scope="layer", or set them to 0 by mask_units'
         )
-    state = _cut(model.state_dict(), choice)
+    state = _cut(_state(model), choice)
     config = _config_of(model, {name: tensor.shape for name, tensor in state.items()}, counts.pop(), widths.pop())
     small: Any = type(model)._from_config(config, dtype=model.dtype)
     small.load_state_dict(state)

@@ -48,7 +48,7 @@ class UnitSlice:
 
     def axis_mask(self, kept: Tensor, size: int) -> Tensor:
         """Return the mask [size] of the indices along the axis that no pruned unit has."""
-        found = torch.ones(size, dtype=torch.bool)
+        found = torch.ones(size, dtype=torch.bool, device="cpu")
         found[self.start : self.start + len(kept) * self.width] = kept.repeat_interleave(self.width)
         return found
 
@@ -206,7 +206,9 @@ def unit_scores(
             "there must be units to choose from, found none; see squisher_mergekit.applications.pruning.units"
         )
     if score == "random":
-        return {layer.name: scores.random_score(layer.name, seed)(torch.empty(layer.count)) for layer in units}
+        return {
+            layer.name: scores.random_score(layer.name, seed)(torch.empty(layer.count, device="cpu")) for layer in units
+        }
     inner = unwrap_model(model)
     with unmasked(inner) as earlier:
         weights = {name: parameter.detach() for name, parameter in parameters_of(inner).items()}
@@ -241,7 +243,7 @@ def _values(
 
 def _score(layer: Units, weights: Mapping[str, Tensor], values: Mapping[str, Tensor], score: ScoreName) -> Tensor:
     """Return the score of each unit of a layer."""
-    total = torch.zeros(layer.count, dtype=torch.float64)
+    total = torch.zeros(layer.count, dtype=torch.float64, device="cpu")
     for part in layer.made:
         theta = part.rows(weights[part.tensor], layer.count).cpu().double()
         if score == "magnitude":
@@ -271,7 +273,7 @@ def unit_masks(model: nn.Module, choice: UnitChoice) -> dict[str, Tensor]:
                 raise MismatchError(
                     f"a choice must be of this model, but {part.tensor} does not have {layer.count} units; choose again"
                 )
-            mask = masks.setdefault(part.tensor, torch.ones(shapes[part.tensor], dtype=torch.bool))
+            mask = masks.setdefault(part.tensor, torch.ones(shapes[part.tensor], dtype=torch.bool, device="cpu"))
             along = part.axis_mask(choice.kept[layer.name], mask.shape[part.axis])
             mask &= along.reshape([-1 if axis == part.axis else 1 for axis in range(mask.ndim)])
     return masks

@@ -10,7 +10,7 @@ from torch import nn
 from squisher_mergekit.applications.pruning.modules import unmasked
 from squisher_mergekit.applications.pruning.structured import Units, UnitSlice
 from squisher_mergekit.errors import ConfigError, UnsupportedStateError
-from squisher_mergekit.models.parameters import unwrap_model
+from squisher_mergekit.models.parameters import memory_name, unwrap_model
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -71,8 +71,11 @@ def chain_units(model: nn.Module, chain: Sequence[str] | None = None) -> tuple[U
                 open_layer, flat = _made(name, module), chain is not None
             elif open_layer is not None and isinstance(module, _NORMS):
                 open_layer = _with_norm(open_layer, name, module)
+            elif isinstance(module, nn.Flatten) and not module.start_dim:
+                open_layer = None  # the examples are joined as well
             elif isinstance(module, _PASSING):
-                flat = flat or isinstance(module, nn.Flatten)
+                # From another axis on, the channels stay an axis of their own, which a linear layer does not read.
+                flat = flat or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1))
             else:
                 open_layer = None
     if not found:
@@ -95,7 +98,7 @@ def ffn_units(model: nn.Module) -> tuple[Units, ...]:
     inner = unwrap_model(model)
     with unmasked(inner):
         found = []
-        for path, module in inner.named_modules():
+        for path, module in _modules(inner):
             for makers, reader in _FFN:
                 layers = [_child(module, name) for name in (*makers, reader)]
                 if all(layer is not None for layer in layers):
@@ -120,7 +123,7 @@ def head_units(model: nn.Module) -> tuple[Units, ...]:
     """
     inner = unwrap_model(model)
     with unmasked(inner):
-        found = [units for path, module in inner.named_modules() if (units := _heads(path, module)) is not None]
+        found = [units for path, module in _modules(inner) if (units := _heads(path, module)) is not None]
     if not found:
         raise ConfigError(
             f"attention must be of layers called q_proj, k_proj, v_proj, or query, key, value, or c_attn, but "
@@ -155,7 +158,7 @@ def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         return
     for key, child in module.named_children():
-        yield from _leaves(f"{name}.{key}" if name else key, child)
+        yield from _leaves(_below(name, key), child)
 
 
 def _made(name: str, module: Any) -> Units | None:
@@ -214,7 +217,7 @@ def _axes(module: nn.Module) -> tuple[int, int]:
 
 
 def _ffn(path: str, makers: tuple[str, ...], reader: str, layers: list[Any]) -> Units:
-    names = [f"{path}.{name}" if path else name for name in (*makers, reader)]
+    names = [_below(path, name) for name in (*makers, reader)]
     out, inputs = _axes(layers[0])[0], _axes(layers[-1])[1]
     count = layers[-1].weight.shape[inputs]
     if any(layer.weight.shape[out] != count for layer in layers[:-1]):
@@ -239,8 +242,9 @@ def _heads(path: str, module: Any) -> Units | None:
         return None
     size = fused.weight.shape[1] // 3
     width = size // module.num_heads
-    made = (part for third in range(3) for part in _weight_and_bias(f"{path}.c_attn", fused, 1, width, third * size))
-    return Units(path, module.num_heads, tuple(made), (UnitSlice(f"{path}.c_proj.weight", 0, width),))
+    whole, output = _below(path, "c_attn"), _below(path, "c_proj")
+    made = (part for third in range(3) for part in _weight_and_bias(whole, fused, 1, width, third * size))
+    return Units(path or whole, module.num_heads, tuple(made), (UnitSlice(f"{output}.weight", 0, width),))
 
 
 def _separate_heads(path: str, module: Any, names: tuple[str, ...], layers: list[Any]) -> Units:
@@ -253,8 +257,22 @@ def _separate_heads(path: str, module: Any, names: tuple[str, ...], layers: list
     made = (
         part
         for name, layer in zip(names, layers, strict=True)
-        for part in _weight_and_bias(f"{path}.{name}", layer, 0, layer.weight.shape[0] // count)
+        for part in _weight_and_bias(_below(path, name), layer, 0, layer.weight.shape[0] // count)
     )
-    output = next((name for name in _OUTPUTS if _child(module, name) is not None), None)
-    read = () if output is None else (UnitSlice(f"{path}.{output}.weight", 1, layers[0].weight.shape[0] // count),)
-    return Units(path, count, tuple(made), read)
+    found = ((name, _child(module, name)) for name in _OUTPUTS)
+    # Its own width: queries with a gate, or values of another width, do not have that of the output.
+    readers = ((name, *divmod(layer.weight.shape[1], count)) for name, layer in found if layer is not None)
+    name, width, left = next(readers, ("", 0, 0))
+    read = (UnitSlice(f"{_below(path, name)}.weight", 1, width),) if width and not left else ()
+    return Units(path or names[0], count, tuple(made), read)
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules by their paths without wrappers, as those of parameters in memory."""
+    for path, module in model.named_modules():
+        yield memory_name(f"{path}.").removesuffix("."), module
+
+
+def _below(path: str, name: str) -> str:
+    """Return the name of a module below a path, which is empty for the model itself."""
+    return f"{path}.{name}" if path else name

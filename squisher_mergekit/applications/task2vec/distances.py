@@ -200,7 +200,7 @@ def distance_matrix(
     needed = metric in ("asymmetric", "normalized_cosine")
     sizes = [tensor.numel() for tensor in reference.values()]
     priors = {name: _flat_trivial(values, sizes) for name, values in flat.items()} if needed else {}
-    result = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+    result = torch.zeros(len(tasks), len(tasks), dtype=torch.float64, device="cpu")
     names = list(tasks)
     for i, source in enumerate(progress or names):
         for j, target in enumerate(names):

@@ -226,6 +226,8 @@ def _excluded(fisher: Fisher, with_vectors: bool, exclude: Sequence[str]) -> dic
             reasons[name] = "head"
         elif found is not None:
             reasons[name] = f"matches {found}"
+        elif 0 in fisher.info(name).shape:
+            reasons[name] = "no entries"
         elif len(fisher.info(name).shape) < 2 and not with_vectors:
             reasons[name] = "one axis"
     if len(reasons) == len(fisher):

@@ -14,6 +14,7 @@ from torch import nn
 from squisher_mergekit.errors import MismatchError, NotFoundError, RefusedError
 from squisher_mergekit.estimators.tasks import DataTask
 from squisher_mergekit.models.weights import Weights, check_finite, check_folder, refuse_quantised
+from squisher_mergekit.tensors.input_files import expanded
 
 ModelDtype = Literal["fp32", "bf16", "fp16"]
 MODEL_DTYPES: dict[ModelDtype, torch.dtype] = {
@@ -59,7 +60,7 @@ def load_model(model: str, task: DataTask, progress: bool, dtype: torch.dtype = 
         base = _base_of(model)
         for folder in filter(None, (model, base)):
             check_folder(Path(folder))
-        refuse_quantised(Weights(Path(base or model).expanduser()), base or model)
+        refuse_quantised(Weights(expanded(base or model)), base or model)
         loaded, info = getattr(transformers, _AUTO_CLASSES[task]).from_pretrained(
             base or model, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
@@ -151,7 +152,7 @@ def _refuse_encoder(config: Any, model: str, task: DataTask) -> None:
 
 def _base_of(model: str) -> str | None:
     """Return the base model of an adapter; None for a model."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if folder.is_dir():
         file = folder / "adapter_config.json"
         if not file.is_file():

@@ -9,6 +9,7 @@ from typing import Any
 
 from squisher_mergekit.errors import ConfigError, NotFoundError
 from squisher_mergekit.estimators.tasks import DataTask
+from squisher_mergekit.tensors.input_files import expanded
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 # Usual names of columns, in order of preference.
@@ -45,7 +46,7 @@ def read_rows(data: str, split: str = "train", limit: int | None = None) -> Iter
     """
     import datasets
 
-    path = Path(data).expanduser()
+    path = expanded(data)
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the reason that the refusal has as well
     try:

@@ -26,7 +26,7 @@ from squisher_mergekit.fisher.files import read_fisher
 from squisher_mergekit.fisher.mapping import Fisher
 from squisher_mergekit.fisher.write import check_free, write_fisher
 from squisher_mergekit.models.fingerprint import fingerprint
-from squisher_mergekit.tensors.input_files import exists
+from squisher_mergekit.tensors.input_files import exists, expanded
 from squisher_mergekit.tensors.sharded import OnRankZero
 
 Rows = Sequence[Mapping[str, Any]]
@@ -166,7 +166,7 @@ def _check_request(
 
 def _fingerprint(model: str) -> str | None:
     """Return the fingerprint of a local model's weights; None for a model on the Hub."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     return fingerprint(folder) if folder.is_dir() else None
 
 
@@ -230,7 +230,7 @@ def _write_fisher(
     accumulator.divide()
     on_rank_zero = OnRankZero()
     fisher = accumulator.fisher(on_rank_zero, statistic="mean", num_examples=accumulator.examples)
-    name = None if exists(Path(request.model).expanduser()) else request.model
+    name = None if exists(expanded(request.model)) else request.model
     fisher.config = fisher.config.model_copy(
         update={"weights_fingerprint": weights_fingerprint, "source": SourceInfo(layout="estimate", model=name)}
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from squisher_mergekit.errors import ConfigError, NotFoundError, SquisherError
 from squisher_mergekit.merging.mergekit.supported import need
 from squisher_mergekit.merging.parameters import METHODS, scalars
-from squisher_mergekit.tensors.input_files import brief, exists
+from squisher_mergekit.tensors.input_files import brief, exists, expanded
 
 LOG = logging.getLogger("squisher_mergekit")
 
@@ -129,7 +129,7 @@ def input_paths(config: Any, further: Iterable[Any] = ()) -> list[Path]:
     models = [part for item in config.referenced_models() for part in (item.model, item.lora) if part is not None]
     named = [value for block in blocks_of(config) for value in scalars(block.settings.get("fisher", "auto"))]
     fishers = [str(value) for value in (*named, *further) if value not in ("auto", "none")]
-    paths = [*(Path(part.path) for part in models), *(Path(fisher).expanduser() for fisher in fishers)]
+    paths = [*(Path(part.path) for part in models), *(expanded(fisher) for fisher in fishers)]
     return [path for path in paths if exists(path)]
 
 

@@ -15,7 +15,7 @@ from squisher_mergekit.models.weights import Weights, check_folder
 from squisher_mergekit.models.whole import names_text
 from squisher_mergekit.optimizers.checkpoints.run_folder import steps_in
 from squisher_mergekit.tensors import hub
-from squisher_mergekit.tensors.input_files import exists, read_mapping
+from squisher_mergekit.tensors.input_files import exists, expanded, read_mapping
 
 LOG = logging.getLogger("squisher_mergekit")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -375,10 +375,10 @@ def check_path(path: str, place: str, wanted: str, local: bool = False) -> None:
     on_hub = len(path) <= _LONGEST_ID and path.count("/") < 2 and not path.startswith(("/", ".", "~"))
     if exists(Path(path)) or (on_hub and not local):
         return
-    expanded = Path(path).expanduser()
-    if exists(expanded):
-        raise NotFoundError(f"{place} must not begin with ~, which mergekit does not expand; write {expanded}")
-    raise NotFoundError(f"{place} must be {wanted}, but {describe_missing(expanded)}; correct the path")
+    found = expanded(path)
+    if exists(found):
+        raise NotFoundError(f"{place} must not begin with ~, which mergekit does not expand; write {found}")
+    raise NotFoundError(f"{place} must be {wanted}, but {describe_missing(found)}; correct the path")
 
 
 def describe_missing(path: Path) -> str:

@@ -22,7 +22,7 @@ from squisher_mergekit.applications.fish_mask.patching import apply_files, patch
 from squisher_mergekit.applications.masks import read_mask
 from squisher_mergekit.errors import ConfigError, CorruptFileError, MismatchError, NotFoundError
 from squisher_mergekit.models.weights import open_weights
-from squisher_mergekit.tensors.safetensors import MemoryStore
+from squisher_mergekit.tensors.safetensors import MemoryStore, safetensors_notes
 from tests.applications.fish_mask.fish import Pair, bits, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64]
@@ -247,3 +247,31 @@ def test_a_long_note_makes_no_long_message(tmp_path, read, note):
         read(file)
     assert len(str(caught.value)) < 1000
     assert "\n" not in str(caught.value)
+
+
+def test_a_base_with_long_notes_is_patched(tmp_path):
+    """The metadata of the base's file, however long, are those of the patched file."""
+    notes = {"format": "pt", "training": "steps " * 997}
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((5, 7), value)}, tmp_path / name / "model.safetensors", notes)
+    reset_files(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", keep=0.4, score="movement", head=())
+    apply_files(tmp_path / "base", tmp_path / "out", tmp_path / "again")
+    assert safetensors_notes(tmp_path / "again" / "model.safetensors") == notes
+    assert same(tmp_path / "again", tmp_path / "out")
+
+
+def test_shards_of_diffusers_keep_their_index(tmp_path):
+    """The index of patched shards has the name that diffusers looks for, and there is no other one."""
+    shards = {key: f"diffusion_pytorch_model-0000{k}-of-00002.safetensors" for k, key in enumerate("ab", 1)}
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir()
+        for key, shard in shards.items():
+            save_file({key: torch.full((5, 7), value)}, tmp_path / name / shard)
+        text = json.dumps({"metadata": {"total_size": 280}, "weight_map": shards})
+        (tmp_path / name / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+    reset_files(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", keep=0.4, score="movement", head=())
+    apply_files(tmp_path / "base", tmp_path / "out", tmp_path / "again")
+    (index,) = (tmp_path / "again").glob("*.json")
+    assert index.name == "diffusion_pytorch_model.safetensors.index.json"
+    assert json.loads(index.read_text()) == {"metadata": {"total_size": 280}, "weight_map": shards}

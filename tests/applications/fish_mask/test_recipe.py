@@ -320,3 +320,22 @@ def test_the_report_is_plain(tmp_path):
     assert report.heads == ("classifier.bias", "classifier.weight")
     assert all("embeddings" in name for name in report.excluded)
     assert sum(report.layers.values()) == report.kept
+
+
+def test_compiled_inner_modules_change_no_name():
+    """The mask of a model with a block compiled by itself has the names of the plain model, buffers included."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)), nn.Linear(7, 2))
+    plain = select(model, keep=0.5, score="random")
+    model[0] = torch.compile(model[0], backend="eager")
+    found = select(model, keep=0.5, score="random")
+    assert list(found) == list(plain)
+    assert all(torch.equal(found[name], mask) for name, mask in plain.items())
+
+
+def test_a_folder_called_memory_is_not_read(tmp_path, monkeypatch):
+    """Tensors in memory have nothing to do with files of the working directory."""
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "model.safetensors").write_text("damaged")
+    monkeypatch.chdir(tmp_path)
+    fisher = Fisher(MemoryStore(FISHER), FisherConfig(statistic="mean", weights_fingerprint="fp2:0-0"))
+    assert select(TUNED, fisher, 0.4)["a"].tolist() == [[True, False, False]]

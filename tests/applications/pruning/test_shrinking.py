@@ -160,3 +160,17 @@ def test_a_declared_chain_shrinks():
     choice = choose_units(model, chain_units(model, ["conv", "fc1", "fc2"]), fisher(model), 0.5)
     inputs = torch.randn(3, 1, 11)
     torch.testing.assert_close(shrink(model, choice)(inputs), _zeroed(model, choice)(inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_layers_shrink_as_plain_ones():
+    """A transformer with a layer that was compiled by itself has the units of the plain one, and shrinks alike."""
+    model = transformer("llama")
+    plain = ffn_units(model) + head_units(model)
+    choice = choose_units(model, ffn_units(model), sparsity=0.5, score="magnitude", scope="layer")
+    small = shrink(model, choice).state_dict()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    assert ffn_units(model) + head_units(model) == plain
+    again = choose_units(model, ffn_units(model), sparsity=0.5, score="magnitude", scope="layer")
+    found = shrink(model, again).state_dict()
+    assert list(found) == list(small)
+    assert all(torch.equal(tensor, small[name]) for name, tensor in found.items())

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+from squisher_mergekit.applications.pruning.shrinking import shrink
 from squisher_mergekit.applications.pruning.structured import (
     UnitChoice,
     choose_units,
@@ -177,3 +178,18 @@ def test_a_choice_of_another_model_is_refused():
     for wrong in (other, nn.Sequential(*list(cnn())[:1], nn.Sequential(nn.Conv2d(7, 3, 3)), *list(cnn())[2:])):
         with pytest.raises(MismatchError, match="must be of this model"):
             unit_masks(wrong, choice)
+
+
+@pytest.mark.parametrize("score", ["fisher", "random"])
+def test_another_default_device_changes_no_choice(score):
+    """A program may have called ``torch.set_default_device``: units are chosen and cut out all the same."""
+    model = mlp()
+    units, F = chain_units(model), fisher(model)
+    wanted = choose_units(model, units, F, 0.4, score=score)
+    masks = unit_masks(model, wanted)
+    with torch.device("meta"):
+        found = choose_units(model, units, F, 0.4, score=score)
+        assert all(torch.equal(mask, masks[name]) for name, mask in unit_masks(model, found).items())
+        small = shrink(model, found)
+    assert [p.shape for p in small.parameters()] == [p.shape for p in shrink(model, wanted).parameters()]
+    assert not any(parameter.is_meta for parameter in small.parameters())

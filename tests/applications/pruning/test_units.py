@@ -3,6 +3,7 @@
 import pytest
 from torch import nn
 
+from squisher_mergekit.applications.pruning.structured import choose_units
 from squisher_mergekit.applications.pruning.units import chain_units, ffn_units, head_units
 from squisher_mergekit.errors import ConfigError
 from tests.applications.pruning.networks import cnn, transformer
@@ -98,3 +99,40 @@ def test_fused_attention_is_cut_in_three():
     assert layer.count == 3
     starts = [(one.tensor.rpartition(".")[2], one.axis, one.width, one.start) for one in layer.made]
     assert starts == [part for start in (0, 12, 24) for part in (("weight", 1, 4, start), ("bias", 0, 4, start))]
+
+
+@pytest.mark.parametrize("flatten", [nn.Flatten(2), nn.Flatten(0), nn.Flatten(1, 2)])
+def test_a_flattening_of_other_axes_joins_no_channels_to_inputs(flatten):
+    """A linear layer reads the channels only after a flattening of all axes but the first."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), flatten, nn.Linear(36, 2), nn.ReLU(), nn.Linear(2, 5))
+    assert [layer.name for layer in chain_units(model)] == ["2"]
+
+
+def test_channels_stay_an_axis_after_a_flattening_of_the_others():
+    """A convolution over the flattened positions reads the channels."""
+    model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten(2), nn.Conv1d(5, 3, 1))
+    assert [(layer.name, layer.read[0].tensor, layer.read[0].width) for layer in chain_units(model)] == [
+        ("0", "2.weight", 1)
+    ]
+
+
+class _Attention(nn.Module):
+    """Attention whose queries have a gate beside them, as in Qwen3-Next."""
+
+    def __init__(self):
+        super().__init__()
+        self.head_dim = 3
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(7, 24), nn.Linear(7, 6), nn.Linear(7, 6)
+        self.o_proj = nn.Linear(12, 7)
+
+
+def test_heads_of_an_attention_module_itself_are_found():
+    """Names have no path; the output reads what its own width says, not that of queries with gates."""
+    (found,) = head_units(_Attention())
+    assert [(one.tensor, one.width) for one in found.made if one.tensor.endswith("weight")] == [
+        ("q_proj.weight", 12),
+        ("k_proj.weight", 3),
+        ("v_proj.weight", 3),
+    ]
+    assert [(one.tensor, one.width) for one in found.read] == [("o_proj.weight", 6)]
+    assert choose_units(_Attention(), [found], sparsity=0.5, score="magnitude").widths == {found.name: 1}

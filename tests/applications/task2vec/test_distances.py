@@ -254,3 +254,13 @@ def test_the_old_name_of_the_l2_norm_works_for_one_version():
     a, b = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 3.0])
     with pytest.warns(DeprecationWarning, match="use 'l2'"):
         assert distance(a, 7 * b, normalize="norm") == distance(a, 7 * b, normalize="l2")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_another_default_device_changes_no_distance(metric):
+    """A program may have called ``torch.set_default_device``."""
+    tasks = {"a": _task(1), "b": _task(2)}
+    wanted = distance_matrix(tasks, metric)
+    with torch.device("meta"):
+        found = distance_matrix(tasks, metric)
+    assert torch.equal(found, wanted)

@@ -262,3 +262,10 @@ def test_names_of_tasks(tmp_path, monkeypatch):
             open_tasks(sources)
     with pytest.raises(ConfigError, match="one for each of 3 Fishers, found 2"):
         open_tasks(["a", "b=a", "c=a"], ["a", "a"])
+
+
+def test_tensors_without_entries_are_left_out():
+    """A mean over no entries would be NaN."""
+    found = embed(_fisher({"empty": torch.ones(3, 0), "conv.weight": torch.ones(3, 2)}))
+    assert list(found.tensors) == ["conv.weight"]
+    assert found.info.excluded == {"empty": "no entries"}
