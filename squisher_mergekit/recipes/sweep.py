@@ -34,6 +34,7 @@ _CONFIGS = ("config.json", "adapter_config.json", "fisher_config.json")
 _NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)(?![\w.]*\w)", re.IGNORECASE
 )
+_COMMA = re.compile(r"\d,(?:\d+|\d{3}\.\d*)$")
 Merge = Callable[[Mapping[str, Any], Path], None]
 Score = Callable[[Path], float]
 Progress = Callable[[Sequence[Mapping[str, Any]]], Iterable[Mapping[str, Any]]]
@@ -210,14 +211,18 @@ def table(points: Sequence[Mapping[str, Any]], scores: Mapping[str, float]) -> s
 def score_of(output: str) -> float | None:
     """Return the last number in the output of a command; None if there is none, or it is not finite.
 
+    A comma between digits could be that of thousands, of decimals or of a table: ``1,234`` and ``81,5`` are none.
+
     Example:
         >>> score_of("accuracy on 200 texts: 0.815 (81.5 %)")
         81.5
         >>> score_of("0.62 (macro f1)")
         0.62
     """
-    numbers = _NUMBER.findall(output)
-    value = float(numbers[-1]) if numbers else math.nan
+    numbers = list(_NUMBER.finditer(output))
+    if not numbers or _COMMA.search(output[: numbers[-1].end()]):
+        return None
+    value = float(numbers[-1][0])
     return value if math.isfinite(value) else None
 
 

@@ -167,10 +167,19 @@ def test_the_identity_has_all_that_changes_a_score():
         ("a=0.25;", 0.25),
         ("Score: 83.", 83.0),
         ("0.5, torch 2.1.0", 0.5),
+        ("perplexity 1,234.5", None),
+        ("accuracy 81,5", None),
+        ("1,234", None),
+        ("12,0.83", 0.83),
+        ("mnli,83", 83.0),
+        ("(0.83, 200)", 200.0),
     ],
 )
 def test_the_score_is_the_last_number(output, score):
-    """Signs, exponents and units are read, and no digits within a word; without a finite number there is no score."""
+    """Signs, exponents and units are read, and no digits within a word; without a finite number there is no score.
+
+    Digits joined by a comma are no number, as nobody knows whose comma it is.
+    """
     assert score_of(output) == score
 
 
