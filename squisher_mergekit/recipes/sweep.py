@@ -26,6 +26,7 @@ from squisher_mergekit.tensors.temporary import cleaned_up
 
 BEST, MODELS, TABLE, STATE = "best", "models", "sweep.csv", "sweep.json"
 _WORK = ".merging"  # a killed sweep leaves it behind
+_REPLACED = "replaced"  # in _WORK
 _LONGEST = 200  # bytes of a folder's name; file systems allow 255
 # Files that a merge reads; others, such as logs, can change.
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp")
@@ -101,10 +102,12 @@ class Sweep:
                 "has changed since; choose another folder, or remove it"
             )
         self.scores = scores
-        if self.best is not None and not self.place(self.best).is_dir():
-            raise ConfigError(
-                f"the best model so far must be at {self.place(self.best)}, but is not; remove {self.folder}"
-            )
+        if self.best is None or (place := self.place(self.best)).is_dir():
+            return
+        replaced = self.folder / _WORK / _REPLACED
+        if not replaced.is_dir():
+            raise ConfigError(f"the best model so far must be at {place}, but is not; remove {self.folder}")
+        replaced.rename(place)  # a process was killed between the two renames of _put
 
     def place(self, name: str) -> Path:
         """Return the folder of a finished point's model."""
@@ -155,12 +158,22 @@ class Sweep:
         self.scores[name] = score(made)
         if self.keep_all or self.best != before:
             place.parent.mkdir(parents=True, exist_ok=True)
-            if place.exists():
-                place.rename(work / "replaced")
-            made.rename(place)
+            _put(made, place, work / _REPLACED)
         state = {"identity": self.identity, "inputs": self.inputs, "best": self.best, "scores": self.scores}
         write_json(self.folder / STATE, state)
         write_whole(self.folder / TABLE, table(self.points, self.scores).encode())
+
+
+def _put(made: Path, place: Path, replaced: Path) -> None:
+    """Move a model to its place, and the model that is there to another; an interrupt leaves the earlier model."""
+    try:
+        if place.exists():
+            place.rename(replaced)
+        made.rename(place)
+    except BaseException:
+        if replaced.exists() and not place.exists():
+            replaced.rename(place)
+        raise
 
 
 def _empty(folder: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,39 @@ def test_the_best_model_alone_is_kept(tmp_path):
     assert (tmp_path / "out" / "best" / "a").read_text() == "2"
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["best", "sweep.csv", "sweep.json"]
     assert (tmp_path / "out" / "sweep.csv").read_text() == "a,score\n1,5.0\n2,7.0\n3,7.0\n"
+
+
+def test_an_interrupt_between_two_renames_keeps_the_best_model(tmp_path, monkeypatch):
+    """The earlier best model comes back where the new one cannot be moved into its place."""
+    found = Sweep(tmp_path / "out", POINTS[:1], "x")
+    found.run(_merge, _scores(5.0, 7.0, 6.0))
+    whole = Path.rename
+
+    def interrupted(self, target):
+        if Path(target).name == "best" and self.name == "best" and (self / "a").read_text() == "2":
+            raise KeyboardInterrupt
+        return whole(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    again = Sweep(tmp_path / "out", POINTS, "x")
+    again.resume()
+    with pytest.raises(KeyboardInterrupt):
+        again.run(_merge, _scores(5.0, 7.0, 6.0))
+    assert (tmp_path / "out" / "best" / "a").read_text() == "1"
+
+
+def test_a_process_killed_between_two_renames_loses_nothing(tmp_path):
+    """The next run finds the best model beside the work of the dead process."""
+    found = Sweep(tmp_path / "out", POINTS[:2], "x")
+    found.run(_merge, _scores(5.0, 7.0, 6.0))
+    work = tmp_path / "out" / module._WORK
+    work.mkdir()
+    (tmp_path / "out" / "best").rename(work / module._REPLACED)
+    again = Sweep(tmp_path / "out", POINTS, "x")
+    again.resume()
+    again.run(_merge, _scores(5.0, 7.0, 6.0))
+    assert again.scores == {"a=1": 5.0, "a=2": 7.0, "a=3": 6.0}
+    assert (tmp_path / "out" / "best" / "a").read_text() == "2"
 
 
 def test_the_lowest_score_can_be_the_best_and_all_be_kept(tmp_path):
