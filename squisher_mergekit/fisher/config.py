@@ -255,7 +255,7 @@ class FisherConfig(_Frozen):
         start = self.optimizer.initial_accumulator_value if self.optimizer else None
         return 0.0 if scaling == "raw" or self.statistic != "sum" or start is None else start
 
-    def factor(self, name: str, scaling: Scaling) -> float:
+    def factor(self, name: str, scaling: Scaling, where: str = "this Fisher") -> float:
         """Return the factor from raw entries, less :meth:`offset`, to a scale.
 
         * ``raw``: 1.
@@ -267,6 +267,7 @@ class FisherConfig(_Frozen):
         Args:
             name: Parameter name (steps and decay may differ between parameters).
             scaling: The scale.
+            where: Place of the Fisher, for the error.
 
         Returns:
             A positive factor.
@@ -276,17 +277,17 @@ class FisherConfig(_Frozen):
         """
         if scaling == "raw":
             return 1.0
-        debiased = self._debias(name)
+        debiased = self._debias(name, where)
         if scaling == "debiased" or not self.of_batches:
             return debiased
         if not self.examples_per_step:
             raise ConfigError(
-                "scaling per_example needs examples_per_step, which this Fisher does not record; "
+                f"scaling per_example needs examples_per_step, which {where} does not record; "
                 "extract it again with --examples-per-step N, or use scaling: debiased"
             )
         return debiased * self.examples_per_step
 
-    def _debias(self, name: str) -> float:
+    def _debias(self, name: str, where: str) -> float:
         """Return the factor from raw entries to the mean square per step."""
         if self.statistic in ("mean", None):
             return 1.0
@@ -294,7 +295,7 @@ class FisherConfig(_Frozen):
             count = self.steps_of(name) if self.from_optimizer else self.num_examples
             if not count:
                 missing = "steps" if self.from_optimizer else "num_examples"
-                raise ConfigError(f"scaling debiased of a sum needs {missing}, which this Fisher lacks; use raw")
+                raise ConfigError(f"scaling debiased of a sum needs {missing}, which {where} lacks; use raw")
             return 1.0 / count
         if self.bias_corrected or self.as_stored:
             return 1.0
@@ -302,7 +303,7 @@ class FisherConfig(_Frozen):
         if not steps or beta2 is None:
             missing = "steps" if not steps else "beta2"
             raise ConfigError(
-                f"scaling debiased needs the {missing} of {name}, which this Fisher does not record; give "
+                f"scaling debiased needs the {missing} of {name}, which {where} does not record; give "
                 f"--{missing} to squisher extract, or use scaling: raw"
             )
         return 1.0 / (1.0 - float(beta2) ** steps)

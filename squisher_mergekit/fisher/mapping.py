@@ -100,7 +100,7 @@ class Fisher(Mapping[str, torch.Tensor]):
 
     def factor(self, name: str, scaling: Scaling = "debiased") -> float:
         """Return the scale factor of one parameter (see :meth:`FisherConfig.factor`)."""
-        return self.config.factor(self.resolve(name) or name, scaling)
+        return self.config.factor(self.resolve(name) or name, scaling, self.location or "this Fisher")
 
     def offset(self, name: str, scaling: Scaling = "debiased") -> float:
         """Return the number to subtract from raw entries of one parameter, rounded to their dtype.

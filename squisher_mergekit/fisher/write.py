@@ -187,7 +187,7 @@ def _write_shards(
                 if code in compact.CODES:
                     shard.note(f"{name}.shape", shape_note(shape))
             else:
-                moments.add(fisher, name, tensor=tensors[""])
+                moments.add(fisher, name, tensor=tensors[""].to(dtype))
             for suffix, tensor in tensors.items():
                 shard.add(name + suffix, tensor, None if parts else dtype)
         for stored, tensor in factors.tensors():

@@ -83,7 +83,7 @@ def load_tensor(
     floor: float,
     fisher_scale: float,
     density: float = 1.0,
-    ranked: bool = True,
+    density_by: str = "fisher",
     sides: Sequence[Side] = (),
     ranks: Fisher | None = None,
 ) -> LoadedFisher:
@@ -100,7 +100,7 @@ def load_tensor(
         floor: Smallest F, relative to the mean over the tensor.
         fisher_scale: Factor on this model's Fisher.
         density: Share of this model's task vector that is kept.
-        ranked: True if F ranks the entries for the density.
+        density_by: Score that ranks the entries for the density.
         sides: Sides whose recorded factors the merge needs, where there are some.
         ranks: Fisher with all tensors of the model, where ``source`` has this one alone.
 
@@ -136,19 +136,22 @@ def load_tensor(
         # A narrow dtype would round the floor, in float16 to 0.
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).clamp_min(least)
     rows, columns = (read_side(fisher, stored, side) if side in sides else None for side in SIDES)
-    rank_scale = (
-        _rank_scale(fisher, stored, scaling, fisher if ranks is None else ranks) if density < 1 and ranked else 1.0
-    )
+    rank_scale = 1.0
+    if density < 1 and density_by in ("fisher", "change"):
+        rank_scale = _rank_scale(fisher, stored, scaling, fisher if ranks is None else ranks, density_by == "change")
     return LoadedFisher(stored, fisher.location, tensor, scale, density, rank_scale, scores, factors=(rows, columns))
 
 
-def _rank_scale(fisher: Fisher, name: str, scaling: Scaling, whole: Fisher) -> float:
+def _rank_scale(fisher: Fisher, name: str, scaling: Scaling, whole: Fisher, by_change: bool) -> float:
     """Return the factor on one tensor of a Fisher for scores over all tensors, those of the ``whole`` Fisher.
 
-    Apart from steps that differ between tensors it is a power of two, so that equal scores stay equal, and near the
-    reciprocal of the norm, so that ``F d^2`` stays within float32.
+    Apart from steps that differ between tensors it is a power of two, so that equal scores stay equal. For scores by F
+    that power is 1, as a smaller one takes the least F to 0; for ``F d^2`` it is near the reciprocal of the norm, so
+    that scores stay within float32.
     """
-    norm = whole.config.norm or 1.0
     first = next(iter(whole), name)
     ratio = fisher.factor(name, scaling) / whole.factor(first, scaling)
+    if not by_change:
+        return ratio
+    norm = whole.config.norm or 1.0
     return ratio * 2.0 ** -min(max(math.frexp(norm)[1], -120), 120)

@@ -122,3 +122,14 @@ def test_an_accumulator_of_zeros_is_refused(folder):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"mean": 0.0}))
     with pytest.raises(ValuesError, match="are 0; take a checkpoint"):
         read_fisher(folder)
+
+
+@pytest.mark.parametrize("kind", [{}, {"dtype": "bfloat16"}, {"compress": "log8"}])
+def test_mean_and_norm_are_those_of_the_entries_in_the_file(tmp_path, kind):
+    """The recorded mean and norm are those of the entries that a reader gets, also after rounding to bfloat16."""
+    tensors = {"w": torch.rand(37, 53, generator=torch.Generator().manual_seed(5)) ** 3, "b": torch.full((11,), 1.003)}
+    Fisher(tensors, FisherConfig(estimator="squisher", statistic="mean")).save(tmp_path / "f", **kind)
+    found = read_fisher(tmp_path / "f")
+    entries = torch.cat([found[name].double().flatten() for name in found])
+    assert found.config.mean == pytest.approx(float(entries.mean()), rel=1e-9)
+    assert found.config.norm == pytest.approx(float(entries.norm()), rel=1e-9)

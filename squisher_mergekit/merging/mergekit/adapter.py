@@ -178,7 +178,17 @@ def _with_fishers(task: Any, plan: TensorPlan, base: ModelReference | None, run:
         ),
         origins=tuple((item.key, item.origin.load) for item in plan.differenced() if item.origin is not None),
         origin_model=(task.base_model or base) if plan.differenced() else None,
+        spare=_spare(task, run),
     )
+
+
+def _spare(task: Any, run: Run) -> tuple[ModelReference, Any] | None:
+    """Return the base, and the task that reads its rows for tokens that no model in the sum has; None without."""
+    tokenizer, base = getattr(task.gather_tensors, "tokenizer_task", None), task.base_model
+    if tokenizer is None or base in task.model_order or base not in tokenizer.referenced_models:
+        return None
+    origin = _origin(task, gather_of(task), task.model_order[0], base, run)
+    return None if origin is None or origin.load is None else (base, origin.load)
 
 
 def _with_thresholds(merges: list[FisherMergeTask], plan: MergePlan, run: Run) -> list[FisherMergeTask]:
@@ -220,7 +230,7 @@ def _request(use: FisherUse, plan: TensorPlan) -> FisherRequest:
         floor=plan.settings.floor,
         fisher_scale=use.input.fisher_scale,
         density=use.input.density,
-        ranked=plan.settings.votes.density_by in ("fisher", "change"),
+        density_by=plan.settings.votes.density_by,
         model_type=model_type(use.input.key) if use.converted else None,
         padding=use.padding,
         sides=use.sides,

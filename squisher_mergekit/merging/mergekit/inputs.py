@@ -134,7 +134,7 @@ def from_memory(group: TensorGroup, name: str, given: Mapping[str, Any], method:
             floor=given["floor"],
             fisher_scale=given["fisher_scale"][key],
             density=given["density"][key],
-            ranked=given["density_by"] in ("fisher", "change"),
+            density_by=given["density_by"],
             sides=sides,
         )
     if missing and given["missing"] == "error":

@@ -1,6 +1,6 @@
 """Graph tasks of a merge: one merges a tensor with its Fishers, one lets a failed merge wait for its output files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from mergekit.tokenizer.truncate import TruncatedVocabulary
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from squisher_mergekit.errors import MismatchError
 from squisher_mergekit.fisher.config import FisherConfig, Scaling
 from squisher_mergekit.fisher.factors.mapping import Side
 from squisher_mergekit.fisher.mapping import Fisher
@@ -47,7 +48,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
         floor: Smallest F, relative to the mean over the tensor.
         fisher_scale: Factor on the Fisher.
         density: Share of the task vector that is kept.
-        ranked: True if F ranks the entries for the density.
+        density_by: Score that ranks the entries for the density.
         model_type: Architecture whose checkpoint conversion builds the tensor; None if the Fisher has the tensor.
         padding: Axis and size to which rows of F = 0 are added.
         sides: Sides whose recorded factors are read.
@@ -62,7 +63,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
     floor: float = 0.0
     fisher_scale: float = 1.0
     density: float = 1.0
-    ranked: bool = True
+    density_by: str = "fisher"
     model_type: str | None = None
     padding: tuple[int, int] | None = None
     sides: tuple[Side, ...] = ()
@@ -87,7 +88,7 @@ class FisherRequest(BaseModel, frozen=True, arbitrary_types_allowed=True):
             floor=self.floor,
             fisher_scale=self.fisher_scale,
             density=self.density,
-            ranked=self.ranked,
+            density_by=self.density_by,
             sides=self.sides,
             ranks=fisher,
         )
@@ -139,6 +140,8 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         transposed: True for a matrix ``[in, out]``.
         copied: True for a weight that all models have alike from their base.
         thresholds: Task that finds thresholds of whole models; None if no model has one.
+        spare: The base and the task that reads its weight, for tokens that no model in the sum has; None if no
+            vocabulary is re-ordered, or if the base is in the sum.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -152,10 +155,14 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
     transposed: bool = False
     copied: bool = False
     thresholds: Task | None = None
+    spare: tuple[ModelReference, Task] | None = None
 
     def arguments(self) -> dict[str, Task[Any]]:
-        """Return the tasks that find thresholds, and :meth:`inputs`."""
-        return self.inputs() | ({} if self.thresholds is None else {"thresholds": self.thresholds})
+        """Return the tasks that find thresholds, read rows of the base, and :meth:`inputs`."""
+        found = self.inputs() | ({} if self.thresholds is None else {"thresholds": self.thresholds})
+        if self.spare is not None:
+            found |= {"tokenizer_info": self.gather_tensors.tokenizer_task, "spare": self.spare[1]}
+        return found
 
     def inputs(self) -> dict[str, Task[Any]]:
         """Return the tasks that read the weights, theta_0, and the tokenizer of a re-ordered vocabulary."""
@@ -170,14 +177,27 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
         tensors: dict[ModelReference, Tensor],
         tokenizer_info: Any = None,
         thresholds: Mapping[ModelReference, Mapping[str, Choice]] = MappingProxyType({}),
+        spare: Tensor | None = None,
         **origins: Tensor,
     ) -> Tensor | None:
-        """Read the Fishers of the tensor, and merge.
+        """Read the Fishers of the tensor, merge, and give tokens of the base alone the base's rows.
 
         Raises:
             RefusedError: A Fisher cannot be read, or does not fit its weight.
         """
         self.run.reached(self.output_weight.name)
+        merged = self._merged(tensors, tokenizer_info, thresholds, origins)
+        if merged is None or spare is None or not tensors:
+            return merged
+        return self._with_spare_rows(merged, spare, tokenizer_info, tensors)
+
+    def _merged(
+        self,
+        tensors: dict[ModelReference, Tensor],
+        tokenizer_info: Any,
+        thresholds: Mapping[ModelReference, Mapping[str, Choice]],
+        origins: dict[str, Tensor],
+    ) -> Tensor | None:
         if self.copied:
             tensor = next(iter(tensors.values()))
             check_finite(tensor, self.output_weight.name, " or ".join(map(str, tensors)))
@@ -244,6 +264,34 @@ class FisherMergeTask(ExecuteMergeMethodTask):  # type: ignore[misc]
             tensor, scores = (_permuted(part, permutation, size, axis) for part in (item.tensor, item.scores))
             result[model] = replace(item, tensor=tensor, scores=scores, origin=origin, rows=rows)
         return result
+
+    def _with_spare_rows(
+        self, merged: Tensor, spare: Tensor, tokenizer_info: Any, models: Iterable[ModelReference]
+    ) -> Tensor:
+        """Return the merge with the base's rows for tokens of the base alone, which mergekit sets to 0."""
+        assert self.spare is not None
+        permutations = tokenizer_info.permutations
+        base, owned = permutations[self.spare[0]], [permutations[model] for model in models]
+        tokens = dict(**(self.gather_tensors.tokens or {}))
+        rows = [
+            row
+            for token, row in tokenizer_info.tokenizer.get_vocab().items()
+            if token not in tokens and base.get(row, -1) >= 0 and all(own.get(row, -1) < 0 for own in owned)
+        ]
+        if not rows:
+            return merged
+        name, label, axis = self.output_weight.name, str(self.spare[0]), self._axis
+        check_finite(spare, name, label)
+        if spare.movedim(axis, 0).shape[1:] != merged.movedim(axis, 0).shape[1:]:
+            raise MismatchError(
+                f"tokens of the base alone need rows of {name} shaped as the models', but that of {label} is "
+                f"{list(spare.shape)} and the merge {list(merged.shape)}; give the model that all were trained from as "
+                "base_model:"
+            )
+        place = torch.tensor(rows, device=spare.device)
+        old = torch.tensor([base[row] for row in rows], device=spare.device)
+        taken = spare.index_select(axis, old).to(merged)
+        return merged.index_copy(axis, place.to(merged.device), taken)
 
     def _truncate(self, loaded: dict[ModelReference, LoadedFisher], size: int) -> dict[ModelReference, LoadedFisher]:
         axis, result = self._axis, {}

@@ -202,6 +202,34 @@ def test_union_of_vocabularies(tmp_path: Path, method: str, pad: int | None) -> 
             assert_within(found[name][row], reference, 2 * largest(thetas) + 1)
 
 
+@pytest.mark.parametrize("source", ["union", "base"])
+@pytest.mark.parametrize("options", [{}, {"lambda": 1.5}, {"missing": "average"}])
+def test_a_token_of_the_base_alone_keeps_its_row(tmp_path: Path, source: str, options: dict[str, Any]) -> None:
+    """A base that is not summed gives its row to a token that no summed model has; no other row changes."""
+    words = (["red", "plum", "green"], ["green", "red", "pink"], ["teal", "red", "green", "pink"])
+    weights = [llama(tmp_path / f"m{i}", i, vocab_size=len(own) + 1) for i, own in enumerate(words)]
+    for i, own in enumerate(words):
+        word_tokenizer(tmp_path / f"m{i}", own)
+    for i in (1, 2):
+        names = [name for name in weights[i] if not (options.get("missing") and "embed" in name)]
+        store_fisher(tmp_path / f"m{i}", {name: torch.rand(weights[i][name].shape) + 0.1 for name in names})
+    config: dict[str, Any] = {
+        "merge_method": "squisher",
+        "base_model": str(tmp_path / "m0"),
+        "models": [entry(tmp_path, i) for i in (1, 2)],
+        "tokenizer": {"source": source},
+        "parameters": options,
+    }
+    run = merge(config, tmp_path / "out")
+    assert run.exit_code == 0, run.output + repr(run.exception)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    row = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").get_vocab()["plum"]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(found[name][row], weights[0][name][2])
+        others = torch.cat([found[name][:row], found[name][row + 1 :]])
+        assert not torch.isin(weights[0][name][2], others).any()
+
+
 def test_rows_without_a_source_are_zero() -> None:
     """The permutation moves each old row to its new index along the axis of the vocabulary.
 

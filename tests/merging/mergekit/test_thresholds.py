@@ -17,6 +17,7 @@ from tests.merging.reference import (
     merged,
     preview_of,
     store_fisher,
+    write_checked,
 )
 from tests.merging.votes.reference import mask_of, score_of, voted_reference
 
@@ -55,6 +56,18 @@ def test_a_global_sort(tmp_path: Path, by: str, sample: int, monkeypatch: pytest
     result = merged(density_config(tmp_path, [0.2, 0.6], parameters=settings), tmp_path / "out")
     masks = global_masks(by, weights, fishers, [0.2, 0.6], sorted(result))
     assert_global(result, weights, fishers, masks)
+
+
+def test_the_smallest_scores_of_f_count(tmp_path: Path) -> None:
+    """Among Fishers from 1e-38 to 1e+30 an entry far below the norm is kept where the density reaches it."""
+    weights, fishers = base_and_models(tmp_path, 3)
+    for i in (1, 2):
+        for file in ("fisher.safetensors", "fisher_config.json"):
+            (tmp_path / f"m{i}" / file).unlink()
+        write_checked(tmp_path / f"m{i}", fishers[i], estimator="squisher", statistic="mean")  # with its norm
+    settings = {"density_scope": "model", "trimmed": "abstain", "normalize": "none"}
+    result = merged(density_config(tmp_path, [0.7, 0.75], parameters=settings), tmp_path / "out")
+    assert_global(result, weights, fishers, global_masks("fisher", weights, fishers, [0.7, 0.75], sorted(result)))
 
 
 def test_in_memory(device: torch.device) -> None:
