@@ -211,7 +211,7 @@ def squisher_of(
                 f"a parameter must have one second moment, but {name} has one in each of two optimizers; give the "
                 "optimizer whose Squisher is wanted"
             )
-        check_shape(name, slot.shape or shape or (), shape or (), str(raw.location))
+        check_shape(name, (shape or ()) if slot.shape is None else slot.shape, shape or (), str(raw.location))
         slots[name] = slot
     fisher = fisher_of(slots, described, raw, weights, info)
     classes = {_class_name(optimizer) for optimizer in optimizers}

@@ -67,8 +67,9 @@ _BNB_WRAPPER = "__bnb_optimizer_quant_state__"
 _ADAFACTOR_REST = {"step", "RMS", "exp_avg"}
 
 # Settings of look-alikes (timm's RMSpropTF, Yogi, ADOPT), whose accumulator starts at a value that the file does not
-# record, or is no moving average.
-_LOOKALIKES = {"decoupled_decay", "initial_accumulator", "clip_lambda"}
+# record, or is no moving average. ADOPT's authors set ``decouple``, in their first version ``clip_lambda``, and timm
+# ``clip_exp``: its average starts at the first squared gradient.
+_LOOKALIKES = {"decoupled_decay", "initial_accumulator", "clip_lambda", "clip_exp", "decouple"}
 
 _CURE = "train with AdamW, or estimate a Fisher from data"
 _REFUSED = (
@@ -190,7 +191,9 @@ def _relative(keys: set[str], group: Mapping[str, Any]) -> Moment | None:
     coupled = into_gradient and bool(group.get("weight_decay"))
     for name, own, more in _UNBIASED:
         if own & keys and keys <= _ADAM | more:
-            return Moment("exp_avg_sq", "ema", decay, name, decoupled, coupled_decay=coupled, corrected=True)
+            # optimi's Adam and RAdam in 16 bits keep ``kahan_comp`` as well, and have no ``betas``.
+            known = name if "betas" in group or "eps_sq" in keys else None
+            return Moment("exp_avg_sq", "ema", decay, known, decoupled, coupled_decay=coupled, corrected=True)
     for name, own, more in _RELATIVES:
         if own & marks and keys <= _ADAM | more:
             caution = None

@@ -241,6 +241,11 @@ RELATIVES = {
         {"beta1": 0.9, "beta2": 0.97, "step": torch.tensor(3)},
         ("StableAdamW", True, 3),
     ),
+    "torch-optimi 0.3.3 Adam": (
+        {"exp_avg": _M, "exp_avg_sq": _V, "kahan_comp": None},
+        {"beta1": 0.9, "beta2": 0.97, "step": torch.tensor(3)},
+        (None, True, 3),
+    ),
     "pytorch_optimizer 4.1 StableAdamW": (
         {"exp_avg": _M, "exp_avg_sq": _V, "kahan_comp": None},
         {**_BETAS, "step": 3, "kahan_sum": True, "weight_decouple": True},
@@ -288,12 +293,14 @@ def test_rows_that_sparse_adam_skipped_are_warned_of():
     ("state", "group", "words"),
     [
         ({"exp_avg": _M, "exp_avg_sq": _V, "step": 3}, {**_BETAS, "clip_lambda": None}, "no optimizer known here"),
+        ({"exp_avg": _M, "exp_avg_sq": _V, "step": 3}, {**_BETAS, "clip_exp": 0.333}, "no optimizer known here"),
+        ({"exp_avg": _M, "exp_avg_sq": _V, "step": 3}, {**_BETAS, "decouple": False}, "no optimizer known here"),
         ({"exp_avg": _M, "exp_avg_var": _V, "step": 3}, _BETAS, "no optimizer known here"),
         ({"exp_avg": _M, "exp_avg_sq": _V, "projector": 0, "step": 3}, _BETAS, "GaLore"),
         ({}, {"lr": 1e-3}, "layer-wise"),
         ({}, {"lr": 1e-3, "clip_grad_norm": None, "eps": 1e-8}, "AdaLomo"),
     ],
-    ids=["ADOPT", "AdaBelief", "GaLore", "layer-wise dummy", "LOMO"],
+    ids=["ADOPT", "ADOPT of timm", "ADOPT of its authors", "AdaBelief", "GaLore", "layer-wise dummy", "LOMO"],
 )
 def test_similar_and_empty_states_are_refused(state, group, words):
     """Accumulators with another start, another meaning, or values outside of the file are refused."""
