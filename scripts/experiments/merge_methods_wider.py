@@ -97,6 +97,11 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     return [*made[:-2], replace(made[-2], notes=[*made[-2].notes, *missing]), made[-1]] if made else []
 
 
+def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return no picture: the tables are small."""
+    return {}
+
+
 def _same(report: Mapping[str, Any], cell: Cell) -> Cell | None:
     """Return the cell of ``merge_methods`` with the same models, if it is there."""
     settings = cell["settings"]

@@ -48,6 +48,7 @@ EXPERIMENTS = (
     "merge_methods",
     "merge_methods_counts",
     "merge_methods_language",
+    "merge_methods_wider",
     "lora_rank",
     "lora_merging",
     "lora_language",

@@ -125,19 +125,19 @@ def test_the_generative_model_has_tables_of_accuracy_and_of_loss():
 def test_counts_stand_beside_the_merge_of_six(monkeypatch):
     """A column for each count, with three settings a method; six models are those of the same seeds."""
     planned = merge_methods_counts.EXPERIMENT.full
-    assert [len(one["tasks"]) for one in planned] == [2, 3, 4] * 6
+    assert [len(one["tasks"]) for one in planned] == [2, 3, 4] * 10
     assert {one["budget"] for one in planned} == {3}
-    assert {one["seed"] for one in planned} == {46, 47, 48}
+    assert {one["seed"] for one in planned} == {46, 47, 48, 49, 50}
     six = _report({"apart": 5.0, "equal": 5.0})
     monkeypatch.setattr(structure_report, "results", lambda name: six)
     report = {"cells": [_cell(one, float(len(one["tasks"]))) for one in planned[:4]], "planned": len(planned)}
     apart, equal = merge_methods_counts.tables(report)
-    assert apart.columns == ["2 models, 1 seed", "3 models, 1 seed", "4 models, 1 seed", "6 models, 3 seeds"]
-    assert equal.columns == ["2 models, 1 seed", "6 models, 3 seeds"]
-    assert dict(apart.rows)["`structure: kron`"] == ["118.0", "119.0", "120.0", "122.0 ± 1.0"]
+    assert apart.columns == ["2 models, 1 seed", "3 models, 1 seed", "4 models, 1 seed", "6 models, 5 seeds"]
+    assert equal.columns == ["2 models, 1 seed", "6 models, 5 seeds"]
+    assert dict(apart.rows)["`structure: kron`"] == ["118.0", "119.0", "120.0", "123.0 ± 1.6"]
     assert apart.notes[1].startswith("3 models: the field is `sce`. Points above it: `structure: rows` -56.0,")
     assert "`structure: kron` +3.0," in apart.notes[1]
-    assert "14 cells are missing" in equal.notes[-1]
+    assert "26 cells are missing" in equal.notes[-1]
     assert merge_methods_counts.pictures(report)["merge_methods_counts.png"].startswith(b"\x89PNG")
 
 
