@@ -23,6 +23,16 @@ def _print(folder, weights, name="model"):
     return fingerprint(folder, name)
 
 
+def _print_shards(folder, weights):
+    """Return the fingerprint of weights in one file a tensor."""
+    folder.mkdir()
+    names = {name: f"model-{i}.safetensors" for i, name in enumerate(weights)}
+    for name, file in names.items():
+        save_file({name: weights[name]}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return fingerprint(folder)
+
+
 def test_the_format_of_a_fingerprint(tmp_path):
     """A fingerprint is fp2 with a digest of 6 bytes of the structure and one of 12 bytes of the content."""
     structure, content = _print(tmp_path, _weights()).removeprefix("fp2:").split("-")
@@ -34,13 +44,7 @@ def test_a_fingerprint_does_not_depend_on_the_file_layout(tmp_path):
     weights = _weights()
     one = _print(tmp_path / "one", weights)
     assert _print(tmp_path / "turned", dict(reversed(weights.items()))) == one
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    names = {name: f"model-{i}.safetensors" for i, name in enumerate(weights)}
-    for name, file in names.items():
-        save_file({name: weights[name]}, shards / file)
-    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    assert fingerprint(shards) == one
+    assert _print_shards(tmp_path / "shards", weights) == one
     assert fingerprint(tmp_path / "one" / "model.safetensors") == one
 
 
@@ -50,13 +54,7 @@ def test_a_tensor_is_read_without_its_neighbour(tmp_path, size):
     weights = {"a.norm": torch.arange(float(size)), "b.bias": torch.ones(97)}
     one = _print(tmp_path / "one", weights)
     assert _print(tmp_path / "turned", dict(reversed(weights.items()))) == one
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    names = {name: f"model-{i}.safetensors" for i, name in enumerate(weights)}
-    for name, file in names.items():
-        save_file({name: weights[name]}, shards / file)
-    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    assert fingerprint(shards) == one
+    assert _print_shards(tmp_path / "shards", weights) == one
 
 
 def _old_print(weights):
