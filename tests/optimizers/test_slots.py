@@ -70,6 +70,14 @@ def test_the_model_with_the_usual_name_is_used():
     assert content(several, FILE).model is None
 
 
+def test_states_of_random_generators_are_no_model():
+    """A mapping of whole numbers is no model, alone or beside one of another name."""
+    model = _model()
+    bundle = {"optimizer": _stepped(model), "rng": {"cpu": torch.get_rng_state()}}
+    assert content(bundle, FILE).model is None
+    assert set(content(bundle | {"net": model.state_dict()}, FILE).model or ()) == set(model.state_dict())
+
+
 @pytest.mark.parametrize(
     "name",
     [

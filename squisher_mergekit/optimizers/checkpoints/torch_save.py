@@ -218,14 +218,19 @@ def without_prefix(state: Mapping[str, Any], prefix: str = _ATTRIBUTE) -> Mappin
 
 
 def find_model(loaded: Any) -> Mapping[str, Tensor] | None:
-    """Return the model saved with the optimizer; None where there is none, or several that cannot be distinguished."""
+    """Return the model saved with the optimizer; None where there is none, or several that cannot be distinguished.
+
+    A mapping of whole numbers alone, such as the states of random generators, is no model.
+    """
     if not isinstance(loaded, Mapping):
         return None
     loaded = loaded["state"] if _is_composer(loaded) else loaded
     found = {
         key: value
         for key, value in loaded.items()
-        if isinstance(value, Mapping) and value and all(isinstance(item, Tensor) for item in value.values())
+        if isinstance(value, Mapping)
+        and all(isinstance(item, Tensor) for item in value.values())
+        and any(item.is_floating_point() for item in value.values())
     }
     usual = [key for key in _MODEL_KEYS if key in found]
     if not usual and len(found) != 1:
