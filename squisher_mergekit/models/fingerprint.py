@@ -14,7 +14,6 @@ import torch
 
 from squisher_mergekit.tensors.safetensors import SafetensorsHeader, read_header, safetensors_files
 
-VERSION, OLD_VERSION = "fp2", "fp1"
 _BLOCKS, _BLOCK = 8, 128
 
 
@@ -36,40 +35,34 @@ def fingerprint(folder: Path, basename: str = "model") -> str | None:
 def fingerprint_of(
     headers: Iterable[SafetensorsHeader],
     changed: Mapping[str, Callable[[str], torch.Tensor]] = MappingProxyType({}),
-    version: str = VERSION,
+    *,
+    overlapping: bool = False,
 ) -> str | None:
     """Return the fingerprint of the files with these headers; None if there is no file.
 
-    ``fp2:<names, shapes and dtypes>-<sampled bytes>``: two BLAKE2b digests over the tensors in the order of
+    ``fp1:<names, shapes and dtypes>-<sampled bytes>``: two BLAKE2b digests over the tensors in the order of
     their names. Of each tensor eight blocks of 128 bytes are read, evenly spread, the first and last included (all
-    of a small tensor); the cost does not grow with the size of the tensors. In ``fp1`` the last block of a tensor of
+    of a small tensor); the cost does not grow with the size of the tensors. In 0.1.0 the last block of a tensor of
     less than 1024 bytes went on into the tensor behind it, so that shards had another digest than a single file.
 
     Args:
         headers: The headers.
         changed: Name -> function that reads the tensor that stands for the one in the files, of its shape and dtype.
-        version: ``fp2``, or ``fp1`` to compare with a fingerprint of 0.1.0.
+        overlapping: Read small tensors as 0.1.0 did, to compare with a fingerprint of that release.
     """
     headers = list(headers)
     if not headers:
         return None
     structure, content = hashlib.blake2b(digest_size=6), hashlib.blake2b(digest_size=12)
-    for name, shape, dtype, sample in sorted(_samples(headers, changed, version)):
+    for name, shape, dtype, sample in sorted(_samples(headers, changed, overlapping)):
         structure.update(f"{name}\0{shape}\0{dtype}\0".encode())
         content.update(name.encode() + b"\0" + sample)
-    return f"{version}:{structure.hexdigest()}-{content.hexdigest()}"
-
-
-def version_of(found: str) -> str:
-    """Return the version to compare with a fingerprint."""
-    return OLD_VERSION if found.startswith(f"{OLD_VERSION}:") else VERSION
+    return f"fp1:{structure.hexdigest()}-{content.hexdigest()}"
 
 
 def difference(made_at: str | None, used_with: str | None) -> str | None:
-    """Describe the difference of two fingerprints; None where they agree, or one is unknown or of another version."""
+    """Describe the difference of two fingerprints; None where they agree or one is unknown."""
     if made_at is None or used_with is None or made_at == used_with:
-        return None
-    if made_at.split(":")[0] != used_with.split(":")[0]:
         return None
     if made_at.split("-")[0] != used_with.split("-")[0]:
         return f"names, shapes or dtypes of the weights differ ({made_at} against {used_with})"
@@ -77,7 +70,7 @@ def difference(made_at: str | None, used_with: str | None) -> str | None:
 
 
 def _samples(
-    headers: Iterable[SafetensorsHeader], changed: Mapping[str, Callable[[str], torch.Tensor]], version: str
+    headers: Iterable[SafetensorsHeader], changed: Mapping[str, Callable[[str], torch.Tensor]], overlapping: bool
 ) -> Iterable[tuple[str, list[int], str, bytes]]:
     for header in headers:
         with header.file.open("rb") as stream:
@@ -85,7 +78,7 @@ def _samples(
             for name, entry in header.entries.items():
                 begin, end = entry["data_offsets"]
                 size = end - begin
-                lengths = {at: min(_BLOCK, size if version == OLD_VERSION else size - at) for at in _offsets(size)}
+                lengths = {at: min(_BLOCK, size if overlapping else size - at) for at in _offsets(size)}
                 sample = b"".join(overlay.read(begin + at, length) for at, length in lengths.items())
                 yield name, entry["shape"], entry["dtype"], sample
 
@@ -99,7 +92,7 @@ class _Overlay:
         self._stream, self._start, self._changed = stream, header.start, changed
         entries = {name: header.entries[name]["data_offsets"] for name in changed if name in header.entries}
         self._places = sorted((begin, end, name) for name, (begin, end) in entries.items())
-        # Two: in fp1 the last block of a small tensor reaches into the next one.
+        # Two: an overlapping block of a small tensor reaches into the next one.
         self._bytes = lru_cache(maxsize=2)(self._bytes_of)
 
     def read(self, begin: int, count: int) -> bytes:

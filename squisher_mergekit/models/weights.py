@@ -22,7 +22,7 @@ from squisher_mergekit.errors import (
     ValuesError,
 )
 from squisher_mergekit.models.checkpoint_names import check_config, meta_model, of_model
-from squisher_mergekit.models.fingerprint import VERSION, difference, fingerprint_of, version_of
+from squisher_mergekit.models.fingerprint import difference, fingerprint_of
 from squisher_mergekit.models.names import CheckpointNames
 from squisher_mergekit.tensors import hub
 from squisher_mergekit.tensors.atomic import written_beside
@@ -118,17 +118,17 @@ class Weights:
     @cached_property
     def fingerprint(self) -> str | None:
         """Digest of the files, see :mod:`~squisher_mergekit.models.fingerprint`; None if there are none."""
-        return self._fingerprint(VERSION)
+        return self._fingerprint()
 
-    def _fingerprint(self, version: str) -> str | None:
-        return fingerprint_of(self.headers.values(), version=version)
+    def _fingerprint(self, *, overlapping: bool = False) -> str | None:
+        return fingerprint_of(self.headers.values(), overlapping=overlapping)
 
     def difference_from(self, made_at: str | None) -> str | None:
         """Describe the difference from the weights with a fingerprint; None where there is none, or it is unknown."""
         if made_at is None:
             return None
-        version = version_of(made_at)
-        return difference(made_at, self.fingerprint if version == VERSION else self._fingerprint(version))
+        found = difference(made_at, self.fingerprint)
+        return None if found is None or made_at == self._fingerprint(overlapping=True) else found
 
     @cached_property
     def config(self) -> Mapping[str, Any] | None:

@@ -124,10 +124,10 @@ class AdaptedWeights(Weights):
         """Return one merged tensor."""
         return self.lora.merged(name, super().read(name))
 
-    def _fingerprint(self, version: str) -> str | None:
+    def _fingerprint(self, *, overlapping: bool = False) -> str | None:
         """Return the digest of the merged weights, that of the files that peft writes of them; None without."""
         changed = dict.fromkeys(self.lora.touched & set(self.infos), self.read)
-        return fingerprint_of(self.headers.values(), changed, version)
+        return fingerprint_of(self.headers.values(), changed, overlapping=overlapping)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -337,5 +337,5 @@ def test_a_folder_called_memory_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "model.safetensors").write_text("damaged")
     monkeypatch.chdir(tmp_path)
-    fisher = Fisher(MemoryStore(FISHER), FisherConfig(statistic="mean", weights_fingerprint="fp2:0-0"))
+    fisher = Fisher(MemoryStore(FISHER), FisherConfig(statistic="mean", weights_fingerprint="fp1:0-0"))
     assert select(TUNED, fisher, 0.4)["a"].tolist() == [[True, False, False]]
