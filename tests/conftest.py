@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Triton reads the variable when it is imported, which the conftest of a folder does before pytest has parsed options.
 # Workers of pytest-xdist inherit it.
@@ -16,6 +17,11 @@ if (
     and importlib.util.find_spec("triton")
 ):
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# A first example imports and compiles; no test is timed.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

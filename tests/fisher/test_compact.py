@@ -67,7 +67,7 @@ def _read_slowly(stream, scale, code, count):
     return torch.tensor(out, dtype=torch.float64)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.one_of(st.just(0), st.integers(1, 40), st.integers(1, 0x7F7FFFFF)), min_size=1, max_size=300),
     st.sampled_from(["log8", "log4"]),
@@ -79,7 +79,7 @@ def test_the_bound_holds_for_any_float32(bits, code):
     assert not len(errors) or errors.max() < BOUNDS[code]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.floats(-44, 37), st.floats(0, 25), st.sampled_from(["log8", "log4"]), st.integers(0, 10**6))
 def test_the_bound_holds_at_any_span(low, span, code, seed):
     """Blocks with a span of any number of decades keep the bound."""

@@ -84,7 +84,7 @@ def test_the_shorter_computation_runs_only_if_it_is_safe() -> None:
 
 
 @given(factor=st.floats(1e-6, 1e6), seed=st.integers(0, 10**6))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_common_factor_changes_nothing(factor: float, seed: int) -> None:
     """A common factor of all Fishers cancels in both methods."""
     thetas, fishers = _models(3, seed)
@@ -98,7 +98,7 @@ def test_a_common_factor_changes_nothing(factor: float, seed: int) -> None:
 
 
 @given(order=st.permutations(range(4)), seed=st.integers(0, 10**6))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_order_of_models_does_not_matter(order: list[int], seed: int) -> None:
     """Permuting the models changes the merge by rounding only."""
     thetas, fishers = _models(4, seed)
@@ -110,7 +110,7 @@ def test_the_order_of_models_does_not_matter(order: list[int], seed: int) -> Non
 
 
 @given(seed=st.integers(0, 10**6), weights=st.lists(st.floats(0.0, 3.0), min_size=3, max_size=3))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_between_smallest_and_largest_input(seed: int, weights: list[float]) -> None:
     """Every entry of a Fisher merge is between the smallest and the largest input."""
     if not any(weight > 0 for weight in weights):

@@ -165,7 +165,9 @@ def test_headers_and_fingerprints_are_read_once(tmp_path: Path, monkeypatch: pyt
     read, fingerprints = [], []
     stock_header, stock_fingerprint = weights.read_header, weights.fingerprint_of
     monkeypatch.setattr(weights, "read_header", lambda file: (read.append(file), stock_header(file))[1])
-    monkeypatch.setattr(weights, "fingerprint_of", lambda h: (fingerprints.append(h), stock_fingerprint(h))[1])
+    monkeypatch.setattr(
+        weights, "fingerprint_of", lambda h, **more: (fingerprints.append(h), stock_fingerprint(h, **more))[1]
+    )
     planned(config, tmp_path / "out")
     assert sorted(read) == [tmp_path / f"m{i}" / "model.safetensors" for i in range(2)]
     assert len(fingerprints) == 2

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -76,7 +76,6 @@ def test_in_memory_as_on_disk(tmp_path, name, dtype, shard):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 9),
 )
-@settings(deadline=None)
 def test_any_tensor(tmp_path_factory, shape, share, dtype, seed):
     """A difference works for tensors of any shape and density. NaN and the sign of a zero count as differences."""
     generator = torch.Generator().manual_seed(seed)
