@@ -55,28 +55,32 @@ def draft(
         document["base_model"] = base
     if structure is not None:
         document["parameters"] = {"structure": structure}
-    # Before the plan, which turns the models of the configuration into slices.
-    known = resolved_models(read_config(yaml.safe_dump(document)), bool(options.get("trust_remote_code")))
-    bare = False
+    known = resolved_models(_config(document), bool(options.get("trust_remote_code")))
+    bare = []  # a base that is listed without a Fisher
     try:
-        preview = plan_config(read_config(yaml.safe_dump(document)), strict=strict, **options)
+        preview = plan_config(_config(document), strict=strict, **options)
     except NotFoundError:
-        bare = method == UBGM_SQUISHER and base is not None and base not in models
-        if not bare:
+        if method != UBGM_SQUISHER or base is None or base in models:
             raise
+        bare = [base]
         document["models"].append({"model": base, "parameters": {"fisher": "none"}})
-        preview = plan_config(read_config(yaml.safe_dump(document)), strict=strict, **options)
+        preview = plan_config(_config(document), strict=strict, **options)
     found = {each["model"]: each for each in preview["models"]}
     lines = [*_head(len(models), preview), f"merge_method: {method}", *_base_lines(base, method)]
     lines.append("models:")
     for model, (label, _) in zip(models, known, strict=True):
         lines += _model_lines(model, found.get(label))
-    if bare and base is not None:
-        lines += [f"  - {_entry('model', base)}", "    parameters:", "      fisher: none  # none was found: F_0 = 0"]
+    for model in bare:
+        lines += [f"  - {_entry('model', model)}", "    parameters:", "      fisher: none  # none was found: F_0 = 0"]
     adapters = any("lora" in str(each.get("estimator")) for each in found.values())
     lines += ["parameters:", *_settings(method, structure, adapters)]
     lines += _dtype_lines([dtype for _, dtype in known])
     return "\n".join(lines) + "\n"
+
+
+def _config(document: Mapping[str, Any]) -> Any:
+    """Return a new configuration: a plan turns the models of its own into slices."""
+    return read_config(yaml.safe_dump(document))
 
 
 def _head(count: int, preview: Mapping[str, Any]) -> list[str]:
