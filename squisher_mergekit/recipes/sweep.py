@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -22,12 +21,11 @@ from squisher_mergekit.errors import ConfigError, CorruptFileError, RefusedError
 from squisher_mergekit.recipes.grid import label
 from squisher_mergekit.tensors.atomic import claimed_folder, write_json, write_whole
 from squisher_mergekit.tensors.input_files import brief, read_text
-from squisher_mergekit.tensors.temporary import cleaned_up
+from squisher_mergekit.tensors.temporary import cleaned_up, shortened
 
 BEST, MODELS, TABLE, STATE = "best", "models", "sweep.csv", "sweep.json"
 _WORK = ".merging"  # a killed sweep leaves it behind
 _REPLACED = "replaced"  # in _WORK
-_LONGEST = 200  # bytes of a folder's name; file systems allow 255
 # Files that a merge reads; others, such as logs, can change.
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp")
 _CONFIGS = ("config.json", "adapter_config.json", "fisher_config.json")
@@ -117,10 +115,10 @@ class Sweep:
         """Return the name of a point's folder: its label; with a digest where another has that name, or it is long."""
         names = [label(point).replace("/", "_") for point in self.points]
         plain = name.replace("/", "_")
-        if names.count(plain) <= 1 and len(os.fsencode(plain)) <= _LONGEST:
+        if names.count(plain) <= 1 and shortened(plain) == plain:
             return plain
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        return f"{os.fsencode(plain)[:_LONGEST].decode(errors='ignore')}~{digest}"
+        return f"{shortened(plain)}~{digest}"
 
     def run(self, merge: Merge, score: Score, progress: Progress = iter) -> None:
         """Merge and score the points that are not finished, and keep the table after each.

@@ -20,13 +20,23 @@ from types import FrameType
 
 _SUFFIX = ".squisher"
 _LOCK = "lock"
-_LONGEST_NAME = 200  # bytes; file systems allow 255
+_LONGEST_NAME = 200  # bytes, of which there is room for a suffix: file systems allow 255
 # A lock that another host sees as free may still be held: not every network file system shares locks.
 _FOREIGN_AGE = 24 * 3600  # seconds
 # Signals that end a process, and that a process can catch.
 ENDINGS = (signal.SIGINT, *([signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") else [signal.SIGTERM]))
 # Clean-up functions of the open blocks, each with the process that opened the block; a forked child has none.
 _cleanups: dict[object, tuple[int, Callable[[], None]]] = {}
+
+
+def shortened(name: str) -> str:
+    """Return the beginning of a name that leaves room for a suffix; letters beyond ASCII take several bytes.
+
+    Example:
+        >>> shortened("out"), len(shortened("ä" * 255))
+        ('out', 100)
+    """
+    return os.fsencode(name)[:_LONGEST_NAME].decode(errors="ignore")
 
 
 @contextlib.contextmanager
@@ -38,7 +48,7 @@ def temporary_folder(place: Path, name: str) -> Iterator[Path]:
         name: Name of the output, for the name of the folder.
     """
     remove_stale(place)
-    short = os.fsencode(name)[:_LONGEST_NAME].decode(errors="ignore")
+    short = shortened(name)
     while True:
         folder = place / f".{short}.{secrets.token_hex(4)}{_SUFFIX}"
         with cleaned_up(lambda folder=folder: _remove(folder)):  # type: ignore[misc]
