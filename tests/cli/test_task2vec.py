@@ -253,7 +253,8 @@ def test_refusals_leave_nothing(fishers, tasks, tmp_path):
     assert "two are 'movies'" in _refused("distance", tasks[0], fishers[0])
     assert "two are 'movies'" in _refused("embed", fishers[0], fishers[0], "-o", out)
     assert "are left out" in _refused("embed", *fishers, "--exclude", "weight", "-o", out)
-    assert "per_example needs examples_per_step" in _refused("embed", _squisher(tmp_path), *per_example, "-o", out)
+    refused = _refused("embed", _squisher(tmp_path), *per_example, "-o", out)
+    assert f"per_example needs examples_per_step, which {tmp_path}" in refused
     assert "is in none of" in _refused("embed", *fishers, "--exclude", "query", "-o", out)
     assert "already" in _refused("embed", *fishers, "-o", tmp_path / "tasks")
     assert "3 embeddings need a folder" in _refused("embed", *fishers, "-o", tmp_path / "one.safetensors")

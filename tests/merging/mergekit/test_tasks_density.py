@@ -81,6 +81,21 @@ def test_a_listed_base_is_summed_whole(tmp_path: Path) -> None:
     assert plan["bytes_to_read"]["weights"] == sum(t.nbytes for model in weights for t in model.values())
 
 
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("settings", [{"fisher_scale": 9.0}, {"weight": 3.0}, {"normalize": "mean"}])
+def test_scales_do_not_change_the_choice(tmp_path: Path, settings: dict[str, Any], scope: str) -> None:
+    """The same entries are kept whatever factor the Fisher of a model enters with; one model alone shows them."""
+    base_and_models(tmp_path, 2)
+    plain, scaled = (
+        merged(density_config(tmp_path, [0.3], parameters={"density_scope": scope, **more}), tmp_path / out)
+        for out, more in (("plain", {"normalize": "none"}), ("scaled", {"normalize": "none", **settings}))
+    )
+    base = load_file(tmp_path / "m0" / "model.safetensors")
+    assert all(torch.equal(tensor, scaled[name]) for name, tensor in plain.items())
+    share = sum(int((plain[name] != base[name]).sum()) for name in base) / sum(t.numel() for t in base.values())
+    assert 0.2 < share < 0.4
+
+
 def test_density_1_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With density 1 nothing is dropped, a base of other shapes is not read, and the result is the same to the bit."""
     base_and_models(tmp_path, 3)
