@@ -124,7 +124,10 @@ class Weights:
         return fingerprint_of(self.headers.values(), overlapping=overlapping)
 
     def difference_from(self, made_at: str | None) -> str | None:
-        """Describe the difference from the weights with a fingerprint; None where there is none, or it is unknown."""
+        """Describe the difference from the weights with a fingerprint; None where there is none, or it is unknown.
+
+        A fingerprint of 0.1.0, which read small tensors differently, agrees with the same weights.
+        """
         if made_at is None:
             return None
         found = difference(made_at, self.fingerprint)

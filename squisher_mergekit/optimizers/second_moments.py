@@ -67,8 +67,8 @@ _BNB_WRAPPER = "__bnb_optimizer_quant_state__"
 _ADAFACTOR_REST = {"step", "RMS", "exp_avg"}
 
 # Settings of look-alikes (timm's RMSpropTF, Yogi, ADOPT), whose accumulator starts at a value that the file does not
-# record, or is no moving average. ADOPT's authors set ``decouple``, in their first version ``clip_lambda``, and timm
-# ``clip_exp``: its average starts at the first squared gradient.
+# record, or is no moving average. ADOPT's authors set ``clip_lambda`` and ``decouple``, timm ``clip_exp``: its average
+# starts at the first squared gradient.
 _LOOKALIKES = {"decoupled_decay", "initial_accumulator", "clip_lambda", "clip_exp", "decouple"}
 
 _CURE = "train with AdamW, or estimate a Fisher from data"

@@ -163,7 +163,8 @@ def test_wider_lists_stand_beside_kron_of_nine_settings(monkeypatch):
     apart, settings, equal, _ = merge_methods_wider.tables({"cells": cells, "planned": len(planned)})
     assert dict(apart.rows)["`ties`"] == ["49", "65.0 ± 0.0", "64.0 ± 0.0", "+5.0 ± 0.0", "+56.5 ± 7.0"]
     assert dict(apart.rows)["`sce`"][3:] == ["+0.0 ± 0.0", "+5.0 ± 0.6"]
-    assert "(`sce`; `sce`): +5.0 ± 0.6 points, above 0 in 2 of 2." in apart.notes[0]
+    assert "(`sce`; `sce`): +5.0 ± 0.6 points, above 0 in 2 of 2. Seeds on which it is above a row: " in apart.notes[0]
+    assert "`ties` 2, `sce` 2, OTA-merge 2." in apart.notes[0]
     assert settings.summary.endswith("drawn by its own seed")
     assert "over 1 seed of 5 planned" in equal.title
     assert "7 cells are missing" in equal.notes[-1]
